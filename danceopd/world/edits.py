@@ -1,0 +1,109 @@
+"""Edit instructions with GEdit-Bench's kinds, their source scenes, and the scenes they ask for."""
+
+from dataclasses import dataclass
+
+import torch
+
+from danceopd.world.prompts import colored, describe, draw, draw_canvas, draw_row, groups
+from danceopd.world.scene import CELLS, Scene
+from danceopd.world.sprites import BACKGROUNDS, CLASSES, COLORS, EMPTY, NATURAL, STYLES
+
+LOCAL_KINDS = ("subject-add", "subject-remove", "subject-replace", "color-alter")
+GLOBAL_KINDS = ("background-change", "style-change")
+KINDS = LOCAL_KINDS + GLOBAL_KINDS
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One instruction. target: the cell that changes, or -1 where any empty cell will do or none is meant."""
+
+    text: str
+    kind: str
+    target: int
+
+
+def _allowed_colors(split: str) -> torch.Tensor:
+    """[classes, colors] bool: tints of the split."""
+    table = torch.zeros(len(CLASSES), len(COLORS), dtype=torch.bool)
+    table[tuple(colored(split).T)] = True
+    return table
+
+
+def _draw_tint(cls: torch.Tensor, split: str, generator: torch.Generator) -> torch.Tensor:
+    """A tint of the split for each class index in `cls` (any shape)."""
+    weights = _allowed_colors(split)[cls.reshape(-1)].float()
+    return torch.multinomial(weights, 1, generator=generator).view(cls.shape)
+
+
+def sample_edits(
+    kinds: torch.Tensor, generator: torch.Generator, *, split: str = "seen"
+) -> tuple[list[Edit], Scene, Scene]:
+    """One instruction, source scene and expected scene for each kind index in `kinds` [B].
+
+    A source holds one to three objects of different classes, each in its natural colour or a tint. The
+    edited scene differs from the source in nothing but what was asked. With split "held_out" every
+    picture holds a held-out pair of classes or every tint is a held-out one.
+    """
+    n = len(kinds)
+    row = torch.arange(n)
+    is_kind = {name: kinds == i for i, name in enumerate(KINDS)}
+    group = draw_row(groups(split, 3), n, generator)  # the third class is the one that an edit brings in
+    size = 1 + draw(n, 3, generator)
+    brings = is_kind["subject-add"] | is_kind["subject-replace"]
+    size = torch.where(brings, size.clamp(max=2), size)
+    order = torch.rand(n, CELLS, generator=generator).argsort(-1)
+    tinted = torch.rand(n, 3, generator=generator) < 0.5
+    color = torch.where(tinted, _draw_tint(group, split, generator), NATURAL)
+
+    source = draw_canvas(n, generator)
+    source.style = torch.where(is_kind["style-change"], draw(n, len(STYLES), generator), 0)
+    for slot in range(3):
+        put = slot < size
+        at = order[:, slot]
+        source.objects[row[put], at[put]] = group[put, slot]
+        source.colors[row[put], at[put]] = color[put, slot]
+
+    result = source.clone()
+    subject = order[:, 0]  # the first object placed is the one talked about
+    new_place = order[row, size]  # for an addition: the first cell left empty
+    place = torch.where(is_kind["subject-add"], new_place, subject)
+    new_color = _alternative_tint(group[:, 0], color[:, 0], split, generator)
+    shift = 1 + draw(n, len(BACKGROUNDS) - 1, generator)
+    result.background = torch.where(
+        is_kind["background-change"], (source.background + shift) % len(BACKGROUNDS), source.background
+    )
+    result.style = torch.where(is_kind["style-change"], 1 - source.style, source.style)
+    removed = is_kind["subject-remove"]
+    result.objects[row[removed], subject[removed]] = EMPTY
+    result.colors[row[removed], subject[removed]] = NATURAL
+    result.objects[row[brings], place[brings]] = group[brings, 2]
+    result.colors[row[brings], place[brings]] = color[brings, 2]
+    altered = is_kind["color-alter"]
+    result.colors[row[altered], subject[altered]] = new_color[altered]
+
+    edits = []
+    columns = (kinds, group[:, 0], group[:, 2], color[:, 2], new_color, result.background, result.style, subject)
+    for kind, old, new, tint, paint, background, style, cell in zip(*(c.tolist() for c in columns), strict=True):
+        name = KINDS[kind]
+        text = {
+            "subject-add": f"add {describe(new, tint)}",
+            "subject-remove": f"remove the {CLASSES[old]}",
+            "subject-replace": f"replace the {CLASSES[old]} with {describe(new, tint)}",
+            "color-alter": f"make the {CLASSES[old]} {COLORS[paint]}",
+            "background-change": f"change the background to {BACKGROUNDS[background]}",
+            "style-change": f"turn it into a {STYLES[style]}",
+        }[name]
+        target = -1 if name == "subject-add" or name in GLOBAL_KINDS else cell
+        edits.append(Edit(text, name, target))
+    return edits, source, result
+
+
+def _alternative_tint(
+    cls: torch.Tensor, current: torch.Tensor, split: str, generator: torch.Generator
+) -> torch.Tensor:
+    """A tint of the split other than the current colour; of the seen ones where the split has no other."""
+    weights = _allowed_colors(split)[cls].clone()
+    weights[torch.arange(len(cls)), current] = False
+    empty = ~weights.any(-1)
+    weights[empty] = _allowed_colors("seen")[cls[empty]]
+    return torch.multinomial(weights.float(), 1, generator=generator)[:, 0]

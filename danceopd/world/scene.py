@@ -1,0 +1,66 @@
+"""What a picture of the world holds, and how it is drawn."""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from danceopd.world.sprites import CELL_SIZE, EMPTY, GRID, IMAGE_SIZE, JITTER, NATURAL, background_rgb, cells
+
+CELLS = GRID * GRID
+NO_JITTER = JITTER.index((0, 0))
+
+
+@dataclass
+class Scene:
+    """A batch of B pictures. Cells are numbered in reading order; all tensors are int64.
+
+    background [B], style [B]; objects, colors, jitter [B, 4]. An empty cell has `objects == EMPTY`.
+    """
+
+    background: torch.Tensor
+    style: torch.Tensor
+    objects: torch.Tensor
+    colors: torch.Tensor
+    jitter: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.background)
+
+    def __getitem__(self, index) -> "Scene":
+        """Select pictures by slice, mask or index tensor."""
+        return Scene(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def clone(self) -> "Scene":
+        return Scene(**{f.name: getattr(self, f.name).clone() for f in fields(self)})
+
+    @property
+    def occupied(self) -> torch.Tensor:
+        """[B, 4] bool."""
+        return self.objects != EMPTY
+
+
+def concatenate(scenes: list[Scene]) -> Scene:
+    """Join batches of scenes, in order."""
+    return Scene(**{f.name: torch.cat([getattr(s, f.name) for s in scenes]) for f in fields(Scene)})
+
+
+def blank(n: int, background: torch.Tensor | None = None) -> Scene:
+    """n empty pictures in the photo style, sprites centred; backgrounds as given or all the first."""
+    zeros = torch.zeros(n, dtype=torch.int64)
+    return Scene(
+        background=zeros.clone() if background is None else background.clone(),
+        style=zeros,
+        objects=torch.full((n, CELLS), EMPTY),
+        colors=torch.full((n, CELLS), NATURAL),
+        jitter=torch.full((n, CELLS), NO_JITTER),
+    )
+
+
+def render(scene: Scene) -> torch.Tensor:
+    """Draw the pictures: [B, 3, 32, 32] float32 in [-1, 1]."""
+    n = len(scene)
+    rgba = cells()[scene.objects, scene.colors, scene.style[:, None], scene.jitter]  # [B, 4 cells, 4, 16, 16]
+    paper = background_rgb()[scene.background].view(n, 1, 3, 1, 1)
+    rgb = rgba[:, :, :3] + (1 - rgba[:, :, 3:]) * paper
+    rgb = rgb.view(n, GRID, GRID, 3, CELL_SIZE, CELL_SIZE).permute(0, 3, 1, 4, 2, 5)
+    return rgb.reshape(n, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1
