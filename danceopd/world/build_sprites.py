@@ -1,8 +1,8 @@
 """Rasterise the sprite sheet from Noto Emoji (Apache-2.0). Needed only to change the objects.
 
-    npm pack @iconify-json/noto && tar xzf iconify-json-noto-*.tgz
-    pip install resvg-py
-    python -m danceopd.world.build_sprites package/icons.json danceopd/world/assets/sprites.png
+npm pack @iconify-json/noto && tar xzf iconify-json-noto-*.tgz
+pip install resvg-py
+python -m danceopd.world.build_sprites package/icons.json danceopd/world/assets/sprites.png
 """
 
 import argparse

@@ -6,8 +6,18 @@ from functools import lru_cache
 import torch
 
 from danceopd.world.scene import CELLS, Scene
-from danceopd.world.sprites import BACKGROUNDS, CELL_SIZE, CLASSES, COLORS, EMPTY, GRID, JITTER, STYLES
-from danceopd.world.sprites import background_rgb, cells
+from danceopd.world.sprites import (
+    BACKGROUNDS,
+    CELL_SIZE,
+    CLASSES,
+    COLORS,
+    EMPTY,
+    GRID,
+    JITTER,
+    STYLES,
+    background_rgb,
+    cells,
+)
 
 CONFIDENCE_THRESHOLD = 0.3  # GenEval's own; here it means a root mean square error below 0.14
 _ERROR_AT_ZERO_CONFIDENCE = 0.2

@@ -82,8 +82,19 @@ def sample_edits(
     result.colors[row[altered], subject[altered]] = new_color[altered]
 
     edits = []
-    columns = (kinds, group[:, 0], group[:, 2], color[:, 2], new_color, result.background, result.style, subject)
-    for kind, old, new, tint, paint, background, style, cell in zip(*(c.tolist() for c in columns), strict=True):
+    columns = (
+        kinds,
+        group[:, 0],
+        group[:, 2],
+        color[:, 2],
+        new_color,
+        result.background,
+        result.style,
+        subject,
+    )
+    for kind, old, new, tint, paint, background, style, cell in zip(
+        *(c.tolist() for c in columns), strict=True
+    ):
         name = KINDS[kind]
         text = {
             "subject-add": f"add {describe(new, tint)}",

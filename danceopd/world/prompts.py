@@ -51,7 +51,7 @@ def with_article(words: str) -> str:
 
 
 def describe(cls: int, color: int) -> str:
-    """"a red car", "an apple"."""
+    """ "a red car", "an apple"."""
     name = CLASSES[cls]
     return with_article(name if color == NATURAL else f"{COLORS[color]} {name}")
 
@@ -101,7 +101,7 @@ def sample_prompts(
 ) -> tuple[list[Prompt], Scene]:
     """One prompt and one matching scene for each task index in `tasks` [B].
 
-    With `style` 1 the prompt asks for a line drawing and the scene is one. For split "held_out" only
+    With `style` 1 the prompt asks for a sketch and the scene is one. For split "held_out" only
     PAIR_TASKS are possible: the others name no pair.
     Raises ValueError for a held-out task without pairs.
     """
@@ -153,10 +153,12 @@ def sample_prompts(
     take_second = torch.zeros(n, CELLS, dtype=torch.bool)
     take_second.scatter_(1, cell[:, 1:], has_b[:, None])
     scene.objects = torch.where(take_first, a[:, None], torch.where(take_second, b[:, None], EMPTY))
-    scene.colors = torch.where(take_first, a_color[:, None], torch.where(take_second, b_color[:, None], NATURAL))
+    scene.colors = torch.where(
+        take_first, a_color[:, None], torch.where(take_second, b_color[:, None], NATURAL)
+    )
 
     prompts = []
-    lead = "a photo of" if style == 0 else "a line drawing of"
+    lead = "a photo of" if style == 0 else "a sketch of"
     columns = (tasks, a, a_color, b, b_color, copies, relation)
     for task, a_, ak, b_, bk, copies_, rel in zip(*(c.tolist() for c in columns), strict=True):
         name = TASKS[task]

@@ -9,7 +9,7 @@ from PIL import Image
 
 CLASSES = ("dog", "cat", "car", "apple", "airplane", "boat", "clock", "cup")
 COLORS = ("natural", "red", "green", "blue", "yellow", "purple")
-STYLES = ("photo", "line drawing")
+STYLES = ("photo", "sketch")
 BACKGROUNDS = ("snow", "sand", "sky", "night")
 EMPTY = len(CLASSES)  # the class index of a cell with no object
 NATURAL = 0
@@ -49,7 +49,7 @@ def _tint(rgb: np.ndarray, color: str) -> np.ndarray:
     return np.clip(np.where(luma > 0.7, np.maximum(dark, light), dark), 0, 1)
 
 
-def _line_drawing(rgb: np.ndarray, alpha: np.ndarray, color: str) -> tuple[np.ndarray, np.ndarray]:
+def _sketch(rgb: np.ndarray, alpha: np.ndarray, color: str) -> tuple[np.ndarray, np.ndarray]:
     """White paper cut to the object's shape, with its contour and inner edges drawn in the object's colour."""
     ink = np.array(_TINTS.get(color, (0.15, 0.15, 0.15)), dtype=np.float32)
     shape = np.pad(alpha, 1)
@@ -76,7 +76,7 @@ def cells() -> torch.Tensor:
         alpha = sprite[..., 3]
         for k, color in enumerate(COLORS):
             photo = (_tint(sprite[..., :3], color), alpha)
-            for s, (rgb, a) in enumerate((photo, _line_drawing(sprite[..., :3], alpha, color))):
+            for s, (rgb, a) in enumerate((photo, _sketch(sprite[..., :3], alpha, color))):
                 rgba = np.concatenate([rgb * a[..., None], a[..., None]], axis=-1).transpose(2, 0, 1)
                 for j, (dy, dx) in enumerate(JITTER):
                     top, left = 1 + dy, 1 + dx

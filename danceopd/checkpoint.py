@@ -1,0 +1,57 @@
+"""Weights on disk: one safetensors file per network, its configuration in the header."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from danceopd.backbones.dit import DiT, DiTConfig
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one whole: temporary file, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def save_model(model: DiT, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the weights in `dtype`, with the network's configuration as metadata, atomically."""
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    write_atomic(path, save(weights, {"config": json.dumps(model.config.to_dict())}))
+
+
+def load_model(path: Path) -> DiT:
+    """Load a network written by save_model, in float32 and evaluation mode.
+
+    Raises FileNotFoundError for a missing file and ValueError for one that is damaged or not a DiT.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = DiTConfig(**json.loads(file.metadata()["config"]))
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+        model = DiT(config)
+        model.load_state_dict(weights)
+    except Exception as error:  # safetensors, JSON and shape errors alike: the file is of no use
+        raise ValueError(
+            f"{path} is not a whole DanceOPD network ({error}); train or copy it again"
+        ) from error
+    return model.eval()

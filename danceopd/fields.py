@@ -1,0 +1,64 @@
+"""Velocity fields: what is asked. A field is any callable field(latents, sigma, conditioning) -> velocity.
+
+latents [B, ...] in the backbone's own shape, sigma [B] in [0, 1] with 1 = noise, velocity = noise - data
+in the shape of the latents.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+
+from danceopd.conditioning import Conditioning
+
+Field = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+
+
+def guided(field: Field, empty_tokens: torch.Tensor, guidance_scale: float | torch.Tensor) -> Field:
+    """Classifier-free guidance as an operator field: v + alpha (v_cond - v), v the field of the empty prompt.
+
+    empty_tokens [L]; guidance_scale alpha a number or [B], one per sample. Both branches are evaluated in
+    one batch. At alpha 1 the conditional field comes back and the other branch is not evaluated.
+    """
+    if not isinstance(guidance_scale, torch.Tensor) and guidance_scale == 1:
+        return field
+
+    def velocity(latents, sigma, conditioning):
+        both = conditioning.concatenate(conditioning.without_prompt(empty_tokens))
+        cond, uncond = field(torch.cat([latents, latents]), torch.cat([sigma, sigma]), both).chunk(2)
+        alpha = torch.as_tensor(guidance_scale, dtype=cond.dtype, device=cond.device)
+        return uncond + alpha.view(-1, *(1,) * (cond.dim() - 1)) * (cond - uncond)
+
+    return velocity
+
+
+@torch.no_grad()
+def routed(
+    fields: Sequence[Field],
+    route: torch.Tensor,
+    latents: torch.Tensor,
+    sigma: torch.Tensor,
+    conditioning: Conditioning,
+) -> torch.Tensor:
+    """Ask each sample's own field: route [B] int64 indexes `fields`; no field sees another's samples.
+
+    Returns the velocity [B, ...] without gradient. Raises IndexError for a route outside the fields.
+    """
+    if route.min() < 0 or route.max() >= len(fields):
+        raise IndexError(f"routes must lie in [0, {len(fields) - 1}], got {route.min()} to {route.max()}")
+    velocity = torch.empty_like(latents)
+    for m, field in enumerate(fields):
+        index = (route == m).nonzero()[:, 0]
+        if len(index):
+            velocity[index] = field(latents[index], sigma[index], conditioning[index]).to(velocity.dtype)
+    return velocity
+
+
+def counted(field: Field, counter: Counter, name: str) -> Field:
+    """The same field; counter[name] grows by one for each sample evaluated."""
+
+    def velocity(latents, sigma, conditioning):
+        counter[name] += len(latents)
+        return field(latents, sigma, conditioning)
+
+    return velocity

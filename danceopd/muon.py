@@ -1,0 +1,51 @@
+"""Muon (Jordan et al., 2024) in float32, with matrices of one shape orthogonalised together.
+
+torch.optim.Muon iterates in bfloat16, one matrix at a time; on a CPU without bfloat16 products that doubled
+the time of a training step of the embedded network, where this costs a fifth.
+"""
+
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update is made orthogonal by five Newton-Schulz steps.
+
+    params: matrices only. The update's root mean square matches AdamW's (0.2 sqrt(max side)), so that
+    AdamW's learning rates carry over (arXiv 2502.16982). Raises ValueError for a tensor that is no matrix.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            if any(p.ndim != 2 for p in group["params"]):
+                raise ValueError("Muon is for matrices; give other tensors to AdamW")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                by_shape.setdefault(p.shape, []).append(
+                    (p, p.grad.lerp(state["momentum"], group["momentum"]))
+                )
+            for shape, items in by_shape.items():
+                updates = orthogonalize(torch.stack([update for _, update in items]))
+                scale = 0.2 * max(shape) ** 0.5
+                for (p, _), update in zip(items, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Bring the singular values of [N, rows, columns] near 1 by the quintic Newton-Schulz iteration."""
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x

@@ -1,0 +1,16 @@
+"""Which capability supervises each sample."""
+
+import torch
+
+
+def route(batch: int, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Hard routes: [batch] int64, each capability m drawn with probability weights[m] / sum(weights).
+
+    Raises ValueError if a weight is negative or not finite, or all are zero.
+    """
+    weights = torch.as_tensor(weights, dtype=torch.float64)
+    if not torch.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
+        raise ValueError(
+            f"route weights must be finite, not negative and not all zero, got {weights.tolist()}"
+        )
+    return torch.multinomial(weights, batch, replacement=True, generator=generator)

@@ -1,0 +1,184 @@
+"""The recipe of the embedded sources: one base and five specialists, by ordinary flow matching on the world."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from danceopd.backbones.dit import DiT, DiTConfig
+from danceopd.conditioning import Conditioning
+from danceopd.muon import Muon
+from danceopd.schedule import shift_sigma
+from danceopd.tokenizer import tokenize
+from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, draw, sample_edits
+from danceopd.world.prompts import draw_tasks, sample_prompts
+from danceopd.world.scene import render
+
+SHIFT = (
+    5.0  # of the training noise levels and of every sampler of these networks: layout is decided near noise
+)
+EMPTY_PROMPT_SHARE = 0.1
+# Position is learned slowest and single objects at once, so they get more and less of the data.
+TASK_WEIGHTS = {
+    "single_object": 0.5,
+    "two_object": 1.0,
+    "counting": 1.0,
+    "colors": 0.75,
+    "position": 2.5,
+    "color_attr": 2.0,
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One network of the recipe. mix: the share of each capability; decay: the share of steps with falling rate."""
+
+    start_from: str | None
+    mix: dict[str, float]
+    steps: int
+    seed: int
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    decay: float = 0.5
+    task_weights: dict[str, float] = field(default_factory=lambda: TASK_WEIGHTS)
+
+
+STAGES = {
+    "base": Stage(None, {"t2i": 0.6, "local": 0.26, "global": 0.14}, steps=18000, seed=0, decay=0.0),
+    "t2i": Stage("base", {"t2i": 1.0}, steps=8000, seed=1),
+    "edit": Stage("base", {"local": 0.65, "global": 0.35}, steps=5000, seed=2),
+    "local": Stage("base", {"local": 1.0}, steps=3000, seed=3),
+    "global": Stage("base", {"global": 1.0}, steps=2000, seed=4),
+    "style": Stage("base", {"style": 1.0}, steps=3000, seed=5),
+}
+
+
+def training_batch(
+    capability: str, n: int, stage: Stage, text_length: int, generator: torch.Generator
+) -> tuple[torch.Tensor, Conditioning]:
+    """n clean pictures [n, 3, 32, 32] of one capability, and what they are conditioned on."""
+    if capability in ("t2i", "style"):
+        tasks = draw_tasks(n, stage.task_weights, generator)
+        prompts, scene = sample_prompts(tasks, generator, style=int(capability == "style"))
+        source = None
+    else:
+        kinds = LOCAL_KINDS if capability == "local" else GLOBAL_KINDS
+        index = torch.tensor([KINDS.index(kind) for kind in kinds])[draw(n, len(kinds), generator)]
+        prompts, before, scene = sample_edits(index, generator)
+        source = render(before)
+    texts = [prompt.text for prompt in prompts]
+    for i in (torch.rand(n, generator=generator) < EMPTY_PROMPT_SHARE).nonzero()[:, 0].tolist():
+        texts[i] = ""
+    has_source = torch.full((n,), source is not None)
+    return render(scene), Conditioning(tokenize(texts, text_length), source, has_source)
+
+
+def batches(stage: Stage, text_length: int, first_step: int) -> Iterator[tuple[torch.Tensor, Conditioning]]:
+    """The stage's training batches from a step on; each step's data depend on the seed and the step alone.
+
+    Steps alternate between pictures with and without a source, in the stage's shares, so that one batch
+    is one forward.
+    """
+    shares = torch.tensor(list(stage.mix.values()))
+    for step in range(first_step, stage.steps):
+        generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
+        capability = list(stage.mix)[int(torch.multinomial(shares, 1, generator=generator))]
+        yield training_batch(capability, stage.batch_size, stage, text_length, generator)
+
+
+def flow_matching_loss(
+    model: DiT, clean: torch.Tensor, conditioning: Conditioning, generator: torch.Generator
+) -> torch.Tensor:
+    """E sigma^2 ||v_theta - (eps - x)||^2, which for this network is the error of its clean estimate."""
+    n = len(clean)
+    sigma = shift_sigma(torch.rand(n, generator=generator), SHIFT).clamp(min=1e-3)
+    noise = torch.randn(clean.shape, generator=generator)
+    s = sigma.view(n, 1, 1, 1)
+    velocity = model((1 - s) * clean + s * noise, sigma, conditioning)
+    return ((velocity - (noise - clean)) * s).square().mean()
+
+
+def optimizers(model: DiT, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the products over tokens, AdamW for everything else."""
+    matrices = [p for name, p in model.blocks.named_parameters() if p.ndim == 2 and "modulation" not in name]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        Muon(matrices, lr=learning_rate),
+        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01),
+    ]
+
+
+def rate(step: int, stage: Stage) -> float:
+    """The learning rate's factor: warm-up over 100 steps, constant, then down to 2 % over the last part."""
+    left = (stage.steps - step) / max(1.0, stage.decay * stage.steps)
+    return min(1.0, (step + 1) / 100) * (0.02 + 0.98 * min(1.0, left) if stage.decay else 1.0)
+
+
+def train_source(name: str, folder: Path, log_every: int = 250) -> Path:
+    """Train one stage of the recipe, resuming from folder/name.pt, and write folder/name.safetensors (EMA, fp16)."""
+    from danceopd.checkpoint import load_model, save_model
+
+    stage = STAGES[name]
+    torch.manual_seed(stage.seed)
+    if stage.start_from:
+        model = load_model(folder / f"{stage.start_from}.safetensors")
+    else:
+        model = DiT(DiTConfig())
+    ema = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+    )
+    optims = optimizers(model, stage.learning_rate)
+    state_path, step, seconds = folder / f"{name}.pt", 0, 0.0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        for optim, saved in zip(optims, state["optims"], strict=True):
+            optim.load_state_dict(saved)
+        step, seconds = state["step"], state["seconds"]
+    model._forward = torch.compile(model._forward, dynamic=False)
+    start, losses = time.monotonic() - seconds, []
+    for clean, conditioning in batches(stage, model.config.text_length, step):
+        for optim in optims:
+            for group in optim.param_groups:
+                group["lr"] = stage.learning_rate * rate(step, stage)
+            optim.zero_grad()
+        generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step + 500_000)
+        loss = flow_matching_loss(model, clean, conditioning, generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optim in optims:
+            optim.step()
+        # A young average follows faster, so that it forgets the initial weights.
+        decay = min(0.999, (step + 1) / (step + 10))
+        ema.multi_avg_fn = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+        ema.update_parameters(model)
+        losses.append(loss.item())
+        step += 1
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss of {name} is {losses[-1]} at step {step}")
+        if step % log_every == 0 or step == stage.steps:
+            seconds = time.monotonic() - start
+            mean = sum(losses) / len(losses)
+            print(
+                json.dumps({"source": name, "step": step, "loss": round(mean, 5), "seconds": round(seconds)}),
+                flush=True,
+            )
+            losses = []
+        if step % 1000 == 0 or step == stage.steps:
+            state = {
+                "model": model.state_dict(),
+                "ema": ema.state_dict(),
+                "optims": [optim.state_dict() for optim in optims],
+                "step": step,
+                "seconds": seconds,
+            }
+            torch.save(state, state_path.with_suffix(".tmp"))
+            state_path.with_suffix(".tmp").replace(state_path)
+            save_model(ema.module, folder / f"{name}.safetensors", torch.float16)
+    return folder / f"{name}.safetensors"
