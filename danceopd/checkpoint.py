@@ -9,6 +9,28 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from danceopd.backbones.dit import DiT, DiTConfig
+from danceopd.errors import UserError
+
+SHIPPED = Path(__file__).parent / "world" / "assets" / "sources"
+
+
+def shipped_sources() -> list[str]:
+    """The names of the networks that ship with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
+
+
+def resolve_weights(weights: str) -> Path:
+    """The file of an embedded network by its name ("base", "t2i", ...), or the path itself.
+
+    Raises FileNotFoundError that lists the names.
+    """
+    if weights in shipped_sources():
+        return SHIPPED / f"{weights}.safetensors"
+    if not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"no file {weights!r}, nor an embedded network ({', '.join(shipped_sources())})"
+        )
+    return Path(weights)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -39,7 +61,7 @@ def save_model(model: DiT, path: Path, dtype: torch.dtype = torch.float32) -> No
 def load_model(path: Path) -> DiT:
     """Load a network written by save_model, in float32 and evaluation mode.
 
-    Raises FileNotFoundError for a missing file and ValueError for one that is damaged or not a DiT.
+    Raises FileNotFoundError for a missing file and UserError for one that is damaged or not a DiT.
     """
     path = Path(path)
     if not path.is_file():

@@ -9,24 +9,30 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from danceopd.conditioning import Conditioning
+from danceopd.conditioning import Conditioning, concatenate
 
 Field = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 
-def guided(field: Field, empty_tokens: torch.Tensor, guidance_scale: float | torch.Tensor) -> Field:
+def guided(
+    field: Field, empty_tokens: torch.Tensor, guidance_scale: float | torch.Tensor | None = None
+) -> Field:
     """Classifier-free guidance as an operator field: v + alpha (v_cond - v), v the field of the empty prompt.
 
-    empty_tokens [L]; guidance_scale alpha a number or [B], one per sample. Both branches are evaluated in
-    one batch. At alpha 1 the conditional field comes back and the other branch is not evaluated.
+    empty_tokens [L]; guidance_scale alpha: a number, [B] (one per sample), or None: each sample's own, from
+    conditioning.guidance_scale. Both branches are evaluated in one batch. At the number 1 the conditional
+    field itself comes back and no other branch is evaluated.
     """
-    if not isinstance(guidance_scale, torch.Tensor) and guidance_scale == 1:
+    if isinstance(guidance_scale, int | float) and guidance_scale == 1:
         return field
 
     def velocity(latents, sigma, conditioning):
-        both = conditioning.concatenate(conditioning.without_prompt(empty_tokens))
+        alpha = conditioning.guidance_scale if guidance_scale is None else guidance_scale
+        alpha = torch.as_tensor(alpha, dtype=latents.dtype, device=latents.device)
+        if alpha.numel() not in (1, len(latents)):  # a rollout reorders its batch: there, use None
+            raise ValueError(f"{alpha.numel()} guidance scales for a batch of {len(latents)}")
+        both = concatenate([conditioning, conditioning.without_prompt(empty_tokens)])
         cond, uncond = field(torch.cat([latents, latents]), torch.cat([sigma, sigma]), both).chunk(2)
-        alpha = torch.as_tensor(guidance_scale, dtype=cond.dtype, device=cond.device)
         return uncond + alpha.view(-1, *(1,) * (cond.dim() - 1)) * (cond - uncond)
 
     return velocity

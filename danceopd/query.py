@@ -3,7 +3,7 @@
 import torch
 
 # Beta(a, b) of the trajectory fraction: 0 is noise, 1 is data. Low-t asks near the data.
-BETA = {"low_t": (5.0, 2.0), "mid_t": (5.0, 5.0), "high_t": (2.0, 5.0)}
+BETA = {"low_t": (5, 2), "mid_t": (5, 5), "high_t": (2, 5)}
 QUERIES = (*BETA, "uniform", "stratified")
 
 
@@ -14,24 +14,21 @@ def query(
 
     bias: low_t, mid_t, high_t (the fraction follows a Beta, index floor(N * fraction)), uniform, or
     stratified (uniform within each of k equal parts of the trajectory).
-    Raises ValueError for an unknown bias or k < 1.
+    Raises ValueError for an unknown bias, k < 1 or num_inference_steps < 1.
     """
     if bias not in QUERIES:
         raise ValueError(f"unknown query bias {bias!r}; use one of {', '.join(QUERIES)}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    if k < 1 or num_inference_steps < 1:
+        raise ValueError(f"k and num_inference_steps must be at least 1, got {k} and {num_inference_steps}")
     if bias in BETA:
+        # Beta(a, b) with whole a and b: a Gamma(a) variable against a Gamma(b) one, each a sum of exponentials.
+        # One row of uniforms a draw, so that drawing a batch in parts gives the same indices.
         a, b = BETA[bias]
-        x = _gamma(a, (batch, k), generator)
-        fraction = x / (x + _gamma(b, (batch, k), generator))
+        uniform = torch.rand(batch, k, a + b, generator=generator, dtype=torch.float64)
+        exponential = -torch.log1p(-uniform)
+        fraction = exponential[..., :a].sum(-1) / exponential.sum(-1)
     else:
         fraction = torch.rand(batch, k, generator=generator, dtype=torch.float64)
         if bias == "stratified":
             fraction = (torch.arange(k) + fraction) / k
     return (fraction * num_inference_steps).long().clamp(max=num_inference_steps - 1)
-
-
-def _gamma(shape: float, size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Gamma(shape, 1) draws; for a whole shape the sum of that many exponentials."""
-    uniform = torch.rand(int(shape), *size, generator=generator, dtype=torch.float64)
-    return -torch.log1p(-uniform).sum(0)

@@ -19,7 +19,8 @@ def rollout(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Integrate dz = v d sigma from noise and return the states at the trajectory indices asked.
 
-    noise [B, ...] is the state at index 0; sigmas [N + 1] float32 descend from 1; until [B, K] int64 in [0, N].
+    noise [B, ...] is the state at index 0; sigmas [N + 1] float32 descend from 1; until [B, K] int64 in [0, N]
+    lies on the CPU, so that no step waits for the device.
     Returns states [B, K, ...] in float32 and their sigmas [B, K]. A sample leaves the batch once its
     deepest index is reached, so the field is evaluated exactly sum(until.max(1)) times per sample in all
     (Heun: twice that, less one for each trajectory that ends at sigma 0).
@@ -31,16 +32,17 @@ def rollout(
         raise ValueError(f"trajectory indices must lie in [0, {len(sigmas) - 1}]")
     depth, order = until.amax(1).sort(descending=True, stable=True)
     wanted = until[order]
+    active = [int((depth > i).sum()) for i in range(int(depth[0]))]  # the n deepest samples go on
+    order, sigmas = order.to(noise.device), sigmas.to(noise.device)
     z, conditioning = noise[order].float(), conditioning[order]
     states = z[:, None].repeat(1, until.shape[1], *(1,) * (z.dim() - 1))
-    active = [int((depth > i).sum()) for i in range(int(depth[0]))]
-    for i, n in enumerate(active):  # the n deepest samples go on
+    for i, n in enumerate(active):
         z = step(field, z[:n], conditioning[:n], sigmas[i], sigmas[i + 1], solver)
         row, k = (wanted[:n] == i + 1).nonzero(as_tuple=True)
         states[row, k] = z[row]
     result = torch.empty_like(states)
     result[order] = states
-    return result, sigmas[until]
+    return result, sigmas[until.to(noise.device)]
 
 
 def step(field, z, conditioning, sigma, next_sigma, solver="euler") -> torch.Tensor:

@@ -15,9 +15,9 @@ class DiTConfig:
     """Sizes of the network; `text_length` is the fixed number of prompt tokens (padded or cut to it)."""
 
     image_size: int = 32
-    patch_size: int = 8
+    patch_size: int = 16
     width: int = 128
-    depth: int = 6
+    depth: int = 5
     heads: int = 4
     mlp_ratio: int = 3
     vocab_size: int = 400
@@ -70,7 +70,7 @@ class DiT(nn.Module):
         self.grid = config.image_size // patch
         tokens, pixels = self.grid**2, 3 * patch**2
         self.text_embedding = nn.Embedding(config.vocab_size, width)
-        self.text_position = nn.Parameter(torch.randn(config.text_length, width) * 0.02)
+        self.text_position = nn.Parameter(torch.randn(config.text_length, width) * 0.5)
         # The prompt as one vector that keeps the word order: what "left of" needs.
         self.text_pool = nn.Sequential(
             nn.Linear(config.text_length * width, width), nn.SiLU(), nn.Linear(width, width)
@@ -78,11 +78,12 @@ class DiT(nn.Module):
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.patch_in = nn.Linear(pixels, width)
         self.source_in = nn.Linear(pixels, width)
-        self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
-        self.source_position = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.position = nn.Parameter(torch.randn(tokens, width) * 0.5)
+        self.source_position = nn.Parameter(torch.randn(tokens, width) * 0.5)
         self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio) for _ in range(config.depth))
         self.final_modulation = nn.Linear(width, 2 * width)
-        self.patch_out = nn.Linear(width, pixels)
+        self.head = nn.Linear(width, 2 * width)
+        self.patch_out = nn.Linear(2 * width, pixels)
         for module in (*(block.modulation for block in self.blocks), self.final_modulation, self.patch_out):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
@@ -111,9 +112,7 @@ class DiT(nn.Module):
             return self._forward(latents, sigma, conditioning.tokens, conditioning.source)
         with_source, without = has_source.nonzero()[:, 0], (~has_source).nonzero()[:, 0]
         tokens, source = conditioning.tokens, conditioning.source
-        edited = self._forward(
-            latents[with_source], sigma[with_source], tokens[with_source], source[with_source]
-        )
+        edited = self._forward(latents[with_source], sigma[with_source], tokens[with_source], source[with_source])
         drawn = self._forward(latents[without], sigma[without], tokens[without], None)
         return torch.empty_like(latents).index_copy(0, with_source, edited).index_copy(0, without, drawn)
 
@@ -131,6 +130,7 @@ class DiT(nn.Module):
             x = block(x, vector)
         x = x[:, : patches.shape[1]]
         shift, scale = self.final_modulation(vector)[:, None].chunk(2, dim=-1)
-        clean = self.patch_out(modulate(F.layer_norm(x, x.shape[-1:]), shift, scale))
+        h = self.head(modulate(F.layer_norm(x, x.shape[-1:]), shift, scale))
+        clean = self.patch_out(F.silu(h))
         velocity = (patches - clean) / sigma[:, None, None].to(latents.dtype)
         return self.unpatchify(velocity.to(latents.dtype))

@@ -76,7 +76,7 @@ def detect(images: torch.Tensor, chunk: int = 256) -> Detection:
         pixels = (part.nan_to_num(-1.0).clamp(-1, 1) + 1) / 2
         n = len(pixels)
         patches = pixels.view(n, 3, GRID, CELL_SIZE, GRID, CELL_SIZE).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(n * CELLS, -1)
+        patches = patches.reshape(n * CELLS, 3 * CELL_SIZE**2)
         energy = patches.square().sum(-1)
         errors, matches = [], []
         for b in range(len(BACKGROUNDS)):

@@ -48,7 +48,7 @@ def geneval_correct(prompts: list[Prompt], detection: Detection) -> torch.Tensor
             )
         else:
             correct.append(all(bool(m.any()) for m in match))
-    return torch.tensor(correct)
+    return torch.tensor(correct, dtype=torch.bool)
 
 
 def _related(a: torch.Tensor, b: torch.Tensor, relation: int) -> bool:
@@ -80,7 +80,7 @@ def edit_scores(
             kept[i] = same[i].float().mean()
         elif edit.kind == "style-change":
             occupied = expected.occupied[i]
-            followed[i] = (same_style[i] & clear[i])[occupied].float().mean()
+            followed[i] = (same_style & seen.occupied & clear)[i][occupied].float().mean()
             kept[i] = torch.cat([(same_object & clear)[i], same_background[i, None]]).float().mean()
         elif edit.kind == "subject-add":
             at = int((source.objects[i] != expected.objects[i]).nonzero()[0, 0])

@@ -41,19 +41,19 @@ class Stage:
     mix: dict[str, float]
     steps: int
     seed: int
-    batch_size: int = 64
-    learning_rate: float = 1e-3
+    batch_size: int = 128
+    learning_rate: float = 1.5e-3
     decay: float = 0.5
     task_weights: dict[str, float] = field(default_factory=lambda: TASK_WEIGHTS)
 
 
 STAGES = {
-    "base": Stage(None, {"t2i": 0.6, "local": 0.26, "global": 0.14}, steps=18000, seed=0, decay=0.0),
-    "t2i": Stage("base", {"t2i": 1.0}, steps=8000, seed=1),
-    "edit": Stage("base", {"local": 0.65, "global": 0.35}, steps=5000, seed=2),
-    "local": Stage("base", {"local": 1.0}, steps=3000, seed=3),
-    "global": Stage("base", {"global": 1.0}, steps=2000, seed=4),
-    "style": Stage("base", {"style": 1.0}, steps=3000, seed=5),
+    "base": Stage(None, {"t2i": 0.6, "local": 0.26, "global": 0.14}, steps=9000, seed=0, decay=0.0),
+    "t2i": Stage("base", {"t2i": 1.0}, steps=4000, seed=1),
+    "edit": Stage("base", {"local": 0.65, "global": 0.35}, steps=3500, seed=2),
+    "local": Stage("base", {"local": 1.0}, steps=2000, seed=3),
+    "global": Stage("base", {"global": 1.0}, steps=1500, seed=4),
+    "style": Stage("base", {"style": 1.0}, steps=1500, seed=5),
 }
 
 

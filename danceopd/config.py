@@ -1,0 +1,241 @@
+"""The configuration: one YAML file, checked whole before anything is computed."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from danceopd.errors import UserError
+from danceopd.methods import METHODS
+from danceopd.query import QUERIES
+from danceopd.rollout import SOLVERS
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Scale = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Student(Section):
+    """init_from: the name of an embedded network, or a .safetensors file."""
+
+    init_from: str = "base"
+
+
+class Source(Section):
+    """A frozen teacher. guidance_scale 1 asks its conditional field; any other makes guidance part of the field."""
+
+    weights: str
+    guidance_scale: Scale = 1.0
+
+
+class Data(Section):
+    """Exactly one of `world` (pictures drawn from `seed`, `size` of them) and `manifest` (a user's own file)."""
+
+    world: Literal["t2i", "style", "edit", "local", "global"] | None = None
+    size: Positive = 20000
+    seed: Count = 1
+    manifest: Path | None = None
+    root: Path | None = None
+
+
+class Capability(Section):
+    """One route: `source` supervises the samples of `data`, drawn with probability `weight` / sum of weights.
+
+    task: edit where every sample has a source picture, t2i where none has. capability: the name in the
+    manifest, if it differs from the key here. student_guidance_scale: the student's own scale for these samples.
+    """
+
+    source: str
+    task: Literal["t2i", "edit"]
+    data: Data
+    capability: str | None = None
+    weight: Weight = 1.0
+    student_guidance_scale: Scale = 1.0
+
+
+class Rollout(Section):
+    num_inference_steps: Positive = 16
+    shift: PositiveFloat = 5.0
+    solver: Literal[*SOLVERS] = "euler"
+
+
+class Query(Section):
+    bias: Literal[*QUERIES] = "low_t"
+    k: Positive = 1
+
+
+class Training(Section):
+    """batch_size samples make one update, in micro-batches of batch_size / gradient_accumulation_steps."""
+
+    output_dir: Path
+    seed: Count = 0
+    max_steps: Positive = 1000
+    batch_size: Positive = 64
+    gradient_accumulation_steps: Positive = 1
+    learning_rate: PositiveFloat = 5e-4
+    warmup_steps: Count = 20
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: Weight = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: Positive = 5
+    save_every: Positive = 100
+    keep_checkpoints: Positive = 2
+    sample_every: Count = 200
+    max_nonfinite_steps: Positive = 10
+
+
+class Evaluation(Section):
+    """Pictures per GenEval task and per edit kind; `every` steps a smaller one of `quick` each, 0 for never."""
+
+    seed: Count = 1234
+    per_task: Positive = 100
+    per_kind: Positive = 100
+    batch_size: Positive = 128
+    every: Count = 0
+    quick: Positive = 30
+
+
+class Config(Section):
+    method: Literal[*METHODS] = "danceopd"
+    student: Student = Student()
+    sources: dict[str, Source] = Field(min_length=1)
+    capabilities: dict[str, Capability] = Field(min_length=1)
+    rollout: Rollout = Rollout()
+    query: Query = Query()
+    training: Training
+    evaluation: Evaluation = Evaluation()
+
+    def to_dict(self) -> dict:
+        """Plain values, as YAML or JSON take them."""
+        return self.model_dump(mode="json")
+
+
+def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides, and check everything that needs no file.
+
+    Raises UserError that lists every mistake with its key, and for an unknown key the nearest valid one.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.y*ml")], n=1)
+        raise UserError(
+            f"no configuration at {path}" + (f"; did you mean {near[0]}?" if near else "")
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return parse_config(raw, overrides, str(path))
+
+
+def parse_config(raw: dict, overrides: list[str] = (), name: str = "configuration") -> Config:
+    """Check a configuration given as plain values. Raises UserError as load_config does."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{name} must be a mapping of keys to values, found {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_list(name, [_explain(item) for item in error.errors()])) from None
+    problems = _cross_check(config)
+    if problems:
+        raise UserError(_list(name, problems))
+    return config
+
+
+def _list(name: str, problems: list[str]) -> str:
+    count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
+    return "\n  ".join([f"{name} has {count}:", *problems])
+
+
+def _override(raw: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {override!r} is not of the form key.sub=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of override {override!r} is not YAML: {error}") from None
+    if isinstance(parsed, str):  # YAML 1.1 reads 5e-4 as text
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    *parents, last = key.strip().split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} holds a value, not keys")
+    node[last] = parsed
+
+
+def nearest(word: str, valid) -> str:
+    """ "; did you mean x?", or the valid words where none is near."""
+    valid = sorted(str(v) for v in valid)
+    near = difflib.get_close_matches(str(word), valid, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(valid)}"
+
+
+def _section_at(location: tuple) -> dict:
+    """The fields of the section that a validation error lies in."""
+    model = Config
+    for key in location[:-1]:
+        if model is None:
+            continue
+        annotation = model.model_fields[key].annotation if key in model.model_fields else model
+        arguments = getattr(annotation, "__args__", ())
+        model = next(
+            (a for a in (annotation, *arguments) if isinstance(a, type) and issubclass(a, Section)), None
+        )
+    return model.model_fields if model else {}
+
+
+def _explain(error: dict) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key{nearest(error['loc'][-1], _section_at(error['loc']))}"
+    if error["type"] == "missing":
+        return f"{key}: required, but not given"
+    if error["type"] == "literal_error":
+        valid = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        return f"{key}: {error['input']!r} is not valid{nearest(error['input'], valid)}"
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
+
+
+def _cross_check(config: Config) -> list[str]:
+    problems = []
+    for name, capability in config.capabilities.items():
+        if capability.source not in config.sources:
+            problems.append(
+                f"capabilities.{name}.source: no source {capability.source!r}{nearest(capability.source, config.sources)}"
+            )
+        data = capability.data
+        if (data.world is None) == (data.manifest is None):
+            problems.append(f"capabilities.{name}.data: give either world or manifest")
+        elif data.world and (capability.task == "t2i") != (data.world in ("t2i", "style")):
+            has = "no source pictures" if data.world in ("t2i", "style") else "source pictures"
+            problems.append(
+                f"capabilities.{name}.task: {capability.task!r}, but world {data.world!r} has {has}"
+            )
+    if sum(c.weight for c in config.capabilities.values()) == 0:
+        problems.append("capabilities: all weights are zero, so no sample would be drawn")
+    training = config.training
+    if training.batch_size % training.gradient_accumulation_steps:
+        problems.append(
+            f"training.gradient_accumulation_steps: {training.gradient_accumulation_steps} does not divide "
+            f"batch_size {training.batch_size}"
+        )
+    return problems

@@ -1,0 +1,90 @@
+"""Watches for silent collapse: norms against the teacher's, and the gradient's running quantiles."""
+
+import math
+from collections import deque
+
+import torch
+
+from danceopd.methods.observed import Observed
+
+RATIO_LIMITS = (0.8, 1.25)  # of a norm to the teacher's
+MOMENTUM = 0.9
+MIN_OBSERVATIONS = 20
+GRADIENT_WINDOW = 200
+GRADIENT_FACTOR = 10.0
+
+
+class Health:
+    """Running ratios of norms by (capability, trajectory index), the teachers' state norms as reference.
+
+    reference: {capability: [N + 1] mean state norm of its teacher's own rollouts, by trajectory index}.
+    """
+
+    def __init__(self, names: list[str], sigmas: torch.Tensor, reference: dict[str, torch.Tensor]):
+        self.names, self.sigmas, self.reference = names, sigmas.tolist(), reference
+        self.velocity: dict[str, list[float]] = {}
+        self.state: dict[str, list[float]] = {}
+        self.gradients: deque[float] = deque(maxlen=GRADIENT_WINDOW)
+
+    def update(self, observed: Observed, gradient_norm: float) -> None:
+        """Take in one step's queries and gradient norm."""
+        norms = [
+            x.float().flatten(1).norm(dim=1) for x in (observed.velocity, observed.target, observed.states)
+        ]
+        for m, i, v, t, s in zip(
+            observed.route.tolist(), observed.depth.tolist(), *(n.tolist() for n in norms), strict=True
+        ):
+            name = self.names[m]
+            key = f"{name}/{i}"
+            self._average(self.velocity, key, v / max(t, 1e-12))
+            self._average(self.state, key, s / max(float(self.reference[name][i]), 1e-12))
+        if math.isfinite(gradient_norm):
+            self.gradients.append(gradient_norm)
+
+    def _average(self, table: dict[str, list[float]], key: str, value: float) -> None:
+        mean, count = table.get(key, (value, 0))
+        table[key] = [MOMENTUM * mean + (1 - MOMENTUM) * value, count + 1]
+
+    def quantiles(self) -> dict[str, float]:
+        """The gradient norm's running 0.1, 0.5 and 0.9 quantiles."""
+        if not self.gradients:
+            return {}
+        values = torch.quantile(torch.tensor(list(self.gradients)), torch.tensor([0.1, 0.5, 0.9])).tolist()
+        return dict(zip(("p10", "p50", "p90"), values, strict=True))
+
+    def summary(self) -> dict:
+        """Ratios averaged over capabilities, by sigma: {"velocity_norm_ratio": {"0.62": 1.01}, ...}."""
+        result = {}
+        for name, table in (("velocity_norm_ratio", self.velocity), ("state_norm_ratio", self.state)):
+            by_sigma: dict[str, list[float]] = {}
+            for key, (mean, _) in table.items():
+                sigma = self.sigmas[int(key.rpartition("/")[2])]
+                by_sigma.setdefault(f"{sigma:.3f}", []).append(mean)
+            result[name] = {sigma: sum(v) / len(v) for sigma, v in sorted(by_sigma.items())}
+        return {**result, "gradient_norm": self.quantiles()}
+
+    def warnings(self, gradient_norm: float) -> list[str]:
+        """What is drifting now, in words; empty while all is well."""
+        low, high = RATIO_LIMITS
+        found = []
+        for what, table in (("velocity", self.velocity), ("rollout state", self.state)):
+            for key, (mean, count) in table.items():
+                if count >= MIN_OBSERVATIONS and not low <= mean <= high:
+                    name, _, index = key.rpartition("/")
+                    found.append(
+                        f"the student's {what} norm at sigma {self.sigmas[int(index)]:.2f} of {name} is "
+                        f"{mean:.2f} times the teacher's"
+                    )
+        median = self.quantiles().get("p50", math.inf)
+        if len(self.gradients) >= MIN_OBSERVATIONS and gradient_norm > GRADIENT_FACTOR * median:
+            found.append(
+                f"the gradient norm {gradient_norm:.3g} is {gradient_norm / median:.0f} times its median"
+            )
+        return found
+
+    def state_dict(self) -> dict:
+        return {"velocity": self.velocity, "state": self.state, "gradients": list(self.gradients)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.velocity, self.state = state["velocity"], state["state"]
+        self.gradients.extend(state["gradients"])

@@ -1,0 +1,352 @@
+"""The training loop: draw, ask the method for its loss, update, watch, log, save."""
+
+import contextlib
+import math
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from danceopd.checkpoint import save_model, write_atomic
+from danceopd.config import Config
+from danceopd.data.sampler import draw_batch, step_generator
+from danceopd.errors import UserError
+from danceopd.evaluation.world import Sampler, score_geneval, score_gedit
+from danceopd.fields import counted, guided
+from danceopd.methods import METHODS
+from danceopd.rollout import rollout
+from danceopd.schedule import sigma_grid
+from danceopd.training.health import Health
+from danceopd.training.log import RunLog, save_grid
+from danceopd.training.setup import Parts, build
+from danceopd.training.state import load_newest, save_state
+
+BATCH, QUERY, PREVIEW = 0, 1, 2  # streams of randomness of one step
+PREVIEW_SAMPLES = 8
+NOT_IDENTITY = (
+    "max_steps",
+    "output_dir",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "sample_every",
+    "device",
+)
+
+
+class Trainer:
+    """A run: its parts, its state, and the loop over updates."""
+
+    def __init__(self, config: Config, parts: Parts):
+        self.config, self.parts, self.device = config, parts, parts.device
+        self.names = list(config.capabilities)
+        self.weights = [c.weight for c in config.capabilities.values()]
+        scales = [c.student_guidance_scale for c in config.capabilities.values()]
+        self.guidance_scales = None if all(s == 1 for s in scales) else scales
+        self.sigmas = sigma_grid(config.rollout.num_inference_steps, config.rollout.shift).to(self.device)
+        self.student = parts.student.train()
+        decay = torch.optim.swa_utils.get_ema_multi_avg_fn(config.training.ema_decay)
+        self.ema = torch.optim.swa_utils.AveragedModel(self.student, multi_avg_fn=decay).eval()
+        training = config.training
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+        )
+        self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
+        self.evaluations: Counter = Counter()
+        self.fields = [counted(field, self.evaluations, "sources") for field in parts.fields]
+        self.health = Health(self.names, self.sigmas, self._reference_norms())
+
+    # --- one update -----------------------------------------------------------------------------------
+
+    def learning_rate(self) -> float:
+        training = self.config.training
+        factor = min(1.0, (self.step + 1) / max(1, training.warmup_steps))
+        if training.lr_schedule == "cosine":
+            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / training.max_steps)))
+        return training.learning_rate * factor
+
+    def draw(self, stream: int = BATCH, batch_size: int | None = None):
+        """The batch of this step, the same at any number of micro-batches and after any interruption."""
+        config = self.student.config
+        generator = step_generator(self.config.training.seed, self.step, stream)
+        n = batch_size or self.config.training.batch_size
+        return draw_batch(
+            self.parts.data,
+            self.weights,
+            n,
+            config.text_length,
+            config.image_size,
+            generator,
+            self.guidance_scales,
+        )
+
+    def student_field(self, module):
+        """The student as a field: counted, in the run's precision, guided if the configuration says so."""
+        bf16 = self.config.training.precision == "bf16"
+
+        def velocity(latents, sigma, conditioning):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+                return module(latents, sigma, conditioning)
+
+        field = counted(velocity, self.evaluations, "student")
+        return field if self.guidance_scales is None else guided(field, self.parts.empty_tokens)
+
+    def update(self) -> dict:
+        """One optimizer step: {"loss", "loss_by_capability", "gradient_norm", ...}; skipped if not finite."""
+        training, rolled = self.config.training, self.config.rollout
+        batch, parts = self.draw(), training.gradient_accumulation_steps
+        generator = step_generator(training.seed, self.step, QUERY)
+        self.optimizer.zero_grad(set_to_none=True)
+        field, seen = self.student_field(self.student), []
+        size = len(batch) // parts
+        for start in range(0, len(batch), size):
+            observed = METHODS[self.config.method](
+                field,
+                self.fields,
+                batch[start : start + size].to(self.device),
+                sigmas=self.sigmas,
+                solver=rolled.solver,
+                bias=self.config.query.bias,
+                k=self.config.query.k,
+                generator=generator,
+            )
+            (observed.loss.sum() / len(batch)).backward()
+            self.evaluations["backward"] += 2 * len(observed.depth)  # a backward costs about two forwards
+            seen.append(observed)
+        loss = torch.cat([observed.loss.detach() for observed in seen])
+        norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), training.max_grad_norm))
+        finite = math.isfinite(norm) and bool(torch.isfinite(loss).all())
+        rate = self.learning_rate()
+        if finite:
+            self.optimizer.param_groups[0]["lr"] = rate
+            self.optimizer.step()
+            self.ema.update_parameters(self.student)
+            for observed in seen:
+                self.health.update(observed, norm)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        self.step += 1
+        by_name = {
+            name: float(loss[batch.route == m].mean())
+            for m, name in enumerate(self.names)
+            if bool((batch.route == m).any())
+        }
+        return {
+            "loss": float(loss.mean()),
+            "loss_by_capability": by_name,
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "network_evaluations": self.evaluations.total(),
+            "skipped": self.skipped,
+        }
+
+    # --- what is watched and shown --------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _reference_norms(self, n: int = 8) -> dict[str, torch.Tensor]:
+        """Mean state norm of each teacher's own rollouts by trajectory index: what the student's should be."""
+        steps = len(self.sigmas) - 1
+        reference = {}
+        for m, name in enumerate(self.names):
+            batch = self._preview(m, n)
+            until = torch.arange(steps + 1).expand(n, -1)
+            states, _ = rollout(self.parts.fields[m], batch.noise, batch.conditioning, self.sigmas, until)
+            reference[name] = states.flatten(2).norm(dim=2).mean(0).cpu()
+        return reference
+
+    def _preview(self, m: int, n: int):
+        """n fixed samples of one capability."""
+        config = self.student.config
+        generator = step_generator(self.config.training.seed, 0, PREVIEW)
+        weights = [float(i == m) for i in range(len(self.names))]
+        batch = draw_batch(
+            self.parts.data,
+            weights,
+            n,
+            config.text_length,
+            config.image_size,
+            generator,
+            self.guidance_scales,
+        )
+        return batch.to(self.device)
+
+    @torch.no_grad()
+    def sample_grid(self, path: Path) -> None:
+        """Draw each capability's fixed samples with the averaged student: sources above, results below."""
+        rows = []
+        until = torch.full((PREVIEW_SAMPLES, 1), len(self.sigmas) - 1)
+        for m in range(len(self.names)):
+            batch = self._preview(m, PREVIEW_SAMPLES)
+            images, _ = rollout(self.ema.module, batch.noise, batch.conditioning, self.sigmas, until)
+            if batch.conditioning.source is not None:
+                rows.append(batch.conditioning.source)
+            rows.append(images[:, 0])
+        save_grid(path, rows)
+
+    def quick_scores(self) -> dict:
+        """The averaged student's two scores on a small set, for the curves."""
+        evaluation, network = self.config.evaluation, self.student.config
+        sampler = Sampler(
+            self.sigmas,
+            self.config.rollout.solver,
+            evaluation.batch_size,
+            network.text_length,
+            network.image_size,
+            self.device,
+        )
+        field, seed = self.ema.module, evaluation.seed + 7
+        return {
+            "geneval_overall": score_geneval(field, sampler, seed, evaluation.quick)["overall"],
+            "gedit_average": score_gedit(field, sampler, seed, evaluation.quick)["average"],
+        }
+
+    # --- state ----------------------------------------------------------------------------------------
+
+    def identity(self) -> dict:
+        """The part of the configuration that a resumed run must share."""
+        values = self.config.to_dict()
+        values.pop("evaluation")
+        values["training"] = {k: v for k, v in values["training"].items() if k not in NOT_IDENTITY}
+        return values
+
+    def state_dict(self) -> dict:
+        return {
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "health": self.health.state_dict(),
+            "evaluations": dict(self.evaluations),
+            "seconds": self.seconds,
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "identity": self.identity(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["identity"] != self.identity():
+            changed = _differences(state["identity"], self.identity())
+            raise UserError(
+                f"{self.config.training.output_dir} holds a run with another configuration ({', '.join(changed)}); "
+                "choose another training.output_dir, or give --overwrite to start again there"
+            )
+        self.student.load_state_dict(state["student"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.health.load_state_dict(state["health"])
+        self.evaluations.update(state["evaluations"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.skipped, self.skipped_in_a_row = state["skipped"]
+
+    def save(self) -> Path:
+        """Write the checkpoint and, beside it, the averaged weights as a network of its own."""
+        folder, training = self.config.training.output_dir, self.config.training
+        path = save_state(folder / "checkpoints", self.state_dict(), training.keep_checkpoints)
+        save_model(self.ema.module, folder / "student.safetensors")
+        return path
+
+    # --- the loop -------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train until max_steps. A checkpoint is left whatever ends the run.
+
+        Raises UserError when too many updates in a row were not finite, or a checkpoint can't be written;
+        KeyboardInterrupt passes through once the checkpoint is written.
+        """
+        training, folder = self.config.training, self.config.training.output_dir
+        log = RunLog(folder, self.step)
+        bar = tqdm(
+            total=training.max_steps, initial=self.step, unit="step", dynamic_ncols=True, smoothing=0.05
+        )
+        warned: set[str] = set()
+        saved = self.step
+        try:
+            if self.config.evaluation.every and self.step == 0:
+                log.write(0, {"network_evaluations": 0, "evaluation": self.quick_scores()})
+            while self.step < training.max_steps:
+                start = time.monotonic()
+                record = self.update()
+                elapsed = time.monotonic() - start
+                self.seconds += elapsed
+                rate = training.batch_size / elapsed
+                bar.update()
+                bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.1f} samples/s", refresh=False)
+                if self.skipped_in_a_row >= training.max_nonfinite_steps:
+                    raise UserError(
+                        f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
+                        f"(step {self.step}); lower training.learning_rate or look at the data, then run again: "
+                        "it goes on from the checkpoint"
+                    )
+                if self.step % training.log_every == 0 or self.step == training.max_steps:
+                    seconds = round(self.seconds, 3)
+                    log.write(self.step, {**record, "samples_per_second": rate, "seconds": seconds})
+                for warning in self.health.warnings(record["gradient_norm"]):
+                    kind = warning.split(" is ")[0]
+                    if kind not in warned:
+                        warned.add(kind)
+                        tqdm.write(f"warning at step {self.step}: {warning}")
+                        log.write(self.step, {"warning": warning})
+                if training.sample_every and self.step % training.sample_every == 0:
+                    self.sample_grid(folder / "samples" / f"step-{self.step:08d}.png")
+                every = self.config.evaluation.every
+                if every and self.step % every == 0:
+                    record = {
+                        "network_evaluations": self.evaluations.total(),
+                        "evaluation": self.quick_scores(),
+                    }
+                    log.write(self.step, record)
+                if self.step % training.save_every == 0:
+                    log.write(self.step, {"health": self.health.summary()})
+                    self.save()
+                    saved = self.step
+        finally:
+            bar.close()
+            log.close()
+            if saved != self.step or not (folder / "student.safetensors").exists():
+                with contextlib.suppress(KeyboardInterrupt):
+                    self.save()
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """The keys that two configurations disagree on."""
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            changed.append(f"{prefix}{key}")
+    return changed
+
+
+def train(config: Config, overwrite: bool = False) -> Path:
+    """Run the training of a configuration, going on from its newest checkpoint if there is one.
+
+    Returns the folder of the run. Raises UserError for anything a user can mend, before the first step
+    wherever possible.
+    """
+    torch.manual_seed(config.training.seed)
+    parts = build(config)
+    folder = config.training.output_dir
+    if overwrite:
+        for path in (folder / "checkpoints").glob("step-*.pt"):
+            path.unlink()
+    trainer = Trainer(config, parts)
+    state, messages = load_newest(folder / "checkpoints")
+    for message in messages:
+        print(f"warning: {message}")
+    if state:
+        trainer.load_state_dict(state)
+        print(f"going on from step {trainer.step} of {folder}")
+    write_atomic(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed job saves too
+    try:
+        trainer.run()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return folder

@@ -1,0 +1,105 @@
+"""Everything a run needs, found and loaded before the first step; what is missing is listed at once."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from danceopd.backbones.dit import DiT
+from danceopd.checkpoint import load_model, resolve_weights
+from danceopd.config import Config
+from danceopd.data.manifest import ManifestData
+from danceopd.data.world import WorldData
+from danceopd.errors import UserError
+from danceopd.fields import Field, guided
+from danceopd.tokenizer import tokenize
+
+
+@dataclass
+class Parts:
+    """The student, each route's frozen field and data set in the order of `config.capabilities`, the device."""
+
+    student: DiT
+    fields: list[Field]
+    data: list
+    empty_tokens: torch.Tensor
+    device: torch.device
+
+
+def build(config: Config) -> Parts:
+    """Load the student, the sources and the data.
+
+    Raises UserError that lists every file, row or device that is missing or does not fit.
+    """
+    problems: list[str] = []
+
+    def attempt(key, function, *args):
+        try:
+            return function(*args)
+        except (ValueError, OSError) as error:
+            problems.append(f"{key}: {error}")
+
+    device = attempt("training.device", _device, config.training.device)
+    student = attempt("student.init_from", _load, config.student.init_from)
+    networks = {
+        name: attempt(f"sources.{name}.weights", _load, source.weights)
+        for name, source in config.sources.items()
+    }
+    image_size = student.config.image_size if student else 32
+    for name, network in networks.items():
+        if network and student and network.config != student.config:
+            problems.append(
+                f"sources.{name}.weights: its network {network.config} is not the student's {student.config}"
+            )
+    data = [
+        attempt(f"capabilities.{name}.data", _load_data, name, capability, image_size)
+        for name, capability in config.capabilities.items()
+    ]
+    attempt("training.output_dir", _check_folder, config.training.output_dir)
+    if problems:
+        raise UserError("\n  ".join(["this run cannot start:", *problems]))
+    empty_tokens = tokenize([""], student.config.text_length)[0].to(device)
+    fields = []
+    for capability in config.capabilities.values():
+        network = networks[capability.source].to(device).requires_grad_(False)
+        fields.append(guided(network, empty_tokens, config.sources[capability.source].guidance_scale))
+    return Parts(student.to(device), fields, data, empty_tokens, device)
+
+
+def _load(weights: str) -> DiT:
+    return load_model(resolve_weights(weights))
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device is available; use cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _load_data(name: str, capability, image_size: int):
+    data = capability.data
+    if data.world:
+        return WorldData(data.world, data.size, data.seed)
+    rows = ManifestData(data.manifest, capability.capability or name, image_size, root=data.root)
+    if capability.task == "edit" and not rows.has_source:
+        raise UserError(f"task is edit, but no row of {capability.capability or name!r} has a source_image")
+    if capability.task == "t2i" and rows.has_source:
+        raise UserError(f"task is t2i, but the rows of {capability.capability or name!r} have a source_image")
+    return rows
+
+
+def _check_folder(folder: Path) -> None:
+    """Fail now, not after an hour: the folder can be written, and the disk has room for some checkpoints."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another output_dir"
+        ) from None
+    free = shutil.disk_usage(folder).free
+    if free < 200 * 2**20:
+        raise UserError(f"only {free // 2**20} MiB are free at {folder}; checkpoints need 200 MiB")

@@ -1,0 +1,443 @@
+"""User manifests and the picture world as training data."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from danceopd.data import manifest as manifest_module
+from danceopd.data.manifest import (
+    ManifestData,
+    check_manifest,
+    decode_picture,
+    fit_square,
+    read_manifest,
+)
+from danceopd.data.world import CAPABILITIES, WorldData, write_world
+from danceopd.world.detector import detect
+from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS
+
+
+def picture(path, size=(8, 8), color=(255, 0, 0), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path, **options)
+    return path
+
+
+def jsonl(path, records):
+    lines = (item if isinstance(item, str) else json.dumps(item) for item in records)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def good(**changes):
+    return {"task": "t2i", "prompt": "a dog", "target_image": "a.png", **changes}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data folder with one good picture, within a folder that holds another one."""
+    picture(tmp_path / "outside.png")
+    picture(tmp_path / "data" / "a.png")
+    return tmp_path / "data"
+
+
+def message_of(folder, record, **options):
+    """The message about one record, which follows a good line and must be reported on line 2."""
+    path = jsonl(folder / "m.jsonl", [good(), record])
+    problems = check_manifest(path, **options)
+    assert [problem.line for problem in problems] == [2], problems
+    return problems[0].message
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ({"task": "t2i"}, "no prompt"),
+        (good(prompt="  "), "no prompt"),
+        (good(prompt=3), "prompt is 3, not text"),
+        (good(prompt=None), "no prompt"),
+        (good(prompt="\ud800"), "lone surrogate"),
+        ({"prompt": "a dog"}, "no task"),
+        (good(capability="edit"), "differ"),
+        (good(task=3), "task is 3, not text"),
+        (good(task=3, capability="t2i"), "task is 3, not text"),
+        (good(id=True), "id is true, not text"),
+        (good(id="line 1"), "that of line 1"),
+        (good(target_image="b.png"), "target_image 'b.png' is not there"),
+        (good(target_image="."), "not a file"),
+        (good(source_image="../outside.png"), "leads out of"),
+        (good(source_image="a.png/../../outside.png"), "leads out of"),
+        (good(source_image="a\0.png"), "not a path"),
+        (good(source_image="a" * 5000), "not a path"),
+        (good(source_image=["a.png"]), "not text"),
+    ],
+)
+def test_each_bad_line_is_reported(folder, record, words):
+    assert words in message_of(folder, record)
+
+
+def test_paths_that_leave_the_folder(folder):
+    assert "absolute" in message_of(folder, good(target_image=str(folder / "a.png")))
+    (folder / "link.png").symlink_to(folder.parent / "outside.png")
+    assert "leads out of" in message_of(folder, good(target_image="link.png"))
+    (folder / "door").symlink_to(folder.parent)
+    assert "leads out of" in message_of(folder, good(target_image="door/outside.png"))
+    (folder / "ring.png").symlink_to(folder / "ring.png")
+    assert "ring.png" in message_of(folder, good(target_image="ring.png"))
+
+
+def test_paths_that_stay_in_the_folder(folder):
+    (folder / "link.png").symlink_to(folder / "a.png")
+    (folder / "sub").mkdir()
+    path = jsonl(folder / "m.jsonl", [good(target_image=name) for name in ("link.png", "sub/../a.png")])
+    rows, problems = read_manifest(path)
+    assert not problems
+    assert {row.target_image for row in rows} == {(folder / "a.png").resolve()}
+    path = jsonl(folder / "sub" / "m.jsonl", [good()])
+    assert check_manifest(path)[0].line == 1
+    assert not check_manifest(path, root=folder)
+
+
+def test_damaged_pictures(folder, monkeypatch):
+    (folder / "text.png").write_text("hello")
+    assert "not a picture" in message_of(folder, good(source_image="text.png"))
+    (folder / "none.png").touch()
+    assert "not a picture" in message_of(folder, good(source_image="none.png"))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for name in ("cut.png", "cut.jpg"):
+        noise.save(folder / name)
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+        assert "can't be decoded" in message_of(folder, good(source_image=name))
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(folder / "float.tiff")
+    assert "floating-point" in message_of(folder, good(source_image="float.tiff"))
+    Image.fromarray(np.full((4, 4), 70_000, dtype=np.int32)).save(folder / "deep.tiff")
+    assert "16 bits" in message_of(folder, good(source_image="deep.tiff"))
+    picture(folder / "big.png", size=(30, 10))
+    monkeypatch.setattr(manifest_module, "MAX_PIXELS", 299)
+    assert "30 x 10" in message_of(folder, good(source_image="big.png"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert "far over" in message_of(folder, good(source_image="big.png"))
+
+
+def test_all_problems_in_one_pass(folder):
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    records = [
+        good(id="a"),
+        "oops",
+        "",
+        {"id": "a", "target_image": "bad.png", "source_image": "../x"},
+        good(task="edit"),
+        good(target_image="bad.png"),
+        good(task="edit", source_image="a.png"),
+        good(task="edit", source_image=" "),
+        good(id=[1]),
+        good(id=[2]),
+    ]
+    path = jsonl(folder / "m.jsonl", records)
+    problems = check_manifest(path, needs_source=["edit"])
+    assert [problem.line for problem in problems] == [2, 4, 4, 4, 4, 4, 5, 6, 8, 9, 10]
+    assert str(problems[0]).startswith("line 2: not JSON")
+    text = " | ".join(problem.message for problem in problems[1:6])
+    for words in ("no task", "no prompt", "leads out", "id 'a' is that of line 1 too", "picture bad.png"):
+        assert words in text
+    assert "needs a source_image" in problems[6].message
+    assert "needs a source_image" in problems[8].message
+    rows, _ = read_manifest(path, needs_source=["edit"])
+    assert [row.line for row in rows] == [1, 6, 7]  # without decoding, line 6 is good
+
+
+def test_files_of_no_use(folder):
+    with pytest.raises(FileNotFoundError, match="no manifest"):
+        read_manifest(folder / "none.jsonl")
+    with pytest.raises(ValueError, match="is a folder"):
+        read_manifest(folder)
+    for name in ("m.jsonl", "m.csv"):
+        (folder / name).write_bytes(b" \n\n")
+        with pytest.raises(ValueError, match="is empty"):
+            read_manifest(folder / name)
+        (folder / name).write_bytes("ok\ncafé".encode("latin-1"))
+        with pytest.raises(ValueError, match=r"not UTF-8 \(line 2\)"):
+            read_manifest(folder / name)
+    (folder / "m.csv").write_text("task,prompt\n")
+    with pytest.raises(ValueError, match="no rows"):
+        read_manifest(folder / "m.csv")
+    (folder / "m.txt").write_text("{}")
+    with pytest.raises(ValueError, match=r"\.jsonl or \.csv"):
+        read_manifest(folder / "m.txt")
+    with pytest.raises(FileNotFoundError, match="folder of pictures"):
+        read_manifest(jsonl(folder / "m.jsonl", [good()]), root=folder / "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("id;task;prompt\n1;t2i;a dog\n", 1, "separated by commas"),
+        ("id,prompt\n1,a dog\n", 1, "no column 'task'"),
+        ("task,prompt,prompt\nt2i,a,b\n", 1, "named twice: prompt"),
+        ("task,prompt\nt2i,a dog,and a cat\n", 2, "3 cells under 2 columns"),
+        ("task,prompt\nt2i\n", 2, "no prompt"),
+        ('task,prompt\nt2i,"two\nlines"\n\nt2i,\n', 5, "no prompt"),
+        ('task,prompt\nt2i,a dog\nt2i,"open\nend\n', 3, "close every quote"),
+    ],
+)
+def test_csv_problems(folder, text, line, words):
+    (folder / "m.csv").write_text(text)
+    problems = check_manifest(folder / "m.csv")
+    assert [problem.line for problem in problems] == [line]
+    assert words in problems[0].message
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_csv_and_jsonl_are_equal(folder, encoding, newline):
+    records = [
+        {"id": "1", "task": "t2i", "prompt": 'a "red" dog, größer', "target_image": "a.png", "note": "x"},
+        {
+            "id": "2",
+            "task": "edit",
+            "prompt": "add 狗\u2028",
+            "target_image": "a.png",
+            "source_image": "a.png",
+        },
+        {"task": "t2i", "prompt": "no pictures"},
+    ]
+    buffer = io.StringIO(newline="")
+    columns = ["id", "task", "prompt", "note", "source_image", "target_image"]
+    writer = csv.DictWriter(buffer, columns, lineterminator=newline)
+    writer.writeheader()
+    writer.writerows(records)
+    (folder / "m.csv").write_bytes(buffer.getvalue().encode(encoding))
+    text = newline.join(json.dumps(record, ensure_ascii=False) for record in records)
+    (folder / "m.JSONL").write_bytes(text.encode(encoding))
+    (rows, problems), (other, other_problems) = (
+        read_manifest(folder / name) for name in ("m.csv", "m.JSONL")
+    )
+    assert problems == other_problems == []
+    keys = ("id", "capability", "prompt", "source_image", "target_image")
+    strip = [[getattr(row, key) for key in keys] for row in rows[:2]]
+    assert strip == [[getattr(row, key) for key in keys] for row in other[:2]]
+    assert [(row.line, row.id) for row in rows] == [(2, "1"), (3, "2"), (4, "line 4")]
+    assert [(row.line, row.id) for row in other] == [(1, "1"), (2, "2"), (3, "line 3")]
+    assert rows[1].prompt == "add 狗"
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "name", "expected"),
+    [
+        ("RGB", (10, 20, 30), "p.png", (10, 20, 30)),
+        ("L", 77, "p.png", (77, 77, 77)),
+        ("1", 1, "p.png", (255, 255, 255)),
+        ("RGBA", (10, 20, 30, 255), "p.png", (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 0), "p.png", (255, 255, 255)),
+        ("RGBA", (0, 0, 0, 51), "p.webp", (204, 204, 204)),
+        ("LA", (100, 0), "p.png", (255, 255, 255)),
+        ("I;16", 65535, "p.png", (255, 255, 255)),
+        ("I;16", 257 * 99, "p.png", (99, 99, 99)),
+        ("I;16B", 257 * 99, "p.tiff", (99, 99, 99)),
+        ("CMYK", (255, 0, 0, 0), "p.jpg", (0, 255, 255)),
+        ("YCbCr", (128, 128, 128), "p.jpg", (128, 128, 128)),
+    ],
+)
+def test_modes(tmp_path, mode, color, name, expected):
+    options = {"lossless": True} if name.endswith("webp") else {}
+    result = decode_picture(picture(tmp_path / name, (6, 4), color, mode, **options))
+    assert result.mode == "RGB"
+    assert result.size == (6, 4)
+    assert np.abs(np.asarray(result).astype(int) - expected).max() <= (1 if name.endswith("jpg") else 0)
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "p.png")
+    image.save(tmp_path / "t.png", transparency=0)
+    plain, transparent = (np.asarray(decode_picture(tmp_path / name)) for name in ("p.png", "t.png"))
+    assert plain.tolist() == [[[10, 20, 30], [40, 50, 60]]]
+    assert transparent.tolist() == [[[255, 255, 255], [40, 50, 60]]]
+
+
+def test_exif_orientation(tmp_path):
+    image = Image.new("RGB", (4, 2))
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image.save(tmp_path / "p.png", exif=exif)
+    result = decode_picture(tmp_path / "p.png")
+    assert result.size == (2, 4)
+    assert result.getpixel((1, 0)) == (255, 255, 255)
+
+
+def test_text_in_a_picture_is_harmless(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("note", "x" * 3_000_000, zip=True)  # expands to more than Pillow allows
+    path = picture(tmp_path / "p.png", pnginfo=info)
+    with pytest.raises(ValueError, match=r"decoded|not a picture"):
+        decode_picture(path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_any_size_becomes_a_square(tmp_path_factory, width, height, size, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    folder = tmp_path_factory.mktemp("any")
+    Image.fromarray(pixels).save(folder / "a.png")
+    result = ManifestData(jsonl(folder / "m.jsonl", [good()]), "t2i", size).targets([0])
+    assert result.shape == (1, 3, size, size)
+    assert result.dtype == torch.float32
+    assert result.abs().max() <= 1
+    if width == height == size:
+        assert torch.equal(result[0], torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40), st.integers(0, 255))
+def test_one_colour_stays_that_colour(width, height, size, value):
+    result = fit_square(Image.new("RGB", (width, height), (value, 0, 255)), size)
+    assert result.getcolors() == [(size * size, (value, 0, 255))]
+
+
+def test_the_middle_is_kept_as_it_is():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 40, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(fit_square(Image.fromarray(pixels), 16)), pixels[:, 12:28])
+
+
+def test_manifest_data(folder):
+    picture(folder / "b.png", (30, 20), (0, 0, 255))
+    records = [
+        good(prompt="one"),
+        good(task="edit", prompt="two", source_image="a.png", target_image="b.png"),
+        good(prompt="three", target_image="b.png"),
+        good(task="style", target_image=None),
+    ]
+    path = jsonl(folder / "m.jsonl", records)
+    data = ManifestData(path, "t2i", 16)
+    assert len(data) == 2
+    assert data.prompts([1, 0, 1]) == ["three", "one", "three"]
+    assert not data.has_source
+    assert data.sources([0]) is None
+    targets = data.targets([1, 0, 1])
+    assert targets[:, :, 3, 3].tolist() == [[-1, -1, 1], [1, -1, -1], [-1, -1, 1]]
+    assert torch.equal(data.targets([1, 0, 1]), targets)  # the second time from memory
+    assert data.targets([]).shape == (0, 3, 16, 16)
+    edit = ManifestData(path, "edit", 16)
+    assert edit.has_source
+    assert edit.sources([0])[0, :, 0, 0].tolist() == [1, -1, -1]
+    assert ManifestData(path, "style", 16).targets([0]) is None
+    with pytest.raises(ValueError, match=r"no rows of 'edits'.*edit, style, t2i.*mean 'edit'"):
+        ManifestData(path, "edits", 16)
+
+
+def test_mixtures_of_pictures_are_refused(folder):
+    path = jsonl(folder / "m.jsonl", [good(source_image="a.png")] + [good()] * 7)
+    with pytest.raises(ValueError, match=r"7 of 8 .*source_image \(line 2, 3, 4, 5, 6, and 2 more\)"):
+        ManifestData(path, "t2i", 8)
+    data = ManifestData(jsonl(path, [good(), good(target_image=None)]), "t2i", 8)
+    with pytest.raises(ValueError, match=r"target_image \(line 2\)"):
+        data.targets([0])
+
+
+def test_problems_stop_training(folder):
+    path = jsonl(folder / "m.jsonl", [good(), "oops"])
+    with pytest.raises(ValueError, match=r"1 problem.*line 2: not JSON"):
+        ManifestData(path, "t2i", 8)
+    jsonl(path, [good(), good(target_image="cut.png")])
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:40])
+    data = ManifestData(path, "t2i", 8)
+    data.targets([0])
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 2: target_image .*cut\.png"):
+        data.targets([0, 1])
+
+
+def test_memory_for_pictures_is_limited(folder, monkeypatch):
+    monkeypatch.setattr(manifest_module, "CACHE_BYTES", 3 * 8 * 8)
+    picture(folder / "b.png", color=(0, 255, 0))
+    data = ManifestData(jsonl(folder / "m.jsonl", [good(), good(target_image="b.png")]), "t2i", 8)
+    for _ in range(2):
+        assert data.targets([0, 1])[:, 0, 0, 0].tolist() == [1, -1]
+    assert len(data._cache) == 1
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("split", ["seen", "held_out"])
+def test_world_data(capability, split):
+    data, again, other = (WorldData(capability, 64, seed, split) for seed in (3, 3, 4))
+    index = [5, 0, 63, 5]
+    assert len(data) == 64
+    assert data.prompts(index) == again.prompts(index)
+    assert data.prompts(list(range(64))) != other.prompts(list(range(64)))
+    targets = data.targets(index)
+    assert targets.shape == (4, 3, 32, 32)
+    assert targets.dtype == torch.float32
+    assert torch.equal(targets, again.targets(index))
+    assert torch.equal(targets[0], targets[3])
+    assert data.has_source == (capability in ("edit", "local", "global"))
+    assert (data.sources(index) is not None) == data.has_source
+    if data.has_source:
+        assert torch.equal(data.sources(index), again.sources(index))
+        assert (data.sources(index) != targets).flatten(1).any(1).all()  # every edit changes something
+
+
+def test_world_capabilities_differ():
+    index = list(range(100))
+    verbs = {
+        capability: {text.split()[0] for text in WorldData(capability, 100, 0).prompts(index)}
+        for capability in ("local", "global", "edit")
+    }
+    assert verbs["local"] == {"add", "remove", "replace", "make"}
+    assert verbs["global"] == {"change", "turn"}
+    assert verbs["edit"] == verbs["local"] | verbs["global"]
+    assert (len(LOCAL_KINDS), len(GLOBAL_KINDS)) == (4, 2)
+    assert len(KINDS) == 6
+    assert all(text.startswith("a sketch of") for text in WorldData("style", 9, 0).prompts(list(range(9))))
+    assert detect(WorldData("style", 9, 0).targets(list(range(9)))).scene.style.eq(1).all()
+
+
+def test_world_refuses():
+    with pytest.raises(ValueError, match=r"'styles'.*did you mean 'style'"):
+        WorldData("styles", 4, 0)
+    with pytest.raises(ValueError, match=r"'heldout'.*did you mean 'held_out'"):
+        WorldData("t2i", 4, 0, "heldout")
+    with pytest.raises(ValueError, match="0 samples"):
+        WorldData("t2i", 0, 0)
+
+
+def test_world_round_trip(tmp_path):
+    path = write_world(tmp_path / "world", ["t2i", "edit"], size=12, seed=7)
+    assert path == tmp_path / "world" / "manifest.jsonl"
+    assert check_manifest(path, needs_source=["edit"]) == []
+    index = list(range(12))
+    for capability in ("t2i", "edit"):
+        data, read = WorldData(capability, 12, 7), ManifestData(path, capability, 32)
+        assert len(read) == len(data)
+        assert read.prompts(index) == data.prompts(index)
+        assert read.has_source == data.has_source
+        torch.testing.assert_close(read.targets(index), data.targets(index), atol=1 / 255 + 1e-6, rtol=0)
+    torch.testing.assert_close(read.sources(index), data.sources(index), atol=1 / 255 + 1e-6, rtol=0)
+    with pytest.raises(FileExistsError, match="there already"):
+        write_world(tmp_path / "world", ["t2i"], size=1, seed=0)
+    with pytest.raises(ValueError, match="no capability"):
+        write_world(tmp_path / "other", ["t2i", "paint"], size=1, seed=0)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_broken_write_leaves_no_manifest(tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_world(tmp_path, ["t2i"], size=1, seed=0)
+    assert not (tmp_path / "manifest.jsonl").exists()
