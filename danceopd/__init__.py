@@ -1,0 +1,1 @@
+"""DanceOPD: on-policy generative field distillation."""

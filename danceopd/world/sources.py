@@ -48,7 +48,7 @@ class Stage:
 
 
 STAGES = {
-    "base": Stage(None, {"t2i": 0.6, "local": 0.26, "global": 0.14}, steps=9000, seed=0, decay=0.0),
+    "base": Stage(None, {"t2i": 0.6, "local": 0.26, "global": 0.14}, steps=2000, seed=0, decay=0.0),
     "t2i": Stage("base", {"t2i": 1.0}, steps=4000, seed=1),
     "edit": Stage("base", {"local": 0.65, "global": 0.35}, steps=3500, seed=2),
     "local": Stage("base", {"local": 1.0}, steps=2000, seed=3),
@@ -170,7 +170,7 @@ def train_source(name: str, folder: Path, log_every: int = 250) -> Path:
                 flush=True,
             )
             losses = []
-        if step % 1000 == 0 or step == stage.steps:
+        if step % 500 == 0 or step == stage.steps:
             state = {
                 "model": model.state_dict(),
                 "ema": ema.state_dict(),

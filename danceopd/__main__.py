@@ -1,0 +1,8 @@
+"""python -m danceopd."""
+
+import sys
+
+from danceopd.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

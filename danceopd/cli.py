@@ -1,0 +1,209 @@
+"""The command line: danceopd train | evaluate | sample | report | sources | data."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from danceopd.errors import UserError
+
+DESCRIPTION = "Distil several flow-matching models into one student on its own trajectories (DanceOPD)."
+EPILOG = """examples:
+  danceopd train --config configs/demo.yaml                     train, or go on where a run stopped
+  danceopd train --config configs/demo.yaml training.max_steps=50 training.output_dir=runs/short
+  danceopd report runs/demo                                      score every row, write report.html
+  danceopd evaluate runs/demo/student.safetensors --json row.json
+  danceopd sample base "a photo of a red car and a blue cup" -o cups.png
+  danceopd sources                                               the networks that ship with the package
+  danceopd data check my_data/manifest.jsonl                     every problem of a manifest, by line
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("danceopd", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train a student as a configuration says")
+    add_train_arguments(command)
+    command.set_defaults(run=run_train)
+
+    command = commands.add_parser("evaluate", help="score any checkpoint on the picture world")
+    command.add_argument("checkpoint", help="a .safetensors file, or the name of an embedded network")
+    command.add_argument("--json", type=Path, help="write the row there")
+    command.add_argument("--seed", type=int, default=1234, help="seed of prompts, placements and noise (%(default)s)")
+    command.add_argument("--name", help="the row's name (the file's name without)")
+    command.add_argument("--per-task", type=int, default=100, help="pictures per GenEval task (%(default)s)")
+    command.add_argument("--per-kind", type=int, default=100, help="pictures per edit kind (%(default)s)")
+    add_sampling_arguments(command)
+    command.set_defaults(run=run_evaluate)
+
+    command = commands.add_parser("sample", help="draw or edit pictures with a checkpoint")
+    command.add_argument("checkpoint", help="a .safetensors file, or the name of an embedded network")
+    command.add_argument("prompts", nargs="+", help='for example "a photo of two cats", or "add a red cup"')
+    command.add_argument("--source", type=Path, help="the picture to edit, of any size")
+    command.add_argument("-o", "--output", type=Path, default=Path("sample.png"), help="PNG to write (%(default)s)")
+    command.add_argument("--count", type=int, default=4, help="pictures per prompt (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the noise (%(default)s)")
+    add_sampling_arguments(command)
+    command.set_defaults(run=run_sample)
+
+    command = commands.add_parser("report", help="score every row of a run; write results.json and report.html")
+    command.add_argument("folder", type=Path, help="the output_dir of a training")
+    command.set_defaults(run=run_report)
+
+    command = commands.add_parser("sources", help="list the embedded networks, or train them again")
+    command.add_argument("action", nargs="?", choices=("list", "train", "card"), default="list")
+    command.add_argument("--only", nargs="+", metavar="NAME", help="these networks only")
+    command.add_argument("--folder", type=Path, default=Path("runs/sources"), help="where to train (%(default)s)")
+    command.set_defaults(run=run_sources)
+
+    command = commands.add_parser("data", help="check a manifest, or write the picture world as one")
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="list every problem of a manifest and its pictures, by line")
+    check.add_argument("manifest", type=Path, help="JSONL or CSV: id, task, prompt, source_image, target_image")
+    check.add_argument("--root", type=Path, help="the folder of the pictures (the manifest's own without)")
+    check.add_argument("--needs-source", nargs="*", default=(), metavar="TASK", help="tasks that must have sources")
+    check.set_defaults(run=run_data_check)
+    write = actions.add_parser("world", help="write pictures of the world as PNGs with a manifest")
+    write.add_argument("folder", type=Path)
+    write.add_argument("--size", type=int, default=1000, help="samples per capability (%(default)s)")
+    write.add_argument("--seed", type=int, default=0)
+    write.add_argument("--capabilities", nargs="+", default=["t2i", "edit"])
+    write.set_defaults(run=run_data_world)
+    return parser
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file, for example configs/demo.yaml")
+    parser.add_argument("--overwrite", action="store_true", help="start again where a finished or other run lies")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example training.max_steps=4")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-inference-steps", type=int, default=16, help="solver steps (%(default)s)")
+    parser.add_argument("--shift", type=float, default=5.0, help="shift of the noise levels (%(default)s)")
+    parser.add_argument("--solver", choices=("euler", "heun"), default="euler")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is without guidance (%(default)s)")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from danceopd.config import load_config
+    from danceopd.training.loop import train
+
+    folder = train(load_config(args.config, args.overrides), overwrite=args.overwrite)
+    print(f"student: {folder / 'student.safetensors'}\nlog:     {folder / 'log.jsonl'}")
+    print(f"next:    danceopd report {folder}")
+
+
+def _field_and_sampler(args: argparse.Namespace):
+    from danceopd.checkpoint import load_model, resolve_weights
+    from danceopd.evaluation.run import as_field
+    from danceopd.evaluation.world import Sampler
+    from danceopd.schedule import sigma_grid
+
+    network = load_model(resolve_weights(args.checkpoint))
+    sigmas = sigma_grid(args.num_inference_steps, args.shift)
+    size = network.config
+    sampler = Sampler(sigmas, args.solver, text_length=size.text_length, image_size=size.image_size)
+    return as_field(network, args.guidance_scale), sampler
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    from danceopd.checkpoint import write_atomic
+    from danceopd.evaluation.report import format_table
+    from danceopd.evaluation.world import score_row
+
+    if args.per_task < 1 or args.per_kind < 1:
+        raise UserError("--per-task and --per-kind must be at least 1")
+    field, sampler = _field_and_sampler(args)
+    name = args.name or Path(args.checkpoint).stem
+    row = score_row(name, field, sampler, args.seed, args.per_task, args.per_kind)
+    print(format_table({"rows": [row]}))
+    if args.json:
+        write_atomic(args.json, (json.dumps(row, indent=1) + "\n").encode())
+        print(f"wrote {args.json}")
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    import torch
+
+    from danceopd.data.manifest import load_picture
+    from danceopd.training.log import save_grid
+
+    field, sampler = _field_and_sampler(args)
+    source = None
+    if args.source:
+        source = load_picture(args.source, sampler.image_size).expand(args.count, -1, -1, -1)
+    rows = [] if source is None else [source]
+    for prompt in args.prompts:
+        rows.append(sampler(field, [prompt] * args.count, source, args.seed))
+    save_grid(args.output, [torch.as_tensor(row) for row in rows], scale=6)
+    print(f"wrote {args.output}")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from danceopd.evaluation.report import format_table
+    from danceopd.evaluation.run import evaluate_run
+
+    results = evaluate_run(args.folder, lambda rows: tqdm(rows, desc="scoring", unit="row"))
+    print(format_table(results))
+    print("\n".join(f"wrote {args.folder / name}" for name in ("results.json", "report.html")))
+
+
+def run_sources(args: argparse.Namespace) -> None:
+    from danceopd.checkpoint import SHIPPED, shipped_sources
+    from danceopd.world import sources
+
+    unknown = set(args.only or ()) - set(sources.STAGES)
+    if unknown:
+        raise UserError(f"no source {sorted(unknown)}; there are {', '.join(sources.STAGES)}")
+    names = args.only or list(sources.STAGES)
+    if args.action == "list":
+        print("\n".join(f"{name:8s} {SHIPPED / name}.safetensors" for name in shipped_sources()))
+        print(f"scores and how they were trained: {SHIPPED / 'README.md'}")
+    elif args.action == "train":
+        args.folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            print(f"wrote {sources.train_source(name, args.folder)}")
+    else:
+        print(f"wrote {sources.write_card(args.folder)}")
+
+
+def run_data_check(args: argparse.Namespace) -> int:
+    from danceopd.data.manifest import check_manifest
+
+    problems = check_manifest(args.manifest, args.root, tuple(args.needs_source))
+    for problem in problems:
+        print(problem)
+    print(f"{args.manifest}: " + (f"{len(problems)} problems" if problems else "no problems"))
+    return 1 if problems else 0
+
+
+def run_data_world(args: argparse.Namespace) -> None:
+    from danceopd.data.world import write_world
+
+    print(f"wrote {write_world(args.folder, args.capabilities, args.size, args.seed)}")
+
+
+def guarded(function, args) -> int:
+    """Run a command; what a user can mend is printed without a trace. Returns the exit status."""
+    try:
+        return function(args) or 0
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"danceopd: {error}", file=sys.stderr)
+        return 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return guarded(args.run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

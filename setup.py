@@ -1,0 +1,35 @@
+"""Installs the package `danceopd`; see README.md."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="danceopd",
+    version="0.1.0",
+    description="On-policy generative field distillation: several flow-matching models become one student",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["danceopd", "danceopd.*"]),
+    package_data={
+        "danceopd.world": ["assets/*", "assets/sources/*"],
+        "danceopd.evaluation": ["*.j2"],
+    },
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "tokenizers>=0.20",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "pillow>=10.0",
+        "tqdm>=4.66",
+        "tensorboard>=2.15",
+        "matplotlib>=3.8",
+        "jinja2>=3.1",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "diffusers>=0.32"],
+        "flash-attn": ["flash-attn>=2.6"],
+    },
+    entry_points={"console_scripts": ["danceopd=danceopd.cli:main"]},
+)
