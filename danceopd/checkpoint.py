@@ -9,7 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.errors import UserError
 
 SHIPPED = Path(__file__).parent / "world" / "assets" / "sources"
 
@@ -27,9 +26,7 @@ def resolve_weights(weights: str) -> Path:
     if weights in shipped_sources():
         return SHIPPED / f"{weights}.safetensors"
     if not Path(weights).is_file():
-        raise FileNotFoundError(
-            f"no file {weights!r}, nor an embedded network ({', '.join(shipped_sources())})"
-        )
+        raise FileNotFoundError(f"no file {weights!r}, nor an embedded network ({', '.join(shipped_sources())})")
     return Path(weights)
 
 
@@ -69,11 +66,9 @@ def load_model(path: Path) -> DiT:
     try:
         with safe_open(path, framework="pt") as file:
             config = DiTConfig(**json.loads(file.metadata()["config"]))
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         model = DiT(config)
         model.load_state_dict(weights)
     except Exception as error:  # safetensors, JSON and shape errors alike: the file is of no use
-        raise ValueError(
-            f"{path} is not a whole DanceOPD network ({error}); train or copy it again"
-        ) from error
+        raise ValueError(f"{path} is not a whole DanceOPD network ({error}); train or copy it again") from error
     return model.eval()

@@ -131,9 +131,7 @@ def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.y*ml")], n=1)
-        raise UserError(
-            f"no configuration at {path}" + (f"; did you mean {near[0]}?" if near else "")
-        ) from None
+        raise UserError(f"no configuration at {path}" + (f"; did you mean {near[0]}?" if near else "")) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     return parse_config(raw, overrides, str(path))
@@ -197,9 +195,7 @@ def _section_at(location: tuple) -> dict:
             continue
         annotation = model.model_fields[key].annotation if key in model.model_fields else model
         arguments = getattr(annotation, "__args__", ())
-        model = next(
-            (a for a in (annotation, *arguments) if isinstance(a, type) and issubclass(a, Section)), None
-        )
+        model = next((a for a in (annotation, *arguments) if isinstance(a, type) and issubclass(a, Section)), None)
     return model.model_fields if model else {}
 
 
@@ -227,9 +223,7 @@ def _cross_check(config: Config) -> list[str]:
             problems.append(f"capabilities.{name}.data: give either world or manifest")
         elif data.world and (capability.task == "t2i") != (data.world in ("t2i", "style")):
             has = "no source pictures" if data.world in ("t2i", "style") else "source pictures"
-            problems.append(
-                f"capabilities.{name}.task: {capability.task!r}, but world {data.world!r} has {has}"
-            )
+            problems.append(f"capabilities.{name}.task: {capability.task!r}, but world {data.world!r} has {has}")
     if sum(c.weight for c in config.capabilities.values()) == 0:
         problems.append("capabilities: all weights are zero, so no sample would be drawn")
     training = config.training

@@ -14,9 +14,7 @@ from danceopd.conditioning import Conditioning, concatenate
 Field = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 
-def guided(
-    field: Field, empty_tokens: torch.Tensor, guidance_scale: float | torch.Tensor | None = None
-) -> Field:
+def guided(field: Field, empty_tokens: torch.Tensor, guidance_scale: float | torch.Tensor | None = None) -> Field:
     """Classifier-free guidance as an operator field: v + alpha (v_cond - v), v the field of the empty prompt.
 
     empty_tokens [L]; guidance_scale alpha: a number, [B] (one per sample), or None: each sample's own, from

@@ -31,9 +31,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                by_shape.setdefault(p.shape, []).append(
-                    (p, p.grad.lerp(state["momentum"], group["momentum"]))
-                )
+                by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(state["momentum"], group["momentum"])))
             for shape, items in by_shape.items():
                 updates = orthogonalize(torch.stack([update for _, update in items]))
                 scale = 0.2 * max(shape) ** 0.5

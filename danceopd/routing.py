@@ -10,7 +10,5 @@ def route(batch: int, weights: torch.Tensor, generator: torch.Generator) -> torc
     """
     weights = torch.as_tensor(weights, dtype=torch.float64)
     if not torch.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
-        raise ValueError(
-            f"route weights must be finite, not negative and not all zero, got {weights.tolist()}"
-        )
+        raise ValueError(f"route weights must be finite, not negative and not all zero, got {weights.tolist()}")
     return torch.multinomial(weights, batch, replacement=True, generator=generator)

@@ -221,9 +221,7 @@ def test_csv_and_jsonl_are_equal(folder, encoding, newline):
     (folder / "m.csv").write_bytes(buffer.getvalue().encode(encoding))
     text = newline.join(json.dumps(record, ensure_ascii=False) for record in records)
     (folder / "m.JSONL").write_bytes(text.encode(encoding))
-    (rows, problems), (other, other_problems) = (
-        read_manifest(folder / name) for name in ("m.csv", "m.JSONL")
-    )
+    (rows, problems), (other, other_problems) = (read_manifest(folder / name) for name in ("m.csv", "m.JSONL"))
     assert problems == other_problems == []
     keys = ("id", "capability", "prompt", "source_image", "target_image")
     strip = [[getattr(row, key) for key in keys] for row in rows[:2]]

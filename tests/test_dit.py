@@ -43,9 +43,7 @@ def test_mixed_batch_equals_separate_passes():
     for i in range(len(z)):
         source = c.source[i : i + 1] if c.has_source[i] else None
         alone = Conditioning(c.tokens[i : i + 1], source, c.has_source[i : i + 1])
-        torch.testing.assert_close(
-            mixed[i], model(z[i : i + 1], sigma[i : i + 1], alone)[0], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(mixed[i], model(z[i : i + 1], sigma[i : i + 1], alone)[0], atol=1e-5, rtol=1e-5)
     for rows in (c.has_source, ~c.has_source):
         torch.testing.assert_close(mixed[rows], model(z[rows], sigma[rows], c[rows]), atol=1e-6, rtol=1e-6)
 

@@ -21,9 +21,7 @@ def beta_cdf(x: float, a: int, b: int) -> float:
     return sum(math.comb(n, j) * x**j * (1 - x) ** (n - j) for j in range(a, n + 1))
 
 
-@pytest.mark.parametrize(
-    ("bias", "a", "b"), [("low_t", 5, 2), ("mid_t", 5, 5), ("high_t", 2, 5), ("uniform", 1, 1)]
-)
+@pytest.mark.parametrize(("bias", "a", "b"), [("low_t", 5, 2), ("mid_t", 5, 5), ("high_t", 2, 5), ("uniform", 1, 1)])
 class TestDistribution:
     N, DRAWS = 16, 20_000
 
@@ -64,9 +62,7 @@ def test_stratified_is_uniform_within_its_part():
     assert (((counts - 5000) ** 2) / 5000).sum() < 37.7  # chi-square, 15 degrees of freedom, 0.1 %
 
 
-@given(
-    st.sampled_from(QUERIES), st.integers(1, 64), st.integers(1, 64), st.integers(1, 5), st.integers(0, 2**40)
-)
+@given(st.sampled_from(QUERIES), st.integers(1, 64), st.integers(1, 64), st.integers(1, 5), st.integers(0, 2**40))
 def test_range_and_reproducibility(bias, batch, steps, k, seed):
     g = generator(seed)
     index = query(batch, steps, g, bias=bias, k=k)
@@ -108,9 +104,7 @@ def test_query_refuses(steps, options, message):
         query(4, steps, generator(), **options)
 
 
-@pytest.mark.parametrize(
-    "weights", [[1.0, 1.0], [0.1, 0.2, 0.7], [5, 0, 3, 2], [1e-30, 3e-30], [0, 0, 1]], ids=str
-)
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.1, 0.2, 0.7], [5, 0, 3, 2], [1e-30, 3e-30], [0, 0, 1]], ids=str)
 def test_routes_follow_the_weights(weights):
     """Chi-square at the 0.1 % level over the capabilities of positive weight; the others are never drawn."""
     n, total = 20_000, sum(weights)

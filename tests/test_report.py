@@ -289,9 +289,7 @@ def test_losses_of_any_value_are_drawn(tmp_path, value):
 
 
 def test_smooth_keeps_a_constant_and_short_curves():
-    torch.testing.assert_close(
-        torch.tensor(smooth(np.full(500, 3.0))), torch.full((500,), 3.0, dtype=torch.float64)
-    )
+    torch.testing.assert_close(torch.tensor(smooth(np.full(500, 3.0))), torch.full((500,), 3.0, dtype=torch.float64))
     assert smooth(np.array([1.0, 5.0])).tolist() == [1.0, 5.0]
 
 

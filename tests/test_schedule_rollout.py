@@ -89,9 +89,7 @@ def test_shift_undone_by_its_inverse(shift, sigma):
     assert (there >= sigma - 1e-12) == (shift >= 1) or there == pytest.approx(sigma, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("steps", "shift"), [(0, 1.0), (-3, 1.0), (4, 0.0), (4, -1.0), (4, math.nan), (4, math.inf)]
-)
+@pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (-3, 1.0), (4, 0.0), (4, -1.0), (4, math.nan), (4, math.inf)])
 def test_grid_refuses(steps, shift):
     with pytest.raises(ValueError, match="must be"):
         sigma_grid(steps, shift)
@@ -178,9 +176,7 @@ def test_no_gradient_reaches_the_rollout(dit):
     assert z.grad is None
     assert all(p.grad is None for p in dit.parameters())
     assert torch.is_grad_enabled()
-    velocity = dit(
-        states[:3, 0], sigmas[:3, 0].clamp(min=0.1), dit_condition(3)
-    )  # the query itself does learn
+    velocity = dit(states[:3, 0], sigmas[:3, 0].clamp(min=0.1), dit_condition(3))  # the query itself does learn
     assert velocity.requires_grad
 
 

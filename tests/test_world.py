@@ -152,9 +152,7 @@ def test_one_spoiled_cell_spoils_no_other(cell):
     """The background is judged by the whole picture."""
     scene, others = random_scene(100, seed=3), torch.arange(4) != cell
     images = render(scene).view(100, 3, 2, 16, 2, 16)
-    images[:, :, cell // 2, :, cell % 2] = (
-        background_rgb()[(scene.background + 1) % 4][:, :, None, None] * 2 - 1
-    )
+    images[:, :, cell // 2, :, cell % 2] = background_rgb()[(scene.background + 1) % 4][:, :, None, None] * 2 - 1
     seen = detect(images.view(100, 3, 32, 32))
     assert torch.equal(seen.scene.background, scene.background)
     assert torch.equal(seen.scene.objects[:, others], scene.objects[:, others])

@@ -72,9 +72,7 @@ class DiT(nn.Module):
         self.text_embedding = nn.Embedding(config.vocab_size, width)
         self.text_position = nn.Parameter(torch.randn(config.text_length, width) * 0.5)
         # The prompt as one vector that keeps the word order: what "left of" needs.
-        self.text_pool = nn.Sequential(
-            nn.Linear(config.text_length * width, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        self.text_pool = nn.Sequential(nn.Linear(config.text_length * width, width), nn.SiLU(), nn.Linear(width, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.patch_in = nn.Linear(pixels, width)
         self.source_in = nn.Linear(pixels, width)

@@ -75,9 +75,7 @@ def read_manifest(
     text = _read_text(path)
     root = path.parent if root is None else Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"the folder of pictures {root} is not there; give the one that paths start from"
-        )
+        raise FileNotFoundError(f"the folder of pictures {root} is not there; give the one that paths start from")
     root = root.resolve()
     records = _json_records(text) if path.suffix.lower() == ".jsonl" else _csv_records(text)
     rows, problems = [], []
@@ -107,9 +105,7 @@ def read_manifest(
     return rows, problems
 
 
-def check_manifest(
-    path: str | Path, root: str | Path | None = None, needs_source: Iterable[str] = ()
-) -> list[Problem]:
+def check_manifest(path: str | Path, root: str | Path | None = None, needs_source: Iterable[str] = ()) -> list[Problem]:
     """All problems of a manifest and its pictures, every one of which is decoded; raises as read_manifest."""
     return read_manifest(path, root, needs_source=needs_source, decode=True)[1]
 
@@ -121,9 +117,7 @@ def _read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"no manifest at {path}; check the path")
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"{path} is neither JSONL nor CSV by its name; it must end in {' or '.join(SUFFIXES)}"
-        )
+        raise UserError(f"{path} is neither JSONL nor CSV by its name; it must end in {' or '.join(SUFFIXES)}")
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -299,6 +293,22 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
     return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
 
 
+def load_picture(path: Path, size: int) -> torch.Tensor:
+    """One picture as a field takes it: [3, size, size] float32 in [-1, 1]. Raises UserError if it can't be read."""
+    if not path.is_file():
+        raise UserError(f"no picture at {path}")
+    try:
+        image = fit_square(decode_picture(path), size)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    return _pixels(image) / 127.5 - 1
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    """[3, S, S] uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
 class ManifestData:
     """The rows of one capability in a manifest; pictures are decoded when asked for.
 
@@ -306,9 +316,7 @@ class ManifestData:
     capability, or if only some of its rows have a source picture.
     """
 
-    def __init__(
-        self, path: str | Path, capability: str, image_size: int, root: str | Path | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, capability: str, image_size: int, root: str | Path | None = None) -> None:
         self.path, self.capability, self.image_size = Path(path), capability, image_size
         rows, problems = read_manifest(path, root)
         if problems:
@@ -363,7 +371,7 @@ class ManifestData:
             image = fit_square(decode_picture(path), self.image_size)
         except ValueError as error:
             raise UserError(f"{self.path}, line {row.line}: {column} {path}: {error}") from error
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        pixels = _pixels(image)
         if (len(self._cache) + 1) * pixels.numel() <= CACHE_BYTES:
             self._cache[path] = pixels
         return pixels

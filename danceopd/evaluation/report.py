@@ -192,10 +192,7 @@ def _table(results: dict, columns: list[Column]) -> dict | None:
     if not columns:
         return None
     texts = [[column.form(column.value(row)) for row in rows] for column in columns]
-    best = [
-        _best(column_texts) if column.ranked else None
-        for column, column_texts in zip(columns, texts, strict=True)
-    ]
+    best = [_best(column_texts) if column.ranked else None for column, column_texts in zip(columns, texts, strict=True)]
     student = results.get("student", "danceopd")
     lines = []
     for i, row in enumerate(rows):
@@ -254,9 +251,7 @@ def format_table(results: dict) -> str:
     lines = _plain_cells(results)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     aligned = [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))]
-        ).rstrip()
+        "  ".join([line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
         for line in lines
     ]
     return "\n".join([aligned[0], "  ".join("-" * width for width in widths), *aligned[1:]])
@@ -338,9 +333,7 @@ def _verdict(results: dict, student: dict) -> list[str]:
         what = {"t2i": "text to image", "edit": "editing"}
         which = " and ".join(f"{100 * bars[key]:g} % of the source’s {what[key]}" for key in missed)
         return [f"It misses the bar of {which}."]
-    others = [
-        label(row["name"]) for row in results["rows"] if row is not student and reaches_bars(results, row)
-    ]
+    others = [label(row["name"]) for row in results["rows"] if row is not student and reaches_bars(results, row)]
     if others:
         return [f"It reaches the bar of both sources, as do: {', '.join(others)}."]
     if len(results["rows"]) == 1:
@@ -498,9 +491,7 @@ def _loss_chart(log: Log) -> Markup | None:
         return None
     panels = [lambda ax: _draw_losses(ax, "Loss", {"loss": overall}, [_INK])]
     names = sorted({name for r in log.training for name in (r.get("loss_by_capability") or {})})
-    names = [name for name in ("t2i", "edit") if name in names] + [
-        n for n in names if n not in ("t2i", "edit")
-    ]
+    names = [name for name in ("t2i", "edit") if name in names] + [n for n in names if n not in ("t2i", "edit")]
     parts = {label(name): _curve(log.training, "loss_by_capability", name) for name in names}
     parts = {name: curve for name, curve in parts.items() if len(curve[0])}
     if parts:

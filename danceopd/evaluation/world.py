@@ -9,7 +9,7 @@ from danceopd.data.sampler import make_conditioning
 from danceopd.fields import Field
 from danceopd.rollout import sample
 from danceopd.world.detector import detect
-from danceopd.world.edits import KINDS, Edit, sample_edits
+from danceopd.world.edits import HELD_OUT_KINDS, KINDS, Edit, sample_edits
 from danceopd.world.prompts import PAIR_TASKS, TASKS, Prompt, sample_prompts
 from danceopd.world.scene import Scene, render
 from danceopd.world.scores import edit_scores, geneval_correct, style_share
@@ -29,9 +29,7 @@ class Sampler:
     device: torch.device | str = "cpu"
 
     @torch.inference_mode()
-    def __call__(
-        self, field: Field, prompts: list[str], source: torch.Tensor | None, seed: int
-    ) -> torch.Tensor:
+    def __call__(self, field: Field, prompts: list[str], source: torch.Tensor | None, seed: int) -> torch.Tensor:
         """One picture a prompt: [B, 3, H, W] on the CPU; the noise depends on the seed and the place in the list."""
         shape = (len(prompts), 3, self.image_size, self.image_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -40,9 +38,7 @@ class Sampler:
         for start in range(0, len(prompts), self.batch_size):
             part = slice(start, start + self.batch_size)
             z = noise[part].to(self.device)
-            images.append(
-                sample(field, z, conditioning[part].to(self.device), self.sigmas, self.solver).cpu()
-            )
+            images.append(sample(field, z, conditioning[part].to(self.device), self.sigmas, self.solver).cpu())
         return torch.cat(images)
 
 
@@ -54,9 +50,13 @@ def t2i_set(seed: int, per_task: int, split: str = "seen", style: int = 0) -> tu
 
 
 def edit_set(
-    seed: int, per_kind: int, split: str = "seen", kinds: tuple[str, ...] = KINDS
+    seed: int, per_kind: int, split: str = "seen", kinds: tuple[str, ...] | None = None
 ) -> tuple[list[Edit], Scene, Scene]:
-    """The evaluation's instructions, `per_kind` of each kind in turn, their sources and what is expected."""
+    """The evaluation's instructions, `per_kind` of each kind in turn, their sources and what is expected.
+
+    kinds: all that the split has, if not given.
+    """
+    kinds = kinds or (KINDS if split == "seen" else HELD_OUT_KINDS)
     index = torch.tensor([KINDS.index(kind) for kind in kinds]).repeat(per_kind)
     return sample_edits(index, torch.Generator().manual_seed(seed + 1), split=split)
 
@@ -97,7 +97,7 @@ def score_gedit(
     seed: int,
     per_kind: int,
     split: str = "seen",
-    kinds: tuple[str, ...] = KINDS,
+    kinds: tuple[str, ...] | None = None,
 ) -> dict:
     """{"average", "standard_error", each kind's mean O in [0, 10], "sc", "pq"}; average is the mean of the kinds."""
     edits, source, expected = edit_set(seed, per_kind, split, kinds)

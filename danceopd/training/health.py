@@ -28,9 +28,7 @@ class Health:
 
     def update(self, observed: Observed, gradient_norm: float) -> None:
         """Take in one step's queries and gradient norm."""
-        norms = [
-            x.float().flatten(1).norm(dim=1) for x in (observed.velocity, observed.target, observed.states)
-        ]
+        norms = [x.float().flatten(1).norm(dim=1) for x in (observed.velocity, observed.target, observed.states)]
         for m, i, v, t, s in zip(
             observed.route.tolist(), observed.depth.tolist(), *(n.tolist() for n in norms), strict=True
         ):
@@ -77,9 +75,7 @@ class Health:
                     )
         median = self.quantiles().get("p50", math.inf)
         if len(self.gradients) >= MIN_OBSERVATIONS and gradient_norm > GRADIENT_FACTOR * median:
-            found.append(
-                f"the gradient norm {gradient_norm:.3g} is {gradient_norm / median:.0f} times its median"
-            )
+            found.append(f"the gradient norm {gradient_norm:.3g} is {gradient_norm / median:.0f} times its median")
         return found
 
     def state_dict(self) -> dict:

@@ -15,7 +15,7 @@ from danceopd.checkpoint import save_model, write_atomic
 from danceopd.config import Config
 from danceopd.data.sampler import draw_batch, step_generator
 from danceopd.errors import UserError
-from danceopd.evaluation.world import Sampler, score_geneval, score_gedit
+from danceopd.evaluation.world import Sampler, score_gedit, score_geneval
 from danceopd.fields import counted, guided
 from danceopd.methods import METHODS
 from danceopd.rollout import rollout
@@ -260,9 +260,7 @@ class Trainer:
         """
         training, folder = self.config.training, self.config.training.output_dir
         log = RunLog(folder, self.step)
-        bar = tqdm(
-            total=training.max_steps, initial=self.step, unit="step", dynamic_ncols=True, smoothing=0.05
-        )
+        bar = tqdm(total=training.max_steps, initial=self.step, unit="step", dynamic_ncols=True, smoothing=0.05)
         warned: set[str] = set()
         saved = self.step
         try:

@@ -43,8 +43,7 @@ def build(config: Config) -> Parts:
     device = attempt("training.device", _device, config.training.device)
     student = attempt("student.init_from", _load, config.student.init_from)
     networks = {
-        name: attempt(f"sources.{name}.weights", _load, source.weights)
-        for name, source in config.sources.items()
+        name: attempt(f"sources.{name}.weights", _load, source.weights) for name, source in config.sources.items()
     }
     image_size = student.config.image_size if student else 32
     for name, network in networks.items():
@@ -97,9 +96,7 @@ def _check_folder(folder: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror or error}; choose another output_dir"
-        ) from None
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another output_dir") from None
     free = shutil.disk_usage(folder).free
     if free < 200 * 2**20:
         raise UserError(f"only {free // 2**20} MiB are free at {folder}; checkpoints need 200 MiB")

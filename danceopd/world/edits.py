@@ -11,6 +11,7 @@ from danceopd.world.sprites import BACKGROUNDS, CLASSES, COLORS, EMPTY, NATURAL,
 LOCAL_KINDS = ("subject-add", "subject-remove", "subject-replace", "color-alter")
 GLOBAL_KINDS = ("background-change", "style-change")
 KINDS = LOCAL_KINDS + GLOBAL_KINDS
+HELD_OUT_KINDS = ("subject-add", "subject-replace", "color-alter")  # those that can bring in a held-out pair
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,15 @@ def _allowed_colors(split: str) -> torch.Tensor:
     return table
 
 
+def _edit_groups(split: str) -> torch.Tensor:
+    """[N, 3] classes; for held-out edits those whose first and third are a held-out pair."""
+    table = groups(split, 3)
+    if split == "seen":
+        return table
+    held_out = {tuple(pair) for pair in groups(split, 2).tolist()}
+    return table[[(a, c) in held_out for a, _, c in table.tolist()]]
+
+
 def _draw_tint(cls: torch.Tensor, split: str, generator: torch.Generator) -> torch.Tensor:
     """A tint of the split for each class index in `cls` (any shape)."""
     weights = _allowed_colors(split)[cls.reshape(-1)].float()
@@ -41,13 +51,15 @@ def sample_edits(
     """One instruction, source scene and expected scene for each kind index in `kinds` [B].
 
     A source holds one to three objects of different classes, each in its natural colour or a tint. The
-    edited scene differs from the source in nothing but what was asked. With split "held_out" every
-    picture holds a held-out pair of classes or every tint is a held-out one.
+    edited scene differs from the source in nothing but what was asked. With split "held_out" an object
+    added or put in another's place makes a held-out pair with the first (or takes the place of one that
+    would), and a colour altered becomes one held out for its class.
     """
     n = len(kinds)
     row = torch.arange(n)
     is_kind = {name: kinds == i for i, name in enumerate(KINDS)}
-    group = draw_row(groups(split, 3), n, generator)  # the third class is the one that an edit brings in
+    # The third class is the one that an edit brings in.
+    group = draw_row(_edit_groups(split), n, generator)
     size = 1 + draw(n, 3, generator)
     brings = is_kind["subject-add"] | is_kind["subject-replace"]
     size = torch.where(brings, size.clamp(max=2), size)
@@ -55,6 +67,8 @@ def sample_edits(
     tinted = torch.rand(n, 3, generator=generator) < 0.5
     color = torch.where(tinted, _draw_tint(group, split, generator), NATURAL)
 
+    if split == "held_out":  # so that the only held-out tint of a class is there to be asked for
+        color[is_kind["color-alter"], 0] = NATURAL
     source = draw_canvas(n, generator)
     source.style = torch.where(is_kind["style-change"], draw(n, len(STYLES), generator), 0)
     for slot in range(3):
@@ -92,9 +106,7 @@ def sample_edits(
         result.style,
         subject,
     )
-    for kind, old, new, tint, paint, background, style, cell in zip(
-        *(c.tolist() for c in columns), strict=True
-    ):
+    for kind, old, new, tint, paint, background, style, cell in zip(*(c.tolist() for c in columns), strict=True):
         name = KINDS[kind]
         text = {
             "subject-add": f"add {describe(new, tint)}",
@@ -109,11 +121,9 @@ def sample_edits(
     return edits, source, result
 
 
-def _alternative_tint(
-    cls: torch.Tensor, current: torch.Tensor, split: str, generator: torch.Generator
-) -> torch.Tensor:
-    """A tint of the split other than the current colour; of the seen ones where the split has no other."""
-    weights = _allowed_colors(split)[cls].clone()
+def _alternative_tint(cls: torch.Tensor, current: torch.Tensor, split: str, generator: torch.Generator) -> torch.Tensor:
+    """A tint of the split other than the current colour (of the seen ones where the split has no other)."""
+    weights = _allowed_colors(split)[cls]
     weights[torch.arange(len(cls)), current] = False
     empty = ~weights.any(-1)
     weights[empty] = _allowed_colors("seen")[cls[empty]]

@@ -14,9 +14,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 # Never seen in any training picture: each class lacks one colour, and six pairs of classes never meet.
-HELD_OUT_COLORS = frozenset(
-    (name, COLORS[1 + index % (len(COLORS) - 1)]) for index, name in enumerate(CLASSES)
-)
+HELD_OUT_COLORS = frozenset((name, COLORS[1 + index % (len(COLORS) - 1)]) for index, name in enumerate(CLASSES))
 HELD_OUT_PAIRS = frozenset(
     frozenset(pair)
     for pair in (
@@ -153,9 +151,7 @@ def sample_prompts(
     take_second = torch.zeros(n, CELLS, dtype=torch.bool)
     take_second.scatter_(1, cell[:, 1:], has_b[:, None])
     scene.objects = torch.where(take_first, a[:, None], torch.where(take_second, b[:, None], EMPTY))
-    scene.colors = torch.where(
-        take_first, a_color[:, None], torch.where(take_second, b_color[:, None], NATURAL)
-    )
+    scene.colors = torch.where(take_first, a_color[:, None], torch.where(take_second, b_color[:, None], NATURAL))
 
     prompts = []
     lead = "a photo of" if style == 0 else "a sketch of"

@@ -57,9 +57,7 @@ def _related(a: torch.Tensor, b: torch.Tensor, relation: int) -> bool:
     return (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)[relation]
 
 
-def edit_scores(
-    edits: list[Edit], source: Scene, expected: Scene, detection: Detection
-) -> dict[str, torch.Tensor]:
+def edit_scores(edits: list[Edit], source: Scene, expected: Scene, detection: Detection) -> dict[str, torch.Tensor]:
     """SC, PQ and O = sqrt(SC * PQ), each [B] float32 from 0 to 10, as VIEScore has them.
 
     SC is ten times the smaller of two shares: was the instruction followed, and how much of the rest
@@ -95,9 +93,7 @@ def edit_scores(
             kept[i] = (rest + float(same_background[i])) / CELLS
         else:
             others = torch.arange(CELLS) != edit.target
-            place = (
-                same if edit.kind != "subject-replace" else same | _same_kind(seen, expected, style, clear)
-            )
+            place = same if edit.kind != "subject-replace" else same | _same_kind(seen, expected, style, clear)
             followed[i] = float(place[i, edit.target])
             kept[i] = (float(same[i][others].sum()) + float(same_background[i])) / CELLS
     error = detection.error.square().mean(-1).sqrt()

@@ -1,0 +1,363 @@
+"""The training loop: converges, resumes bit for bit, survives kills, full disks and numbers that are not finite."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from danceopd.backbones.dit import DiT, DiTConfig
+from danceopd.checkpoint import load_model, save_model
+from danceopd.config import parse_config
+from danceopd.data.sampler import draw_batch, step_generator
+from danceopd.data.world import WorldData, write_world
+from danceopd.errors import UserError
+from danceopd.training import loop, state
+from danceopd.training.health import Health
+from danceopd.training.loop import Trainer, train
+from danceopd.training.setup import build
+
+TINY = DiTConfig(width=32, depth=1, heads=2, mlp_ratio=2)
+
+
+def random_network(seed: int) -> DiT:
+    """A network whose every parameter counts: the zero-initialised ones are drawn too."""
+    torch.manual_seed(seed)
+    network = DiT(TINY)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return network.eval()
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """A small run with two sources, as plain values."""
+    for seed, name in enumerate(("base", "one", "two")):
+        save_model(random_network(seed), tmp_path / f"{name}.safetensors")
+    return {
+        "student": {"init_from": str(tmp_path / "base.safetensors")},
+        "sources": {name: {"weights": str(tmp_path / f"{name}.safetensors")} for name in ("one", "two")},
+        "capabilities": {
+            "t2i": {"source": "one", "task": "t2i", "data": {"world": "t2i", "size": 50}},
+            "edit": {"source": "two", "task": "edit", "data": {"world": "edit", "size": 50}},
+        },
+        "rollout": {"num_inference_steps": 4},
+        "training": {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 6,
+            "batch_size": 8,
+            "save_every": 2,
+            "sample_every": 4,
+            "log_every": 1,
+        },
+        "evaluation": {"every": 3, "quick": 1},
+    }
+
+
+def config_of(raw, **training):
+    return parse_config({**raw, "training": {**raw["training"], **training}})
+
+
+def tensors(value, prefix=""):
+    """Every tensor and number of a nested state by its path."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from tensors(item, f"{prefix}/{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from tensors(item, f"{prefix}/{i}")
+    else:
+        yield prefix, value
+
+
+def assert_same_state(a, b):
+    a, b = dict(tensors(a)), dict(tensors(b))
+    a.pop("/seconds")
+    b.pop("/seconds")
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
+        assert same, key
+
+
+def newest(folder):
+    return state.load_newest(folder / "checkpoints")[0]
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_what_it_promises(raw, tmp_path):
+    folder = train(config_of(raw))
+    log = records(folder)
+    losses = [r for r in log if "loss" in r]
+    assert [r["step"] for r in losses] == [1, 2, 3, 4, 5, 6]
+    assert set(losses[-1]["loss_by_capability"]) <= {"t2i", "edit"}
+    assert [r["step"] for r in log if "evaluation" in r] == [0, 3, 6]
+    assert (folder / "samples" / "step-00000004.png").exists()
+    assert list((folder / "tensorboard").iterdir())
+    assert [p.name for p in state.checkpoints(folder / "checkpoints")] == [
+        "step-00000004.pt",
+        "step-00000006.pt",
+    ]
+    assert load_model(folder / "student.safetensors").config == TINY
+    assert yaml.safe_load((folder / "config.yaml").read_text())["training"]["max_steps"] == 6
+    # Evaluations: every rollout step, one of the source, three of the student, for each sample.
+    assert losses[0]["network_evaluations"] >= 8 * 4
+    assert losses[0]["network_evaluations"] <= 8 * (3 + 4)
+
+
+def test_interrupted_equals_uninterrupted(raw, tmp_path):
+    whole = train(config_of(raw, output_dir=str(tmp_path / "whole"), lr_schedule="cosine"))
+    half = config_of(raw, lr_schedule="cosine")
+
+    class Stop(Exception):
+        pass
+
+    trainer = Trainer(half, build(half))
+    update = trainer.update
+
+    def stop_at_three():
+        if trainer.step == 3:
+            raise Stop
+        return update()
+
+    trainer.update = stop_at_three
+    with pytest.raises(Stop):
+        trainer.run()
+    folder = train(half)
+    assert_same_state(newest(whole), newest(folder))
+    assert [r["step"] for r in records(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    strip = [{k: v for k, v in r.items() if k not in ("seconds", "samples_per_second")} for r in records(whole)]
+    again = [{k: v for k, v in r.items() if k not in ("seconds", "samples_per_second")} for r in records(folder)]
+    assert [r for r in strip if "loss" in r] == [r for r in again if "loss" in r]
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
+def test_killed_process_goes_on_bit_for_bit(raw, tmp_path, sig):
+    raw["training"].update(max_steps=40, sample_every=0)
+    raw["evaluation"]["every"] = 0
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+
+    def start(folder):
+        command = [sys.executable, "-m", "danceopd", "train", "--config", str(path)]
+        command.append(f"training.output_dir={folder}")
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    uninterrupted, process = start(whole), start(folder)
+    deadline = time.monotonic() + 120
+    while not state.checkpoints(folder / "checkpoints"):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(sig)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if sig == signal.SIGINT else -signal.SIGKILL)
+    killed_at = newest(folder)["step"]
+    assert 2 <= killed_at < 40
+    again = start(folder)
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert f"going on from step {killed_at}" in out
+    uninterrupted.communicate(timeout=120)
+    assert_same_state(newest(whole), newest(folder))
+
+
+def test_micro_batches_do_not_change_the_update(raw, tmp_path):
+    one = newest(train(config_of(raw, output_dir=str(tmp_path / "one"))))
+    four = newest(train(config_of(raw, output_dir=str(tmp_path / "four"), gradient_accumulation_steps=4)))
+    for key, value in one["student"].items():
+        torch.testing.assert_close(four["student"][key], value, atol=2e-5, rtol=2e-4)
+
+
+def test_student_of_one_teacher_converges_to_it(raw):
+    raw["sources"].pop("two")
+    raw["capabilities"]["edit"]["source"] = "one"
+    config = config_of(raw, max_steps=100, batch_size=16, learning_rate=3e-3, sample_every=0, ema_decay=0.5)
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"every": 0})})
+    losses = [r["loss"] for r in records(train(config)) if "loss" in r]
+    assert sum(losses[-10:]) < 0.25 * sum(losses[:3]) * 10 / 3
+
+
+def test_another_configuration_is_refused_and_overwrite_starts_again(raw):
+    train(config_of(raw))
+    changed = config_of(raw, learning_rate=1e-3)
+    with pytest.raises(UserError, match=r"training\.learning_rate"):
+        train(changed)
+    folder = train(changed, overwrite=True)
+    assert newest(folder)["step"] == 6
+    assert [r["step"] for r in records(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_truncated_checkpoint_falls_back(raw, capsys):
+    folder = train(config_of(raw))
+    last = state.checkpoints(folder / "checkpoints")[-1]
+    last.write_bytes(last.read_bytes()[:1000])
+    train(config_of(raw, max_steps=7))
+    out = capsys.readouterr().out
+    assert f"{last} is damaged" in out
+    assert "going on from step 4" in out
+    for path in state.checkpoints(folder / "checkpoints"):
+        path.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
+        train(config_of(raw, max_steps=8))
+
+
+def test_full_disk_keeps_the_previous_checkpoint(raw, monkeypatch):
+    folder = train(config_of(raw))
+    before = newest(folder)
+
+    real = os.replace
+
+    def full(source, target):
+        if str(target).endswith(".pt"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"No space left on device.*step-00000006\.pt is still good"):
+        train(config_of(raw, max_steps=8))
+    monkeypatch.undo()
+    assert_same_state(before, newest(folder))
+    assert not list((folder / "checkpoints").glob(".*tmp"))
+
+
+def test_unwritable_folder_is_found_before_training(raw, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(UserError, match=r"training\.output_dir: cannot write"):
+        train(config_of(raw, output_dir=str(blocker / "run")))
+
+
+def test_everything_missing_is_listed_at_once(raw, tmp_path):
+    raw["student"]["init_from"] = "bse"
+    raw["sources"]["one"]["weights"] = str(tmp_path / "nowhere.safetensors")
+    raw["capabilities"]["t2i"]["data"] = {"manifest": str(tmp_path / "none.jsonl")}
+    with pytest.raises(UserError) as error:
+        train(config_of(raw))
+    for key in ("student.init_from", "sources.one.weights", "capabilities.t2i.data"):
+        assert key in str(error.value)
+
+
+def test_edit_route_without_sources_is_an_error(raw, tmp_path):
+    manifest = write_world(tmp_path / "data", ["t2i"], 4, 0)
+    raw["capabilities"]["edit"] = {
+        "source": "two",
+        "task": "edit",
+        "capability": "t2i",
+        "data": {"manifest": str(manifest)},
+    }
+    with pytest.raises(UserError, match=r"capabilities\.edit\.data: task is edit, but no row"):
+        build(config_of(raw))
+
+
+def test_a_manifest_trains_as_the_world_does(raw, tmp_path):
+    manifest = write_world(tmp_path / "data", ["t2i", "edit"], 50, 1)
+    world = newest(train(config_of(raw, output_dir=str(tmp_path / "world"), max_steps=3)))
+    for name in ("t2i", "edit"):
+        raw["capabilities"][name]["data"] = {"manifest": str(manifest)}
+    mine = newest(train(config_of(raw, max_steps=3)))
+    for key, value in world["student"].items():  # pictures on disk are rounded to 8 bits
+        torch.testing.assert_close(mine["student"][key], value, atol=5e-3, rtol=0)
+
+
+def test_non_finite_updates_are_skipped_counted_and_stop(raw, monkeypatch):
+    real = loop.METHODS["danceopd"]
+    bad = {1, 2}
+
+    def sometimes(student, sources, batch, **keywords):
+        observed = real(student, sources, batch, **keywords)
+        if calls[0] in bad:
+            observed.loss = observed.loss * float("nan")
+        calls[0] += 1
+        return observed
+
+    calls = [0]
+    monkeypatch.setitem(loop.METHODS, "danceopd", sometimes)
+    config = config_of(raw)
+    trainer = Trainer(config, build(config))
+    weights = {}
+    for step in range(4):
+        before = {k: v.clone() for k, v in trainer.student.state_dict().items()}
+        record = trainer.update()
+        after = trainer.student.state_dict()
+        weights[step] = all(torch.equal(before[k], after[k]) for k in before)
+    assert weights == {0: False, 1: True, 2: True, 3: False}
+    assert record["skipped"] == 2
+    calls[0], bad = 0, set(range(100))
+    with pytest.raises(UserError, match="3 updates in a row"):
+        train(config_of(raw, output_dir=raw["training"]["output_dir"] + "2", max_nonfinite_steps=3))
+    assert newest(type(trainer.config.training.output_dir)(raw["training"]["output_dir"] + "2"))["step"] == 3
+
+
+def test_collapse_is_warned_about(raw):
+    config = config_of(raw)
+    trainer = Trainer(config, build(config))
+    trainer.update()
+    reference = trainer.health.reference
+    health = Health(["t2i", "edit"], trainer.sigmas, reference)
+    batch = trainer.draw().to("cpu")
+    observed = loop.METHODS["danceopd"](
+        trainer.student,
+        trainer.fields,
+        batch,
+        sigmas=trainer.sigmas,
+        solver="euler",
+        bias="low_t",
+        k=1,
+        generator=step_generator(0, 0),
+    )
+    observed.target = observed.velocity.clone()
+    index = observed.depth.tolist()
+    observed.states = torch.stack(
+        [
+            s / s.norm() * reference[("t2i", "edit")[m]][i]
+            for s, m, i in zip(observed.states, observed.route.tolist(), index, strict=True)
+        ]
+    )
+    for _ in range(30):
+        health.update(observed, 1.0)
+    assert health.warnings(1.0) == []
+    assert "gradient norm" in health.warnings(50.0)[0]
+    observed.velocity = observed.velocity * 3
+    observed.states = observed.states * 0.2
+    for _ in range(30):
+        health.update(observed, 1.0)
+    text = " ".join(health.warnings(1.0))
+    assert "velocity norm at sigma" in text
+    assert "rollout state norm at sigma" in text
+
+
+def test_bf16_trains(raw):
+    losses = [r["loss"] for r in records(train(config_of(raw, precision="bf16", max_steps=2))) if "loss" in r]
+    assert len(losses) == 2
+    assert all(0 < loss < 1e3 for loss in losses)
+
+
+def test_student_guidance_scale_is_per_sample(raw):
+    raw["capabilities"]["t2i"]["student_guidance_scale"] = 3.0
+    config = config_of(raw)
+    trainer = Trainer(config, build(config))
+    batch = trainer.draw()
+    assert torch.equal(batch.conditioning.guidance_scale, torch.where(batch.route == 0, 3.0, 1.0))
+    assert trainer.update()["loss"] > 0
+
+
+def test_batch_is_a_function_of_seed_and_step():
+    data = [WorldData("t2i", 30, 0), WorldData("edit", 30, 0)]
+    a, b, c = (draw_batch(data, [1, 1], 16, 10, 32, step_generator(0, step)) for step in (3, 3, 4))
+    assert torch.equal(a.noise, b.noise)
+    assert torch.equal(a.conditioning.tokens, b.conditioning.tokens)
+    assert not torch.equal(a.noise, c.noise)
+    assert torch.equal(a.conditioning.has_source, a.route == 1)
