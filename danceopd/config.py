@@ -215,9 +215,8 @@ def _cross_check(config: Config) -> list[str]:
     problems = []
     for name, capability in config.capabilities.items():
         if capability.source not in config.sources:
-            problems.append(
-                f"capabilities.{name}.source: no source {capability.source!r}{nearest(capability.source, config.sources)}"
-            )
+            near = nearest(capability.source, config.sources)
+            problems.append(f"capabilities.{name}.source: no source {capability.source!r}{near}")
         data = capability.data
         if (data.world is None) == (data.manifest is None):
             problems.append(f"capabilities.{name}.data: give either world or manifest")

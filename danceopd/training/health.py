@@ -61,21 +61,20 @@ class Health:
             result[name] = {sigma: sum(v) / len(v) for sigma, v in sorted(by_sigma.items())}
         return {**result, "gradient_norm": self.quantiles()}
 
-    def warnings(self, gradient_norm: float) -> list[str]:
-        """What is drifting now, in words; empty while all is well."""
+    def warnings(self, gradient_norm: float) -> dict[str, str]:
+        """What is drifting now: a short name and a sentence for each; empty while all is well."""
         low, high = RATIO_LIMITS
-        found = []
+        found = {}
         for what, table in (("velocity", self.velocity), ("rollout state", self.state)):
             for key, (mean, count) in table.items():
                 if count >= MIN_OBSERVATIONS and not low <= mean <= high:
                     name, _, index = key.rpartition("/")
-                    found.append(
-                        f"the student's {what} norm at sigma {self.sigmas[int(index)]:.2f} of {name} is "
-                        f"{mean:.2f} times the teacher's"
-                    )
+                    at = f"{what} norm of {name} at sigma {self.sigmas[int(index)]:.2f}"
+                    found[at] = f"the student's {at} is {mean:.2f} times its source's"
         median = self.quantiles().get("p50", math.inf)
         if len(self.gradients) >= MIN_OBSERVATIONS and gradient_norm > GRADIENT_FACTOR * median:
-            found.append(f"the gradient norm {gradient_norm:.3g} is {gradient_norm / median:.0f} times its median")
+            times = gradient_norm / median
+            found["gradient norm"] = f"the gradient norm {gradient_norm:.3g} is {times:.0f} times its running median"
         return found
 
     def state_dict(self) -> dict:

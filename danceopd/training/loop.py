@@ -3,6 +3,8 @@
 import contextlib
 import math
 import signal
+import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -253,61 +255,95 @@ class Trainer:
     # --- the loop -------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train until max_steps. A checkpoint is left whatever ends the run.
+        """Train until max_steps; Ctrl-C or a TERM signal ends the run after the update at hand, with a checkpoint.
 
-        Raises UserError when too many updates in a row were not finite, or a checkpoint can't be written;
-        KeyboardInterrupt passes through once the checkpoint is written.
+        Raises UserError when too many updates in a row were not finite (a checkpoint is left), or when a
+        checkpoint can't be written, and KeyboardInterrupt after a signal.
         """
         training, folder = self.config.training, self.config.training.output_dir
-        log = RunLog(folder, self.step)
-        bar = tqdm(total=training.max_steps, initial=self.step, unit="step", dynamic_ncols=True, smoothing=0.05)
-        warned: set[str] = set()
-        saved = self.step
+        log, bar = RunLog(folder, self.step), self._bar()
+        drifting: set[str] = set()
         try:
-            if self.config.evaluation.every and self.step == 0:
-                log.write(0, {"network_evaluations": 0, "evaluation": self.quick_scores()})
-            while self.step < training.max_steps:
-                start = time.monotonic()
-                record = self.update()
-                elapsed = time.monotonic() - start
-                self.seconds += elapsed
-                rate = training.batch_size / elapsed
-                bar.update()
-                bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.1f} samples/s", refresh=False)
-                if self.skipped_in_a_row >= training.max_nonfinite_steps:
-                    raise UserError(
-                        f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
-                        f"(step {self.step}); lower training.learning_rate or look at the data, then run again: "
-                        "it goes on from the checkpoint"
-                    )
-                if self.step % training.log_every == 0 or self.step == training.max_steps:
-                    seconds = round(self.seconds, 3)
-                    log.write(self.step, {**record, "samples_per_second": rate, "seconds": seconds})
-                for warning in self.health.warnings(record["gradient_norm"]):
-                    kind = warning.split(" is ")[0]
-                    if kind not in warned:
-                        warned.add(kind)
-                        tqdm.write(f"warning at step {self.step}: {warning}")
-                        log.write(self.step, {"warning": warning})
-                if training.sample_every and self.step % training.sample_every == 0:
-                    self.sample_grid(folder / "samples" / f"step-{self.step:08d}.png")
-                every = self.config.evaluation.every
-                if every and self.step % every == 0:
-                    record = {
-                        "network_evaluations": self.evaluations.total(),
-                        "evaluation": self.quick_scores(),
-                    }
-                    log.write(self.step, record)
-                if self.step % training.save_every == 0:
-                    log.write(self.step, {"health": self.health.summary()})
-                    self.save()
-                    saved = self.step
+            with stop_requests() as stop:
+                if self.step == 0:
+                    self._score(log)
+                while self.step < training.max_steps:
+                    start = time.monotonic()
+                    record = self.update()
+                    elapsed = time.monotonic() - start
+                    self.seconds += elapsed
+                    record["samples_per_second"] = training.batch_size / elapsed
+                    self._show(bar, record, drifting)
+                    if self.step % training.log_every == 0 or self.step == training.max_steps:
+                        log.write(self.step, {**record, "seconds": round(self.seconds, 3)})
+                    for name, warning in self.health.warnings(record["gradient_norm"]).items():
+                        if name not in drifting:  # say it once
+                            drifting.add(name)
+                            tqdm.write(f"warning at step {self.step}: {warning}", file=sys.stderr)
+                            log.write(self.step, {"warning": warning})
+                    if self.skipped_in_a_row >= training.max_nonfinite_steps:
+                        self.save()
+                        raise UserError(
+                            f"stopped at step {self.step}: {self.skipped_in_a_row} updates in a row had a loss or "
+                            "gradient that is not finite. A checkpoint was written. Lower training.learning_rate or "
+                            "look at the sources and the data, and train into another training.output_dir"
+                        )
+                    if training.sample_every and self.step % training.sample_every == 0:
+                        self.sample_grid(folder / "samples" / f"step-{self.step:08d}.png")
+                    if self.config.evaluation.every and self.step % self.config.evaluation.every == 0:
+                        self._score(log)
+                    if stop or self.step % training.save_every == 0 or self.step == training.max_steps:
+                        log.write(self.step, {"health": self.health.summary()})
+                        self.save()
+                    if stop and self.step < training.max_steps:
+                        raise KeyboardInterrupt
         finally:
             bar.close()
             log.close()
-            if saved != self.step or not (folder / "student.safetensors").exists():
-                with contextlib.suppress(KeyboardInterrupt):
-                    self.save()
+
+    def _bar(self) -> tqdm:
+        return tqdm(
+            total=self.config.training.max_steps, initial=self.step, unit="step", dynamic_ncols=True, smoothing=0.05
+        )
+
+    def _show(self, bar: tqdm, record: dict, drifting: set[str]) -> None:
+        text = f"loss {record['loss']:.4f}, {record['samples_per_second']:.0f} samples/s"
+        if self.skipped:
+            text += f", {self.skipped} skipped"
+        if drifting:
+            text += f", {len(drifting)} drifting: {min(drifting)}"
+        bar.set_postfix_str(text, refresh=False)
+        bar.update()
+
+    def _score(self, log: RunLog) -> None:
+        if self.config.evaluation.every:
+            record = {"network_evaluations": self.evaluations.total(), "evaluation": self.quick_scores()}
+            log.write(self.step, record)
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """A list that gets an entry at the first Ctrl-C or TERM signal; the second Ctrl-C interrupts at once.
+
+    An update is never torn: a half-applied one would make the resumed run differ.
+    """
+    requests: list[int] = []
+
+    def request(number, _frame):
+        if requests and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        requests.append(number)
+        print("\nstopping after this update, with a checkpoint", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
@@ -342,9 +378,5 @@ def train(config: Config, overwrite: bool = False) -> Path:
         trainer.load_state_dict(state)
         print(f"going on from step {trainer.step} of {folder}")
     write_atomic(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed job saves too
-    try:
-        trainer.run()
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    trainer.run()
     return folder
