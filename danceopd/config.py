@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from danceopd.errors import UserError
 from danceopd.methods import METHODS
+from danceopd.optimizers import OPTIMIZERS
 from danceopd.query import QUERIES
 from danceopd.rollout import SOLVERS
 
@@ -80,6 +81,7 @@ class Training(Section):
     max_steps: Positive = 1000
     batch_size: Positive = 64
     gradient_accumulation_steps: Positive = 1
+    optimizer: Literal[*OPTIMIZERS] = "adamw"
     learning_rate: PositiveFloat = 5e-4
     warmup_steps: Count = 20
     lr_schedule: Literal["constant", "cosine"] = "constant"

@@ -115,7 +115,9 @@ def test_a_run_writes_what_it_promises(raw, tmp_path):
     assert losses[0]["network_evaluations"] <= 8 * (3 + 4)
 
 
-def test_interrupted_equals_uninterrupted(raw, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_interrupted_equals_uninterrupted(raw, tmp_path, optimizer):
+    raw["training"]["optimizer"] = optimizer
     whole = train(config_of(raw, output_dir=str(tmp_path / "whole"), lr_schedule="cosine"))
     half = config_of(raw, lr_schedule="cosine")
 

@@ -20,6 +20,7 @@ from danceopd.errors import UserError
 from danceopd.evaluation.world import Sampler, score_gedit, score_geneval
 from danceopd.fields import counted, guided
 from danceopd.methods import METHODS
+from danceopd.optimizers import make_optimizers
 from danceopd.rollout import rollout
 from danceopd.schedule import sigma_grid
 from danceopd.training.health import Health
@@ -54,8 +55,8 @@ class Trainer:
         decay = torch.optim.swa_utils.get_ema_multi_avg_fn(config.training.ema_decay)
         self.ema = torch.optim.swa_utils.AveragedModel(self.student, multi_avg_fn=decay).eval()
         training = config.training
-        self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+        self.optimizers = make_optimizers(
+            self.student, training.optimizer, training.learning_rate, training.weight_decay
         )
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.evaluations: Counter = Counter()
@@ -102,7 +103,7 @@ class Trainer:
         training, rolled = self.config.training, self.config.rollout
         batch, parts = self.draw(), training.gradient_accumulation_steps
         generator = step_generator(training.seed, self.step, QUERY)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.student.zero_grad(set_to_none=True)
         field, seen = self.student_field(self.student), []
         size = len(batch) // parts
         for start in range(0, len(batch), size):
@@ -124,8 +125,9 @@ class Trainer:
         finite = math.isfinite(norm) and bool(torch.isfinite(loss).all())
         rate = self.learning_rate()
         if finite:
-            self.optimizer.param_groups[0]["lr"] = rate
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.param_groups[0]["lr"] = rate
+                optimizer.step()
             self.ema.update_parameters(self.student)
             for observed in seen:
                 self.health.update(observed, norm)
@@ -222,7 +224,7 @@ class Trainer:
             "step": self.step,
             "student": self.student.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "health": self.health.state_dict(),
             "evaluations": dict(self.evaluations),
             "seconds": self.seconds,
@@ -239,7 +241,8 @@ class Trainer:
             )
         self.student.load_state_dict(state["student"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.health.load_state_dict(state["health"])
         self.evaluations.update(state["evaluations"])
         self.step, self.seconds = state["step"], state["seconds"]

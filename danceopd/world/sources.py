@@ -12,7 +12,7 @@ import torch
 from danceopd.backbones.dit import DiT, DiTConfig
 from danceopd.checkpoint import SHIPPED, load_model, save_model, write_atomic
 from danceopd.conditioning import Conditioning
-from danceopd.muon import Muon
+from danceopd.optimizers import make_optimizers
 from danceopd.schedule import shift_sigma, sigma_grid
 from danceopd.tokenizer import tokenize
 from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, draw, sample_edits
@@ -21,6 +21,7 @@ from danceopd.world.scene import render
 
 SHIFT = 5.0  # of the training noise levels and of every sampler of these networks: layout is decided near noise
 EMPTY_PROMPT_SHARE = 0.1
+COMPILE_FROM = 200  # steps; a shorter stage is done before compiling pays
 # Position is learned slowest and single objects at once, so they get more and less of the data.
 TASK_WEIGHTS = {
     "single_object": 0.5,
@@ -101,17 +102,6 @@ def flow_matching_loss(
     return ((velocity - (noise - clean)) * s).square().mean()
 
 
-def optimizers(model: DiT, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the products over tokens, AdamW for everything else."""
-    matrices = [p for name, p in model.blocks.named_parameters() if p.ndim == 2 and "modulation" not in name]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        Muon(matrices, lr=learning_rate),
-        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01),
-    ]
-
-
 def rate(step: int, stage: Stage) -> float:
     """The learning rate's factor: warm-up over 100 steps, constant, then down to 2 % over the last part."""
     left = (stage.steps - step) / max(1.0, stage.decay * stage.steps)
@@ -127,7 +117,7 @@ def train_source(name: str, folder: Path, log_every: int = 250) -> Path:
     else:
         model = DiT(DiTConfig())
     ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    optims = optimizers(model, stage.learning_rate)
+    optims = make_optimizers(model, "muon", stage.learning_rate, weight_decay=0.01, betas=(0.9, 0.99))
     state_path, step, seconds = folder / f"{name}.pt", 0, 0.0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
@@ -136,7 +126,8 @@ def train_source(name: str, folder: Path, log_every: int = 250) -> Path:
         for optim, saved in zip(optims, state["optims"], strict=True):
             optim.load_state_dict(saved)
         step, seconds = state["step"], state["seconds"]
-    model._forward = torch.compile(model._forward, dynamic=False)
+    if stage.steps >= COMPILE_FROM:
+        model._forward = torch.compile(model._forward, dynamic=False)
     start, losses = time.monotonic() - seconds, []
     for clean, conditioning in batches(stage, model.config.text_length, step):
         for optim in optims:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from danceopd.muon import Muon, orthogonalize
+from danceopd.optimizers import Muon, orthogonalize
 
 
 def matrices(*shape, seed=0):

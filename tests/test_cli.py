@@ -1,0 +1,182 @@
+"""The command line as a user meets it: what it writes, what it says, how it fails."""
+
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from danceopd.backbones.dit import DiT, DiTConfig
+from danceopd.checkpoint import SHIPPED, save_model
+from danceopd.cli import main
+from danceopd.evaluation.run import evaluate_run
+from danceopd.methods.merge import weight_merge
+from danceopd.world.edits import KINDS
+from danceopd.world.prompts import TASKS
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A tiny network on disk."""
+    torch.manual_seed(0)
+    path = tmp_path / "tiny.safetensors"
+    save_model(DiT(DiTConfig(width=32, depth=1, heads=2)), path)
+    return path
+
+
+@pytest.fixture
+def run_folder(tiny, tmp_path):
+    """A finished run of two updates."""
+    config = {
+        "student": {"init_from": str(tiny)},
+        "sources": {"t2i": {"weights": str(tiny)}, "edit": {"weights": str(tiny), "guidance_scale": 2.0}},
+        "capabilities": {
+            "t2i": {"source": "t2i", "task": "t2i", "data": {"world": "t2i", "size": 20}},
+            "edit": {"source": "edit", "task": "edit", "data": {"world": "edit", "size": 20}},
+        },
+        "rollout": {"num_inference_steps": 3},
+        "training": {"output_dir": str(tmp_path / "run"), "max_steps": 2, "batch_size": 4},
+        "evaluation": {"per_task": 1, "per_kind": 1, "every": 1, "quick": 1},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert main(["train", "--config", str(path)]) == 0
+    return tmp_path / "run"
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for command in ("train", "evaluate", "sample", "report", "sources", "data"):
+        assert f"danceopd {command}" in out
+
+
+def test_report_writes_every_row(run_folder, capsys):
+    assert main(["report", str(run_folder)]) == 0
+    out = capsys.readouterr().out
+    assert str(run_folder / "report.html") in out
+    results = json.loads((run_folder / "results.json").read_text())
+    names = [row["name"] for row in results["rows"]]
+    assert names == ["base", "source_t2i", "source_edit", "weight_merge", "danceopd"]
+    for row in results["rows"]:
+        assert row["name"] in out
+        assert set(TASKS) <= row["geneval"].keys()
+        assert set(KINDS) <= row["gedit"].keys()
+        overall = sum(row["geneval"][task] for task in TASKS) / len(TASKS)
+        assert row["geneval"]["overall"] == pytest.approx(overall)
+    assert results["seconds"] > 0
+    assert results["network_evaluations"] > 0
+    assert results["machine"]["torch"] == torch.__version__
+    page = (run_folder / "report.html").read_text()
+    assert page.count("data:image/png;base64") > 50
+    assert evaluate_run(run_folder)["rows"] == results["rows"]
+
+
+def test_report_without_a_run(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_evaluate_writes_one_row_and_repeats(tiny, tmp_path, capsys):
+    rows = []
+    for name in ("a.json", "b.json"):
+        command = ["evaluate", str(tiny), "--json", str(tmp_path / name), "--seed", "3", "--num-inference-steps", "2"]
+        assert main([*command, "--per-task", "2", "--per-kind", "2"]) == 0
+        rows.append(json.loads((tmp_path / name).read_text()))
+    assert rows[0] == rows[1]
+    assert rows[0]["name"] == "tiny"
+    assert "overall" in rows[0]["geneval"]
+    assert "average" in rows[0]["gedit"]
+
+
+def test_sample_draws_and_edits(tiny, tmp_path):
+    out = tmp_path / "out.png"
+    assert main(["sample", str(tiny), "a photo of a dog", "a photo of two cats", "-o", str(out), "--count", "2"]) == 0
+    drawn = Image.open(out)
+    assert drawn.size == (2 * 32 * 6, 2 * 32 * 6)
+    Image.new("RGBA", (70, 50), (255, 0, 0, 128)).save(tmp_path / "source.png")
+    command = ["sample", str(tiny), "add a cup", "--source", str(tmp_path / "source.png"), "-o", str(out)]
+    assert main([*command, "--guidance-scale", "2"]) == 0
+    assert Image.open(out).size == (4 * 32 * 6, 2 * 32 * 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--config", "nowhere.yaml"], "no configuration at nowhere.yaml"),
+        (["train", "--config", "configs/demo.yaml", "training.max_step=3"], "did you mean 'max_steps'"),
+        (["evaluate", "nowhere.safetensors"], "nor an embedded network"),
+        (["evaluate", "base", "--per-task", "0"], "at least 1"),
+        (["sample", "base", "a dog", "--source", "nowhere.png"], "no picture at nowhere.png"),
+        (["sources", "train", "--only", "nothing"], "no source ['nothing']"),
+        (["data", "check", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["sample", "base", "a dog", "--num-inference-steps", "0"], "must be at least 1"),
+    ],
+)
+def test_mistakes_are_said_without_a_trace(arguments, says, capsys):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_damaged_weights(tiny, capsys):
+    tiny.write_bytes(tiny.read_bytes()[:500])
+    assert main(["evaluate", str(tiny)]) == 2
+    assert "is not a whole DanceOPD network" in capsys.readouterr().err
+
+
+def test_data_check_and_world(tmp_path, capsys):
+    folder = tmp_path / "world"
+    assert main(["data", "world", str(folder), "--size", "3"]) == 0
+    manifest = folder / "manifest.jsonl"
+    assert main(["data", "check", str(manifest), "--needs-source", "edit"]) == 0
+    assert "no problems" in capsys.readouterr().out
+    with open(manifest, "a") as file:
+        file.write('{"id": "x", "task": "edit", "prompt": "add a cup", "source_image": "gone.png"}\n')
+    assert main(["data", "check", str(manifest)]) == 1
+    out = capsys.readouterr().out
+    assert "line 7" in out
+    assert "gone.png" in out
+
+
+def test_train_py_is_the_same_training(run_folder, tmp_path):
+    command = [sys.executable, "train.py", "--config", str(run_folder / "config.yaml")]
+    other = tmp_path / "other"
+    subprocess.run([*command, f"training.output_dir={other}"], check=True, capture_output=True)
+    assert (other / "student.safetensors").read_bytes() == (run_folder / "student.safetensors").read_bytes()
+
+
+def test_python_m_danceopd(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["danceopd", "sources"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("danceopd", run_name="__main__")
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for name in ("base", "t2i", "edit", "local", "global", "style"):
+        assert f"{name}.safetensors" in out
+
+
+def test_weight_merge_is_the_arithmetic():
+    networks = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        networks.append(DiT(DiTConfig(width=32, depth=1, heads=2)))
+    merged = weight_merge(networks, [1, 2, 1]).state_dict()
+    for key, value in merged.items():
+        a, b, c = (network.state_dict()[key].double() for network in networks)
+        torch.testing.assert_close(value.double(), (a + 2 * b + c) / 4, atol=1e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match="one configuration"):
+        weight_merge([networks[0], DiT(DiTConfig(width=64, depth=1))])
+    with pytest.raises(ValueError, match="positive sum"):
+        weight_merge(networks, [0, 0, 0])
+
+
+def test_shipped_networks_are_small():
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 25e6
