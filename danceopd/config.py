@@ -98,7 +98,10 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """Pictures per GenEval task and per edit kind; `every` steps a smaller one of `quick` each, 0 for never."""
+    """Pictures per GenEval task and per edit kind; `every` steps a smaller one of `quick` each, 0 for never.
+
+    Pictures are drawn in num_inference_steps, with the rollout's shift and solver.
+    """
 
     seed: Count = 1234
     per_task: Positive = 100
@@ -106,6 +109,7 @@ class Evaluation(Section):
     batch_size: Positive = 128
     every: Count = 0
     quick: Positive = 30
+    num_inference_steps: Positive = 16
 
 
 class Config(Section):

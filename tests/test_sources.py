@@ -50,19 +50,19 @@ def test_the_card_names_every_network():
 
 
 def test_the_recipe_trains_and_resumes_to_the_same_weights(tmp_path, monkeypatch):
-    base = replace(sources.STAGES["base"], steps=4, batch_size=4)
-    monkeypatch.setitem(sources.STAGES, "base", base)
+    base = replace(sources.STAGES[sources.TRUNK], steps=4, batch_size=4)
+    monkeypatch.setitem(sources.STAGES, sources.TRUNK, base)
     monkeypatch.setitem(sources.STAGES, "t2i", replace(sources.STAGES["t2i"], steps=2, batch_size=4))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
-    sources.train_source("base", whole)
-    monkeypatch.setitem(sources.STAGES, "base", replace(base, steps=2))
-    sources.train_source("base", parts)
-    monkeypatch.setitem(sources.STAGES, "base", base)
-    sources.train_source("base", parts)
-    a, b = (torch.load(folder / "base.pt", weights_only=True) for folder in (whole, parts))
+    sources.train_source(sources.TRUNK, whole)
+    monkeypatch.setitem(sources.STAGES, sources.TRUNK, replace(base, steps=2))
+    sources.train_source(sources.TRUNK, parts)
+    monkeypatch.setitem(sources.STAGES, sources.TRUNK, base)
+    sources.train_source(sources.TRUNK, parts)
+    a, b = (torch.load(folder / "trunk.pt", weights_only=True) for folder in (whole, parts))
     for key, value in a["model"].items():
         assert torch.equal(value, b["model"][key]), key
     sources.train_source("t2i", whole)
-    assert load_model(whole / "t2i.safetensors").config == load_model(whole / "base.safetensors").config
+    assert load_model(whole / "t2i.safetensors").config == load_model(whole / "trunk.safetensors").config

@@ -57,7 +57,7 @@ def raw(tmp_path):
             "sample_every": 4,
             "log_every": 1,
         },
-        "evaluation": {"every": 3, "quick": 1},
+        "evaluation": {"every": 3, "quick": 1, "num_inference_steps": 4},
     }
 
 

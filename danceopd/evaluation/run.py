@@ -14,7 +14,7 @@ from danceopd.config import Config, load_config
 from danceopd.data.sampler import make_conditioning, step_generator
 from danceopd.errors import UserError
 from danceopd.evaluation.report import read_log, write_report
-from danceopd.evaluation.world import Sampler, edit_set, score_row, t2i_set
+from danceopd.evaluation.world import edit_set, make_sampler, score_row, t2i_set
 from danceopd.fields import Field, guided
 from danceopd.methods.merge import weight_merge
 from danceopd.query import query
@@ -28,15 +28,6 @@ from danceopd.world.scores import edit_scores, geneval_correct
 
 BAR = 0.95  # of a source's score; a student that reaches it on both has both capabilities
 PICTURES = 8
-
-
-def make_sampler(config: Config, network: DiT, device: torch.device | str = "cpu") -> Sampler:
-    """The evaluation's sampler: the rollout's noise levels and solver."""
-    sigmas = sigma_grid(config.rollout.num_inference_steps, config.rollout.shift)
-    size = network.config
-    return Sampler(
-        sigmas, config.rollout.solver, config.evaluation.batch_size, size.text_length, size.image_size, device
-    )
 
 
 def as_field(network: DiT, guidance_scale: float = 1.0) -> Field:
@@ -83,7 +74,7 @@ def _lines(path: str) -> list[str]:
 
 def draw_pictures(fields: dict[str, Field], config: Config, network: DiT) -> dict:
     """The report's pictures: prompts x models, edits x models, and the student's rollouts."""
-    sampler, seed = make_sampler(config, network), config.evaluation.seed + 17
+    sampler, seed = make_sampler(config, network.config), config.evaluation.seed + 17
     prompts, _ = t2i_set(seed, 2)
     prompts = prompts[:PICTURES]
     edits, source, expected = edit_set(seed, 2)
@@ -114,12 +105,12 @@ def draw_pictures(fields: dict[str, Field], config: Config, network: DiT) -> dic
 
 def _filmstrip(field, config: Config, network: DiT, prompt: str, source, seed: int) -> dict:
     """One rollout, every state of it, and the state that an update with this seed would ask."""
-    sampler = make_sampler(config, network)
-    steps = len(sampler.sigmas) - 1
+    steps, size = config.rollout.num_inference_steps, network.config.image_size
     generator = step_generator(seed, 0)
-    noise = torch.randn(1, 3, sampler.image_size, sampler.image_size, generator=generator)
-    conditioning = make_conditioning([prompt], source, sampler.text_length)
-    states, sigma = rollout(field, noise, conditioning, sampler.sigmas, torch.arange(steps + 1)[None])
+    noise = torch.randn(1, 3, size, size, generator=generator)
+    conditioning = make_conditioning([prompt], source, network.config.text_length)
+    sigmas = sigma_grid(steps, config.rollout.shift)
+    states, sigma = rollout(field, noise, conditioning, sigmas, torch.arange(steps + 1)[None], config.rollout.solver)
     return {
         "prompt": prompt,
         "sigmas": sigma[0].tolist(),
@@ -139,7 +130,7 @@ def evaluate_run(folder: Path, progress=lambda items: items) -> dict:
         raise UserError(f"{folder} holds no run (no config.yaml); give the output_dir of a training")
     config = load_config(folder / "config.yaml")
     fields, network = contestants(config, folder), load_model(folder / "student.safetensors")
-    sampler, evaluation = make_sampler(config, network), config.evaluation
+    sampler, evaluation = make_sampler(config, network.config), config.evaluation
     rows = [
         score_row(name, field, sampler, evaluation.seed, evaluation.per_task, evaluation.per_kind)
         for name, field in progress(list(fields.items()))

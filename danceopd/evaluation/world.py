@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from danceopd.backbones.dit import DiTConfig
+from danceopd.config import Config
 from danceopd.data.sampler import make_conditioning
 from danceopd.fields import Field
 from danceopd.rollout import sample
+from danceopd.schedule import sigma_grid
 from danceopd.world.detector import detect
 from danceopd.world.edits import HELD_OUT_KINDS, KINDS, Edit, sample_edits
 from danceopd.world.prompts import PAIR_TASKS, TASKS, Prompt, sample_prompts
@@ -40,6 +43,13 @@ class Sampler:
             z = noise[part].to(self.device)
             images.append(sample(field, z, conditioning[part].to(self.device), self.sigmas, self.solver).cpu())
         return torch.cat(images)
+
+
+def make_sampler(config: Config, network: DiTConfig, device: torch.device | str = "cpu") -> Sampler:
+    """The evaluation's sampler as a configuration has it."""
+    sigmas = sigma_grid(config.evaluation.num_inference_steps, config.rollout.shift)
+    batch_size = config.evaluation.batch_size
+    return Sampler(sigmas, config.rollout.solver, batch_size, network.text_length, network.image_size, device)
 
 
 def t2i_set(seed: int, per_task: int, split: str = "seen", style: int = 0) -> tuple[list[Prompt], Scene]:

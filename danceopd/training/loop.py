@@ -17,11 +17,11 @@ from danceopd.checkpoint import save_model, write_atomic
 from danceopd.config import Config
 from danceopd.data.sampler import draw_batch, step_generator
 from danceopd.errors import UserError
-from danceopd.evaluation.world import Sampler, score_gedit, score_geneval
+from danceopd.evaluation.world import make_sampler, score_gedit, score_geneval
 from danceopd.fields import counted, guided
 from danceopd.methods import METHODS
 from danceopd.optimizers import make_optimizers
-from danceopd.rollout import rollout
+from danceopd.rollout import rollout, sample
 from danceopd.schedule import sigma_grid
 from danceopd.training.health import Health
 from danceopd.training.log import RunLog, save_grid
@@ -183,27 +183,19 @@ class Trainer:
     @torch.no_grad()
     def sample_grid(self, path: Path) -> None:
         """Draw each capability's fixed samples with the averaged student: sources above, results below."""
-        rows = []
-        until = torch.full((PREVIEW_SAMPLES, 1), len(self.sigmas) - 1)
+        rows, evaluation = [], self.config.evaluation
+        sigmas = sigma_grid(evaluation.num_inference_steps, self.config.rollout.shift)
         for m in range(len(self.names)):
             batch = self._preview(m, PREVIEW_SAMPLES)
-            images, _ = rollout(self.ema.module, batch.noise, batch.conditioning, self.sigmas, until)
             if batch.conditioning.source is not None:
                 rows.append(batch.conditioning.source)
-            rows.append(images[:, 0])
+            rows.append(sample(self.ema.module, batch.noise, batch.conditioning, sigmas, self.config.rollout.solver))
         save_grid(path, rows)
 
     def quick_scores(self) -> dict:
         """The averaged student's two scores on a small set, for the curves."""
-        evaluation, network = self.config.evaluation, self.student.config
-        sampler = Sampler(
-            self.sigmas,
-            self.config.rollout.solver,
-            evaluation.batch_size,
-            network.text_length,
-            network.image_size,
-            self.device,
-        )
+        evaluation = self.config.evaluation
+        sampler = make_sampler(self.config, self.student.config, self.device)
         field, seed = self.ema.module, evaluation.seed + 7
         return {
             "geneval_overall": score_geneval(field, sampler, seed, evaluation.quick)["overall"],

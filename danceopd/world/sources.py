@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.checkpoint import SHIPPED, load_model, save_model, write_atomic
+from danceopd.checkpoint import SHIPPED, load_model, save_model, shipped_sources, write_atomic
 from danceopd.conditioning import Conditioning
 from danceopd.optimizers import make_optimizers
 from danceopd.schedule import shift_sigma, sigma_grid
@@ -47,13 +47,15 @@ class Stage:
     task_weights: dict[str, float] = field(default_factory=lambda: TASK_WEIGHTS)
 
 
+TRUNK = "trunk"  # the common ancestor; it does not ship
 STAGES = {
-    "base": Stage(None, {"t2i": 0.6, "local": 0.26, "global": 0.14}, steps=2000, seed=0, decay=0.0),
-    "t2i": Stage("base", {"t2i": 1.0}, steps=2500, seed=1),
-    "edit": Stage("base", {"local": 0.65, "global": 0.35}, steps=2500, seed=2),
-    "local": Stage("base", {"local": 1.0}, steps=1000, seed=3),
-    "global": Stage("base", {"global": 1.0}, steps=1000, seed=4),
-    "style": Stage("base", {"style": 1.0}, steps=1000, seed=5),
+    TRUNK: Stage(None, {"t2i": 0.6, "local": 0.26, "global": 0.14}, steps=2000, seed=0, decay=0.0),
+    "base": Stage(TRUNK, {"t2i": 0.6, "local": 0.26, "global": 0.14}, steps=500, seed=6, decay=1.0),
+    "t2i": Stage(TRUNK, {"t2i": 1.0}, steps=2500, seed=1),
+    "edit": Stage(TRUNK, {"local": 0.65, "global": 0.35}, steps=2500, seed=2),
+    "local": Stage(TRUNK, {"local": 1.0}, steps=1000, seed=3),
+    "global": Stage(TRUNK, {"global": 1.0}, steps=1000, seed=4),
+    "style": Stage(TRUNK, {"style": 1.0}, steps=1000, seed=5),
 }
 
 
@@ -170,12 +172,12 @@ def train_source(name: str, folder: Path, log_every: int = 250) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def score_sources(seed: int = 1234, per_task: int = 200, per_kind: int = 200) -> list[dict]:
+def score_sources(seed: int = 1234, per_task: int = 100, per_kind: int = 100) -> list[dict]:
     """Every shipped network on every task, own or not: name, and each score with its standard error."""
     from danceopd.evaluation.world import Sampler, score_gedit, score_geneval  # not needed to train
 
     sampler, rows = Sampler(sigma_grid(16, SHIFT)), []
-    for name in STAGES:
+    for name in shipped_sources():
         network = load_model(SHIPPED / f"{name}.safetensors")
         rows.append(
             {
@@ -228,7 +230,7 @@ distillation; they draw nothing but the objects, colours and backgrounds of the 
 ## Scores
 
 GenEval-shaped overall (0 to 1) for text-to-image, GEdit-shaped average (0 to 10) for edits, ± the standard
-error; 16 Euler steps, shift 5, no guidance, seed 1234, 200 pictures for each task and kind, pairs seen in training.
+error; 16 Euler steps, shift 5, no guidance, seed 1234, 100 pictures for each task and kind, pairs seen in training.
 Made by `danceopd sources card`.
 
 {scores}
