@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from danceopd.backbones.dit import DiT, DiTConfig
+from danceopd.errors import UserError
 
 SHIPPED = Path(__file__).parent / "world" / "assets" / "sources"
 
@@ -70,5 +71,5 @@ def load_model(path: Path) -> DiT:
         model = DiT(config)
         model.load_state_dict(weights)
     except Exception as error:  # safetensors, JSON and shape errors alike: the file is of no use
-        raise ValueError(f"{path} is not a whole DanceOPD network ({error}); train or copy it again") from error
+        raise UserError(f"{path} is not a whole DanceOPD network ({error}); train or copy it again") from error
     return model.eval()

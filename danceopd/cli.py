@@ -103,7 +103,10 @@ def _field_and_sampler(args: argparse.Namespace):
     from danceopd.schedule import sigma_grid
 
     network = load_model(resolve_weights(args.checkpoint))
-    sigmas = sigma_grid(args.num_inference_steps, args.shift)
+    try:
+        sigmas = sigma_grid(args.num_inference_steps, args.shift)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     size = network.config
     sampler = Sampler(sigmas, args.solver, text_length=size.text_length, image_size=size.image_size)
     return as_field(network, args.guidance_scale), sampler

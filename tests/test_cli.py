@@ -43,7 +43,7 @@ def run_folder(tiny, tmp_path):
         "evaluation": {"per_task": 1, "per_kind": 1, "every": 1, "quick": 1, "num_inference_steps": 3},
     }
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(["train", "--config", str(path)]) == 0
     return tmp_path / "run"
 

@@ -509,7 +509,8 @@ def _draw_score(ax, title: str, x: np.ndarray, y: np.ndarray, color: str, source
         below = {"ha": "right", "va": "top", "color": "#6b6b6b"}
         ax.annotate(f"{100 * bar:g} %", (1, bar * level), (0, -3), **below, **style)
         low, high = min(y.min(), bar * level), max(y.max(), level)
-        ax.set_ylim(low - 0.12 * (high - low), high + 0.15 * (high - low))
+        room = (high - low) or 1
+        ax.set_ylim(low - 0.12 * room, high + 0.15 * room)
     ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
     ax.set_title(title)
     ax.set_xlabel(x_label)
@@ -541,12 +542,15 @@ def _score_chart(log: Log, results: dict) -> Markup | None:
 
 
 def _draw_health(ax, key: str, curves: dict[str, tuple[np.ndarray, np.ndarray]]):
+    """Ratios by noise level around 1, or the gradient norm's quantiles."""
+    ratio = key.endswith("_ratio")
     colors = matplotlib.colormaps["viridis"](np.linspace(0.08, 0.88, len(curves)))
-    for (sigma, (x, y)), color in zip(curves.items(), colors, strict=True):
-        ax.plot(x, y, color=color, label=f"σ = {sigma}", linewidth=1.4)
-    ax.axhline(1, color=_GREY, linewidth=0.9, linestyle=(0, (5, 3)), zorder=1)
-    low, high = ax.get_ylim()
-    ax.set_ylim(min(low, 0.9), max(high, 1.1))
+    for (name, (x, y)), color in zip(curves.items(), colors, strict=True):
+        ax.plot(x, y, color=color, label=f"σ = {name}" if ratio else name, linewidth=1.4)
+    if ratio:
+        ax.axhline(1, color=_GREY, linewidth=0.9, linestyle=(0, (5, 3)), zorder=1)
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, 0.9), max(high, 1.1))
     ax.set_title(label(key))
     ax.set_xlabel("optimizer step")
     ax.legend(fontsize=8.5, ncols=1 if len(curves) < 5 else 2)

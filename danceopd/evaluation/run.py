@@ -144,7 +144,7 @@ def evaluate_run(folder: Path, progress=lambda items: items) -> dict:
         "network_evaluations": last.get("network_evaluations"),
         "machine": machine(),
         "config": config.to_dict(),
-        "seed": evaluation.seed,
+        "seed": config.training.seed,
         "bars": {"t2i": BAR, "edit": BAR},
         "warnings": [],
     }

@@ -1,6 +1,7 @@
 """Watches for silent collapse: norms against the teacher's, and the gradient's running quantiles."""
 
 import math
+import statistics
 from collections import deque
 
 import torch
@@ -11,7 +12,8 @@ RATIO_LIMITS = (0.8, 1.25)  # of a norm to the teacher's
 MOMENTUM = 0.9
 MIN_OBSERVATIONS = 20
 GRADIENT_WINDOW = 200
-GRADIENT_FACTOR = 10.0
+GRADIENT_RECENT = 10
+GRADIENT_FACTOR = 5.0
 
 
 class Health:
@@ -61,7 +63,7 @@ class Health:
             result[name] = {sigma: sum(v) / len(v) for sigma, v in sorted(by_sigma.items())}
         return {**result, "gradient_norm": self.quantiles()}
 
-    def warnings(self, gradient_norm: float) -> dict[str, str]:
+    def warnings(self) -> dict[str, str]:
         """What is drifting now: a short name and a sentence for each; empty while all is well."""
         low, high = RATIO_LIMITS
         found = {}
@@ -71,10 +73,12 @@ class Health:
                     name, _, index = key.rpartition("/")
                     at = f"{what} norm of {name} at sigma {self.sigmas[int(index)]:.2f}"
                     found[at] = f"the student's {at} is {mean:.2f} times its source's"
-        median = self.quantiles().get("p50", math.inf)
-        if len(self.gradients) >= MIN_OBSERVATIONS and gradient_norm > GRADIENT_FACTOR * median:
-            times = gradient_norm / median
-            found["gradient norm"] = f"the gradient norm {gradient_norm:.3g} is {times:.0f} times its running median"
+        if len(self.gradients) >= MIN_OBSERVATIONS:
+            # The median of the last few, since a single spike is no drift.
+            recent = statistics.median(list(self.gradients)[-GRADIENT_RECENT:])
+            times = recent / max(statistics.median(self.gradients), 1e-12)
+            if times > GRADIENT_FACTOR:
+                found["gradient norm"] = f"the gradient norm is {recent:.3g}, {times:.0f} times its running median"
         return found
 
     def state_dict(self) -> dict:

@@ -257,7 +257,7 @@ class Trainer:
         """
         training, folder = self.config.training, self.config.training.output_dir
         log, bar = RunLog(folder, self.step), self._bar()
-        drifting: set[str] = set()
+        said: set[str] = set()
         try:
             with stop_requests() as stop:
                 if self.step == 0:
@@ -268,12 +268,13 @@ class Trainer:
                     elapsed = time.monotonic() - start
                     self.seconds += elapsed
                     record["samples_per_second"] = training.batch_size / elapsed
+                    drifting = self.health.warnings()
                     self._show(bar, record, drifting)
                     if self.step % training.log_every == 0 or self.step == training.max_steps:
                         log.write(self.step, {**record, "seconds": round(self.seconds, 3)})
-                    for name, warning in self.health.warnings(record["gradient_norm"]).items():
-                        if name not in drifting:  # say it once
-                            drifting.add(name)
+                    for name, warning in drifting.items():
+                        if name not in said:
+                            said.add(name)
                             tqdm.write(f"warning at step {self.step}: {warning}", file=sys.stderr)
                             log.write(self.step, {"warning": warning})
                     if self.skipped_in_a_row >= training.max_nonfinite_steps:
@@ -301,7 +302,7 @@ class Trainer:
             total=self.config.training.max_steps, initial=self.step, unit="step", dynamic_ncols=True, smoothing=0.05
         )
 
-    def _show(self, bar: tqdm, record: dict, drifting: set[str]) -> None:
+    def _show(self, bar: tqdm, record: dict, drifting: dict[str, str]) -> None:
         text = f"loss {record['loss']:.4f}, {record['samples_per_second']:.0f} samples/s"
         if self.skipped:
             text += f", {self.skipped} skipped"
