@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from danceopd.checkpoint import save_model, write_atomic
 from danceopd.config import Config
-from danceopd.data.sampler import draw_batch, step_generator
+from danceopd.data.sampler import Batch, draw_batch, step_generator
 from danceopd.errors import UserError
 from danceopd.evaluation.world import make_sampler, score_gedit, score_geneval
 from danceopd.fields import counted, guided
@@ -72,20 +72,15 @@ class Trainer:
             factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / training.max_steps)))
         return training.learning_rate * factor
 
-    def draw(self, stream: int = BATCH, batch_size: int | None = None):
+    def draw(self) -> Batch:
         """The batch of this step, the same at any number of micro-batches and after any interruption."""
-        config = self.student.config
-        generator = step_generator(self.config.training.seed, self.step, stream)
-        n = batch_size or self.config.training.batch_size
-        return draw_batch(
-            self.parts.data,
-            self.weights,
-            n,
-            config.text_length,
-            config.image_size,
-            generator,
-            self.guidance_scales,
-        )
+        generator = step_generator(self.config.training.seed, self.step, BATCH)
+        return self._draw(self.weights, self.config.training.batch_size, generator)
+
+    def _draw(self, weights: list[float], n: int, generator: torch.Generator) -> Batch:
+        size = self.student.config
+        scales = self.guidance_scales
+        return draw_batch(self.parts.data, weights, n, size.text_length, size.image_size, generator, scales)
 
     def student_field(self, module):
         """The student as a field: counted, in the run's precision, guided if the configuration says so."""
@@ -164,21 +159,10 @@ class Trainer:
             reference[name] = states.flatten(2).norm(dim=2).mean(0).cpu()
         return reference
 
-    def _preview(self, m: int, n: int):
+    def _preview(self, m: int, n: int) -> Batch:
         """n fixed samples of one capability."""
-        config = self.student.config
-        generator = step_generator(self.config.training.seed, 0, PREVIEW)
         weights = [float(i == m) for i in range(len(self.names))]
-        batch = draw_batch(
-            self.parts.data,
-            weights,
-            n,
-            config.text_length,
-            config.image_size,
-            generator,
-            self.guidance_scales,
-        )
-        return batch.to(self.device)
+        return self._draw(weights, n, step_generator(self.config.training.seed, 0, PREVIEW)).to(self.device)
 
     @torch.no_grad()
     def sample_grid(self, path: Path) -> None:
