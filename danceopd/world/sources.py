@@ -239,7 +239,7 @@ Made by `danceopd sources card`.
 
 Flow matching on pictures drawn from the world's seed (no picture is stored), Muon and AdamW at 1.5e-3, batches
 of 128, noise levels with shift 5, 10 % empty prompts, an exponential average of 0.999 as the result;
-`danceopd sources train` runs it again. Times are on one core (base: two), beside other work.
+`danceopd sources train` runs it again. Times are on one core (trunk and base: two), beside other work.
 
 {recipe}
 
