@@ -35,17 +35,14 @@ def as_field(network: DiT, guidance_scale: float = 1.0) -> Field:
     return guided(network, tokenize([""], network.config.text_length)[0], guidance_scale)
 
 
-def contestants(config: Config, folder: Path) -> dict[str, Field]:
+def contestants(config: Config, student: DiT) -> dict[str, Field]:
     """The rows of a run's table in order: base, every source, the merge of the sources, the student."""
-    student = folder / "student.safetensors"
-    if not student.exists():
-        raise UserError(f"{folder} holds no student.safetensors; train first: danceopd train --config ...")
     sources = {name: load_model(resolve_weights(source.weights)) for name, source in config.sources.items()}
     fields = {"base": as_field(load_model(resolve_weights(config.student.init_from)))}
     for name, source in config.sources.items():
         fields[f"source_{name}"] = as_field(sources[name], source.guidance_scale)
     fields["weight_merge"] = as_field(weight_merge(list(sources.values())))
-    fields[config.method] = as_field(load_model(student))
+    fields[config.method] = as_field(student)
     return fields
 
 
@@ -128,8 +125,10 @@ def evaluate_run(folder: Path, progress=lambda items: items) -> dict:
     """
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds no run (no config.yaml); give the output_dir of a training")
-    config = load_config(folder / "config.yaml")
-    fields, network = contestants(config, folder), load_model(folder / "student.safetensors")
+    if not (folder / "student.safetensors").exists():
+        raise UserError(f"{folder} holds no student.safetensors; train first: danceopd train --config ...")
+    config, network = load_config(folder / "config.yaml"), load_model(folder / "student.safetensors")
+    fields = contestants(config, network)
     sampler, evaluation = make_sampler(config, network.config), config.evaluation
     rows = [
         score_row(name, field, sampler, evaluation.seed, evaluation.per_task, evaluation.per_kind)

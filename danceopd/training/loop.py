@@ -18,7 +18,7 @@ from danceopd.config import Config
 from danceopd.data.sampler import Batch, draw_batch, step_generator
 from danceopd.errors import UserError
 from danceopd.evaluation.world import make_sampler, score_gedit, score_geneval
-from danceopd.fields import counted, guided
+from danceopd.fields import Field, counted, guided
 from danceopd.methods import METHODS
 from danceopd.optimizers import make_optimizers
 from danceopd.rollout import rollout, sample
@@ -82,13 +82,13 @@ class Trainer:
         scales = self.guidance_scales
         return draw_batch(self.parts.data, weights, n, size.text_length, size.image_size, generator, scales)
 
-    def student_field(self, module):
+    def student_field(self) -> Field:
         """The student as a field: counted, in the run's precision, guided if the configuration says so."""
         bf16 = self.config.training.precision == "bf16"
 
         def velocity(latents, sigma, conditioning):
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-                return module(latents, sigma, conditioning)
+                return self.student(latents, sigma, conditioning)
 
         field = counted(velocity, self.evaluations, "student")
         return field if self.guidance_scales is None else guided(field, self.parts.empty_tokens)
@@ -99,7 +99,7 @@ class Trainer:
         batch, parts = self.draw(), training.gradient_accumulation_steps
         generator = step_generator(training.seed, self.step, QUERY)
         self.student.zero_grad(set_to_none=True)
-        field, seen = self.student_field(self.student), []
+        field, seen = self.student_field(), []
         size = len(batch) // parts
         for start in range(0, len(batch), size):
             observed = METHODS[self.config.method](

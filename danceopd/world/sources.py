@@ -1,5 +1,6 @@
 """The recipe of the embedded sources: one base and five specialists, by ordinary flow matching on the world."""
 
+import io
 import json
 import math
 import time
@@ -15,8 +16,8 @@ from danceopd.conditioning import Conditioning
 from danceopd.optimizers import make_optimizers
 from danceopd.schedule import shift_sigma, sigma_grid
 from danceopd.tokenizer import tokenize
-from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, draw, sample_edits
-from danceopd.world.prompts import draw_tasks, sample_prompts
+from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
+from danceopd.world.prompts import draw, draw_tasks, sample_prompts
 from danceopd.world.scene import render
 
 SHIFT = 5.0  # of the training noise levels and of every sampler of these networks: layout is decided near noise
@@ -166,8 +167,9 @@ def train_source(name: str, folder: Path, log_every: int = 250) -> Path:
                 "step": step,
                 "seconds": seconds,
             }
-            torch.save(state, state_path.with_suffix(".tmp"))
-            state_path.with_suffix(".tmp").replace(state_path)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write_atomic(state_path, buffer.getvalue())
             save_model(ema.module, folder / f"{name}.safetensors", torch.float16)
     return folder / f"{name}.safetensors"
 
