@@ -83,7 +83,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-inference-steps", type=int, default=16, help="solver steps (%(default)s)")
     parser.add_argument("--shift", type=float, default=5.0, help="shift of the noise levels (%(default)s)")
-    parser.add_argument("--solver", choices=("euler", "heun"), default="euler")
+    parser.add_argument("--solver", choices=("euler", "heun", "ab2"), default="euler")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is without guidance (%(default)s)")
 
 

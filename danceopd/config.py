@@ -1,17 +1,19 @@
 """The configuration: one YAML file, checked whole before anything is computed."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from danceopd.errors import UserError
-from danceopd.methods import METHODS
+from danceopd.methods import METHODS, options
 from danceopd.optimizers import OPTIMIZERS
 from danceopd.query import QUERIES
 from danceopd.rollout import SOLVERS
+from danceopd.routing import ROUTES
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -52,6 +54,7 @@ class Capability(Section):
 
     task: edit where every sample has a source picture, t2i where none has. capability: the name in the
     manifest, if it differs from the key here. student_guidance_scale: the student's own scale for these samples.
+    prompt_dropout: the share of prompts left empty, so that guidance can be used on the student.
     """
 
     source: str
@@ -60,6 +63,7 @@ class Capability(Section):
     capability: str | None = None
     weight: Weight = 1.0
     student_guidance_scale: Scale = 1.0
+    prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class Rollout(Section):
@@ -74,11 +78,16 @@ class Query(Section):
 
 
 class Training(Section):
-    """batch_size samples make one update, in micro-batches of batch_size / gradient_accumulation_steps."""
+    """batch_size samples make one update, in micro-batches of batch_size / gradient_accumulation_steps.
+
+    max_network_evaluations ends a run before max_steps: forwards of one sample by any network, a backward counted
+    as two.
+    """
 
     output_dir: Path
     seed: Count = 0
     max_steps: Positive = 1000
+    max_network_evaluations: Positive | None = None
     batch_size: Positive = 64
     gradient_accumulation_steps: Positive = 1
     optimizer: Literal[*OPTIMIZERS] = "adamw"
@@ -98,22 +107,27 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """Pictures per GenEval task and per edit kind; `every` steps a smaller one of `quick` each, 0 for never.
+    """Pictures per GenEval task and per edit kind; during the run, `times` evenly spread, one of `quick` each.
 
-    Pictures are drawn in num_inference_steps, with the rollout's shift and solver.
+    Pictures are drawn in num_inference_steps of `solver`, with the rollout's shift.
     """
 
     seed: Count = 1234
     per_task: Positive = 100
     per_kind: Positive = 100
     batch_size: Positive = 128
-    every: Count = 0
+    times: Count = 0
     quick: Positive = 30
     num_inference_steps: Positive = 16
+    solver: Literal[*SOLVERS] = "euler"
 
 
 class Config(Section):
+    """options: those of the method. route: drawn with the capabilities' weights, in turn, or by weight and gap."""
+
     method: Literal[*METHODS] = "danceopd"
+    options: dict[str, Any] = {}
+    route: Literal[*ROUTES] = "random"
     student: Student = Student()
     sources: dict[str, Source] = Field(min_length=1)
     capabilities: dict[str, Capability] = Field(min_length=1)
@@ -125,6 +139,10 @@ class Config(Section):
     def to_dict(self) -> dict:
         """Plain values, as YAML or JSON take them."""
         return self.model_dump(mode="json")
+
+    def method_options(self) -> dict:
+        """The method's options by keyword, defaults and all."""
+        return options(self.method)(**self.options).model_dump()
 
 
 def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
@@ -205,10 +223,12 @@ def _section_at(location: tuple) -> dict:
     return model.model_fields if model else {}
 
 
-def _explain(error: dict) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") -> str:
+    """One mistake in words; valid: the keys that could stand there, if they are not a section's."""
+    key = prefix + ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(error['loc'][-1], _section_at(error['loc']))}"
+        valid = _section_at(error["loc"]) if valid is None else valid
+        return f"{key}: unknown key{nearest(error['loc'][-1], valid) if valid else '; this method has none'}"
     if error["type"] == "missing":
         return f"{key}: required, but not given"
     if error["type"] == "literal_error":
@@ -219,6 +239,10 @@ def _explain(error: dict) -> str:
 
 def _cross_check(config: Config) -> list[str]:
     problems = []
+    try:
+        config.method_options()
+    except ValidationError as error:
+        problems += [_explain(e, options(config.method).model_fields, "options.") for e in error.errors()]
     for name, capability in config.capabilities.items():
         if capability.source not in config.sources:
             near = nearest(capability.source, config.sources)

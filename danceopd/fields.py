@@ -58,6 +58,25 @@ def routed(
     return velocity
 
 
+def soft(fields: Sequence[Field]) -> Field:
+    """The mean of the fields: what soft routing asks, whatever the sample's route."""
+
+    @torch.no_grad()
+    def velocity(latents, sigma, conditioning):
+        return torch.stack([field(latents, sigma, conditioning) for field in fields]).mean(0)
+
+    return velocity
+
+
+def hard(fields: Sequence[Field], route: torch.Tensor) -> Field:
+    """The field that asks each sample of one batch [B], in its order, from its own source (`routed`)."""
+
+    def velocity(latents, sigma, conditioning):
+        return routed(fields, route, latents, sigma, conditioning)
+
+    return velocity
+
+
 def counted(field: Field, counter: Counter, name: str) -> Field:
     """The same field; counter[name] grows by one for each sample evaluated."""
 

@@ -4,22 +4,34 @@ import torch
 
 # Beta(a, b) of the trajectory fraction: 0 is noise, 1 is data. Low-t asks near the data.
 BETA = {"low_t": (5, 2), "mid_t": (5, 5), "high_t": (2, 5)}
-QUERIES = (*BETA, "uniform", "stratified")
+QUERIES = (*BETA, "uniform", "stratified", "gap")
 
 
 def query(
-    batch: int, num_inference_steps: int, generator: torch.Generator, *, bias: str = "low_t", k: int = 1
+    batch: int,
+    num_inference_steps: int,
+    generator: torch.Generator,
+    *,
+    bias: str = "low_t",
+    k: int = 1,
+    gap: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draw trajectory indices: [batch, k] int64 in [0, num_inference_steps - 1], never the finished picture.
 
-    bias: low_t, mid_t, high_t (the fraction follows a Beta, index floor(N * fraction)), uniform, or
-    stratified (uniform within each of k equal parts of the trajectory).
+    bias: low_t, mid_t, high_t (the fraction follows a Beta, index floor(N * fraction)), uniform,
+    stratified (uniform within each of k equal parts of the trajectory), or gap (an index is drawn with
+    probability proportional to gap [N], uniform without one).
     Raises ValueError for an unknown bias, k < 1 or num_inference_steps < 1.
     """
     if bias not in QUERIES:
         raise ValueError(f"unknown query bias {bias!r}; use one of {', '.join(QUERIES)}")
     if k < 1 or num_inference_steps < 1:
         raise ValueError(f"k and num_inference_steps must be at least 1, got {k} and {num_inference_steps}")
+    if bias == "gap":
+        weights = torch.ones(num_inference_steps, dtype=torch.float64) if gap is None else gap.double()
+        edges = weights.cumsum(0) / weights.sum()
+        uniform = torch.rand(batch, k, generator=generator, dtype=torch.float64)
+        return torch.searchsorted(edges, uniform, right=True).clamp(max=num_inference_steps - 1)
     if bias in BETA:
         # Beta(a, b) with whole a and b: a Gamma(a) variable against a Gamma(b) one, each a sum of exponentials.
         # One row of uniforms a draw, so that drawing a batch in parts gives the same indices.

@@ -1,11 +1,13 @@
 """The student's own trajectory: no gradient, and not a step that nobody looks at."""
 
+from collections.abc import Sequence
+
 import torch
 
 from danceopd.conditioning import Conditioning
 from danceopd.fields import Field
 
-SOLVERS = ("euler", "heun")
+SOLVERS = ("euler", "heun", "ab2")
 
 
 @torch.no_grad()
@@ -16,33 +18,67 @@ def rollout(
     sigmas: torch.Tensor,
     until: torch.Tensor,
     solver: str = "euler",
+    start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Integrate dz = v d sigma from noise and return the states at the trajectory indices asked.
 
-    noise [B, ...] is the state at index 0; sigmas [N + 1] float32 descend from 1; until [B, K] int64 in [0, N]
-    lies on the CPU, so that no step waits for the device.
+    noise [B, ...] is the state at index 0, or at start [B] where given; sigmas [N + 1] float32 descend from 1;
+    until [B, K] and start int64 in [0, N] lie on the CPU, so that no step waits for the device.
     Returns states [B, K, ...] in float32 and their sigmas [B, K]. A sample leaves the batch once its
-    deepest index is reached, so the field is evaluated exactly sum(until.max(1)) times per sample in all
+    deepest index is reached, so the field is evaluated exactly sum(until.max(1) - start) times per sample in all
     (Heun: twice that, less one for each trajectory that ends at sigma 0).
-    Raises ValueError for an unknown solver or an index outside the grid.
+    Raises ValueError for an unknown solver, an index outside the grid, or one before its start.
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; use one of {', '.join(SOLVERS)}")
     if until.min() < 0 or until.max() >= len(sigmas):
         raise ValueError(f"trajectory indices must lie in [0, {len(sigmas) - 1}]")
+    start = torch.zeros(len(until), dtype=torch.int64) if start is None else start
+    if start.min() < 0 or (until < start[:, None]).any():
+        raise ValueError("a trajectory cannot start after an index that is asked of it")
     depth, order = until.amax(1).sort(descending=True, stable=True)
-    wanted = until[order]
-    active = [int((depth > i).sum()) for i in range(int(depth[0]))]  # the n deepest samples go on
+    wanted, start = until[order], start[order]
     order, sigmas = order.to(noise.device), sigmas.to(noise.device)
     z, conditioning = noise[order].float(), conditioning[order]
     states = z[:, None].repeat(1, until.shape[1], *(1,) * (z.dim() - 1))
-    for i, n in enumerate(active):
-        z = step(field, z[:n], conditioning[:n], sigmas[i], sigmas[i + 1], solver)
+    previous = torch.zeros_like(z) if solver == "ab2" else None
+    for i in range(int(start.min()), int(depth[0])):
+        n = int((depth > i).sum())  # the n deepest samples go on, those of them that have started
+        late = bool((start[:n] > i).any())
+        active = (start[:n] <= i).nonzero()[:, 0].to(z.device) if late else slice(n)
+        if solver == "ab2":
+            # A trajectory's first step has no velocity before it and is Euler's.
+            ratio = (sigmas[i + 1] - sigmas[i]) / (sigmas[i] - sigmas[i - 1]) if i else 0.0
+            half = ((start[:n] < i).to(z) * ratio)[active].view(-1, *(1,) * (z.dim() - 1)) / 2
+            velocity = field(z[active], sigmas[i].expand(len(z[active])), conditioning[active]).float()
+            extrapolated = velocity + half * (velocity - previous[active])
+            previous[active], z[active] = velocity, z[active] + (sigmas[i + 1] - sigmas[i]) * extrapolated
+        else:
+            z[active] = step(field, z[active], conditioning[active], sigmas[i], sigmas[i + 1], solver)
         row, k = (wanted[:n] == i + 1).nonzero(as_tuple=True)
         states[row, k] = z[row]
     result = torch.empty_like(states)
     result[order] = states
     return result, sigmas[until.to(noise.device)]
+
+
+def rollout_by_route(
+    fields: Sequence[Field],
+    route: torch.Tensor,
+    noise: torch.Tensor,
+    conditioning: Conditioning,
+    sigmas: torch.Tensor,
+    until: torch.Tensor,
+    solver: str = "euler",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rollout` of each sample by its own field: route [B] int64 indexes `fields`."""
+    states = torch.empty(len(noise), until.shape[1], *noise.shape[1:], device=noise.device)
+    for m, field in enumerate(fields):
+        index = (route == m).nonzero()[:, 0]
+        if len(index):
+            asked = until[index.to(until.device)]
+            states[index], _ = rollout(field, noise[index], conditioning[index], sigmas, asked, solver)
+    return states, sigmas.to(noise.device)[until.to(noise.device)]
 
 
 def step(field, z, conditioning, sigma, next_sigma, solver="euler") -> torch.Tensor:

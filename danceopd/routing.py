@@ -2,6 +2,8 @@
 
 import torch
 
+ROUTES = ("random", "round_robin", "adaptive")
+
 
 def route(batch: int, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Hard routes: [batch] int64, each capability m drawn with probability weights[m] / sum(weights).
@@ -12,3 +14,8 @@ def route(batch: int, weights: torch.Tensor, generator: torch.Generator) -> torc
     if not torch.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
         raise ValueError(f"route weights must be finite, not negative and not all zero, got {weights.tolist()}")
     return torch.multinomial(weights, batch, replacement=True, generator=generator)
+
+
+def round_robin(batch: int, capabilities: int) -> torch.Tensor:
+    """The capabilities in turn, [batch] int64: equal parts of every batch and micro-batch."""
+    return torch.arange(batch) % capabilities

@@ -40,7 +40,7 @@ def run_folder(tiny, tmp_path):
         },
         "rollout": {"num_inference_steps": 3},
         "training": {"output_dir": str(tmp_path / "run"), "max_steps": 2, "batch_size": 4},
-        "evaluation": {"per_task": 1, "per_kind": 1, "every": 1, "quick": 1, "num_inference_steps": 3},
+        "evaluation": {"per_task": 1, "per_kind": 1, "times": 2, "quick": 1, "num_inference_steps": 3},
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))

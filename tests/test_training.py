@@ -1,5 +1,6 @@
 """The training loop: converges, resumes bit for bit, survives kills, full disks and numbers that are not finite."""
 
+import functools
 import json
 import os
 import signal
@@ -57,7 +58,7 @@ def raw(tmp_path):
             "sample_every": 4,
             "log_every": 1,
         },
-        "evaluation": {"every": 3, "quick": 1, "num_inference_steps": 4},
+        "evaluation": {"times": 2, "quick": 1, "num_inference_steps": 4},
     }
 
 
@@ -146,7 +147,7 @@ def test_interrupted_equals_uninterrupted(raw, tmp_path, optimizer):
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
 def test_killed_process_goes_on_bit_for_bit(raw, tmp_path, sig):
     raw["training"].update(max_steps=40, sample_every=0)
-    raw["evaluation"]["every"] = 0
+    raw["evaluation"]["times"] = 0
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -187,7 +188,7 @@ def test_student_of_one_teacher_converges_to_it(raw):
     raw["sources"].pop("two")
     raw["capabilities"]["edit"]["source"] = "one"
     config = config_of(raw, max_steps=100, batch_size=16, learning_rate=3e-3, sample_every=0, ema_decay=0.5)
-    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"every": 0})})
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"times": 0})})
     losses = [r["loss"] for r in records(train(config)) if "loss" in r]
     assert sum(losses[-10:]) < 0.25 * sum(losses[:3]) * 10 / 3
 
@@ -278,6 +279,7 @@ def test_non_finite_updates_are_skipped_counted_and_stop(raw, monkeypatch):
     real = loop.METHODS["danceopd"]
     bad = {1, 2}
 
+    @functools.wraps(real)
     def sometimes(student, sources, batch, **keywords):
         observed = real(student, sources, batch, **keywords)
         if calls[0] in bad:

@@ -49,7 +49,7 @@ def make_sampler(config: Config, network: DiTConfig, device: torch.device | str 
     """The evaluation's sampler as a configuration has it."""
     sigmas = sigma_grid(config.evaluation.num_inference_steps, config.rollout.shift)
     batch_size = config.evaluation.batch_size
-    return Sampler(sigmas, config.rollout.solver, batch_size, network.text_length, network.image_size, device)
+    return Sampler(sigmas, config.evaluation.solver, batch_size, network.text_length, network.image_size, device)
 
 
 def t2i_set(seed: int, per_task: int, split: str = "seen", style: int = 0) -> tuple[list[Prompt], Scene]:

@@ -1,13 +1,15 @@
 """The DanceOPD update: roll out, query, match."""
 
+from typing import Literal
+
 import torch
 
 from danceopd.data.sampler import Batch
-from danceopd.fields import Field, routed
+from danceopd.fields import Field, hard, soft
 from danceopd.methods.observed import Observed
-from danceopd.objectives import velocity_mse
+from danceopd.objectives import WEIGHTINGS, velocity_mse, weighting
 from danceopd.query import query
-from danceopd.rollout import rollout
+from danceopd.rollout import rollout, rollout_by_route
 
 
 def danceopd_loss(
@@ -20,16 +22,30 @@ def danceopd_loss(
     bias: str,
     k: int,
     generator: torch.Generator,
+    gap: torch.Tensor | None = None,
+    progress: float = 1.0,
+    objective: Literal[*WEIGHTINGS] = "mse",
+    routing: Literal["hard", "soft"] = "hard",
+    warm_start: float = 0.0,
 ) -> Observed:
     """The loss of B routed samples (see `Batch`), each the mean over its k queried states.
 
-    sigmas [N + 1]: the rollout's noise levels; solver, bias and k as in `rollout` and `query`.
+    sigmas [N + 1]: the rollout's noise levels; solver, bias, k and gap as in `rollout` and `query`. objective:
+    the weight of the squared error. routing: each sample's own source, or the mean of all. warm_start: the share
+    of the run (progress goes from 0 to 1) that rolls out the sources instead of the student.
     """
-    depth = query(len(batch), len(sigmas) - 1, generator, bias=bias, k=k)  # trajectory indices asked
-    states, sigma = rollout(student, batch.noise, batch.conditioning, sigmas, depth, solver)  # no gradient
+    depth = query(len(batch), len(sigmas) - 1, generator, bias=bias, k=k, gap=gap)  # trajectory indices asked
+    if progress < warm_start:
+        states, sigma = rollout_by_route(
+            sources, batch.route, batch.noise, batch.conditioning, sigmas, depth, solver
+        )
+    else:
+        states, sigma = rollout(student, batch.noise, batch.conditioning, sigmas, depth, solver)  # no gradient
     states, sigma = states.flatten(0, 1), sigma.flatten()
     conditioning, route = batch.conditioning.repeat(k), batch.route.repeat_interleave(k)
-    target = routed(sources, route, states, sigma, conditioning)  # no gradient; each sample's own field
+    source = hard(sources, route) if routing == "hard" else soft(sources)
+    target = source(states, sigma, conditioning)  # no gradient; each sample's own field
     velocity = student(states, sigma, conditioning)
-    loss = velocity_mse(velocity, target).view(-1, k).mean(1)
-    return Observed(loss, depth.flatten(), route, states, velocity.detach(), target)
+    weight = weighting(objective, sigma, sigmas[depth.flatten() + 1])
+    loss = (weight * velocity_mse(velocity, target)).view(-1, k).mean(1)
+    return Observed(loss, batch.route, depth.flatten(), states, velocity.detach(), target)

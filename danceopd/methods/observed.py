@@ -7,14 +7,15 @@ import torch
 
 @dataclass
 class Observed:
-    """loss [B] with gradient; the rest is without, one entry a query (Q = B * k), for the logs and the watch.
+    """loss [B] with gradient and its samples' route [B] int64; the rest is for the watch, without gradient.
 
-    depth [Q] int64 trajectory index, route [Q] int64, states, velocity and target [Q, ...].
+    One entry a query, those of a sample in a row: states, velocity and target [Q, ...], and depth [Q] int64, the
+    trajectory index, or None where states lie off the rollout's noise levels.
     """
 
     loss: torch.Tensor
-    depth: torch.Tensor
     route: torch.Tensor
+    depth: torch.Tensor | None
     states: torch.Tensor
     velocity: torch.Tensor
     target: torch.Tensor

@@ -30,16 +30,19 @@ class Health:
 
     def update(self, observed: Observed, gradient_norm: float) -> None:
         """Take in one step's queries and gradient norm."""
+        if math.isfinite(gradient_norm):
+            self.gradients.append(gradient_norm)
+        if observed.depth is None:
+            return
+        route = observed.route.repeat_interleave(len(observed.depth) // len(observed.route))
         norms = [x.float().flatten(1).norm(dim=1) for x in (observed.velocity, observed.target, observed.states)]
         for m, i, v, t, s in zip(
-            observed.route.tolist(), observed.depth.tolist(), *(n.tolist() for n in norms), strict=True
+            route.tolist(), observed.depth.tolist(), *(n.tolist() for n in norms), strict=True
         ):
             name = self.names[m]
             key = f"{name}/{i}"
             self._average(self.velocity, key, v / max(t, 1e-12))
             self._average(self.state, key, s / max(float(self.reference[name][i]), 1e-12))
-        if math.isfinite(gradient_norm):
-            self.gradients.append(gradient_norm)
 
     def _average(self, table: dict[str, list[float]], key: str, value: float) -> None:
         mean, count = table.get(key, (value, 0))

@@ -1,6 +1,7 @@
 """The training loop: draw, ask the method for its loss, update, watch, log, save."""
 
 import contextlib
+import inspect
 import math
 import signal
 import sys
@@ -19,10 +20,11 @@ from danceopd.data.sampler import Batch, draw_batch, step_generator
 from danceopd.errors import UserError
 from danceopd.evaluation.world import make_sampler, score_gedit, score_geneval
 from danceopd.fields import Field, counted, guided
-from danceopd.methods import METHODS
+from danceopd.methods import METHODS, needs
 from danceopd.optimizers import make_optimizers
 from danceopd.rollout import rollout, sample
 from danceopd.schedule import sigma_grid
+from danceopd.training.gaps import Gaps
 from danceopd.training.health import Health
 from danceopd.training.log import RunLog, save_grid
 from danceopd.training.setup import Parts, build
@@ -50,6 +52,8 @@ class Trainer:
         self.weights = [c.weight for c in config.capabilities.values()]
         scales = [c.student_guidance_scale for c in config.capabilities.values()]
         self.guidance_scales = None if all(s == 1 for s in scales) else scales
+        dropout = [c.prompt_dropout for c in config.capabilities.values()]
+        self.prompt_dropout = dropout if any(dropout) else None
         self.sigmas = sigma_grid(config.rollout.num_inference_steps, config.rollout.shift).to(self.device)
         self.student = parts.student.train()
         decay = torch.optim.swa_utils.get_ema_multi_avg_fn(config.training.ema_decay)
@@ -60,27 +64,45 @@ class Trainer:
         )
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.evaluations: Counter = Counter()
+        self.needs, self.options = needs(config.method), config.method_options()
+        method = METHODS[config.method]
+        self.method = method(self.student) if inspect.isclass(method) else method
+        self.gaps = Gaps(len(self.names), len(self.sigmas) - 1)
         self.fields = [counted(field, self.evaluations, "sources") for field in parts.fields]
         self.health = Health(self.names, self.sigmas, self._reference_norms())
 
     # --- one update -----------------------------------------------------------------------------------
 
+    def progress(self) -> float:
+        """How much of the run is done, from 0 to 1: of its steps or of its network evaluations, whichever is further."""
+        training, done = self.config.training, self.step / self.config.training.max_steps
+        if training.max_network_evaluations:
+            done = max(done, self.evaluations.total() / training.max_network_evaluations)
+        return min(1.0, done)
+
     def learning_rate(self) -> float:
         training = self.config.training
         factor = min(1.0, (self.step + 1) / max(1, training.warmup_steps))
         if training.lr_schedule == "cosine":
-            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / training.max_steps)))
+            factor *= 0.5 * (1 + math.cos(math.pi * self.progress()))
         return training.learning_rate * factor
 
     def draw(self) -> Batch:
         """The batch of this step, the same at any number of micro-batches and after any interruption."""
         generator = step_generator(self.config.training.seed, self.step, BATCH)
-        return self._draw(self.weights, self.config.training.batch_size, generator)
-
-    def _draw(self, weights: list[float], n: int, generator: torch.Generator) -> Batch:
-        size = self.student.config
-        scales = self.guidance_scales
-        return draw_batch(self.parts.data, weights, n, size.text_length, size.image_size, generator, scales)
+        weights = self.gaps.route_weights(self.weights) if self.config.route == "adaptive" else self.weights
+        return draw_batch(
+            self.parts.data,
+            weights,
+            self.config.training.batch_size,
+            self.student.config.text_length,
+            self.student.config.image_size,
+            generator,
+            self.guidance_scales,
+            in_turn=self.config.route == "round_robin",
+            prompt_dropout=self.prompt_dropout,
+            with_clean="clean" in self.needs,
+        )
 
     def student_field(self) -> Field:
         """The student as a field: counted, in the run's precision, guided if the configuration says so."""
@@ -93,29 +115,43 @@ class Trainer:
         field = counted(velocity, self.evaluations, "student")
         return field if self.guidance_scales is None else guided(field, self.parts.empty_tokens)
 
+    def provided(self, batch: Batch, part: int, generator: torch.Generator) -> dict:
+        """What a method may ask for by keyword, of micro-batch number `part`; it is given what it names."""
+        rolled, query = self.config.rollout, self.config.query
+        everything = {
+            "sigmas": self.sigmas,
+            "shift": rolled.shift,
+            "solver": rolled.solver,
+            "bias": query.bias,
+            "k": query.k,
+            "gap": self.gaps.query_weights(),
+            "progress": self.progress(),
+            "part": part,
+            "clean": batch.clean,
+            "ema": counted(self.ema.module, self.evaluations, "ema"),
+            "anchor": self.parts.anchor and counted(self.parts.anchor, self.evaluations, "anchor"),
+            "counter": self.evaluations,
+            "generator": generator,
+        }
+        return {key: everything[key] for key in self.needs}
+
     def update(self) -> dict:
         """One optimizer step: {"loss", "loss_by_capability", "gradient_norm", ...}; skipped if not finite."""
-        training, rolled = self.config.training, self.config.rollout
+        training = self.config.training
         batch, parts = self.draw(), training.gradient_accumulation_steps
         generator = step_generator(training.seed, self.step, QUERY)
         self.student.zero_grad(set_to_none=True)
         field, seen = self.student_field(), []
         size = len(batch) // parts
-        for start in range(0, len(batch), size):
-            observed = METHODS[self.config.method](
-                field,
-                self.fields,
-                batch[start : start + size].to(self.device),
-                sigmas=self.sigmas,
-                solver=rolled.solver,
-                bias=self.config.query.bias,
-                k=self.config.query.k,
-                generator=generator,
-            )
-            (observed.loss.sum() / len(batch)).backward()
-            self.evaluations["backward"] += 2 * len(observed.depth)  # a backward costs about two forwards
+        for part in range(parts):
+            micro = batch[part * size : (part + 1) * size].to(self.device)
+            provided = self.provided(micro, part, generator)
+            observed = self.method(field, self.fields, micro, **provided, **self.options)
+            (observed.loss.mean() / parts).backward()
+            self.evaluations["backward"] += 2 * len(observed.velocity)  # a backward costs about two forwards
             seen.append(observed)
         loss = torch.cat([observed.loss.detach() for observed in seen])
+        route = torch.cat([observed.route for observed in seen])
         norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), training.max_grad_norm))
         finite = math.isfinite(norm) and bool(torch.isfinite(loss).all())
         rate = self.learning_rate()
@@ -126,15 +162,16 @@ class Trainer:
             self.ema.update_parameters(self.student)
             for observed in seen:
                 self.health.update(observed, norm)
+                self.gaps.update(observed)
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
         self.step += 1
         by_name = {
-            name: float(loss[batch.route == m].mean())
+            name: float(loss[route == m].mean())
             for m, name in enumerate(self.names)
-            if bool((batch.route == m).any())
+            if bool((route == m).any())
         }
         return {
             "loss": float(loss.mean()),
@@ -161,8 +198,11 @@ class Trainer:
 
     def _preview(self, m: int, n: int) -> Batch:
         """n fixed samples of one capability."""
-        weights = [float(i == m) for i in range(len(self.names))]
-        return self._draw(weights, n, step_generator(self.config.training.seed, 0, PREVIEW)).to(self.device)
+        size, scales = self.student.config, self.guidance_scales and [self.guidance_scales[m]]
+        generator = step_generator(self.config.training.seed, 0, PREVIEW)
+        return draw_batch(
+            [self.parts.data[m]], [1.0], n, size.text_length, size.image_size, generator, scales
+        ).to(self.device)
 
     @torch.no_grad()
     def sample_grid(self, path: Path) -> None:
@@ -173,7 +213,7 @@ class Trainer:
             batch = self._preview(m, PREVIEW_SAMPLES)
             if batch.conditioning.source is not None:
                 rows.append(batch.conditioning.source)
-            rows.append(sample(self.ema.module, batch.noise, batch.conditioning, sigmas, self.config.rollout.solver))
+            rows.append(sample(self.ema.module, batch.noise, batch.conditioning, sigmas, evaluation.solver))
         save_grid(path, rows)
 
     def quick_scores(self) -> dict:
@@ -202,6 +242,8 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "health": self.health.state_dict(),
+            "gaps": self.gaps.state_dict(),
+            "method": self.method.state_dict() if inspect.isclass(METHODS[self.config.method]) else {},
             "evaluations": dict(self.evaluations),
             "seconds": self.seconds,
             "skipped": [self.skipped, self.skipped_in_a_row],
@@ -220,6 +262,9 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.health.load_state_dict(state["health"])
+        self.gaps.load_state_dict(state["gaps"])
+        if state["method"]:
+            self.method.load_state_dict(state["method"])
         self.evaluations.update(state["evaluations"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
@@ -234,7 +279,7 @@ class Trainer:
     # --- the loop -------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train until max_steps; Ctrl-C or a TERM signal ends the run after the update at hand, with a checkpoint.
+        """Train until progress is 1; Ctrl-C or a TERM signal ends the run after the update at hand, with a checkpoint.
 
         Raises UserError when too many updates in a row were not finite (a checkpoint is left), or when a
         checkpoint can't be written, and KeyboardInterrupt after a signal.
@@ -246,15 +291,16 @@ class Trainer:
             with stop_requests() as stop:
                 if self.step == 0:
                     self._score(log)
-                while self.step < training.max_steps:
+                while (before := self.progress()) < 1:
                     start = time.monotonic()
                     record = self.update()
                     elapsed = time.monotonic() - start
                     self.seconds += elapsed
                     record["samples_per_second"] = training.batch_size / elapsed
                     drifting = self.health.warnings()
+                    progress = self.progress()
                     self._show(bar, record, drifting)
-                    if self.step % training.log_every == 0 or self.step == training.max_steps:
+                    if self.step % training.log_every == 0 or progress == 1:
                         log.write(self.step, {**record, "seconds": round(self.seconds, 3)})
                     for name, warning in drifting.items():
                         if name not in said:
@@ -270,12 +316,13 @@ class Trainer:
                         )
                     if training.sample_every and self.step % training.sample_every == 0:
                         self.sample_grid(folder / "samples" / f"step-{self.step:08d}.png")
-                    if self.config.evaluation.every and self.step % self.config.evaluation.every == 0:
+                    times = self.config.evaluation.times
+                    if int(times * progress) > int(times * before):
                         self._score(log)
-                    if stop or self.step % training.save_every == 0 or self.step == training.max_steps:
+                    if stop or self.step % training.save_every == 0 or progress == 1:
                         log.write(self.step, {"health": self.health.summary()})
                         self.save()
-                    if stop and self.step < training.max_steps:
+                    if stop and progress < 1:
                         raise KeyboardInterrupt
         finally:
             bar.close()
@@ -296,7 +343,7 @@ class Trainer:
         bar.update()
 
     def _score(self, log: RunLog) -> None:
-        if self.config.evaluation.every:
+        if self.config.evaluation.times:
             record = {"network_evaluations": self.evaluations.total(), "evaluation": self.quick_scores()}
             log.write(self.step, record)
 

@@ -1,5 +1,6 @@
 """Everything a run needs, found and loaded before the first step; what is missing is listed at once."""
 
+import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,21 @@ from danceopd.data.manifest import ManifestData
 from danceopd.data.world import WorldData
 from danceopd.errors import UserError
 from danceopd.fields import Field, guided
+from danceopd.methods import needs
 from danceopd.tokenizer import tokenize
 
 
 @dataclass
 class Parts:
-    """The student, each route's frozen field and data set in the order of `config.capabilities`, the device."""
+    """The student, each route's frozen field and data set in the order of `config.capabilities`, the device.
+
+    anchor: the student as it was before training, frozen, where the method asks for it.
+    """
 
     student: DiT
     fields: list[Field]
     data: list
+    anchor: DiT | None
     empty_tokens: torch.Tensor
     device: torch.device
 
@@ -52,7 +58,7 @@ def build(config: Config) -> Parts:
                 f"sources.{name}.weights: its network {network.config} is not the student's {student.config}"
             )
     data = [
-        attempt(f"capabilities.{name}.data", _load_data, name, capability, image_size)
+        attempt(f"capabilities.{name}.data", _load_data, name, capability, image_size, "clean" in needs(config.method))
         for name, capability in config.capabilities.items()
     ]
     attempt("training.output_dir", _check_folder, config.training.output_dir)
@@ -63,7 +69,8 @@ def build(config: Config) -> Parts:
     for capability in config.capabilities.values():
         network = networks[capability.source].to(device).requires_grad_(False)
         fields.append(guided(network, empty_tokens, config.sources[capability.source].guidance_scale))
-    return Parts(student.to(device), fields, data, empty_tokens, device)
+    anchor = copy.deepcopy(student).to(device).requires_grad_(False) if "anchor" in needs(config.method) else None
+    return Parts(student.to(device), fields, data, anchor, empty_tokens, device)
 
 
 def _load(weights: str) -> DiT:
@@ -76,7 +83,7 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _load_data(name: str, capability, image_size: int):
+def _load_data(name: str, capability, image_size: int, with_clean: bool):
     data = capability.data
     if data.world:
         return WorldData(data.world, data.size, data.seed)
@@ -85,6 +92,8 @@ def _load_data(name: str, capability, image_size: int):
         raise UserError(f"task is edit, but no row of {capability.capability or name!r} has a source_image")
     if capability.task == "t2i" and rows.has_source:
         raise UserError(f"task is t2i, but the rows of {capability.capability or name!r} have a source_image")
+    if with_clean and rows.targets([0]) is None:
+        raise UserError(f"the method learns from finished pictures, but no row of {name!r} has a target_image")
     return rows
 
 

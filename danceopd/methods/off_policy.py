@@ -1,0 +1,42 @@
+"""Off-policy distillation: match the routed source on states that the student did not make."""
+
+from typing import Literal
+
+import torch
+
+from danceopd.data.sampler import Batch
+from danceopd.fields import Field, routed
+from danceopd.methods.observed import Observed
+from danceopd.objectives import per_sample, velocity_mse
+from danceopd.rollout import rollout_by_route
+from danceopd.schedule import shift_sigma
+
+
+def off_policy_loss(
+    student: Field,
+    sources: list[Field],
+    batch: Batch,
+    *,
+    clean: torch.Tensor,
+    sigmas: torch.Tensor,
+    shift: float,
+    solver: str,
+    generator: torch.Generator,
+    states_from: Literal["data", "sources"] = "data",
+) -> Observed:
+    """The loss of B samples at noised pictures: the data's, or those that each sample's source draws itself.
+
+    Noise levels are drawn with the rollout's shift; the error is the clean estimate's, sigma^2 times the
+    velocity's, as in joint training, so that only the target differs from it.
+    """
+    sigma = shift_sigma(torch.rand(len(batch), generator=generator), shift).clamp(min=1e-3).to(clean)
+    noise = batch.noise
+    if states_from == "sources":
+        end = torch.full((len(batch), 1), len(sigmas) - 1)
+        clean = rollout_by_route(sources, batch.route, noise, batch.conditioning, sigmas, end, solver)[0][:, 0]
+        noise = torch.randn(noise.shape, generator=generator).to(noise)
+    s = per_sample(sigma, clean)
+    states = (1 - s) * clean + s * noise
+    target = routed(sources, batch.route, states, sigma, batch.conditioning)
+    velocity = student(states, sigma, batch.conditioning)
+    return Observed(velocity_mse(s * velocity, s * target), batch.route, None, states, velocity.detach(), target)

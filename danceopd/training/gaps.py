@@ -1,0 +1,50 @@
+"""How far the student is from its sources: running mean errors that adaptive routes and queries follow."""
+
+import torch
+
+from danceopd.methods.observed import Observed
+
+MOMENTUM = 0.95
+LIMIT = 3.0  # an adaptive route's weight stays within this factor of the configuration's
+
+
+class Gaps:
+    """Running mean squared velocity error of each capability [M] and at each trajectory index [N]; 0 is unseen."""
+
+    def __init__(self, capabilities: int, num_inference_steps: int):
+        self.capability = torch.zeros(capabilities, dtype=torch.float64)
+        self.index = torch.zeros(num_inference_steps, dtype=torch.float64)
+
+    def update(self, observed: Observed) -> None:
+        """Take in one micro-batch's queries."""
+        error = (observed.velocity - observed.target).double().square().flatten(1).mean(1).cpu()
+        route = observed.route.cpu().repeat_interleave(len(error) // len(observed.route))
+        self._average(self.capability, route, error)
+        if observed.depth is not None:
+            self._average(self.index, observed.depth, error)
+
+    @staticmethod
+    def _average(table: torch.Tensor, key: torch.Tensor, error: torch.Tensor) -> None:
+        for i in key.unique().tolist():
+            mean = error[key == i].mean()
+            table[i] = mean if table[i] == 0 else MOMENTUM * table[i] + (1 - MOMENTUM) * mean
+
+    def route_weights(self, weights: list[float]) -> list[float]:
+        """The configuration's weights times each capability's gap relative to their mean."""
+        if (self.capability == 0).any():
+            return weights
+        factor = (self.capability / self.capability.mean()).clamp(1 / LIMIT, LIMIT)
+        return (torch.tensor(weights, dtype=torch.float64) * factor).tolist()
+
+    def query_weights(self) -> torch.Tensor | None:
+        """[N]: the root mean squared error at each index, an unseen one taken as the mean; None before the first."""
+        seen = self.index > 0
+        if not seen.any():
+            return None
+        return torch.where(seen, self.index, self.index[seen].mean()).sqrt()
+
+    def state_dict(self) -> dict:
+        return {"capability": self.capability, "index": self.index}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.capability, self.index = state["capability"], state["index"]
