@@ -1,4 +1,4 @@
-"""The command line: danceopd train | evaluate | sample | report | sources | data."""
+"""The command line: danceopd train | evaluate | sample | report | reproduce | sources | data."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ EPILOG = """examples:
   danceopd train --config configs/demo.yaml                     train, or go on where a run stopped
   danceopd train --config configs/demo.yaml training.max_steps=50 training.output_dir=runs/short
   danceopd report runs/demo                                      score every row, write report.html
+  danceopd reproduce A                                           six methods at equal cost, in half an hour
   danceopd evaluate runs/demo/student.safetensors --json row.json
   danceopd sample base "a photo of a red car and a blue cup" -o cups.png
   danceopd sources                                               the networks that ship with the package
@@ -51,6 +52,17 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("report", help="score every row of a run; write results.json and report.html")
     command.add_argument("folder", type=Path, help="the output_dir of a training")
     command.set_defaults(run=run_report)
+
+    command = commands.add_parser("reproduce", help="make the paper's tables and ablations on the picture world")
+    command.add_argument("setting", help="A, B, C, D, E, F, ablations, grid (learning rates) or all")
+    command.add_argument("--budget", choices=("quick", "paper"), default="quick", help="(%(default)s)")
+    command.add_argument("--seeds", type=int, help="trainings of each row (quick 1, paper 3)")
+    command.add_argument("--workers", type=int, help="runs at a time (as many as there are cores)")
+    command.add_argument("--configs", type=Path, default=Path("configs"), help="the settings' files (%(default)s)")
+    command.add_argument("--work", type=Path, help="folder of the runs (runs/reproduce/BUDGET)")
+    command.add_argument("--results", type=Path, help="folder of the tables (results; quick: WORK/results)")
+    command.add_argument("--again", action="store_true", help="make finished runs anew")
+    command.set_defaults(run=run_reproduce)
 
     command = commands.add_parser("sources", help="list the embedded networks, or train them again")
     command.add_argument("action", nargs="?", choices=("list", "train", "card"), default="list")
@@ -154,6 +166,26 @@ def run_report(args: argparse.Namespace) -> None:
     results = evaluate_run(args.folder, lambda rows: tqdm(rows, desc="scoring", unit="row"))
     print(format_table(results))
     print("\n".join(f"wrote {args.folder / name}" for name in ("results.json", "report.html")))
+
+
+def run_reproduce(args: argparse.Namespace) -> None:
+    import os
+    import shutil
+
+    from danceopd.reproduce.matrix import BUDGETS
+    from danceopd.reproduce.run import Place, chosen, reproduce
+
+    settings, budget = chosen(args.setting), BUDGETS[args.budget]
+    seeds, workers = args.seeds or budget.seeds, args.workers or os.cpu_count() or 1
+    if seeds < 1 or workers < 1:
+        raise UserError("--seeds and --workers must be at least 1")
+    work = args.work or Path("runs/reproduce") / budget.name
+    results = args.results or (work / "results" if budget.name == "quick" else Path("results"))
+    for setting in settings if args.again else ():
+        shutil.rmtree(work / setting, ignore_errors=True)
+        (results / f"{setting}.json").unlink(missing_ok=True)
+    written = reproduce(settings, budget, Place(args.configs, work, results), seeds, workers)
+    print("\n".join(f"wrote {path}" for path in written))
 
 
 def run_sources(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from danceopd.fields import Field
 
-WEIGHTINGS = ("mse", "sigma_sqrt", "logit_normal", "mode", "cosmap", "kl")
+WEIGHTINGS = ("mse", "sigma_sqrt", "logit_normal", "mode", "cosmap", "kl", "clean")
 
 
 def per_sample(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -33,6 +33,7 @@ def weighting(name: str, sigma: torch.Tensor, next_sigma: torch.Tensor) -> torch
     mse: 1. sigma_sqrt and cosmap: as diffusers' compute_loss_weighting_for_sd3 (SD3, arXiv 2403.03206).
     logit_normal and mode: in SD3 and diffusers densities to draw sigma from; here, where the query has drawn it,
     the same densities as weights (logit-normal with mean 0 and deviation 1; mode with scale 1.29).
+    clean: sigma^2, which makes it the error of the clean estimate.
     kl: (next_sigma - sigma)^2 / 2, the KL of two Gaussian steps (DiffusionOPD, arXiv 2605.15055).
     Raises ValueError for another name.
     """
@@ -47,6 +48,8 @@ def weighting(name: str, sigma: torch.Tensor, next_sigma: torch.Tensor) -> torch
         weight = mode_density(s)
     elif name == "cosmap":
         weight = 2 / (math.pi * (1 - 2 * sigma.double() + 2 * sigma.double() ** 2))
+    elif name == "clean":
+        weight = sigma.double().square()
     elif name == "kl":
         weight = (next_sigma.double() - sigma.double()).square() / 2
     else:

@@ -1,10 +1,12 @@
-"""Weight merge: the mean of the sources' parameters, no training."""
+"""Weight merge, no training: means of the sources' parameters, and of LoRA adapters by PEFT's own combinations."""
 
 import copy
 
 import torch
 
 from danceopd.backbones.dit import DiT
+
+COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_ties")
 
 
 @torch.no_grad()
@@ -24,3 +26,51 @@ def weight_merge(networks: list[DiT], weights: list[float] | None = None) -> DiT
         {key: sum(w * state[key] for w, state in zip(share, states, strict=True)) for key in states[0]}
     )
     return merged
+
+
+@torch.no_grad()
+def as_lora(base: DiT, networks: list[DiT], rank: int):
+    """A PEFT model of the base with an adapter "0", "1", ... for each network: the best of that rank.
+
+    Each is the truncated SVD of what the network's linear layers differ in; everything else stays the base's.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    # A layer's own rank may be smaller; PEFT wants one rank for all, and the rest is zeros.
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_bias=False)
+    model = get_peft_model(copy.deepcopy(base), config, adapter_name="0")
+    for i in range(1, len(networks)):
+        model.add_adapter(str(i), config)
+    layers = dict(model.base_model.model.named_modules())
+    for i, network in enumerate(networks):
+        theirs = dict(network.named_modules())
+        for name, module in base.named_modules():
+            if name not in names:
+                continue
+            u, s, vh = torch.linalg.svd(theirs[name].weight - module.weight, full_matrices=False)
+            root, layer = s[:rank].sqrt(), layers[name]
+            down, up = layer.lora_A[str(i)].weight, layer.lora_B[str(i)].weight
+            down.zero_()[: len(root)] = root[:, None] * vh[:rank]
+            up.zero_()[:, : len(root)] = u[:, :rank] * root
+    return model
+
+
+@torch.no_grad()
+def lora_merge(
+    base: DiT, networks: list[DiT], combination: str, weights: list[float], *, rank: int = 128, density: float = 0.5
+) -> DiT:
+    """The base with the networks' adapters (see `as_lora`) combined by PEFT's add_weighted_adapter.
+
+    combination: linear, cat, svd, ties or dare_ties; density: the share of entries that the last two keep.
+    Raises ValueError for another combination.
+    """
+    if combination not in COMBINATIONS:
+        raise ValueError(f"unknown combination {combination!r}; use one of {', '.join(COMBINATIONS)}")
+    model, kept = as_lora(base, networks, rank), density if "ties" in combination else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # dare_ties drops entries at random
+        names = [str(i) for i in range(len(networks))]
+        model.add_weighted_adapter(names, weights, "merged", combination_type=combination, density=kept)
+    model.set_adapter("merged")
+    return model.merge_and_unload().eval()

@@ -1,0 +1,1 @@
+"""The paper's tables and ablations, and what goes beyond them, on the picture world: `danceopd reproduce`."""

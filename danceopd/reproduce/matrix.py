@@ -1,0 +1,120 @@
+"""Which runs each table needs: a configuration, what differs from it in each row, and the budget of evaluations."""
+
+from dataclasses import dataclass, field
+
+SETTINGS = ("A", "B", "C", "D", "E", "F", "ablations", "grid")
+
+# What each method differs in from DanceOPD. Trajectories that are asked at every step are fewer to an update.
+METHODS = {
+    "joint": {"method": "joint"},
+    "off_policy": {"method": "off_policy"},
+    "off_policy_samples": {"method": "off_policy", "options.states_from": "sources"},
+    "diffusion_opd": {"method": "diffusion_opd", "route": "round_robin", "training.batch_size": 16},
+    "flow_opd": {"method": "flow_opd"},
+    "flow_opd_attached": {"method": "flow_opd", "options.detach_advantage": False},
+    "danceopd": {},
+}
+QUICK = ("joint", "off_policy", "diffusion_opd", "flow_opd", "danceopd")  # weight merge, the sixth, needs no run
+
+# The best of each method's grid on validation prompts (results/grid.json, `danceopd reproduce grid`).
+LEARNING_RATES = dict.fromkeys(METHODS, 1e-3)
+GRID = (3e-4, 1e-3, 3e-3)
+
+ABLATIONS = {
+    "default": {"danceopd": {}},
+    "routing": {"soft": {"options.routing": "soft"}},
+    "query": {bias: {"query.bias": bias} for bias in ("mid_t", "high_t", "uniform", "stratified")},
+    "queries": {f"k{k}": {"query.k": k} for k in (4, 16)},
+    "rollout": {f"steps{n}": {"rollout.num_inference_steps": n} for n in (16, 20, 28)},
+    "objective": {
+        **{w: {"options.objective": w} for w in ("sigma_sqrt", "logit_normal", "mode", "cosmap", "kl")},
+        **{m: {"method": m} for m in ("dmd", "sds", "consistency")},
+    },
+    "beyond": {
+        "ab2_steps4": {"rollout.solver": "ab2", "rollout.num_inference_steps": 4},
+        "ab2_steps8": {"rollout.solver": "ab2"},
+        "steps4": {"rollout.num_inference_steps": 4},
+        "pool2": {"method": "pooled", "options.visits": 2},
+        "pool3": {"method": "pooled", "options.visits": 3},
+        "adaptive_route": {"route": "adaptive"},
+        "gap_query": {"query.bias": "gap"},
+        "warm_start": {"options.warm_start": 0.1},
+    },
+}
+TRAINING_SCALES = (1, 2, 3, 5, 7)  # alpha of setting D
+INFERENCE_SCALES = (1, 2, 3, 5, 7)  # beta
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Network evaluations of a run, of a run of C, D and F, and of one of the ablations and grids; seeds."""
+
+    name: str
+    main: int
+    short: int
+    ablation: int
+    seeds: int
+
+
+BUDGETS = {
+    "quick": Budget("quick", main=400_000, short=200_000, ablation=100_000, seeds=1),
+    "paper": Budget("paper", main=800_000, short=400_000, ablation=200_000, seeds=3),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its measurement. setting: the table; row: its line; overrides: of the configuration."""
+
+    setting: str
+    row: str
+    seed: int
+    config: str
+    overrides: dict = field(default_factory=dict)
+    after: str | None = None  # the run whose student this one starts from
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}/{self.row}/seed{self.seed}"
+
+
+def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
+    """The runs of one table, in the order in which they are made. Raises KeyError for an unknown table."""
+    made = {
+        "A": lambda: _methods("A", "setting_a", budget),
+        "B": lambda: _methods("B", "setting_b", budget),
+        "C": lambda: [("danceopd", "setting_c", {}, budget.short)],
+        "D": lambda: [
+            (f"alpha{alpha}", "setting_d", {"sources.cfg.guidance_scale": alpha}, budget.short)
+            for alpha in TRAINING_SCALES
+        ],
+        "E": lambda: [("danceopd", "setting_e", {}, budget.main)],
+        "F": lambda: [
+            ("danceopd", "setting_f", {}, budget.short),
+            ("without_self", "setting_f", {"capabilities.t2i.weight": 0, "capabilities.edit.weight": 0}, budget.short),
+        ],
+        "ablations": lambda: [
+            (row, "setting_a", overrides, budget.ablation) for axis in ABLATIONS.values() for row, overrides in axis.items()
+        ],
+        "grid": lambda: [
+            (f"{row}@{rate:g}", "setting_a", {**overrides, "training.learning_rate": rate}, budget.ablation)
+            for row, overrides in METHODS.items()
+            for rate in GRID
+        ],
+    }[setting]()
+    result = []
+    for seed in range(seeds if setting != "grid" else 1):
+        for row, config, overrides, evaluations in made:
+            common = {
+                "training.seed": seed,
+                "training.learning_rate": LEARNING_RATES.get(row, LEARNING_RATES["danceopd"]),
+                "training.max_network_evaluations": evaluations,
+            }
+            after = f"A/danceopd/seed{seed}" if setting == "F" else None
+            result.append(Run(setting, row, seed, f"{config}.yaml", {**common, **overrides}, after))
+    return result
+
+
+def _methods(setting: str, config: str, budget: Budget) -> list[tuple]:
+    names = QUICK if budget.name == "quick" else METHODS
+    return [(name, config, METHODS[name], budget.main) for name in names]

@@ -1,0 +1,317 @@
+"""Makes the runs of a table, several at once, each in a process of its own, and gathers them into results/<table>.json.
+
+A run's folder holds its checkpoints while it goes and result.json once it is measured; a run that has one, there or
+in the results file, is not made again.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from danceopd.checkpoint import write_atomic
+from danceopd.config import Config, parse_config
+from danceopd.errors import UserError
+from danceopd.evaluation.report import read_log
+from danceopd.evaluation.run import machine
+from danceopd.reproduce.matrix import ABLATIONS, SETTINGS, Budget, Run, runs
+from danceopd.reproduce.measure import VALIDATION_SEED, measure, student, untrained
+from danceopd.reproduce.report import write_report
+from danceopd.training.loop import train
+from danceopd.training.state import checkpoints
+
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """configs: folder of the settings' files; work: of the runs; results: of what is kept."""
+
+    configs: Path
+    work: Path
+    results: Path
+
+
+# ------------------------------------------------------------------------------------------------ one run
+
+
+def raw_config(run: Run, place: Place) -> tuple[dict, list[str]]:
+    """A run's configuration as plain values, and the overrides that make it the run's own.
+
+    Raises UserError if the settings' files are not there.
+    """
+    path = place.configs / run.config
+    if not path.is_file():
+        raise UserError(f"no configuration at {path}; run this from the repository, or give --configs FOLDER")
+    overrides = dict(run.overrides)
+    if run.after:
+        weights = str(place.work / run.after / "student.safetensors")
+        overrides |= {"student.init_from": weights, "sources.self.weights": weights}
+    lines = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return yaml.safe_load(path.read_text(encoding="utf-8")), lines
+
+
+def digest(run: Run, place: Place) -> str:
+    """Names what a run computes: equal for equal configurations, wherever they lie."""
+    raw, _ = raw_config(run, place)
+    text = json.dumps([raw, asdict(run)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_run(run: Run, place: Place) -> dict:
+    """Train and measure one run, going on where it stopped; {"seed", "digest", metrics, cost, "curve", "commit"}."""
+    folder = place.work / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a worker of a killed parent may still be at it
+        result = finished(run, place)
+        if result:
+            return result
+        raw, overrides = raw_config(run, place)
+        config = parse_config(raw, [*overrides, f"training.output_dir={json.dumps(str(folder))}"], run.config)
+        train(config)
+        seed = VALIDATION_SEED if run.setting == "grid" else None
+        log = read_log(folder / "log.jsonl")
+        curve = [
+            [r["network_evaluations"], r["evaluation"]["geneval_overall"], r["evaluation"]["gedit_average"]]
+            for r in log.evaluations
+        ]
+        result = {
+            "seed": run.seed,
+            "digest": digest(run, place),
+            **measure(run.setting, student(folder), config, seed),
+            "network_evaluations": log.training[-1]["network_evaluations"],
+            "updates": log.training[-1]["step"],
+            "seconds": log.training[-1]["seconds"],
+            "curve": curve,
+            "commit": commit(),
+        }
+        write_atomic(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+        for path in checkpoints(folder / "checkpoints"):
+            path.unlink()
+    return result
+
+
+def finished(run: Run, place: Place) -> dict | None:
+    """The result of a run made before, from its folder; None if there is none, or it was of another configuration."""
+    try:
+        result = json.loads((place.work / run.name / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return result if result.get("digest") == digest(run, place) else None
+
+
+def commit() -> str:
+    """The commit of the code that runs, with "+" where files differ from it; "unknown" outside a repository."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        name = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno", ".."], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+# ------------------------------------------------------------------------------------------------ all runs
+
+
+def reproduce(settings: list[str], budget: Budget, place: Place, seeds: int, workers: int) -> list[Path]:
+    """Make every run of the tables that is not made yet, `workers` at a time; write the results after each.
+
+    Returns the files written. Raises UserError if a run fails, naming its log; KeyboardInterrupt after Ctrl-C,
+    with a checkpoint of each run at hand.
+    """
+    todo = [run for setting in settings for run in runs(setting, budget, seeds)]
+    for needed in [run.after for run in todo if run.after]:
+        if all(run.name != needed for run in todo):
+            todo = [*[run for run in runs("A", budget, seeds) if run.name == needed], *todo]
+    adopt(todo, place)
+    for run in todo:
+        if run.name in {r.after for r in todo} and not (place.work / run.name / "student.safetensors").exists():
+            (place.work / run.name / "result.json").unlink(missing_ok=True)  # its student is needed, not its scores
+    waiting = [run for run in todo if finished(run, place) is None]
+    total = sum(run.overrides["training.max_network_evaluations"] for run in todo)
+    done = total - sum(run.overrides["training.max_network_evaluations"] for run in waiting)
+    bar = tqdm(total=total, initial=done, unit="evaluation", unit_scale=True, dynamic_ncols=True, smoothing=0.02)
+    if not waiting:
+        print("every run is finished already; --again makes them anew", file=sys.stderr)
+    for setting in settings:
+        gather(setting, budget, place, seeds)
+    active: list[tuple[Run, subprocess.Popen]] = []
+    try:
+        while waiting or active:
+            for run in [r for r in waiting if not r.after or (place.work / r.after / "result.json").exists()]:
+                if len(active) < workers:
+                    waiting.remove(run)
+                    active.append((run, _start(run, place, workers)))
+            time.sleep(POLL_SECONDS)
+            bar.n = done + sum(_evaluations(run, place) for run, _ in active)
+            bar.set_postfix_str(", ".join(run.name for run, _ in active))
+            for run, process in list(active):
+                if process.poll() is None:
+                    continue
+                active.remove((run, process))
+                if process.returncode:
+                    raise UserError(f"the run {run.name} failed; its log is {place.work / run.name / 'output.txt'}")
+                done += run.overrides["training.max_network_evaluations"]
+                if run.setting in settings:
+                    gather(run.setting, budget, place, seeds)
+    finally:
+        bar.close()
+        for _, process in active:
+            process.terminate()  # it ends after its update, with a checkpoint
+        for _, process in active:
+            process.wait()
+    return write_report(place.results)
+
+
+def _start(run: Run, place: Place, workers: int) -> subprocess.Popen:
+    folder = place.work / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
+    order = {"run": asdict(run), "place": {key: str(value) for key, value in asdict(place).items()}}
+    with open(folder / "output.txt", "ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "danceopd.reproduce.worker", json.dumps(order)],
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which tells its workers
+        )
+
+
+def _evaluations(run: Run, place: Place) -> int:
+    log = read_log(place.work / run.name / "log.jsonl").training
+    return min(log[-1]["network_evaluations"], run.overrides["training.max_network_evaluations"]) if log else 0
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def adopt(todo: list[Run], place: Place) -> None:
+    """Take over results that the results files hold already, so that a finished run needs no folder."""
+    for setting in {run.setting for run in todo}:
+        path = place.results / f"{setting}.json"
+        kept = json.loads(path.read_text()) if path.exists() else {"rows": []}
+        by_digest = {result["digest"]: result for row in kept["rows"] for result in row.get("runs", ())}
+        for run in todo:
+            if run.setting == setting and finished(run, place) is None and digest(run, place) in by_digest:
+                target = place.work / run.name / "result.json"
+                write_atomic(target, (json.dumps(by_digest[digest(run, place)], indent=1) + "\n").encode())
+
+
+def gather(setting: str, budget: Budget, place: Place, seeds: int) -> None:
+    """Write results/<setting>.json from the runs that are finished."""
+    rows = _untrained_rows(setting, budget, place, seeds)
+    grouped: dict[str, list[tuple[Run, dict]]] = {}
+    for run in runs(setting, budget, seeds):
+        result = finished(run, place)
+        if result:
+            grouped.setdefault(run.row, []).append((run, result))
+    if setting == "F":
+        before = [run for run in runs("A", budget, seeds) if run.row == "danceopd"]
+        rows += _before_rows(before, place)
+    axes = {row: axis for axis, members in ABLATIONS.items() for row in members} if setting == "ablations" else {}
+    for row, members in grouped.items():
+        rows.append(_row(row, "trained", [result for _, result in members], members[0][0], axes.get(row)))
+    evaluations = {"grid": budget.ablation, "ablations": budget.ablation, "A": budget.main, "B": budget.main}
+    table = {
+        "setting": setting,
+        "budget": {
+            "name": budget.name,
+            "network_evaluations": {**evaluations, "E": budget.main}.get(setting, budget.short),
+            "seeds": seeds,
+        },
+        "machine": machine(),
+        "rows": rows,
+    }
+    write_atomic(place.results / f"{setting}.json", (json.dumps(table, indent=1) + "\n").encode())
+
+
+def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str | None = None) -> dict:
+    """One line of a table: each metric's mean, standard error over the seeds (else over pictures) and values."""
+    row = {"method": name, "kind": kind} | ({"axis": axis} if axis else {})
+    row["seeds"] = [result["seed"] for result in results] if run else []
+    plain = {"seed", "digest", "network_evaluations", "updates", "seconds", "curve", "commit", "chosen"}
+    for metric in results[0]:
+        if metric in plain or metric.endswith("_error"):
+            continue
+        values = [result[metric] for result in results]
+        error = results[0].get(f"{metric}_error") if not run else None
+        if len(values) > 1:
+            error = statistics.stdev(values) / math.sqrt(len(values))
+        row[metric] = {"mean": statistics.fmean(values), "standard_error": error, "values": values}
+    if "chosen" in results[0]:
+        row["chosen"] = results[0]["chosen"]
+    if run:
+        for key in ("network_evaluations", "updates", "seconds"):
+            row[key] = statistics.fmean(result[key] for result in results)
+        row["learning_rate"] = run.overrides["training.learning_rate"]
+        row["overrides"] = run.overrides
+        curves = [result["curve"] for result in results if result["curve"]]
+        if curves and len({len(curve) for curve in curves}) == 1:
+            row["curve"] = torch.tensor(curves, dtype=torch.float64).mean(0).tolist()
+        row["commit"] = ", ".join(sorted({result["commit"] for result in results}))
+        row["runs"] = results
+    return row
+
+
+def _untrained_rows(setting: str, budget: Budget, place: Place, seeds: int) -> list[dict]:
+    """Base, sources and merges, measured once and kept beside the runs."""
+    if setting in ("ablations", "grid"):
+        return []
+    run = runs(setting, budget, seeds)[0]
+    raw, overrides = raw_config(run, place)
+    config = parse_config(raw, overrides, run.config)
+    path = place.work / setting / "untrained.json"
+    key = digest(run, place)
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(path.read_text())
+        if kept["digest"] == key:
+            return kept["rows"]
+    rows = []
+    for name, kind, metrics in tqdm(untrained(setting, config), desc=f"{setting}: sources, merges", unit="row"):
+        rows.append(_row(name, kind, [metrics], None) | {"network_evaluations": 0, "seconds": 0, "commit": commit()})
+    write_atomic(path, (json.dumps({"digest": key, "rows": rows}, indent=1) + "\n").encode())
+    return rows
+
+
+def _before_rows(before: list[Run], place: Place) -> list[dict]:
+    """Setting A's students, on setting F's metrics: what there was before the new capability."""
+    results = []
+    for run in before:
+        path = place.work / "F" / "before" / f"seed{run.seed}.json"
+        if finished(run, place) is None or not (place.work / run.name / "student.safetensors").exists():
+            continue
+        if not path.exists():
+            raw, overrides = raw_config(run, place)
+            metrics = measure("F", student(place.work / run.name), parse_config(raw, overrides, run.config))
+            write_atomic(path, json.dumps({"seed": run.seed, **metrics}).encode())
+        results.append(json.loads(path.read_text()))
+    if not results:
+        return []
+    row = _row("before", "source", results, None)
+    return [row | {"seeds": [result["seed"] for result in results], "network_evaluations": 0, "seconds": 0}]
+
+
+def chosen(settings: str) -> list[str]:
+    """The tables that an argument names. Raises UserError for an unknown one."""
+    if settings == "all":
+        return list(SETTINGS)
+    if settings not in SETTINGS:
+        raise UserError(f"no setting {settings!r}; there are {', '.join(SETTINGS)} and all")
+    return [settings]

@@ -1,0 +1,18 @@
+"""The process of one run; started by danceopd.reproduce.run."""
+
+import json
+import sys
+from pathlib import Path
+
+from danceopd.cli import guarded
+from danceopd.reproduce.matrix import Run
+from danceopd.reproduce.run import Place, make_run
+
+
+def main(order: str) -> None:
+    values = json.loads(order)
+    make_run(Run(**values["run"]), Place(**{key: Path(path) for key, path in values["place"].items()}))
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1]))
