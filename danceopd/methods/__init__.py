@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from danceopd.methods.consistency import consistency_loss
 from danceopd.methods.danceopd import danceopd_loss
+from danceopd.methods.danceopd_fast import danceopd_fast_loss
 from danceopd.methods.diffusion_opd import diffusion_opd_loss
 from danceopd.methods.flow_opd import flow_opd_loss
 from danceopd.methods.joint import joint_loss
@@ -22,6 +23,7 @@ from danceopd.methods.score_distillation import DMD, sds_loss
 
 METHODS = {
     "danceopd": danceopd_loss,
+    "danceopd_fast": danceopd_fast_loss,
     "joint": joint_loss,
     "off_policy": off_policy_loss,
     "diffusion_opd": diffusion_opd_loss,

@@ -94,7 +94,7 @@ def untrained(setting: str, config: Config) -> Iterator[tuple[str, str, dict]]:
         yield "base", "source", measure(setting, base, config)
     for name, network in sources.items():
         if setting == "D":
-            yield "source_t2i", "source", measure_products(network, config)
+            yield "base", "source", measure_products(network, config)
         elif name != "cfg":
             yield f"source_{name}", "source", measure(setting, network, config)
     if setting in "ABC":

@@ -1,0 +1,31 @@
+"""DanceOPD after a warm start: first the sources on noised data, which needs no rollout, then on the student's own."""
+
+import torch
+
+from danceopd.data.sampler import Batch
+from danceopd.fields import Field
+from danceopd.methods.danceopd import danceopd_loss
+from danceopd.methods.observed import Observed
+from danceopd.methods.off_policy import off_policy_loss
+
+
+def danceopd_fast_loss(
+    student: Field,
+    sources: list[Field],
+    batch: Batch,
+    *,
+    clean: torch.Tensor,
+    sigmas: torch.Tensor,
+    shift: float,
+    solver: str,
+    bias: str,
+    k: int,
+    generator: torch.Generator,
+    progress: float = 1.0,
+    warm_start: float = 0.5,
+) -> Observed:
+    """The loss of B routed samples; warm_start: the share of the run that is off-policy."""
+    common = {"sigmas": sigmas, "solver": solver, "generator": generator}
+    if progress < warm_start:
+        return off_policy_loss(student, sources, batch, clean=clean, shift=shift, **common)
+    return danceopd_loss(student, sources, batch, bias=bias, k=k, **common)

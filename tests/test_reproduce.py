@@ -1,0 +1,207 @@
+"""`danceopd reproduce`: the matrix, runs in processes of their own, resume after a kill, and the results files."""
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from danceopd.backbones.dit import DiT, DiTConfig
+from danceopd.checkpoint import save_model
+from danceopd.cli import main
+from danceopd.config import parse_config
+from danceopd.errors import UserError
+from danceopd.reproduce import run as driver
+from danceopd.reproduce.matrix import ABLATIONS, BUDGETS, GRID, LEARNING_RATES, METHODS, SETTINGS, Budget, runs
+from danceopd.reproduce.run import Place, adopt, chosen, digest, finished, gather, raw_config, reproduce
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TINY = Budget("quick", main=1500, short=1500, ablation=1500, seeds=1)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """The settings' files with tiny networks and a few pictures."""
+    folder = tmp_path_factory.mktemp("configs")
+    for seed, name in enumerate(("base", "t2i", "edit", "local", "global", "style")):
+        torch.manual_seed(seed)
+        network = DiT(DiTConfig(width=32, depth=1, heads=2, mlp_ratio=2))
+        torch.nn.init.normal_(network.patch_out.weight, std=0.05)
+        save_model(network, folder / f"{name}.safetensors")
+    for path in CONFIGS.glob("setting_*.yaml"):
+        raw = yaml.safe_load(path.read_text())
+        for source in (*raw["sources"].values(), raw["student"]):
+            for key in ("weights", "init_from"):
+                if source.get(key) and not source[key].endswith(".safetensors"):
+                    source[key] = str(folder / f"{source[key]}.safetensors")
+        raw["evaluation"] |= {"per_task": 2, "per_kind": 2, "quick": 1, "times": 1, "num_inference_steps": 2}
+        (folder / path.name).write_text(yaml.safe_dump(raw, sort_keys=False))
+    return folder
+
+
+def place_of(configs, tmp_path):
+    return Place(configs, tmp_path / "work", tmp_path / "results")
+
+
+def test_every_run_of_the_matrix_is_a_valid_configuration(tmp_path):
+    place = place_of(CONFIGS, tmp_path)
+    for setting in SETTINGS:
+        made = runs(setting, BUDGETS["paper"], 3)
+        names = [run.name for run in made]
+        assert len(set(names)) == len(names)
+        for run in made:
+            raw, overrides = raw_config(run, place)
+            config = parse_config(raw, overrides, run.config)
+            assert config.training.seed == run.seed
+            assert config.training.max_network_evaluations == run.overrides["training.max_network_evaluations"]
+
+
+def test_methods_of_one_table_have_one_budget_and_each_its_rate():
+    for setting in "AB":
+        made = runs(setting, BUDGETS["paper"], 3)
+        assert {run.row for run in made} == METHODS.keys()
+        assert {run.overrides["training.max_network_evaluations"] for run in made} == {BUDGETS["paper"].main}
+        assert all(run.overrides["training.learning_rate"] == LEARNING_RATES[run.row] for run in made)
+        assert all(sum(r.row == run.row for r in made) == 3 for run in made)
+    grid = runs("grid", BUDGETS["paper"], 3)
+    assert len(grid) == len(METHODS) * len(GRID)
+    assert {run.seed for run in grid} == {0}
+
+
+def test_the_ablations_hold_what_the_paper_varies():
+    rows = [row for axis in ABLATIONS.values() for row in axis]
+    assert len(set(rows)) == len(rows)
+    wanted = "soft mid_t high_t uniform stratified k4 k16 steps16 steps20 steps28 kl dmd sds consistency sigma_sqrt cosmap"
+    assert set(wanted.split()) <= set(rows)
+
+
+def test_a_run_is_named_by_what_it_computes(configs, tmp_path):
+    one, two = place_of(configs, tmp_path / "one"), place_of(configs, tmp_path / "two")
+    a, b = runs("A", TINY, 1)[:2]
+    assert digest(a, one) == digest(a, two)
+    assert digest(a, one) != digest(b, one)
+    assert digest(a, one) != digest(runs("A", BUDGETS["paper"], 1)[0], one)
+
+
+def test_quick_setting_a_end_to_end_and_again(configs, tmp_path, capsys):
+    place = place_of(configs, tmp_path)
+    written = reproduce(["A"], TINY, place, seeds=1, workers=2)
+    assert place.results / "REPORT.md" in written
+    table = json.loads((place.results / "A.json").read_text())
+    rows = {row["method"]: row for row in table["rows"]}
+    trained = {name for name, row in rows.items() if row["kind"] == "trained"}
+    assert trained == {"joint", "off_policy", "diffusion_opd", "flow_opd", "danceopd"}
+    assert {"base", "source_t2i", "source_edit", "weight_merge", "merge_lora_ties"} <= rows.keys()
+    for name in trained:
+        row = rows[name]
+        assert row["network_evaluations"] >= 1500
+        assert row["seeds"] == [0] and row["commit"] and row["seconds"] > 0
+        assert 0 <= row["geneval_overall"]["mean"] <= 1 and 0 <= row["gedit_average"]["mean"] <= 10
+        assert row["curve"][0][0] == 0 and row["curve"][-1][0] >= 1500
+    assert not list(place.work.glob("A/*/seed0/checkpoints/*"))
+    before = {p: p.stat().st_mtime_ns for p in place.work.glob("A/*/seed0/result.json")}
+    reproduce(["A"], TINY, place, seeds=1, workers=2)
+    assert "finished already" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in place.work.glob("A/*/seed0/result.json")}
+
+    # The results file alone is enough to take a finished run over; another budget's is not taken.
+    elsewhere = Place(configs, tmp_path / "elsewhere", place.results)
+    made = runs("A", TINY, 1)
+    adopt(made, elsewhere)
+    assert all(finished(run, elsewhere) == finished(run, place) for run in made)
+    adopt(runs("A", BUDGETS["paper"], 1), Place(configs, tmp_path / "third", place.results))
+    assert not list((tmp_path / "third").glob("**/result.json"))
+
+
+def test_means_and_errors_over_seeds(configs, tmp_path):
+    place = place_of(configs, tmp_path)
+    values = {0: 0.5, 1: 0.6, 2: 0.9}
+    for run in runs("ablations", TINY, 3):
+        if run.row not in ("danceopd", "k4") or (run.row, run.seed) == ("k4", 2):
+            continue
+        result = {
+            "seed": run.seed,
+            "digest": digest(run, place),
+            "geneval_overall": values[run.seed],
+            "geneval_overall_error": 0.1,
+            "network_evaluations": 10 + run.seed,
+            "updates": 3,
+            "seconds": 1.0,
+            "curve": [[0, run.seed, 1], [5, run.seed, 2]],
+            "commit": "abc",
+        }
+        (place.work / run.name).mkdir(parents=True)
+        (place.work / run.name / "result.json").write_text(json.dumps(result))
+    gather("ablations", TINY, place, 3)
+    rows = {row["method"]: row for row in json.loads((place.results / "ablations.json").read_text())["rows"]}
+    assert rows.keys() == {"danceopd", "k4"}
+    score = rows["danceopd"]["geneval_overall"]
+    assert score["mean"] == pytest.approx(2 / 3)
+    assert score["standard_error"] == pytest.approx(statistics.stdev(values.values()) / math.sqrt(3))
+    assert rows["danceopd"]["curve"] == [[0, 1, 1], [5, 1, 2]]
+    assert rows["danceopd"]["axis"] == "default" and rows["k4"]["axis"] == "queries"
+    assert rows["k4"]["seeds"] == [0, 1]
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from danceopd.reproduce.matrix import Budget
+from danceopd.reproduce.run import Place, reproduce
+configs, base = map(Path, sys.argv[1:])
+budget = Budget("quick", main=30000, short=30000, ablation=30000, seeds=1)
+reproduce(["C", "E"], budget, Place(configs, base / "work", base / "results"), seeds=1, workers=1)
+"""
+
+
+def test_a_killed_reproduction_goes_on_without_repeating(configs, tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(configs), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(CONFIGS.parent)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    first, second = (tmp_path / "work" / s / "danceopd" / "seed0" for s in "CE")
+    deadline = time.monotonic() + 120
+    while not (second / "log.jsonl").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made = (first / "result.json").stat().st_mtime_ns
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert (first / "result.json").stat().st_mtime_ns == made
+    steps = [json.loads(line)["step"] for line in (second / "log.jsonl").read_text().splitlines() if "loss" in line]
+    assert steps == sorted(set(steps))
+    assert json.loads((tmp_path / "results" / "E.json").read_text())["rows"][-1]["method"] == "danceopd"
+
+
+def test_a_failed_run_is_named(configs, tmp_path, monkeypatch):
+    broken = tmp_path / "configs"
+    broken.mkdir()
+    for path in configs.glob("setting_c.yaml"):
+        raw = yaml.safe_load(path.read_text())
+        raw["training"]["learning_rat"] = 1
+        (broken / path.name).write_text(yaml.safe_dump(raw))
+    monkeypatch.setattr(driver, "_untrained_rows", lambda *_: [])
+    place = place_of(broken, tmp_path)
+    with pytest.raises(UserError, match=r"C/danceopd/seed0 failed; its log is .*output\.txt"):
+        reproduce(["C"], TINY, place, seeds=1, workers=1)
+    assert "learning_rate" in (place.work / "C" / "danceopd" / "seed0" / "output.txt").read_text()
+
+
+def test_bad_arguments(tmp_path, capsys, monkeypatch):
+    assert chosen("all") == list(SETTINGS)
+    assert main(["reproduce", "G"]) == 2
+    assert "no setting 'G'; there are A, B" in capsys.readouterr().err
+    assert main(["reproduce", "A", "--seeds", "-1"]) == 2
+    assert "--seeds" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "A"]) == 2
+    assert "from the repository" in capsys.readouterr().err
