@@ -36,9 +36,7 @@ def danceopd_loss(
     """
     depth = query(len(batch), len(sigmas) - 1, generator, bias=bias, k=k, gap=gap)  # trajectory indices asked
     if progress < warm_start:
-        states, sigma = rollout_by_route(
-            sources, batch.route, batch.noise, batch.conditioning, sigmas, depth, solver
-        )
+        states, sigma = rollout_by_route(sources, batch.route, batch.noise, batch.conditioning, sigmas, depth, solver)
     else:
         states, sigma = rollout(student, batch.noise, batch.conditioning, sigmas, depth, solver)  # no gradient
     states, sigma = states.flatten(0, 1), sigma.flatten()

@@ -94,7 +94,9 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
             ("without_self", "setting_f", {"capabilities.t2i.weight": 0, "capabilities.edit.weight": 0}, budget.short),
         ],
         "ablations": lambda: [
-            (row, "setting_a", overrides, budget.ablation) for axis in ABLATIONS.values() for row, overrides in axis.items()
+            (row, "setting_a", overrides, budget.ablation)
+            for axis in ABLATIONS.values()
+            for row, overrides in axis.items()
         ],
         "grid": lambda: [
             (f"{row}@{rate:g}", "setting_a", {**overrides, "training.learning_rate": rate}, budget.ablation)
@@ -109,6 +111,7 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
                 "training.seed": seed,
                 "training.learning_rate": LEARNING_RATES.get(row, LEARNING_RATES["danceopd"]),
                 "training.max_network_evaluations": evaluations,
+                "evaluation.times": 6 if evaluations == budget.main else 2,
             }
             after = f"A/danceopd/seed{seed}" if setting == "F" else None
             result.append(Run(setting, row, seed, f"{config}.yaml", {**common, **overrides}, after))

@@ -36,9 +36,7 @@ class Health:
             return
         route = observed.route.repeat_interleave(len(observed.depth) // len(observed.route))
         norms = [x.float().flatten(1).norm(dim=1) for x in (observed.velocity, observed.target, observed.states)]
-        for m, i, v, t, s in zip(
-            route.tolist(), observed.depth.tolist(), *(n.tolist() for n in norms), strict=True
-        ):
+        for m, i, v, t, s in zip(route.tolist(), observed.depth.tolist(), *(n.tolist() for n in norms), strict=True):
             name = self.names[m]
             key = f"{name}/{i}"
             self._average(self.velocity, key, v / max(t, 1e-12))

@@ -169,9 +169,7 @@ class Trainer:
             self.skipped_in_a_row += 1
         self.step += 1
         by_name = {
-            name: float(loss[route == m].mean())
-            for m, name in enumerate(self.names)
-            if bool((route == m).any())
+            name: float(loss[route == m].mean()) for m, name in enumerate(self.names) if bool((route == m).any())
         }
         return {
             "loss": float(loss.mean()),
@@ -200,9 +198,9 @@ class Trainer:
         """n fixed samples of one capability."""
         size, scales = self.student.config, self.guidance_scales and [self.guidance_scales[m]]
         generator = step_generator(self.config.training.seed, 0, PREVIEW)
-        return draw_batch(
-            [self.parts.data[m]], [1.0], n, size.text_length, size.image_size, generator, scales
-        ).to(self.device)
+        return draw_batch([self.parts.data[m]], [1.0], n, size.text_length, size.image_size, generator, scales).to(
+            self.device
+        )
 
     @torch.no_grad()
     def sample_grid(self, path: Path) -> None:
