@@ -13,6 +13,7 @@ METHODS = {
     "flow_opd": {"method": "flow_opd"},
     "flow_opd_attached": {"method": "flow_opd", "options.detach_advantage": False},
     "danceopd": {},
+    "danceopd_fast": {"method": "danceopd_fast", "rollout.solver": "ab2", "rollout.num_inference_steps": 4},
 }
 QUICK = ("joint", "off_policy", "diffusion_opd", "flow_opd", "danceopd")  # weight merge, the sixth, needs no run
 

@@ -22,7 +22,7 @@ import yaml
 from tqdm import tqdm
 
 from danceopd.checkpoint import write_atomic
-from danceopd.config import Config, parse_config
+from danceopd.config import parse_config
 from danceopd.errors import UserError
 from danceopd.evaluation.report import read_log
 from danceopd.evaluation.run import machine

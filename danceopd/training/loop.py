@@ -74,7 +74,7 @@ class Trainer:
     # --- one update -----------------------------------------------------------------------------------
 
     def progress(self) -> float:
-        """How much of the run is done, from 0 to 1: of its steps or of its network evaluations, whichever is further."""
+        """The share of the run that is done: of its steps or its network evaluations, whichever is further."""
         training, done = self.config.training, self.step / self.config.training.max_steps
         if training.max_network_evaluations:
             done = max(done, self.evaluations.total() / training.max_network_evaluations)
