@@ -91,7 +91,8 @@ class DiT(nn.Module):
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> [B, tokens, 3 * patch * patch]."""
         grid, patch = self.grid, self.config.patch_size  # as F.unfold, which is slower
-        return images.reshape(-1, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5).reshape(len(images), grid**2, -1)
+        cut = images.reshape(-1, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+        return cut.reshape(len(images), grid**2, -1)
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
         """The inverse of patchify."""

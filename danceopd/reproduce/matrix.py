@@ -31,6 +31,14 @@ ABLATIONS = {
         **{w: {"options.objective": w} for w in ("sigma_sqrt", "logit_normal", "mode", "cosmap", "kl")},
         **{m: {"method": m} for m in ("dmd", "sds", "consistency")},
     },
+    # How much the data of a capability matter to methods that start from it, and to ours, which needs prompts alone.
+    "data": {
+        **{f"{m}_20000": METHODS[m] for m in ("joint", "off_policy")},
+        **{
+            f"{m}_500": {**METHODS[m], "capabilities.t2i.data.size": 500, "capabilities.edit.data.size": 500}
+            for m in ("joint", "off_policy", "danceopd")
+        },
+    },
     "beyond": {
         "ab2_steps4": {"rollout.solver": "ab2", "rollout.num_inference_steps": 4},
         "ab2_steps8": {"rollout.solver": "ab2"},
