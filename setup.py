@@ -17,6 +17,7 @@ setup(
         "torch>=2.6",
         "numpy>=1.26",
         "safetensors>=0.5",
+        "peft>=0.15",
         "tokenizers>=0.20",
         "pydantic>=2.7",
         "pyyaml>=6.0",

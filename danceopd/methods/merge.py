@@ -63,6 +63,7 @@ def lora_merge(
     """The base with the networks' adapters (see `as_lora`) combined by PEFT's add_weighted_adapter.
 
     combination: linear, cat, svd, ties or dare_ties; density: the share of entries that the last two keep.
+    svd takes no rank above a layer's smaller side.
     Raises ValueError for another combination.
     """
     if combination not in COMBINATIONS:

@@ -21,6 +21,13 @@ QUICK = ("joint", "off_policy", "diffusion_opd", "flow_opd", "danceopd")  # weig
 LEARNING_RATES = dict.fromkeys(METHODS, 1e-3)
 GRID = (3e-4, 1e-3, 3e-3)
 
+
+def _data(method: str, size: int) -> dict:
+    """A method at its own learning rate with so many samples of each capability."""
+    sizes = {f"capabilities.{name}.data.size": size for name in ("t2i", "edit")}
+    return {**METHODS[method], **sizes, "training.learning_rate": LEARNING_RATES[method]}
+
+
 ABLATIONS = {
     "default": {"danceopd": {}},
     "routing": {"soft": {"options.routing": "soft"}},
@@ -33,11 +40,8 @@ ABLATIONS = {
     },
     # How much the data of a capability matter to methods that start from it, and to ours, which needs prompts alone.
     "data": {
-        **{f"{m}_20000": METHODS[m] for m in ("joint", "off_policy")},
-        **{
-            f"{m}_500": {**METHODS[m], "capabilities.t2i.data.size": 500, "capabilities.edit.data.size": 500}
-            for m in ("joint", "off_policy", "danceopd")
-        },
+        **{f"{m}_20000": _data(m, 20000) for m in ("joint", "off_policy")},
+        **{f"{m}_500": _data(m, 500) for m in ("joint", "off_policy", "danceopd")},
     },
     "beyond": {
         "ab2_steps4": {"rollout.solver": "ab2", "rollout.num_inference_steps": 4},
