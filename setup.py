@@ -12,6 +12,7 @@ setup(
     package_data={
         "danceopd.world": ["assets/*", "assets/sources/*"],
         "danceopd.evaluation": ["*.j2"],
+        "danceopd.reproduce": ["*.j2"],
     },
     install_requires=[
         "torch>=2.6",

@@ -35,6 +35,10 @@ LABELS = {
     "off_policy": "Off-policy distillation",
     "diffusion_opd": "DiffusionOPD",
     "flow_opd": "Flow-OPD",
+    "flow_opd_attached": "Flow-OPD, advantage not detached",
+    "off_policy_samples": "Off-policy, sources' samples",
+    "danceopd_fast": "DanceOPD fast",
+    "source_style": "Style source",
     "danceopd": "DanceOPD",
     "t2i": "T2I",
     "memory_gib": "Memory (GiB)",
@@ -401,7 +405,7 @@ def _warnings(results: dict, log: Log) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------- charts
 
-_STYLE = {
+CHART_STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "danceopd",
     "text.parse_math": False,
@@ -433,7 +437,7 @@ def _chart(name: str, panels: list[Callable]) -> Markup:
 
     Every id starts with name, so that the page's charts cannot point into one another.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(CHART_STYLE):
         figure = Figure(figsize=(10.4, 3.35), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.08, wspace=0.04)
         axes = figure.subplots(1, max(len(panels), 2), squeeze=False)[0]
