@@ -163,7 +163,7 @@ from pathlib import Path
 from danceopd.reproduce.matrix import Budget
 from danceopd.reproduce.run import Place, reproduce
 configs, base = map(Path, sys.argv[1:])
-budget = Budget("quick", main=30000, short=30000, ablation=30000, seeds=1)
+budget = Budget("quick", main=8000, short=8000, ablation=8000, seeds=1)
 reproduce(["C", "E"], budget, Place(configs, base / "work", base / "results"), seeds=1, workers=1)
 """
 

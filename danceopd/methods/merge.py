@@ -58,17 +58,19 @@ def as_lora(base: DiT, networks: list[DiT], rank: int):
 
 @torch.no_grad()
 def lora_merge(
-    base: DiT, networks: list[DiT], combination: str, weights: list[float], *, rank: int = 128, density: float = 0.5
+    base: DiT, networks: list[DiT], combination: str, weights: list[float], *, rank: int | None = None, density: float = 0.5
 ) -> DiT:
     """The base with the networks' adapters (see `as_lora`) combined by PEFT's add_weighted_adapter.
 
     combination: linear, cat, svd, ties or dare_ties; density: the share of entries that the last two keep.
-    svd takes no rank above a layer's smaller side.
+    rank: the smallest side of any layer if not given, above which svd cannot go.
     Raises ValueError for another combination.
     """
     if combination not in COMBINATIONS:
         raise ValueError(f"unknown combination {combination!r}; use one of {', '.join(COMBINATIONS)}")
-    model, kept = as_lora(base, networks, rank), density if "ties" in combination else None
+    sides = (min(m.weight.shape) for m in base.modules() if isinstance(m, torch.nn.Linear))
+    model = as_lora(base, networks, rank or min(sides))
+    kept = density if "ties" in combination else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # dare_ties drops entries at random
         names = [str(i) for i in range(len(networks))]

@@ -204,7 +204,7 @@ def cheaper(ours: dict | None, theirs: dict | None) -> float | None:
 def _style_claim(rows: dict) -> Claim:
     text = f"C: the student closes {100 * STYLE_GAP_CLOSED:.1f} % of its gap to the style source"
     before, source, ours = (mean(rows.get(n), "style_share") for n in ("source_t2i", "source_style", "danceopd"))
-    if None in (before, source, ours):
+    if None in (before, source, ours) or source == before:
         return Claim(text, MISSING, "")
     gap = [(v - before) / (source - before) for v in rows["danceopd"]["style_share"]["values"]]
     error = statistics.stdev(gap) / math.sqrt(len(gap)) if len(gap) > 1 else None
@@ -442,10 +442,10 @@ def _heat(ax, cells, alphas, betas) -> None:
     grid = np.full((len(alphas), len(betas)), np.nan)
     for a, b, value in cells:
         grid[alphas.index(a), betas.index(b)] = value
-        ax.text(betas.index(b), alphas.index(a), f"{value:.2f}", ha="center", va="center", fontsize=9)
-    ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
-    ax.set_xticks(range(len(betas)), [str(b) for b in betas])
-    ax.set_yticks(range(len(alphas)), [str(a) for a in alphas])
+        ax.text(betas.index(b) + 0.5, alphas.index(a) + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=9)
+    ax.pcolormesh(grid, cmap="Blues", vmin=0, vmax=1)
+    ax.set_xticks(np.arange(len(betas)) + 0.5, [str(b) for b in betas])
+    ax.set_yticks(np.arange(len(alphas)) + 0.5, [str(a) for a in alphas])
     ax.set_xlabel("inference guidance scale")
     ax.set_ylabel("training guidance scale")
     ax.grid(visible=False)
