@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from danceopd.backbones.dit import DiT, DiTConfig
 from danceopd.conditioning import Conditioning
 from danceopd.fields import counted, guided
-from danceopd.rollout import rollout, sample
+from danceopd.rollout import SOLVERS, rollout, rollout_by_route, sample
 from danceopd.schedule import shift_sigma, sigma_grid
 
 
@@ -109,7 +109,7 @@ def test_euler_equals_diffusers_step_by_step(scheduler_of, shift):
 # Which states come back
 
 
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 9), st.sampled_from(["euler", "heun"]), st.data())
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 9), st.sampled_from(SOLVERS), st.data())
 def test_states_are_those_of_the_full_rollout(n, k, steps, solver, data):
     """Bit for bit for an elementwise field, in the order of the samples, repeated and zero indices too."""
     flat = data.draw(st.lists(st.integers(0, steps), min_size=n * k, max_size=n * k))
@@ -127,7 +127,7 @@ def test_states_are_those_of_the_full_rollout(n, k, steps, solver, data):
     assert torch.equal(full[:, 0], z)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_network_states_at_equal_depth_are_bit_identical(dit, solver):
     n, steps = 6, 5
     z, c, sigmas = noise_of(n, 3, 16, 16), dit_condition(n), sigma_grid(steps, 5)
@@ -137,16 +137,17 @@ def test_network_states_at_equal_depth_are_bit_identical(dit, solver):
         assert torch.equal(states[:, 0], full[:, depth])
 
 
-def test_network_states_at_mixed_depths_agree(dit):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_network_states_at_mixed_depths_agree(dit, solver):
     """A matrix product may take another kernel for a smaller batch, so not bit for bit."""
     n, steps = 6, 5
     z, c, sigmas = noise_of(n, 3, 16, 16), dit_condition(n), sigma_grid(steps, 5)
-    full, _ = rollout(dit, z, c, sigmas, every_index(n, steps))
+    full, _ = rollout(dit, z, c, sigmas, every_index(n, steps), solver)
     until = torch.tensor([[0], [5], [2], [2], [4], [1]])
-    states, _ = rollout(dit, z, c, sigmas, until)
+    states, _ = rollout(dit, z, c, sigmas, until, solver)
     torch.testing.assert_close(states[:, 0], full[torch.arange(n), until[:, 0]], atol=1e-5, rtol=1e-5)
     for i in range(n):  # and each sample alone
-        alone, _ = rollout(dit, z[i : i + 1], c[i : i + 1], sigmas, until[i : i + 1])
+        alone, _ = rollout(dit, z[i : i + 1], c[i : i + 1], sigmas, until[i : i + 1], solver)
         torch.testing.assert_close(states[i], alone[0], atol=1e-5, rtol=1e-5)
 
 
@@ -154,7 +155,8 @@ def test_network_states_at_mixed_depths_agree(dit):
 def test_number_of_evaluations(until):
     steps, until = 6, torch.tensor(until)
     depth = until.amax(1)
-    for solver, expected in (("euler", depth.sum()), ("heun", (2 * depth - (depth == steps).long()).sum())):
+    heun = (2 * depth - (depth == steps).long()).sum()
+    for solver, expected in (("euler", depth.sum()), ("heun", heun), ("ab2", depth.sum())):
         counter = Counter()
         field = counted(curved, counter, "field")
         rollout(field, noise_of(len(until), 3), condition(len(until)), sigma_grid(steps), until, solver)
@@ -163,7 +165,7 @@ def test_number_of_evaluations(until):
 
 def test_sample_is_the_last_state():
     z, c, sigmas = noise_of(4, 3), condition(4), sigma_grid(6, 5)
-    for solver in ("euler", "heun"):
+    for solver in SOLVERS:
         states, _ = rollout(curved, z, c, sigmas, every_index(4, 6), solver)
         assert torch.equal(sample(curved, z, c, sigmas, solver), states[:, -1])
 
@@ -218,21 +220,113 @@ def test_a_fixed_row_of_scales_cannot_follow_mixed_depths(depths):
         rollout(field, noise_of(3, 3), condition(3), sigma_grid(4), torch.tensor(depths)[:, None])
 
 
+# Trajectories that go on where they are
+
+
+def whole_cells(n, steps):
+    """Starts and, for each, an index not before it."""
+    start = st.lists(st.integers(0, steps), min_size=n, max_size=n)
+    return start.flatmap(lambda s: st.tuples(st.just(s), st.tuples(*(st.integers(i, steps) for i in s))))
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.sampled_from(["euler", "heun"]), st.data())
+def test_going_on_equals_the_full_rollout(n, steps, solver, data):
+    """Bit for bit, and the field is asked for the steps in between alone, never with an empty batch."""
+    start, until = (torch.tensor(x) for x in data.draw(whole_cells(n, steps)))
+    z, c, sigmas = noise_of(n, 3, 4, 4), condition(n), sigma_grid(steps, 3.0)
+    full, _ = rollout(curved, z, c, sigmas, every_index(n, steps), solver)
+    sizes = []
+
+    def watched(latents, sigma, conditioning):
+        sizes.append(len(latents))
+        return curved(latents, sigma, conditioning)
+
+    states, levels = rollout(watched, full[torch.arange(n), start], c, sigmas, until[:, None], solver, start)
+    assert torch.equal(states[:, 0], full[torch.arange(n), until])
+    assert torch.equal(levels[:, 0], sigmas[until])
+    ended = ((until == steps) & (start < steps)).sum()
+    assert sum(sizes) == ((until - start).sum() if solver == "euler" else 2 * (until - start).sum() - ended)
+    assert 0 not in sizes
+
+
+def test_a_network_goes_on_past_a_gap_in_which_none_is_under_way(dit):
+    n, steps = 2, 6
+    z, c, sigmas = noise_of(n, 3, 16, 16), dit_condition(n), sigma_grid(steps, 5)
+    start, until = torch.tensor([0, 4]), torch.tensor([2, 6])
+    full, _ = rollout(dit, z, c, sigmas, every_index(n, steps))
+    states, _ = rollout(dit, full[torch.arange(n), start], c, sigmas, until[:, None], "euler", start)
+    torch.testing.assert_close(states[:, 0], full[torch.arange(n), until], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("start", "until"), [([3], [[2]]), ([-1], [[2]]), ([1], [[3, 0]])])
+def test_no_index_before_the_start(start, until):
+    with pytest.raises(ValueError, match="cannot start after"):
+        rollout(curved, noise_of(1, 3), condition(1), sigma_grid(4), torch.tensor(until), start=torch.tensor(start))
+
+
+@given(st.integers(1, 8), st.sampled_from(SOLVERS), st.data())
+def test_each_route_rolls_out_its_own_field(n, solver, data):
+    steps, fields = 5, [lambda z, s, c, gain=gain: gain * curved(z, s, c) for gain in (1.0, -1.0, 0.5)]
+    route = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)))
+    until = torch.tensor(data.draw(st.lists(st.integers(0, steps), min_size=2 * n, max_size=2 * n))).view(n, 2)
+    z, c, sigmas = noise_of(n, 3), condition(n), sigma_grid(steps, 3.0)
+    counter = Counter()
+    counting = [counted(field, counter, m) for m, field in enumerate(fields)]
+    states, levels = rollout_by_route(counting, route, z, c, sigmas, until, solver)
+    assert torch.equal(levels, sigmas[until])
+    for i, m in enumerate(route.tolist()):
+        own, _ = rollout(fields[m], z[i : i + 1], c[i : i + 1], sigmas, until[i : i + 1], solver)
+        torch.testing.assert_close(states[i], own[0])
+    if solver != "heun":
+        for m in range(3):
+            assert counter[m] == until[route == m].amax(1).sum()
+
+
 # Accuracy of the solvers
 
 
-@pytest.mark.parametrize(("solver", "ratio"), [("euler", 2.0), ("heun", 4.0)])
+@pytest.mark.parametrize(("solver", "ratio", "fewest"), [("euler", 2.0, 16), ("heun", 4.0, 16), ("ab2", 4.0, 64)])
 @pytest.mark.parametrize("end", [0.0, 0.1])
-def test_order_of_the_solver(solver, ratio, end):
+def test_order_of_the_solver(solver, ratio, fewest, end):
     """dz = a z d sigma gives z exp(a (sigma - 1)); halving the step divides the error by 2^order."""
     a, z = 1.5, noise_of(5, 3)
     errors = []
-    for steps in (16, 32, 64):
+    for steps in (fewest, 2 * fewest, 4 * fewest):
         sigmas = torch.linspace(1, end, steps + 1)
         result = sample(lambda z, sigma, c: a * z, z, condition(5), sigmas, solver)
         errors.append((result - z * math.exp(a * (end - 1))).norm().item())
     assert errors[0] / errors[1] == pytest.approx(ratio, rel=0.12)
     assert errors[1] / errors[2] == pytest.approx(ratio, rel=0.08)
+
+
+@given(st.floats(0.3, 6.0), st.integers(2, 12), st.integers(0, 2**40))
+def test_ab2_is_exact_where_the_velocity_is_linear_in_time(shift, steps, seed):
+    """On even (shift 1) and uneven grids, from the second step on; the first has nothing to extrapolate from."""
+    a, b = noise_of(2, 3, seed=seed), noise_of(2, 3, seed=seed + 1)
+    for sigmas in (sigma_grid(steps, 1.0), sigma_grid(steps, shift)):
+        states, _ = rollout(
+            lambda z, s, c: a + b * s[:, None], noise_of(2, 3), condition(2), sigmas, every_index(2, steps), "ab2"
+        )
+        expected = a[:, None] * sigmas[:, None] + b[:, None] * sigmas[:, None] ** 2 / 2
+        torch.testing.assert_close(states[:, 1:].diff(dim=1), expected[:, 1:].diff(dim=1), atol=2e-6, rtol=1e-4)
+        euler = (a + b) * (sigmas[1] - 1)
+        torch.testing.assert_close(states[:, 1] - states[:, 0], euler, atol=2e-6, rtol=1e-4)
+
+
+@given(st.integers(2, 8), st.data())
+def test_ab2_starts_anew_where_it_goes_on(steps, data):
+    """Whatever the other trajectories do: a late one's steps are those of a grid that begins there."""
+    n, sigmas = 4, sigma_grid(steps, 3.0)
+    start, until = (torch.tensor(x) for x in data.draw(whole_cells(n, steps)))
+    z, c = noise_of(n, 3), condition(n)
+    states, _ = rollout(curved, z, c, sigmas, until[:, None], "ab2", start)
+    for i, (first, last) in enumerate(zip(start.tolist(), until.tolist(), strict=True)):
+        previous, now = None, z[i : i + 1]
+        for j in range(first, last):  # the two-step formula for uneven steps, one sample at a time
+            dt, v = sigmas[j + 1] - sigmas[j], curved(now, sigmas[j : j + 1], c[i : i + 1])
+            slope = 0 if previous is None else (v - previous) / (sigmas[j] - sigmas[j - 1])
+            previous, now = v, now + dt * v + dt**2 / 2 * slope
+        torch.testing.assert_close(states[i], now, atol=1e-5, rtol=1e-4)
 
 
 MEAN, STD = 0.7, 0.3

@@ -58,7 +58,13 @@ def as_lora(base: DiT, networks: list[DiT], rank: int):
 
 @torch.no_grad()
 def lora_merge(
-    base: DiT, networks: list[DiT], combination: str, weights: list[float], *, rank: int | None = None, density: float = 0.5
+    base: DiT,
+    networks: list[DiT],
+    combination: str,
+    weights: list[float],
+    *,
+    rank: int | None = None,
+    density: float = 0.5,
 ) -> DiT:
     """The base with the networks' adapters (see `as_lora`) combined by PEFT's add_weighted_adapter.
 

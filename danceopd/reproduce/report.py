@@ -174,8 +174,8 @@ def _setting_claims(setting: str, rows: dict) -> list[Claim]:
         if factor is None:
             result.append(Claim(text, MISSING, ""))
         else:
-            value = "never reached" if math.isinf(factor) else f"{1 / factor:.1f} times fewer"
-            result.append(Claim(text, REPRODUCED if factor < 1 else NOT, value))
+            figures = {0.0: "from the start", math.inf: "never"}.get(factor) or f"{1 / factor:.1f} times fewer"
+            result.append(Claim(text, REPRODUCED if factor < 1 else NOT, figures))
     return result
 
 
