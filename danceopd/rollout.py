@@ -44,6 +44,8 @@ def rollout(
     previous = torch.zeros_like(z) if solver == "ab2" else None
     for i in range(int(start.min()), int(depth[0])):
         n = int((depth > i).sum())  # the n deepest samples go on, those of them that have started
+        if not (start[:n] <= i).any():
+            continue
         late = bool((start[:n] > i).any())
         active = (start[:n] <= i).nonzero()[:, 0].to(z.device) if late else slice(n)
         if solver == "ab2":
