@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import json
 import math
 from collections import Counter, defaultdict
@@ -93,7 +94,7 @@ def alone(field, batch, i, z, sigma):
 def euler(field, batch, i, sigmas):
     """Every state of one sample's trajectory, step by step."""
     states = [batch.noise[i]]
-    for now, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, following in itertools.pairwise(sigmas):
         states.append(states[-1] + (following - now) * alone(field, batch, i, states[-1], now))
     return states
 
@@ -816,7 +817,7 @@ VARIANTS = {
     ),
     "diffusion_opd": (
         {"route": "round_robin"},
-        lambda D: {"student": 4 * B * N, "sources": 2 * B * N, "backward": 4 * B * N},
+        lambda D: {"student": 2 * B * (N - 1 + N), "sources": 2 * B * N, "backward": 4 * B * N},
     ),
     "flow_opd": (
         {"options": {"group_size": 4}},

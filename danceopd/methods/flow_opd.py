@@ -27,8 +27,9 @@ def flow_opd_loss(
     """The clipped policy loss of B samples: B / group_size prompts, group_size SDE rollouts of each; mean over steps.
 
     The reward of a step is minus its KL to the same step by the routed source; its advantage is normalised over
-    the group and clipped. detach_advantage False keeps its gradient, as the released code does: what it then
-    descends is the distillation loss itself. anchor_weight: of the per-step KL to the untrained student.
+    the group and clipped. detach_advantage False keeps the reward's gradient, as the released code does: what it
+    then descends is the distillation loss itself, over the group's deviation. anchor_weight: of the per-step KL to
+    the untrained student.
     Raises UserError if group_size does not divide B.
     """
     if len(batch) % group_size:
@@ -46,7 +47,8 @@ def flow_opd_loss(
     mean, deviation = transition(velocity, z, depth, sigmas, noise_level)
     reward = -kl(mean, transition(target, z, depth, sigmas, noise_level)[0], deviation)
     grouped = reward.view(-1, group_size, steps)
-    advantage = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-6)
+    group = grouped.detach()  # its statistics never carry a gradient, or what the rewards carry would cancel
+    advantage = (grouped - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-6)
     advantage = advantage.clamp(-max_advantage, max_advantage).flatten()
     if detach_advantage:
         advantage = advantage.detach()

@@ -19,7 +19,8 @@ QUICK = ("joint", "off_policy", "diffusion_opd", "flow_opd", "danceopd")  # weig
 
 # The best of each method's grid on validation prompts (results/grid.json, `danceopd reproduce grid`).
 LEARNING_RATES = dict.fromkeys(METHODS, 1e-3)
-GRID = (3e-4, 1e-3, 3e-3)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3)
+GRID_MORE = {"flow_opd": (3e-5,), "flow_opd_attached": (3e-5,)}  # their best so far was the lowest
 
 
 def _data(method: str, size: int) -> dict:
@@ -114,7 +115,7 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
         "grid": lambda: [
             (f"{row}@{rate:g}", "setting_a", {**overrides, "training.learning_rate": rate}, budget.ablation)
             for row, overrides in METHODS.items()
-            for rate in GRID
+            for rate in (*GRID, *GRID_MORE.get(row, ()))
         ],
     }[setting]()
     result = []
