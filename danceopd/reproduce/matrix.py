@@ -19,8 +19,13 @@ QUICK = ("joint", "off_policy", "diffusion_opd", "flow_opd", "danceopd")  # weig
 
 # The best of each method's grid on validation prompts (results/grid.json, `danceopd reproduce grid`).
 LEARNING_RATES = dict.fromkeys(METHODS, 1e-3)
-GRID = (1e-4, 3e-4, 1e-3, 3e-3)
-GRID_MORE = {"flow_opd": (3e-5,), "flow_opd_attached": (3e-5,)}  # their best so far was the lowest
+GRID = (3e-4, 1e-3, 3e-3)
+GRID_MORE = {  # where the best was the lowest
+    "off_policy_samples": (1e-4,),
+    "diffusion_opd": (1e-4,),
+    "flow_opd": (1e-4, 3e-5),
+    "flow_opd_attached": (1e-4, 3e-5),
+}
 
 
 def _data(method: str, size: int) -> dict:
