@@ -180,7 +180,7 @@ def test_what_contradicts_the_paper_comes_first(tmp_path):
     write_report(tmp_path)
     text = (tmp_path / "REPORT.md").read_text()
     assert text.index("A hard route") < text.index("Every claim")
-    assert "Soft -0.40" in text
+    assert "mean of the sources -0.40" in text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Both pages are made of the same blocks; what has not been run yet is left out or
 import io
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from danceopd.checkpoint import write_atomic
-from danceopd.evaluation.report import CHART_STYLE, DASH, duration, label
+from danceopd.evaluation.report import CHART_STYLE, DASH, duration
+from danceopd.evaluation.report import label as plain_label
 from danceopd.reproduce.paper import STYLE_GAP_CLOSED, TABLES
 
 GENEVAL, GEDIT = "geneval_overall", "gedit_average"
@@ -43,6 +45,22 @@ COMPARED = (
 )
 KEPT = 0.98  # of the T2I source's overall
 REPRODUCED, NOT, UNDECIDED, MISSING = "reproduced", "not reproduced", "undecided at this noise", "not run yet"
+ROWS = {
+    "soft": "mean of the sources",
+    "mid_t": "mid t",
+    "high_t": "high t",
+    "kl": "KL-weighted",
+    "clean": "clean estimate's error",
+    "dmd": "DMD-style",
+    "sds": "SDS-style",
+    "ab2_steps4": "Adams-Bashforth, 4 steps",
+    "ab2_steps8": "Adams-Bashforth, 8 steps",
+    "pool2": "pooled trajectories, 2 visits",
+    "pool3": "pooled trajectories, 3 visits",
+    "merge_uniform": "uniform merge",
+    "merge_weighted": "weighted merge",
+    "merge_lora_dare_ties": "LoRA merge, dare_ties",
+}
 AXES = {
     "routing": "Routing",
     "query": "Which state is asked",
@@ -52,6 +70,19 @@ AXES = {
     "data": "Size of the data",
     "beyond": "Beyond the paper's recipe",
 }
+
+
+def label(name: str) -> str:
+    """The printed form of a row's name."""
+    if name in ROWS:
+        return ROWS[name]
+    if match := re.fullmatch(r"(\w+)_(500|20000)", name):
+        return f"{plain_label(match[1])}, {match[2]} samples each"
+    if match := re.fullmatch(r"(k|steps|alpha)(\d+)", name):
+        return {"k": "K = ", "steps": "rollout steps: ", "alpha": "guidance "}[match[1]] + match[2]
+    if match := re.fullmatch(r"merge_lora_(\w+)", name):
+        return f"LoRA merge, {match[1]}"
+    return plain_label(name)
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -305,7 +336,7 @@ def build(tables: dict, about: dict) -> Page:
         _grid(page, tables["grid"])
     page.heading("Again")
     page.text("`danceopd reproduce all --budget paper` makes all of it; a killed run goes on where it was.")
-    page.table("", ["", ""], [[label(key), str(value)] for key, value in about.items()])
+    page.table("", ["", ""], [[plain_label(key), str(value)] for key, value in about.items()])
     return page
 
 
