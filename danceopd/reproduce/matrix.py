@@ -43,6 +43,8 @@ ABLATIONS = {
     "objective": {
         **{w: {"options.objective": w} for w in ("sigma_sqrt", "logit_normal", "mode", "cosmap", "kl")},
         **{m: {"method": m} for m in ("dmd", "sds", "consistency")},
+        "clean": {"options.objective": "clean"},
+        "clean_uniform": {"options.objective": "clean", "query.bias": "uniform"},
     },
     # How much the data of a capability matter to methods that start from it, and to ours, which needs prompts alone.
     "data": {

@@ -51,6 +51,7 @@ ROWS = {
     "high_t": "high t",
     "kl": "KL-weighted",
     "clean": "clean estimate's error",
+    "clean_uniform": "clean estimate's error, uniform query",
     "dmd": "DMD-style",
     "sds": "SDS-style",
     "ab2_steps4": "Adams-Bashforth, 4 steps",

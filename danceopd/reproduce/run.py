@@ -4,7 +4,6 @@ A run's folder holds its checkpoints while it goes and result.json once it is me
 in the results file, is not made again.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -139,10 +138,12 @@ def reproduce(settings: list[str], budget: Budget, place: Place, seeds: int, wor
         if all(run.name != needed for run in todo):
             todo = [*[run for run in runs("A", budget, seeds) if run.name == needed], *todo]
     adopt(todo, place)
-    for run in todo:
-        if run.name in {r.after for r in todo} and not (place.work / run.name / "student.safetensors").exists():
-            (place.work / run.name / "result.json").unlink(missing_ok=True)  # its student is needed, not its scores
     waiting = [run for run in todo if finished(run, place) is None]
+    for run in todo:
+        student_is_needed = run.name in {r.after for r in waiting} and run not in waiting
+        if student_is_needed and not (place.work / run.name / "student.safetensors").exists():
+            (place.work / run.name / "result.json").unlink()
+            waiting.insert(0, run)
     total = sum(run.overrides["training.max_network_evaluations"] for run in todo)
     done = total - sum(run.overrides["training.max_network_evaluations"] for run in waiting)
     bar = tqdm(total=total, initial=done, unit="evaluation", unit_scale=True, dynamic_ncols=True, smoothing=0.02)
@@ -205,13 +206,18 @@ def _evaluations(run: Run, place: Place) -> int:
 def adopt(todo: list[Run], place: Place) -> None:
     """Take over results that the results files hold already, so that a finished run needs no folder."""
     for setting in {run.setting for run in todo}:
-        path = place.results / f"{setting}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {"rows": []}
-        by_digest = {result["digest"]: result for row in kept["rows"] for result in row.get("runs", ())}
+        rows = _table(setting, place).get("rows", ())
+        by_digest = {result["digest"]: result for row in rows for result in row.get("runs", ())}
         for run in todo:
             if run.setting == setting and finished(run, place) is None and digest(run, place) in by_digest:
                 target = place.work / run.name / "result.json"
                 write_atomic(target, (json.dumps(by_digest[digest(run, place)], indent=1) + "\n").encode())
+
+
+def _table(setting: str, place: Place) -> dict:
+    """The results file as it is, empty if there is none."""
+    path = place.results / f"{setting}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def gather(setting: str, budget: Budget, place: Place, seeds: int) -> None:
@@ -237,6 +243,7 @@ def gather(setting: str, budget: Budget, place: Place, seeds: int) -> None:
             "seeds": seeds,
         },
         "machine": machine(),
+        "digest": digest(runs(setting, budget, seeds)[0], place),  # what the rows without training belong to
         "rows": rows,
     }
     write_atomic(place.results / f"{setting}.json", (json.dumps(table, indent=1) + "\n").encode())
@@ -271,22 +278,18 @@ def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str |
 
 
 def _untrained_rows(setting: str, budget: Budget, place: Place, seeds: int) -> list[dict]:
-    """Base, sources and merges, measured once and kept beside the runs."""
+    """Base, sources and merges, measured once and kept in the results file."""
     if setting in ("ablations", "grid"):
         return []
     run = runs(setting, budget, seeds)[0]
     raw, overrides = raw_config(run, place)
     config = parse_config(raw, overrides, run.config)
-    path = place.work / setting / "untrained.json"
-    key = digest(run, place)
-    with contextlib.suppress(OSError, ValueError):
-        kept = json.loads(path.read_text())
-        if kept["digest"] == key:
-            return kept["rows"]
+    kept = _table(setting, place)
+    if kept.get("digest") == digest(run, place):
+        return [row for row in kept["rows"] if row["kind"] != "trained" and row["method"] != "before"]
     rows = []
     for name, kind, metrics in tqdm(untrained(setting, config), desc=f"{setting}: sources, merges", unit="row"):
         rows.append(_row(name, kind, [metrics], None) | {"network_evaluations": 0, "seconds": 0, "commit": commit()})
-    write_atomic(path, (json.dumps({"digest": key, "rows": rows}, indent=1) + "\n").encode())
     return rows
 
 
