@@ -18,6 +18,7 @@ from danceopd.reproduce.report import (
     REPRODUCED,
     UNDECIDED,
     cheaper,
+    chosen_rate,
     claims,
     difference,
     load,
@@ -240,3 +241,10 @@ def test_partial_results_and_none(tmp_path):
 def test_the_published_figures_belong_to_rows_that_exist():
     assert TABLES["A"].keys() - METHODS.keys() == {"source_t2i", "source_edit", "weight_merge"}
     assert TABLES["ablations"].keys() <= {row for axis in ABLATIONS.values() for row in axis}
+
+
+def test_the_chosen_rate_is_the_largest_of_the_nearly_best():
+    rows = {rate: trained("a", t2i=t, seeds=(0,)) for rate, t in ((1e-4, 0.8), (3e-4, 0.83), (1e-3, 0.82), (3e-3, 0.7))}
+    assert chosen_rate(rows) == 1e-3
+    rows[1e-3] = trained("a", t2i=0.8, seeds=(0,))
+    assert chosen_rate(rows) == 3e-4
