@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from danceopd.backbones.dit import DiT, DiTConfig
@@ -389,8 +389,10 @@ def test_flow_opd_gradient_is_that_of_its_surrogate():
 def test_flow_opd_advantage_is_normalised_over_each_group(seed, group, limit):
     """With one step, on policy, a sample's loss is minus its advantage."""
     batch, one = batch_of(16, seed=seed), sigma_grid(1)
-    loss = flow_opd(STUDENT, batch, one, seed, group_size=group, max_advantage=limit).loss.detach()
     reference = ByHand(STUDENT, batch, group, one, seed, limit)
+    kl = reference.kl(linear(THETA.double()), SOURCES).view(-1, group)
+    assume((kl.std(1) > 1e-2 * kl.mean(1)).all())  # rewards of a group that are told apart in float32
+    loss = flow_opd(STUDENT, batch, one, seed, group_size=group, max_advantage=limit).loss.detach()
     close(loss, -reference.advantage(linear(THETA.double()))[:, 0], rel=5e-3, atol=5e-3)
     assert loss.abs().max() <= limit * (1 + 1e-4)
     if limit == 5.0:
@@ -785,7 +787,7 @@ def config_of(networks, folder, **sections):
         "training": {"output_dir": str(folder), "batch_size": B, "max_steps": 8, "warmup_steps": 0},
     }
     for key, value in sections.items():
-        raw[key] = {**raw[key], **value} if isinstance(value, dict) and key in raw else value
+        raw[key] = {**raw[key], **value} if key in ("rollout", "training") else value
     return parse_config(raw)
 
 
@@ -937,3 +939,89 @@ def test_learning_from_pictures_needs_pictures(networks, tmp_path):
     for method in ("joint", "off_policy", "danceopd_fast"):
         with pytest.raises(UserError, match=r"capabilities\.t2i\.data: .*no row of 't2i' has a target_image"):
             build(config_of(networks, tmp_path, method=method, capabilities=capabilities))
+
+
+def test_adaptive_routes_and_gap_queries_follow_the_runs_own_gaps(networks, tmp_path):
+    """The gap of a capability moves its share of the batch, and the gap at an index the share of its queries."""
+    capabilities = {
+        "t2i": {"source": "one", "task": "t2i", "data": {"world": "t2i", "size": 20}},
+        "style": {"source": "two", "task": "t2i", "data": {"world": "style", "size": 20}},
+    }
+    config = config_of(
+        networks,
+        tmp_path,
+        capabilities=capabilities,
+        route="adaptive",
+        query={"bias": "gap", "k": 2},
+        training={"batch_size": 400},
+    )
+    trainer = Trainer(config, build(config))
+    assert (trainer.draw().route == 1).double().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 20)
+    trainer.gaps.capability[:] = torch.tensor([1.0, 4.0])
+    trainer.gaps.index[:] = torch.tensor([1.0, 0.0, 9.0, 2.0])
+    share = 1.6 / (0.4 + 1.6)
+    assert (trainer.draw().route == 1).double().mean().item() == pytest.approx(share, abs=4 * 0.4 / 20)
+    weights = torch.tensor([1.0, 4.0, 9.0, 2.0]).sqrt()
+    provided = trainer.provided(trainer.draw(), 0, generator())
+    torch.testing.assert_close(provided["gap"].float(), weights)
+    depth = danceopd_loss(constant(0.0), [constant(0.0)] * 2, trainer.draw(), **provided).depth
+    close(depth.bincount(minlength=4) / len(depth), weights / weights.sum(), atol=4 * 0.5 / 800**0.5)
+
+
+def test_a_run_learns_its_gaps(networks, tmp_path):
+    config = config_of(networks, tmp_path, route="adaptive", query={"bias": "gap"})
+    trainer = Trainer(config, build(config))
+    method, errors = trainer.method, []
+
+    def watched(*arguments, **keywords):
+        seen = method(*arguments, **keywords)
+        errors.append((seen.route, (seen.velocity - seen.target).square().flatten(1).mean(1)))
+        return seen
+
+    trainer.method = watched
+    trainer.update()
+    (route, error), mean = errors[0], {}
+    for m in (0, 1):
+        mean[m] = float(error[route == m].mean())
+    average = (mean[0] + mean[1]) / 2
+    assert trainer.gaps.route_weights([1.0, 1.0]) == pytest.approx([mean[0] / average, mean[1] / average], rel=1e-3)
+
+
+@pytest.mark.parametrize(("times", "at"), [(0, []), (1, [0, 5]), (3, [0, 2, 3, 5]), (5, [0, 1, 2, 3, 4, 5])])
+def test_network_evaluations_end_a_run_and_pace_it(networks, tmp_path, monkeypatch, times, at):
+    """Joint training costs 3 B an update: 100 are spent in the fifth. Scores at the start, and then evenly spread."""
+    monkeypatch.setattr(Trainer, "quick_scores", lambda self: {"geneval_overall": 0.5})
+    training = {"max_steps": 1000, "max_network_evaluations": 100, "lr_schedule": "cosine", "log_every": 1}
+    config = config_of(
+        networks,
+        tmp_path,
+        method="joint",
+        training={**training, "sample_every": 0},
+        evaluation={"times": times},
+    )
+    Trainer(config, build(config)).run()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [record for record in log if "loss" in record]
+    assert [r["network_evaluations"] for r in losses] == [24, 48, 72, 96, 120]
+    rates = [r["learning_rate"] for r in losses]
+    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert rates[0] > 0.8 * config.training.learning_rate > 0.1 * config.training.learning_rate > rates[-1]
+    assert [r["step"] for r in log if "evaluation" in r] == at
+    assert load_newest(tmp_path / "checkpoints")[0]["step"] == 5
+
+
+@given(share=st.floats(0, 1.5), step=st.integers(0, 100))
+def test_progress_is_the_further_of_steps_and_evaluations(share, step):
+    """And the cosine follows it, with no warmup, from the whole rate down to none."""
+    training = {"output_dir": "x", "max_steps": 100, "warmup_steps": 0, "lr_schedule": "cosine", "learning_rate": 0.01}
+    sections = {
+        "sources": {"a": {"weights": "t2i"}},
+        "capabilities": {"t2i": {"source": "a", "task": "t2i", "data": {"world": "t2i"}}},
+    }
+    for limit in (None, 1000):
+        trainer = Trainer.__new__(Trainer)
+        trainer.config = parse_config({**sections, "training": {**training, "max_network_evaluations": limit}})
+        trainer.step, trainer.evaluations = step, Counter(student=int(600 * share), backward=int(400 * share))
+        done = step / 100 if limit is None else min(1, max(step / 100, trainer.evaluations.total() / 1000))
+        assert trainer.progress() == pytest.approx(done)
+        assert trainer.learning_rate() == pytest.approx(0.005 * (1 + math.cos(math.pi * done)), abs=1e-9)

@@ -1,5 +1,6 @@
-"""Which states are asked and who supervises them, against the distributions they claim."""
+"""Which states are asked, with which prompts, and who supervises them, against the distributions they claim."""
 
+import itertools
 import math
 
 import pytest
@@ -7,8 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from danceopd.data.sampler import draw_batch
+from danceopd.data.world import WorldData
+from danceopd.methods.observed import Observed
 from danceopd.query import BETA, QUERIES, query
-from danceopd.routing import route
+from danceopd.routing import round_robin, route
+from danceopd.tokenizer import tokenize
+from danceopd.training.gaps import LIMIT, Gaps
 
 
 def generator(seed=0):
@@ -130,3 +136,120 @@ def test_routes_are_reproducible(seed):
 def test_route_refuses(weights):
     with pytest.raises(ValueError, match="route weights"):
         route(4, weights, generator())
+
+
+# Routes in turn, routes and queries by the gap to the sources
+
+CHI = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5, 7: 24.3, 15: 37.7}  # at the 0.1 % level
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 8, [1, 2, 3, 4], [0, 5, 0, 1, 0.5], [1e-6, 0, 3e-6], [0, 0, 1]], ids=str)
+def test_gap_queries_follow_the_weights(weights):
+    n, total = 20_000, sum(weights)
+    gap = torch.tensor(weights)
+    counts = query(n // 4, len(weights), generator(), bias="gap", k=4, gap=gap).flatten().bincount(minlength=len(gap))
+    expected = [n * w / total for w in weights]
+    assert all(c == 0 for c, e in zip(counts.tolist(), expected, strict=True) if e == 0)
+    chi = sum((c - e) ** 2 / e for c, e in zip(counts.tolist(), expected, strict=True) if e > 0)
+    assert chi < CHI.get(sum(w > 0 for w in weights) - 1, 0.1)
+
+
+def test_gap_queries_are_uniform_before_a_gap_is_known():
+    counts = query(20_000, 8, generator(), bias="gap").flatten().bincount(minlength=8)
+    assert ((counts - 2500) ** 2 / 2500).sum() < CHI[7]
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 4))
+def test_round_robin_makes_equal_parts(m, rounds, parts):
+    """Of the batch and of every micro-batch that the capabilities divide, whatever the weights."""
+    routes = round_robin(m * rounds * parts, m)
+    for part in routes.view(parts, -1):
+        assert (part.bincount(minlength=m) == rounds).all()
+    odd = round_robin(m * rounds + 1, m).bincount(minlength=m)
+    assert odd.max() - odd.min() <= 1
+
+
+def t2i_batch(size, weights=(1.0, 1.0), **options):
+    data = [WorldData("t2i", 40, 0), WorldData("style", 40, 0)]
+    return data, draw_batch(data, list(weights), size, 10, 1, generator(5), **options)
+
+
+def test_batches_in_turn_ignore_the_weights_and_keep_the_noise():
+    data, batch = t2i_batch(12, (100.0, 1.0), in_turn=True)
+    assert torch.equal(batch.route, torch.arange(12) % 2)
+    for m, rows in enumerate(data):
+        own = tokenize(rows.prompts(list(range(40))), 10)
+        for tokens in batch.conditioning.tokens[batch.route == m]:
+            assert (own == tokens).all(1).any()
+    assert torch.equal(batch.noise, t2i_batch(12, (100.0, 1.0))[1].noise)
+
+
+def test_prompt_dropout_leaves_its_share_empty_and_the_rest_alone():
+    n, empty = 4000, tokenize([""], 10)[0]
+    _, dropped = t2i_batch(n, prompt_dropout=[0.3, 0.0])
+    _, whole = t2i_batch(n)
+    assert torch.equal(dropped.noise, whole.noise)
+    assert torch.equal(dropped.route, whole.route)
+    blank = (dropped.conditioning.tokens == empty).all(1)
+    assert not (whole.conditioning.tokens == empty).all(1).any()
+    assert torch.equal(dropped.conditioning.tokens[~blank], whole.conditioning.tokens[~blank])
+    first = dropped.route == 0
+    assert blank[first].double().mean().item() == pytest.approx(0.3, abs=4 * (0.21 / first.sum().item()) ** 0.5)
+    assert not blank[~first].any()
+
+
+def observed(route, depth, error, k=1) -> Observed:
+    """Queries whose mean squared error is `error`, k in a row for each sample."""
+    target = torch.zeros(len(error), 2, 3)
+    velocity = torch.tensor(error).sqrt()[:, None, None].expand_as(target)
+    loss = torch.zeros(len(error) // k)
+    return Observed(loss, torch.tensor(route), None if depth is None else torch.tensor(depth), target, velocity, target)
+
+
+def test_gaps_are_running_means():
+    gaps = Gaps(2, 3)
+    assert gaps.query_weights() is None
+    assert gaps.route_weights([2.0, 3.0]) == [2.0, 3.0]  # nothing is known
+    gaps.update(observed([0, 0], [2, 2, 0, 2], [1.0, 2.0, 6.0, 3.0], k=2))
+    assert gaps.route_weights([2.0, 3.0]) == [2.0, 3.0]  # of one not everything
+    # Index 2 saw 1, 2 and 3, index 0 saw 6, and index 1 is taken as the mean of the others.
+    torch.testing.assert_close(gaps.query_weights(), torch.tensor([6.0, 4.0, 2.0]).double().sqrt())
+    gaps.update(observed([1, 0], [2, 0], [4.0, 1.0]))
+    expected = torch.tensor([0.95 * 6 + 0.05 * 1, 0, 0.95 * 2 + 0.05 * 4]).double()
+    expected[1] = (expected[0] + expected[2]) / 2
+    torch.testing.assert_close(gaps.query_weights(), expected.sqrt())
+    mine = 0.95 * 3 + 0.05 * 1  # capability 0 saw a mean of 3, then 1; capability 1 saw 4
+    mean = (mine + 4) / 2
+    assert gaps.route_weights([2.0, 3.0]) == pytest.approx([2 * mine / mean, 3 * 4 / mean])
+
+
+def test_gaps_off_the_rollouts_levels_are_of_capabilities_alone():
+    gaps = Gaps(2, 3)
+    gaps.update(observed([0, 1], None, [1.0, 3.0]))
+    assert gaps.query_weights() is None
+    assert gaps.route_weights([1.0, 1.0]) == pytest.approx([0.5, 1.5])
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 10), st.floats(1e-4, 1e4)), min_size=1, max_size=5))
+def test_adaptive_weights_follow_the_gaps_within_the_limit(rows):
+    weights, errors = zip(*rows, strict=True)
+    gaps = Gaps(len(rows), 1)
+    for _ in range(3):
+        gaps.update(observed(list(range(len(rows))), None, list(errors)))
+    mean = sum(errors) / len(errors)
+    adapted = gaps.route_weights(list(weights))
+    for w, e, a in zip(weights, errors, adapted, strict=True):
+        assert a / w == pytest.approx(min(max(e / mean, 1 / LIMIT), LIMIT), rel=1e-4)
+    factors = [a / w for a, w in zip(adapted, weights, strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: errors[i])
+    assert all(factors[i] <= factors[j] * (1 + 1e-6) for i, j in itertools.pairwise(order))
+
+
+def test_gaps_go_on_from_their_state():
+    a, b = Gaps(2, 3), Gaps(2, 3)
+    a.update(observed([0, 1], [0, 2], [1.0, 3.0]))
+    b.load_state_dict(a.state_dict())
+    for gaps in (a, b):
+        gaps.update(observed([0, 1], [1, 2], [2.0, 5.0]))
+    assert torch.equal(a.query_weights(), b.query_weights())
+    assert a.route_weights([1.0, 1.0]) == b.route_weights([1.0, 1.0])

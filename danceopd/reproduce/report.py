@@ -518,7 +518,7 @@ def _grid(page: Page, rows: dict) -> None:
     page.heading("Learning rates")
     page.text(
         f"Each method on validation prompts, one seed. In bold the chosen one: the largest within {TIE} (about the "
-        "error of the pictures) of the best by GenEval + edit / 10. Where the best was the lowest, lower ones were added."
+        "error of the pictures) of the best by GenEval + edit / 10. Where the lowest was best, lower ones were added."
     )
     methods = rates(rows)
     columns = sorted({rate for cells in methods.values() for rate in cells})
