@@ -5,10 +5,11 @@ import math
 import re
 import statistics
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from danceopd.reproduce.matrix import ABLATIONS, METHODS
+from danceopd.reproduce.matrix import ABLATIONS, LEARNING_RATES, METHODS
 from danceopd.reproduce.paper import TABLES
 from danceopd.reproduce.report import (
     GEDIT,
@@ -22,6 +23,7 @@ from danceopd.reproduce.report import (
     claims,
     difference,
     load,
+    rates,
     verdict,
     write_report,
 )
@@ -248,3 +250,8 @@ def test_the_chosen_rate_is_the_largest_of_the_nearly_best():
     assert chosen_rate(rows) == 1e-3
     rows[1e-3] = trained("a", t2i=0.8, seeds=(0,))
     assert chosen_rate(rows) == 3e-4
+
+
+def test_the_matrix_uses_the_rates_that_the_grid_chose():
+    grid = load(Path(__file__).parents[1] / "results")["grid"]
+    assert {method: chosen_rate(rows) for method, rows in rates(grid).items()} == LEARNING_RATES

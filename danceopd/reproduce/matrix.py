@@ -17,8 +17,8 @@ METHODS = {
 }
 QUICK = ("joint", "off_policy", "diffusion_opd", "flow_opd", "danceopd")  # weight merge, the sixth, needs no run
 
-# The best of each method's grid on validation prompts (results/grid.json, `danceopd reproduce grid`).
-LEARNING_RATES = dict.fromkeys(METHODS, 1e-3)
+# What the grid on validation prompts chose (results/grid.json, `danceopd reproduce grid`).
+LEARNING_RATES = dict.fromkeys(METHODS, 1e-3) | {"flow_opd": 1e-4, "flow_opd_attached": 3e-4}
 GRID = (3e-4, 1e-3, 3e-3)
 GRID_MORE = {  # where the best was the lowest
     "off_policy_samples": (1e-4,),
