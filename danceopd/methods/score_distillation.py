@@ -61,8 +61,8 @@ class DMD:
         clean = clean_estimate(student, batch, sigmas, solver, bias, generator)
         fake = counted(self.fake, counter, "fake")
         observed = distil(clean, sources, batch, generator, fake)
-        sigma = renoised(clean.detach(), generator)[1]
-        loss, *_ = flow_matching(fake, clean.detach(), batch.noise, sigma, batch.conditioning)
+        _, sigma, noise = renoised(clean.detach(), generator)  # fresh: the rollout's own noise tells its end
+        loss, *_ = flow_matching(fake, clean.detach(), noise, sigma, batch.conditioning)
         self.optimizer.zero_grad()
         loss.mean().backward()
         counter["fake"] += 2 * len(clean)
