@@ -196,7 +196,7 @@ def test_a_failed_run_is_named(configs, tmp_path, monkeypatch):
         raw = yaml.safe_load(path.read_text())
         raw["training"]["learning_rat"] = 1
         (broken / path.name).write_text(yaml.safe_dump(raw))
-    monkeypatch.setattr(driver, "_untrained_rows", lambda *_: [])
+    monkeypatch.setattr(driver, "untrained_run", lambda _: [])
     place = place_of(broken, tmp_path)
     with pytest.raises(UserError, match=r"C/danceopd/seed0 failed; its log is .*output\.txt"):
         reproduce(["C"], TINY, place, seeds=1, workers=1)

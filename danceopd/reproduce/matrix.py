@@ -98,6 +98,11 @@ class Run:
     def name(self) -> str:
         return f"{self.setting}/{self.row}/seed{self.seed}"
 
+    @property
+    def evaluations(self) -> int:
+        """The network evaluations of its training."""
+        return self.overrides.get("training.max_network_evaluations", 0)
+
 
 def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
     """The runs of one table, in the order in which they are made. Raises KeyError for an unknown table."""

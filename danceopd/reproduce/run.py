@@ -21,7 +21,7 @@ import yaml
 from tqdm import tqdm
 
 from danceopd.checkpoint import write_atomic
-from danceopd.config import parse_config
+from danceopd.config import Config, parse_config
 from danceopd.errors import UserError
 from danceopd.evaluation.report import read_log
 from danceopd.evaluation.run import machine
@@ -32,6 +32,7 @@ from danceopd.training.loop import train
 from danceopd.training.state import checkpoints
 
 POLL_SECONDS = 1.0
+UNTRAINED = "untrained"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ def make_run(run: Run, place: Place) -> dict:
             return result
         raw, overrides = raw_config(run, place)
         config = parse_config(raw, [*overrides, f"training.output_dir={json.dumps(str(folder))}"], run.config)
+        if run.row == UNTRAINED:
+            result = {"digest": digest(run, place), "rows": _untrained_rows(run.setting, config)}
+            write_atomic(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+            return result
         train(config)
         seed = VALIDATION_SEED if run.setting == "grid" else None
         log = read_log(folder / "log.jsonl")
@@ -133,7 +138,7 @@ def reproduce(settings: list[str], budget: Budget, place: Place, seeds: int, wor
     Returns the files written. Raises UserError if a run fails, naming its log; KeyboardInterrupt after Ctrl-C,
     with a checkpoint of each run at hand.
     """
-    todo = [run for setting in settings for run in runs(setting, budget, seeds)]
+    todo = [run for setting in settings for run in (*untrained_run(setting), *runs(setting, budget, seeds))]
     for needed in [run.after for run in todo if run.after]:
         if all(run.name != needed for run in todo):
             todo = [*[run for run in runs("A", budget, seeds) if run.name == needed], *todo]
@@ -144,8 +149,8 @@ def reproduce(settings: list[str], budget: Budget, place: Place, seeds: int, wor
         if student_is_needed and not (place.work / run.name / "student.safetensors").exists():
             (place.work / run.name / "result.json").unlink()
             waiting.insert(0, run)
-    total = sum(run.overrides["training.max_network_evaluations"] for run in todo)
-    done = total - sum(run.overrides["training.max_network_evaluations"] for run in waiting)
+    total = sum(run.evaluations for run in todo)
+    done = total - sum(run.evaluations for run in waiting)
     bar = tqdm(total=total, initial=done, unit="evaluation", unit_scale=True, dynamic_ncols=True, smoothing=0.02)
     if not waiting:
         print("every run is finished already; --again makes them anew", file=sys.stderr)
@@ -167,7 +172,7 @@ def reproduce(settings: list[str], budget: Budget, place: Place, seeds: int, wor
                 active.remove((run, process))
                 if process.returncode:
                     raise UserError(f"the run {run.name} failed; its log is {place.work / run.name / 'output.txt'}")
-                done += run.overrides["training.max_network_evaluations"]
+                done += run.evaluations
                 if run.setting in settings:
                     gather(run.setting, budget, place, seeds)
     finally:
@@ -197,7 +202,7 @@ def _start(run: Run, place: Place, workers: int) -> subprocess.Popen:
 
 def _evaluations(run: Run, place: Place) -> int:
     log = read_log(place.work / run.name / "log.jsonl").training
-    return min(log[-1]["network_evaluations"], run.overrides["training.max_network_evaluations"]) if log else 0
+    return min(log[-1]["network_evaluations"], run.evaluations) if log else 0
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -206,8 +211,11 @@ def _evaluations(run: Run, place: Place) -> int:
 def adopt(todo: list[Run], place: Place) -> None:
     """Take over results that the results files hold already, so that a finished run needs no folder."""
     for setting in {run.setting for run in todo}:
-        rows = _table(setting, place).get("rows", ())
-        by_digest = {result["digest"]: result for row in rows for result in row.get("runs", ())}
+        table = _table(setting, place)
+        by_digest = {result["digest"]: result for row in table.get("rows", ()) for result in row.get("runs", ())}
+        if "untrained" in table:
+            rows = [row for row in table["rows"] if row["kind"] != "trained" and row["method"] != "before"]
+            by_digest[table["untrained"]] = {"digest": table["untrained"], "rows": rows}
         for run in todo:
             if run.setting == setting and finished(run, place) is None and digest(run, place) in by_digest:
                 target = place.work / run.name / "result.json"
@@ -222,7 +230,8 @@ def _table(setting: str, place: Place) -> dict:
 
 def gather(setting: str, budget: Budget, place: Place, seeds: int) -> None:
     """Write results/<setting>.json from the runs that are finished."""
-    rows = _untrained_rows(setting, budget, place, seeds)
+    without = [finished(run, place) for run in untrained_run(setting)]
+    rows = [row for result in without if result for row in result["rows"]]
     grouped: dict[str, list[tuple[Run, dict]]] = {}
     for run in runs(setting, budget, seeds):
         result = finished(run, place)
@@ -243,9 +252,10 @@ def gather(setting: str, budget: Budget, place: Place, seeds: int) -> None:
             "seeds": seeds,
         },
         "machine": machine(),
-        "digest": digest(runs(setting, budget, seeds)[0], place),  # what the rows without training belong to
         "rows": rows,
     }
+    if without and without[0]:
+        table["untrained"] = without[0]["digest"]
     write_atomic(place.results / f"{setting}.json", (json.dumps(table, indent=1) + "\n").encode())
 
 
@@ -277,20 +287,16 @@ def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str |
     return row
 
 
-def _untrained_rows(setting: str, budget: Budget, place: Place, seeds: int) -> list[dict]:
-    """Base, sources and merges, measured once and kept in the results file."""
+def untrained_run(setting: str) -> list[Run]:
+    """The one run that measures a table's base, sources and merges; none for tables without."""
     if setting in ("ablations", "grid"):
         return []
-    run = runs(setting, budget, seeds)[0]
-    raw, overrides = raw_config(run, place)
-    config = parse_config(raw, overrides, run.config)
-    kept = _table(setting, place)
-    if kept.get("digest") == digest(run, place):
-        return [row for row in kept["rows"] if row["kind"] != "trained" and row["method"] != "before"]
-    rows = []
-    for name, kind, metrics in tqdm(untrained(setting, config), desc=f"{setting}: sources, merges", unit="row"):
-        rows.append(_row(name, kind, [metrics], None) | {"network_evaluations": 0, "seconds": 0, "commit": commit()})
-    return rows
+    return [Run(setting, UNTRAINED, 0, f"setting_{setting.lower()}.yaml")]
+
+
+def _untrained_rows(setting: str, config: Config) -> list[dict]:
+    cost = {"network_evaluations": 0, "seconds": 0, "commit": commit()}
+    return [_row(name, kind, [metrics], None) | cost for name, kind, metrics in untrained(setting, config)]
 
 
 def _before_rows(before: list[Run], place: Place) -> list[dict]:
