@@ -1025,3 +1025,22 @@ def test_progress_is_the_further_of_steps_and_evaluations(share, step):
         done = step / 100 if limit is None else min(1, max(step / 100, trainer.evaluations.total() / 1000))
         assert trainer.progress() == pytest.approx(done)
         assert trainer.learning_rate() == pytest.approx(0.005 * (1 + math.cos(math.pi * done)), abs=1e-9)
+
+
+def test_micro_batches_are_numbered(networks, tmp_path):
+    """And every one is told the same gap, so that parts of an update ask alike."""
+    training = {"gradient_accumulation_steps": 4}
+    config = config_of(networks, tmp_path, method="pooled", query={"bias": "gap"}, training=training)
+    trainer, told = Trainer(config, build(config)), []
+    method = trainer.method
+
+    def watched(*arguments, **keywords):
+        told.append((keywords["part"], keywords["gap"]))
+        return method(*arguments, **keywords)
+
+    trainer.method = watched
+    trainer.update()
+    trainer.update()
+    assert [part for part, _ in told] == [0, 1, 2, 3] * 2
+    assert [gap for _, gap in told[:4]] == [None] * 4
+    assert all(torch.equal(gap, told[4][1]) for _, gap in told[4:])

@@ -14,6 +14,7 @@ from danceopd.objectives import (
     mode_density,
     renoised,
     score_distillation,
+    velocity_mse,
     weighting,
 )
 
@@ -24,6 +25,28 @@ def normal(*shape, seed=0):
 
 def condition(n):
     return Conditioning(torch.zeros(n, 4, dtype=torch.int64), None, torch.zeros(n, dtype=torch.bool))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 2**40))
+def test_the_squared_error_is_each_samples_own_and_does_not_reach_the_target(n, seed):
+    velocity, target = (normal(n, 2, 3, seed=seed + i).requires_grad_() for i in range(2))
+    loss = velocity_mse(velocity, target)
+    for i in range(n):
+        expected = torch.nn.functional.mse_loss(velocity[i].double(), target[i].double())
+        assert loss[i].item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.sum().backward()
+    torch.testing.assert_close(velocity.grad, (velocity - target).detach() / 3)
+    assert target.grad is None
+
+
+def test_the_squared_error_is_taken_in_float32():
+    velocity = torch.ones(1, 64, dtype=torch.bfloat16)
+    loss = velocity_mse(velocity, torch.full((1, 64), 1.0 + 2**-12))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(2**-24, rel=1e-6)
+    with pytest.raises(ValueError, match="differ in shape"):
+        velocity_mse(normal(4, 2, 3), normal(4, 1, 3))
 
 
 @pytest.mark.parametrize("name", ["sigma_sqrt", "cosmap"])
@@ -92,6 +115,16 @@ def test_renoised_states_hold_their_estimate_and_noise():
     s = sigma.view(-1, 1, 1, 1)
     torch.testing.assert_close(states, (1 - s) * clean + s * noise)
     assert ((sigma >= 0.02) & (sigma <= 0.98)).all()
+
+
+def test_renoised_levels_are_uniform_and_their_noise_is_fresh():
+    clean = 3 + normal(4000, 4)
+    _, sigma, noise = renoised(clean, torch.Generator().manual_seed(1))
+    uniform = (sigma.double().sort().values - 0.02) / 0.96
+    assert (uniform - (torch.arange(4000) + 0.5) / 4000).abs().max() < 1.95 / 4000**0.5  # Kolmogorov, 0.1 %
+    assert noise.mean().item() == pytest.approx(0, abs=4 / 16_000**0.5)
+    assert noise.std().item() == pytest.approx(1, abs=4 / 16_000**0.5)
+    assert abs(torch.stack([noise.flatten(), clean.flatten()]).corrcoef()[0, 1]) < 4 / 16_000**0.5
 
 
 @pytest.mark.parametrize("with_fake", [False, True])

@@ -209,18 +209,17 @@ def observed(route, depth, error, k=1) -> Observed:
 def test_gaps_are_running_means():
     gaps = Gaps(2, 3)
     assert gaps.query_weights() is None
-    assert gaps.route_weights([2.0, 3.0]) == [2.0, 3.0]  # nothing is known
     gaps.update(observed([0, 0], [2, 2, 0, 2], [1.0, 2.0, 6.0, 3.0], k=2))
-    assert gaps.route_weights([2.0, 3.0]) == [2.0, 3.0]  # of one not everything
+    assert gaps.route_weights([2.0, 3.0]) == [2.0, 3.0]  # nothing is known of the other
     # Index 2 saw 1, 2 and 3, index 0 saw 6, and index 1 is taken as the mean of the others.
     torch.testing.assert_close(gaps.query_weights(), torch.tensor([6.0, 4.0, 2.0]).double().sqrt())
-    gaps.update(observed([1, 0], [2, 0], [4.0, 1.0]))
-    expected = torch.tensor([0.95 * 6 + 0.05 * 1, 0, 0.95 * 2 + 0.05 * 4]).double()
+    gaps.update(observed([1, 0], [2, 2, 0, 0], [4.0, 6.0, 1.0, 3.0], k=2))
+    expected = torch.tensor([0.95 * 6 + 0.05 * 2, 0, 0.95 * 2 + 0.05 * 5]).double()
     expected[1] = (expected[0] + expected[2]) / 2
     torch.testing.assert_close(gaps.query_weights(), expected.sqrt())
-    mine = 0.95 * 3 + 0.05 * 1  # capability 0 saw a mean of 3, then 1; capability 1 saw 4
-    mean = (mine + 4) / 2
-    assert gaps.route_weights([2.0, 3.0]) == pytest.approx([2 * mine / mean, 3 * 4 / mean])
+    mine = 0.95 * 3 + 0.05 * 2  # capability 0 saw a mean of 3, then 2; capability 1 saw 5
+    mean = (mine + 5) / 2
+    assert gaps.route_weights([2.0, 3.0]) == pytest.approx([2 * mine / mean, 3 * 5 / mean])
 
 
 def test_gaps_off_the_rollouts_levels_are_of_capabilities_alone():

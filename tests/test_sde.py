@@ -1,5 +1,7 @@
 """The stochastic rollout's Gaussian steps against torch.distributions and closed forms."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from danceopd.conditioning import Conditioning
+from danceopd.rollout import rollout
 from danceopd.schedule import sigma_grid
 from danceopd.sde import kl, log_probability, sde_rollout, transition
 
@@ -87,3 +90,40 @@ def test_the_rollout_returns_its_own_log_densities():
         z = states[:, i]
         mean, deviation = transition(0.3 * z, z, torch.full((5,), i), SIGMAS, 0.7)
         torch.testing.assert_close(log_probability(states[:, i + 1], mean, deviation), densities[:, i])
+
+
+def test_steps_are_drawn_from_the_gaussians_they_are_said_to_be_drawn_from():
+    """Residuals of every step and entry are standard normal and independent of each other."""
+    n, g = 4000, torch.Generator().manual_seed(1)
+    states, _ = sde_rollout(lambda z, sigma, _: z.sin() + sigma[:, None], normal(n, 2), condition(n), SIGMAS, 0.7, g)
+    residuals = []
+    for i in range(8):
+        z = states[:, i]
+        mean, deviation = transition(z.sin() + SIGMAS[i], z, torch.full((n,), i), SIGMAS, 0.7)
+        residuals.append((states[:, i + 1] - mean) / deviation[:, None])
+    residuals = torch.cat(residuals, 1)
+    assert residuals.mean().item() == pytest.approx(0, abs=4 / math.sqrt(16 * n))
+    assert residuals.std().item() == pytest.approx(1, abs=4 / math.sqrt(16 * n))
+    assert (residuals.T.corrcoef() - torch.eye(16)).abs().max() < 5 / math.sqrt(n)
+
+
+def test_the_marginals_agree_with_the_odes_all_the_way():
+    """Data N(0.7, 0.3^2), known in closed form at every level; yet the end hardly knows where it started."""
+    n, steps, mu, s = 10_000, 400, 0.7, 0.3
+
+    def field(z, sigma, _):
+        t = sigma[:, None]
+        return -mu + (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2) * (z - (1 - t) * mu)
+
+    noise, sigmas, asked = normal(n, 1), sigma_grid(steps, 1.0), torch.tensor([100, 200, 300, 400])
+    stochastic, _ = sde_rollout(field, noise, condition(n), sigmas, 0.7, torch.Generator().manual_seed(2))
+    ode, _ = rollout(field, noise, condition(n), sigmas, asked.expand(n, -1))
+    for i, index in enumerate(asked.tolist()):
+        t = sigmas[index].item()
+        std = math.sqrt((1 - t) ** 2 * s**2 + t**2)
+        for z in (stochastic[:, index, 0], ode[:, i, 0]):
+            assert z.mean().item() == pytest.approx((1 - t) * mu, abs=4 * std / math.sqrt(n) + 0.003)
+            assert z.std().item() == pytest.approx(std, rel=0.03)
+    kept = [torch.stack([noise[:, 0], z[:, -1].flatten()]).corrcoef()[0, 1] for z in (stochastic, ode)]
+    assert abs(kept[0]) < 0.3
+    assert kept[1] > 0.999

@@ -51,6 +51,16 @@ ABLATIONS = {
         **{f"{m}_20000": _data(m, 20000) for m in ("joint", "off_policy")},
         **{f"{m}_500": _data(m, 500) for m in ("joint", "off_policy", "danceopd")},
     },
+    # Not at equal evaluations but at as many updates as the default makes of its own (340 of 64 samples).
+    "updates": {
+        f"{m}_updates": {
+            **METHODS[m],
+            "training.learning_rate": LEARNING_RATES[m],
+            "training.max_steps": 340,
+            "training.max_network_evaluations": 300_000,
+        }
+        for m in ("joint", "off_policy", "off_policy_samples")
+    },
     "beyond": {
         "ab2_steps4": {"rollout.solver": "ab2", "rollout.num_inference_steps": 4},
         "ab2_steps8": {"rollout.solver": "ab2"},

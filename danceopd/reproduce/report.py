@@ -70,6 +70,7 @@ AXES = {
     "rollout": "Rollout steps",
     "objective": "Objective",
     "data": "Size of the data",
+    "updates": "Methods at equal updates",
     "beyond": "Beyond the paper's recipe",
 }
 
@@ -80,6 +81,8 @@ def label(name: str) -> str:
         return ROWS[name]
     if match := re.fullmatch(r"(\w+)_(500|20000)", name):
         return f"{plain_label(match[1])}, {match[2]} samples each"
+    if match := re.fullmatch(r"(\w+)_updates", name):
+        return f"{plain_label(match[1])}, 340 updates"
     if match := re.fullmatch(r"(k|steps|alpha)(\d+)", name):
         return {"k": "K = ", "steps": "rollout steps: ", "alpha": "guidance "}[match[1]] + match[2]
     if match := re.fullmatch(r"merge_lora_(\w+)", name):
@@ -400,7 +403,10 @@ def _curves(ax, rows: dict, column: int, title: str, x: str, axis: str) -> None:
 
 def _ablations(page: Page, rows: dict) -> None:
     page.heading("Ablations")
-    page.text("On setting A, each at the same number of network evaluations; the first bar is the default.")
+    page.text(
+        "On setting A, each at the same number of network evaluations except where it is said; the first bar is the "
+        "default."
+    )
     known = {axis for axis in AXES if any(row.get("axis") == axis for row in rows.values())}
     for axis in [a for a in AXES if a in known]:
         members = {n: r for n, r in rows.items() if r.get("axis") in ("default", axis)}
