@@ -34,3 +34,5 @@ TABLES = {
     },
 }
 STYLE_GAP_CLOSED = 0.853
+GUIDANCE_BEST = 5.833  # edit average of the best composition of training and inference scale
+OVER_GUIDED = (49, 4.015)  # product of the two scales, edit average there
