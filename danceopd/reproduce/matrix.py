@@ -18,7 +18,12 @@ METHODS = {
 QUICK = ("joint", "off_policy", "diffusion_opd", "flow_opd", "danceopd")  # weight merge, the sixth, needs no run
 
 # What the grid on validation prompts chose (results/grid.json, `danceopd reproduce grid`).
-LEARNING_RATES = dict.fromkeys(METHODS, 1e-3) | {"flow_opd": 1e-4, "flow_opd_attached": 3e-4}
+LEARNING_RATES = dict.fromkeys(METHODS, 1e-3) | {
+    "off_policy_samples": 3e-4,
+    "diffusion_opd": 1e-4,
+    "flow_opd": 3e-5,
+    "flow_opd_attached": 1e-4,
+}
 GRID = (3e-4, 1e-3, 3e-3)
 GRID_MORE = {  # where the best was the lowest
     "off_policy_samples": (1e-4,),
@@ -48,8 +53,10 @@ ABLATIONS = {
     },
     # How much the data of a capability matter to methods that start from it, and to ours, which needs prompts alone.
     "data": {
-        **{f"{m}_20000": _data(m, 20000) for m in ("joint", "off_policy")},
-        **{f"{m}_500": _data(m, 500) for m in ("joint", "off_policy", "danceopd")},
+        f"{method}_{size}": _data(method, size)
+        for size in (500, 2000, 20000)
+        for method in ("joint", "off_policy", "danceopd")
+        if (method, size) != ("danceopd", 2000)  # the default
     },
     # Not at equal evaluations but at as many updates as the default makes of its own (340 of 64 samples).
     "updates": {
@@ -89,7 +96,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget("quick", main=400_000, short=200_000, ablation=100_000, seeds=1),
-    "paper": Budget("paper", main=800_000, short=400_000, ablation=200_000, seeds=3),
+    "paper": Budget("paper", main=1_000_000, short=400_000, ablation=200_000, seeds=3),
 }
 
 

@@ -48,7 +48,6 @@ COMPARED = (
 FASTER_THAN = ("diffusion_opd", "flow_opd", "flow_opd_attached")
 KEPT = 0.98  # of the T2I source's overall
 BAND = 0.95  # of the other numbers of rollout steps
-TIE = 0.02  # of two learning rates
 REPRODUCED, NOT, UNDECIDED, MISSING = "reproduced", "not reproduced", "undecided at this noise", "not run yet"
 GREY = "#8a8a8a"
 COLORS = {
@@ -94,7 +93,7 @@ def label(name: str) -> str:
     """The printed form of a row's name."""
     if name in ROWS:
         return ROWS[name]
-    if match := re.fullmatch(r"(\w+)_(500|20000)", name):
+    if match := re.fullmatch(r"(\w+)_(500|2000|20000)", name):
         return f"{plain_label(match[1])}, {match[2]} samples each"
     if match := re.fullmatch(r"(\w+)_updates", name):
         return f"{plain_label(match[1])}, 340 updates"
@@ -682,21 +681,15 @@ def rates(rows: dict) -> dict[str, dict[float, dict]]:
 
 
 def chosen_rate(rows: dict[float, dict]) -> float:
-    """The largest rate within TIE of the best by `merit`: longer runs do better at it than the grid's short ones."""
-    score = _rate_merit(rows)
-    best = max(map(score, rows))
-    return max(rate for rate in rows if score(rate) >= best - TIE)
-
-
-def _rate_merit(rows: dict[float, dict]) -> Callable[[float], float]:
-    return lambda rate: merit([0, mean(rows[rate], GENEVAL), mean(rows[rate], GEDIT)])
+    """The rate of the best row by `merit`."""
+    return max(rows, key=lambda rate: merit([0, mean(rows[rate], GENEVAL), mean(rows[rate], GEDIT)]))
 
 
 def _grid(page: Page, rows: dict) -> None:
     page.heading("Learning rates")
     page.text(
-        f"Each method on validation prompts, one seed. In bold the chosen one: the largest within {TIE} (about the "
-        "error of the pictures) of the best by GenEval + edit / 10. Where the lowest was best, lower ones were added."
+        "Each method on validation prompts, one seed. In bold the chosen one, the best by GenEval + edit / 10. Where "
+        "the lowest was best, lower ones were added."
     )
     methods = rates(rows)
     columns = sorted({rate for cells in methods.values() for rate in cells})
@@ -708,11 +701,6 @@ def _grid(page: Page, rows: dict) -> None:
             text = f"{figure(row, GEDIT, 2)} / {figure(row, GENEVAL, 3)}" if row else DASH
             line.append(f"**{text}**" if rate == best else text)
         lines.append(line)
-    other = [
-        label(method) for method, cells in methods.items() if chosen_rate(cells) != max(cells, key=_rate_merit(cells))
-    ]
-    if other:
-        page.text(f"At the grid's own budget another rate scored higher than the chosen one for: {', '.join(other)}.")
     page.table("Edit average / GenEval overall.", ["method", *(f"{rate:g}" for rate in columns)], lines)
 
 
