@@ -9,29 +9,26 @@ from pathlib import Path
 
 import pytest
 
+from danceopd.reproduce.claims import claims, onset
 from danceopd.reproduce.matrix import ABLATIONS, INFERENCE_SCALES, LEARNING_RATES, METHODS, TRAINING_SCALES
 from danceopd.reproduce.measure import products
 from danceopd.reproduce.paper import TABLES
-from danceopd.reproduce.report import (
+from danceopd.reproduce.report import build, to_markdown, write_report
+from danceopd.reproduce.results import (
     GEDIT,
     GENEVAL,
     MISSING,
     NOT,
     REPRODUCED,
     UNDECIDED,
-    build,
     by_seed,
     cheaper,
     chosen_rate,
-    claims,
     difference,
     load,
-    onset,
     rates,
     read,
-    to_markdown,
     verdict,
-    write_report,
 )
 
 NOISE = (-0.01, 0.0, 0.01)

@@ -5,8 +5,6 @@ Both pages are made of the same blocks; what has not been run yet is left out or
 
 import io
 import itertools
-import json
-import math
 import re
 import statistics
 from collections.abc import Callable
@@ -23,32 +21,24 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from danceopd.checkpoint import write_atomic
 from danceopd.evaluation.report import CHART_STYLE, DASH, duration
 from danceopd.evaluation.report import label as plain_label
-from danceopd.reproduce.matrix import SETTINGS
-from danceopd.reproduce.paper import GUIDANCE_BEST, OVER_GUIDED, STYLE_GAP_CLOSED, TABLES
-
-GENEVAL, GEDIT = "geneval_overall", "gedit_average"
-NAMES = {
-    GENEVAL: "GenEval overall",
-    GEDIT: "edit average",
-    "style_share": "share of sketches",
-    "sketch_overall": "GenEval overall, sketch prompts",
-    "local_average": "local edits",
-    "global_average": "global edits",
-    "guided_overall": "GenEval overall, guidance 2",
-}
-COMPARED = (
-    "joint",
-    "weight_merge",
-    "off_policy",
-    "off_policy_samples",
-    "diffusion_opd",
-    "flow_opd",
-    "flow_opd_attached",
+from danceopd.reproduce.claims import BAND, COMPARED, KEPT, Claim, claims, own_guidance, scales
+from danceopd.reproduce.paper import TABLES
+from danceopd.reproduce.results import (
+    GEDIT,
+    GENEVAL,
+    MISSING,
+    NAMES,
+    NOT,
+    REPRODUCED,
+    UNDECIDED,
+    _by_name,
+    chosen_rate,
+    figure,
+    label,
+    rates,
+    read,
 )
-FASTER_THAN = ("diffusion_opd", "flow_opd", "flow_opd_attached")
-KEPT = 0.98  # of the T2I source's overall
-BAND = 0.95  # of the other numbers of rollout steps
-REPRODUCED, NOT, UNDECIDED, MISSING = "reproduced", "not reproduced", "undecided at this noise", "not run yet"
+
 GREY = "#8a8a8a"
 COLORS = {
     "danceopd": "#24598f",
@@ -60,23 +50,6 @@ COLORS = {
     "flow_opd": "#a3403f",
     "flow_opd_attached": "#e09a8d",
 }
-ROWS = {
-    "soft": "mean of the sources",
-    "mid_t": "mid t",
-    "high_t": "high t",
-    "kl": "KL-weighted",
-    "clean": "clean estimate's error",
-    "clean_uniform": "clean estimate's error, uniform query",
-    "dmd": "DMD-style",
-    "sds": "SDS-style",
-    "ab2_steps4": "Adams-Bashforth, 4 steps",
-    "ab2_steps8": "Adams-Bashforth, 8 steps",
-    "pool2": "pooled trajectories, 2 visits",
-    "pool3": "pooled trajectories, 3 visits",
-    "merge_uniform": "uniform merge",
-    "merge_weighted": "weighted merge",
-    "merge_lora_dare_ties": "LoRA merge, dare_ties",
-}
 AXES = {
     "routing": "Routing",
     "query": "Which state is asked",
@@ -87,319 +60,6 @@ AXES = {
     "updates": "Methods at equal updates",
     "beyond": "Beyond the paper's recipe",
 }
-
-
-def label(name: str) -> str:
-    """The printed form of a row's name."""
-    if name in ROWS:
-        return ROWS[name]
-    if match := re.fullmatch(r"(\w+)_(500|2000|20000)", name):
-        return f"{plain_label(match[1])}, {match[2]} samples each"
-    if match := re.fullmatch(r"(\w+)_updates", name):
-        return f"{plain_label(match[1])}, 340 updates"
-    if match := re.fullmatch(r"(k|steps|alpha)(\d+)", name):
-        return {"k": "K = ", "steps": "rollout steps: ", "alpha": "guidance "}[match[1]] + match[2]
-    if match := re.fullmatch(r"merge_lora_(\w+)", name):
-        return f"LoRA merge, {match[1]}"
-    return plain_label(name)
-
-
-# ------------------------------------------------------------------------------------------------ figures
-
-
-def read(folder: Path) -> dict[str, dict]:
-    """{table: its results file} of those that are there."""
-    paths = {name: folder / f"{name}.json" for name in SETTINGS}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
-
-
-def load(folder: Path) -> dict[str, dict[str, dict]]:
-    """{table: {row: ...}} of the results files that are there."""
-    return {name: _by_name(file) for name, file in read(folder).items()}
-
-
-def _by_name(file: dict) -> dict[str, dict]:
-    return {row["method"]: row for row in file.get("rows", ())}
-
-
-def mean(row: dict | None, metric: str) -> float | None:
-    return row[metric]["mean"] if row and metric in row else None
-
-
-def figure(row: dict | None, metric: str, digits: int | None = None) -> str:
-    """ "0.891 ± 0.004", or a dash."""
-    if not row or metric not in row:
-        return DASH
-    digits = (2 if metric.endswith("_average") else 3) if digits is None else digits
-    error = row[metric].get("standard_error")
-    text = f"{row[metric]['mean']:.{digits}f}"
-    return text if error is None else f"{text} ± {error:.{digits}f}"
-
-
-Scores = dict[int | None, float]  # by seed; {None: score} of a row that was not trained
-
-
-def by_seed(row: dict | None, metric: str) -> Scores:
-    """A row's scores; empty where there are none."""
-    if not row or metric not in row:
-        return {}
-    values = row[metric].get("values") or [row[metric]["mean"]]
-    seeds = row.get("seeds") or ([None] if len(values) == 1 else range(len(values)))
-    return dict(zip(seeds, values, strict=False))
-
-
-def mean_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error, None for a single value."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
-
-
-def difference(ours: Scores, theirs: Scores, share: float = 1.0) -> tuple[float, float | None] | None:
-    """Mean of ours - share * theirs, and its standard error over seeds.
-
-    Seed by seed where both have the same (they share the evaluation's prompts and noise), or theirs needed no
-    training; else of two independent means. None where a figure is missing, error None for one seed.
-    """
-    if not ours or not theirs:
-        return None
-    if None in theirs:
-        theirs = dict.fromkeys(ours, theirs[None])
-    if ours.keys() == theirs.keys():
-        return mean_error([ours[seed] - share * theirs[seed] for seed in ours])
-    a, a_error = mean_error(list(ours.values()))
-    b, b_error = mean_error([share * value for value in theirs.values()])
-    return a - b, None if a_error is None or b_error is None else math.hypot(a_error, b_error)
-
-
-def verdict(gap: tuple[float, float | None] | None) -> str:
-    """Decided where the difference is two standard errors from nothing."""
-    if gap is None:
-        return MISSING
-    value, error = gap
-    if error is None or abs(value) < max(2 * error, 1e-12):
-        return UNDECIDED
-    return REPRODUCED if value > 0 else NOT
-
-
-def signed(gap: tuple[float, float | None], digits: int) -> str:
-    value, error = gap
-    return f"{value:+.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-
-# ------------------------------------------------------------------------------------------------- claims
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What the paper says, its own figures, what came out, and our figures."""
-
-    text: str
-    paper: str
-    verdict: str
-    figures: str
-
-
-# Claims on setting A at the ablations' budget: DanceOPD's edit average is above each of these.
-ABLATION_CLAIMS = {
-    "A hard route beats the mean of the sources": ("soft",),
-    "A query near the data beats one in the middle or near the noise": ("mid_t", "high_t"),
-    "A query near the data beats a uniform or a stratified one (not a claim of the paper)": ("uniform", "stratified"),
-    "One query beats four and sixteen": ("k4", "k16"),
-    "Plain MSE beats weighted errors": ("sigma_sqrt", "logit_normal", "mode", "cosmap", "kl"),
-    "Plain MSE beats DMD-, SDS-style and consistency losses": ("dmd", "sds", "consistency"),
-}
-
-
-def claims(tables: dict) -> list[Claim]:
-    """A line for every claim of the paper."""
-    found = [claim for setting in "AB" for claim in _setting_claims(setting, tables.get(setting, {}))]
-    rows = tables.get("ablations", {})
-    for text, others in ABLATION_CLAIMS.items():
-        found.append(_beats(text, rows, "danceopd", others, TABLES["ablations"]))
-    text = f"16 rollout steps keep at least {BAND} of the edit average of 8 (the default here), 20 and 28"
-    found.append(_beats(text, rows, "steps16", ("danceopd", "steps20", "steps28"), {}, share=BAND))
-    return [*found, _style_claim(tables.get("C", {})), *_guidance_claims(tables.get("D", {}))]
-
-
-def _beats(
-    text: str, rows: dict, name: str, others: tuple[str, ...], paper: dict, metric: str = GEDIT, share: float = 1.0
-) -> Claim:
-    """Row `name` against `share` of each of the others: reproduced if above all, not if below one of them."""
-    ours = by_seed(rows.get(name), metric)
-    gaps = {other: difference(ours, by_seed(rows.get(other), metric), share) for other in others}
-    verdicts = {other: verdict(gap) for other, gap in gaps.items()}
-    overall = next((v for v in (NOT, MISSING, UNDECIDED) if v in verdicts.values()), REPRODUCED)
-    parts = []
-    for other, gap in gaps.items():
-        if gap:
-            part = f"{label(other)} {signed(gap, 3 if metric == GENEVAL else 2)}"
-            parts.append(f"**{part}**" if verdicts[other] == NOT else part)
-    theirs = f"{share} of theirs" if share != 1 else "theirs"
-    return Claim(
-        text,
-        _published(paper, name, others, metric),
-        overall,
-        f"{NAMES[metric]}, ours minus {theirs}: " + ", ".join(parts) if parts else "",
-    )
-
-
-def _published(paper: dict, name: str, others: tuple[str, ...], metric: str) -> str:
-    """ "5.751; K = 4 5.330, K = 16 5.127" of the paper's table, empty where it gives no figures to compare."""
-    column = 0 if metric == GEDIT else 1
-    given = {row: paper[row][column] for row in (name, *others) if row in paper and paper[row][column] is not None}
-    theirs = ", ".join(f"{label(row)} {value:.3f}" for row, value in given.items() if row != name)
-    return f"{given[name]:.3f}; {theirs}" if name in given and theirs else ""
-
-
-def _setting_claims(setting: str, rows: dict) -> list[Claim]:
-    paper = TABLES[setting]
-    others = tuple(name for name in COMPARED if name in paper or name in rows)  # those of the paper must be there
-    level = mean(rows.get("source_t2i"), GENEVAL)
-    kept = difference(by_seed(rows.get("danceopd"), GENEVAL), {} if level is None else {None: level}, KEPT)
-    figures = ""
-    if kept and level > 0:
-        share = mean(rows["danceopd"], GENEVAL) / level
-        figures = f"{share:.3f} of {level:.3f}; {signed(kept, 3)} above {KEPT} of it"
-    published = f"{paper['danceopd'][1] / paper['source_t2i'][1]:.3f} of {paper['source_t2i'][1]:.3f}"
-    result = [
-        _beats(f"{setting}: DanceOPD has the best edit average", rows, "danceopd", others, paper),
-        _beats(f"{setting}: DanceOPD has the best GenEval overall", rows, "danceopd", others, paper, GENEVAL),
-        Claim(
-            f"{setting}: DanceOPD keeps at least {KEPT} of the T2I source's overall", published, verdict(kept), figures
-        ),
-    ]
-    return [*result, *(_cheaper_claim(setting, rows, other) for other in FASTER_THAN)]
-
-
-def merit(point: list[float]) -> float:
-    """One number of a point of a curve: GenEval overall plus a tenth of the edit average."""
-    return point[1] + point[2] / 10
-
-
-def cheaper(ours: list[list[float]], theirs: list[list[float]]) -> float:
-    """The share of the evaluations in which our curve first reaches the best point of theirs (see `merit`).
-
-    Between points the curve is a straight line. Infinite if it does not reach it.
-    """
-    best = max(theirs, key=merit)
-    if merit(ours[0]) >= merit(best):
-        return 0.0
-    for before, after in itertools.pairwise(ours):
-        if merit(after) >= merit(best) and best[0] > 0:
-            part = (merit(best) - merit(before)) / (merit(after) - merit(before))
-            return (before[0] + part * (after[0] - before[0])) / best[0]
-    return math.inf
-
-
-def _curves_by_seed(row: dict | None) -> dict[int | None, list]:
-    """The curve of each run, else the mean one as if of one run; empty without curves."""
-    row = row or {}
-    curves = {run["seed"]: run["curve"] for run in row.get("runs", ()) if run.get("curve") and "seed" in run}
-    return curves or ({None: row["curve"]} if row.get("curve") else {})
-
-
-def _cheaper_claim(setting: str, rows: dict, other: str) -> Claim:
-    """By the shares of the seeds that both rows have; not reproduced where no seed ever gets there."""
-    text = f"{setting}: DanceOPD reaches the best of {label(other)} in fewer network evaluations"
-    ours, theirs = _curves_by_seed(rows.get("danceopd")), _curves_by_seed(rows.get(other))
-    shares = {seed: cheaper(ours[seed], theirs[seed]) for seed in ours.keys() & theirs.keys()}
-    reached = {seed: share for seed, share in shares.items() if math.isfinite(share)}
-    if not shares:
-        return Claim(text, "", MISSING, "")
-    if len(reached) < len(shares):
-        never = not reached and len(shares) > 1
-        return Claim(text, "", NOT if never else UNDECIDED, f"reached in {len(reached)} of {len(shares)} seeds")
-    share, error = mean_error(list(shares.values()))
-    spread = "" if error is None else f" ± {100 * error:.0f}"
-    times = f", {1 / share:.1f} times fewer" if share > 0 else ", from the start"
-    figures = f"in {100 * share:.0f}{spread} % of its evaluations{times if share < 1 else ''}"
-    return Claim(text, "", verdict((1 - share, error)), figures)
-
-
-def _style_claim(rows: dict) -> Claim:
-    text = f"C: the student closes {100 * STYLE_GAP_CLOSED:.1f} % of its gap to the style source"
-    published = f"{100 * STYLE_GAP_CLOSED:.1f} % of the reward's gap"
-    before, source = (mean(rows.get(name), "style_share") for name in ("source_t2i", "source_style"))
-    ours = by_seed(rows.get("danceopd"), "style_share")
-    if before is None or source is None or not ours or source == before:
-        return Claim(text, published, MISSING, "")
-    closed = {seed: (value - before) / (source - before) for seed, value in ours.items()}
-    share, error = mean_error(list(closed.values()))
-    kept = f"GenEval overall {figure(rows['source_t2i'], GENEVAL)} before, {figure(rows['danceopd'], GENEVAL)} after"
-    spread = "" if error is None else f" ± {100 * error:.1f}"
-    figures = f"{100 * share:.1f}{spread} % of the gap in the share of sketches; {kept}"
-    return Claim(text, published, verdict(difference(closed, {None: STYLE_GAP_CLOSED})), figures)
-
-
-# ---------------------------------------------------------------------------------------- guidance, setting D
-
-
-def _scales(rows: dict) -> dict[tuple[int, int], Scores]:
-    """{(alpha, beta): scores by seed} of setting D's students."""
-    return {
-        (int(name.removeprefix("alpha")), int(metric.removeprefix("beta"))): by_seed(row, metric)
-        for name, row in rows.items()
-        if name.startswith("alpha")
-        for metric in row
-        if metric.startswith("beta")
-    }
-
-
-def _own_guidance(rows: dict) -> dict[int, float]:
-    """{guidance scale: score} of the source, undistilled."""
-    source = next((row for row in rows.values() if row.get("kind") == "source"), {})
-    return {int(key.removeprefix("beta")): source[key]["mean"] for key in source if key.startswith("beta")}
-
-
-def onset(scores: dict[int, float], unguided: float) -> int | None:
-    """The least scale from which on every measured one scores below the unguided; None if the last one does not."""
-    kept = max((scale for scale, score in scores.items() if score >= unguided), default=0)
-    return min((scale for scale in scores if scale > kept), default=None)
-
-
-def _guidance_claims(rows: dict) -> list[Claim]:
-    cells, own = _scales(rows), _own_guidance(rows)
-    return [_multiply_claim(cells, own), _over_guided_claim(cells, own)]
-
-
-def _multiply_claim(cells: dict, own: dict[int, float]) -> Claim:
-    """Are students nearer to the source at alpha * beta than to it at beta alone, as if nothing were absorbed?"""
-    text = "D: absorbed and inference guidance multiply: nearer to the source at alpha x beta than at beta alone"
-    pairs = {(a, b): s for (a, b), s in cells.items() if a > 1 and a * b in own and b in own}
-    seeds = set.intersection(*(set(scores) for scores in pairs.values())) if pairs else set()
-    if not seeds:
-        return Claim(text, "", MISSING, "")
-    apart, alone = (
-        {s: statistics.fmean(abs(scores[s] - own[scale(a, b)]) for (a, b), scores in pairs.items()) for s in seeds}
-        for scale in (lambda a, b: a * b, lambda a, b: b)
-    )
-    figures = (
-        f"GenEval overall, mean absolute difference over {len(pairs)} pairs with alpha above 1: "
-        f"{statistics.fmean(apart.values()):.3f} at alpha x beta, {statistics.fmean(alone.values()):.3f} at beta alone"
-    )
-    return Claim(text, "", verdict(difference(alone, apart)), figures)
-
-
-def _over_guided_claim(cells: dict, own: dict[int, float]) -> Claim:
-    product, score = OVER_GUIDED
-    text = f"D: a product of {product} falls below the best composition"
-    published = f"edit average {GUIDANCE_BEST:.3f} at best, {score:.3f} at {product}"
-    last = next((scores for (a, b), scores in cells.items() if a * b == product), None)
-    if not last:
-        return Claim(text, published, MISSING, "")
-    means = {cell: statistics.fmean(scores.values()) for cell, scores in cells.items()}
-    best = max(means, key=means.get)
-    figures = f"GenEval overall {means[best]:.3f} at alpha {best[0]}, beta {best[1]}, "
-    figures += f"{statistics.fmean(last.values()):.3f} at {product}"
-    if 1 in own:
-        products = {a * b: statistics.fmean(m for (c, d), m in means.items() if c * d == a * b) for a, b in means}
-        starts = [onset(products, own[1]), onset(own, own[1])]
-        where = ["nowhere" if start is None else f"from {start}" for start in starts]
-        figures += f"; below the unguided {own[1]:.3f} {where[0]} for students, {where[1]} for the source itself"
-    return Claim(text, published, verdict(difference(cells[best], last)), figures)
-
-
-# ------------------------------------------------------------------------------------------------- blocks
 
 
 @dataclass
@@ -618,7 +278,7 @@ def _plain(page: Page, title: str, rows: dict, metrics: list[str]) -> None:
 
 def _guidance(page: Page, rows: dict) -> None:
     page.heading("Setting D: guidance absorbed")
-    scales, own = _scales(rows), _own_guidance(rows)
+    scales, own = scales(rows), own_guidance(rows)
     if own:
         line = ["source, undistilled", *(f"{own[scale]:.3f}" for scale in sorted(own))]
         page.table("GenEval overall of the source under its own guidance.", ["", *map(str, sorted(own))], [line])
@@ -669,20 +329,6 @@ def _product(ax, cells: dict, own: dict[int, float]) -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("alpha x beta")
     ax.set_title("GenEval overall")
-
-
-def rates(rows: dict) -> dict[str, dict[float, dict]]:
-    """{method: {learning rate: row}} of the grid."""
-    result: dict[str, dict[float, dict]] = {}
-    for name, row in rows.items():
-        method, _, rate = name.partition("@")
-        result.setdefault(method, {})[float(rate)] = row
-    return result
-
-
-def chosen_rate(rows: dict[float, dict]) -> float:
-    """The rate of the best row by `merit`."""
-    return max(rows, key=lambda rate: merit([0, mean(rows[rate], GENEVAL), mean(rows[rate], GEDIT)]))
 
 
 def _grid(page: Page, rows: dict) -> None:
