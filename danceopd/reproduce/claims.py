@@ -161,7 +161,7 @@ def _style_claim(rows: dict) -> Claim:
     return Claim(text, published, verdict(difference(closed, {None: STYLE_GAP_CLOSED})), figures)
 
 
-def scales(rows: dict) -> dict[tuple[int, int], Scores]:
+def by_scales(rows: dict) -> dict[tuple[int, int], Scores]:
     """{(alpha, beta): scores by seed} of setting D's students."""
     return {
         (int(name.removeprefix("alpha")), int(metric.removeprefix("beta"))): by_seed(row, metric)
@@ -185,7 +185,7 @@ def onset(scores: dict[int, float], unguided: float) -> int | None:
 
 
 def _guidance_claims(rows: dict) -> list[Claim]:
-    cells, own = scales(rows), own_guidance(rows)
+    cells, own = by_scales(rows), own_guidance(rows)
     return [_multiply_claim(cells, own), _over_guided_claim(cells, own)]
 
 

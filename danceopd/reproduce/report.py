@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from danceopd.checkpoint import write_atomic
 from danceopd.evaluation.report import CHART_STYLE, DASH, duration
 from danceopd.evaluation.report import label as plain_label
-from danceopd.reproduce.claims import BAND, COMPARED, KEPT, Claim, claims, own_guidance, scales
+from danceopd.reproduce.claims import BAND, COMPARED, KEPT, Claim, claims, own_guidance
 from danceopd.reproduce.paper import TABLES
 from danceopd.reproduce.results import (
     GEDIT,
@@ -278,7 +278,7 @@ def _plain(page: Page, title: str, rows: dict, metrics: list[str]) -> None:
 
 def _guidance(page: Page, rows: dict) -> None:
     page.heading("Setting D: guidance absorbed")
-    scales, own = scales(rows), own_guidance(rows)
+    scales, own = by_scales(rows), own_guidance(rows)
     if own:
         line = ["source, undistilled", *(f"{own[scale]:.3f}" for scale in sorted(own))]
         page.table("GenEval overall of the source under its own guidance.", ["", *map(str, sorted(own))], [line])
