@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from danceopd.checkpoint import write_atomic
 from danceopd.evaluation.report import CHART_STYLE, DASH, duration
 from danceopd.evaluation.report import label as plain_label
-from danceopd.reproduce.claims import BAND, COMPARED, KEPT, Claim, claims, own_guidance
+from danceopd.reproduce.claims import BAND, COMPARED, KEPT, Claim, by_scales, claims, own_guidance
 from danceopd.reproduce.paper import TABLES
 from danceopd.reproduce.results import (
     GEDIT,
