@@ -18,8 +18,8 @@ def guided(field: Field, empty_tokens: torch.Tensor, guidance_scale: float | tor
     """Classifier-free guidance as an operator field: v + alpha (v_cond - v), v the field of the empty prompt.
 
     empty_tokens [L]; guidance_scale alpha: a number, [B] (one per sample), or None: each sample's own, from
-    conditioning.guidance_scale. Both branches are evaluated in one batch. At the number 1 the conditional
-    field itself comes back and no other branch is evaluated.
+    conditioning.guidance_scale. Both branches are evaluated in one batch, the unconditional one only for samples
+    whose scale is not 1. At the number 1 the conditional field itself comes back.
     """
     if isinstance(guidance_scale, int | float) and guidance_scale == 1:
         return field
@@ -29,9 +29,13 @@ def guided(field: Field, empty_tokens: torch.Tensor, guidance_scale: float | tor
         alpha = torch.as_tensor(alpha, dtype=latents.dtype, device=latents.device)
         if alpha.numel() not in (1, len(latents)):  # a rollout reorders its batch: there, use None
             raise ValueError(f"{alpha.numel()} guidance scales for a batch of {len(latents)}")
-        both = concatenate([conditioning, conditioning.without_prompt(empty_tokens)])
-        cond, uncond = field(torch.cat([latents, latents]), torch.cat([sigma, sigma]), both).chunk(2)
-        return uncond + alpha.view(-1, *(1,) * (cond.dim() - 1)) * (cond - uncond)
+        alpha = alpha.expand(len(latents))
+        rows = (alpha != 1).nonzero()[:, 0]  # at scale 1 the conditional branch is the field
+        both = concatenate([conditioning, conditioning[rows].without_prompt(empty_tokens)])
+        velocity = field(torch.cat([latents, latents[rows]]), torch.cat([sigma, sigma[rows]]), both)
+        cond, uncond = velocity[: len(latents)], velocity[len(latents) :]
+        mixed = uncond + alpha[rows].view(-1, *(1,) * (cond.dim() - 1)) * (cond[rows] - uncond)
+        return cond.to(mixed.dtype).index_copy(0, rows, mixed)
 
     return velocity
 

@@ -171,3 +171,13 @@ def test_repeat_keeps_a_samples_copies_together():
     _, _, c = batch(3)
     assert torch.equal(c.repeat(2).tokens, c.tokens[torch.tensor([0, 0, 1, 1, 2, 2])])
     assert torch.equal(c.repeat(2).source, c.source[torch.tensor([0, 0, 1, 1, 2, 2])])
+
+
+def test_guided_asks_the_unconditional_branch_only_where_a_scale_is_not_one():
+    latents, sigma, c = batch(4)
+    c.guidance_scale = torch.tensor([1.0, 3.0, 1.0, 0.0])
+    counter = Counter()
+    velocity = guided(counted(field, counter, "field"), EMPTY)(latents, sigma, c)
+    assert counter["field"] == 4 + 2
+    assert torch.equal(velocity[[0, 2]], field(latents, sigma, c)[[0, 2]])
+    assert torch.equal(velocity[3], field(latents, sigma, c.without_prompt(EMPTY))[3])
