@@ -160,3 +160,17 @@ def test_a_mistake_in_the_newer_keys_is_named(override, says):
     message = mistakes(override)
     for part in says:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("flow_opd", {"group_size": 1}, r"options\.group_size: .*greater than or equal to 2"),
+        ("flow_opd", {"noise_level": 0}, r"options\.noise_level: .*greater than 0"),
+        ("pooled", {"visits": 0}, r"options\.visits: .*greater than or equal to 1"),
+        ("danceopd", {"warm_start": 1.5}, r"options\.warm_start: .*less than or equal to 1"),
+    ],
+)
+def test_the_range_of_an_option_is_checked(method, options, message):
+    with pytest.raises(UserError, match=message):
+        load_config(DEMO, [f"method={method}", f"options={options}"])

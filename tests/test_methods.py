@@ -962,7 +962,7 @@ def test_adaptive_routes_and_gap_queries_follow_the_runs_own_gaps(networks, tmp_
     share = 1.6 / (0.4 + 1.6)
     assert (trainer.draw().route == 1).double().mean().item() == pytest.approx(share, abs=4 * 0.4 / 20)
     weights = torch.tensor([1.0, 4.0, 9.0, 2.0]).sqrt()
-    provided = trainer.provided(trainer.draw(), 0, generator())
+    provided = trainer.provided(trainer.draw(), 0, 0.5, generator())
     torch.testing.assert_close(provided["gap"].float(), weights)
     depth = danceopd_loss(constant(0.0), [constant(0.0)] * 2, trainer.draw(), **provided).depth
     close(depth.bincount(minlength=4) / len(depth), weights / weights.sum(), atol=4 * 0.5 / 800**0.5)

@@ -6,7 +6,7 @@ import torch
 
 from danceopd.data.sampler import Batch
 from danceopd.fields import Field, hard, soft
-from danceopd.methods.observed import Observed
+from danceopd.methods.observed import Observed, Share
 from danceopd.objectives import WEIGHTINGS, velocity_mse, weighting
 from danceopd.query import query
 from danceopd.rollout import rollout, rollout_by_route
@@ -26,7 +26,7 @@ def danceopd_loss(
     progress: float = 1.0,
     objective: Literal[*WEIGHTINGS] = "mse",
     routing: Literal["hard", "soft"] = "hard",
-    warm_start: float = 0.0,
+    warm_start: Share = 0.0,
 ) -> Observed:
     """The loss of B routed samples (see `Batch`), each the mean over its k queried states.
 

@@ -5,7 +5,7 @@ import torch
 from danceopd.data.sampler import Batch
 from danceopd.fields import Field
 from danceopd.methods.danceopd import danceopd_loss
-from danceopd.methods.observed import Observed
+from danceopd.methods.observed import Observed, Share
 from danceopd.methods.off_policy import off_policy_loss
 
 
@@ -22,7 +22,7 @@ def danceopd_fast_loss(
     k: int,
     generator: torch.Generator,
     progress: float = 1.0,
-    warm_start: float = 0.5,
+    warm_start: Share = 0.5,
 ) -> Observed:
     """The loss of B routed samples; warm_start: the share of the run that is off-policy."""
     common = {"sigmas": sigmas, "solver": solver, "generator": generator}

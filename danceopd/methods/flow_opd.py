@@ -5,7 +5,7 @@ import torch
 from danceopd.data.sampler import Batch
 from danceopd.errors import UserError
 from danceopd.fields import Field, routed
-from danceopd.methods.observed import Observed
+from danceopd.methods.observed import GroupSize, Observed, Positive, Weight
 from danceopd.sde import kl, log_probability, sde_rollout, transition
 
 
@@ -17,11 +17,11 @@ def flow_opd_loss(
     sigmas: torch.Tensor,
     anchor: Field,
     generator: torch.Generator,
-    noise_level: float = 0.7,
-    group_size: int = 16,
-    max_advantage: float = 5.0,
-    clip_range: float = 1e-4,
-    anchor_weight: float = 0.0,
+    noise_level: Positive = 0.7,
+    group_size: GroupSize = 16,
+    max_advantage: Positive = 5.0,
+    clip_range: Positive = 1e-4,
+    anchor_weight: Weight = 0.0,
     detach_advantage: bool = True,
 ) -> Observed:
     """The clipped policy loss of B samples: B / group_size prompts, group_size SDE rollouts of each; mean over steps.

@@ -1,8 +1,17 @@
 """What a method hands back to the loop."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
+
+# What an option of a method may be.
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+GroupSize = Annotated[int, Field(ge=2)]  # a group of one has no deviation
 
 
 @dataclass

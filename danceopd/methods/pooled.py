@@ -7,7 +7,7 @@ import torch
 from danceopd.conditioning import Conditioning, concatenate
 from danceopd.data.sampler import Batch
 from danceopd.fields import Field, routed
-from danceopd.methods.observed import Observed
+from danceopd.methods.observed import Count, Observed
 from danceopd.objectives import velocity_mse
 from danceopd.query import query
 from danceopd.rollout import rollout
@@ -36,15 +36,16 @@ class Pooled:
         generator: torch.Generator,
         gap: torch.Tensor | None = None,
         part: int = 0,
-        visits: int = 2,
+        visits: Count = 2,
     ) -> Observed:
-        """The loss of B samples once the pool is full; of fewer in the first visits - 1 updates.
+        """The loss of B samples (up to a multiple of visits) once the pool is full, of fewer before.
 
         part: the number of the micro-batch, so that no trajectory is asked twice in one update.
         """
         fresh = batch[: -(-len(batch) // visits)]
         depth = query(len(fresh), len(sigmas) - 1, generator, bias=bias, k=visits, gap=gap).sort(1).values
-        groups = [(fresh, torch.zeros(len(fresh), dtype=torch.int64), depth), *self.waiting.get(part, ())]
+        older = [(old.to(batch.noise.device), *rest) for old, *rest in self.waiting.get(part, ())]
+        groups = [(fresh, torch.zeros(len(fresh), dtype=torch.int64), depth), *older]
         noise, route = (torch.cat([getattr(g[0], name) for g in groups]) for name in ("noise", "route"))
         conditioning = concatenate([g[0].conditioning for g in groups])
         start, until = torch.cat([g[1] for g in groups]), torch.cat([g[2][:, 0] for g in groups])

@@ -31,9 +31,10 @@ class Gaps:
 
     def route_weights(self, weights: list[float]) -> list[float]:
         """The configuration's weights times each capability's gap relative to their mean."""
-        if (self.capability == 0).any():
+        used = torch.tensor(weights) > 0
+        if (self.capability[used] == 0).any():
             return weights
-        factor = (self.capability / self.capability.mean()).clamp(1 / LIMIT, LIMIT)
+        factor = (self.capability / self.capability[used].mean()).clamp(1 / LIMIT, LIMIT)
         return (torch.tensor(weights, dtype=torch.float64) * factor).tolist()
 
     def query_weights(self) -> torch.Tensor | None:

@@ -115,8 +115,8 @@ class Trainer:
         field = counted(velocity, self.evaluations, "student")
         return field if self.guidance_scales is None else guided(field, self.parts.empty_tokens)
 
-    def provided(self, batch: Batch, part: int, generator: torch.Generator) -> dict:
-        """What a method may ask for by keyword, of micro-batch number `part`; it is given what it names."""
+    def provided(self, batch: Batch, part: int, progress: float, generator: torch.Generator) -> dict:
+        """What a method may ask for by keyword, of micro-batch number `part` at the update's progress."""
         rolled, query = self.config.rollout, self.config.query
         everything = {
             "sigmas": self.sigmas,
@@ -125,7 +125,7 @@ class Trainer:
             "bias": query.bias,
             "k": query.k,
             "gap": self.gaps.query_weights(),
-            "progress": self.progress(),
+            "progress": progress,
             "part": part,
             "clean": batch.clean,
             "ema": counted(self.ema.module, self.evaluations, "ema"),
@@ -137,7 +137,7 @@ class Trainer:
 
     def update(self) -> dict:
         """One optimizer step: {"loss", "loss_by_capability", "gradient_norm", ...}; skipped if not finite."""
-        training = self.config.training
+        training, rate, progress = self.config.training, self.learning_rate(), self.progress()
         batch, parts = self.draw(), training.gradient_accumulation_steps
         generator = step_generator(training.seed, self.step, QUERY)
         self.student.zero_grad(set_to_none=True)
@@ -145,7 +145,7 @@ class Trainer:
         size = len(batch) // parts
         for part in range(parts):
             micro = batch[part * size : (part + 1) * size].to(self.device)
-            provided = self.provided(micro, part, generator)
+            provided = self.provided(micro, part, progress, generator)
             observed = self.method(field, self.fields, micro, **provided, **self.options)
             (observed.loss.mean() / parts).backward()
             self.evaluations["backward"] += 2 * len(observed.velocity)  # a backward costs about two forwards
@@ -154,7 +154,6 @@ class Trainer:
         route = torch.cat([observed.route for observed in seen])
         norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), training.max_grad_norm))
         finite = math.isfinite(norm) and bool(torch.isfinite(loss).all())
-        rate = self.learning_rate()
         if finite:
             for optimizer in self.optimizers:
                 optimizer.param_groups[0]["lr"] = rate
