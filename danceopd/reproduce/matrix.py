@@ -19,10 +19,10 @@ QUICK = ("joint", "off_policy", "diffusion_opd", "flow_opd", "danceopd")  # weig
 
 # What the grid on validation prompts chose (results/grid.json, `danceopd reproduce grid`).
 LEARNING_RATES = dict.fromkeys(METHODS, 1e-3) | {
-    "off_policy_samples": 3e-4,
-    "diffusion_opd": 1e-4,
+    "off_policy_samples": 1e-4,
+    "diffusion_opd": 3e-4,
     "flow_opd": 3e-5,
-    "flow_opd_attached": 1e-4,
+    "flow_opd_attached": 3e-5,
 }
 GRID = (3e-4, 1e-3, 3e-3)
 GRID_MORE = {  # where the best was the lowest
