@@ -66,7 +66,7 @@ def draw_batch(
     prompt_dropout: the share of each capability's prompts that is left empty; with_clean: the data's own pictures.
     """
     routes = route(batch_size, torch.tensor(weights), generator)
-    if in_turn:
+    if in_turn:  # drawn all the same, so that a seed's data and noise do not depend on it
         routes = round_robin(batch_size, len(data))
     fraction = torch.rand(batch_size, generator=generator, dtype=torch.float64)
     noise = torch.randn(batch_size, 3, image_size, image_size, generator=generator)

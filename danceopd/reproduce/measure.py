@@ -23,17 +23,17 @@ def measure(setting: str, network: DiT, config: Config, seed: int | None = None)
     sampler, evaluation = make_sampler(config, network.config), config.evaluation
     seed = evaluation.seed if seed is None else seed
     metrics = {
-        "C": {"geneval_overall": _t2i, "style_share": _style, "sketch_overall": _sketch},
-        "D": {f"beta{scale}": partial(_guided, scale) for scale in INFERENCE_SCALES},
-        "E": {
-            "geneval_overall": _t2i,
-            "local_average": partial(_edit, LOCAL_KINDS),
-            "global_average": partial(_edit, GLOBAL_KINDS),
-            "style_share": _style,
-            "guided_overall": partial(_guided, 2),
-        },
-        "F": {"geneval_overall": _t2i, "gedit_average": partial(_edit, None), "style_share": _style},
-    }.get(setting, {"geneval_overall": _t2i, "gedit_average": partial(_edit, None)})
+        "C": [_t2i, _sketches],
+        "D": [partial(_guided, scale) for scale in INFERENCE_SCALES],
+        "E": [
+            _t2i,
+            partial(_edit, LOCAL_KINDS, name="local_average"),
+            partial(_edit, GLOBAL_KINDS, name="global_average"),
+            _style,
+            partial(_guided, 2, name="guided_overall"),
+        ],
+        "F": [_t2i, partial(_edit, None), _style],
+    }.get(setting, [_t2i, partial(_edit, None)])
     return _apply(metrics, network, sampler, seed, evaluation.per_task, evaluation.per_kind)
 
 
@@ -45,39 +45,37 @@ def products() -> list[int]:
 def measure_products(network: DiT, config: Config) -> dict[str, float]:
     """The undistilled source under each guidance scale that setting D's products reach."""
     sampler, evaluation = make_sampler(config, network.config), config.evaluation
-    metrics = {f"beta{scale}": partial(_guided, scale) for scale in products()}
+    metrics = [partial(_guided, scale) for scale in products()]
     return _apply(metrics, network, sampler, evaluation.seed, evaluation.per_task, evaluation.per_kind)
 
 
-def _apply(metrics: dict[str, Callable], network: DiT, sampler: Sampler, seed: int, per_task: int, per_kind: int):
-    result = {}
-    for name, metric in metrics.items():
-        value, error = metric(network, sampler, seed, per_task, per_kind)
-        result |= {name: value} if error is None else {name: value, f"{name}_error": error}
-    return result
+def _apply(metrics: list[Callable], network: DiT, sampler: Sampler, seed: int, per_task: int, per_kind: int) -> dict:
+    """What all metrics give; each names its own."""
+    return {k: v for metric in metrics for k, v in metric(network, sampler, seed, per_task, per_kind).items()}
 
 
 def _t2i(network, sampler, seed, per_task, per_kind):
-    return _guided(1, network, sampler, seed, per_task, per_kind)
+    return _guided(1, network, sampler, seed, per_task, per_kind, name="geneval_overall")
 
 
-def _guided(scale, network, sampler, seed, per_task, per_kind):
-    row = score_geneval(as_field(network, scale), sampler, seed, per_task)
-    return row["overall"], row["standard_error"]
+def _guided(scale, network, sampler, seed, per_task, per_kind, name=None):
+    row, name = score_geneval(as_field(network, scale), sampler, seed, per_task), name or f"beta{scale}"
+    return {name: row["overall"], f"{name}_error": row["standard_error"]}
+
+
+def _sketches(network, sampler, seed, per_task, per_kind):
+    row = score_geneval(network, sampler, seed, per_task, style=1)
+    overall = {"sketch_overall": row["overall"], "sketch_overall_error": row["standard_error"]}
+    return {"style_share": row["style"], **overall}
 
 
 def _style(network, sampler, seed, per_task, per_kind):
-    return score_geneval(network, sampler, seed, per_task, style=1)["style"], None
+    return {"style_share": _sketches(network, sampler, seed, per_task, per_kind)["style_share"]}
 
 
-def _sketch(network, sampler, seed, per_task, per_kind):
-    row = score_geneval(network, sampler, seed, per_task, style=1)
-    return row["overall"], row["standard_error"]
-
-
-def _edit(kinds, network, sampler, seed, per_task, per_kind):
+def _edit(kinds, network, sampler, seed, per_task, per_kind, name="gedit_average"):
     row = score_gedit(network, sampler, seed, per_kind, kinds=kinds)
-    return row["average"], row["standard_error"]
+    return {name: row["average"], f"{name}_error": row["standard_error"]}
 
 
 # ------------------------------------------------------------------------------------ rows without training

@@ -7,7 +7,6 @@ in the results file, is not made again.
 import fcntl
 import hashlib
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from danceopd.evaluation.run import machine
 from danceopd.reproduce.matrix import ABLATIONS, SETTINGS, Budget, Run, runs
 from danceopd.reproduce.measure import VALIDATION_SEED, measure, student, untrained
 from danceopd.reproduce.report import write_report
+from danceopd.reproduce.results import mean_error
 from danceopd.training.loop import train
 from danceopd.training.state import checkpoints
 
@@ -243,12 +243,11 @@ def gather(setting: str, budget: Budget, place: Place, seeds: int) -> None:
     axes = {row: axis for axis, members in ABLATIONS.items() for row in members} if setting == "ablations" else {}
     for row, members in grouped.items():
         rows.append(_row(row, "trained", [result for _, result in members], members[0][0], axes.get(row)))
-    evaluations = {"grid": budget.ablation, "ablations": budget.ablation, "A": budget.main, "B": budget.main}
     table = {
         "setting": setting,
         "budget": {
             "name": budget.name,
-            "network_evaluations": {**evaluations, "E": budget.main}.get(setting, budget.short),
+            "network_evaluations": runs(setting, budget, seeds)[0].evaluations,
             "seeds": seeds,
         },
         "machine": machine(),
@@ -268,10 +267,10 @@ def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str |
         if metric in plain or metric.endswith("_error"):
             continue
         values = [result[metric] for result in results]
-        error = results[0].get(f"{metric}_error") if not run else None
-        if len(values) > 1:
-            error = statistics.stdev(values) / math.sqrt(len(values))
-        row[metric] = {"mean": statistics.fmean(values), "standard_error": error, "values": values}
+        mean, error = mean_error(values)
+        if error is None and not run:
+            error = results[0].get(f"{metric}_error")
+        row[metric] = {"mean": mean, "standard_error": error, "values": values}
     if "chosen" in results[0]:
         row["chosen"] = results[0]["chosen"]
     if run:
