@@ -96,7 +96,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget("quick", main=400_000, short=200_000, ablation=100_000, seeds=1),
-    "paper": Budget("paper", main=1_000_000, short=400_000, ablation=200_000, seeds=3),
+    "paper": Budget("paper", main=600_000, short=200_000, ablation=100_000, seeds=3),
 }
 
 
