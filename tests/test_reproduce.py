@@ -189,6 +189,16 @@ def test_a_killed_reproduction_goes_on_without_repeating(configs, tmp_path):
     assert json.loads((tmp_path / "results" / "E.json").read_text())["rows"][-1]["method"] == "danceopd"
 
 
+def test_a_run_of_another_budget_is_not_gone_on_with(configs, tmp_path, monkeypatch):
+    place = place_of(configs, tmp_path)
+    (first,), (second,) = (runs("C", Budget("quick", n, n, n, 1), 1) for n in (1500, 3000))
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "measure", lambda *_: 1 / 0)  # stopped before its checkpoints were removed
+        with pytest.raises(ZeroDivisionError):
+            driver.make_run(first, place)
+    assert 3000 <= driver.make_run(second, place)["network_evaluations"] < 4500
+
+
 def test_a_failed_run_is_named(configs, tmp_path, monkeypatch):
     broken = tmp_path / "configs"
     broken.mkdir()

@@ -85,7 +85,10 @@ def make_run(run: Run, place: Place) -> dict:
             result = {"digest": digest(run, place), "rows": _untrained_rows(run.setting, config)}
             write_atomic(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
             return result
-        train(config)
+        ours = digest(run, place)
+        other = _begun(folder) != ours  # what an earlier version or budget left there is not gone on with
+        write_atomic(folder / "digest", ours.encode())
+        train(config, overwrite=other)
         seed = VALIDATION_SEED if run.setting == "grid" else None
         log = read_log(folder / "log.jsonl")
         curve = [
@@ -94,7 +97,7 @@ def make_run(run: Run, place: Place) -> dict:
         ]
         result = {
             "seed": run.seed,
-            "digest": digest(run, place),
+            "digest": ours,
             **measure(run.setting, student(folder), config, seed),
             "network_evaluations": log.training[-1]["network_evaluations"],
             "updates": log.training[-1]["step"],
@@ -106,6 +109,11 @@ def make_run(run: Run, place: Place) -> dict:
         for path in checkpoints(folder / "checkpoints"):
             path.unlink()
     return result
+
+
+def _begun(folder: Path) -> str | None:
+    """The digest of the run whose checkpoints a folder holds."""
+    return (folder / "digest").read_text() if (folder / "digest").is_file() else None
 
 
 def finished(run: Run, place: Place) -> dict | None:
