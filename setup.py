@@ -1,6 +1,12 @@
-"""Installs the package `danceopd`; see README.md."""
+"""Installs the packages `danceopd` and `danceopd_kernels`; see README.md."""
+
+import sys
+from pathlib import Path
 
 from setuptools import find_packages, setup
+
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+from build_csrc import BuildExtensions, extensions
 
 setup(
     name="danceopd",
@@ -8,7 +14,10 @@ setup(
     description="On-policy generative field distillation: several flow-matching models become one student",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["danceopd", "danceopd.*"]),
+    packages=[*find_packages(include=["danceopd", "danceopd.*"]), "danceopd_kernels"],
+    package_dir={"danceopd_kernels": "kernels/danceopd_kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtensions},
     package_data={
         "danceopd.world": ["assets/*", "assets/sources/*"],
         "danceopd.evaluation": ["*.j2"],
@@ -30,7 +39,18 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "diffusers>=0.32"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "diffusers>=0.32",
+            "transformers>=4.48",
+            "triton>=3.2; platform_system == 'Linux'",
+            "pybind11>=2.12",
+            "flow_matching>=1.0.10",  # one of the kernels' examples; CC BY-NC 4.0, as everything else here is not
+        ],
+        "triton": ["triton>=3.2"],
         "flash-attn": ["flash-attn>=2.6"],
     },
     entry_points={"console_scripts": ["danceopd=danceopd.cli:main"]},

@@ -1,0 +1,117 @@
+// From Python's values to the kernels' problems: an address is an integer, 0 for none.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "problems.h"
+
+namespace danceopd {
+
+inline Format format_of(const std::string& name) {
+    if (name == "float32") return Format::float32;
+    if (name == "bfloat16") return Format::bfloat16;
+    if (name == "float16") return Format::float16;
+    throw std::invalid_argument("no compiled kernel for " + name);
+}
+
+class Values {
+  public:
+    explicit Values(const pybind11::dict& values) : values_(values) {}
+
+    template <class T>
+    T* address(const char* name) const {
+        return reinterpret_cast<T*>(values_[name].cast<uintptr_t>());
+    }
+
+    template <class T>
+    T number(const char* name) const {
+        return values_[name].cast<T>();
+    }
+
+    void addresses(const char* name, const void* (&into)[MAX_TEACHERS]) const {
+        int m = 0;
+        for (const pybind11::handle one : values_[name].cast<pybind11::list>()) {
+            if (m == MAX_TEACHERS) throw std::invalid_argument("too many teachers");
+            into[m++] = reinterpret_cast<const void*>(one.cast<uintptr_t>());
+        }
+        while (m < MAX_TEACHERS) into[m++] = nullptr;
+    }
+
+  private:
+    const pybind11::dict& values_;
+};
+
+inline RoutedVelocityMse read(const pybind11::dict& values, RoutedVelocityMse*) {
+    const Values v(values);
+    RoutedVelocityMse p{};
+    p.student = v.address<void>("student");
+    v.addresses("teachers", p.teachers);
+    v.addresses("uncond", p.uncond);
+    p.guided = v.number<bool>("guided");
+    p.route = v.address<int64_t>("route");
+    p.row = v.address<int64_t>("row");
+    p.guidance_scale = v.address<float>("guidance_scale");
+    p.factor = v.address<float>("factor");
+    p.mask = v.address<uint8_t>("mask");
+    p.inner = v.number<int64_t>("inner");
+    p.gradient = v.address<void>("gradient");
+    p.sums = v.address<float>("sums");
+    p.samples = v.number<int64_t>("samples");
+    p.elements = v.number<int64_t>("elements");
+    return p;
+}
+
+inline Step read(const pybind11::dict& values, Step*) {
+    const Values v(values);
+    Step p{};
+    p.z = v.address<void>("z");
+    p.velocity = v.address<void>("velocity");
+    p.uncond = v.address<void>("uncond");
+    p.other = v.address<void>("other");
+    p.other_uncond = v.address<void>("other_uncond");
+    p.sigma = v.address<float>("sigma");
+    p.next_sigma = v.address<float>("next_sigma");
+    p.guidance_scale = v.address<float>("guidance_scale");
+    p.active = v.address<uint8_t>("active");
+    p.samples = v.number<int64_t>("samples");
+    p.elements = v.number<int64_t>("elements");
+    return p;
+}
+
+inline SdeStep read(const pybind11::dict& values, SdeStep*) {
+    const Values v(values);
+    SdeStep p{};
+    p.z = v.address<void>("z");
+    p.velocity = v.address<void>("velocity");
+    p.noise = v.address<void>("noise");
+    p.sigma = v.address<float>("sigma");
+    p.next_sigma = v.address<float>("next_sigma");
+    p.pole = v.address<float>("pole");
+    p.noise_level = v.number<float>("noise_level");
+    p.active = v.address<uint8_t>("active");
+    p.sums = v.address<float>("sums");
+    p.samples = v.number<int64_t>("samples");
+    p.elements = v.number<int64_t>("elements");
+    return p;
+}
+
+inline Quantize read(const pybind11::dict& values, Quantize*) {
+    const Values v(values);
+    Quantize p{};
+    p.x = v.address<void>("x");
+    p.scale = v.address<void>("scale");
+    p.shift = v.address<void>("shift");
+    p.rows_per_sample = v.number<int64_t>("rows_per_sample");
+    p.norm = v.number<bool>("norm");
+    p.eps = v.number<float>("eps");
+    p.q = v.address<uint8_t>("q");
+    p.row_scale = v.address<float>("row_scale");
+    p.rows = v.number<int64_t>("rows");
+    p.columns = v.number<int64_t>("columns");
+    return p;
+}
+
+}  // namespace danceopd

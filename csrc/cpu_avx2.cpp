@@ -1,0 +1,11 @@
+#if defined(__x86_64__)
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
+#include "cpu.h"
+
+#define ISA avx2
+#include "cpu.inc"
+#endif

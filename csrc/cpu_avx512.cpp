@@ -1,0 +1,11 @@
+#if defined(__x86_64__)
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
+#include "cpu.h"
+
+#define ISA avx512
+#include "cpu.inc"
+#endif

@@ -1,0 +1,4 @@
+#include "cpu.h"
+
+#define ISA base
+#include "cpu.inc"

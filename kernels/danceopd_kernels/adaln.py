@@ -1,0 +1,202 @@
+"""Operation 6: layer norm without weights, modulated per sample; before it, if asked, a gated residual."""
+
+import torch
+
+from danceopd_kernels.dispatch import choose, has_triton
+
+if has_triton():
+    import triton
+    import triton.language as tl
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 4096  # a program has a whole row in registers
+ROWS = 16  # tokens of one program of the backward pass, whose sums over tokens are kept
+
+
+# ---------------------------------------------------------------------------------------------- definition
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def reference(x, shift, scale, residual, gate, eps):
+    """(h, norm(h) (1 + scale) + shift) with h = residual + gate x, or x itself without a residual."""
+    h = x
+    if residual is not None:  # h is written out in the dtype of x, and that is what is normalised
+        h = (_wide(residual) + _wide(gate)[:, None] * _wide(x)).to(x.dtype)
+    out = torch.nn.functional.layer_norm(_wide(h), h.shape[-1:], eps=eps)
+    out = out * (1 + _wide(scale)[:, None]) + _wide(shift)[:, None]
+    return h, out.to(x.dtype)
+
+
+# -------------------------------------------------------------------------------------------------- Triton
+
+if has_triton():
+
+    @triton.jit
+    def _forward_kernel(
+        x, shift, scale, residual, gate, h, out, mean, rstd,
+        tokens, width, eps, GATED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        sample = row // tokens
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        value = tl.load(x + row * width + column, inside, other=0.0).to(tl.float32)
+        if GATED:
+            g = tl.load(gate + sample * width + column, inside, other=0.0).to(tl.float32)
+            value = tl.load(residual + row * width + column, inside, other=0.0).to(tl.float32) + g * value
+            value = value.to(h.dtype.element_ty)
+            tl.store(h + row * width + column, value, inside)
+            value = value.to(tl.float32)
+        m = tl.sum(value, 0) / width
+        centred = tl.where(inside, value - m, 0.0)
+        r = 1 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+        s = tl.load(scale + sample * width + column, inside, other=0.0).to(tl.float32)
+        b = tl.load(shift + sample * width + column, inside, other=0.0).to(tl.float32)
+        tl.store(out + row * width + column, (centred * r * (1 + s) + b).to(out.dtype.element_ty), inside)
+        tl.store(mean + row, m)
+        tl.store(rstd + row, r)
+
+    @triton.jit
+    def _backward_kernel(
+        grad_out, grad_h, x, h, scale, gate, mean, rstd,
+        grad_x, grad_residual, sum_shift, sum_scale, sum_gate,
+        tokens, width, blocks, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        sample, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        s = tl.load(scale + sample * width + column, inside, other=0.0).to(tl.float32)
+        total_shift = tl.zeros([BLOCK], tl.float32)
+        total_scale = tl.zeros([BLOCK], tl.float32)
+        total_gate = tl.zeros([BLOCK], tl.float32)
+        for i in range(ROWS):
+            token = block * ROWS + i
+            if token < tokens:
+                row = sample * tokens + token
+                at = row * width + column
+                dy = tl.load(grad_out + at, inside, other=0.0).to(tl.float32)
+                value = tl.load(h + at, inside, other=0.0).to(tl.float32)
+                r = tl.load(rstd + row)
+                hat = tl.where(inside, (value - tl.load(mean + row)) * r, 0.0)
+                total_shift += dy
+                total_scale += dy * hat
+                inner = tl.where(inside, dy * (1 + s), 0.0)
+                dh = r * (inner - tl.sum(inner, 0) / width - hat * (tl.sum(inner * hat, 0) / width))
+                if GATED:
+                    dh += tl.load(grad_h + at, inside, other=0.0).to(tl.float32)
+                    g = tl.load(gate + sample * width + column, inside, other=0.0).to(tl.float32)
+                    total_gate += dh * tl.load(x + at, inside, other=0.0).to(tl.float32)
+                    tl.store(grad_residual + at, dh.to(grad_residual.dtype.element_ty), inside)
+                    dh = dh * g
+                tl.store(grad_x + at, dh.to(grad_x.dtype.element_ty), inside)
+        part = (sample * blocks + block) * width + column
+        tl.store(sum_shift + part, total_shift, inside)
+        tl.store(sum_scale + part, total_scale, inside)
+        if GATED:
+            tl.store(sum_gate + part, total_gate, inside)
+
+
+def block_of(width: int) -> dict[str, int]:
+    """A row's columns, rounded up, and the warps that share them: 16 entries a thread at most."""
+    block = max(32, 1 << (width - 1).bit_length())
+    return {"BLOCK": block, "num_warps": min(8, max(1, block // 256))}
+
+
+class _Triton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift, scale, residual, gate, eps):
+        b, tokens, width = x.shape
+        gated = residual is not None
+        out, h = torch.empty_like(x), torch.empty_like(x) if gated else x
+        mean, rstd = (torch.empty(b * tokens, dtype=torch.float32, device=x.device) for _ in range(2))
+        _forward_kernel[(b * tokens,)](
+            x, shift, scale, residual if gated else x, gate if gated else shift, h, out, mean, rstd,
+            tokens, width, eps, GATED=gated, **block_of(width),
+        )  # fmt: skip
+        ctx.save_for_backward(x, h, scale, gate, mean, rstd)
+        return (h, out) if gated else out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream):
+        grad_h, grad_out = (upstream[0].contiguous(), upstream[-1].contiguous())  # one and the same without a residual
+        x, h, scale, gate, mean, rstd = ctx.saved_tensors
+        b, tokens, width = x.shape
+        gated, blocks = gate is not None, triton.cdiv(tokens, ROWS)
+        grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if gated else None
+        sums = [torch.empty(b, blocks, width, dtype=torch.float32, device=x.device) for _ in range(3 if gated else 2)]
+        _backward_kernel[(b, blocks)](
+            grad_out, grad_h, x, h, scale, gate if gated else scale, mean, rstd,
+            grad_x, grad_residual if gated else grad_x, *sums, *sums[: 3 - len(sums)],
+            tokens, width, blocks, GATED=gated, ROWS=ROWS, **block_of(width),
+        )  # fmt: skip
+        shift, scale, *rest = (total.sum(1).to(x.dtype) for total in sums)
+        return grad_x, shift, scale, grad_residual, *(rest or [None]), None
+
+
+def configurations() -> list:
+    """What resources.py compiles: the widths of SD3, Flux and the widest, by dtype, with and without a residual."""
+    from danceopd_kernels.resources import Configuration
+
+    pointers = dict.fromkeys(("mean", "rstd", "sum_shift", "sum_scale", "sum_gate"), "*fp32")
+    pointers |= {"tokens": "i32", "width": "i32", "blocks": "i32", "eps": "fp32"}
+    data = ("x", "shift", "scale", "residual", "gate", "h", "out", "grad_out", "grad_h", "grad_x", "grad_residual")
+    result = []
+    for dtype, widths in (("bf16", (1536, 3072, MAX_WIDTH)), ("fp16", (MAX_WIDTH,)), ("fp32", (MAX_WIDTH,))):
+        for width in widths:
+            for gated in (False, True):
+                constants = {"GATED": gated} | block_of(width)
+                warps = constants.pop("num_warps")
+                for direction, kernel, extra, registers in (
+                    ("forward", _forward_kernel, {}, 64),
+                    ("backward", _backward_kernel, {"ROWS": ROWS}, 192 if dtype == "fp32" else 128),
+                ):
+                    name = f"adaln {dtype}, width {width}, {direction}" + ", gated" * gated
+                    types = dict.fromkeys(data, f"*{dtype}") | pointers
+                    odd = frozenset({"tokens", "blocks"})
+                    result.append(
+                        Configuration(name, kernel, types, constants | extra, warps, registers, streaming=True, odd=odd)
+                    )
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- operation
+
+
+def adaln_modulate(x, shift, scale, *, residual=None, gate=None, eps: float = 1e-6, backend: str | None = None):
+    """norm(x) (1 + scale) + shift; or with a residual, h = residual + gate x and norm(h) (1 + scale) + shift, both.
+
+    x, residual [B, N, C]; shift, scale, gate [B, C], slices of one linear layer's output among them; all in one dtype
+    (fp32, bf16, fp16). The norm is over C, without weights, in float32. What diffusers' AdaLayerNormZero and
+    AdaLayerNormContinuous do behind their linear layer; and, with a residual, what its blocks do between attention and
+    feed-forward. Returns tensors of x's shape and dtype. Differentiable in every tensor, once; sums are in a fixed
+    order, nothing waits for the device. Rows wider than 4096 are left to PyTorch.
+    Raises ValueError for shapes, dtypes or devices that do not fit, or a backend that cannot run.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x must be [B, N, C], got {list(x.shape)}")
+    if (residual is None) != (gate is None):
+        raise ValueError("a residual needs a gate, and a gate a residual")
+    per_sample = (len(x), x.shape[2])
+    expected = {"shift": per_sample, "scale": per_sample, "gate": per_sample, "residual": tuple(x.shape)}
+    given = {"shift": shift, "scale": scale, "gate": gate, "residual": residual}
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != expected[name] or tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"{name} must be {x.dtype} {list(expected[name])} on {x.device}, as x is, got {tensor.dtype} "
+                f"{list(tensor.shape)} on {tensor.device}"
+            )
+    chosen = choose(x, backend, DTYPES)
+    if chosen == "triton" and x.shape[2] > MAX_WIDTH:
+        if backend:
+            raise ValueError(f"backend 'triton' cannot run: rows of {x.shape[2]}, {MAX_WIDTH} at most")
+        chosen = "torch"
+    if chosen == "triton" and x.numel():
+        return _Triton.apply(*(None if t is None else t.contiguous() for t in (x, shift, scale, residual, gate)), eps)
+    h, out = reference(x, shift, scale, residual, gate, eps)
+    return out if residual is None else (h, out)

@@ -1,0 +1,79 @@
+"""Which implementation of an operation runs: the fastest that the device, the dtype and this machine offer."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+from danceopd_kernels import compiled
+
+VARIABLE = "DANCEOPD_KERNELS"
+BACKENDS = ("torch", "cpu", "cuda", "triton")  # plain PyTorch; compiled for the host, for the device; Triton
+ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}  # the fastest first
+
+
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def refusal(backend: str, offered: tuple[str, ...], tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]):
+    """Why a backend cannot take a tensor; None if it can. offered and dtypes: what the operation's kernels are for."""
+    if backend == "torch":
+        return None
+    if backend not in offered:
+        return "this operation has no such kernel"
+    if tensor.dtype not in dtypes:
+        return f"no kernel for {tensor.dtype}"
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    device = "cpu" if backend == "cpu" else "cuda"
+    if tensor.device.type != device and not interpreted:
+        return f"the tensors are on {tensor.device}"
+    return unavailable(backend)
+
+
+@torch.compiler.assume_constant_result  # nothing to trace
+def unavailable(backend: str) -> str | None:
+    """Why a backend is not on this machine; None if it is."""
+    if backend == "triton":
+        return None if has_triton() else "triton is not installed"
+    if backend in ("cpu", "cuda") and compiled.module(backend) is None:
+        return f"danceopd_kernels.{'_C' if backend == 'cpu' else '_CUDA'} was not built"
+    return None
+
+
+def choose(
+    tensor: torch.Tensor,
+    backend: str | None,
+    dtypes: tuple[torch.dtype, ...],
+    offered: tuple[str, ...] = ("triton",),
+) -> str:
+    """The backend to run: the one asked for by argument, else by DANCEOPD_KERNELS, else the fastest that can.
+
+    The environment's is passed over where the operation cannot run on it; the argument's is not.
+    Raises ValueError for an unknown backend, or an argument's that cannot run.
+    """
+    asked = backend or os.environ.get(VARIABLE)
+    if asked and asked not in BACKENDS:
+        raise ValueError(f"unknown backend {asked!r}; use one of {', '.join(BACKENDS)}")
+    reason = refusal(asked, offered, tensor, dtypes) if asked else None
+    if backend and reason:
+        raise ValueError(f"backend {backend!r} cannot run: {reason}")
+    if asked and not reason:
+        return asked
+    order = ORDER.get(tensor.device.type, ("torch",))
+    return next(b for b in order if refusal(b, offered, tensor, dtypes) is None)
+
+
+def info() -> str:
+    """What is in use here and why, a line for each backend and the order on each device."""
+    lines = [f"{VARIABLE}={os.environ.get(VARIABLE, '')}" + ("" if os.environ.get(VARIABLE) else " (not set)")]
+    for backend in BACKENDS[1:]:
+        reason = unavailable(backend)
+        if backend in ("cuda", "triton") and not reason and not torch.cuda.is_available():
+            interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+            reason = "no CUDA device" + (", interpreted on request" if interpreted else "")
+        detail = f" ({compiled.module('cpu').instruction_set()})" if backend == "cpu" and not reason else ""
+        lines.append(f"{backend}: " + (f"not used: {reason}" if reason else f"available{detail}"))
+    for device, order in ORDER.items():
+        lines.append(f"order on {device}: {', '.join(order)}")
+    return "\n".join(lines)

@@ -1,0 +1,336 @@
+"""Operation 5: rows to float8 e4m3, after a layer norm and its modulation if asked, and the product of such rows.
+
+Codes are made and read by bit arithmetic: sm_80 has no instruction for it, and so every device runs the same code.
+"""
+
+import os
+
+import torch
+
+from danceopd_kernels import compiled
+from danceopd_kernels.dispatch import VARIABLE, choose, has_triton
+
+if has_triton():
+    import triton
+    import triton.language as tl
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("cpu", "triton")  # of the quantiser
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = 448.0  # of float8 e4m3
+SMALLEST_SCALE = 2.0**-126  # so that neither a row's scale nor its inverse leaves float32
+
+
+# ---------------------------------------------------------------------------------------------- definition
+
+
+def reference(x, norm: bool, scale, shift, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, row scale) of x [..., C], in float32 until the codes."""
+    value = x.float()
+    if norm:
+        value = torch.nn.functional.layer_norm(value, value.shape[-1:], eps=eps)
+    if scale is not None:
+        value = value * (1 + scale.float()[:, None]) + shift.float()[:, None]
+    largest = value.abs().amax(-1, keepdim=True)
+    row_scale = torch.where(largest == 0, 1.0, (largest / LARGEST).clamp(min=SMALLEST_SCALE))
+    return (value * (1 / row_scale)).clamp(-LARGEST, LARGEST).to(FLOAT8), row_scale
+
+
+def reference_linear(codes, x_scale, weight, weight_scale, bias, out_dtype) -> torch.Tensor:
+    """codes [T, in], weight [out, in]: the product in float32, then the scales and the bias."""
+    out = (codes.float() @ weight.float().mT) * x_scale * weight_scale.mT
+    return (out if bias is None else out + bias.float()).to(out_dtype)
+
+
+# -------------------------------------------------------------------------------------------------- Triton
+
+if has_triton():
+
+    @triton.jit
+    def _encode(value):
+        """float32 to the nearest e4m3, ties to even, no further than 448; as int32."""
+        bits = value.to(tl.int32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        # 20 of the 23 bits go; what is added rounds the rest up, at a tie if the last that stays is 1. The exponent's
+        # bias falls from 127 to 7.
+        normal = (size + 0x7FFFF + ((size >> 20) & 1) >> 20) - (120 << 3)
+        # Below 2^-6 a code is a multiple of 2^-9, the last place of float32 at 2^14, where the addition rounds.
+        small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+        code = tl.where(size < 0x3C800000, small, tl.minimum(normal, 0x7E))
+        code = tl.where(size > 0x7F800000, 0x7F, code)
+        return code | ((bits >> 24) & 0x80)
+
+    @triton.jit
+    def _decode(code):
+        """e4m3 codes as float16, over 256: the same bits shifted; zeros and subnormal numbers fall into place."""
+        code = code.to(tl.int16)
+        size = code & 0x7F
+        bits = tl.where(size == 0x7F, 0x7E00, size << 7) | ((code & 0x80) << 8)
+        return bits.to(tl.int16).to(tl.float16, bitcast=True)
+
+    @triton.jit
+    def _quantize_kernel(
+        x,
+        scale,  # [B, width]
+        shift,
+        codes,  # uint8
+        row_scale,
+        tokens,
+        width,
+        eps,
+        smallest,
+        NORM: tl.constexpr,
+        MODULATED: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        value = tl.load(x + row * width + column, inside, other=0.0).to(tl.float32)
+        if NORM:
+            centred = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
+            value = centred / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+        if MODULATED:
+            at = row // tokens * width + column
+            value *= 1 + tl.load(scale + at, inside, other=0.0).to(tl.float32)
+            value += tl.load(shift + at, inside, other=0.0).to(tl.float32)
+        # As integers the bits of sizes are ordered as the sizes are, and NaN is the largest of all.
+        sizes = tl.where(inside, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+        largest = tl.max(sizes, 0).to(tl.float32, bitcast=True)
+        s = tl.div_rn(largest, 448.0)
+        s = tl.where(largest == 0.0, 1.0, tl.where(s < smallest, smallest, s))
+        tl.store(row_scale + row, s)
+        tl.store(codes + row * width + column, _encode(value * tl.div_rn(1.0, s)).to(tl.uint8), inside)
+
+    @triton.jit
+    def _linear_kernel(
+        codes,  # [rows, width] uint8
+        x_scale,  # [rows]
+        weight,  # [columns, width] uint8
+        weight_scale,  # [columns]
+        bias,
+        out,  # [rows, columns]
+        rows,
+        columns,
+        width,
+        BIAS: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        left_at, right_at = codes + m[:, None] * width, weight + n[:, None] * width
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for begin in range(0, width, BLOCK_K):
+            k = begin + tl.arange(0, BLOCK_K)
+            left = tl.load(left_at + k, (m < rows)[:, None] & (k < width), other=0)
+            right = tl.load(right_at + k, (n < columns)[:, None] & (k < width), other=0)
+            total = tl.dot(_decode(left), tl.trans(_decode(right)), total)
+        total *= 65536.0  # 256 of either side
+        total *= tl.load(x_scale + m, m < rows, other=0.0)[:, None]
+        total *= tl.load(weight_scale + n, n < columns, other=0.0)
+        if BIAS:
+            total += tl.load(bias + n, n < columns, other=0.0).to(tl.float32)
+        at = out + m[:, None] * columns + n
+        tl.store(at, total.to(out.dtype.element_ty), (m < rows)[:, None] & (n < columns))
+
+
+def block_of(width: int) -> tuple[int, int]:
+    """Columns of the one program of a row, and its warps."""
+    block = max(32, 1 << (width - 1).bit_length())
+    return block, min(16, max(1, block // 512))
+
+
+LINEAR = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
+
+
+def run_triton(x, norm: bool, scale, shift, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    row_scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    block, warps = block_of(x.shape[-1])
+    tokens = 1 if scale is None else x.shape[1]
+    _quantize_kernel[(row_scale.numel(),)](
+        x, x if scale is None else scale, x if shift is None else shift, codes, row_scale,
+        tokens, x.shape[-1], eps, SMALLEST_SCALE, NORM=norm, MODULATED=scale is not None, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return codes.view(FLOAT8), row_scale
+
+
+def run_triton_linear(codes, x_scale, weight, weight_scale, bias, out_dtype) -> torch.Tensor:
+    (rows, width), columns = codes.shape, len(weight)
+    out = torch.empty(rows, columns, dtype=out_dtype, device=codes.device)
+    _linear_kernel[(triton.cdiv(rows, LINEAR["BLOCK_M"]), triton.cdiv(columns, LINEAR["BLOCK_N"]))](
+        codes.view(torch.uint8), x_scale, weight.view(torch.uint8), weight_scale, out if bias is None else bias, out,
+        rows, columns, width, BIAS=bias is not None, **LINEAR, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def configurations() -> list:
+    """What resources.py compiles: rows of a model 3072 wide and of its 12288 wide hidden layer, and the product."""
+    from danceopd_kernels.resources import Configuration
+
+    integers = dict.fromkeys(("tokens", "rows", "columns", "width"), "i32")
+    floats = dict.fromkeys(("row_scale", "x_scale", "weight_scale"), "*fp32") | {"eps": "fp32", "smallest": "fp32"}
+    types = integers | floats | dict.fromkeys(("codes", "weight"), "*u8")
+    result = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        data = types | dict.fromkeys(("x", "scale", "shift", "bias", "out"), f"*{dtype}")
+        for width, norm in ((3072, False), (3072, True), (12288, False)):
+            block, warps = block_of(width)
+            constants = {"NORM": norm, "MODULATED": norm, "BLOCK": block}
+            name = f"fp8_quantize_rowwise {dtype}, {width} wide" + ", norm and modulation" * norm
+            result.append(Configuration(name, _quantize_kernel, data, constants, warps, 128, streaming=True))
+        constants = LINEAR | {"BIAS": True}
+        result.append(Configuration(f"fp8_linear {dtype}", _linear_kernel, data, constants, 8, 255, product=True))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------- compiled
+
+
+def run_compiled(x, norm: bool, scale, shift, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.empty(x.shape, dtype=FLOAT8, device=x.device)
+    row_scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    compiled.call(
+        "cpu",
+        "quantize",
+        x.dtype,
+        x.device,
+        x=x,
+        scale=scale,
+        shift=shift,
+        rows_per_sample=1 if scale is None else x.shape[1],
+        norm=norm,
+        eps=eps,
+        q=codes,
+        row_scale=row_scale,
+        rows=row_scale.numel(),
+        columns=x.shape[-1],
+    )
+    return codes, row_scale
+
+
+# ---------------------------------------------------------------------------------------------- operation
+
+
+def fp8_quantize_rowwise(
+    x: torch.Tensor,
+    *,
+    norm: bool = False,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes float8_e4m3fn [..., C], row scale float32 [..., 1]) with codes * row scale near x; of weights too.
+
+    x [..., C] in fp32, bf16 or fp16. The row scale is the row's largest size over 448, 1 for a row of zeros, and at
+    least 2^-126. Codes are rounded to nearest, ties to even. norm: a layer norm over C without weights comes first;
+    scale, shift [B, C] in x's dtype, for x [B, N, C]: the modulation (1 + scale) + shift after it. All in float32, with
+    no rounding before the codes. NaN anywhere in a row makes its codes and its scale NaN; infinity makes its scale
+    infinite, and what is multiplied by it NaN. No gradient: raises ValueError where one would be lost, for shapes,
+    dtypes or devices that do not fit, or a backend that cannot run.
+    """
+    _check(x, scale, shift)
+    chosen = choose(x, backend, DTYPES, BACKENDS)
+    x, scale, shift = (None if t is None else t.contiguous() for t in (x, scale, shift))
+    run = {"triton": run_triton, "cpu": run_compiled, "torch": reference}[chosen]
+    return run(x, norm, scale, shift, eps)
+
+
+def fp8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    x_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """x weight^T + bias from codes and their scales, accumulated in float32: [..., out] in out_dtype.
+
+    weight [out, in] float8_e4m3fn, weight_scale [out, 1] float32, as fp8_quantize_rowwise makes them. x [..., in]:
+    codes with x_scale [..., 1], or fp32, bf16, fp16, then quantised here. bias [out]. out_dtype: fp32, bf16 or fp16;
+    x's, or bf16 for codes, if not given. By torch._scaled_mm where it takes these, else by Triton; backend "torch" is
+    the former or a product in float32, "triton" the latter. No gradient: raises ValueError where one would be lost,
+    for shapes, dtypes or devices that do not fit, or a backend that cannot run.
+    """
+    _check_linear(x, weight, weight_scale, bias, x_scale)
+    out_dtype = out_dtype or (torch.bfloat16 if x.dtype == FLOAT8 else x.dtype)
+    if out_dtype not in DTYPES:
+        raise ValueError(f"out_dtype must be fp32, bf16 or fp16, got {out_dtype}")
+    offered = scaled_mm_takes(weight, out_dtype)
+    first = "torch" if backend is None and offered and not os.environ.get(VARIABLE) else backend
+    chosen = choose(x, first, (*DTYPES, FLOAT8))
+    codes, x_scale = fp8_quantize_rowwise(x, backend=backend) if x_scale is None else (x, x_scale)
+    args = (
+        codes.reshape(-1, x.shape[-1]).contiguous(),
+        x_scale.reshape(-1, 1).contiguous(),
+        weight.contiguous(),
+        weight_scale.contiguous(),
+        bias,
+        out_dtype,
+    )
+    run = run_triton_linear if chosen == "triton" else run_scaled_mm if offered else reference_linear
+    return run(*args).view(*x.shape[:-1], len(weight))
+
+
+def scaled_mm_takes(weight: torch.Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether torch multiplies rows of codes here: any on the CPU; from sm_89 on, whole blocks of 16 into bf16."""
+    if weight.device.type == "cpu":
+        return True
+    fits = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0 and out_dtype == torch.bfloat16
+    return fits and weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 9)
+
+
+def run_scaled_mm(codes, x_scale, weight, weight_scale, bias, out_dtype) -> torch.Tensor:
+    bias = None if bias is None else bias.to(out_dtype)
+    return torch._scaled_mm(codes, weight.mT, x_scale, weight_scale.mT, bias, out_dtype=out_dtype)
+
+
+def _check(x, scale, shift) -> None:
+    if x.dtype not in DTYPES or x.dim() < 1 or not x.numel():
+        raise ValueError(f"x must be [..., C] in fp32, bf16 or fp16 and not empty, got {x.dtype} {list(x.shape)}")
+    if (scale is None) != (shift is None):
+        raise ValueError("a scale needs a shift, and a shift a scale")
+    if scale is not None and x.dim() != 3:
+        raise ValueError(f"with a scale and a shift x must be [B, N, C], got {list(x.shape)}")
+    for name, tensor in (("scale", scale), ("shift", shift)):
+        if tensor is not None and (
+            tensor.shape != (len(x), x.shape[2]) or tensor.dtype != x.dtype or tensor.device != x.device
+        ):
+            raise ValueError(f"{name} must be {x.dtype} {[len(x), x.shape[2]]} on {x.device}, as x is")
+    _refuse_gradient(x=x, scale=scale, shift=shift)
+
+
+def _check_linear(x, weight, weight_scale, bias, x_scale) -> None:
+    if weight.dtype != FLOAT8 or weight.dim() != 2 or not weight.numel():
+        raise ValueError(f"weight must be float8_e4m3fn [out, in], got {weight.dtype} {list(weight.shape)}")
+    out, width = weight.shape
+    if x.dim() < 1 or x.shape[-1] != width or not x.numel() or x.dtype not in (*DTYPES, FLOAT8):
+        raise ValueError(
+            f"x must be [..., {width}] in float8_e4m3fn, fp32, bf16 or fp16, not empty, got {x.dtype} {list(x.shape)}"
+        )
+    if (x_scale is None) != (x.dtype != FLOAT8):
+        raise ValueError("x_scale goes with codes, float8_e4m3fn, and codes need it")
+    for name, tensor, shape in (
+        ("weight_scale", weight_scale, (out, 1)),
+        ("x_scale", x_scale, (*x.shape[:-1], 1)),
+    ):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
+            raise ValueError(f"{name} must be float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+    if bias is not None and (bias.shape != (out,) or bias.dtype not in DTYPES):
+        raise ValueError(f"bias must be [{out}] in fp32, bf16 or fp16, got {bias.dtype} {list(bias.shape)}")
+    for name, tensor in (("weight", weight), ("weight_scale", weight_scale), ("bias", bias), ("x_scale", x_scale)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device}, as x is, got {tensor.device}")
+    _refuse_gradient(x=x, bias=bias, weight_scale=weight_scale, x_scale=x_scale)
+
+
+def _refuse_gradient(**tensors) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"no gradient passes here, but {name} requires one; detach it or use torch.no_grad()")

@@ -1,0 +1,407 @@
+"""Operation 3: a frozen linear layer plus the low-rank adapter of each sample's route, ranks mixed in one launch.
+
+Both factors lie as rows of one buffer each: A [R, in] and B transposed [R, out], R the sum of the ranks. So
+three kernels serve both directions: shrink (tokens x factor), expand (onto a product) and the factor's gradient.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from danceopd_kernels.dispatch import choose, has_triton
+
+if has_triton():
+    import triton
+    import triton.language as tl
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters packed by pack_adapters. A trainer may keep one and train its a and b, as two parameters."""
+
+    a: torch.Tensor  # [R, in]
+    b: torch.Tensor  # [R, out]: the columns of every B
+    first: torch.Tensor  # [adapters + 1] int64: where the rows of each begin
+    scale: torch.Tensor  # [adapters] float32
+    rank: int  # the largest
+
+
+# ---------------------------------------------------------------------------------------------- definition
+
+
+def reference(x, weight, bias, adapters: Adapters, route) -> torch.Tensor:
+    """x [B, N, in]: the frozen product plus scale (x A^T) B^T, by gathering each sample's factors."""
+    count = len(adapters.scale)
+    known = (route >= 0) & (route < count)
+    chosen = torch.where(known, route, 0)
+    row = adapters.first[chosen, None] + torch.arange(adapters.rank, device=x.device)
+    kept = known[:, None] & (row < adapters.first[chosen + 1, None])
+    row = torch.where(kept, row, 0)
+    a, b = (torch.where(kept[..., None], factor[row], 0).to(x.dtype) for factor in (adapters.a, adapters.b))
+    h = (x @ a.mT * adapters.scale[chosen, None, None]).to(x.dtype)
+    h = torch.where(kept[:, None], h, 0)  # 0 * inf must not reach the samples or the columns that are not there
+    return torch.nn.functional.linear(x, weight.detach(), None if bias is None else bias.detach()) + h @ b
+
+
+# -------------------------------------------------------------------------------------------------- Triton
+
+if has_triton():
+
+    @triton.jit
+    def _product(left, right, total, PRECISION: tl.constexpr):
+        if PRECISION == "interpreted":  # the interpreter multiplies bfloat16's bits as if they were integers
+            return tl.dot(left.to(tl.float32), right.to(tl.float32), total)
+        return tl.dot(left, right, total, input_precision=PRECISION)
+
+    @triton.jit
+    def _shrink_kernel(
+        v,  # [B, tokens, width]
+        factor,  # [R, width]
+        h,  # [B, tokens, padded]: scale v factor^T
+        route,  # [B] int64
+        first,
+        scale,
+        tokens,
+        width,
+        padded,
+        adapters,
+        blocks,  # of tokens, in a sample
+        PRECISION: tl.constexpr,
+        BLOCK_T: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+        adapter = tl.load(route + sample)
+        if (adapter < 0) | (adapter >= adapters):
+            return
+        start = tl.load(first + adapter)
+        rank = (tl.load(first + adapter + 1) - start).to(tl.int32)
+        r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        if tl.program_id(1) * BLOCK_R >= rank:
+            return
+        t = tl.arange(0, BLOCK_T)
+        there = t < tokens - block * BLOCK_T
+        base = sample.to(tl.int64) * tokens + block * BLOCK_T
+        v += base * width
+        factor += start * width
+        total = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+        for c in range(0, width, BLOCK_C):
+            column = c + tl.arange(0, BLOCK_C)
+            inside = column < width
+            left = tl.load(v + t[:, None] * width + column, there[:, None] & inside, other=0.0)
+            right = tl.load(factor + r[:, None] * width + column, (r < rank)[:, None] & inside, other=0.0)
+            total = _product(left, tl.trans(right.to(left.dtype)), total, PRECISION)
+        # The columns beyond the rank are zero by the mask, but 0 * inf is not.
+        total = tl.where(r < rank, total * tl.load(scale + adapter), 0.0)
+        at = h + base * padded + t[:, None] * padded + r
+        tl.store(at, total.to(h.dtype.element_ty), there[:, None])
+
+    @triton.jit
+    def _expand_kernel(
+        h,  # [B, tokens, padded]
+        factor,  # [R, width]
+        out,  # [B, tokens, width]: h factor is added to it
+        route,
+        first,
+        tokens,
+        width,
+        padded,
+        adapters,
+        blocks,
+        PRECISION: tl.constexpr,
+        BLOCK_T: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+        adapter = tl.load(route + sample)
+        if (adapter < 0) | (adapter >= adapters):
+            return
+        start = tl.load(first + adapter)
+        rank = (tl.load(first + adapter + 1) - start).to(tl.int32)
+        t = tl.arange(0, BLOCK_T)
+        there = t < tokens - block * BLOCK_T
+        column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        inside = column < width
+        base = sample.to(tl.int64) * tokens + block * BLOCK_T
+        h += base * padded
+        factor += start * width
+        total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+        for begin in range(0, rank, BLOCK_R):
+            r = begin + tl.arange(0, BLOCK_R)
+            left = tl.load(h + t[:, None] * padded + r, there[:, None], other=0.0)
+            right = tl.load(factor + r[:, None] * width + column, (r < rank)[:, None] & inside, other=0.0)
+            total = _product(left, right.to(left.dtype), total, PRECISION)
+        at = out + base * width + t[:, None] * width + column
+        mask = there[:, None] & inside
+        total += tl.load(at, mask, other=0.0).to(tl.float32)
+        tl.store(at, total.to(out.dtype.element_ty), mask)
+
+    @triton.jit
+    def _factor_kernel(
+        h,  # [B, tokens, padded]
+        v,  # [B, tokens, width]
+        partial,  # [splits, R, width] float32: sums over tokens of h^T v, of each adapter's own samples
+        order,  # [B] int64: samples, those of adapter 0 first
+        bounds,  # [adapters + 1] int64: where those of each begin
+        first,
+        tokens,
+        width,
+        padded,
+        total_rank,
+        blocks,
+        splits,
+        PRECISION: tl.constexpr,
+        BLOCK_T: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        adapter, split = tl.program_id(2) // splits, tl.program_id(2) % splits
+        start = tl.load(first + adapter)
+        rank = (tl.load(first + adapter + 1) - start).to(tl.int32)
+        r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        if tl.program_id(1) * BLOCK_R >= rank:
+            return
+        column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+        inside = column < width
+        begin = tl.load(bounds + adapter)
+        steps = (tl.load(bounds + adapter + 1) - begin).to(tl.int32) * blocks
+        each = tl.cdiv(steps, splits)
+        total = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
+        for i in range(split * each, min((split + 1) * each, steps)):
+            block = i % blocks
+            t = tl.arange(0, BLOCK_T)
+            there = (t < tokens - block * BLOCK_T)[:, None]
+            base = tl.load(order + begin + i // blocks) * tokens + block * BLOCK_T
+            left = tl.load(v + base * width + t[:, None] * width + column, there & inside, other=0.0)
+            right = tl.load(h + base * padded + t[:, None] * padded + r, there, other=0.0)
+            total = _product(tl.trans(left), right, total, PRECISION)
+        at = partial + (split.to(tl.int64) * total_rank + start) * width + r * width + column[:, None]
+        tl.store(at, total, (r < rank) & inside[:, None])
+
+
+def blocks_of(rank: int, dtype: torch.dtype, factor: bool = False) -> dict[str, int]:
+    """Block sizes for the largest rank. Hopper's tensor cores want 64 rows: tokens, or columns of a factor's gradient.
+
+    In float32, where a product takes three, larger blocks of the rest would spill.
+    """
+    wide = dtype != torch.float32
+    rows, others = 64, 64 if wide else 32
+    sizes = {"BLOCK_R": min(others, max(16, 1 << (rank - 1).bit_length()))}
+    return sizes | ({"BLOCK_T": others, "BLOCK_C": rows} if factor else {"BLOCK_T": rows, "BLOCK_C": others})
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreted"
+    return "tf32x3" if dtype == torch.float32 else "ieee"  # three tf32 products make one of nearly float32
+
+
+def shrink(v: torch.Tensor, factor: torch.Tensor, adapters: Adapters, route: torch.Tensor) -> torch.Tensor:
+    """[B, tokens, rank padded to blocks]: scale v factor^T. Only the blocks of ranks that are there are filled."""
+    (b, tokens, width), sizes = v.shape, blocks_of(adapters.rank, v.dtype)
+    rank_blocks, blocks = triton.cdiv(adapters.rank, sizes["BLOCK_R"]), triton.cdiv(tokens, sizes["BLOCK_T"])
+    h = v.new_empty(b, tokens, rank_blocks * sizes["BLOCK_R"])
+    _shrink_kernel[(b * blocks, rank_blocks)](
+        v, factor, h, route, adapters.first, adapters.scale, tokens, width, h.shape[2], len(adapters.scale), blocks,
+        PRECISION=precision_of(v.dtype), **sizes, num_warps=4,
+    )  # fmt: skip
+    return h
+
+
+def expand_(out: torch.Tensor, h: torch.Tensor, factor: torch.Tensor, adapters: Adapters, route: torch.Tensor) -> None:
+    """out += h factor, each sample with its own adapter's rows."""
+    (b, tokens, width), sizes = out.shape, blocks_of(adapters.rank, out.dtype)
+    blocks = triton.cdiv(tokens, sizes["BLOCK_T"])
+    _expand_kernel[(b * blocks, triton.cdiv(width, sizes["BLOCK_C"]))](
+        h, factor, out, route, adapters.first, tokens, width, h.shape[2], len(adapters.scale), blocks,
+        PRECISION=precision_of(out.dtype), **sizes, num_warps=4,
+    )  # fmt: skip
+
+
+def factor_gradient(h: torch.Tensor, v: torch.Tensor, adapters: Adapters, order, bounds) -> torch.Tensor:
+    """[R, width] float32: h^T v summed over the tokens of each adapter's samples, in a fixed order."""
+    (b, tokens, width), count = v.shape, len(adapters.scale)
+    sizes = blocks_of(adapters.rank, v.dtype, factor=True)
+    blocks, rank_blocks = triton.cdiv(tokens, sizes["BLOCK_T"]), triton.cdiv(adapters.rank, sizes["BLOCK_R"])
+    columns = triton.cdiv(width, sizes["BLOCK_C"])
+    splits = max(1, min(16, b * blocks, 1024 // (columns * rank_blocks * count)))  # enough programs for a large GPU
+    partial = torch.empty(splits, len(adapters.a), width, dtype=torch.float32, device=v.device)
+    _factor_kernel[(columns, rank_blocks, count * splits)](
+        h, v, partial, order, bounds, adapters.first, tokens, width, h.shape[2], len(adapters.a), blocks, splits,
+        PRECISION=precision_of(v.dtype), **sizes, num_warps=4,
+    )  # fmt: skip
+    return partial.sum(0)
+
+
+class _Triton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, first, scale, rank, route):
+        adapters = Adapters(a, b, first, scale, rank)
+        with torch.autocast(x.device.type, enabled=False):
+            out = torch.nn.functional.linear(x, weight, bias)
+        h = shrink(x, a, adapters, route)
+        expand_(out, h, b, adapters, route)
+        ctx.save_for_backward(x, weight, a, b, first, scale, route, h)
+        ctx.rank = rank
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, a, b, first, scale, route, h = ctx.saved_tensors
+        adapters, grad = Adapters(a, b, first, scale, ctx.rank), grad.contiguous()
+        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        grad_x = grad_a = grad_b = None
+        if needs_x or needs_a:
+            grad_h = shrink(grad, b, adapters, route)
+        if needs_x:
+            with torch.autocast(x.device.type, enabled=False):
+                grad_x = grad @ weight
+            expand_(grad_x, grad_h, a, adapters, route)
+        if needs_a or needs_b:
+            ordered, order = route.sort(stable=True)
+            bounds = torch.searchsorted(ordered, torch.arange(len(scale) + 1, device=route.device))
+        if needs_a:
+            grad_a = factor_gradient(grad_h, x, adapters, order, bounds).to(a.dtype)
+        if needs_b:
+            grad_b = factor_gradient(h, grad, adapters, order, bounds).to(b.dtype)
+        return grad_x, None, None, grad_a, grad_b, None, None, None, None
+
+
+def configurations() -> list:
+    """What resources.py compiles: the three kernels for a layer 3072 wide, by dtype and largest rank."""
+    from danceopd_kernels.resources import Configuration
+
+    integers = dict.fromkeys(("route", "first", "order", "bounds"), "*i64")
+    integers |= dict.fromkeys(("tokens", "width", "padded", "adapters", "total_rank", "blocks", "splits"), "i32")
+    odd = frozenset({"adapters", "blocks", "splits"})
+    result = []
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+        types = integers | {"scale": "*fp32", "partial": "*fp32"}
+        types |= dict.fromkeys(("v", "factor", "h", "out"), f"*{short}")
+        for rank in (16, 64):
+            for name, kernel in (("shrink", _shrink_kernel), ("expand", _expand_kernel), ("factor", _factor_kernel)):
+                constants = blocks_of(rank, dtype, name == "factor") | {"PRECISION": precision_of(dtype)}
+                name, limit = f"routed_lora_linear {name} {short}, rank {rank}", 200 if short == "fp32" else 144
+                result.append(Configuration(name, kernel, types, constants, 4, limit, product=True, odd=odd))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- operation
+
+
+@cache
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A small tensor copied to the device once, so that later calls may be captured in a graph."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def pack_adapters(adapters: Sequence[tuple[torch.Tensor, torch.Tensor]], scale=None) -> Adapters:
+    """Adapters (A [rank, in], B [out, rank]), ranks of any size, in one buffer a side; scale as in routed_lora_linear.
+
+    Differentiable in every A and B. To train the buffers themselves, pack detached factors once and let the optimiser
+    have .a and .b after requires_grad_(). Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    if not any(a.numel() for a, _ in adapters):
+        raise ValueError("no adapter of a rank above 0 was given")
+    a0, b0 = adapters[0]
+    for i, (a, b) in enumerate(adapters):
+        if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1] or a.shape[1] != a0.shape[1] or len(b) != len(b0):
+            raise ValueError(
+                f"adapter {i}: expected A [rank, {a0.shape[-1]}] and B [{len(b0)}, rank], got {list(a.shape)} and "
+                f"{list(b.shape)}"
+            )
+        if {a.dtype, b.dtype} != {a0.dtype} or {a.device, b.device} != {a0.device}:
+            raise ValueError(f"adapter {i}: expected {a0.dtype} on {a0.device}, as adapter 0's A is")
+    first = [0]
+    for a, _ in adapters:
+        first.append(first[-1] + len(a))
+    if scale is None or isinstance(scale, int | float):
+        scale = [1.0 if scale is None else float(scale)] * len(adapters)
+    if not isinstance(scale, torch.Tensor):
+        scale = _constant(tuple(scale), torch.float32, a0.device)
+    if scale.shape != (len(adapters),) or scale.device != a0.device:
+        raise ValueError(
+            f"scale must be a number or one of each adapter, [{len(adapters)}] on {a0.device}, got "
+            f"{list(scale.shape)} on {scale.device}"
+        )
+    return Adapters(
+        torch.cat([a for a, _ in adapters]),
+        torch.cat([b.mT for _, b in adapters]),
+        _constant(tuple(first), torch.int64, a0.device),
+        scale.detach().float(),
+        max(len(a) for a, _ in adapters),
+    )
+
+
+def routed_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    adapters: Adapters | Sequence[tuple[torch.Tensor, torch.Tensor]],
+    route: torch.Tensor,
+    scale: torch.Tensor | Sequence[float] | float | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """x weight^T + bias + scale_m (x A_m^T) B_m^T, m the sample's route; differentiable in x and every A and B.
+
+    x [B, N, in] or [B, in]; weight [out, in] and bias [out], frozen, get no gradient; all in one dtype, fp32, bf16 or
+    fp16, in which the operation runs, autocast or not. adapters: pairs A [rank, in], B [out, rank] of different ranks,
+    or what pack_adapters made of them; in x's dtype or float32, in which their gradients come back. route [B] int64:
+    -1 is no adapter, and on a GPU, where it is not checked, so is any other number that no adapter has. scale: a
+    number, or one of each adapter, as numbers or a float32 tensor; 1 if not given; part of packed adapters.
+    Accumulates in float32, gradients over samples in a fixed order. Nothing waits for the device; to capture it in a
+    graph, run it once before, for the small constant tensors are copied then.
+    Raises ValueError for shapes, dtypes or devices that do not fit, or a backend that cannot run.
+    """
+    if isinstance(adapters, Adapters):
+        if scale is not None:
+            raise ValueError("packed adapters hold their scale; give it to pack_adapters")
+    else:
+        adapters = pack_adapters(adapters, scale)
+    _check(x, weight, bias, adapters, route)
+    flat = x if x.dim() == 3 else x[:, None]
+    if choose(x, backend, DTYPES) == "triton":
+        fixed = [None if t is None else t.detach().contiguous() for t in (weight, bias)]
+        a, b = adapters.a.contiguous(), adapters.b.contiguous()
+        rest = (adapters.first, adapters.scale, adapters.rank, route.contiguous())
+        out = _Triton.apply(flat.contiguous(), *fixed, a, b, *rest)
+    else:
+        out = reference(flat, weight, bias, adapters, route)
+    return out if x.dim() == 3 else out[:, 0]
+
+
+def _check(x, weight, bias, adapters, route) -> None:
+    if x.dim() not in (2, 3) or not x.numel():
+        raise ValueError(f"x must be [B, N, in] or [B, in] and not empty, got {list(x.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight must be [out, {x.shape[-1]}], got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{len(weight)}], got {list(bias.shape)}")
+    if adapters.a.shape[1] != weight.shape[1] or adapters.b.shape[1] != len(weight):
+        raise ValueError(
+            f"the adapters go from {adapters.a.shape[1]} to {adapters.b.shape[1]}, the weight is {list(weight.shape)}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            raise ValueError(f"{name} must be {x.dtype} on {x.device}, as x is, got {tensor.dtype} on {tensor.device}")
+    if adapters.a.dtype not in (x.dtype, torch.float32) or adapters.a.device != x.device:
+        raise ValueError(
+            f"the adapters must be {x.dtype} or float32 on {x.device}, got {adapters.a.dtype} on {adapters.a.device}"
+        )
+    if route.shape != x.shape[:1] or route.dtype != torch.int64 or route.device != x.device:
+        raise ValueError(
+            f"route must be int64 [{len(x)}] on {x.device}, got {route.dtype} {list(route.shape)} on {route.device}"
+        )
+    checked = route.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checked and not -1 <= int(route.min()) <= int(route.max()) < len(adapters.scale):
+        raise ValueError(f"route must name one of {len(adapters.scale)} adapters, or -1 for none")
