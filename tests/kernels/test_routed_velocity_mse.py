@@ -1,0 +1,337 @@
+"""Operation 1 against sums of float64, on every backend."""
+
+import math
+
+import pytest
+import torch
+from danceopd_kernels import compiled, routed_velocity_mse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+TOLERANCE = {  # of the loss, of the gradient
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (2e-6, 2e-6),
+    torch.bfloat16: (2e-6, 8e-3),  # Triton's interpreter cuts bf16 off instead of rounding
+    torch.float16: (2e-6, 1.2e-3),  # rounded twice
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def problem(shape, route, teachers, dtype=torch.float32, *, guided=False, weighted=False, masked=0, seed=0):
+    """Inputs; masked: how many dimensions of the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    randn = lambda *size: torch.randn(*size, generator=generator).to(dtype)  # noqa: E731
+    route = torch.tensor(route)
+    counts = [(route == m).sum().item() for m in range(teachers)]
+    made = {"student": randn(len(route), *shape), "teachers": [randn(n, *shape) for n in counts], "route": route}
+    if guided:
+        made |= {
+            "uncond": [randn(n, *shape) for n in counts],
+            "guidance_scale": 6 * torch.rand(len(route), generator=generator),
+        }
+    if weighted:
+        made["weight"] = torch.rand(len(route), generator=generator) + 0.5
+    if masked:
+        made["mask"] = torch.rand(len(route), *shape[: masked - 1], generator=generator) > 0.4
+        made["mask"][:, 0] = True  # something is left of each sample
+    return made
+
+
+def expected(student, teachers, route, uncond=None, guidance_scale=None, weight=None, mask=None):
+    """Each sample's loss and its gradient, one sample at a time in float64."""
+    seen, losses, gradients = {}, [], []
+    for i, m in enumerate(route.tolist()):
+        k = seen[m] = seen.get(m, -1) + 1
+        target = teachers[m][k].double()
+        if uncond is not None:
+            base = uncond[m][k].double()
+            target = base + guidance_scale[i].double() * (target - base)
+        error = student[i].double() - target
+        count = error.numel()
+        if mask is not None:
+            wide = mask[i].view(*mask[i].shape, *(1,) * (error.dim() - mask[i].dim())).expand_as(error)
+            error, count = torch.where(wide, error, 0.0), wide.sum()
+        w = 1.0 if weight is None else weight[i].double()
+        losses.append(w * error.square().sum() / count)
+        gradients.append(2 * w * error / count)
+    return torch.stack(losses), torch.stack(gradients)
+
+
+def moved(values, device):
+    return {
+        k: [t.to(device) for t in v] if isinstance(v, list) else v.to(device) if torch.is_tensor(v) else v
+        for k, v in values.items()
+    }
+
+
+def check(made, place):
+    backend, device = place
+    dtype = made["student"].dtype
+    loss_tolerance, gradient_tolerance = TOLERANCE[dtype]
+    losses, gradients = expected(**made)
+    for reduction in ("none", "mean"):
+        here = moved(made, device)
+        student = here.pop("student").requires_grad_()
+        loss = routed_velocity_mse(student, **here, reduction=reduction, backend=backend)
+        assert loss.dtype == torch.float32
+        wanted, share = (losses, 1) if reduction == "none" else (losses.mean(), len(losses))
+        torch.testing.assert_close(loss.double().cpu(), wanted, rtol=loss_tolerance * 4, atol=1e-7)
+        (gradient,) = torch.autograd.grad(loss.sum(), student)
+        assert gradient.dtype == dtype
+        scale = gradients.abs().max() / share
+        worst = (gradient.double().cpu() - gradients / share).abs().max().item()
+        assert worst <= gradient_tolerance * scale.item() + 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guided": True}, {"masked": 2}, {"guided": True, "weighted": True, "masked": 3}],
+    ids=["plain", "guided", "masked", "all"],
+)
+def test_agrees_with_float64(place, dtype, options):
+    check(problem((3, 7, 11), [2, 0, 2, 2, 0], 3, dtype, **options), place)
+
+
+@pytest.mark.parametrize(
+    ("shape", "route", "teachers"),
+    [
+        ((1,), [0], 1),  # one number
+        ((64, 33), [0], 1),  # one sample of packed tokens
+        ((5, 3), [7, 0, 3, 3, 1, 6, 5, 2, 4], 8),
+        ((4, 16, 70), [1, 1], 4),  # empty routes; more than one block of Triton's
+        ((3, 50, 60), [1, 0, 1], 2),  # more than one chunk of the compiled kernels
+    ],
+)
+def test_shapes_and_routes(place, shape, route, teachers):
+    check(problem(shape, route, teachers, guided=True, weighted=True), place)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_shape_and_route(place, data):
+    shape = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    teachers = data.draw(st.integers(1, 8))
+    route = data.draw(st.lists(st.integers(0, teachers - 1), min_size=1, max_size=6))
+    options = {
+        "guided": data.draw(st.booleans()),
+        "weighted": data.draw(st.booleans()),
+        "masked": data.draw(st.integers(2, len(shape) + 1)) if data.draw(st.booleans()) else 0,
+    }
+    dtype = data.draw(st.sampled_from(DTYPES))
+    check(problem(shape, route, teachers, dtype, **options), place)
+
+
+def test_one_buffer_packed_or_in_the_order_of_the_samples(place):
+    backend, device = place
+    made = moved(problem((3, 5), [1, 0, 1, 0], 2, guided=True), device)
+    lists = routed_velocity_mse(**made, backend=backend)
+    packed = {**made, "teachers": torch.cat(made["teachers"]), "uncond": torch.cat(made["uncond"])}
+    assert torch.equal(routed_velocity_mse(**packed, backend=backend), lists)
+    order = made["route"].argsort(stable=True).argsort()
+    unpacked = {**packed, "teachers": packed["teachers"][order], "uncond": packed["uncond"][order], "route": None}
+    assert torch.equal(routed_velocity_mse(**unpacked, backend=backend), lists)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("where", ["student", "teachers", "uncond"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_stays_seen(place, bad, where, dtype):
+    backend, device = place
+    made = moved(problem((4, 6), [1, 0, 1], 2, dtype, guided=True), device)
+    target = made[where][1] if where != "student" else made[where]
+    target[0, 2, 3] = bad
+    student = made.pop("student").requires_grad_()
+    loss = routed_velocity_mse(student, **made, reduction="none", backend=backend)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert not loss[0].isfinite()
+    assert loss[1:].isfinite().all()
+    assert not gradient[0, 2, 3].isfinite()
+    assert gradient.isfinite().sum() == gradient.numel() - 1
+
+
+def test_what_is_masked_does_not_count_even_if_it_is_nan(place):
+    backend, device = place
+    made = problem((4, 6), [0, 0, 0], 1)
+    made["mask"] = torch.tensor([[True, True, False, False], [True] * 4, [False] * 4])
+    clean = [value.nan_to_num() for value in expected(**made)]  # of the last sample nothing counts: 0
+    made["student"][0, 2:], made["teachers"][0][0, 3], made["student"][2] = math.nan, math.inf, math.nan
+    here = moved(made, device)
+    student = here.pop("student").requires_grad_()
+    loss = routed_velocity_mse(student, **here, reduction="none", backend=backend)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    torch.testing.assert_close(loss.double().cpu(), clean[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double().cpu(), clean[1], rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_that_are_not_contiguous(place):
+    backend, device = place
+    made = moved(problem((6, 4, 5), [1, 0, 1], 2, guided=True, masked=2), device)
+    wanted = routed_velocity_mse(**made, backend=backend)
+    strided = {
+        **made,
+        "student": made["student"].transpose(1, 3).contiguous().transpose(1, 3),
+        "teachers": [t.transpose(1, 2).contiguous().transpose(1, 2) for t in made["teachers"]],
+        "uncond": [t.repeat(1, 1, 1, 2)[..., :5] for t in made["uncond"]],
+        "mask": made["mask"].t().contiguous().t(),
+        "route": made["route"].repeat_interleave(2)[::2],
+    }
+    assert torch.equal(routed_velocity_mse(**strided, backend=backend), wanted)
+
+
+def test_gradients_of_any_upstream(place):
+    backend, device = place
+    made = problem((3, 5), [1, 0, 1], 2, weighted=True)
+    _, gradients = expected(**made)
+    here = moved(made, device)
+    student = here.pop("student").requires_grad_()
+    upstream = torch.tensor([1.0, -2.0, 0.0])
+    loss = routed_velocity_mse(student, **here, reduction="none", backend=backend)
+    (gradient,) = torch.autograd.grad(loss, student, upstream.to(device))
+    torch.testing.assert_close(
+        gradient.double().cpu(), gradients * upstream.double().view(3, 1, 1), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_scaled_loss_keeps_small_gradients_in_fp16(place):
+    """As torch.amp.GradScaler does: the scale must reach the gradient before fp16 rounds it away."""
+    backend, device = place
+    made = problem((16, 64, 64), [0, 0, 0, 0], 1, torch.float16)
+    made["teachers"] = [made["student"] + 0.01 * made["teachers"][0]]
+    _, gradients = expected(**made)
+    here = moved(made, device)
+    student = here.pop("student").requires_grad_()
+    (gradient,) = torch.autograd.grad(2.0**20 * routed_velocity_mse(student, **here, backend=backend), student)
+    torch.testing.assert_close(gradient.double().cpu(), 2.0**18 * gradients, rtol=2e-3, atol=1e-6)
+
+
+def test_no_gradient_reaches_a_teacher(place):
+    backend, device = place
+    made = moved(problem((3, 5), [1, 0, 1], 2, guided=True), device)
+    for tensor in (made["student"], *made["teachers"], *made["uncond"], made["guidance_scale"]):
+        tensor.requires_grad_()
+    routed_velocity_mse(**made, backend=backend).backward()
+    assert made["student"].grad is not None
+    assert all(t.grad is None for t in (*made["teachers"], *made["uncond"], made["guidance_scale"]))
+
+
+def test_a_second_backward_is_refused_or_right(place):
+    backend, device = place
+    made = moved(problem((3, 5), [1, 0, 1], 2), device)
+    student = made.pop("student").requires_grad_()
+    loss = 3 * routed_velocity_mse(student, **made, backend=backend)
+    (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+    first = first.clone()
+    if backend == "torch":
+        assert torch.equal(torch.autograd.grad(loss, student, retain_graph=True)[0], first)
+    else:
+        with pytest.raises(RuntimeError, match="inplace"):
+            torch.autograd.grad(loss, student, retain_graph=True)
+
+
+def test_the_definition_passes_gradcheck():
+    made = problem((2, 3), [1, 0, 1], 2, torch.float64, guided=True, weighted=True, masked=2)
+    student = made.pop("student").requires_grad_()
+    from danceopd_kernels.routed_velocity_mse import packed_index, reference
+
+    teachers, route, uncond = made["teachers"], made["route"], made["uncond"]
+    row = packed_index(route, len(teachers))
+    rest = (made["guidance_scale"].double(), made["weight"].double(), made["mask"])
+    assert torch.autograd.gradcheck(lambda x: reference(x, teachers, route, row, uncond, *rest), student)
+
+
+def test_under_torch_compile_without_a_break(place):
+    backend, device = place
+    if backend == "triton" and device == "cpu":
+        pytest.skip("an interpreted kernel cannot be compiled")
+    made = moved(problem((3, 5), [1, 0, 1], 2, guided=True), device)
+    student = made.pop("student").requires_grad_()
+
+    def loss(student):
+        return routed_velocity_mse(2 * student, **made, backend=backend)
+
+    (wanted,) = torch.autograd.grad(loss(student), student)
+    compiled_loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled_loss(student), student)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_the_operator_is_well_formed():
+    made = problem((3, 5), [1, 0, 1], 2)
+    student = made["student"].requires_grad_()
+    row = torch.tensor([0, 0, 1])
+    args = (student, made["teachers"], made["route"], row, [], None, None, None, 1.0, "cpu")
+    if compiled.module("cpu") is None:
+        pytest.skip("the cpu module was not built")
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # tracing: by torch.compile above
+    torch.library.opcheck(torch.ops.danceopd_kernels.routed_velocity_mse.default, args, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teachers": [torch.zeros(1, 3, 5)] * 2}, "asks for"),
+        ({"teachers": [torch.zeros(1, 3, 5), torch.zeros(2, 3, 4)]}, "does not go with the student"),
+        ({"teachers": [torch.zeros(1, 3, 5), torch.zeros(2, 3, 5).half()]}, "does not go with the student"),
+        ({"teachers": [torch.zeros(0, 3, 5)] * 9}, "1 to 8"),
+        ({"route": torch.tensor([1, 0, 2])}, "asks for"),
+        ({"route": torch.tensor([1, 0, -1])}, "asks for"),
+        ({"route": torch.tensor([1, 0])}, "route must be int64"),
+        ({"route": torch.tensor([1.0, 0, 1])}, "route must be int64"),
+        ({"route": None}, "needs a route"),
+        ({"guidance_scale": 2.0}, "needs both"),
+        ({"uncond": [torch.zeros(1, 3, 5), torch.zeros(2, 3, 5)]}, "needs both"),
+        ({"weight": torch.ones(2)}, "weight must be"),
+        ({"mask": torch.ones(3, 5, dtype=torch.bool)}, "mask must be"),
+        ({"mask": torch.ones(3, 3)}, "mask must be"),
+        ({"reduction": "sum"}, "unknown reduction"),
+        ({"backend": "cudnn"}, "unknown backend"),
+        ({"student": torch.zeros(0, 3, 5)}, "no sample"),
+    ],
+)
+def test_bad_input(change, message):
+    made = problem((3, 5), [1, 0, 1], 2)
+    with pytest.raises(ValueError, match=message):
+        routed_velocity_mse(**made | change)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """Offsets of 64 bits, on the host's kernels: 2^31 + 2^20 elements in bfloat16."""
+    samples, elements = 2049, 1 << 20
+    student = torch.zeros(samples, elements, dtype=torch.bfloat16)
+    teacher = torch.zeros(samples, elements, dtype=torch.bfloat16)
+    student[-1, -1] = 2.0
+    loss = routed_velocity_mse(student, teacher, reduction="none", backend="cpu")
+    assert loss.argmax() == samples - 1
+    assert loss[-1] == 4 / elements
+    assert loss[:-1].eq(0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_replays_in_a_cuda_graph(backend):
+    if backend == "cuda" and compiled.module("cuda") is None:
+        pytest.skip("the cuda module was not built")
+    made = moved(problem((4, 33), [1, 0, 1], 2, guided=True, weighted=True), "cuda")
+    student = made.pop("student").requires_grad_()
+
+    def run():
+        loss = routed_velocity_mse(student, **made, backend=backend)
+        return loss, torch.autograd.grad(loss, student)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, gradient = run()
+    with torch.no_grad():
+        student.copy_(torch.randn_like(student))
+        made["guidance_scale"].mul_(0.5)
+    graph.replay()
+    wanted = run()
+    torch.testing.assert_close(loss, wanted[0])
+    torch.testing.assert_close(gradient, wanted[1])
