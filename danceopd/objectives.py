@@ -6,6 +6,7 @@ Written with latents z, noise level sigma [B], velocity v = noise - data and cle
 import math
 
 import torch
+from danceopd_kernels import routed_velocity_mse
 
 from danceopd.fields import Field
 
@@ -20,11 +21,13 @@ def per_sample(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def velocity_mse(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each sample, in float32: [B, ...] and [B, ...] -> [B].
 
-    No gradient reaches the target. Raises ValueError if the shapes differ.
+    No gradient reaches the target. Loss and gradient come from one pass (danceopd_kernels, operation 1); the
+    environment's DANCEOPD_KERNELS=torch gives plain PyTorch. Raises ValueError if the shapes differ.
     """
     if velocity.shape != target.shape:
         raise ValueError(f"velocity {tuple(velocity.shape)} and target {tuple(target.shape)} differ in shape")
-    return (velocity.float() - target.detach().float()).square().flatten(1).mean(1)
+    dtype = torch.promote_types(velocity.dtype, target.dtype)
+    return routed_velocity_mse(velocity.to(dtype), target.to(dtype), reduction="none")
 
 
 def weighting(name: str, sigma: torch.Tensor, next_sigma: torch.Tensor) -> torch.Tensor:

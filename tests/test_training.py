@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
 import yaml
+from danceopd_kernels import compiled
 
 from danceopd.backbones.dit import DiT, DiTConfig
 from danceopd.checkpoint import load_model, save_model
@@ -182,6 +184,30 @@ def test_micro_batches_do_not_change_the_update(raw, tmp_path):
     four = newest(train(config_of(raw, output_dir=str(tmp_path / "four"), gradient_accumulation_steps=4)))
     for key, value in one["student"].items():
         torch.testing.assert_close(four["student"][key], value, atol=2e-5, rtol=2e-4)
+
+
+def test_a_run_with_the_kernels_is_one_without(raw, tmp_path, monkeypatch):
+    module = sys.modules["danceopd_kernels.routed_velocity_mse"]  # the package has a function of that name
+    original, used = module.choose, Counter()
+
+    def counted(*args):
+        backend = original(*args)
+        used[backend] += 1
+        return backend
+
+    monkeypatch.setattr(module, "choose", counted)
+    states = []
+    for backend in ("", "torch"):
+        monkeypatch.setenv("DANCEOPD_KERNELS", backend)
+        states.append(train(config_of(raw, output_dir=str(tmp_path / f"run{backend}"))))
+    assert used["torch"] == 6
+    assert used["cpu"] == (6 if compiled.module("cpu") else 0)
+    for a, b in zip(*map(records, states), strict=True):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    one, other = (newest(folder)["student"] for folder in states)
+    for key, value in one.items():
+        torch.testing.assert_close(value, other[key], atol=2e-5, rtol=2e-4)
 
 
 def test_student_of_one_teacher_converges_to_it(raw):
