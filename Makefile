@@ -17,7 +17,7 @@ lint: .venv/installed-test
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python setup.py constraints.txt
+.venv/installed: .venv/bin/python setup.py constraints.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 

@@ -66,7 +66,7 @@ def cases(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Case]
         return torch.autograd.grad(value, student)
 
     guided = {"uncond": uncond, "guidance_scale": scale}
-    return [
+    made = [
         Case("routed_velocity_mse, guided", lambda b: loss(b, **guided), 4 * state, state),
         Case("routed_velocity_mse", loss, 3 * state, state),
         Case(
@@ -84,8 +84,10 @@ def cases(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Case]
             tokens + x.numel(),
             x.numel(),
         ),
-        Case("adaln_modulate", lambda b: adaln_modulate(x, shift, gain, backend=b), 2 * tokens, tokens),
     ]
+    if device == "cuda":  # on the host it is PyTorch's
+        made.append(Case("adaln_modulate", lambda b: adaln_modulate(x, shift, gain, backend=b), 2 * tokens, tokens))
+    return made
 
 
 def seconds(run: Callable[[], object], device: str, repeats: int) -> float:
