@@ -3,28 +3,34 @@
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map
+
+Tensors = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, ...]
 
 
 @dataclass
 class Conditioning:
     """Prompts and source pictures of B samples.
 
-    tokens: [B, L] int64 prompt tokens. source: [B, 3, H, W] in [-1, 1], or None if no sample has one.
-    has_source: [B] bool; `source` is ignored where it is False. guidance_scale: [B] float32 or None; read by
-    a field that is guided per sample (danceopd.fields.guided), and by nothing else.
+    prompt: what the backbone's text encoder gives, a tensor or a dict of them, each [B, ...]; the embedded network
+    takes int64 tokens [B, L]. source: the pictures to edit in the space of the latents, one tensor [B, C, h, w] or a
+    tuple of them where there are several references; None if no sample has one. has_source: [B] bool; `source` is
+    ignored where it is False. guidance_scale: [B] float32 or None; read by a field that is guided per sample
+    (danceopd.fields.guided), and by nothing else.
     """
 
-    tokens: torch.Tensor
-    source: torch.Tensor | None
+    prompt: Tensors
+    source: Tensors | None
     has_source: torch.Tensor
     guidance_scale: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.has_source)
 
     def _map(self, function) -> "Conditioning":
         values = (getattr(self, f.name) for f in fields(self))
-        return Conditioning(*(None if value is None else function(value) for value in values))
+        return Conditioning(*(None if value is None else tree_map(function, value) for value in values))
 
     def __getitem__(self, index) -> "Conditioning":
         """Select samples by slice, mask or index tensor."""
@@ -37,23 +43,39 @@ class Conditioning:
         """Each sample k times in a row: [B] -> [B * k]."""
         return self._map(lambda value: value.repeat_interleave(k, dim=0))
 
-    def without_prompt(self, empty_tokens: torch.Tensor) -> "Conditioning":
-        """The same samples with the empty prompt [L]; source pictures stay, as is usual for edit guidance."""
-        return replace(self, tokens=empty_tokens.expand_as(self.tokens))
+    def without_prompt(self, empty: Tensors) -> "Conditioning":
+        """The same samples with the empty prompt, given as one sample's; their source pictures stay."""
+        return replace(self, prompt=tree_map(lambda value: value.expand(len(self), *value.shape), empty))
 
 
 def concatenate(parts: list[Conditioning]) -> Conditioning:
-    """Join samples of one picture size, in order; those without a source get a blank one, marked as absent."""
-    shape = next((p.source.shape[1:] for p in parts if p.source is not None), None)
+    """Join samples of one picture size, in order; those without a source get a blank one, marked as absent.
+
+    Prompts of different length are filled up with zeros at the end, masks with False.
+    """
+    some = next((p.source for p in parts if p.source is not None), None)
     sources = None
-    if shape is not None:
-        sources = torch.cat(
-            [p.has_source.new_zeros(len(p), *shape).float() if p.source is None else p.source for p in parts]
-        )
+    if some is not None:
+
+        def blank(part):
+            return tree_map(lambda value: value.new_zeros(len(part), *value.shape[1:]), some)
+
+        pictures = [blank(p) if p.source is None else p.source for p in parts]
+        sources = tree_map(lambda *values: torch.cat(values), *pictures)
     scales = [p.guidance_scale for p in parts]
     return Conditioning(
-        torch.cat([p.tokens for p in parts]),
+        tree_map(_join, *[p.prompt for p in parts]),
         sources,
         torch.cat([p.has_source for p in parts]),
         None if any(s is None for s in scales) else torch.cat(scales),
     )
+
+
+def _join(*values: torch.Tensor) -> torch.Tensor:
+    """[B_i, L_i, ...] one after the other, each filled up to the longest L; [B_i] as they are."""
+    longest = max((value.shape[1] for value in values if value.dim() > 1), default=0)
+    filled = [
+        F.pad(value, (0, 0) * (value.dim() - 2) + (0, longest - value.shape[1])) if value.dim() > 1 else value
+        for value in values
+    ]
+    return torch.cat(filled)

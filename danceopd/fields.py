@@ -9,17 +9,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from danceopd.conditioning import Conditioning, concatenate
+from danceopd.conditioning import Conditioning, Tensors, concatenate
 
 Field = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 
-def guided(field: Field, empty_tokens: torch.Tensor, guidance_scale: float | torch.Tensor | None = None) -> Field:
+def guided(field: Field, empty_prompt: Tensors, guidance_scale: float | torch.Tensor | None = None) -> Field:
     """Classifier-free guidance as an operator field: v + alpha (v_cond - v), v the field of the empty prompt.
 
-    empty_tokens [L]; guidance_scale alpha: a number, [B] (one per sample), or None: each sample's own, from
-    conditioning.guidance_scale. Both branches are evaluated in one batch, the unconditional one only for samples
-    whose scale is not 1. At the number 1 the conditional field itself comes back.
+    empty_prompt: one sample's, as Conditioning.prompt without the batch; guidance_scale alpha: a number, [B] (one per
+    sample), or None: each sample's own, from conditioning.guidance_scale. Both branches are evaluated in one batch,
+    the unconditional one only for samples whose scale is not 1. At the number 1 the conditional field itself comes
+    back.
     """
     if isinstance(guidance_scale, int | float) and guidance_scale == 1:
         return field
@@ -31,7 +32,7 @@ def guided(field: Field, empty_tokens: torch.Tensor, guidance_scale: float | tor
             raise ValueError(f"{alpha.numel()} guidance scales for a batch of {len(latents)}")
         alpha = alpha.expand(len(latents))
         rows = (alpha != 1).nonzero()[:, 0]  # at scale 1 the conditional branch is the field
-        both = concatenate([conditioning, conditioning[rows].without_prompt(empty_tokens)])
+        both = concatenate([conditioning, conditioning[rows].without_prompt(empty_prompt)])
         velocity = field(torch.cat([latents, latents[rows]]), torch.cat([sigma, sigma[rows]]), both)
         cond, uncond = velocity[: len(latents)], velocity[len(latents) :]
         mixed = uncond + alpha[rows].view(-1, *(1,) * (cond.dim() - 1)) * (cond[rows] - uncond)

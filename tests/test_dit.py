@@ -33,7 +33,7 @@ def batch(n=6, seed=1, config=SMALL):
 
 
 def replaced(c, **changes):
-    return Conditioning(**{"tokens": c.tokens, "source": c.source, "has_source": c.has_source, **changes})
+    return Conditioning(**{"prompt": c.prompt, "source": c.source, "has_source": c.has_source, **changes})
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def test_mixed_batch_equals_separate_passes():
     mixed = model(z, sigma, c)
     for i in range(len(z)):
         source = c.source[i : i + 1] if c.has_source[i] else None
-        alone = Conditioning(c.tokens[i : i + 1], source, c.has_source[i : i + 1])
+        alone = Conditioning(c.prompt[i : i + 1], source, c.has_source[i : i + 1])
         torch.testing.assert_close(mixed[i], model(z[i : i + 1], sigma[i : i + 1], alone)[0], atol=1e-5, rtol=1e-5)
     for rows in (c.has_source, ~c.has_source):
         torch.testing.assert_close(mixed[rows], model(z[rows], sigma[rows], c[rows]), atol=1e-6, rtol=1e-6)
@@ -102,11 +102,11 @@ def test_what_the_velocity_depends_on():
     assert torch.equal(changed(model(z, sigma, replaced(c, source=c.source.flip(0)))), c.has_source)
     assert torch.equal(changed(model(z, sigma, replaced(c, source=c.source + 0.5))), c.has_source)
     assert torch.equal(changed(model(z, sigma, replaced(c, source=None))), c.has_source)
-    assert torch.equal(changed(model(z, sigma, replaced(c, tokens=c.tokens.flip(1)))), everyone)  # word order
+    assert torch.equal(changed(model(z, sigma, replaced(c, prompt=c.prompt.flip(1)))), everyone)  # word order
     assert torch.equal(changed(model(z, sigma * 0.9, c)), everyone)
-    one = c.tokens.clone()
+    one = c.prompt.clone()
     one[2, 3] = 0
-    assert torch.equal(changed(model(z, sigma, replaced(c, tokens=one))), torch.arange(6) == 2)
+    assert torch.equal(changed(model(z, sigma, replaced(c, prompt=one))), torch.arange(6) == 2)
 
 
 @torch.no_grad()

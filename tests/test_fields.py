@@ -23,7 +23,7 @@ def field(latents, sigma, c, gain=1.0):
     """Something different for every prompt, noise level and source picture."""
     shape = (-1, 1, 1, 1)
     weight = torch.tensor([1.0, 0.1, 0.01, 0.001])
-    prompt = (c.tokens * weight).sum(1).sin().view(shape)
+    prompt = (c.prompt * weight).sum(1).sin().view(shape)
     source = 0 if c.source is None else c.source * c.has_source.view(shape)
     return gain * (prompt * latents.cos() + sigma.view(shape) * latents + prompt * source + source)
 
@@ -63,7 +63,7 @@ def test_guided_asks_one_batch_with_the_sources_in_both_halves():
     [(z, s, both)] = asked
     assert torch.equal(z, latents.repeat(2, 1, 1, 1))
     assert torch.equal(s, sigma.repeat(2))
-    assert torch.equal(both.tokens, torch.cat([c.tokens, EMPTY.expand(3, 4)]))
+    assert torch.equal(both.prompt, torch.cat([c.prompt, EMPTY.expand(3, 4)]))
     assert torch.equal(both.source, c.source.repeat(2, 1, 1, 1))
     assert torch.equal(both.has_source, c.has_source.repeat(2))
 
@@ -150,10 +150,10 @@ def test_conditioning_selects(index, source):
     _, _, c = batch(4, source=source)
     c.guidance_scale = torch.arange(4.0)
     part = c[index]
-    assert torch.equal(part.tokens, c.tokens[index])
+    assert torch.equal(part.prompt, c.prompt[index])
     assert torch.equal(part.has_source, c.has_source[index])
     assert torch.equal(part.guidance_scale, c.guidance_scale[index])
-    assert len(part) == len(part.tokens)
+    assert len(part) == len(part.prompt)
     assert part.source is None if not source else torch.equal(part.source, c.source[index])
 
 
@@ -161,15 +161,39 @@ def test_concatenate_keeps_every_source():
     (_, _, a), (_, _, b) = batch(2, seed=1, source=False), batch(3, seed=2)
     for parts, with_source in (([a, b], slice(2, 5)), ([b, a], slice(0, 3))):
         joined = concatenate(parts)
-        assert torch.equal(joined.tokens, torch.cat([p.tokens for p in parts]))
+        assert torch.equal(joined.prompt, torch.cat([p.prompt for p in parts]))
         assert torch.equal(joined.has_source, torch.cat([p.has_source for p in parts]))
         assert torch.equal(joined.source[with_source], b.source)
     assert concatenate([a, a]).source is None
 
 
+def test_prompts_of_several_tensors_and_lengths():
+    def encoded(n, length, references):
+        prompt = {"prompt_embeds": torch.rand(n, length, 3) + 1, "prompt_mask": torch.ones(n, length, dtype=torch.bool)}
+        prompt["pooled"] = torch.rand(n, 5)
+        source = tuple(torch.rand(n, 2, 4, 4 + i) for i in range(2)) if references else None
+        return Conditioning(prompt, source, torch.full((n,), references))
+
+    short, long = encoded(2, 3, True), encoded(1, 5, False)
+    joined = concatenate([short, long])
+    assert joined.prompt["prompt_embeds"].shape == (3, 5, 3)
+    assert joined.prompt["prompt_mask"].sum(1).tolist() == [3, 3, 5]
+    assert (joined.prompt["prompt_embeds"] != 0).any(2).equal(joined.prompt["prompt_mask"])
+    assert [s.shape for s in joined.source] == [(3, 2, 4, 4), (3, 2, 4, 5)]
+    assert joined.source[1][:2].equal(short.source[1])
+    assert not joined.source[1][2].any()
+    last = joined[torch.tensor([2, 0])]
+    assert last.has_source.tolist() == [False, True]
+    assert last.prompt["pooled"].equal(torch.cat([long.prompt["pooled"], short.prompt["pooled"][:1]]))
+    empty = last.without_prompt({name: value[0] for name, value in long.prompt.items()})
+    assert empty.prompt["prompt_embeds"].equal(long.prompt["prompt_embeds"].expand(2, -1, -1))
+    assert empty.source is last.source
+    assert len(empty.repeat(3)) == 6
+
+
 def test_repeat_keeps_a_samples_copies_together():
     _, _, c = batch(3)
-    assert torch.equal(c.repeat(2).tokens, c.tokens[torch.tensor([0, 0, 1, 1, 2, 2])])
+    assert torch.equal(c.repeat(2).prompt, c.prompt[torch.tensor([0, 0, 1, 1, 2, 2])])
     assert torch.equal(c.repeat(2).source, c.source[torch.tensor([0, 0, 1, 1, 2, 2])])
 
 

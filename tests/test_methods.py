@@ -59,7 +59,7 @@ def batch_of(n, routes=2, seed=0, size=3, first=0) -> Batch:
 
 def linear(theta):
     """A field of two parameters that differs from sample to sample."""
-    return lambda z, sigma, c: theta[0] * z + theta[1] * sigma[:, None] + 0.1 * (c.tokens % 5)
+    return lambda z, sigma, c: theta[0] * z + theta[1] * sigma[:, None] + 0.1 * (c.prompt % 5)
 
 
 def constant(value):
@@ -82,7 +82,7 @@ class Watched:
         self.field, self.calls = field, []
 
     def __call__(self, z, sigma, c):
-        self.calls.append((z.detach().clone(), sigma.clone(), c.tokens[:, 0].clone(), torch.is_grad_enabled()))
+        self.calls.append((z.detach().clone(), sigma.clone(), c.prompt[:, 0].clone(), torch.is_grad_enabled()))
         return self.field(z, sigma, c)
 
 
@@ -321,7 +321,7 @@ class ByHand:
         self.prompt = torch.arange(n // group).repeat_interleave(group)
         self.route, conditioning = batch.route[self.prompt], batch.conditioning[self.prompt]
         states, _ = sde_rollout(student, batch.noise, conditioning, sigmas, LEVEL, generator(seed))
-        self.states, self.sigmas, self.tokens = states.double(), sigmas.double(), conditioning.tokens
+        self.states, self.sigmas, self.tokens = states.double(), sigmas.double(), conditioning.prompt
         self.group, self.max_advantage = group, max_advantage
 
     def step(self, field, i):
@@ -502,7 +502,7 @@ def test_consistency_by_hand():
 
 def free(theta):
     """Each sample's velocity is a parameter of its own, so that its clean estimate is noise - theta everywhere."""
-    return lambda z, sigma, c: theta[c.tokens[:, 0]]
+    return lambda z, sigma, c: theta[c.prompt[:, 0]]
 
 
 def test_sds_gradient_is_the_normalised_teacher_residual():
@@ -527,7 +527,7 @@ def test_sds_rests_where_the_teacher_agrees():
     clean = (batch.noise - theta).detach()
 
     def agrees(z, sigma, c):
-        return (z - clean[c.tokens[:, 0]]) / sigma[:, None]
+        return (z - clean[c.prompt[:, 0]]) / sigma[:, None]
 
     sds_loss(free(theta), [agrees] * 2, batch, **ROLLED, generator=generator()).loss.sum().backward()
     assert theta.grad.abs().max() < 1e-3
@@ -735,7 +735,7 @@ def test_pooled_mixes_samples_with_and_without_source_pictures():
         asked.update(
             {
                 int(t): (bool(h), None if c.source is None else s)
-                for t, h, s in zip(c.tokens[:, 0], c.has_source, c.source if c.source is not None else z, strict=True)
+                for t, h, s in zip(c.prompt[:, 0], c.has_source, c.source if c.source is not None else z, strict=True)
             }
         )
         return field(z, sigma, c)

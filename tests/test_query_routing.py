@@ -179,7 +179,7 @@ def test_batches_in_turn_ignore_the_weights_and_keep_the_noise():
     assert torch.equal(batch.route, torch.arange(12) % 2)
     for m, rows in enumerate(data):
         own = tokenize(rows.prompts(list(range(40))), 10)
-        for tokens in batch.conditioning.tokens[batch.route == m]:
+        for tokens in batch.conditioning.prompt[batch.route == m]:
             assert (own == tokens).all(1).any()
     assert torch.equal(batch.noise, t2i_batch(12, (100.0, 1.0))[1].noise)
 
@@ -190,9 +190,9 @@ def test_prompt_dropout_leaves_its_share_empty_and_the_rest_alone():
     _, whole = t2i_batch(n)
     assert torch.equal(dropped.noise, whole.noise)
     assert torch.equal(dropped.route, whole.route)
-    blank = (dropped.conditioning.tokens == empty).all(1)
-    assert not (whole.conditioning.tokens == empty).all(1).any()
-    assert torch.equal(dropped.conditioning.tokens[~blank], whole.conditioning.tokens[~blank])
+    blank = (dropped.conditioning.prompt == empty).all(1)
+    assert not (whole.conditioning.prompt == empty).all(1).any()
+    assert torch.equal(dropped.conditioning.prompt[~blank], whole.conditioning.prompt[~blank])
     first = dropped.route == 0
     assert blank[first].double().mean().item() == pytest.approx(0.3, abs=4 * (0.21 / first.sum().item()) ** 0.5)
     assert not blank[~first].any()

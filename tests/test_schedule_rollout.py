@@ -24,7 +24,7 @@ def condition(n: int, length: int = 4, source: torch.Tensor | None = None) -> Co
 def curved(z, sigma, conditioning):
     """A field of nothing but products and sums, different for each sample's prompt and noise level."""
     shape = (-1, *(1,) * (z.dim() - 1))
-    prompt = conditioning.tokens.float().mean(1).view(shape)
+    prompt = conditioning.prompt.float().mean(1).view(shape)
     return z * (0.5 - 0.2 * z) + 0.3 * prompt * sigma.view(shape)
 
 

@@ -392,6 +392,6 @@ def test_batch_is_a_function_of_seed_and_step():
     data = [WorldData("t2i", 30, 0), WorldData("edit", 30, 0)]
     a, b, c = (draw_batch(data, [1, 1], 16, 10, 32, step_generator(0, step)) for step in (3, 3, 4))
     assert torch.equal(a.noise, b.noise)
-    assert torch.equal(a.conditioning.tokens, b.conditioning.tokens)
+    assert torch.equal(a.conditioning.prompt, b.conditioning.prompt)
     assert not torch.equal(a.noise, c.noise)
     assert torch.equal(a.conditioning.has_source, a.route == 1)

@@ -107,11 +107,11 @@ class DiT(nn.Module):
         """
         has_source = conditioning.has_source
         if conditioning.source is None or not has_source.any():
-            return self._forward(latents, sigma, conditioning.tokens, None)
+            return self._forward(latents, sigma, conditioning.prompt, None)
         if has_source.all():
-            return self._forward(latents, sigma, conditioning.tokens, conditioning.source)
+            return self._forward(latents, sigma, conditioning.prompt, conditioning.source)
         with_source, without = has_source.nonzero()[:, 0], (~has_source).nonzero()[:, 0]
-        tokens, source = conditioning.tokens, conditioning.source
+        tokens, source = conditioning.prompt, conditioning.source
         edited = self._forward(latents[with_source], sigma[with_source], tokens[with_source], source[with_source])
         drawn = self._forward(latents[without], sigma[without], tokens[without], None)
         return torch.empty_like(latents).index_copy(0, with_source, edited).index_copy(0, without, drawn)

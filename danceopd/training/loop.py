@@ -113,7 +113,7 @@ class Trainer:
                 return self.student(latents, sigma, conditioning)
 
         field = counted(velocity, self.evaluations, "student")
-        return field if self.guidance_scales is None else guided(field, self.parts.empty_tokens)
+        return field if self.guidance_scales is None else guided(field, self.parts.empty_prompt)
 
     def provided(self, batch: Batch, part: int, progress: float, generator: torch.Generator) -> dict:
         """What a method may ask for by keyword, of micro-batch number `part` at the update's progress."""

@@ -29,7 +29,7 @@ class Parts:
     fields: list[Field]
     data: list
     anchor: DiT | None
-    empty_tokens: torch.Tensor
+    empty_prompt: torch.Tensor
     device: torch.device
 
 
@@ -64,13 +64,13 @@ def build(config: Config) -> Parts:
     attempt("training.output_dir", _check_folder, config.training.output_dir)
     if problems:
         raise UserError("\n  ".join(["this run cannot start:", *problems]))
-    empty_tokens = tokenize([""], student.config.text_length)[0].to(device)
+    empty_prompt = tokenize([""], student.config.text_length)[0].to(device)
     fields = []
     for capability in config.capabilities.values():
         network = networks[capability.source].to(device).requires_grad_(False)
-        fields.append(guided(network, empty_tokens, config.sources[capability.source].guidance_scale))
+        fields.append(guided(network, empty_prompt, config.sources[capability.source].guidance_scale))
     anchor = copy.deepcopy(student).to(device).requires_grad_(False) if "anchor" in needs(config.method) else None
-    return Parts(student.to(device), fields, data, anchor, empty_tokens, device)
+    return Parts(student.to(device), fields, data, anchor, empty_prompt, device)
 
 
 def _load(weights: str) -> DiT:
