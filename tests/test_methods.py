@@ -922,7 +922,7 @@ def test_only_who_asks_for_pictures_or_an_anchor_gets_them(networks, tmp_path):
         if clean:  # each sample's own picture, in the order of the batch
             same_without = Trainer(config_of(networks, tmp_path), trainer.parts).draw()
             assert torch.equal(batch.noise, same_without.noise)
-            for m, data in enumerate(trainer.parts.data):
+            for m, data in enumerate(trainer.parts.samples.groups[0].data):
                 pictures = data.targets(list(range(20)))
                 for picture in batch.clean[batch.route == m]:
                     assert (pictures == picture).flatten(1).all(1).any()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danceopd.data.sampler import draw_batch
+from danceopd.data.sampler import draw_batch, embedded_samples
 from danceopd.data.world import WorldData
 from danceopd.methods.observed import Observed
 from danceopd.query import BETA, QUERIES, query
@@ -171,7 +171,7 @@ def test_round_robin_makes_equal_parts(m, rounds, parts):
 
 def t2i_batch(size, weights=(1.0, 1.0), **options):
     data = [WorldData("t2i", 40, 0), WorldData("style", 40, 0)]
-    return data, draw_batch(data, list(weights), size, 10, 1, generator(5), **options)
+    return data, draw_batch(embedded_samples(data, 10, 1), list(weights), size, generator(5), **options)
 
 
 def test_batches_in_turn_ignore_the_weights_and_keep_the_noise():

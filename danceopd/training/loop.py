@@ -92,11 +92,9 @@ class Trainer:
         generator = step_generator(self.config.training.seed, self.step, BATCH)
         weights = self.gaps.route_weights(self.weights) if self.config.route == "adaptive" else self.weights
         return draw_batch(
-            self.parts.data,
+            self.parts.samples,
             weights,
             self.config.training.batch_size,
-            self.student.config.text_length,
-            self.student.config.image_size,
             generator,
             self.guidance_scales,
             in_turn=self.config.route == "round_robin",
@@ -195,11 +193,9 @@ class Trainer:
 
     def _preview(self, m: int, n: int) -> Batch:
         """n fixed samples of one capability."""
-        size, scales = self.student.config, self.guidance_scales and [self.guidance_scales[m]]
         generator = step_generator(self.config.training.seed, 0, PREVIEW)
-        return draw_batch([self.parts.data[m]], [1.0], n, size.text_length, size.image_size, generator, scales).to(
-            self.device
-        )
+        only = [float(i == m) for i in range(len(self.names))]
+        return draw_batch(self.parts.samples, only, n, generator, self.guidance_scales).to(self.device)
 
     @torch.no_grad()
     def sample_grid(self, path: Path) -> None:

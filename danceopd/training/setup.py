@@ -11,6 +11,7 @@ from danceopd.backbones.dit import DiT
 from danceopd.checkpoint import load_model, resolve_weights
 from danceopd.config import Config
 from danceopd.data.manifest import ManifestData
+from danceopd.data.sampler import Samples, embedded_samples
 from danceopd.data.world import WorldData
 from danceopd.errors import UserError
 from danceopd.fields import Field, guided
@@ -20,14 +21,14 @@ from danceopd.tokenizer import tokenize
 
 @dataclass
 class Parts:
-    """The student, each route's frozen field and data set in the order of `config.capabilities`, the device.
+    """The student, each route's frozen field in the order of `config.capabilities`, where batches come from.
 
     anchor: the student as it was before training, frozen, where the method asks for it.
     """
 
     student: DiT
     fields: list[Field]
-    data: list
+    samples: Samples
     anchor: DiT | None
     empty_prompt: torch.Tensor
     device: torch.device
@@ -70,7 +71,8 @@ def build(config: Config) -> Parts:
         network = networks[capability.source].to(device).requires_grad_(False)
         fields.append(guided(network, empty_prompt, config.sources[capability.source].guidance_scale))
     anchor = copy.deepcopy(student).to(device).requires_grad_(False) if "anchor" in needs(config.method) else None
-    return Parts(student.to(device), fields, data, anchor, empty_prompt, device)
+    samples = embedded_samples(data, student.config.text_length, image_size)
+    return Parts(student.to(device), fields, samples, anchor, empty_prompt, device)
 
 
 def _load(weights: str) -> DiT:
