@@ -26,26 +26,56 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class NewLora(Section):
+    """A student's adapter: alpha / rank times B A beside each target layer; alpha is the rank if not given.
+
+    targets: ends of the layers' names; those of the model's family if not given.
+    """
+
+    rank: Positive = 128
+    alpha: PositiveFloat | None = None
+    targets: list[str] | None = None
+
+
 class Student(Section):
-    """init_from: the name of an embedded network, or a .safetensors file."""
+    """init_from: the name of an embedded network, or a .safetensors file; with a `model`, "base", its transformer.
+
+    lora: train an adapter of it, for a `model`.
+    """
 
     init_from: str = "base"
+    lora: NewLora | None = None
+
+
+class LoraFile(Section):
+    """A LoRA in any layout that diffusers converts; scale: of what it changes."""
+
+    path: Path
+    scale: Scale = 1.0
 
 
 class Source(Section):
-    """A frozen teacher. guidance_scale 1 asks its conditional field; any other makes guidance part of the field."""
+    """A frozen teacher. guidance_scale 1 asks its conditional field; any other makes guidance part of the field.
 
-    weights: str
+    weights: as a student's init_from, "base" if not given with a `model`; lora: adapters on its transformer, summed.
+    """
+
+    weights: str | None = None
+    lora: list[LoraFile] = []
     guidance_scale: Scale = 1.0
 
 
 class Data(Section):
-    """Exactly one of `world` (pictures drawn from `seed`, `size` of them) and `manifest` (a user's own file)."""
+    """Exactly one of `world` (pictures drawn from `seed`, `size` of them) and `manifest` (a user's own file).
+
+    With a `model`: prepared, the rows that `danceopd data prepare` wrote.
+    """
 
     world: Literal["t2i", "style", "edit", "local", "global"] | None = None
     size: Positive = 20000
     seed: Count = 1
     manifest: Path | None = None
+    prepared: Path | None = None
     root: Path | None = None
 
 
@@ -67,6 +97,8 @@ class Capability(Section):
 
 
 class Rollout(Section):
+    """shift: of the noise levels; a `model`'s are those of its scheduler, and shift is not looked at."""
+
     num_inference_steps: Positive = 16
     shift: PositiveFloat = 5.0
     solver: Literal[*SOLVERS] = "euler"
@@ -123,8 +155,12 @@ class Evaluation(Section):
 
 
 class Config(Section):
-    """options: those of the method. route: drawn with the capabilities' weights, in turn, or by weight and gap."""
+    """options: those of the method. route: drawn with the capabilities' weights, in turn, or by weight and gap.
 
+    model: the folder of a diffusers pipeline whose transformer is distilled; the embedded network if not given.
+    """
+
+    model: Path | None = None
     method: Literal[*METHODS] = "danceopd"
     options: dict[str, Any] = {}
     route: Literal[*ROUTES] = "random"
@@ -237,6 +273,33 @@ def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") 
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
 
 
+def _check_model(config: Config) -> list[str]:
+    """What goes with a `model` only, and what does not go with one."""
+    if config.model:
+        return [
+            f"{key}: not with a model yet; give 0"
+            for key, value in (
+                ("evaluation.times", config.evaluation.times),
+                ("training.sample_every", config.training.sample_every),
+            )
+            if value
+        ] + ([] if config.student.lora else ["student.lora: a model's student is an adapter so far; give lora: {}"])
+    problems = ["student.lora: is for a model's student; give model, or leave it out"] if config.student.lora else []
+    return (
+        problems
+        + [
+            f"sources.{name}.lora: is for a model's source; give model, or leave it out"
+            for name, source in config.sources.items()
+            if source.lora
+        ]
+        + [
+            f"sources.{name}.weights: required, but not given"
+            for name, s in config.sources.items()
+            if s.weights is None
+        ]
+    )
+
+
 def _cross_check(config: Config) -> list[str]:
     problems = []
     try:
@@ -248,11 +311,15 @@ def _cross_check(config: Config) -> list[str]:
             near = nearest(capability.source, config.sources)
             problems.append(f"capabilities.{name}.source: no source {capability.source!r}{near}")
         data = capability.data
-        if (data.world is None) == (data.manifest is None):
+        given = [key for key in ("world", "manifest", "prepared") if getattr(data, key) is not None]
+        if config.model and given != ["prepared"]:
+            problems.append(f"capabilities.{name}.data: a model trains on prepared rows; give prepared alone")
+        elif not config.model and given not in (["world"], ["manifest"]):
             problems.append(f"capabilities.{name}.data: give either world or manifest")
         elif data.world and (capability.task == "t2i") != (data.world in ("t2i", "style")):
             has = "no source pictures" if data.world in ("t2i", "style") else "source pictures"
             problems.append(f"capabilities.{name}.task: {capability.task!r}, but world {data.world!r} has {has}")
+    problems += _check_model(config)
     if sum(c.weight for c in config.capabilities.values()) == 0:
         problems.append("capabilities: all weights are zero, so no sample would be drawn")
     training = config.training

@@ -244,8 +244,9 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        if state["identity"] != self.identity():
-            changed = _differences(state["identity"], self.identity())
+        saved, ours = _without_nothing(state["identity"]), _without_nothing(self.identity())
+        if saved != ours:
+            changed = _differences(saved, ours)
             raise UserError(
                 f"{self.config.training.output_dir} holds a run with another configuration ({', '.join(changed)}); "
                 "choose another training.output_dir, or give --overwrite to start again there"
@@ -364,6 +365,12 @@ def stop_requests():
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _without_nothing(values: dict) -> dict:
+    """Without keys that hold nothing: a run goes on after a version that has more of them."""
+    kept = {key: _without_nothing(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in kept.items() if value is not None and value != [] and value != {}}
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
