@@ -1,0 +1,52 @@
+"""Networks as velocity fields: the embedded one (dit), and one module for each family of diffusers' models.
+
+A family's module has PIPELINES, TASKS and LORA_TARGETS, and load_transformer, text_encoder, picture_codec,
+latent_shape, sigmas and velocity; danceopd/backbones/sd3.py is the plainest.
+"""
+
+import difflib
+import json
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from danceopd.errors import UserError
+
+FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image")
+
+
+def class_name_of(folder: Path | str) -> str:
+    """The pipeline's class named in a folder's model_index.json. Raises UserError if there is none."""
+    index = Path(folder) / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"no model_index.json in {folder}; give the folder of a whole diffusers pipeline")
+    try:
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is damaged ({error}); copy it again") from None
+
+
+def pipeline_class_of(folder: Path | str) -> type:
+    """diffusers' class of a pipeline's folder, which knows its LoRA layouts. Raises UserError as backbone_of does."""
+    import diffusers
+
+    backbone_of(folder)
+    return getattr(diffusers, class_name_of(folder))
+
+
+def backbone_of(folder: Path | str) -> ModuleType:
+    """The module that serves a pipeline's folder, by the class named in its model_index.json.
+
+    Raises UserError if the folder is not a pipeline's, or of a family that none serves.
+    """
+    name = class_name_of(folder)
+    try:
+        modules = {family: import_module(f"danceopd.backbones.{family}") for family in FAMILIES}
+    except ModuleNotFoundError as error:
+        raise UserError(f"diffusers' models need {error.name}; pip install 'danceopd[models]'") from None
+    served = {pipeline: module for module in modules.values() for pipeline in module.PIPELINES}
+    if name not in served:
+        near = difflib.get_close_matches(name, served, n=1)
+        hint = f"did you mean a {near[0]}?" if near else f"served are {', '.join(sorted(served))}"
+        raise UserError(f"{folder} is a {name}, which no backbone serves; {hint}")
+    return served[name]
