@@ -77,6 +77,19 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--root", type=Path, help="the folder of the pictures (the manifest's own without)")
     check.add_argument("--needs-source", nargs="*", default=(), metavar="TASK", help="tasks that must have sources")
     check.set_defaults(run=run_data_check)
+    prepare = actions.add_parser("prepare", help="encode a manifest's prompts and pictures once, for training")
+    prepare.add_argument("manifest", type=Path)
+    prepare.add_argument("--model", type=Path, required=True, help="a diffusers pipeline's folder: its encoders")
+    prepare.add_argument("--cache", type=Path, required=True, help="folder of encodings; manifests may share it")
+    prepare.add_argument("--resolution", type=int, default=1024, help="pictures of its square in pixels (%(default)s)")
+    prepare.add_argument("--root", type=Path, help="the folder of the pictures (the manifest's own without)")
+    prepare.add_argument("--needs-source", nargs="*", default=(), metavar="TASK", help="tasks that must have sources")
+    prepare.add_argument("--batch-size", type=int, default=8)
+    prepare.add_argument("--workers", type=int, default=4, help="threads that read pictures (%(default)s)")
+    prepare.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    prepare.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of encoders")
+    prepare.add_argument("--strict", action="store_true", help="stop at problems instead of leaving rows out")
+    prepare.set_defaults(run=run_data_prepare)
     write = actions.add_parser("world", help="write pictures of the world as PNGs with a manifest")
     write.add_argument("folder", type=Path)
     write.add_argument("--size", type=int, default=1000, help="samples per capability (%(default)s)")
@@ -215,6 +228,38 @@ def run_data_check(args: argparse.Namespace) -> int:
         print(problem)
     print(f"{args.manifest}: " + (f"{len(problems)} problems" if problems else "no problems"))
     return 1 if problems else 0
+
+
+def run_data_prepare(args: argparse.Namespace) -> None:
+    import torch
+
+    from danceopd.backbones import backbone_of
+    from danceopd.data.prepare import prepare
+
+    if min(args.resolution, args.batch_size, args.workers) < 1:
+        raise UserError("--resolution, --batch-size and --workers must be positive")
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        raise UserError("no CUDA device is available; use --device cpu")
+    done = prepare(
+        args.manifest,
+        args.model,
+        args.cache,
+        backbone_of(args.model),
+        resolution=args.resolution,
+        root=args.root,
+        needs_source=args.needs_source,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        device="cuda" if cuda and args.device != "cpu" else "cpu",
+        dtype=getattr(torch, args.dtype),
+        strict=args.strict,
+    )
+    for problem in done.problems:
+        print(f"left out: {problem}")
+    if done.damaged:
+        print(f"mended: {len(done.damaged)} damaged shards, {', '.join(done.damaged[:3])}")
+    print(f"{done.rows} rows in {done.path}: {done.made} entries encoded, {done.found} found")
 
 
 def run_data_world(args: argparse.Namespace) -> None:

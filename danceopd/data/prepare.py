@@ -1,0 +1,248 @@
+"""From a manifest to a cache: prompts and pictures are encoded once, before training, which then needs no encoder."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from danceopd.checkpoint import write_atomic
+from danceopd.data.cache import Cache, key_of
+from danceopd.data.manifest import Problem, Row, decode_picture, read_manifest
+from danceopd.errors import UserError
+
+PROBED = 2**20  # bytes of each weight file that its fingerprint reads at both ends
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What came of it: rows written, entries made and found, what was wrong with rows, shards that were mended."""
+
+    path: Path
+    rows: int
+    made: int
+    found: int
+    problems: list[Problem]
+    damaged: list[str]
+
+
+def fingerprint(folder: Path) -> str:
+    """Names a component's files: configurations whole, of weights the size and both ends. Moving it changes nothing."""
+    digest = hashlib.blake2b(digest_size=16)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    if not files:
+        raise UserError(f"no files in {folder}; give the folder of a whole pipeline")
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size} ".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(PROBED))
+            if size > PROBED:
+                file.seek(max(PROBED, size - PROBED))
+                digest.update(file.read(PROBED))
+    return digest.hexdigest()
+
+
+def buckets(resolution: int, multiple: int) -> list[tuple[int, int]]:
+    """(height, width) of about resolution^2 pixels, in multiples of `multiple`, from 1 : 2 to 2 : 1."""
+    sizes = set()
+    for width in range(multiple, 2 * resolution + 1, multiple):
+        height = max(multiple, round(resolution**2 / width / multiple) * multiple)
+        if 0.5 <= height / width <= 2:
+            sizes.add((height, width))
+    return sorted(sizes)
+
+
+def bucket_of(height: int, width: int, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket whose aspect ratio is nearest, by the logarithm."""
+    ratio = np.log(height / width)
+    return min(sizes, key=lambda size: (abs(np.log(size[0] / size[1]) - ratio), size))
+
+
+def fit(picture: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """The picture scaled to cover (height, width) and cut at its middle: [3, H, W] float32 in [-1, 1]."""
+    height, width = size
+    scale = max(height / picture.height, width / picture.width)
+    scaled = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))),
+                            Image.Resampling.LANCZOS)  # fmt: skip
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    array = np.asarray(scaled.crop((left, top, left + width, top + height)).convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture as it is encoded: a digest of its file's bytes, and the (height, width) of its bucket."""
+
+    digest: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the entries of a model are called in the cache."""
+
+    text_model: str
+    picture_model: str
+    seen: dict[Path, Seen]
+    prompts_see_pictures: bool  # where the text encoder looks at the source picture too
+
+    def prompt(self, prompt: str, source: Path | None = None) -> str:
+        looked_at = self.picture(source) if source and self.prompts_see_pictures else ""
+        return key_of("prompt", self.text_model, prompt, looked_at)
+
+    def picture(self, path: Path) -> str:
+        return key_of("latents", self.picture_model, self.seen[path].digest, str(self.seen[path].size))
+
+
+def prepare(
+    manifest: Path,
+    model: Path,
+    folder: Path,
+    backbone,
+    *,
+    resolution: int = 1024,
+    root: Path | None = None,
+    needs_source: Iterable[str] = (),
+    negative_prompts: Iterable[str] = ("",),
+    batch_size: int = 8,
+    entries_per_shard: int = 256,
+    workers: int = 2,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    strict: bool = False,
+) -> Prepared:
+    """Encode what a manifest names and is not in the cache yet, and write the rows that training reads.
+
+    model: a pipeline's folder; backbone: the module of its family (danceopd.backbones). Prompts are encoded first, and
+    their encoders let go before the pictures'. Equal prompts and pictures are encoded once, whatever rows or manifests
+    name them; negative_prompts are encoded too, for guidance. strict: stop at problems instead of leaving rows out.
+    Raises UserError for a manifest, model or cache of no use, and with strict for any problem.
+    """
+    rows, problems = read_manifest(manifest, root, needs_source=needs_source)
+    rows, seen, more = _look_at_pictures(rows, buckets(resolution, multiple_of(backbone, model)), workers)
+    problems = sorted([*problems, *more], key=lambda problem: problem.line)
+    if problems and (strict or not rows):
+        head = f"{manifest} has problems:" if strict else f"no row of {manifest} can be used:"
+        raise UserError("\n  ".join([head, *map(str, problems)]))
+    text_parts = [p for p in sorted(model.iterdir()) if p.name.startswith(("text_encoder", "tokenizer", "processor"))]
+    names = Names(
+        key_of(*map(fingerprint, text_parts)),
+        fingerprint(model / "vae"),
+        seen,
+        getattr(backbone, "PROMPTS_SEE_PICTURES", False),
+    )
+    cache = Cache(folder)
+    prompts = {names.prompt(row.prompt, row.source_image): (row.prompt, row.source_image) for row in rows}
+    prompts |= {names.prompt(prompt): (prompt, None) for prompt in negative_prompts}
+    pictures = {names.picture(path): path for path in sorted(seen)}
+    new_prompts = {key: value for key, value in prompts.items() if not cache.sound(key)}
+    new_pictures = {key: path for key, path in pictures.items() if not cache.sound(key)}
+    run = partial(_encode, cache=cache, batch_size=batch_size, entries_per_shard=entries_per_shard)
+    if new_prompts:
+        encoder = backbone.text_encoder(model, device, dtype)
+
+        def encode_prompts(keys):
+            chosen = [new_prompts[key] for key in keys]
+            shown = [[fit(decode_picture(p), seen[p].size)] if p else [] for _, p in chosen]
+            encoded = encoder([prompt for prompt, _ in chosen], shown if names.prompts_see_pictures else None)
+            return [{name: value[i].cpu() for name, value in encoded.items()} for i in range(len(keys))]
+
+        run(list(new_prompts), encode_prompts, name="prompts")
+        del encoder, encode_prompts
+    if new_pictures:
+        codec, _ = backbone.picture_codec(model, device, dtype)
+
+        def encode_pictures(keys):
+            paths = [new_pictures[key] for key in keys]
+            with ThreadPoolExecutor(workers) as pool:
+                stack = list(pool.map(lambda path: fit(decode_picture(path), seen[path].size), paths))
+            return [{"latents": value.cpu()} for value in codec(torch.stack(stack))]
+
+        for size in sorted({seen[path].size for path in new_pictures.values()}):  # one batch is of one size
+            group = [key for key, path in new_pictures.items() if seen[path].size == size]
+            run(group, encode_pictures, name=f"pictures {size[0]} x {size[1]}")
+    made = len(new_prompts) + len(new_pictures)
+    path = _write_rows(folder / f"{manifest.stem}.jsonl", rows, names, model, negative_prompts, resolution)
+    return Prepared(path, len(rows), made, len(prompts) + len(pictures) - made, problems, cache.damaged)
+
+
+def _write_rows(path: Path, rows: list[Row], names: Names, model: Path, negative_prompts, resolution: int) -> Path:
+    """One line a row: the names of its entries in the cache; a line before them for the model and negative prompts."""
+    lines = [{"model": str(model), "negative_prompts": {prompt: names.prompt(prompt) for prompt in negative_prompts}}]
+    for row in rows:
+        shaped_by = row.target_image or row.source_image
+        size = names.seen[shaped_by].size if shaped_by else (resolution, resolution)
+        lines.append(
+            {
+                "id": row.id,
+                "capability": row.capability,
+                "prompt": names.prompt(row.prompt, row.source_image),
+                "sources": [names.picture(row.source_image)] if row.source_image else [],
+                "target": names.picture(row.target_image) if row.target_image else None,
+                "size": list(size),
+            }
+        )
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return path
+
+
+def multiple_of(backbone, model: Path) -> int:
+    """What heights and widths are multiples of: the smallest picture that the model takes."""
+    for step in (8, 16, 32):
+        try:
+            backbone.latent_shape(model, step, step)
+        except UserError:
+            continue
+        return step
+    backbone.latent_shape(model, 64, 64)  # says what is wrong, if it is not the size
+    return 64
+
+
+def _look_at_pictures(rows: list[Row], sizes, workers: int) -> tuple[list[Row], dict[Path, Seen], list[Problem]]:
+    """The rows all of whose pictures can be read, those pictures, and what is wrong with the others."""
+
+    def look(path: Path) -> Seen | str:
+        try:
+            width, height = decode_picture(path).size
+            return Seen(hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(), bucket_of(height, width, sizes))
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    def pictures(row):
+        return dict.fromkeys(path for path in (row.source_image, row.target_image) if path)
+
+    paths = sorted({path for row in rows for path in pictures(row)})
+    with ThreadPoolExecutor(workers) as pool:
+        looked = dict(zip(paths, tqdm(pool.map(look, paths), "pictures seen", len(paths)), strict=True))
+    bad = {path: message for path, message in looked.items() if isinstance(message, str)}
+    problems = [
+        Problem(row.line, f"picture {path.name}: {bad[path]}") for row in rows for path in pictures(row) if path in bad
+    ]
+    good = [row for row in rows if not any(path in bad for path in pictures(row))]
+    return good, {path: looked[path] for row in good for path in pictures(row)}, problems
+
+
+@torch.no_grad()
+def _encode(
+    keys: list[str], encode: Callable, *, cache: Cache, batch_size: int, entries_per_shard: int, name: str
+) -> None:
+    """Encode entries batch by batch; what is done is on disk after every shard."""
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    with tqdm(total=len(keys), desc=name, unit="entry") as bar:
+        for start in range(0, len(keys), batch_size):
+            part = keys[start : start + batch_size]
+            waiting |= dict(zip(part, encode(part), strict=True))
+            bar.update(len(part))
+            if len(waiting) >= entries_per_shard:
+                cache.write(waiting)
+                waiting = {}
+    if waiting:
+        cache.write(waiting)

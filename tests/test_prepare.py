@@ -1,0 +1,242 @@
+"""Preparing a cache: encoded once, found again after a kill, mended where damaged; bad rows listed and left out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_sd3 import save_tiny
+
+from danceopd.backbones import sd3
+from danceopd.data import prepare as module
+from danceopd.data.cache import Cache, checksum, key_of
+from danceopd.data.prepare import bucket_of, buckets, fingerprint, fit, prepare
+from danceopd.data.prepared import PreparedData, common_sizes
+from danceopd.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, size in (("wide", (96, 64)), ("tall", (64, 100)), ("same", (96, 64))):
+        if name != "same":
+            Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "same.png").write_bytes((tmp_path / "wide.png").read_bytes())
+    rows = [
+        {"id": "a", "task": "t2i", "prompt": "a red cup"},
+        {"id": "b", "task": "edit", "prompt": "make it blue", "source_image": "wide.png", "target_image": "tall.png"},
+        {"id": "c", "task": "edit", "prompt": "a red cup", "source_image": "same.png"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(manifest, model, tmp_path, **options):
+    return prepare(manifest, model, tmp_path / "cache", sd3, **{"resolution": 64, "batch_size": 2, **options})
+
+
+def records(prepared):
+    head, *rows = map(json.loads, prepared.path.read_text().splitlines())
+    return head, {row["id"]: row for row in rows}
+
+
+def test_what_is_written_is_what_the_encoders_give(manifest, model, tmp_path):
+    prepared = run(manifest, model, tmp_path)
+    assert (prepared.rows, prepared.problems, prepared.damaged) == (3, [], [])
+    head, rows = records(prepared)
+    cache = Cache(tmp_path / "cache")
+    # Two prompts and the empty one; equal prompts and equal pictures are one entry each.
+    assert len(cache) == prepared.made == 5
+    assert rows["a"]["prompt"] == rows["c"]["prompt"]
+    assert rows["b"]["sources"] == rows["c"]["sources"]
+    encode = sd3.text_encoder(model)
+    for prompt, key in (("a red cup", rows["a"]["prompt"]), ("", head["negative_prompts"][""])):
+        for name, value in encode([prompt]).items():
+            torch.testing.assert_close(cache.read(key)[name], value[0], rtol=1e-5, atol=1e-5)
+    size = tuple(rows["b"]["size"])
+    assert size[0] > size[1]  # the target's, which is tall
+    picture = fit(Image.open(tmp_path / "tall.png"), size)
+    expected = sd3.picture_codec(model)[0](picture[None])[0]
+    torch.testing.assert_close(cache.read(rows["b"]["target"])["latents"], expected, rtol=1e-4, atol=1e-4)
+    assert expected.shape == sd3.latent_shape(model, *size)
+
+
+def test_again_makes_nothing_and_needs_no_encoder(manifest, model, tmp_path, monkeypatch):
+    first = run(manifest, model, tmp_path)
+    monkeypatch.setattr(sd3, "text_encoder", lambda *_: 1 / 0)
+    monkeypatch.setattr(sd3, "picture_codec", lambda *_: 1 / 0)
+    again = run(manifest, model, tmp_path)
+    assert (again.made, again.found) == (0, first.made)
+    assert records(again) == records(first)
+
+
+def test_a_stopped_preparation_goes_on(manifest, model, tmp_path, monkeypatch):
+    calls = []
+    original = sd3.picture_codec
+
+    def stopping(*args):
+        encode, decode = original(*args)
+
+        def once(pictures):
+            calls.append(len(pictures))
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return encode(pictures)
+
+        return once, decode
+
+    monkeypatch.setattr(sd3, "picture_codec", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(manifest, model, tmp_path, entries_per_shard=1, batch_size=1)
+    done = len(Cache(tmp_path / "cache"))
+    assert done == 4  # the prompts and one picture
+    assert run(manifest, model, tmp_path).made == 1
+
+
+def test_damage_is_named_and_mended(manifest, model, tmp_path):
+    first = run(manifest, model, tmp_path, entries_per_shard=1, batch_size=1)
+    whole = Cache(tmp_path / "cache")
+    wanted = {key: {name: t.clone() for name, t in whole.read(key).items()} for key in whole._where}
+    shards = sorted((tmp_path / "cache").glob("*.safetensors"))
+    data = bytearray(shards[0].read_bytes())
+    data[-1] ^= 1
+    shards[0].write_bytes(data)  # a bit of an entry
+    shards[1].write_bytes(shards[1].read_bytes()[:40])  # the header
+    broken = Cache(tmp_path / "cache")
+    assert broken.damaged == [shards[1].name]
+    (key,) = (key for key, (path, *_) in broken._where.items() if path == shards[0])
+    with pytest.raises(UserError, match=r"checksum differs.*danceopd data prepare"):
+        broken.read(key)
+    again = run(manifest, model, tmp_path)
+    assert again.made == 2
+    assert set(again.damaged) == {shards[0].name, shards[1].name}
+    assert first.made == 5
+    for key, tensors in wanted.items():
+        for name, value in Cache(tmp_path / "cache").read(key).items():
+            torch.testing.assert_close(value, tensors[name], rtol=1e-4, atol=1e-5)
+
+
+def test_bad_rows_are_listed_and_the_rest_goes_on(manifest, model, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
+    more = [
+        {"id": "d", "task": "edit", "prompt": "x", "source_image": "gone.png"},
+        {"id": "e", "task": "edit", "prompt": "x", "source_image": "broken.png"},
+        {"id": "f", "task": "t2i", "prompt": " "},
+        {"id": "g", "task": "edit", "prompt": "x", "source_image": "../secret.png"},
+    ]
+    with manifest.open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in more))
+    prepared = run(manifest, model, tmp_path)
+    assert prepared.rows == 3
+    told = {problem.line: str(problem) for problem in prepared.problems}
+    assert set(told) == {4, 5, 6, 7}
+    for line, words in ((4, "not there"), (5, "broken.png: can't be decoded"), (6, "no prompt"), (7, "leads out")):
+        assert words in told[line]
+    with pytest.raises(UserError, match=r"line 4.*\n.*line 5.*\n.*line 6.*\n.*line 7"):
+        run(manifest, model, tmp_path, strict=True)
+    manifest.write_text(json.dumps(more[0]) + "\n")
+    with pytest.raises(UserError, match=r"no row of .* can be used"):
+        run(manifest, model, tmp_path)
+
+
+def test_other_weights_make_other_entries(manifest, model, tmp_path):
+    first = run(manifest, model, tmp_path)
+    other = run(manifest, save_tiny(tmp_path / "other", seed=1), tmp_path)
+    assert other.made == first.made
+    assert fingerprint(model / "vae") != fingerprint(tmp_path / "other" / "vae")
+    moved = tmp_path / "moved"
+    (tmp_path / "other").rename(moved)
+    assert run(manifest, moved, tmp_path).made == 0
+
+
+def test_a_model_that_is_not_one(manifest, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        run(manifest, tmp_path / "nowhere", tmp_path)
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        Cache(tmp_path / "cache")
+
+
+def test_buckets():
+    sizes = buckets(1024, 16)
+    assert (1024, 1024) in sizes
+    assert all(h % 16 == w % 16 == 0 and 0.5 <= h / w <= 2 for h, w in sizes)
+    assert all(abs(h * w / 1024**2 - 1) < 0.02 for h, w in sizes)
+    assert bucket_of(1000, 1000, sizes) == (1024, 1024)
+    h, w = bucket_of(720, 1280, sizes)
+    assert h / w == pytest.approx(720 / 1280, rel=0.03)
+    assert bucket_of(100, 1000, sizes) == min(sizes, key=lambda size: size[0] / size[1])
+
+
+def test_fit_covers_and_keeps_the_middle():
+    picture = Image.new("RGB", (300, 100), "red")
+    picture.paste("blue", (100, 0, 200, 100))
+    tensor = fit(picture, (64, 64))
+    assert tensor.shape == (3, 64, 64)
+    assert tensor[2].mean() > 0.95
+    assert tensor[0].mean() < -0.95
+
+
+def test_keys_and_checksums_tell_things_apart():
+    assert key_of("ab", "c") != key_of("a", "bc")
+    assert key_of("a") == key_of(b"a")
+    x = torch.arange(6.0)
+    sums = {checksum(t) for t in ({"x": x}, {"y": x}, {"x": x.view(2, 3)}, {"x": x.half()}, {"x": x + 1}, {})}
+    assert len(sums) == 6
+
+
+def test_step_of_sizes(model):
+    assert module.multiple_of(sd3, model) == 16
+
+
+def test_prepared_rows_condition_a_batch(manifest, model, tmp_path):
+    prepared = run(manifest, model, tmp_path)
+    cache = Cache(tmp_path / "cache")
+    head, rows = records(prepared)
+    edit = PreparedData(prepared.path, "edit")
+    assert len(edit) == 2
+    assert edit.has_source
+    assert edit.sizes == {tuple(rows["b"]["size"]): 1, tuple(rows["c"]["size"]): 1}
+    assert edit.targets([0]) is None  # one of the rows has none
+    wide = edit.of_size(tuple(rows["c"]["size"]))
+    c = wide.condition([0, 0], [False, True])
+    for name, value in cache.read(rows["c"]["prompt"]).items():
+        assert c.prompt[name][0].equal(value)
+    for name, value in cache.read(head["negative_prompts"][""]).items():
+        assert c.prompt[name][1].equal(value)
+        assert wide.empty_prompt()[name].equal(value)
+    assert c.source[0][1].equal(cache.read(rows["c"]["sources"][0])["latents"])
+    assert c.has_source.all()
+    t2i = PreparedData(prepared.path, "t2i")
+    assert not t2i.has_source
+    assert t2i.condition([0], [False]).source is None
+    with pytest.raises(UserError, match=r"no picture size is common.*t2i has 64 x 64; edit has"):
+        common_sizes([t2i, edit])
+    assert common_sizes([t2i, t2i]) == {(64, 64): 2}
+
+
+def test_prepared_rows_that_cannot_be_used(manifest, model, tmp_path):
+    prepared = run(manifest, model, tmp_path)
+    with pytest.raises(UserError, match=r"no rows of 'edti'.*did you mean 'edit'"):
+        PreparedData(prepared.path, "edti")
+    with pytest.raises(UserError, match="no prepared rows"):
+        PreparedData(tmp_path / "rows.json", "edit")
+    lines = prepared.path.read_text().splitlines()
+    record = {**json.loads(lines[2]), "sources": []}
+    prepared.path.write_text("\n".join([*lines, json.dumps(record)]))
+    with pytest.raises(UserError, match=r"have \[0, 1\] source pictures"):
+        PreparedData(prepared.path, "edit")
+    prepared.path.write_text("\n".join([*lines, "{"]))
+    with pytest.raises(UserError, match="is damaged"):
+        PreparedData(prepared.path, "edit")
+    prepared.path.write_text("\n".join(lines))
+    next((tmp_path / "cache").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match="are not in the cache"):
+        PreparedData(prepared.path, "edit")
