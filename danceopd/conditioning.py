@@ -17,13 +17,15 @@ class Conditioning:
     takes int64 tokens [B, L]. source: the pictures to edit in the space of the latents, one tensor [B, C, h, w] or a
     tuple of them where there are several references; None if no sample has one. has_source: [B] bool; `source` is
     ignored where it is False. guidance_scale: [B] float32 or None; read by a field that is guided per sample
-    (danceopd.fields.guided), and by nothing else.
+    (danceopd.fields.guided), and by nothing else. adapter: [B] int64 or None; which of several sources a network that
+    answers for all of them is asked for (danceopd.fields.SharedField).
     """
 
     prompt: Tensors
     source: Tensors | None
     has_source: torch.Tensor
     guidance_scale: torch.Tensor | None = None
+    adapter: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.has_source)
@@ -62,12 +64,12 @@ def concatenate(parts: list[Conditioning]) -> Conditioning:
 
         pictures = [blank(p) if p.source is None else p.source for p in parts]
         sources = tree_map(lambda *values: torch.cat(values), *pictures)
-    scales = [p.guidance_scale for p in parts]
+    scales, adapters = ([getattr(p, name) for p in parts] for name in ("guidance_scale", "adapter"))
     return Conditioning(
         tree_map(_join, *[p.prompt for p in parts]),
         sources,
         torch.cat([p.has_source for p in parts]),
-        None if any(s is None for s in scales) else torch.cat(scales),
+        *(None if any(v is None for v in values) else torch.cat(values) for values in (scales, adapters)),
     )
 
 

@@ -6,6 +6,7 @@ in the shape of the latents.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,13 +15,18 @@ from danceopd.conditioning import Conditioning, Tensors, concatenate
 Field = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 
-def guided(field: Field, empty_prompt: Tensors, guidance_scale: float | torch.Tensor | None = None) -> Field:
+def guided(
+    field: Field,
+    empty_prompt: Tensors,
+    guidance_scale: float | torch.Tensor | None = None,
+    combine: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> Field:
     """Classifier-free guidance as an operator field: v + alpha (v_cond - v), v the field of the empty prompt.
 
     empty_prompt: one sample's, as Conditioning.prompt without the batch; guidance_scale alpha: a number, [B] (one per
     sample), or None: each sample's own, from conditioning.guidance_scale. Both branches are evaluated in one batch,
     the unconditional one only for samples whose scale is not 1. At the number 1 the conditional field itself comes
-    back.
+    back. combine(cond, uncond, alpha [B]): where a family of models has another combination.
     """
     if isinstance(guidance_scale, int | float) and guidance_scale == 1:
         return field
@@ -35,10 +41,38 @@ def guided(field: Field, empty_prompt: Tensors, guidance_scale: float | torch.Te
         both = concatenate([conditioning, conditioning[rows].without_prompt(empty_prompt)])
         velocity = field(torch.cat([latents, latents[rows]]), torch.cat([sigma, sigma[rows]]), both)
         cond, uncond = velocity[: len(latents)], velocity[len(latents) :]
-        mixed = uncond + alpha[rows].view(-1, *(1,) * (cond.dim() - 1)) * (cond[rows] - uncond)
+        if combine:
+            mixed = combine(cond[rows], uncond, alpha[rows])
+        else:
+            mixed = uncond + alpha[rows].view(-1, *(1,) * (cond.dim() - 1)) * (cond[rows] - uncond)
         return cond.to(mixed.dtype).index_copy(0, rows, mixed)
 
     return velocity
+
+
+@dataclass(frozen=True)
+class SharedField:
+    """One of several sources that one network answers for in one forward, whatever mixture of them a batch asks.
+
+    ask: the network as a field; it reads conditioning.adapter and conditioning.guidance_scale, each sample's own.
+    network: the same object for all that share it. Called as a field it is this source alone.
+    """
+
+    network: object
+    ask: Field
+    adapter: int
+    guidance_scale: float = 1.0
+
+    def __call__(self, latents, sigma, conditioning):
+        return ask_shared([self], torch.zeros(len(latents), dtype=torch.int64), latents, sigma, conditioning)
+
+
+def ask_shared(fields: Sequence[SharedField], which: torch.Tensor, latents, sigma, conditioning) -> torch.Tensor:
+    """Ask a network once for samples of several of its sources; which [B] int64: of `fields`, for each sample."""
+    adapter = torch.tensor([field.adapter for field in fields])[which.cpu()]
+    scale = torch.tensor([float(field.guidance_scale) for field in fields])[which.cpu()]
+    own = replace(conditioning, adapter=adapter.to(latents.device), guidance_scale=scale.to(latents.device))
+    return fields[0].ask(latents, sigma, own)
 
 
 @torch.no_grad()
@@ -56,11 +90,27 @@ def routed(
     if route.min() < 0 or route.max() >= len(fields):
         raise IndexError(f"routes must lie in [0, {len(fields) - 1}], got {route.min()} to {route.max()}")
     velocity = torch.empty_like(latents)
-    for m, field in enumerate(fields):
-        index = (route == m).nonzero()[:, 0]
-        if len(index):
-            velocity[index] = field(latents[index], sigma[index], conditioning[index]).to(velocity.dtype)
+    for members in _by_network(fields):
+        index = torch.isin(route, torch.tensor(members, device=route.device)).nonzero()[:, 0]
+        if not len(index):
+            continue
+        asked = (latents[index], sigma[index], conditioning[index])
+        if isinstance(fields[members[0]], SharedField):
+            place = torch.full((len(fields),), -1).scatter_(0, torch.tensor(members), torch.arange(len(members)))
+            answer = ask_shared([fields[m] for m in members], place[route[index].cpu()], *asked)
+        else:
+            answer = fields[members[0]](*asked)
+        velocity[index] = answer.to(velocity.dtype)
     return velocity
+
+
+def _by_network(fields: Sequence[Field]) -> list[list[int]]:
+    """The routes that one forward serves: those of a shared network together, every other field alone."""
+    groups: dict[object, list[int]] = {}
+    for m, field in enumerate(fields):
+        key = ("shared", id(field.network)) if isinstance(field, SharedField) else m
+        groups.setdefault(key, []).append(m)
+    return list(groups.values())
 
 
 def soft(fields: Sequence[Field]) -> Field:
@@ -89,4 +139,6 @@ def counted(field: Field, counter: Counter, name: str) -> Field:
         counter[name] += len(latents)
         return field(latents, sigma, conditioning)
 
+    if isinstance(field, SharedField):
+        return replace(field, ask=counted(field.ask, counter, name))
     return velocity

@@ -60,8 +60,11 @@ def make_optimizers(
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; use one of {', '.join(OPTIMIZERS)}")
-    matrices = [p for key, p in model.blocks.named_parameters() if p.ndim == 2 and "modulation" not in key]
+    blocks = getattr(model, "blocks", model)  # an adapter has none: all of its factors are matrices in products
+    matrices = [p for key, p in blocks.named_parameters() if p.ndim == 2 and "modulation" not in key]
     chosen = {id(p) for p in matrices} if name == "muon" else set()
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay)
-    return [Muon(matrices, lr=learning_rate, weight_decay=weight_decay), adamw] if name == "muon" else [adamw]
+    optimizers = [Muon(matrices, lr=learning_rate, weight_decay=weight_decay)] if name == "muon" else []
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay))
+    return optimizers

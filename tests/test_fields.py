@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from danceopd.conditioning import Conditioning, concatenate
-from danceopd.fields import counted, guided, routed
+from danceopd.fields import SharedField, counted, guided, routed
 
 EMPTY = torch.zeros(4, dtype=torch.int64)
 
@@ -155,6 +155,27 @@ def test_conditioning_selects(index, source):
     assert torch.equal(part.guidance_scale, c.guidance_scale[index])
     assert len(part) == len(part.prompt)
     assert part.source is None if not source else torch.equal(part.source, c.source[index])
+
+
+def test_sources_of_one_network_are_asked_in_one_forward():
+    latents, sigma, c = batch(6)
+    calls = []
+
+    def network(z, s, asked):
+        calls.append((len(z), asked.adapter.tolist(), asked.guidance_scale.tolist()))
+        return z * (asked.adapter + 1).view(-1, 1, 1, 1) + asked.guidance_scale.view(-1, 1, 1, 1)
+
+    one, two = SharedField(network, network, 4, 2.0), SharedField(network, network, 0)
+    other = lambda z, s, asked: -z  # noqa: E731
+    route = torch.tensor([2, 0, 1, 0, 2, 0])
+    counter = Counter()
+    fields = [counted(f, counter, "sources") for f in (one, other, two)]
+    velocity = routed(fields, route, latents, sigma, c)
+    assert calls == [(5, [0, 4, 4, 0, 4], [1.0, 2.0, 2.0, 1.0, 2.0])]
+    assert counter["sources"] == 6
+    for i, m in enumerate(route.tolist()):
+        alone = fields[m](latents[i : i + 1], sigma[i : i + 1], c[i : i + 1])
+        assert torch.equal(velocity[i], alone[0])
 
 
 def test_concatenate_keeps_every_source():

@@ -14,24 +14,26 @@ from danceopd.tokenizer import tokenize
 class Batch:
     """B samples of any mixture of capabilities: noise [B, ...], their conditioning, route [B] int64.
 
-    clean [B, ...]: the data's own pictures, where a method asks for them.
+    clean [B, ...]: the data's own pictures, where a method asks for them; sigmas [N + 1]: as in Group.
     """
 
     noise: torch.Tensor
     conditioning: Conditioning
     route: torch.Tensor
     clean: torch.Tensor | None = None
+    sigmas: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.noise)
 
     def __getitem__(self, index) -> "Batch":
         clean = None if self.clean is None else self.clean[index]
-        return Batch(self.noise[index], self.conditioning[index], self.route[index], clean)
+        return Batch(self.noise[index], self.conditioning[index], self.route[index], clean, self.sigmas)
 
     def to(self, device: torch.device | str) -> "Batch":
         clean = None if self.clean is None else self.clean.to(device)
-        return Batch(self.noise.to(device), self.conditioning.to(device), self.route.to(device), clean)
+        conditioning, route = self.conditioning.to(device), self.route.to(device)
+        return Batch(self.noise.to(device), conditioning, route, clean, self.sigmas)
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
@@ -46,11 +48,15 @@ def make_conditioning(prompts: list[str], source: torch.Tensor | None, text_leng
 
 @dataclass(frozen=True)
 class Group:
-    """Samples that may share a batch: one data set a capability, their latents' shape, and how many rows there are."""
+    """Samples that may share a batch: one data set a capability, their latents' shape, and how many rows there are.
+
+    sigmas: the noise levels of a rollout of this shape, where they are the model's and not the configuration's.
+    """
 
     data: list
     shape: tuple[int, ...]
     rows: int
+    sigmas: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,4 +118,5 @@ def draw_batch(
         parts.append(part)
         position.append(drawn)
     order = torch.cat(position).argsort()
-    return Batch(noise, concatenate(parts)[order], routes, torch.cat(clean)[order] if with_clean else None)
+    pictures = torch.cat(clean)[order] if with_clean else None
+    return Batch(noise, concatenate(parts)[order], routes, pictures, group.sigmas)

@@ -14,7 +14,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from danceopd.checkpoint import save_model, write_atomic
+from danceopd.checkpoint import write_atomic
 from danceopd.config import Config
 from danceopd.data.sampler import Batch, draw_batch, step_generator
 from danceopd.errors import UserError
@@ -54,7 +54,10 @@ class Trainer:
         self.guidance_scales = None if all(s == 1 for s in scales) else scales
         dropout = [c.prompt_dropout for c in config.capabilities.values()]
         self.prompt_dropout = dropout if any(dropout) else None
-        self.sigmas = sigma_grid(config.rollout.num_inference_steps, config.rollout.shift).to(self.device)
+        sigmas = parts.samples.groups[0].sigmas
+        if sigmas is None:
+            sigmas = sigma_grid(config.rollout.num_inference_steps, config.rollout.shift)
+        self.sigmas = sigmas.to(self.device)
         self.student = parts.student.train()
         decay = torch.optim.swa_utils.get_ema_multi_avg_fn(config.training.ema_decay)
         self.ema = torch.optim.swa_utils.AveragedModel(self.student, multi_avg_fn=decay).eval()
@@ -107,7 +110,7 @@ class Trainer:
         bf16 = self.config.training.precision == "bf16"
 
         def velocity(latents, sigma, conditioning):
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16 and not self.config.model):
                 return self.student(latents, sigma, conditioning)
 
         field = counted(velocity, self.evaluations, "student")
@@ -117,7 +120,7 @@ class Trainer:
         """What a method may ask for by keyword, of micro-batch number `part` at the update's progress."""
         rolled, query = self.config.rollout, self.config.query
         everything = {
-            "sigmas": self.sigmas,
+            "sigmas": self.sigmas if batch.sigmas is None else batch.sigmas.to(self.device),
             "shift": rolled.shift,
             "solver": rolled.solver,
             "bias": query.bias,
@@ -267,7 +270,7 @@ class Trainer:
         """Write the checkpoint and, beside it, the averaged weights as a network of its own."""
         folder, training = self.config.training.output_dir, self.config.training
         path = save_state(folder / "checkpoints", self.state_dict(), training.keep_checkpoints)
-        save_model(self.ema.module, folder / "student.safetensors")
+        self.parts.save(self.ema.module, folder)
         return path
 
     # --- the loop -------------------------------------------------------------------------------------

@@ -2,13 +2,17 @@
 
 import copy
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_map
 
 from danceopd.backbones.dit import DiT
-from danceopd.checkpoint import load_model, resolve_weights
+from danceopd.checkpoint import load_model, resolve_weights, save_model
+from danceopd.conditioning import Tensors
 from danceopd.config import Config
 from danceopd.data.manifest import ManifestData
 from danceopd.data.sampler import Samples, embedded_samples
@@ -23,15 +27,17 @@ from danceopd.tokenizer import tokenize
 class Parts:
     """The student, each route's frozen field in the order of `config.capabilities`, where batches come from.
 
-    anchor: the student as it was before training, frozen, where the method asks for it.
+    anchor: the student as it was before training, frozen, where the method asks for it; save: writes a student's
+    weights into a folder, as others load them.
     """
 
-    student: DiT
+    student: nn.Module
     fields: list[Field]
     samples: Samples
-    anchor: DiT | None
-    empty_prompt: torch.Tensor
+    anchor: nn.Module | None
+    empty_prompt: Tensors
     device: torch.device
+    save: Callable[[nn.Module, Path], None]
 
 
 def build(config: Config) -> Parts:
@@ -48,6 +54,9 @@ def build(config: Config) -> Parts:
             problems.append(f"{key}: {error}")
 
     device = attempt("training.device", _device, config.training.device)
+    attempt("training.output_dir", _check_folder, config.training.output_dir)
+    if config.model:
+        return _build_model(config, device, attempt, problems)
     student = attempt("student.init_from", _load, config.student.init_from)
     networks = {
         name: attempt(f"sources.{name}.weights", _load, source.weights) for name, source in config.sources.items()
@@ -62,9 +71,7 @@ def build(config: Config) -> Parts:
         attempt(f"capabilities.{name}.data", _load_data, name, capability, image_size, "clean" in needs(config.method))
         for name, capability in config.capabilities.items()
     ]
-    attempt("training.output_dir", _check_folder, config.training.output_dir)
-    if problems:
-        raise UserError("\n  ".join(["this run cannot start:", *problems]))
+    _stop_at(problems)
     empty_prompt = tokenize([""], student.config.text_length)[0].to(device)
     fields = []
     for capability in config.capabilities.values():
@@ -72,7 +79,37 @@ def build(config: Config) -> Parts:
         fields.append(guided(network, empty_prompt, config.sources[capability.source].guidance_scale))
     anchor = copy.deepcopy(student).to(device).requires_grad_(False) if "anchor" in needs(config.method) else None
     samples = embedded_samples(data, student.config.text_length, image_size)
-    return Parts(student.to(device), fields, samples, anchor, empty_prompt, device)
+    return Parts(student.to(device), fields, samples, anchor, empty_prompt, device, _save_embedded)
+
+
+def _build_model(config: Config, device: torch.device, attempt: Callable, problems: list[str]) -> Parts:
+    from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
+    from danceopd.lora import save_lora
+    from danceopd.training.models import load_networks, model_fields, model_samples
+
+    backbone = attempt("model", backbone_of, config.model)
+    _stop_at(problems)
+    samples = model_samples(config, backbone, attempt)
+    _stop_at(problems)
+    student, networks = load_networks(config, backbone, device, attempt)
+    _stop_at(problems)
+    empty_prompt = tree_map(lambda value: value.to(device), samples.groups[0].data[0].empty_prompt())
+    fields = model_fields(config, backbone, networks, empty_prompt)
+    anchor = copy.deepcopy(student).requires_grad_(False) if "anchor" in needs(config.method) else None
+
+    def save(student, folder: Path) -> None:
+        save_lora(student.lora(), folder / "student", pipeline_class_of(config.model))
+
+    return Parts(student, fields, samples, anchor, empty_prompt, device, save)
+
+
+def _save_embedded(student: DiT, folder: Path) -> None:
+    save_model(student, folder / "student.safetensors")
+
+
+def _stop_at(problems: list[str]) -> None:
+    if problems:
+        raise UserError("\n  ".join(["this run cannot start:", *problems]))
 
 
 def _load(weights: str) -> DiT:

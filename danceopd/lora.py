@@ -1,0 +1,463 @@
+"""LoRA files as teachers: read in any layout that diffusers converts, merged, or many on one frozen transformer."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+
+import torch
+from danceopd_kernels import pack_adapters, routed_lora_linear
+from danceopd_kernels.lora import Adapters
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from danceopd.conditioning import Conditioning
+from danceopd.errors import UserError
+from danceopd.fields import Field
+
+Lora = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # by module: A [rank, in], B [out, rank], scale
+
+FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of PEFT and of diffusers
+FACTOR = re.compile(r"(.+?)\.(?:lora_(A|B|down|up)|lora\.(down|up))(?:\.default)?\.weight")
+# Their initialisation changes the base, so that the file alone does not say what was trained.
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+@torch.inference_mode(False)  # reading asks for gradients
+def load_lora(path: str | Path, transformer: nn.Module, pipeline_class: type, scale: float = 1.0) -> Lora:
+    """A LoRA by module of the transformer, in float32, its scale alpha / rank times `scale`.
+
+    path: a PEFT folder, or a safetensors file (or the folder of one) in any layout that the pipeline class converts
+    by its lora_state_dict: diffusers', kohya's, ComfyUI's, ai-toolkit's. Raises UserError for files that are missing
+    or corrupt, for a layout the class cannot convert, and for every key that is no factor of a linear layer of the
+    transformer: nothing in a file is left out.
+    """
+    file = _find(Path(path))
+    raw, config = _read(file)
+    raw = _fold_alphas(file, raw, config)
+    if any(_module(key, transformer) is None for key in raw):
+        raw = _convert(file, raw, pipeline_class)
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in raw.items():
+        if not key.endswith(".alpha"):  # folded in
+            name, side = _module(key, transformer) or (None, None)
+            if name is None:
+                unknown = [k for k in raw if not k.endswith(".alpha") and _module(k, transformer) is None]
+                raise _unknown(file, unknown, type(transformer).__name__)
+            pairs.setdefault(name, {})[side] = value
+    lora = {}
+    for name, pair in pairs.items():
+        if len(pair) != 2:
+            raise UserError(f"{file}: {name} has only one of its two factors; the file is incomplete")
+        a, b = pair["A"], pair["B"]
+        out, width = transformer.get_submodule(name).weight.shape
+        if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1] or a.shape[1] != width or len(b) != out:
+            raise UserError(
+                f"{file}: {name} is {width} -> {out} in {type(transformer).__name__}, the LoRA's factors are "
+                f"{list(a.shape)} and {list(b.shape)}; it was trained for another model"
+            )
+        lora[name] = (a, b, scale * _configured_scale(file, config, name, len(a)))
+    return lora
+
+
+def combine(loras: Sequence[Lora]) -> Lora:
+    """Several LoRAs as one, their exact sum: ranks add up, the scales are folded into B where modules are shared."""
+    result = {}
+    for name in dict.fromkeys(name for lora in loras for name in lora):
+        parts = [lora[name] for lora in loras if name in lora]
+        if len(parts) == 1:
+            result[name] = parts[0]
+        else:
+            b = torch.cat([b.float() * scale for _, b, scale in parts], dim=1)
+            result[name] = (torch.cat([a.float() for a, _, _ in parts]), b, 1.0)
+    return result
+
+
+def _find(path: Path) -> Path:
+    """The safetensors file that path is or holds."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path}: a LoRA must be a safetensors file; files of other kinds may run code when read")
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no LoRA there, neither a safetensors file nor a folder with one")
+    files = sorted(path.glob("*.safetensors"))
+    files = [f for f in files if f.name in FILES] or files
+    if len(files) != 1:
+        found = ", ".join(f.name for f in files) or "none"
+        raise UserError(f"{path}: a LoRA folder holds one safetensors file, found {found}; name the file itself")
+    return files[0]
+
+
+def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict | None]:
+    """(tensors in float32, PEFT's configuration by its own names or None)."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            raw = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            config = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read as safetensors, copy it again: {error}") from error
+    if not raw:
+        raise UserError(f"{file}: holds no tensors")
+    beside = file.with_name("adapter_config.json")
+    try:
+        if file.name == FILES[0]:
+            config = beside.read_text()
+        config = json.loads(config) if config else None
+    except FileNotFoundError:
+        raise UserError(f"{file.parent}: no adapter_config.json beside {file.name}; it holds the scale") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: its configuration cannot be read as JSON: {error}") from error
+    if config is not None and any(key.startswith("transformer.") for key in config):
+        config = {k.removeprefix("transformer."): v for k, v in config.items() if k.startswith("transformer.")}
+    if config is not None and config.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{file}: its kind is {config['peft_type']}; only LORA is taken")
+    if config is not None and str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
+        raise UserError(
+            f"{file}: trained with init_lora_weights={config['init_lora_weights']}, which changes the base model; "
+            "convert it into a plain LoRA with PEFT (path_initial_model_for_weight_conversion)"
+        )
+    quantized = [key for key, value in raw.items() if not (value.is_floating_point() or key.endswith(".alpha"))]
+    if quantized:
+        raise UserError(f"{file}: {_first(quantized)}: not floating point; only LoRAs that are not quantized are taken")
+    return {key: value.float() for key, value in raw.items()}, config
+
+
+def _fold_alphas(file: Path, raw: dict[str, torch.Tensor], config: dict | None) -> dict[str, torch.Tensor]:
+    """Multiply every A by its alpha / rank; the alphas stay as the rank, since some converters want them.
+
+    Converters do the same for most alphas, but not for all.
+    """
+    result, downs = dict(raw), {}
+    for key in raw:
+        match = FACTOR.fullmatch(key)
+        if match and (match[2] or match[3]) in ("A", "down"):
+            downs[match[1]] = key
+    alphas = [key for key in raw if key.endswith(".alpha")]
+    alone = [key for key in alphas if key.removesuffix(".alpha") not in downs or raw[key].numel() != 1]
+    if alone:
+        raise UserError(f"{file}: {_first(alone)}: no number beside a pair of LoRA factors; the file is incomplete")
+    if alphas and config is not None:
+        raise UserError(f"{file}: has alphas ({_first(alphas)}) and a PEFT configuration too; remove one of them")
+    for key in alphas:
+        down = downs[key.removesuffix(".alpha")]
+        rank = len(raw[down])
+        result[down] = raw[down] * (raw[key].item() / rank)
+        result[key] = torch.tensor(float(rank))
+    return result
+
+
+def _convert(file: Path, raw: dict[str, torch.Tensor], pipeline_class: type) -> dict[str, torch.Tensor]:
+    """Diffusers' conversion; a UserError for what it leaves out, found by the gradient that does not come back."""
+    with torch.enable_grad():
+        leaves = {key: value.detach().requires_grad_() for key, value in raw.items() if not key.endswith(".alpha")}
+        # Copies, since some converters multiply in place.
+        copies = {key: leaves[key].clone() if key in leaves else value for key, value in raw.items()}
+        try:
+            converted = pipeline_class.lora_state_dict(copies)
+        except Exception as error:  # of any kind: the converters assume what they expect
+            raise UserError(
+                f"{file}: diffusers cannot convert this LoRA for {pipeline_class.__name__}: "
+                f"{str(error).strip()[:400]}; check that it was trained for this model"
+            ) from error
+        kept = [value.sum() for value in converted.values() if value.requires_grad]
+        gradients = torch.autograd.grad(sum(kept), leaves.values(), allow_unused=True) if kept else [None] * len(leaves)
+    lost = [key for (key, leaf), grad in zip(leaves.items(), gradients, strict=True) if grad is None and leaf.any()]
+    if lost:
+        raise _unknown(file, lost, pipeline_class.__name__)
+    return {key: value.detach() for key, value in converted.items()}
+
+
+def _module(key: str, transformer: nn.Module) -> tuple[str, str] | None:
+    """(linear layer, "A" or "B") of a key as diffusers and PEFT name them; alphas by their layer, others None."""
+    name = next(iter(convert_unet_state_dict_to_peft({key: None})))  # diffusers' own older names
+    if name.endswith(".alpha"):
+        name, side = name.removesuffix(".alpha"), "alpha"
+    elif match := FACTOR.fullmatch(name):
+        name, side = match[1], "A" if (match[2] or match[3]) in ("A", "down") else "B"
+    else:
+        return None
+    name = name.removeprefix("base_model.model.").removeprefix("transformer.")
+    try:
+        return (name, side) if isinstance(transformer.get_submodule(name), nn.Linear) else None
+    except AttributeError:
+        return None
+
+
+def _configured_scale(file: Path, config: dict | None, name: str, rank: int) -> float:
+    """alpha / rank, or its root, as PEFT works it out for a module; 1 without a configuration."""
+    if config is None:
+        return 1.0
+    patterns, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    expected = patterns.get(get_pattern_key(patterns, name), config.get("r", 8))
+    if expected != rank:
+        raise UserError(f"{file}: the configuration gives {name} rank {expected}, its factors have {rank}")
+    alpha = alphas.get(get_pattern_key(alphas, name), config.get("lora_alpha", 8))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _first(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _unknown(file: Path, keys: Sequence[str], name: str) -> UserError:
+    return UserError(
+        f"{file}: cannot take all of this LoRA: {_first(keys)} would be left out, being no LoRA factors of linear "
+        f"layers of {name}'s transformer. Check that it was trained for this model; train it without text encoders, "
+        "biases, norms and DoRA, or remove these keys from the file"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- merging
+
+
+@torch.no_grad()
+def merged(transformer: nn.Module, lora: Lora) -> nn.Module:
+    """A copy of the transformer whose weights are W + scale B A."""
+    result = deepcopy(transformer)
+    for name, (a, b, scale) in lora.items():
+        weight = result.get_submodule(name).weight
+        change = scale * (b.to(weight.device).float() @ a.to(weight.device).float())
+        weight.copy_(weight.float() + change)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------- sharing
+
+
+class _Route:
+    """Which adapter the rows of the forward now running ask; None: the base alone."""
+
+    def __init__(self, stacked: int):
+        self.stacked = stacked
+        self.adapter: torch.Tensor | None = None  # [B] int64, or [1] for all rows
+        self.same = False
+        self.student: LoraStudent | None = None  # whose adapter all rows ask instead
+
+    @contextmanager
+    def of(self, adapter: torch.Tensor | None, same: bool, student: "LoraStudent | None" = None) -> Iterator[None]:
+        self.adapter, self.same, self.student = adapter, same, student
+        try:
+            yield
+        finally:
+            self.adapter = self.student = None
+
+
+class _RoutedLinear(nn.Linear):
+    """The parameters of a Linear and the adapters of all teachers; the forward takes its samples' from the route."""
+
+    def __init__(self, name: str, linear: nn.Linear, adapters: Sequence[tuple], route: _Route):
+        nn.Module.__init__(self)  # without new parameters
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.name, self.route = name, route
+        self.register_buffer("lora_a", None, persistent=False)  # so it stays in a layer that only the student changes
+        if any(len(a) for a, _, _ in adapters):
+            packed = pack_adapters([(a, b) for a, b, _ in adapters])
+            self.register_buffer("lora_a", packed.a, persistent=False)
+            self.register_buffer("lora_b", packed.b, persistent=False)
+            self.first, self.rank = tuple(packed.first.tolist()), packed.rank
+            self.scale = tuple(scale for _, _, scale in adapters)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.route.student is not None and x.numel():
+            return self.route.student.layer(self.name, x, self.weight, self.bias)
+        adapter = self.route.adapter
+        if adapter is None or self.lora_a is None or not x.numel():
+            return nn.functional.linear(x, self.weight, self.bias)
+        if self.route.same:
+            rows = x.reshape(1, -1, x.shape[-1])  # whatever its axes mean
+        else:
+            copies, rest = divmod(len(x), len(adapter))
+            if x.dim() < 2 or rest or copies not in (1, self.route.stacked):
+                raise ValueError(
+                    f"{self.name}: the first axis of its input {list(x.shape)} is not the batch of {len(adapter)}, so "
+                    "its rows cannot be routed; ask each teacher alone (field), or leave this layer out of the LoRAs"
+                )
+            adapter = adapter.repeat(copies)
+            rows = x.reshape(len(x), -1, x.shape[-1])
+        first = _constant(self.first, torch.int64, x.device)
+        scale = _constant(self.scale, torch.float32, x.device)
+        adapters = Adapters(self.lora_a, self.lora_b, first, scale, self.rank)
+        out = routed_lora_linear(rows.to(self.weight.dtype), self.weight, self.bias, adapters, adapter)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+
+class SharedBase:
+    """LoRA teachers on one frozen transformer: shared(latents, sigma, conditioning, adapter) -> velocity.
+
+    One forward serves a batch whose samples ask different teachers. The transformer is changed in place: it is frozen,
+    and its layers that a LoRA targets, which keep their parameters, get the adapters of all teachers beside them, in
+    the weight's dtype. velocity: the backbone's; layers: more of them, for a LoraStudent. Raises UserError for a LoRA
+    of another transformer.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        loras: Sequence[Lora],
+        velocity: Callable[..., torch.Tensor],
+        layers: Sequence[str] = (),
+    ):
+        if any(isinstance(module, _RoutedLinear) for module in transformer.modules()):
+            raise ValueError("the transformer is shared already; give all its LoRAs at once")
+        self.transformer, self.count, self._velocity = transformer.requires_grad_(False), len(loras), velocity
+        # With zero_cond_t, Qwen-Image's modulation sees the times of the batch and then as many zeros: 2 B rows.
+        self._route = _Route(2 if getattr(getattr(transformer, "config", None), "zero_cond_t", False) else 1)
+        for name in dict.fromkeys([*(name for lora in loras for name in lora), *layers]):
+            try:
+                linear = transformer.get_submodule(name)
+            except AttributeError:
+                raise UserError(f"{type(transformer).__name__} has no layer {name}, which a LoRA changes") from None
+            like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+            # of rank 0 where a teacher leaves the layer as it is
+            none = (torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0), 1.0)
+            parts = [lora.get(name, none) for lora in loras]
+            adapters = [(a.to(**like), b.to(**like), scale) for a, b, scale in parts]
+            transformer.set_submodule(name, _RoutedLinear(name, linear, adapters, self._route))
+
+    def __call__(self, latents, sigma, conditioning: Conditioning, adapter: torch.Tensor) -> torch.Tensor:
+        """latents [B, ...], sigma [B], adapter [B] int64: the teacher of each sample, -1 for the base alone.
+
+        Where only some samples have source pictures, these and the others are two forwards. Raises ValueError for an
+        adapter of another shape or dtype, on the CPU for one that is not there, and for a layer whose input's first
+        axis is not the batch.
+        """
+        if adapter.shape != (len(latents),) or adapter.dtype != torch.int64:
+            raise ValueError(f"adapter must be int64 [{len(latents)}], got {adapter.dtype} {list(adapter.shape)}")
+        self._check(adapter)
+        return self._ask(latents, sigma, conditioning, adapter.to(latents.device), same=False)
+
+    def field(self, m: int) -> Field:
+        """Teacher m alone, -1 for the base, as a field (latents, sigma, conditioning) -> velocity."""
+        self._check(torch.tensor([m]))
+
+        def velocity(latents, sigma, conditioning):
+            adapter = _constant((m,), torch.int64, latents.device)
+            return self._ask(latents, sigma, conditioning, adapter, same=True)
+
+        return velocity
+
+    def _check(self, adapter: torch.Tensor) -> None:
+        if adapter.device.type == "cpu" and len(adapter) and not -1 <= adapter.min() <= adapter.max() < self.count:
+            raise ValueError(f"adapter must name one of {self.count} teachers, or -1 for the base, got {adapter}")
+
+    def student(self, latents, sigma, conditioning: Conditioning, student: "LoraStudent") -> torch.Tensor:
+        """The transformer with a student's adapter, differentiable in it."""
+        return self._ask(latents, sigma, conditioning, None, same=True, student=student)
+
+    def _ask(self, latents, sigma, conditioning, adapter, same, student=None):
+        has = conditioning.has_source
+        if conditioning.source is None or not has.any():
+            sources = ()
+        elif has.all():
+            source = conditioning.source
+            sources = source if isinstance(source, tuple) else (source,)
+        else:  # the transformer takes sources for all of a batch or for none
+            result = torch.empty_like(latents)
+            for rows in (has, ~has):
+                index, part = rows.nonzero()[:, 0], adapter if same else adapter[rows]
+                answer = self._ask(latents[index], sigma[index], conditioning[index], part, same, student)
+                result = result.index_copy(0, index, answer)
+            return result
+        with self._route.of(adapter, same, student):
+            return self._velocity(self.transformer, latents, sigma, conditioning.prompt, sources)
+
+
+class LoraStudent(nn.Module):
+    """A trainable adapter on a shared transformer: student(latents, sigma, conditioning) -> velocity.
+
+    Its parameters are the adapter alone, in float32; a deep copy is another adapter on the same transformer. layers:
+    as given to the SharedBase too. A is drawn as PEFT draws it and B is zero, so that it begins as the base; what it
+    adds is scaled by alpha / rank.
+    """
+
+    def __init__(self, shared: SharedBase, layers: Sequence[str], rank: int, alpha: float, generator=None):
+        super().__init__()
+        self._shared, self.rank, self.alpha = (shared,), rank, alpha  # in a tuple: no submodule, and no copy
+        self.factors = nn.ParameterDict()
+        for name in layers:
+            linear = shared.transformer.get_submodule(name)
+            bound = linear.in_features**-0.5
+            a = (2 * torch.rand(rank, linear.in_features, generator=generator) - 1) * bound
+            self.factors[_flat(name) + "/lora_A"] = nn.Parameter(a)
+            self.factors[_flat(name) + "/lora_B"] = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def __deepcopy__(self, memo) -> "LoraStudent":
+        copied = LoraStudent(self._shared[0], [], self.rank, self.alpha)
+        copied.factors = deepcopy(self.factors, memo)
+        return copied
+
+    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        return self._shared[0].student(latents, sigma, conditioning, self)
+
+    def layer(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """One linear layer with its adapter, or without where the student has none there."""
+        key = _flat(name)
+        if f"{key}/lora_A" not in self.factors:
+            return nn.functional.linear(x, weight, bias)
+        a, b = self.factors[f"{key}/lora_A"], self.factors[f"{key}/lora_B"]
+        first = _constant((0, self.rank), torch.int64, x.device)
+        scale = _constant((self.alpha / self.rank,), torch.float32, x.device)
+        adapters = Adapters(a, b.mT, first, scale, self.rank)
+        rows = x.reshape(1, -1, x.shape[-1]).to(weight.dtype)
+        everyone = _constant((0,), torch.int64, x.device)
+        out = routed_lora_linear(rows, weight, bias, adapters, everyone)
+        return out.reshape(*x.shape[:-1], len(weight))
+
+    def lora(self) -> Lora:
+        """The adapter by module, detached, on the CPU."""
+        names = [key.removesuffix("/lora_A") for key in self.factors if key.endswith("/lora_A")]
+        return {
+            name.replace("/", "."): (
+                self.factors[f"{name}/lora_A"].detach().cpu(),
+                self.factors[f"{name}/lora_B"].detach().cpu(),
+                self.alpha / self.rank,
+            )
+            for name in names
+        }
+
+
+def target_layers(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The linear layers whose names end in one of targets, at a dot. Raises UserError for a target that none has."""
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    found = {target: [n for n in linear if n == target or n.endswith(f".{target}")] for target in targets}
+    unmatched = [target for target, names in found.items() if not names]
+    if unmatched:
+        ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        raise UserError(f"no linear layer ends in {', '.join(unmatched)}; there are {', '.join(ends)}")
+    return [name for name in linear if any(name in names for names in found.values())]
+
+
+def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
+    """Write an adapter as the pipeline's own save_lora_weights does, so that load_lora_weights takes it.
+
+    Scales that differ from 1 are folded into B: the file needs no metadata to be read right.
+    """
+    tensors = {}
+    for name, (a, b, scale) in lora.items():
+        tensors[f"{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"{name}.lora_B.weight"] = (b * scale).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline_class.save_lora_weights(folder, transformer_lora_layers=tensors, safe_serialization=True)
+    return folder / FILES[1]
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "/")
+
+
+@cache
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A small tensor copied to a device once."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)

@@ -1,0 +1,121 @@
+"""A run on a diffusers model: one frozen transformer that carries the student's adapter and the sources'."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from danceopd.backbones import pipeline_class_of
+from danceopd.conditioning import Conditioning
+from danceopd.config import Config, Source
+from danceopd.data.prepared import PreparedData, common_sizes
+from danceopd.data.sampler import Group, Samples
+from danceopd.errors import UserError
+from danceopd.fields import Field, SharedField, guided
+from danceopd.lora import Lora, LoraStudent, SharedBase, combine, load_lora, target_layers
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Samples | None:
+    """The prepared rows of every capability in groups of one picture size; None where some cannot be used."""
+    steps = config.rollout.num_inference_steps
+    data = [
+        attempt(f"capabilities.{name}.data.prepared", _rows, capability.data.prepared, name, capability)
+        for name, capability in config.capabilities.items()
+    ]
+    sizes = None if None in data else attempt("capabilities", common_sizes, data)
+    if sizes is None:
+        return None
+    groups = []
+    for size, rows in sizes.items():
+        shape = attempt("model", backbone.latent_shape, config.model, *size)
+        sigmas = attempt("model", backbone.sigmas, config.model, steps, *size)
+        groups.append(Group([part.of_size(size) for part in data], shape, rows, sigmas))
+    return Samples(groups, lambda rows, indices, without_prompt: rows.condition(indices, without_prompt))
+
+
+def _rows(path, name: str, capability) -> PreparedData:
+    data = PreparedData(path, capability.capability or name)
+    if (capability.task == "edit") != data.has_source:
+        raise UserError(
+            f"task is {capability.task}, but its rows have {'' if data.has_source else 'no '}source pictures"
+        )
+    return data
+
+
+def load_networks(config: Config, backbone: ModuleType, device: torch.device, attempt: Callable):
+    """(student, {source: field without guidance}): adapters on one transformer, sources of other weights beside it.
+
+    Where something cannot be loaded, attempt takes the message and the result is (None, None).
+    """
+    dtype = PRECISIONS[config.training.precision]
+    if config.student.init_from != "base":
+        attempt("student.init_from", _refuse, "a model's student starts from base so far; leave it out")
+    transformer = attempt("model", backbone.load_transformer, config.model, dtype)
+    if transformer is None:
+        return None, None
+    targets = config.student.lora.targets or backbone.LORA_TARGETS
+    layers = attempt("student.lora.targets", target_layers, transformer, targets)
+    pipeline_class = pipeline_class_of(config.model)
+    on_base = [name for name, source in config.sources.items() if source.weights in (None, "base")]
+    loras = {
+        name: attempt(f"sources.{name}.lora", _sum, source, transformer, pipeline_class)
+        for name, source in config.sources.items()
+        if name in on_base
+    }
+    others = {
+        name: attempt(f"sources.{name}.weights", backbone.load_transformer, source.weights, dtype)
+        for name, source in config.sources.items()
+        if name not in on_base
+    }
+    if layers is None or None in loras.values() or None in others.values():
+        return None, None
+    shared = SharedBase(transformer.to(device), [lora for lora in loras.values() if lora], backbone.velocity, layers)
+    generator = torch.Generator().manual_seed(config.training.seed)
+    lora = config.student.lora
+    student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, generator).to(device)
+    place = {name: i for i, name in enumerate(name for name, lora in loras.items() if lora)}
+    fields = {name: (shared, place.get(name, -1)) for name in on_base}  # -1: the base itself
+    return student, fields | {name: _field(network.to(device), backbone) for name, network in others.items()}
+
+
+def model_fields(config: Config, backbone: ModuleType, fields: dict, empty_prompt) -> list[Field]:
+    """Each route's field, in the order of the capabilities, guided where the configuration says so.
+
+    Sources on one transformer are asked in one forward for a mixed batch.
+    """
+    combination = getattr(backbone, "combine", None)
+    result = []
+    for capability in config.capabilities.values():
+        field, scale = fields[capability.source], config.sources[capability.source].guidance_scale
+        if isinstance(field, tuple):
+            shared, adapter = field
+            result.append(SharedField(shared, guided(_ask(shared), empty_prompt, None, combination), adapter, scale))
+        else:
+            result.append(guided(field, empty_prompt, scale, combination))
+    return result
+
+
+def _ask(shared: SharedBase) -> Field:
+    return lambda latents, sigma, conditioning: shared(latents, sigma, conditioning, conditioning.adapter)
+
+
+def _sum(source: Source, transformer: nn.Module, pipeline_class: type) -> Lora:
+    """The source's adapters as one; empty for the base itself."""
+    return combine([load_lora(lora.path, transformer, pipeline_class, lora.scale) for lora in source.lora])
+
+
+def _field(network: nn.Module, backbone: ModuleType) -> Field:
+    """A transformer of its own as a field."""
+    shared = SharedBase(network, [], backbone.velocity)
+
+    def velocity(latents, sigma, conditioning: Conditioning):
+        return shared.field(-1)(latents, sigma, conditioning)
+
+    return velocity
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)

@@ -1,0 +1,213 @@
+"""DanceOPD on a diffusers model, from files to files: two LoRA teachers, prepared rows, training, plain diffusers."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from PIL import Image
+from tiny_sd3 import save_tiny
+
+from danceopd.backbones import backbone_of, sd3
+from danceopd.config import parse_config
+from danceopd.data.prepare import prepare
+from danceopd.data.prepared import PreparedData
+from danceopd.errors import UserError
+from danceopd.lora import LoraStudent, SharedBase, load_lora, merged, target_layers
+from danceopd.training.loop import train
+from danceopd.training.setup import build
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def save_teacher(model, folder, seed, rank=2):
+    """A random LoRA that is far from the base, written by diffusers."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(model)
+    pipeline.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in pipeline.transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+    layers = {
+        name.replace(".default", ""): value
+        for name, value in pipeline.transformer.state_dict().items()
+        if "lora_" in name
+    }
+    pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, two LoRAs, and prepared rows of two capabilities."""
+    root = tmp_path_factory.mktemp("run")
+    model = save_tiny(root / "model")
+    for m, name in enumerate(("one", "two")):
+        save_teacher(model, root / name, seed=m)
+    rng = np.random.default_rng(0)
+    rows = []
+    for i, task in enumerate(["one", "two"] * 4):
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+        rows.append({"id": str(i), "task": task, "prompt": f"a picture of {i} cups", "target_image": f"{i}.png"})
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(root / "rows.jsonl", model, root / "cache", sd3, resolution=32)
+    return root
+
+
+def config_of(place, folder, **training):
+    raw = {
+        "model": str(place / "model"),
+        "student": {"lora": {"rank": 4}},
+        "sources": {
+            "one": {"lora": [{"path": str(place / "one")}]},
+            "two": {"lora": [{"path": str(place / "two")}], "guidance_scale": 2.0},
+        },
+        "capabilities": {
+            name: {"source": name, "task": "t2i", "data": {"prepared": str(place / "cache" / "rows.jsonl")}}
+            for name in ("one", "two")
+        },
+        "rollout": {"num_inference_steps": 4},
+        "training": {
+            "output_dir": str(folder),
+            "max_steps": 20,
+            "batch_size": 8,
+            "learning_rate": 2e-2,
+            "warmup_steps": 1,
+            "ema_decay": 0.5,
+            "log_every": 1,
+            "sample_every": 0,
+            **training,
+        },
+    }
+    return parse_config(raw)
+
+
+def losses(folder):
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def test_end_to_end(place, tmp_path):
+    folder = train(config_of(place, tmp_path / "run"))
+    curve = losses(folder)
+    assert len(curve) == 20
+    assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
+    pipeline = StableDiffusion3Pipeline.from_pretrained(place / "model")
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32, "output_type": "np"}
+    before = pipeline("a cup", generator=torch.Generator().manual_seed(0), **options).images
+    pipeline.load_lora_weights(folder / "student")
+    after = pipeline("a cup", generator=torch.Generator().manual_seed(0), **options).images
+    assert np.abs(after - before).max() > 1e-3
+    # What diffusers draws with the file is what the student itself draws.
+    transformer = sd3.load_transformer(place / "model")
+    adapted = merged(transformer, load_lora(folder / "student", transformer, StableDiffusion3Pipeline))
+    latents, sigma = torch.randn(2, 4, 4, 4), torch.tensor([0.9, 0.4])
+    prompt = sd3.text_encoder(place / "model")(["a cup", "two"])
+    theirs = sd3.velocity(pipeline.transformer, latents, sigma, prompt)
+    torch.testing.assert_close(sd3.velocity(adapted, latents, sigma, prompt), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_training_reads_only_the_cache(place, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(place / "model", copy)
+    for part in copy.iterdir():
+        if part.is_dir() and part.name.startswith(("text_encoder", "tokenizer")):
+            shutil.rmtree(part)
+    for part in (copy / "vae").glob("*.safetensors"):
+        part.unlink()
+    config = config_of(place, tmp_path / "run", max_steps=2)
+    train(config.model_copy(update={"model": copy}))
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_resumed_is_uninterrupted(place, tmp_path):
+    whole = train(config_of(place, tmp_path / "whole", max_steps=4))
+    train(config_of(place, tmp_path / "parts", max_steps=2))
+    parts = train(config_of(place, tmp_path / "parts", max_steps=4))
+    name = "student/pytorch_lora_weights.safetensors"
+    assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
+def test_teachers_on_one_base_are_the_merged_ones(place, tmp_path):
+    parts = build(config_of(place, tmp_path / "run"))
+    rows = parts.samples.groups[0].data[0]
+    conditioning = rows.condition([0, 1], [False, False])
+    latents, sigma = torch.randn(2, 4, 4, 4), torch.tensor([0.8, 0.3])
+    transformer = sd3.load_transformer(place / "model")
+    for name, field, scale in zip(("one", "two"), parts.fields, (1.0, 2.0), strict=True):
+        alone = merged(transformer, load_lora(place / name, transformer, StableDiffusion3Pipeline))
+        cond = sd3.velocity(alone, latents, sigma, conditioning.prompt)
+        empty = {key: value[None].expand(2, *value.shape) for key, value in rows.empty_prompt().items()}
+        uncond = sd3.velocity(alone, latents, sigma, empty)
+        expected = uncond + scale * (cond - uncond)
+        torch.testing.assert_close(field(latents, sigma, conditioning), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_begins_as_the_base_and_its_copy_is_its_own(place):
+    transformer = sd3.load_transformer(place / "model")
+    layers = target_layers(transformer, sd3.LORA_TARGETS)
+    shared = SharedBase(transformer, [], sd3.velocity, layers)
+    student = LoraStudent(shared, layers, rank=4, alpha=8.0)
+    conditioning = PreparedData(place / "cache" / "rows.jsonl", "one").condition([0, 1], [False, False])
+    latents, sigma = torch.randn(2, 4, 4, 4), torch.tensor([0.8, 0.3])
+    base = shared.field(-1)(latents, sigma, conditioning)
+    torch.testing.assert_close(student(latents, sigma, conditioning), base)
+    other = copy.deepcopy(student)
+    assert other._shared[0] is shared
+    with torch.no_grad():
+        for value in student.factors.values():
+            value.add_(0.1)
+    velocity = student(latents, sigma, conditioning)
+    assert not torch.allclose(velocity, base)
+    torch.testing.assert_close(other(latents, sigma, conditioning), base)
+    velocity.square().mean().backward()
+    reached = [name for name, value in student.factors.items() if value.grad is not None and value.grad.any()]
+    assert len(reached) > 0.8 * len(student.factors)  # the last block's text stream goes nowhere
+    assert all(parameter.grad is None for parameter in transformer.parameters())
+    merged_student = merged(sd3.load_transformer(place / "model"), student.lora())
+    expected = sd3.velocity(merged_student, latents, sigma, conditioning.prompt)
+    torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_everything_missing_is_listed_at_once(place, tmp_path):
+    config = config_of(place, tmp_path / "run")
+    raw = config.to_dict()
+    raw["capabilities"]["one"]["data"]["prepared"] = str(tmp_path / "nothing.jsonl")
+    raw["capabilities"]["two"]["task"] = "edit"
+    with pytest.raises(UserError, match=r"one\.data\.prepared: no prepared rows[\s\S]*two.*task is edit"):
+        build(parse_config(raw))
+    raw = config.to_dict()
+    raw["sources"]["one"]["lora"] = [{"path": str(tmp_path / "gone.safetensors")}]
+    raw["student"]["lora"]["targets"] = ["to_qq"]
+    with pytest.raises(UserError, match=r"targets: no linear layer ends in to_qq[\s\S]*one\.lora: .*gone"):
+        build(parse_config(raw))
+    raw = config.to_dict()
+    raw["model"] = str(tmp_path)
+    with pytest.raises(UserError, match=r"no model_index\.json"):
+        build(parse_config(raw))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": {}}, "student.lora"),
+        ({"model": None}, "is for a model's"),
+        ({"evaluation": {"times": 2}}, "evaluation.times"),
+    ],
+)
+def test_what_does_not_go_together(place, tmp_path, change, message):
+    raw = config_of(place, tmp_path / "run").to_dict()
+    with pytest.raises(UserError, match=message):
+        parse_config(raw | change)
+
+
+def test_the_family_of_a_folder(place, tmp_path):
+    assert backbone_of(place / "model") is sd3
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipelin"}))
+    with pytest.raises(UserError, match="did you mean a StableDiffusion3Pipeline"):
+        backbone_of(tmp_path)
