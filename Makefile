@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/danceopd report runs/demo
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
