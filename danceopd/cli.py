@@ -90,6 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of encoders")
     prepare.add_argument("--strict", action="store_true", help="stop at problems instead of leaving rows out")
     prepare.set_defaults(run=run_data_prepare)
+    imported = actions.add_parser("import", help="write a Hugging Face data set on disk as pictures and a manifest")
+    imported.add_argument("folder", type=Path, help="written by save_to_disk")
+    imported.add_argument("out", type=Path)
+    imported.add_argument("--split", default="train", help="of several (%(default)s)")
+    imported.add_argument("--task", help="of every row, where the data set has no such column")
+    imported.set_defaults(run=run_data_import)
     write = actions.add_parser("world", help="write pictures of the world as PNGs with a manifest")
     write.add_argument("folder", type=Path)
     write.add_argument("--size", type=int, default=1000, help="samples per capability (%(default)s)")
@@ -260,6 +266,13 @@ def run_data_prepare(args: argparse.Namespace) -> None:
     if done.damaged:
         print(f"mended: {len(done.damaged)} damaged shards, {', '.join(done.damaged[:3])}")
     print(f"{done.rows} rows in {done.path}: {done.made} entries encoded, {done.found} found")
+
+
+def run_data_import(args: argparse.Namespace) -> None:
+    from danceopd.data.huggingface import import_dataset
+
+    path, count = import_dataset(args.folder, args.out, args.split, args.task)
+    print(f"{count} rows: {path}")
 
 
 def run_data_world(args: argparse.Namespace) -> None:

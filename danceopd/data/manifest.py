@@ -1,6 +1,6 @@
 """A user's own data: a manifest (JSONL or CSV) of prompts and picture files, checked line by line.
 
-Columns: id, task (or capability), prompt, source_image, target_image; others are ignored. Every row needs
+Columns: id (or uid), task (or capability), prompt, source_image, target_image; others are ignored. Every row needs
 a task and a prompt. A row without an id goes by its line. Picture paths are relative to the manifest's
 folder, or to the `root` given, and may not leave it: a shared manifest must not read its reader's files.
 """
@@ -187,7 +187,7 @@ def _parse_row(line: int, record: dict, root: Path) -> tuple[Row, list[str]]:
     def text(column: str) -> str | None:
         """The stripped cell, "" if there is none, None if it is reported as no text."""
         value = record.get(column)
-        if column == "id" and isinstance(value, int) and not isinstance(value, bool):
+        if column in ("id", "uid") and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if value is None or isinstance(value, str):
             value = (value or "").strip()
@@ -216,7 +216,7 @@ def _parse_row(line: int, record: dict, root: Path) -> tuple[Row, list[str]]:
         messages.append("no prompt; describe the picture or the edit")
     row = Row(
         line=line,
-        id=text("id") or f"line {line}",
+        id=text("id") or text("uid") or f"line {line}",
         capability=task or capability or "",
         prompt=prompt or "",
         source_image=picture("source_image"),
