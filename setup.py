@@ -52,6 +52,7 @@ setup(
             "flow_matching>=1.0.10",  # one of the kernels' examples; CC BY-NC 4.0, as everything else here is not
         ],
         "models": ["diffusers>=0.42", "transformers>=5.0", "accelerate>=1.0"],
+        "8bit": ["bitsandbytes>=0.45"],
         "triton": ["triton>=3.2"],
         "flash-attn": ["flash-attn>=2.6"],
     },
