@@ -55,6 +55,7 @@ setup(
         ],
         "models": ["diffusers>=0.42", "transformers>=5.0", "accelerate>=1.0"],
         "datasets": ["datasets>=3.0"],
+        "8bit": ["bitsandbytes>=0.45"],
         "triton": ["triton>=3.2"],
         "flash-attn": ["flash-attn>=2.6"],
     },

@@ -56,20 +56,33 @@ def save_model(model: DiT, path: Path, dtype: torch.dtype = torch.float32) -> No
     write_atomic(path, save(weights, {"config": json.dumps(model.config.to_dict())}))
 
 
-def load_model(path: Path) -> DiT:
-    """Load a network written by save_model, in float32 and evaluation mode.
-
-    Raises FileNotFoundError for a missing file and UserError for one that is damaged or not a DiT.
-    """
+def read_config(path: Path) -> DiTConfig:
+    """A network's configuration, from its file's header alone. Raises as load_model does."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            config = DiTConfig(**json.loads(file.metadata()["config"]))
+            return DiTConfig(**json.loads(file.metadata()["config"]))
+    except Exception as error:  # safetensors and JSON errors alike: the file is of no use
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a whole DanceOPD network ({error}); train or copy it again")
+
+
+def load_model(path: Path) -> DiT:
+    """Load a network written by save_model, in float32 and evaluation mode.
+
+    Raises FileNotFoundError for a missing file and UserError for one that is damaged or not a DiT.
+    """
+    config = read_config(path)
+    try:
+        with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         model = DiT(config)
         model.load_state_dict(weights)
-    except Exception as error:  # safetensors, JSON and shape errors alike: the file is of no use
-        raise UserError(f"{path} is not a whole DanceOPD network ({error}); train or copy it again") from error
+    except Exception as error:  # safetensors and shape errors alike
+        raise _damaged(path, error) from error
     return model.eval()

@@ -11,6 +11,7 @@ DESCRIPTION = "Distil several flow-matching models into one student on its own t
 EPILOG = """examples:
   danceopd train --config configs/demo.yaml                     train, or go on where a run stopped
   danceopd train --config configs/demo.yaml training.max_steps=50 training.output_dir=runs/short
+  danceopd train --config configs/demo.yaml --dry-run            what a run takes, and what it lacks
   danceopd report runs/demo                                      score every row, write report.html
   danceopd reproduce A                                           six methods at equal cost, in half an hour
   danceopd evaluate runs/demo/student.safetensors --json row.json
@@ -108,6 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, for example configs/demo.yaml")
     parser.add_argument("--overwrite", action="store_true", help="start again where a finished or other run lies")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="load no weight: check files, count parameters, memory and evaluations"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example training.max_steps=4")
 
 
@@ -118,8 +122,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is without guidance (%(default)s)")
 
 
-def run_train(args: argparse.Namespace) -> None:
+def run_train(args: argparse.Namespace) -> int | None:
     from danceopd.config import load_config
+
+    if args.dry_run:
+        from danceopd.training.dry_run import dry_run
+
+        plan = dry_run(load_config(args.config, args.overrides))
+        print(plan.text())
+        return 2 if plan.problems else 0
     from danceopd.training.loop import train
 
     folder = train(load_config(args.config, args.overrides), overwrite=args.overwrite)

@@ -113,7 +113,7 @@ class Training(Section):
     """batch_size samples make one update, in micro-batches of batch_size / gradient_accumulation_steps.
 
     max_network_evaluations ends a run before max_steps: forwards of one sample by any network, a backward counted
-    as two.
+    as two. gradient_checkpointing: with a `model`, the backward computes each block again instead of keeping it.
     """
 
     output_dir: Path
@@ -130,6 +130,7 @@ class Training(Section):
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Positive = 5
     save_every: Positive = 100
@@ -285,6 +286,8 @@ def _check_model(config: Config) -> list[str]:
             if value
         ] + ([] if config.student.lora else ["student.lora: a model's student is an adapter so far; give lora: {}"])
     problems = ["student.lora: is for a model's student; give model, or leave it out"] if config.student.lora else []
+    if config.training.gradient_checkpointing:
+        problems.append("training.gradient_checkpointing: is for a model's student; give model, or leave it out")
     return (
         problems
         + [

@@ -3,9 +3,9 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from danceopd.conditioning import Conditioning
 from danceopd.errors import UserError
@@ -33,16 +34,19 @@ CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
 @torch.inference_mode(False)  # reading asks for gradients
-def load_lora(path: str | Path, transformer: nn.Module, pipeline_class: type, scale: float = 1.0) -> Lora:
+def load_lora(
+    path: str | Path, transformer: nn.Module, pipeline_class: type, scale: float = 1.0, header_only: bool = False
+) -> Lora:
     """A LoRA by module of the transformer, in float32, its scale alpha / rank times `scale`.
 
     path: a PEFT folder, or a safetensors file (or the folder of one) in any layout that the pipeline class converts
-    by its lora_state_dict: diffusers', kohya's, ComfyUI's, ai-toolkit's. Raises UserError for files that are missing
-    or corrupt, for a layout the class cannot convert, and for every key that is no factor of a linear layer of the
-    transformer: nothing in a file is left out.
+    by its lora_state_dict: diffusers', kohya's, ComfyUI's, ai-toolkit's. header_only: the factors on the meta device
+    and no tensor read, with scales that say nothing. Raises UserError for files that are missing or corrupt, for a
+    layout the class cannot convert, and for every key that is no factor of a linear layer of the transformer: nothing
+    in a file is left out. With header_only it raises RuntimeError where the conversion depends on values.
     """
     file = _find(Path(path))
-    raw, config = _read(file)
+    raw, config = _read(file, header_only)
     raw = _fold_alphas(file, raw, config)
     if any(_module(key, transformer) is None for key in raw):
         raw = _convert(file, raw, pipeline_class)
@@ -67,6 +71,19 @@ def load_lora(path: str | Path, transformer: nn.Module, pipeline_class: type, sc
             )
         lora[name] = (a, b, scale * _configured_scale(file, config, name, len(a)))
     return lora
+
+
+def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: type) -> tuple[int, bool]:
+    """(parameters of a LoRA, whether its keys were checked), by its file's header alone.
+
+    Unchecked is a layout whose conversion depends on values: the count is the file's. Raises UserError as load_lora.
+    """
+    try:
+        lora = load_lora(path, transformer, pipeline_class, header_only=True)
+    except RuntimeError:
+        raw, _ = _read(_find(Path(path)), header_only=True)
+        return sum(value.numel() for key, value in raw.items() if not key.endswith(".alpha")), False
+    return sum(a.numel() + b.numel() for a, b, _ in lora.values()), True
 
 
 def combine(loras: Sequence[Lora]) -> Lora:
@@ -98,11 +115,12 @@ def _find(path: Path) -> Path:
     return files[0]
 
 
-def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict | None]:
+def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict | None]:
     """(tensors in float32, PEFT's configuration by its own names or None)."""
     try:
         with safe_open(file, framework="pt") as opened:
-            raw = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            read = partial(_described, opened) if header_only else opened.get_tensor
+            raw = {key: read(key) for key in opened.keys()}  # noqa: SIM118
             config = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read as safetensors, copy it again: {error}") from error
@@ -130,6 +148,15 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict | None]:
     if quantized:
         raise UserError(f"{file}: {_first(quantized)}: not floating point; only LoRAs that are not quantized are taken")
     return {key: value.float() for key, value in raw.items()}, config
+
+
+def _described(opened, key: str) -> torch.Tensor:
+    """A tensor of the shape that a file's header gives; an alpha, whose value nothing depends on, is 1."""
+    entry = opened.get_slice(key)
+    if key.endswith(".alpha"):
+        return torch.ones(entry.get_shape())
+    dtype = torch.float32 if entry.get_dtype().startswith(("F", "BF")) else torch.uint8
+    return torch.empty(entry.get_shape(), dtype=dtype, device="meta")
 
 
 def _fold_alphas(file: Path, raw: dict[str, torch.Tensor], config: dict | None) -> dict[str, torch.Tensor]:
@@ -165,6 +192,8 @@ def _convert(file: Path, raw: dict[str, torch.Tensor], pipeline_class: type) -> 
         try:
             converted = pipeline_class.lora_state_dict(copies)
         except Exception as error:  # of any kind: the converters assume what they expect
+            if "meta tensor" in str(error):  # read by its header alone, and the converter asks for values
+                raise
             raise UserError(
                 f"{file}: diffusers cannot convert this LoRA for {pipeline_class.__name__}: "
                 f"{str(error).strip()[:400]}; check that it was trained for this model"
@@ -251,6 +280,10 @@ class _Route:
         finally:
             self.adapter = self.student = None
 
+    def again(self) -> tuple:
+        """Contexts of a block's forward and of its recomputation in the backward, when this forward is long over."""
+        return nullcontext(), self.of(self.adapter, self.same, self.student)
+
 
 class _RoutedLinear(nn.Linear):
     """The parameters of a Linear and the adapters of all teachers; the forward takes its samples' from the route."""
@@ -324,6 +357,14 @@ class SharedBase:
             parts = [lora.get(name, none) for lora in loras]
             adapters = [(a.to(**like), b.to(**like), scale) for a, b, scale in parts]
             transformer.set_submodule(name, _RoutedLinear(name, linear, adapters, self._route))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """A backward computes each block again instead of keeping what the forward had inside it."""
+
+        def run(block, *args):
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=self._route.again)
+
+        self.transformer.enable_gradient_checkpointing(run)
 
     def __call__(self, latents, sigma, conditioning: Conditioning, adapter: torch.Tensor) -> torch.Tensor:
         """latents [B, ...], sigma [B], adapter [B] int64: the teacher of each sample, -1 for the base alone.
@@ -427,12 +468,15 @@ class LoraStudent(nn.Module):
         }
 
 
-def target_layers(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
-    """The linear layers whose names end in one of targets, at a dot. Raises UserError for a target that none has."""
+def target_layers(transformer: nn.Module, targets: Sequence[str], every: bool = True) -> list[str]:
+    """The linear layers whose names end in one of targets, at a dot.
+
+    Raises UserError for a target that none has, or if not `every` one must be found, where none has any.
+    """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     found = {target: [n for n in linear if n == target or n.endswith(f".{target}")] for target in targets}
     unmatched = [target for target, names in found.items() if not names]
-    if unmatched:
+    if unmatched and (every or len(unmatched) == len(targets)):
         ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise UserError(f"no linear layer ends in {', '.join(unmatched)}; there are {', '.join(ends)}")
     return [name for name in linear if any(name in names for names in found.values())]

@@ -1,12 +1,16 @@
-"""AdamW, and Muon (Jordan et al., 2024) in float32 with matrices of one shape orthogonalised together.
+"""AdamW, also with states of 8 bits, and Muon (Jordan et al., 2024) in float32 with matrices of one shape together.
 
 torch.optim.Muon iterates in bfloat16, one matrix at a time; on a CPU without bfloat16 products that doubled
 the time of a training step of the embedded network, where this costs a fifth.
 """
 
+from importlib import import_module
+
 import torch
 
-OPTIMIZERS = ("adamw", "muon")
+from danceopd.errors import UserError
+
+OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
 
 
 class Muon(torch.optim.Optimizer):
@@ -51,12 +55,24 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
+def adamw_class(name: str) -> type[torch.optim.Optimizer]:
+    """torch's AdamW, or for "adamw_8bit" that of bitsandbytes or torchao. Raises UserError where neither is there."""
+    if name != "adamw_8bit":
+        return torch.optim.AdamW
+    for module in ("bitsandbytes.optim", "torchao.optim"):
+        try:
+            return import_module(module).AdamW8bit
+        except (ImportError, AttributeError):
+            continue
+    raise UserError("adamw_8bit needs bitsandbytes or torchao; pip install 'danceopd[8bit]', or use adamw")
+
+
 def make_optimizers(
     model: torch.nn.Module, name: str, learning_rate: float, weight_decay: float, betas=(0.9, 0.999)
 ) -> list[torch.optim.Optimizer]:
-    """ "adamw": one optimizer. "muon": Muon for the products over tokens in the blocks, AdamW for the rest.
+    """ "adamw", "adamw_8bit": one optimizer. "muon": Muon for products over tokens in the blocks, AdamW for the rest.
 
-    Raises ValueError for another name.
+    Raises ValueError for another name, and UserError for one whose library is not installed.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; use one of {', '.join(OPTIMIZERS)}")
@@ -66,5 +82,5 @@ def make_optimizers(
     rest = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = [Muon(matrices, lr=learning_rate, weight_decay=weight_decay)] if name == "muon" else []
     if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay))
+        optimizers.append(adamw_class(name)(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay))
     return optimizers

@@ -1,5 +1,7 @@
 """Which states of a trajectory are asked."""
 
+import math
+
 import torch
 
 # Beta(a, b) of the trajectory fraction: 0 is noise, 1 is data. Low-t asks near the data.
@@ -44,3 +46,21 @@ def query(
         if bias == "stratified":
             fraction = (torch.arange(k) + fraction) / k
     return (fraction * num_inference_steps).long().clamp(max=num_inference_steps - 1)
+
+
+def expected_depth(num_inference_steps: int, *, bias: str = "low_t", k: int = 1) -> float:
+    """The mean of the deepest of the k indices that `query` draws for a sample: its steps of rollout.
+
+    Of gap, whose weights training makes, before there are any. Raises ValueError as `query` does.
+    """
+    query(0, num_inference_steps, torch.Generator(), bias=bias, k=k)  # checks its arguments
+    edges = [j / num_inference_steps for j in range(1, num_inference_steps)]  # depth >= j: a fraction is past edge j
+    if bias == "stratified":
+        return sum(min(1.0, k * (1 - x)) for x in edges)
+    if bias in BETA:
+        a, b = BETA[bias]
+        n = a + b - 1  # Beta's distribution with whole a and b: at least a of n uniforms lie below x
+        below = [sum(math.comb(n, i) * x**i * (1 - x) ** (n - i) for i in range(a, n + 1)) for x in edges]
+    else:
+        below = edges
+    return sum(1 - f**k for f in below)

@@ -40,6 +40,7 @@ NOT_IDENTITY = (
     "keep_checkpoints",
     "sample_every",
     "device",
+    "gradient_checkpointing",
 )
 
 

@@ -22,7 +22,7 @@ def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Sa
     """The prepared rows of every capability in groups of one picture size; None where some cannot be used."""
     steps = config.rollout.num_inference_steps
     data = [
-        attempt(f"capabilities.{name}.data.prepared", _rows, capability.data.prepared, name, capability)
+        attempt(f"capabilities.{name}.data.prepared", rows_of, capability.data.prepared, name, capability)
         for name, capability in config.capabilities.items()
     ]
     sizes = None if None in data else attempt("capabilities", common_sizes, data)
@@ -36,7 +36,8 @@ def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Sa
     return Samples(groups, lambda rows, indices, without_prompt: rows.condition(indices, without_prompt))
 
 
-def _rows(path, name: str, capability) -> PreparedData:
+def rows_of(path, name: str, capability) -> PreparedData:
+    """The prepared rows of a capability. Raises UserError for a file or rows that cannot be used."""
     data = PreparedData(path, capability.capability or name)
     if (capability.task == "edit") != data.has_source:
         raise UserError(
@@ -51,15 +52,13 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
     Where something cannot be loaded, attempt takes the message and the result is (None, None).
     """
     dtype = PRECISIONS[config.training.precision]
-    if config.student.init_from != "base":
-        attempt("student.init_from", _refuse, "a model's student starts from base so far; leave it out")
+    attempt("student.init_from", check_student, config)
     transformer = attempt("model", backbone.load_transformer, config.model, dtype)
     if transformer is None:
         return None, None
-    targets = config.student.lora.targets or backbone.LORA_TARGETS
-    layers = attempt("student.lora.targets", target_layers, transformer, targets)
+    layers = attempt("student.lora.targets", student_layers, config, backbone, transformer)
     pipeline_class = pipeline_class_of(config.model)
-    on_base = [name for name, source in config.sources.items() if source.weights in (None, "base")]
+    on_base = sources_on_base(config)
     loras = {
         name: attempt(f"sources.{name}.lora", _sum, source, transformer, pipeline_class)
         for name, source in config.sources.items()
@@ -73,12 +72,34 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
     if layers is None or None in loras.values() or None in others.values():
         return None, None
     shared = SharedBase(transformer.to(device), [lora for lora in loras.values() if lora], backbone.velocity, layers)
+    if config.training.gradient_checkpointing:
+        shared.enable_gradient_checkpointing()
     generator = torch.Generator().manual_seed(config.training.seed)
     lora = config.student.lora
     student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, generator).to(device)
     place = {name: i for i, name in enumerate(name for name, lora in loras.items() if lora)}
     fields = {name: (shared, place.get(name, -1)) for name in on_base}  # -1: the base itself
     return student, fields | {name: _field(network.to(device), backbone) for name, network in others.items()}
+
+
+def check_student(config: Config) -> None:
+    """Raises UserError for a student that this cannot make."""
+    if config.student.init_from != "base":
+        raise UserError("a model's student starts from base so far; leave it out")
+
+
+def sources_on_base(config: Config) -> list[str]:
+    """The sources that are the model's own transformer, as it is or with adapters."""
+    return [name for name, source in config.sources.items() if source.weights in (None, "base")]
+
+
+def student_layers(config: Config, backbone: ModuleType, transformer: nn.Module) -> list[str]:
+    """The layers that the student's adapter changes: the configuration's, or those of the family that are there.
+
+    A family's list is that of its largest model. Raises UserError as target_layers does.
+    """
+    targets = config.student.lora.targets
+    return target_layers(transformer, targets or backbone.LORA_TARGETS, every=bool(targets))
 
 
 def model_fields(config: Config, backbone: ModuleType, fields: dict, empty_prompt) -> list[Field]:
@@ -115,7 +136,3 @@ def _field(network: nn.Module, backbone: ModuleType) -> Field:
         return shared.field(-1)(latents, sigma, conditioning)
 
     return velocity
-
-
-def _refuse(message: str) -> None:
-    raise UserError(message)

@@ -20,6 +20,7 @@ from danceopd.data.world import WorldData
 from danceopd.errors import UserError
 from danceopd.fields import Field, guided
 from danceopd.methods import needs
+from danceopd.optimizers import adamw_class
 from danceopd.tokenizer import tokenize
 
 
@@ -53,8 +54,9 @@ def build(config: Config) -> Parts:
         except (ValueError, OSError) as error:
             problems.append(f"{key}: {error}")
 
-    device = attempt("training.device", _device, config.training.device)
+    device = attempt("training.device", find_device, config.training.device)
     attempt("training.output_dir", _check_folder, config.training.output_dir)
+    attempt("training.optimizer", adamw_class, config.training.optimizer)
     if config.model:
         return _build_model(config, device, attempt, problems)
     student = attempt("student.init_from", _load, config.student.init_from)
@@ -68,7 +70,7 @@ def build(config: Config) -> Parts:
                 f"sources.{name}.weights: its network {network.config} is not the student's {student.config}"
             )
     data = [
-        attempt(f"capabilities.{name}.data", _load_data, name, capability, image_size, "clean" in needs(config.method))
+        attempt(f"capabilities.{name}.data", load_data, name, capability, image_size, "clean" in needs(config.method))
         for name, capability in config.capabilities.items()
     ]
     _stop_at(problems)
@@ -116,13 +118,15 @@ def _load(weights: str) -> DiT:
     return load_model(resolve_weights(weights))
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a run. Raises UserError for one that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is available; use cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _load_data(name: str, capability, image_size: int, with_clean: bool):
+def load_data(name: str, capability, image_size: int, with_clean: bool):
+    """The rows of a capability of the embedded network. Raises UserError for rows that do not fit it."""
     data = capability.data
     if data.world:
         return WorldData(data.world, data.size, data.seed)

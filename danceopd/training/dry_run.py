@@ -1,0 +1,501 @@
+"""What a run takes and what it lacks, without loading a weight: `danceopd train --dry-run`.
+
+Networks are built on the meta device from their configurations; of files only configurations, headers and prepared
+rows are read. What the backward keeps is seen on a forward there, through the code that trains.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from danceopd.backbones.dit import DiT
+from danceopd.checkpoint import read_config, resolve_weights
+from danceopd.conditioning import Conditioning
+from danceopd.config import Config
+from danceopd.errors import UserError
+from danceopd.methods import needs
+from danceopd.optimizers import Muon, adamw_class, make_optimizers
+from danceopd.query import expected_depth
+from danceopd.training.setup import find_device, load_data
+
+GIB = 2**30
+FLOAT = 4  # bytes of a trainable parameter, its gradient, its average, and of one state of AdamW
+PREPARATION = ("text_encoder", "tokenizer", "processor", "image_encoder", "feature_extractor", "siglip")
+
+
+@dataclass
+class Plan:
+    """What was found. Each part is filled in as far as the files allow; problems: "key: what is wrong".
+
+    found: lines about files; parameters: by network; memory: bytes of one rank by term, and how they come about;
+    activations: bytes that the backward keeps, without and with gradient checkpointing (None where a network has
+    none); evaluations: of one optimizer step by kind, None for a method whose are not worked out.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
+    parameters: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, tuple[float, str]] = field(default_factory=dict)
+    activations: tuple[float, float | None] | None = None
+    evaluations: dict[str, float] | None = None
+
+    def attempt(self, key: str, function: Callable, *args):
+        """function(*args), or None and a problem."""
+        try:
+            return function(*args)
+        except (ValueError, OSError) as error:
+            self.problems.append(f"{key}: {error}")
+
+    def total_memory(self) -> float:
+        """Bytes of one rank, as far as they are known."""
+        return sum(size for size, _ in self.memory.values())
+
+    def text(self) -> str:
+        """The whole as it is printed."""
+        lines = list(self.found)
+        if self.parameters:
+            lines += ["", "parameters"]
+            lines += [f"  {name:34s} {count:>18,d}" for name, count in self.parameters.items()]
+        if self.memory:
+            lines += ["", "memory of one rank, an estimate (each rank holds all of it)"]
+            lines += [f"  {name:34s} {_size(size):>12s}   {how}" for name, (size, how) in self.memory.items()]
+            unknown = (
+                ""
+                if self.activations
+                else "   at least: without activations, which need prepared rows and the transformer"
+            )
+            lines.append(f"  {'total':34s} {_size(self.total_memory()):>12s}{unknown}")
+            lines.append("  (not counted: the CUDA context, kernels' workspace and fragmentation; leave 2 GiB)")
+        lines += ["", "network evaluations of one optimizer step, expected (forwards of one sample; a backward is two)"]
+        if self.evaluations is None:
+            lines.append("  not worked out for this method")
+        else:
+            lines += [f"  {name:34s} {count:10.1f}" for name, count in self.evaluations.items()]
+            lines.append(f"  {'total':34s} {sum(self.evaluations.values()):10.1f}")
+        if self.problems:
+            lines += ["", "this run cannot start:", *(f"  {problem}" for problem in self.problems)]
+        return "\n".join(lines).lstrip("\n")
+
+
+def dry_run(config: Config) -> Plan:
+    """Find out all that a run takes and all that it lacks; nothing is written."""
+    plan = Plan()
+    plan.attempt("training.device", find_device, config.training.device)
+    plan.attempt("training.output_dir", _check_folder, config.training.output_dir)
+    plan.attempt("training.optimizer", adamw_class, config.training.optimizer)
+    (_model if config.model else _embedded)(config, plan)
+    plan.evaluations = evaluations_per_step(config)
+    return plan
+
+
+# --------------------------------------------------------------------------------------------- evaluations
+
+
+def evaluations_per_step(config: Config) -> dict[str, float] | None:
+    """Expected forwards of one sample in an optimizer step, by kind; a backward counts as two.
+
+    For DanceOPD after a warm start, with the capabilities' weights; None for other methods.
+    """
+    options = config.method_options()
+    if config.method not in ("danceopd", "danceopd_fast"):
+        return None
+    capabilities, k = list(config.capabilities.values()), config.query.k
+    weights = [1.0 if config.route == "round_robin" else c.weight for c in capabilities]
+    shares = [weight / sum(weights) for weight in weights]
+    # Guidance asks the network twice: with the prompt, and with the empty one.
+    own = sum(s * (1 + (c.student_guidance_scale != 1)) for s, c in zip(shares, capabilities, strict=True))
+    asked = [1 + (config.sources[c.source].guidance_scale != 1) for c in capabilities]
+    source = sum(asked) if options.get("routing") == "soft" else sum(s * n for s, n in zip(shares, asked, strict=True))
+    steps = expected_depth(config.rollout.num_inference_steps, bias=config.query.bias, k=k)
+    if config.rollout.solver == "heun":
+        steps *= 2
+    counts = {
+        "rollout to the deepest state asked": steps * own,
+        "source": k * source,
+        "student, forward": k * own,
+        "student, backward": 2 * k * own,
+    }
+    if config.training.gradient_checkpointing:
+        counts["student, forward again"] = k * own
+    return {name: config.training.batch_size * count for name, count in counts.items()}
+
+
+# -------------------------------------------------------------------------------------------- a model's run
+
+
+def _model(config: Config, plan: Plan) -> None:
+    from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
+    from danceopd.lora import LoraStudent, SharedBase, lora_parameters
+    from danceopd.training.models import PRECISIONS, check_student, model_samples, sources_on_base, student_layers
+
+    attempt, dtype = plan.attempt, PRECISIONS[config.training.precision]
+    attempt("student.init_from", check_student, config)
+    backbone = attempt("model", backbone_of, config.model)
+    samples = model_samples(config, backbone, attempt) if backbone else _rows_alone(config, plan)
+    if backbone is None:
+        return
+    plan.found.append(_parts(config.model))
+    for m, (name, capability) in enumerate(config.capabilities.items()) if samples else ():
+        rows = sum(len(group.data[m]) for group in samples.groups)
+        plan.found.append(f"{name}: {rows} rows in {capability.data.prepared}")
+    transformer = attempt("model", meta_transformer, config.model, backbone, dtype)
+    attempt("model", check_weights, config.model)
+    sources = {}
+    for name, source in config.sources.items():
+        if name not in sources_on_base(config):
+            network = attempt(f"sources.{name}.weights", meta_transformer, source.weights, backbone, dtype)
+            attempt(f"sources.{name}.weights", check_weights, source.weights)
+            sources[name] = network and count(network)
+            continue
+        files = [
+            transformer
+            and attempt(
+                f"sources.{name}.lora", lora_parameters, lora.path, transformer, pipeline_class_of(config.model)
+            )
+            for lora in source.lora
+        ]
+        sources[name] = None if None in files else sum(parameters for parameters, _ in files)
+        for lora, result in zip(source.lora, files, strict=True):
+            if result:
+                checked = "all keys fit" if result[1] else "keys are checked when it is loaded: its layout needs values"
+                plan.found.append(f"{name}: {lora.path}, {checked}")
+    if transformer is None:
+        return
+    plan.parameters["base"] = count(transformer)
+    plan.parameters |= {f"source {name}, beside the base": n for name, n in sources.items() if n is not None}
+    size, name = dtype.itemsize, str(dtype).removeprefix("torch.")
+    plan.memory["base weights"] = nbytes(transformer), f"{count(transformer):,} x {size} bytes, {name}, shared"
+    total = sum(filter(None, sources.values()))
+    plan.memory["sources beside the base"] = total * size, f"{total:,} x {size} bytes, {name}"
+    layers = attempt("student.lora.targets", student_layers, config, backbone, transformer)
+    if layers is None:
+        return
+
+    def velocity(transformer, latents, sigma, prompt, sources=(), *_, **__):
+        return backbone.velocity(transformer, latents, sigma, prompt, sources, 1.0)
+
+    lora = config.student.lora
+    with torch.device("meta"):
+        shared = SharedBase(transformer, [], velocity, layers)
+        student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank)
+    _trained(config, plan, student)
+    if samples is None:
+        return
+    micro = micro_batch(config)
+    group = max(samples.groups, key=lambda g: math.prod(g.shape))
+    seen = []
+    for name, rows in zip(config.capabilities, group.data, strict=True):
+        conditioning = attempt(f"capabilities.{name}.data", samples.condition, rows, [0], [False])
+        if conditioning is None:
+            return
+        seen.append((*kept_for_backward(student, transformer, group.shape, conditioning), _bytes_of(conditioning)))
+    plain, checkpointed = (max(values) for values in list(zip(*seen, strict=True))[:2])
+    _add_activations(config, plan, plain, checkpointed)
+    latents = FLOAT * math.prod(group.shape)
+    _add_states(config, plan, latents)
+    inputs = micro * (latents + max(size for *_, size in seen))
+    plan.memory["latents, prompts, sources"] = inputs, f"{micro} samples of the largest picture size, as prepared"
+
+
+def _rows_alone(config: Config, plan: Plan) -> None:
+    """Without a model nothing can be made of prepared rows, but what is wrong with them is said too."""
+    from danceopd.training.models import rows_of
+
+    for name, capability in config.capabilities.items():
+        plan.attempt(f"capabilities.{name}.data.prepared", rows_of, capability.data.prepared, name, capability)
+    for name, source in config.sources.items():
+        for lora in source.lora:
+            if not lora.path.exists():
+                plan.problems.append(f"sources.{name}.lora: {lora.path}: no LoRA there")
+        if source.weights not in (None, "base") and not Path(source.weights).is_dir():
+            plan.problems.append(f"sources.{name}.weights: no folder {source.weights}")
+
+
+def _parts(folder: Path) -> str:
+    """Which of a pipeline's parts are there; training itself reads no encoder."""
+    index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+    named = [key for key, value in index.items() if isinstance(value, list) and value and value[0]]
+    there = [part for part in named if (Path(folder) / part).is_dir()]
+    missing = [part for part in named if part not in there]
+    needed = [part for part in missing if not part.startswith(PREPARATION)]
+    line = f"model: {folder}, a {index['_class_name']} with {', '.join(there)}"
+    if needed:
+        line += f"; missing: {', '.join(needed)}"
+    spare = [part for part in missing if part not in needed]
+    return line + (f"; not there, and needed by `danceopd data prepare` alone: {', '.join(spare)}" if spare else "")
+
+
+def _transformer_folder(folder: Path | str) -> Path:
+    folder = Path(folder)
+    return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+def meta_transformer(folder: Path | str, backbone, dtype: torch.dtype) -> nn.Module:
+    """The transformer of a pipeline's folder or of its own, without values: on the meta device, frozen.
+
+    Raises UserError for a configuration that is missing, damaged, or of a class that the backbone does not serve.
+    """
+    path = _transformer_folder(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        name = config["_class_name"]
+    except FileNotFoundError:
+        raise UserError(f"no transformer in {folder}: there is no {path}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again") from None
+    cls = getattr(backbone, str(name), None)  # a backbone's module has the one class that it loads
+    if not hasattr(cls, "from_config"):
+        raise UserError(f"{path}: a {name} is not a transformer of this family")
+    try:
+        with torch.device("meta"):
+            transformer = cls.from_config(config)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no {name} can be built from it: {error}") from error
+    return nn.Module.to(transformer, dtype).eval().requires_grad_(False)
+
+
+def check_weights(folder: Path | str) -> None:
+    """All files of a transformer's weights are there; none is opened. Raises UserError that names the missing ones."""
+    from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+
+    folder = _transformer_folder(folder)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = [SAFETENSORS_WEIGHTS_NAME]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({error}); copy it again") from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"no weights {', '.join(missing[:3])}{more} in {folder}; copy the folder again")
+
+
+# ------------------------------------------------------------------------------------ the embedded network's
+
+
+def _embedded(config: Config, plan: Plan) -> None:
+    attempt = plan.attempt
+
+    def network(weights: str) -> DiT:
+        with torch.device("meta"):
+            return DiT(read_config(resolve_weights(weights)))
+
+    student = attempt("student.init_from", network, config.student.init_from)
+    sources = {name: attempt(f"sources.{name}.weights", network, s.weights) for name, s in config.sources.items()}
+    for name, source in sources.items():
+        if source and student and source.config != student.config:
+            plan.problems.append(f"sources.{name}.weights: its network {source.config} is not the student's")
+    size = student.config.image_size if student else 32
+    for name, capability in config.capabilities.items():
+        rows = attempt(f"capabilities.{name}.data", load_data, name, capability, size, "clean" in needs(config.method))
+        if rows is not None:
+            plan.found.append(f"{name}: {len(rows)} rows")
+    plan.parameters |= {f"source {name}": count(source) for name, source in sources.items() if source}
+    total = sum(count(source) for source in sources.values() if source)
+    plan.memory["source weights"] = FLOAT * total, f"{total:,} x 4 bytes, float32"
+    if student is None:
+        return
+    _trained(config, plan, student)
+    tokens = torch.zeros(1, student.config.text_length, dtype=torch.int64)
+    edits = any(capability.task == "edit" for capability in config.capabilities.values())
+    shape = (3, size, size)
+    conditioning = Conditioning(tokens, torch.zeros(1, *shape) if edits else None, torch.tensor([edits]))
+    _add_activations(config, plan, *kept_for_backward(student, None, shape, conditioning))
+    _add_states(config, plan, FLOAT * math.prod(shape))
+
+
+# --------------------------------------------------------------------------------------------------- memory
+
+
+def count(network: nn.Module) -> int:
+    """Its parameters."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def nbytes(network: nn.Module) -> int:
+    """Bytes of its parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.2f} MiB"
+
+
+def micro_batch(config: Config) -> int:
+    return config.training.batch_size // config.training.gradient_accumulation_steps
+
+
+def _trained(config: Config, plan: Plan, student: nn.Module) -> None:
+    """The student's parameters and what training keeps of each, all in float32 unless said."""
+    n, optimizer = count(student), config.training.optimizer
+    plan.parameters["student, trainable"] = n
+    plan.memory["student"] = FLOAT * n, f"{n:,} trainable x 4 bytes, float32"
+    plan.memory["gradient"] = FLOAT * n, "as many"
+    if optimizer == "adamw_8bit":
+        plan.memory["optimizer state"] = 2 * n, "AdamW: 2 of 1 byte each"
+    else:
+        made = make_optimizers(student, optimizer, config.training.learning_rate, config.training.weight_decay)
+        groups = [(o, sum(p.numel() for group in o.param_groups for p in group["params"])) for o in made]
+        state = FLOAT * sum(number * (1 if isinstance(o, Muon) else 2) for o, number in groups)
+        plan.memory["optimizer state"] = state, f"{optimizer}: {state / n:.2g} bytes a parameter"
+    plan.memory["average (EMA)"] = FLOAT * n, "as many as the student's"
+    if "anchor" in needs(config.method):
+        plan.memory["anchor"] = FLOAT * n, "the student as it was, for this method"
+
+
+def _add_activations(config: Config, plan: Plan, plain: float, checkpointed: float | None) -> None:
+    guided = any(c.student_guidance_scale != 1 for c in config.capabilities.values())
+    rows = micro_batch(config) * config.query.k * (2 if guided else 1)
+    plan.activations = plain * rows, None if checkpointed is None else checkpointed * rows
+    size, other = plan.activations
+    text = "" if other is None else f"; {_size(other)} with gradient checkpointing"
+    if config.training.gradient_checkpointing:
+        size, text = other, f", gradient checkpointing; {_size(size)} without it"
+    plan.memory["activations for the backward"] = size, f"{rows} samples in a forward{text}"
+
+
+def _add_states(config: Config, plan: Plan, latents: int) -> None:
+    """latents: bytes of one sample's in float32."""
+    micro, k = micro_batch(config), config.query.k
+    states = micro * latents * (k + 3)
+    plan.memory["rollout states"] = states, f"{micro} samples x ({k} asked + state, velocity, step) in float32"
+
+
+class _Attention(torch.autograd.Function):
+    """Attention without values, which keeps what a fused one keeps: its inputs and its output."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device torch's own would keep the whole matrix of scores."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return self._attend(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _attend(query, key, value, *_, **__):
+        return _Attention.apply(query, key, value)
+
+
+class _Adapted(torch.autograd.Function):
+    """A linear layer with an adapter, which keeps what the kernel keeps: its input, and that times A."""
+
+    @staticmethod
+    def forward(ctx, x, weight, a, b):
+        ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], len(a)))
+        return x.new_empty(*x.shape[:-1], len(weight))
+
+
+class _Kept:
+    """The storages that a forward keeps for its backward."""
+
+    def __init__(self):
+        self.storages: dict[int, torch.UntypedStorage] = {}  # they stay alive, so that no number comes twice
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = storage
+        return tensor
+
+    def hooks(self):
+        return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+    def bytes_without(self, *others: "_Kept") -> int:
+        seen = {key for other in others for key in other.storages}
+        return sum(storage.nbytes() for key, storage in self.storages.items() if key not in seen)
+
+
+def kept_for_backward(
+    student: nn.Module, transformer: nn.Module | None, shape: tuple[int, ...], conditioning: Conditioning
+) -> tuple[int, int | None]:
+    """Bytes that a forward of one sample keeps for its backward, without and with gradient checkpointing.
+
+    student: on the meta device; transformer: the one under its adapter, whose blocks a checkpointed run computes
+    again, one at a time; None where nothing can be. conditioning: of one sample.
+    """
+    fixed, outside, inputs, blocks = _Kept(), _Kept(), _Kept(), []
+    for network in filter(None, (student, transformer)):
+        for tensor in (*network.parameters(), *network.buffers()):
+            fixed.add(tensor)
+
+    def block(module, *args):
+        inside = _Kept()
+        for value in tree_flatten(args)[0]:
+            if isinstance(value, torch.Tensor):
+                inputs.add(value)
+        with inside.hooks():
+            result = module(*args)
+        blocks.append(inside)
+        return result
+
+    if transformer is not None:
+        transformer.enable_gradient_checkpointing(block)
+        student.layer = lambda name, x, weight, bias: _adapted(student, name, x, weight)
+    # Some families read lengths and masks on the host, others want them where the rest is.
+    for place in ("meta", "cpu"):
+        try:
+            with _FusedAttention(), outside.hooks():
+                _forward(student, shape, conditioning, place)
+            break
+        except RuntimeError:
+            if place == "cpu":
+                raise
+            outside, inputs, blocks = _Kept(), _Kept(), []
+    if transformer is not None:
+        transformer.disable_gradient_checkpointing()
+        del student.layer
+    everything = _Kept()
+    for part in (outside, *blocks):
+        everything.storages |= part.storages
+    plain = everything.bytes_without(fixed)
+    if transformer is None:
+        return plain, None
+    kept = _Kept()
+    kept.storages = outside.storages | inputs.storages
+    return plain, kept.bytes_without(fixed) + max((b.bytes_without(fixed, kept) for b in blocks), default=0)
+
+
+def _forward(student: nn.Module, shape, conditioning: Conditioning, place: str) -> torch.Tensor:
+    def move(value: torch.Tensor) -> torch.Tensor:
+        return value.to("meta" if value.is_floating_point() else place)
+
+    prompt = tree_map(move, conditioning.prompt)
+    source = None if conditioning.source is None else tree_map(move, conditioning.source)
+    latents, sigma = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    return student(latents, sigma, Conditioning(prompt, source, conditioning.has_source))
+
+
+def _adapted(student: nn.Module, name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    a, b = (student.factors[f"{name.replace('.', '/')}/lora_{side}"] for side in "AB")
+    return _Adapted.apply(x.to(weight.dtype), weight, a, b)
+
+
+def _bytes_of(conditioning: Conditioning) -> int:
+    return sum(tensor.nbytes for tensor in tree_flatten((conditioning.prompt, conditioning.source))[0]
+               if isinstance(tensor, torch.Tensor))  # fmt: skip
+
+
+def _check_folder(folder: Path) -> None:
+    """The nearest folder that is there can be written; nothing is made."""
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"cannot write to {there}; choose another output_dir")

@@ -1,0 +1,446 @@
+"""The dry run: what it counts is what a run loads, keeps and asks, and it opens no weights."""
+
+import json
+import re
+
+import pytest
+import safetensors
+import tiny_flux
+import tiny_flux2
+import tiny_qwen_image
+import tiny_sd3
+import tiny_z_image
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import danceopd.data.cache
+import danceopd.lora
+from danceopd.backbones import backbone_of
+from danceopd.cli import main
+from danceopd.conditioning import Conditioning
+from danceopd.config import load_config, parse_config
+from danceopd.data.cache import Cache, key_of
+from danceopd.data.sampler import draw_batch
+from danceopd.errors import UserError
+from danceopd.lora import LoraStudent, SharedBase, load_lora, target_layers
+from danceopd.optimizers import adamw_class, make_optimizers
+from danceopd.query import QUERIES, expected_depth, query
+from danceopd.training.dry_run import GIB, dry_run, kept_for_backward
+from danceopd.training.loop import Trainer
+from danceopd.training.models import student_layers
+from danceopd.training.setup import build
+
+FAMILIES = {
+    "sd3": tiny_sd3.save_tiny,
+    "flux": lambda folder: tiny_flux.save_tiny(folder, pipeline="FluxPipeline"),
+    "kontext": tiny_flux.save_tiny,
+    "klein": tiny_flux2.save_tiny,
+    "flux2": lambda folder: tiny_flux2.save_tiny(folder, dev=True),
+    "qwen": tiny_qwen_image.save_tiny,
+    "qwen_edit": lambda folder: tiny_qwen_image.save_tiny(folder, edit=True),
+    "z": tiny_z_image.save_tiny,
+}
+SIZE = 64  # pixels
+
+
+def prompt_of(family: str, transformer, length: int = 24) -> dict[str, torch.Tensor]:
+    """One sample's encoding, of the shapes that the family's text encoders give."""
+    sizes = transformer.config
+    if family == "z":
+        width = sizes.cap_feat_dim
+    else:
+        width = sizes.joint_attention_dim
+    prompt = {"prompt_embeds": torch.randn(length, width)}
+    if family in ("sd3", "flux", "kontext"):
+        prompt["pooled_prompt_embeds"] = torch.randn(sizes.pooled_projection_dim)
+    if family in ("qwen", "qwen_edit", "z"):
+        prompt["prompt_mask"] = torch.ones(length, dtype=torch.bool)
+    return prompt
+
+
+def write_rows(folder, family: str, transformer, shape, capabilities: dict[str, str]):
+    """Prepared rows of each capability {name: task} as `danceopd data prepare` writes them, of random encodings."""
+    cache, prompt, picture = Cache(folder), key_of("prompt"), key_of("picture")
+    cache.write({prompt: prompt_of(family, transformer), picture: {"latents": torch.randn(*shape)}})
+    lines = [{"model": "m", "negative_prompts": {"": prompt}}]
+    for name, task in capabilities.items():
+        sources = [picture] if task == "edit" else []
+        row = {"capability": name, "prompt": prompt, "sources": sources, "target": None, "size": [SIZE, SIZE]}
+        lines += [{"id": str(i), **row} for i in range(3)]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def write_lora(path, transformer, layers, rank: int):
+    """A LoRA in PEFT's layout."""
+    tensors = {}
+    for name in layers:
+        linear = transformer.get_submodule(name)
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, linear.in_features) * 0.1
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(linear.out_features, rank) * 0.1
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """place(family) -> a folder with model, two LoRAs of ranks 2 and 3, and prepared rows of one and two."""
+    made = {}
+
+    def place(family):
+        if family not in made:
+            root = tmp_path_factory.mktemp(family)
+            model = FAMILIES[family](root / "model")
+            backbone = backbone_of(model)
+            transformer = backbone.load_transformer(model)
+            layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
+            for rank, name in ((2, "one"), (3, "two")):
+                write_lora(root / f"{name}.safetensors", transformer, layers[rank:], rank)
+            shape = backbone.latent_shape(model, SIZE, SIZE)
+            write_rows(root / "cache", family, transformer, shape, {"one": "t2i", "two": "t2i"})
+            made[family] = root
+        return made[family]
+
+    return place
+
+
+def config_of(root, **changes):
+    raw = {
+        "model": str(root / "model"),
+        "student": {"lora": {"rank": 4}},
+        "sources": {name: {"lora": [{"path": str(root / f"{name}.safetensors")}]} for name in ("one", "two")},
+        "capabilities": {
+            name: {"source": name, "task": "t2i", "data": {"prepared": str(root / "cache" / "rows.jsonl")}}
+            for name in ("one", "two")
+        },
+        "rollout": {"num_inference_steps": 4},
+        "training": {"output_dir": str(root / "run"), "batch_size": 4, "sample_every": 0},
+    }
+    return parse_config(raw, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+
+
+# ------------------------------------------------------------------------------------------------- counting
+
+
+def refuse_weights(monkeypatch, root):
+    """Of the model no safetensors file can be opened, and of LoRAs nothing but the header can be read."""
+    real = safetensors.safe_open
+
+    class Header:
+        def __init__(self, path):
+            self.file = real(path, framework="pt")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def __getattr__(self, name):
+            assert name in ("keys", "metadata", "get_slice"), f"{name} of a LoRA is more than its header"
+            return getattr(self.file, name)
+
+    def opened(path, *args, **kwargs):
+        assert "model" not in str(path), f"{path} was opened"
+        return real(path, *args, **kwargs) if "cache" in str(path) else Header(path)
+
+    monkeypatch.setattr(safetensors, "safe_open", opened)
+    for module in (danceopd.lora, danceopd.data.cache, danceopd.checkpoint):
+        monkeypatch.setattr(module, "safe_open", opened)
+    monkeypatch.setattr("safetensors.torch.load_file", lambda path, *_, **__: pytest.fail(f"{path} was loaded"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_are_those_of_the_loaded_modules_and_no_weight_is_opened(places, family, monkeypatch):
+    root = places(family)
+    with monkeypatch.context() as patched:
+        refuse_weights(patched, root)
+        plan = dry_run(config_of(root))
+    assert plan.problems == []
+    backbone = backbone_of(root / "model")
+    transformer = backbone.load_transformer(root / "model")
+    numel = sum(p.numel() for p in transformer.parameters())
+    assert plan.parameters["base"] == numel
+    pipeline = danceopd.backbones.pipeline_class_of(root / "model")
+    for name in ("one", "two"):
+        lora = load_lora(root / f"{name}.safetensors", transformer, pipeline)
+        expected = sum(a.numel() + b.numel() for a, b, _ in lora.values())
+        assert plan.parameters[f"source {name}, beside the base"] == expected
+    layers = student_layers(config_of(root), backbone, transformer)
+    student = LoraStudent(SharedBase(transformer, [], backbone.velocity, layers), layers, 4, 4.0)
+    trainable = sum(p.numel() for p in student.parameters())
+    assert plan.parameters["student, trainable"] == trainable
+    sizes = {name: size for name, (size, _) in plan.memory.items()}
+    assert sizes["base weights"] >= 4 * numel
+    assert sizes["student"] == sizes["gradient"] == sizes["average (EMA)"] == sizes["optimizer state"] / 2 == 4 * trainable
+    assert 0 < plan.activations[1] < plan.activations[0] == sizes["activations for the backward"]
+
+
+def test_half_the_bytes_in_bf16_and_the_options_of_the_estimate(places):
+    root = places("sd3")
+    plain = dry_run(config_of(root))
+    half = dry_run(config_of(root, **{"training.precision": "bf16", "training.gradient_checkpointing": True}))
+    assert half.memory["base weights"][0] == plain.memory["base weights"][0] / 2
+    assert half.memory["student"] == plain.memory["student"]
+    assert half.memory["activations for the backward"][0] == half.activations[1]
+    assert half.evaluations["student, forward again"] == half.evaluations["student, forward"]
+    more = dry_run(config_of(root, **{"training.batch_size": 8, "query.k": 2}))
+    assert more.activations[0] == 4 * plain.activations[0]
+    assert dry_run(config_of(root, **{"training.batch_size": 8, "training.gradient_accumulation_steps": 2})).activations
+    muon = dry_run(config_of(root, **{"training.optimizer": "muon"}))
+    assert muon.memory["optimizer state"][0] == plain.memory["optimizer state"][0] / 2  # factors are matrices
+
+
+@pytest.mark.parametrize(("family", "checkpointed"), [("sd3", False), ("sd3", True), ("klein", False), ("z", False)])
+def test_the_activations_are_what_a_real_forward_keeps(places, family, checkpointed):
+    """Within a third: the estimate is of fused kernels on a device, the measure of plain PyTorch on this one."""
+    root = places(family)
+    backbone = backbone_of(root / "model")
+    transformer = backbone.load_transformer(root / "model")
+    layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
+    shared = SharedBase(transformer, [], backbone.velocity, layers)
+    student = LoraStudent(shared, layers, 4, 4.0)
+    shape = backbone.latent_shape(root / "model", SIZE, SIZE)
+    prompt = {name: value[None] for name, value in prompt_of(family, transformer).items()}
+    conditioning = Conditioning(prompt, None, torch.tensor([False]))
+    fixed = {p.untyped_storage()._cdata for p in (*transformer.parameters(), *student.parameters())}
+    if checkpointed:
+        shared.enable_gradient_checkpointing()
+    seen, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        alive.append(storage)
+        if storage._cdata not in fixed:
+            seen[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        student(torch.randn(1, *shape), torch.tensor([0.5]), conditioning)
+    plan = dry_run(config_of(root))
+    if checkpointed:  # torch keeps the blocks' inputs where these hooks do not see them
+        assert sum(seen.values()) < plan.activations[1] / 4 < sum(seen.values()) + plan.activations[0] / 4
+    else:
+        assert plan.activations[0] / 4 == pytest.approx(sum(seen.values()), rel=1 / 3)
+
+
+# ---------------------------------------------------------------------------------------------- evaluations
+
+
+@pytest.mark.parametrize("bias", QUERIES)
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_expected_depth_is_the_mean_of_what_is_drawn(bias, k):
+    drawn = query(40000, 16, torch.Generator().manual_seed(0), bias=bias, k=k).amax(1).double()
+    assert expected_depth(16, bias=bias, k=k) == pytest.approx(float(drawn.mean()), abs=5 * float(drawn.std()) / 200)
+
+
+def test_an_exact_count_by_hand(places):
+    """Two steps, uniform, k = 2: the deepest index is 1 in three of four draws; Heun takes two forwards a step."""
+    changes = {
+        "rollout.num_inference_steps": 2,
+        "rollout.solver": "heun",
+        "query.bias": "uniform",
+        "query.k": 2,
+        "capabilities.one.weight": 3.0,
+        "capabilities.one.student_guidance_scale": 2.0,
+        "sources.two.guidance_scale": 4.0,
+    }
+    plan = dry_run(config_of(places("sd3"), **changes))
+    own, asked = 1.75, 1.25  # three quarters of the samples are guided by the student, one quarter by their source
+    assert plan.evaluations == {
+        "rollout to the deepest state asked": pytest.approx(4 * 0.75 * 2 * own),
+        "source": pytest.approx(4 * 2 * asked),
+        "student, forward": pytest.approx(4 * 2 * own),
+        "student, backward": pytest.approx(4 * 2 * own * 2),
+    }
+    soft = dry_run(config_of(places("sd3"), **changes, **{"options.routing": "soft"}))
+    assert soft.evaluations["source"] == 4 * 2 * 3
+    assert dry_run(config_of(places("sd3"), method="sds")).evaluations is None
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_real_run_asks_as_often(places, tmp_path, guidance):
+    """The rows that the transformer itself is given, and the run's own counter."""
+    changes = {
+        "query.k": 2,
+        "training.batch_size": 16,
+        "rollout.solver": "heun",
+        "sources.one.guidance_scale": guidance,
+        "capabilities.two.student_guidance_scale": guidance,
+        "capabilities.two.weight": 2.0,
+        "training.output_dir": str(tmp_path),
+    }
+    config = config_of(places("sd3"), **changes)
+    trainer = Trainer(config, build(config))
+    rows, steps = [], 12
+    transformer = trainer.student._shared[0].transformer
+    transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    for _ in range(steps):
+        trainer.update()
+    expected = dry_run(config).evaluations
+    forwards = sum(value for name, value in expected.items() if name != "student, backward")
+    assert sum(rows) / steps == pytest.approx(forwards, rel=0.08)
+    if guidance == 1:
+        assert trainer.evaluations.total() / steps == pytest.approx(sum(expected.values()), rel=0.08)
+
+
+def test_the_embedded_network(tmp_path, capsys):
+    override = [f"training.output_dir={tmp_path / 'run'}", "training.batch_size=16", "query.k=2"]
+    config = load_config("configs/demo.yaml", override)
+    plan = dry_run(config)
+    assert plan.problems == []
+    trainer = Trainer(config, build(config))
+    assert plan.parameters["student, trainable"] == sum(p.numel() for p in trainer.student.parameters())
+    for _ in range(10):
+        trainer.update()
+    assert trainer.evaluations.total() / 10 == pytest.approx(sum(plan.evaluations.values()), rel=0.08)
+    state = sum(v.nbytes for o in trainer.optimizers for s in o.state.values() for v in s.values() if v.numel() > 1)
+    assert plan.memory["optimizer state"][0] == pytest.approx(state, rel=1e-3)
+    assert main(["train", "--config", "configs/demo.yaml", "--dry-run", f"training.output_dir={tmp_path / 'no'}"]) == 0
+    assert "student, trainable" in capsys.readouterr().out
+    assert not (tmp_path / "no").exists()
+
+
+# ------------------------------------------------------------------------------------------ what is missing
+
+
+def test_all_that_is_missing_is_listed_and_the_rest_is_printed(places, tmp_path, capsys):
+    raw = config_of(places("sd3")).to_dict()
+    model = tmp_path / "model"
+    import shutil
+
+    shutil.copytree(places("sd3") / "model", model)
+    (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    shutil.rmtree(model / "text_encoder")
+    write_lora_of_another = tmp_path / "other.safetensors"
+    save_file({"transformer.blocks.0.lora_A.weight": torch.zeros(2, 4)}, write_lora_of_another)
+    raw["model"] = str(model)
+    raw["sources"]["one"]["lora"] = [{"path": str(tmp_path / "gone.safetensors")}, {"path": str(write_lora_of_another)}]
+    raw["sources"]["three"] = {"weights": str(tmp_path / "nowhere")}
+    raw["capabilities"]["two"]["data"]["prepared"] = str(tmp_path / "gone.jsonl")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--dry-run"]) == 2
+    out = capsys.readouterr().out
+    for line in (
+        r"capabilities\.two\.data\.prepared: no prepared rows at .*gone\.jsonl",
+        r"model: no weights diffusion_pytorch_model\.safetensors in",
+        r"sources\.one\.lora: .*gone\.safetensors: no LoRA there",
+        r"sources\.one\.lora: .*other\.safetensors: cannot",
+        r"sources\.three\.weights: no transformer in",
+        r"needed by `danceopd data prepare` alone: text_encoder",
+        r"student, trainable +\d",
+        r"rollout to the deepest state asked +\d",
+        r"at least: without activations",
+    ):
+        assert re.search(line, out), (line, out)
+
+
+def test_no_model_at_all_still_names_the_rest(places, tmp_path):
+    raw = config_of(places("sd3")).to_dict()
+    raw["model"] = str(tmp_path)
+    raw["sources"]["one"]["lora"] = [{"path": str(tmp_path / "gone.safetensors")}]
+    raw["capabilities"]["two"]["data"]["prepared"] = str(tmp_path / "gone.jsonl")
+    plan = dry_run(parse_config(raw))
+    assert [problem.split(":")[0] for problem in plan.problems] == [
+        "model",
+        "capabilities.two.data.prepared",
+        "sources.one.lora",
+    ]
+    assert plan.evaluations
+
+
+def test_shards_that_are_missing_are_named(places, tmp_path):
+    import shutil
+
+    from danceopd.training.dry_run import check_weights
+
+    folder = tmp_path / "transformer"
+    shutil.copytree(places("sd3") / "model" / "transformer", folder)
+    check_weights(folder)
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = {"metadata": {}, "weight_map": {"a": names[0], "b": names[1]}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / names[0]).write_bytes(b"")
+    with pytest.raises(UserError, match="no weights diffusion_pytorch_model-00002-of-00002"):
+        check_weights(folder)
+
+
+# ------------------------------------------------------------------------ gradient checkpointing, 8-bit AdamW
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_with_checkpointing_are_those_without(places, family):
+    root = places(family)
+    backbone = backbone_of(root / "model")
+    shape = backbone.latent_shape(root / "model", SIZE, SIZE)
+    torch.manual_seed(0)
+    latents, sigma = torch.randn(2, *shape), torch.tensor([0.8, 0.3])
+    results = []
+    for checkpointed in (False, True):
+        transformer = backbone.load_transformer(root / "model")
+        layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
+        lora = load_lora(root / "one.safetensors", transformer, danceopd.backbones.pipeline_class_of(root / "model"))
+        shared = SharedBase(transformer, [lora], guided_velocity(backbone), layers)
+        if checkpointed:
+            shared.enable_gradient_checkpointing()
+        student = LoraStudent(shared, layers, 4, 8.0, torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for value in student.factors.values():
+                value.add_(0.1 * torch.randn(value.shape, generator=generator))
+        torch.manual_seed(3)
+        prompt = {n: v.expand(2, *v.shape) for n, v in prompt_of(family, transformer).items()}
+        conditioning = Conditioning(prompt, None, torch.tensor([False, False]))
+        velocity = student(latents, sigma, conditioning)
+        teacher = shared.field(0)(latents, sigma, conditioning)  # the route has moved on before the backward
+        (velocity - teacher).square().mean().backward()
+        results.append((velocity.detach(), {name: p.grad for name, p in student.factors.items()}))
+    (plain, expected), (again, grads) = results
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+    assert sum(value is not None and bool(value.any()) for value in grads.values()) > len(grads) / 2
+    for name, value in grads.items():
+        if expected[name] is None:
+            assert value is None
+        else:
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+def guided_velocity(backbone):
+    return lambda transformer, latents, sigma, prompt, sources: backbone.velocity(
+        transformer, latents, sigma, prompt, sources, 3.5
+    )
+
+
+def test_a_run_with_checkpointing_is_the_run_without(places, tmp_path):
+    weights = []
+    for checkpointed in (False, True):
+        changes = {"training.gradient_checkpointing": checkpointed, "training.output_dir": str(tmp_path)}
+        config = config_of(places("sd3"), **changes)
+        trainer = Trainer(config, build(config))
+        for _ in range(2):
+            trainer.update()
+        weights.append([p.detach().clone() for p in trainer.student.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_adamw_of_8_bits_needs_its_library(places):
+    try:
+        adamw_class("adamw_8bit")
+    except UserError as error:
+        assert "pip install 'danceopd[8bit]'" in str(error)
+        with pytest.raises(UserError, match=r"training\.optimizer: adamw_8bit needs bitsandbytes or torchao"):
+            build(config_of(places("sd3"), **{"training.optimizer": "adamw_8bit"}))
+    else:
+        model = torch.nn.Linear(64, 64)
+        (optimizer,) = make_optimizers(model, "adamw_8bit", 1e-2, 0.0)
+        before = model.weight.detach().clone()
+        model(torch.randn(4, 64)).square().mean().backward()
+        optimizer.step()
+        assert not torch.equal(model.weight, before)
+    plan = dry_run(config_of(places("sd3"), **{"training.optimizer": "adamw_8bit"}))
+    assert plan.memory["optimizer state"][0] == 2 * plan.parameters["student, trainable"]

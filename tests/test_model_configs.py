@@ -1,0 +1,171 @@
+"""configs/: every file parses and passes the dry run on a tiny model of its family, and fits its card at real size."""
+
+import json
+import math
+import os
+import struct
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from test_dry_run import FAMILIES, prompt_of
+
+from danceopd.backbones import backbone_of
+from danceopd.config import load_config
+from danceopd.data.cache import Cache, key_of
+from danceopd.lora import target_layers
+from danceopd.training.dry_run import GIB, dry_run, meta_transformer
+
+CONFIGS = Path("configs/models")
+# By the beginning of a configuration's name: the tiny family that stands for it; the released transformer's
+# configuration, from diffusers' defaults and from memory of the released config.json; its parameters in billions.
+DUAL = {"dual_attention_layers": list(range(13)), "qk_norm": "rms_norm", "pos_embed_max_size": 384}
+SD35 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "sample_size": 128}
+KLEIN = {"guidance_embeds": False}
+MODELS = {
+    "sd3.5-medium": ("sd3", {**SD35, **DUAL, "joint_attention_dim": 4096, "pooled_projection_dim": 2048}, 2.5),
+    "flux.1-dev": ("flux", {"guidance_embeds": True}, 11.9),
+    "flux.1-kontext-dev": ("kontext", {"guidance_embeds": True}, 11.9),
+    "flux.2-klein-4b": (
+        "klein",
+        {**KLEIN, "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+        3.9,
+    ),
+    "flux.2-klein-9b": (
+        "klein",
+        {**KLEIN, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+        9.1,
+    ),
+    "flux.2-dev": ("flux2", {}, 32.2),
+    "qwen-image-edit-2509": ("qwen_edit", {}, 20.4),
+    "qwen-image": ("qwen", {}, 20.4),
+    "z-image": ("z", {}, 6.15),
+}
+# What one card holds: 24 and 80 GB by their names, less what the estimate leaves out.
+CARDS = {True: 24 - 2, False: 79 - 2}
+
+
+def model_of(config: Path) -> str:
+    return next(name for name in MODELS if config.stem.startswith(name + "-"))
+
+
+def write_header(path: Path, transformer, layers, rank: int) -> Path:
+    """A LoRA file with a header and a hole for its values: whoever reads no values sees no difference."""
+    entries, end = {}, 0
+    for name in layers:
+        linear = transformer.get_submodule(name)
+        for side, shape in (("A", [rank, linear.in_features]), ("B", [linear.out_features, rank])):
+            first, end = end, end + 2 * math.prod(shape)
+            key = f"transformer.{name}.lora_{side}.weight"
+            entries[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [first, end]}
+    header = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + end)
+    return path
+
+
+def write_rows(folder: Path, prompt: dict, shape, size: int) -> Path:
+    """Prepared rows of every capability that the configurations name."""
+    cache, prompt_key, picture = Cache(folder), key_of("prompt"), key_of("picture")
+    cache.write({prompt_key: prompt, picture: {"latents": torch.zeros(*shape)}})
+    lines = [{"model": "m", "negative_prompts": {"": prompt_key}}]
+    for name, edits in (("t2i", 0), ("style", 0), ("cfg", 0), ("edit", 1), ("local", 1), ("global", 1)):
+        row = {"id": name, "capability": name, "prompt": prompt_key, "sources": [picture] * edits, "target": None}
+        lines.append({**row, "size": [size, size]})
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def overrides(config: Path, root: Path) -> list[str]:
+    """The paths of a configuration, on the command line."""
+    loaded = load_config(config)
+    result = [f"model={root / 'model'}", f"training.output_dir={root / 'run'}"]
+    result += [f"capabilities.{name}.data.prepared={root / 'cache' / 'rows.jsonl'}" for name in loaded.capabilities]
+    lora = root / "lora.safetensors"
+    result += [f"sources.{name}.lora=[{{path: {lora}}}]" for name, source in loaded.sources.items() if source.lora]
+    return result
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    made = {}
+
+    def place(family):
+        if family not in made:
+            root = tmp_path_factory.mktemp(family)
+            FAMILIES[family](root / "model")
+            finish(root, family, size=64, rank=2, length=24)
+            made[family] = root
+        return made[family]
+
+    return place
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The model's folder at its real size, with empty files for weights: nothing reads them."""
+    made = {}
+
+    def place(model):
+        family, config, _ = MODELS[model]
+        if model not in made:
+            root = tmp_path_factory.mktemp("real")
+            FAMILIES[family](root / "model")
+            folder = root / "model" / "transformer"
+            cls = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
+            with torch.device("meta"):
+                cls(**config).save_config(folder)
+            (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+            vae = root / "model" / "vae" / "config.json"
+            channels = {"latent_channels": 32 if "flux.2" in model else 16, "z_dim": 16}
+            vae.write_text(json.dumps(json.loads(vae.read_text()) | channels))
+            finish(root, family, size=1024, rank=128, length=333 if family == "sd3" else 512)
+            made[model] = root
+        return made[model]
+
+    return place
+
+
+def finish(root: Path, family: str, size: int, rank: int, length: int) -> None:
+    backbone = backbone_of(root / "model")
+    transformer = meta_transformer(root / "model", backbone, torch.bfloat16)
+    layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
+    write_header(root / "lora.safetensors", transformer, layers, rank)
+    prompt = {
+        key: value.bfloat16() if value.is_floating_point() else value
+        for key, value in prompt_of(family, transformer, length).items()
+    }
+    write_rows(root / "cache", prompt, backbone.latent_shape(root / "model", size, size), size)
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_model_configuration_passes_the_dry_run(tiny, config):
+    root = tiny(MODELS[model_of(config)][0])
+    plan = dry_run(load_config(config, overrides(config, root)))
+    problems = [p for p in plan.problems if not p.startswith("training.optimizer: adamw_8bit needs")]
+    assert problems == []
+    assert plan.activations
+    assert plan.evaluations
+
+
+@pytest.mark.parametrize("config", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_other_configuration_passes_it_too(config, tmp_path):
+    changes = [f"training.output_dir={tmp_path}"]
+    if config.stem == "setting_f":  # its student is another run's
+        changes += ["student.init_from=t2i", "sources.self.weights=t2i"]
+    assert dry_run(load_config(config, changes)).problems == []
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*-[ac]*.yaml")), ids=lambda path: path.stem)
+def test_it_fits_its_card_at_the_real_size(real, config):
+    model = model_of(config)
+    loaded = load_config(config, overrides(config, real(model)))
+    assert loaded.rollout.num_inference_steps == 16
+    plan = dry_run(loaded)
+    print(plan.text())
+    assert plan.parameters["base"] == pytest.approx(MODELS[model][2] * 1e9, rel=0.03)
+    assert plan.total_memory() < CARDS["24gb" in config.stem] * GIB
+    # Without gradient checkpointing or at four times the samples, the backward's part grows as it should.
+    assert plan.activations[0] > 3 * plan.activations[1]
