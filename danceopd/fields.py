@@ -94,6 +94,8 @@ def routed(
         index = torch.isin(route, torch.tensor(members, device=route.device)).nonzero()[:, 0]
         if not len(index):
             continue
+        if len(members) > 1:
+            index = index[route[index].argsort(stable=True)]  # equal routes in a row run together on the host
         asked = (latents[index], sigma[index], conditioning[index])
         if isinstance(fields[members[0]], SharedField):
             place = torch.full((len(fields),), -1).scatter_(0, torch.tensor(members), torch.arange(len(members)))

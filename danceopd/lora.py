@@ -316,7 +316,7 @@ class _RoutedLinear(nn.Linear):
                     f"{self.name}: the first axis of its input {list(x.shape)} is not the batch of {len(adapter)}, so "
                     "its rows cannot be routed; ask each teacher alone (field), or leave this layer out of the LoRAs"
                 )
-            adapter = adapter.repeat(copies)
+            adapter = adapter if copies == 1 else adapter.repeat(copies)
             rows = x.reshape(len(x), -1, x.shape[-1])
         first = _constant(self.first, torch.int64, x.device)
         scale = _constant(self.scale, torch.float32, x.device)

@@ -171,7 +171,7 @@ def test_sources_of_one_network_are_asked_in_one_forward():
     counter = Counter()
     fields = [counted(f, counter, "sources") for f in (one, other, two)]
     velocity = routed(fields, route, latents, sigma, c)
-    assert calls == [(5, [0, 4, 4, 0, 4], [1.0, 2.0, 2.0, 1.0, 2.0])]
+    assert calls == [(5, [4, 4, 4, 0, 0], [2.0, 2.0, 2.0, 1.0, 1.0])]
     assert counter["sources"] == 6
     for i, m in enumerate(route.tolist()):
         alone = fields[m](latents[i : i + 1], sigma[i : i + 1], c[i : i + 1])
