@@ -13,6 +13,7 @@ EPILOG = """examples:
   danceopd train --config configs/demo.yaml training.max_steps=50 training.output_dir=runs/short
   danceopd train --config configs/demo.yaml --dry-run            what a run takes, and what it lacks
   danceopd report runs/demo                                      score every row, write report.html
+  danceopd export runs/model -o my_lora                          the student, for the plain diffusers pipeline
   danceopd reproduce A                                           six methods at equal cost, in half an hour
   danceopd evaluate runs/demo/student.safetensors --json row.json
   danceopd sample base "a photo of a red car and a blue cup" -o cups.png
@@ -53,6 +54,30 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("report", help="score every row of a run; write results.json and report.html")
     command.add_argument("folder", type=Path, help="the output_dir of a training")
     command.set_defaults(run=run_report)
+
+    command = commands.add_parser("export", help="write a run's student as diffusers, ComfyUI or kohya's tools load it")
+    command.add_argument("folder", type=Path, help="the output_dir of a training on a diffusers model")
+    command.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
+    command.add_argument("--merge", action="store_true", help="the whole transformer, with the adapter in its weights")
+    command.add_argument(
+        "--layout", default="diffusers", choices=("diffusers", "comfyui", "kohya"), help="(%(default)s)"
+    )
+    command.set_defaults(run=run_export)
+
+    command = commands.add_parser("merge-loras", help="distil several LoRAs into one, from prompts alone")
+    command.add_argument("--base", type=Path, required=True, help="the diffusers pipeline's folder of all LoRAs")
+    command.add_argument("--lora", type=Path, action="append", required=True, help="a LoRA; give it for each of them")
+    command.add_argument("--prompts", type=Path, required=True, help="a prompt, or LORA<TAB>prompt, a line")
+    command.add_argument("-o", "--output", type=Path, required=True, help="the .safetensors file to write")
+    command.add_argument("--trigger", action="append", default=[], metavar="LORA=WORDS", help="in front of its prompts")
+    command.add_argument("--rank", type=int, help="of the result (the largest of the LoRAs')")
+    command.add_argument("--steps", type=int, default=1000, help="updates (%(default)s)")
+    command.add_argument("--resolution", type=int, default=1024, help="sides of the pictures (%(default)s)")
+    command.add_argument("--guidance-scale", type=float, default=1.0, help="that all are drawn with (%(default)s)")
+    command.add_argument("--work", type=Path, help="folder of the encoded prompts and the run (OUTPUT.work)")
+    command.add_argument("--overwrite", action="store_true", help="start again where another run lies")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example training.batch_size=8")
+    command.set_defaults(run=run_merge_loras)
 
     command = commands.add_parser("reproduce", help="make the paper's tables and ablations on the picture world")
     command.add_argument("setting", help="A, B, C, D, E, F, ablations, grid (learning rates) or all")
@@ -133,9 +158,11 @@ def run_train(args: argparse.Namespace) -> int | None:
         return 2 if plan.problems else 0
     from danceopd.training.loop import train
 
-    folder = train(load_config(args.config, args.overrides), overwrite=args.overwrite)
-    print(f"student: {folder / 'student.safetensors'}\nlog:     {folder / 'log.jsonl'}")
-    print(f"next:    danceopd report {folder}")
+    config = load_config(args.config, args.overrides)
+    folder = train(config, overwrite=args.overwrite)
+    student, following = ("student", "export") if config.model else ("student.safetensors", "report")
+    print(f"student: {folder / student}\nlog:     {folder / 'log.jsonl'}")
+    print(f"next:    danceopd {following} {folder}" + (" -o FOLDER" if config.model else ""))
 
 
 def _field_and_sampler(args: argparse.Namespace):
@@ -196,6 +223,35 @@ def run_report(args: argparse.Namespace) -> None:
     results = evaluate_run(args.folder, lambda rows: tqdm(rows, desc="scoring", unit="row"))
     print(format_table(results))
     print("\n".join(f"wrote {args.folder / name}" for name in ("results.json", "report.html")))
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from danceopd.export import export
+
+    print(f"wrote {export(args.folder, args.output, args.merge, args.layout)}")
+
+
+def run_merge_loras(args: argparse.Namespace) -> None:
+    from danceopd.merge_loras import merge_loras
+
+    merged = merge_loras(
+        args.base,
+        args.lora,
+        args.prompts,
+        args.output,
+        triggers=args.trigger,
+        rank=args.rank,
+        steps=args.steps,
+        resolution=args.resolution,
+        guidance_scale=args.guidance_scale,
+        work=args.work,
+        overwrite=args.overwrite,
+        overrides=args.overrides,
+    )
+    print("mean squared velocity error to each LoRA, on its prompts:")
+    for name, errors in merged.errors.items():
+        print(f"  {name}: " + ", ".join(f"{who} {error:.3g}" for who, error in errors.items()))
+    print(f"wrote {merged.path}\nwrote {merged.grid}")
 
 
 def run_reproduce(args: argparse.Namespace) -> None:

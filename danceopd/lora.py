@@ -249,15 +249,19 @@ def _unknown(file: Path, keys: Sequence[str], name: str) -> UserError:
 # ------------------------------------------------------------------------------------------------- merging
 
 
-@torch.no_grad()
 def merged(transformer: nn.Module, lora: Lora) -> nn.Module:
     """A copy of the transformer whose weights are W + scale B A."""
-    result = deepcopy(transformer)
+    return merge_into(deepcopy(transformer), lora)
+
+
+@torch.no_grad()
+def merge_into(transformer: nn.Module, lora: Lora) -> nn.Module:
+    """Add scale B A to the transformer's own weights, in float32, one layer at a time; returns the transformer."""
     for name, (a, b, scale) in lora.items():
-        weight = result.get_submodule(name).weight
+        weight = transformer.get_submodule(name).weight
         change = scale * (b.to(weight.device).float() @ a.to(weight.device).float())
         weight.copy_(weight.float() + change)
-    return result
+    return transformer
 
 
 # ------------------------------------------------------------------------------------------------- sharing

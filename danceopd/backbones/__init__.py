@@ -34,6 +34,22 @@ def pipeline_class_of(folder: Path | str) -> type:
     return getattr(diffusers, class_name_of(folder))
 
 
+def empty_transformer(folder: Path | str):
+    """The transformer of a pipeline's folder on the meta device: its layers and their shapes, without a weight.
+
+    Raises UserError for a folder without one.
+    """
+    import diffusers
+    import torch
+
+    path = Path(folder) / "transformer"
+    try:
+        with torch.device("meta"):
+            return diffusers.AutoModel.from_config(str(path), local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: no transformer that diffusers knows: {error}") from None
+
+
 def backbone_of(folder: Path | str) -> ModuleType:
     """The module that serves a pipeline's folder, by the class named in its model_index.json.
 

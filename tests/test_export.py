@@ -1,0 +1,268 @@
+"""Export: what the plain pipeline of diffusers draws with the written files is what the student itself draws."""
+
+import importlib
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import tiny_flux
+import tiny_sd3
+import torch
+import yaml
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+from safetensors import safe_open
+
+from danceopd.backbones import backbone_of, empty_transformer, pipeline_class_of
+from danceopd.checkpoint import new_folder
+from danceopd.cli import main
+from danceopd.conditioning import Conditioning
+from danceopd.config import parse_config
+from danceopd.data.prepare import prepare
+from danceopd.errors import UserError
+from danceopd.export import LAYOUTS, export, hub_id, stored_dtype
+from danceopd.lora import load_lora, merge_into, target_layers
+from danceopd.rollout import sample
+from danceopd.training.loop import Trainer, train
+from danceopd.training.setup import build
+
+SIZE, STEPS, PROMPT = 32, 3, "a red cup"
+
+
+def train_tiny(root, save, **pipeline):
+    """A run of a few updates whose student is far from the base."""
+    model = save(root / "model", **pipeline)
+    backbone, pipeline_class = backbone_of(model), pipeline_class_of(model)
+    teacher = pipeline_class.from_pretrained(model)
+    teacher.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "add_k_proj"]))
+    state = {k.replace(".default", ""): v for k, v in teacher.transformer.state_dict().items() if "lora_" in k}
+    generator = torch.Generator().manual_seed(0)
+    state = {key: 0.5 * torch.randn(value.shape, generator=generator) for key, value in state.items()}
+    teacher.save_lora_weights(root / "teacher", transformer_lora_layers=state)
+    rows = [{"id": str(i), "task": "style", "prompt": f"{PROMPT} {i}"} for i in range(3)]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = prepare(root / "rows.jsonl", model, root / "cache", backbone, resolution=SIZE)
+    config = parse_config(
+        {
+            "model": str(model),
+            "student": {"lora": {"rank": 3, "alpha": 1.5}},
+            "sources": {"style": {"lora": [{"path": str(root / "teacher")}]}},
+            "capabilities": {"style": {"source": "style", "task": "t2i", "data": {"prepared": str(prepared.path)}}},
+            "rollout": {"num_inference_steps": STEPS},
+            "training": {
+                "output_dir": str(root / "run"),
+                "max_steps": 3,
+                "batch_size": 2,
+                "learning_rate": 0.1,
+                "warmup_steps": 1,
+                "ema_decay": 0.0,
+                "log_every": 1,
+                "sample_every": 0,
+            },
+        }
+    )
+    return train(config), config
+
+
+@pytest.fixture(scope="module")
+def sd3_run(tmp_path_factory):
+    return train_tiny(tmp_path_factory.mktemp("sd3"), tiny_sd3.save_tiny)
+
+
+@pytest.fixture(scope="module")
+def flux_run(tmp_path_factory):
+    kind = {"pipeline": "FluxPipeline", "guidance_embeds": False}
+    return train_tiny(tmp_path_factory.mktemp("flux"), tiny_flux.save_tiny, **kind)
+
+
+@torch.no_grad()
+def student_picture(config, noise):
+    """[H, W, 3] in [0, 1]: the student of the newest checkpoint, in our own sampler."""
+    backbone, parts = backbone_of(config.model), build(config)
+    trainer = Trainer(config, parts)
+    newest = max((config.training.output_dir / "checkpoints").glob("step-*.pt"))
+    trainer.load_state_dict(torch.load(newest, weights_only=True))
+    prompt = backbone.text_encoder(config.model)([PROMPT])
+    conditioning = Conditioning(prompt, None, torch.tensor([False]))
+    sigmas = backbone.sigmas(config.model, STEPS, SIZE, SIZE)
+    latents = sample(trainer.ema.module, noise, conditioning, sigmas)
+    return (backbone.picture_codec(config.model)[1](latents)[0].permute(1, 2, 0).numpy() + 1) / 2
+
+
+def pipeline_picture(pipeline, noise):
+    if isinstance(pipeline, diffusers.FluxPipeline):
+        noise = pipeline._pack_latents(noise, 1, noise.shape[1], *noise.shape[-2:])
+    options = {"num_inference_steps": STEPS, "height": SIZE, "width": SIZE, "output_type": "np"}
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(PROMPT, guidance_scale=1.0, latents=noise, **options).images[0]
+
+
+def check_pictures(run, config, tmp_path, pipeline_class):
+    backbone = backbone_of(config.model)
+    noise = torch.randn(1, *backbone.latent_shape(config.model, SIZE, SIZE), generator=torch.Generator().manual_seed(3))
+    expected = student_picture(config, noise)
+    base = pipeline_class.from_pretrained(config.model)
+    assert np.abs(pipeline_picture(base, noise) - expected).max() > 0.02
+    base.load_lora_weights(export(run, tmp_path / "lora"))
+    np.testing.assert_allclose(pipeline_picture(base, noise), expected, atol=1e-4)
+    whole = type(base.transformer).from_pretrained(export(run, tmp_path / "whole", merge=True))
+    merged = pipeline_class.from_pretrained(config.model, transformer=whole)
+    np.testing.assert_allclose(pipeline_picture(merged, noise), expected, atol=1e-4)
+
+
+def test_sd3_draws_the_students_pictures(sd3_run, tmp_path):
+    check_pictures(*sd3_run, tmp_path, StableDiffusion3Pipeline)
+
+
+def test_flux_draws_the_students_pictures(flux_run, tmp_path):
+    run, config = flux_run
+    check_pictures(run, config, tmp_path, diffusers.FluxPipeline)
+    # A kohya file too, by diffusers' own reader.
+    export(run, tmp_path / "kohya", layout="kohya")
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    pictures = []
+    for folder in ("lora", "kohya"):
+        pipeline = diffusers.FluxPipeline.from_pretrained(config.model)
+        pipeline.load_lora_weights(tmp_path / folder)
+        pictures.append(pipeline_picture(pipeline, noise))
+    np.testing.assert_allclose(pictures[1], pictures[0], atol=1e-5)
+
+
+def fake_student(run, tmp_path, model):
+    """The run's folder with an adapter of another model in its place."""
+    backbone, empty = backbone_of(model), empty_transformer(model)
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    for name in target_layers(empty, [t for t in backbone.LORA_TARGETS if "single" not in t]):
+        out, width = empty.get_submodule(name).weight.shape
+        tensors[f"{name}.lora_A.weight"] = torch.randn(2, width, generator=generator)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(out, 2, generator=generator)
+    folder = tmp_path / f"run_{model.name}"
+    pipeline_class_of(model).save_lora_weights(folder / "student", transformer_lora_layers=tensors)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "model": str(model)}))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "flux2", "qwen_image", "z_image"])
+def test_layouts_of_every_family(sd3_run, tmp_path, family):
+    model = importlib.import_module(f"tiny_{family}").save_tiny(tmp_path / family)
+    run = fake_student(sd3_run[0], tmp_path, model)
+    names, written = {}, 0
+    expected = load_lora(run / "student", empty_transformer(model), pipeline_class_of(model))
+    for layout in ("diffusers", "comfyui", "kohya"):
+        output = tmp_path / f"{family}_{layout}"
+        if layout in LAYOUTS and family not in LAYOUTS[layout]:
+            with pytest.raises(UserError, match=f"neither diffusers nor PEFT writes the {layout} layout of {family}"):
+                export(run, output, layout=layout)
+            assert not output.exists()
+            continue
+        export(run, output, layout=layout)
+        file = output / "pytorch_lora_weights.safetensors"
+        back = load_lora(file, empty_transformer(model), pipeline_class_of(model))
+        assert back.keys() == expected.keys()
+        for name, (a, b, scale) in back.items():
+            torch.testing.assert_close(scale * b @ a, expected[name][1] @ expected[name][0])
+        with safe_open(file, framework="pt") as opened:
+            names[layout] = sorted(opened.keys())
+        written += 1
+    assert written > (family != "flux2")
+    if family in LAYOUTS["kohya"]:
+        assert any(key.endswith(".alpha") for key in names["kohya"])
+        assert all(key.startswith(("lora_unet_", "lora_transformer_")) for key in names["kohya"])
+    if family in ("qwen_image", "z_image"):
+        assert all(key.startswith("diffusion_model.") for key in names["comfyui"])
+
+
+def test_the_card(sd3_run, tmp_path):
+    run, _ = sd3_run
+    scores = {
+        "rows": [{"name": "base", "geneval": {"overall": 0.7}}, {"name": "danceopd", "geneval": {"overall": 0.8}}]
+    }
+    (run / "results.json").write_text(json.dumps(scores))
+    try:
+        text = (export(run, tmp_path / "lora") / "README.md").read_text()
+    finally:
+        (run / "results.json").unlink()
+    card = ModelCard(text)
+    assert card.data.library_name == "diffusers"
+    assert card.data.pipeline_tag == "text-to-image"
+    assert "lora" in card.data.tags
+    assert card.data.base_model is None  # a folder of no known repository
+    assert "| style | t2i | 3 | teacher | 1 | 1 |" in text
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    last = [record["loss"] for record in records if "loss" in record][-1]
+    assert f"| 3 | {last:.4g} | {last:.4g} |" in text
+    assert "0.800" in text
+    assert str(run.parent) not in text
+    config = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert config["student"]["lora"] == {"rank": 3, "alpha": 1.5, "targets": None}
+    merged = ModelCard((export(run, tmp_path / "whole", merge=True) / "README.md").read_text())
+    assert merged.data.base_model_relation == "finetune"
+    assert "## Scores" not in merged.text
+
+
+def test_the_hub_repository_of_a_folder(tmp_path):
+    folder = tmp_path / "models--stabilityai--stable-diffusion-3.5-medium" / "snapshots" / "0"
+    folder.mkdir(parents=True)
+    assert hub_id(folder) == "stabilityai/stable-diffusion-3.5-medium"
+    for named, expected in (("org/name", "org/name"), ("/data/org/name", None), (str(tmp_path), None), ("", None)):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_name_or_path": named}))
+        assert hub_id(tmp_path) == expected
+
+
+def test_a_merge_keeps_the_stored_dtype_and_makes_no_copy(sd3_run, tmp_path):
+    run, config = sd3_run
+    half = tmp_path / "half"
+    StableDiffusion3Pipeline.from_pretrained(config.model, dtype=torch.bfloat16).save_pretrained(half)
+    assert stored_dtype(half / "transformer") == torch.bfloat16
+    other = tmp_path / "run"
+    (other / "student").mkdir(parents=True)
+    file = "student/pytorch_lora_weights.safetensors"
+    (other / file).write_bytes((run / file).read_bytes())
+    raw = yaml.safe_load((run / "config.yaml").read_text())
+    (other / "config.yaml").write_text(yaml.safe_dump({**raw, "model": str(half)}))
+    assert stored_dtype(export(other, tmp_path / "whole", merge=True)) == torch.bfloat16
+    transformer = diffusers.SD3Transformer2DModel.from_pretrained(config.model / "transformer")
+    places = {name: value.data_ptr() for name, value in transformer.named_parameters()}
+    merge_into(transformer, load_lora(run / "student", transformer, StableDiffusion3Pipeline))
+    assert places == {name: value.data_ptr() for name, value in transformer.named_parameters()}
+
+
+def test_what_cannot_be_exported(sd3_run, tmp_path, capsys):
+    run, config = sd3_run
+    with pytest.raises(UserError, match="holds no run"):
+        export(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="leave out --layout"):
+        export(run, tmp_path / "out", merge=True, layout="kohya")
+    (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    with pytest.raises(UserError, match="train first"):
+        export(tmp_path, tmp_path / "out")
+    gone = {**config.to_dict(), "model": str(tmp_path / "gone")}
+    (tmp_path / "student").mkdir()
+    file = "student/pytorch_lora_weights.safetensors"
+    (tmp_path / file).write_bytes((run / file).read_bytes())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(gone))
+    with pytest.raises(UserError, match=r"no model_index\.json"):
+        export(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert main(["export", str(run), "-o", str(tmp_path / "out")]) == 0
+    assert main(["export", str(run), "-o", str(tmp_path / "out")]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    def fail_halfway():
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail_halfway()
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "deep" / "out") as folder:
+        (folder / "whole").write_text("x")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "whole").read_text() == "x"
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
