@@ -174,7 +174,9 @@ def test_counts_are_those_of_the_loaded_modules_and_no_weight_is_opened(places, 
     assert plan.parameters["student, trainable"] == trainable
     sizes = {name: size for name, (size, _) in plan.memory.items()}
     assert sizes["base weights"] >= 4 * numel
-    assert sizes["student"] == sizes["gradient"] == sizes["average (EMA)"] == sizes["optimizer state"] / 2 == 4 * trainable
+    assert (
+        sizes["student"] == sizes["gradient"] == sizes["average (EMA)"] == sizes["optimizer state"] / 2 == 4 * trainable
+    )
     assert 0 < plan.activations[1] < plan.activations[0] == sizes["activations for the backward"]
 
 

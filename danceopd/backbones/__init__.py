@@ -1,29 +1,19 @@
 """Networks as velocity fields: the embedded one (dit), and one module for each family of diffusers' models.
 
-A family's module has PIPELINES, TASKS and LORA_TARGETS, and load_transformer, text_encoder, picture_codec,
-latent_shape, sigmas and velocity; danceopd/backbones/sd3.py is the plainest.
+A family's module has PIPELINES, LORA_TARGETS and PROMPTS_SEE_PICTURES (whether an editing model's text encoder looks
+at the source pictures), and tasks, load_transformer, text_encoder, picture_codec, latent_shape, sigmas and velocity;
+also combine, where its pipelines have their own guidance. danceopd/backbones/sd3.py is the plainest.
 """
 
 import difflib
-import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from danceopd.backbones.loading import class_name_of
 from danceopd.errors import UserError
 
 FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image")
-
-
-def class_name_of(folder: Path | str) -> str:
-    """The pipeline's class named in a folder's model_index.json. Raises UserError if there is none."""
-    index = Path(folder) / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"no model_index.json in {folder}; give the folder of a whole diffusers pipeline")
-    try:
-        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is damaged ({error}); copy it again") from None
 
 
 def pipeline_class_of(folder: Path | str) -> type:

@@ -7,24 +7,22 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from danceopd.backbones import loading
 from danceopd.errors import UserError
 
 PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
 # Both streams of a double block; a single block's output projection is one with its MLP's, and stays as it is.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+PROMPTS_SEE_PICTURES = False
 TEXT_LENGTH = 512  # T5 tokens, padding included: the pipelines' max_sequence_length
 
 
 def tasks(folder) -> tuple[str, ...]:
     """("t2i",) for a FLUX pipeline folder, ("t2i", "edit") for a Kontext one. Raises UserError for another."""
-    name = _config(FluxPipeline, folder).get("_class_name")
-    if name not in PIPELINES:
-        raise UserError(f"{folder} is a {name}, and not one of {', '.join(PIPELINES)}")
-    return ("t2i", "edit") if name == "FluxKontextPipeline" else ("t2i",)
+    return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "FluxKontextPipeline" else ("t2i",)
 
 
 def load_transformer(folder, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -32,15 +30,7 @@ def load_transformer(folder, dtype: torch.dtype = torch.float32) -> nn.Module:
 
     Raises UserError if it is not there, is another class, or lacks weights.
     """
-    part = "transformer" if (Path(folder) / "transformer").is_dir() else None
-    name = _config(FluxTransformer2DModel, folder, part).get("_class_name")
-    if name != "FluxTransformer2DModel":
-        raise UserError(f"the transformer of {folder} is a {name}, and not a FluxTransformer2DModel")
-    options = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    transformer, loading = _load(FluxTransformer2DModel, folder, part, **options)
-    if loading["missing_keys"]:  # diffusers would leave them random
-        raise UserError(f"the transformer of {folder} lacks weights: {', '.join(sorted(loading['missing_keys'])[:3])}")
-    return transformer.eval()
+    return loading.load_transformer(FluxTransformer2DModel, folder, dtype)
 
 
 def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32) -> Callable:
@@ -48,10 +38,11 @@ def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32) -> Ca
 
     On the CPU in `dtype`. `pictures` are not looked at. Raises UserError for a part that is missing.
     """
-    clip_tokenizer = _load(CLIPTokenizer, folder, "tokenizer")
-    t5_tokenizer = _load(T5TokenizerFast, folder, "tokenizer_2")
-    clip = _load(CLIPTextModel, folder, "text_encoder", dtype=dtype, use_safetensors=True).eval().to(device)
-    t5 = _load(T5EncoderModel, folder, "text_encoder_2", dtype=dtype, use_safetensors=True).eval().to(device)
+    folder = Path(folder)
+    clip_tokenizer = loading.load_tokenizer(CLIPTokenizer, folder / "tokenizer")
+    t5_tokenizer = loading.load_tokenizer(T5TokenizerFast, folder / "tokenizer_2")
+    clip = loading.load_model(CLIPTextModel, folder / "text_encoder", dtype).to(device)
+    t5 = loading.load_model(T5EncoderModel, folder / "text_encoder_2", dtype).to(device)
 
     def tokens(tokenizer, prompts, length):
         options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
@@ -72,7 +63,7 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32) -> t
 
     encode raises UserError for a size that does not fit.
     """
-    vae = _load(AutoencoderKL, folder, "vae", torch_dtype=dtype, use_safetensors=True).eval().to(device)
+    vae = loading.load_model(AutoencoderKL, Path(folder) / "vae", dtype).to(device)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
 
     @torch.no_grad()
@@ -89,13 +80,13 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32) -> t
 
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     """(C, h, w) of one sample's noise. Raises UserError if height or width is no multiple of 16 (8 VAE, 2 packing)."""
-    config = _config(AutoencoderKL, folder, "vae")
+    config = loading.read_json(Path(folder) / "vae" / "config.json")
     return config["latent_channels"], *_latent_size(config, height, width)
 
 
 def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
     """[N + 1] float32 from 1 to 0: the pipelines' default noise levels for this picture size."""
-    scheduler = _load(FlowMatchEulerDiscreteScheduler, folder, "scheduler")
+    scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")
     _, h, w = latent_shape(folder, height, width)
     config = scheduler.config
     ends = config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
@@ -175,23 +166,3 @@ def _latent_size(config, height: int, width: int) -> tuple[int, int]:
     if height % (2 * scale) or width % (2 * scale) or min(height, width) < 1:
         raise UserError(f"FLUX pictures must have sides that are multiples of {2 * scale}, got {height} x {width}")
     return height // scale, width // scale
-
-
-def _config(cls, folder, part: str | None = None) -> dict:
-    """The config of one part of the folder (of the folder itself if None), or a UserError that names it."""
-    return _read(cls.load_config, folder, part)
-
-
-def _load(cls, folder, part: str | None, **options):
-    """cls.from_pretrained of one part of the folder, never from the network, or a UserError that names it."""
-    return _read(cls.from_pretrained, folder, part, **options)
-
-
-def _read(read: Callable, folder, part: str | None, **options):
-    path = Path(folder) / part if part else Path(folder)
-    if not path.is_dir():  # else taken for the name of a repository
-        raise UserError(f"there is no folder {path}: give a diffusers pipeline folder of FLUX.1 or FLUX.1 Kontext")
-    try:
-        return read(path, local_files_only=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load {path}: {error}") from error

@@ -4,7 +4,6 @@ Latents are the VAE's, in 2x2 patches and normalised by its batch norm: [B, 128,
 distilled klein takes no guidance, klein-base true classifier-free guidance, dev an embedded guidance number.
 """
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,34 +20,23 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import nn
 from transformers import AutoProcessor, Mistral3ForConditionalGeneration, Qwen2TokenizerFast, Qwen3ForCausalLM
 
+from danceopd.backbones import loading
 from danceopd.errors import UserError
 
 PIPELINES = ("Flux2KleinPipeline", "Flux2Pipeline")
-TASKS = ("t2i", "edit")
-# The single blocks fuse q, k and v with the MLP. Their to_out is named block by block, since "attn.to_out" would also
-# match the list of the double blocks; dev has 48 of them, klein 20 or 24 (names that match nothing do no harm).
+PROMPTS_SEE_PICTURES = False
+# Of double blocks, and of single blocks, which fuse q, k and v with the MLP. Only a single block's to_out is a linear
+# layer (see danceopd.lora.target_layers; PEFT by itself would stumble over a double block's, which is a list).
 LORA_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj"),
-    *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(48)),
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("to_qkv_mlp_proj", "to_out"),
 )
 
 
-def _config(folder: Path, name: str = "config.json") -> dict:
-    """The JSON file `name` of a folder. Raises UserError if it is missing or not JSON."""
-    try:
-        return json.loads((folder / name).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no readable {name}; a FLUX.2 pipeline folder is needed ({error})") from error
-
-
-def _load(cls, folder: Path, **options):
-    """cls.from_pretrained(folder), never from the network. Raises UserError if something is missing."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; a FLUX.2 pipeline folder is needed")
-    try:
-        return cls.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{folder}: {cls.__name__} cannot be loaded: {error}") from error
+def tasks(folder) -> tuple[str, ...]:
+    """("t2i", "edit"), of every model of the family. Raises UserError if the folder is of another pipeline."""
+    loading.class_name_of(folder, PIPELINES)
+    return ("t2i", "edit")
 
 
 def load_transformer(folder, dtype=torch.float32) -> nn.Module:
@@ -56,15 +44,7 @@ def load_transformer(folder, dtype=torch.float32) -> nn.Module:
 
     Raises UserError if the folder, its config or some of its weights are missing.
     """
-    folder = Path(folder)
-    if (folder / "transformer").is_dir():
-        folder = folder / "transformer"
-    _config(folder)
-    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    transformer, info = _load(Flux2Transformer2DModel, folder, **options)
-    if info["missing_keys"]:  # diffusers would leave them random
-        raise UserError(f"{folder}: weights are missing, such as {sorted(info['missing_keys'])[0]}")
-    return transformer.eval()
+    return loading.load_transformer(Flux2Transformer2DModel, folder, dtype)
 
 
 def text_encoder(folder, device="cpu", dtype=torch.float32):
@@ -74,17 +54,14 @@ def text_encoder(folder, device="cpu", dtype=torch.float32):
     UserError if something is missing.
     """
     folder = Path(folder)
-    pipeline = _config(folder, "model_index.json").get("_class_name")
-    if pipeline not in PIPELINES:
-        raise UserError(f"{folder}: {pipeline} is not one of {', '.join(PIPELINES)}")
-    if pipeline == "Flux2Pipeline":
+    if loading.class_name_of(folder, PIPELINES) == "Flux2Pipeline":
         model, tokenizer = Mistral3ForConditionalGeneration, AutoProcessor  # a PixtralProcessor needs torchvision
         embed = Flux2Pipeline._get_mistral_3_small_prompt_embeds
     else:
         model, tokenizer, embed = Qwen3ForCausalLM, Qwen2TokenizerFast, Flux2KleinPipeline._get_qwen3_prompt_embeds
-    tokenizer = _load(tokenizer, folder / "tokenizer")
+    tokenizer = loading.load(tokenizer, folder / "tokenizer")
     # Without the language model's head: 512 x vocabulary logits a prompt that nobody reads.
-    model = _load(model, folder / "text_encoder", dtype=dtype).model.to(device).eval()
+    model = loading.load_model(model, folder / "text_encoder", dtype).model.to(device)
 
     @torch.no_grad()
     def encode(prompts, pictures=None):
@@ -98,7 +75,7 @@ def picture_codec(folder, device="cpu", dtype=torch.float32):
 
     Raises UserError if the VAE is missing; encode, for a bad size.
     """
-    vae = _load(AutoencoderKLFlux2, Path(folder) / "vae", dtype=dtype).to(device).eval()
+    vae = loading.load_model(AutoencoderKLFlux2, Path(folder) / "vae", dtype).to(device)
     mean = vae.bn.running_mean.view(1, -1, 1, 1)
     std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
 
@@ -118,7 +95,7 @@ def picture_codec(folder, device="cpu", dtype=torch.float32):
 
 def latent_shape(folder, height, width) -> tuple[int, int, int]:
     """(C, height / 16, width / 16). Raises UserError if height or width is not a positive multiple of 16."""
-    config = _config(Path(folder) / "vae")
+    config = loading.read_json(Path(folder) / "vae" / "config.json")
     multiple = 2 ** len(config["block_out_channels"])  # the VAE halves between its blocks, the 2x2 patches once more
     if height < 1 or width < 1 or height % multiple or width % multiple:
         raise UserError(f"height and width must be multiples of {multiple}, got {height} x {width}")
@@ -130,7 +107,7 @@ def sigmas(folder, num_inference_steps, height, width) -> torch.Tensor:
     if num_inference_steps < 1:
         raise UserError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
     _, h, w = latent_shape(folder, height, width)
-    scheduler = _load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")
+    scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")
     grid = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
     scheduler.set_timesteps(sigmas=grid, mu=compute_empirical_mu(h * w, num_inference_steps))
     return scheduler.sigmas

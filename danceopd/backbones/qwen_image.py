@@ -4,7 +4,6 @@ A folder of either pipeline serves: both hold the same transformer and VAE class
 looks at the source pictures, and the transformer sees each reference's latents after those of the picture it draws.
 """
 
-import json
 from pathlib import Path
 
 import diffusers
@@ -14,29 +13,15 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 from diffusers.models import QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage import pipeline_qwenimage, pipeline_qwenimage_edit_plus
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
 
+from danceopd.backbones import loading
 from danceopd.errors import UserError
 
 PIPELINES = ("QwenImagePipeline", "QwenImageEditPlusPipeline")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # those of diffusers' own LoRA script for Qwen-Image
+PROMPTS_SEE_PICTURES = True  # where the folder edits
 MAX_PROMPT_TOKENS = 512  # the text-to-image pipeline's default; the editing pipeline does not cut
-
-
-def _read(folder, name: str) -> dict:
-    """A JSON file of a model folder. Raises UserError if it is not there or is no JSON."""
-    path = Path(folder) / name
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a folder of a Qwen-Image model: cannot read {name} ({error})") from error
-
-
-def _load(cls, folder, **options):
-    """cls.from_pretrained(folder), which must be local. Raises UserError, which names the folder."""
-    try:
-        return cls.from_pretrained(str(folder), local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"cannot load a {cls.__name__} from {folder}: {error}") from error
 
 
 def _pack(latents: torch.Tensor) -> torch.Tensor:
@@ -51,10 +36,7 @@ def _unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def tasks(folder) -> tuple[str, ...]:
     """("t2i",) or ("t2i", "edit"): a text-to-image folder has no processor that could show its encoder a picture."""
-    name = _read(folder, "model_index.json").get("_class_name")
-    if name not in PIPELINES:
-        raise UserError(f"{folder} holds a {name}; this module serves {' and '.join(PIPELINES)}")
-    return ("t2i", "edit") if name == "QwenImageEditPlusPipeline" else ("t2i",)
+    return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "QwenImageEditPlusPipeline" else ("t2i",)
 
 
 def load_transformer(folder, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -62,17 +44,7 @@ def load_transformer(folder, dtype: torch.dtype = torch.float32) -> torch.nn.Mod
 
     Raises UserError if the folder or its weights (safetensors, sharded or not) are missing.
     """
-    folder = Path(folder)
-    if (folder / "transformer").is_dir():
-        folder = folder / "transformer"
-    name = _read(folder, "config.json").get("_class_name")
-    if name != QwenImageTransformer2DModel.__name__:
-        raise UserError(f"{folder} holds a {name}, not a {QwenImageTransformer2DModel.__name__}")
-    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    transformer, info = _load(QwenImageTransformer2DModel, folder, **options)
-    if info["missing_keys"]:  # diffusers would leave them random
-        raise UserError(f"{folder}: the weights lack {len(info['missing_keys'])} tensors of the transformer")
-    return transformer.eval()
+    return loading.load_transformer(QwenImageTransformer2DModel, folder, dtype)
 
 
 def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32):
@@ -84,10 +56,15 @@ def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32):
     one after another instead of by row and column, until diffusers' issue 14194 is closed.
     Raises UserError if the folder is not one of PIPELINES or lacks a part; Edit-Plus needs torchvision installed.
     """
-    edits = "edit" in tasks(folder)
-    cls = getattr(diffusers, PIPELINES[edits])
+    folder, edits = Path(folder), "edit" in tasks(folder)
+    parts = {
+        "text_encoder": loading.load_model(Qwen2_5_VLForConditionalGeneration, folder / "text_encoder", dtype),
+        "tokenizer": loading.load_tokenizer(Qwen2Tokenizer, folder / "tokenizer"),
+    }
+    if edits:
+        parts["processor"] = loading.load(Qwen2VLProcessor, folder / "processor")
     # The pipeline without the parts that draw: it holds the prompt template and its handling.
-    pipeline = _load(cls, folder, transformer=None, vae=None, scheduler=None, dtype=dtype).to(device)
+    pipeline = getattr(diffusers, PIPELINES[edits])(scheduler=None, vae=None, transformer=None, **parts).to(device)
 
     def shown(picture: torch.Tensor):
         """The picture as 8-bit RGB, at the size at which the pipeline shows it to the text encoder."""
@@ -119,9 +96,7 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
     encode gives the posterior's mode, normalised by the VAE's latents_mean and latents_std. Both work in `dtype` on
     `device` and give no gradient. Raises UserError if the folder lacks the VAE.
     """
-    _read(folder, "vae/config.json")
-    vae = _load(AutoencoderKLQwenImage, folder, subfolder="vae", dtype=dtype, use_safetensors=True)
-    vae = vae.to(device).eval()
+    vae = loading.load_model(AutoencoderKLQwenImage, Path(folder) / "vae", dtype).to(device)
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(device, dtype)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(device, dtype)
 
@@ -139,7 +114,7 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
 
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     """(C, h, w) of one sample's noise. Raises UserError if a side is no multiple of two latent pixels."""
-    config = _read(folder, "vae/config.json")
+    config = loading.read_json(Path(folder) / "vae" / "config.json")
     scale = 2 ** len(config["temperal_downsample"])
     if height < 1 or width < 1 or height % (2 * scale) or width % (2 * scale):
         raise UserError(f"Qwen-Image draws sides that are multiples of {2 * scale} pixels, not {height} x {width}")
@@ -152,8 +127,7 @@ def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.T
     Raises UserError where the scheduler has none: a shift_terminal, as Qwen-Image's own has, needs two steps.
     """
     _, h, w = latent_shape(folder, height, width)
-    _read(folder, "scheduler/scheduler_config.json")
-    scheduler = _load(FlowMatchEulerDiscreteScheduler, folder, subfolder="scheduler")
+    scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")
     ranges = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
     mu = pipeline_qwenimage.calculate_shift(h * w // 4, *(scheduler.config.get(*entry) for entry in ranges))
     least = 2 if scheduler.config.get("shift_terminal") else 1

@@ -4,21 +4,20 @@ The transformer takes the picture as it is, [B, C, h, w], and always the same nu
 nothing to pack and nothing to mask.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from danceopd.backbones import loading
 from danceopd.errors import UserError
 
 PIPELINES = ("StableDiffusion3Pipeline",)
-TASKS = ("t2i",)
+PROMPTS_SEE_PICTURES = False
 # Of the joint attention and of the second attention that SD3.5-medium's first blocks have (attn2).
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -26,14 +25,18 @@ T5_LENGTH = 256  # tokens, the pipeline's default max_sequence_length
 TIMESTEPS = 1000  # the transformer's time is sigma times this
 
 
+def tasks(folder: str | Path) -> tuple[str, ...]:
+    """("t2i",): the family does not edit. Raises UserError if the folder is of another pipeline."""
+    loading.class_name_of(folder, PIPELINES)
+    return ("t2i",)
+
+
 def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The transformer of a pipeline folder, or of a transformer folder itself, in eval mode on the CPU.
 
     Raises UserError if it is not there, cannot be read, or lacks weights.
     """
-    folder = Path(folder)
-    name = "transformer" if (folder / "transformer").is_dir() or not (folder / "config.json").is_file() else ""
-    return _load_model(SD3Transformer2DModel, folder, name, dtype)
+    return loading.load_transformer(SD3Transformer2DModel, folder, dtype)
 
 
 def text_encoder(
@@ -45,17 +48,17 @@ def text_encoder(
     "pooled_prompt_embeds" [n, C']: the CLIPs' pooled vectors. Where model_index.json has null for text_encoder_3
     the T5 tokens are zeros, as in the pipeline. Raises UserError for what is missing or cannot be read.
     """
-    clips = []
+    folder, clips = Path(folder), []
     for suffix in ("", "_2"):
-        tokenizer = _load_tokenizer(CLIPTokenizer, folder, f"tokenizer{suffix}")
-        model = _load_model(CLIPTextModelWithProjection, folder, f"text_encoder{suffix}", dtype)
+        tokenizer = loading.load_tokenizer(CLIPTokenizer, folder / f"tokenizer{suffix}")
+        model = loading.load_model(CLIPTextModelWithProjection, folder / f"text_encoder{suffix}", dtype)
         clips.append((tokenizer, model.to(device)))
     clip_length = clips[0][0].model_max_length  # of both, as in the pipeline
-    width = _load_config(SD3Transformer2DModel, folder, "transformer")["joint_attention_dim"]
+    width = loading.read_json(folder / "transformer" / "config.json")["joint_attention_dim"]
     t5 = None
     if _has_t5(folder):
-        t5_tokenizer = _load_tokenizer(T5TokenizerFast, folder, "tokenizer_3")
-        t5 = _load_model(T5EncoderModel, folder, "text_encoder_3", dtype).to(device)
+        t5_tokenizer = loading.load_tokenizer(T5TokenizerFast, folder / "tokenizer_3")
+        t5 = loading.load_model(T5EncoderModel, folder / "text_encoder_3", dtype).to(device)
 
     def tokens(tokenizer, prompts, length):
         options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
@@ -85,7 +88,7 @@ def picture_codec(
 
     Both answer on `device` in `dtype`; encode takes the mode of the posterior. Raises UserError for a missing VAE.
     """
-    vae = _load_model(AutoencoderKL, folder, "vae", dtype).to(device)
+    vae = loading.load_model(AutoencoderKL, Path(folder) / "vae", dtype).to(device)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
 
     @torch.no_grad()
@@ -104,8 +107,8 @@ def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, ...]
 
     Raises UserError if they are no multiple of a patch's pixels or exceed the transformer's position table.
     """
-    transformer = _load_config(SD3Transformer2DModel, folder, "transformer")
-    factor = 2 ** (len(_load_config(AutoencoderKL, folder, "vae")["block_out_channels"]) - 1)
+    transformer = loading.read_json(Path(folder) / "transformer" / "config.json")
+    factor = 2 ** (len(loading.read_json(Path(folder) / "vae" / "config.json")["block_out_channels"]) - 1)
     multiple = factor * transformer["patch_size"]
     largest = multiple * transformer["pos_embed_max_size"]
     for side in (height, width):
@@ -122,11 +125,11 @@ def sigmas(folder: str | Path, num_inference_steps: int, height: int, width: int
 
     The size matters only where the scheduler's config has use_dynamic_shifting. Raises UserError as latent_shape does.
     """
-    scheduler = _load(FlowMatchEulerDiscreteScheduler, folder, "scheduler")
+    scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")
     config, mu = scheduler.config, None
     if config.use_dynamic_shifting:
         _, rows, columns = latent_shape(folder, height, width)
-        patch = _load_config(SD3Transformer2DModel, folder, "transformer")["patch_size"]
+        patch = loading.read_json(Path(folder) / "transformer" / "config.json")["patch_size"]
         lengths = (config.base_image_seq_len, config.max_image_seq_len)
         mu = calculate_shift((rows // patch) * (columns // patch), *lengths, config.base_shift, config.max_shift)
     scheduler.set_timesteps(num_inference_steps, mu=mu)
@@ -164,44 +167,7 @@ def _has_t5(folder: str | Path) -> bool:
     index, there = Path(folder) / "model_index.json", (Path(folder) / "text_encoder_3").is_dir()
     if not index.is_file():
         return there
-    named = json.loads(index.read_text()).get("text_encoder_3", [None, None])[0] is not None
+    named = loading.read_json(index).get("text_encoder_3", [None, None])[0] is not None
     if named and not there:
         raise UserError(f"{folder}: no text_encoder_3 folder; to go without T5 set it to [null, null] in {index.name}")
     return named
-
-
-def _load(cls: type, folder: str | Path, name: str, **options):
-    """cls.from_pretrained of a pipeline's subfolder, or a UserError that says which one and why."""
-    path = Path(folder) / name
-    if not path.is_dir():
-        raise UserError(f"{folder}: no {name} folder; a Stable Diffusion 3 pipeline folder has one")
-    try:
-        return cls.from_pretrained(str(path), local_files_only=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be loaded as {cls.__name__}: {error}") from error
-
-
-def _load_model(cls: type, folder: str | Path, name: str, dtype: torch.dtype) -> nn.Module:
-    """The model of a pipeline's subfolder in eval mode; a UserError too where a checkpoint lacks some weights."""
-    model, info = _load(cls, folder, name, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if info["missing_keys"]:  # the libraries only warn, and leave them random
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"{Path(folder) / name}: the weights lack {len(missing)} tensors, {missing[0]} the first")
-    return model.eval()
-
-
-def _load_tokenizer(cls: type, folder: str | Path, name: str):
-    """The tokenizer of a pipeline's subfolder; a UserError too for missing files, where it would be an empty one."""
-    files = {kind: (Path(folder) / name / file).is_file() for kind, file in cls.vocab_files_names.items()}
-    if not files.pop("tokenizer_file") and not all(files.values()):
-        raise UserError(f"{Path(folder) / name}: lacks {' or '.join(cls.vocab_files_names.values())}")
-    return _load(cls, folder, name)
-
-
-def _load_config(cls: type, folder: str | Path, name: str) -> dict:
-    """The config.json of a pipeline's subfolder, or a UserError that says which one is missing."""
-    path = Path(folder) / name
-    try:
-        return cls.load_config(str(path), local_files_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: no config.json of {cls.__name__}") from error

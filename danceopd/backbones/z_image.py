@@ -4,8 +4,6 @@ The pipelines' guidance_scale g is added to the conditional field, v + g (v - v_
 danceopd.fields.guided.
 """
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -17,43 +15,22 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Siglip2VisionModel
 
+from danceopd.backbones import loading
 from danceopd.errors import UserError
 
 PIPELINES = ("ZImagePipeline", "ZImageOmniPipeline")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+PROMPTS_SEE_PICTURES = True  # where the folder edits
 
 
 def tasks(folder: str | Path) -> tuple[str, ...]:
     """Only the omni pipeline takes source pictures. Raises UserError if model_index.json is of neither pipeline."""
-    return ("t2i", "edit") if _pipeline_name(folder) == "ZImageOmniPipeline" else ("t2i",)
-
-
-def _pipeline_name(folder):
-    index = Path(folder) / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{folder} is not a pipeline folder: it has no model_index.json")
-    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if name not in PIPELINES:
-        raise UserError(f"{folder} holds a {name}, not one of {', '.join(PIPELINES)}")
-    return name
-
-
-def _load(load: Callable, path: Path, **options):
-    """load(path, **options); a missing or broken component becomes a UserError that names the folder."""
-    if not path.is_dir():  # else from_pretrained takes the path for a name on the hub
-        raise UserError(f"{path.parent} has no folder {path.name}")
-    try:
-        return load(path, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"could not load {path}: {error}") from error
+    return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "ZImageOmniPipeline" else ("t2i",)
 
 
 def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The transformer in eval mode; folder: the pipeline's or the transformer's own. Raises UserError if missing."""
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        path = path / "transformer"
-    return _load(ZImageTransformer2DModel.from_pretrained, path, torch_dtype=dtype, use_safetensors=True).eval()
+    return loading.load_transformer(ZImageTransformer2DModel, folder, dtype)
 
 
 def text_encoder(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
@@ -64,16 +41,15 @@ def text_encoder(folder: str | Path, device: str | torch.device = "cpu", dtype: 
     with pictures (per prompt a list of [3, H, W] in [-1, 1]) siglip_embeds [n, R, N, C] with siglip_shapes
     [n, R, 2] int64, the height and width in tokens (0: no picture). The negative prompt takes the same pictures.
     """
-    folder, name = Path(folder), _pipeline_name(folder)
+    folder, name = Path(folder), loading.class_name_of(folder, PIPELINES)
     omni = name == "ZImageOmniPipeline"
-    components = {"tokenizer": _load(AutoTokenizer.from_pretrained, folder / "tokenizer")}
+    components = {"tokenizer": loading.load(AutoTokenizer, folder / "tokenizer")}
     if omni:
-        components["siglip_processor"] = _load(AutoImageProcessor.from_pretrained, folder / "siglip_processor")
+        components["siglip_processor"] = loading.load(AutoImageProcessor, folder / "siglip_processor")
     elif not components["tokenizer"].chat_template:
         raise UserError(f"the tokenizer of {folder} has no chat template")
     for key, model in {"text_encoder": AutoModel, **({"siglip": Siglip2VisionModel} if omni else {})}.items():
-        loaded = _load(model.from_pretrained, folder / key, dtype=dtype, use_safetensors=True)
-        components[key] = loaded.to(device).eval()
+        components[key] = loading.load_model(model, folder / key, dtype).to(device)
     # Without transformer and VAE the pipeline is but its prompt template.
     pipeline = getattr(diffusers, name)(scheduler=None, vae=None, transformer=None, **components)
     to_pil = VaeImageProcessor().postprocess
@@ -116,8 +92,7 @@ def picture_codec(folder: str | Path, device: str | torch.device = "cpu", dtype:
 
     encode: pictures [n, 3, H, W] in [-1, 1] -> latents [n, C, H / 8, W / 8], scaled and shifted; decode: the inverse.
     """
-    load = AutoencoderKL.from_pretrained
-    vae = _load(load, Path(folder) / "vae", torch_dtype=dtype, use_safetensors=True).to(device).eval()
+    vae = loading.load_model(AutoencoderKL, Path(folder) / "vae", dtype).to(device)
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor
 
     @torch.no_grad()
@@ -133,7 +108,7 @@ def picture_codec(folder: str | Path, device: str | torch.device = "cpu", dtype:
 
 def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, int, int]:
     """(C, h, w) of the latents of one picture. Raises UserError unless both sizes are multiples of the patch's."""
-    config = _load(AutoencoderKL.load_config, Path(folder) / "vae")
+    config = loading.read_json(Path(folder) / "vae" / "config.json")
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if height < 1 or width < 1 or height % (2 * factor) or width % (2 * factor):
         raise UserError(f"height and width must be multiples of {2 * factor}, got {height} x {width}")
@@ -142,7 +117,7 @@ def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, int,
 
 def sigmas(folder: str | Path, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
     """The pipeline's noise levels for this picture size: [N + 1] float32, down to 0."""
-    scheduler = _load(FlowMatchEulerDiscreteScheduler.from_pretrained, Path(folder) / "scheduler")
+    scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")
     _, h, w = latent_shape(folder, height, width)
     config = scheduler.config
     sizes = config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift

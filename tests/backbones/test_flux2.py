@@ -13,6 +13,7 @@ from tiny_flux2 import save_tiny
 
 from danceopd.backbones import flux2
 from danceopd.errors import UserError
+from danceopd.lora import target_layers
 
 HEIGHT, WIDTH, STEPS = 64, 96, 3
 PROMPTS = ["a red cat", "two blue dogs left of a tree"]
@@ -196,7 +197,7 @@ def test_lora_trains_every_attention_projection_and_nothing_else(tiny):
     with torch.inference_mode():  # the position ids that are cached here must serve training too
         before = flux2.velocity(transformer, tiny.noise(), sigma, prompt, guidance=4.0)
     linear = {name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
-    transformer.add_adapter(LoraConfig(r=2, target_modules=list(flux2.LORA_TARGETS)))
+    transformer.add_adapter(LoraConfig(r=2, target_modules=target_layers(transformer, flux2.LORA_TARGETS)))
     adapted = {name.removesuffix(".lora_A") for name, _ in transformer.named_modules() if name.endswith(".lora_A")}
     assert adapted == {name for name in linear if ".attn." in name}
     v = flux2.velocity(transformer, tiny.noise(), sigma, prompt, guidance=4.0)
@@ -235,7 +236,7 @@ def test_what_is_missing_is_named(dev, tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):  # no weights
         flux2.load_transformer(tmp_path)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(UserError, match="FluxPipeline is not one of Flux2KleinPipeline, Flux2Pipeline"):
+    with pytest.raises(UserError, match="holds a FluxPipeline, not one of Flux2KleinPipeline, Flux2Pipeline"):
         flux2.text_encoder(tmp_path)
     with pytest.raises(UserError, match="give guidance"):
         flux2.velocity(dev.transformer, dev.noise(), torch.ones(2), dev.prompt(PROMPTS))
@@ -245,7 +246,7 @@ def test_missing_weights_are_refused(klein, tmp_path):
     config = {**json.loads((klein.folder / "transformer" / "config.json").read_text()), "num_layers": 3}
     klein.transformer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"weights are missing, such as transformer_blocks\.2"):
+    with pytest.raises(UserError, match=r"the weights lack 16 tensors, such as transformer_blocks\.2"):
         flux2.load_transformer(tmp_path)
 
 

@@ -1,0 +1,76 @@
+"""Parts of a diffusers pipeline's folder: never from the network, whole or not at all, errors that name the path."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from danceopd.errors import UserError
+
+
+def read_json(path: Path | str) -> dict:
+    """A JSON file of a pipeline. Raises UserError if it is not there or is damaged."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent}; give the folder of a whole diffusers pipeline")
+    if not path.is_file():
+        raise UserError(f"no {path.name} in {path.parent}; give the folder of a whole diffusers pipeline")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again") from None
+
+
+def class_name_of(folder: Path | str, served: tuple[str, ...] = ()) -> str:
+    """The pipeline's class named in a folder's model_index.json.
+
+    Raises UserError if there is none, and if it is not one of `served`, where these are given.
+    """
+    name = read_json(Path(folder) / "model_index.json").get("_class_name")
+    if served and name not in served:
+        raise UserError(f"{folder} holds a {name}, not one of {', '.join(served)}")
+    return str(name)
+
+
+def load(cls: type, path: Path | str, **options):
+    """cls.from_pretrained of a folder. Raises UserError if it is not there or cannot be loaded."""
+    path = Path(path)
+    if not path.is_dir():  # else taken for the name of a repository
+        raise UserError(f"there is no folder {path}; give the folder of a whole diffusers pipeline")
+    try:
+        return cls.from_pretrained(str(path), local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be loaded as {cls.__name__}: {error}") from error
+
+
+def load_model(cls: type, path: Path | str, dtype: torch.dtype) -> nn.Module:
+    """A model of diffusers or transformers from its folder, in eval mode on the CPU.
+
+    Raises UserError as load does, and for weights of another class of diffusers or with some missing.
+    """
+    path = Path(path)
+    config = read_json(path / "config.json")
+    if config.get("_class_name", cls.__name__) != cls.__name__:
+        raise UserError(f"{path} holds a {config['_class_name']}, not a {cls.__name__}")
+    model, info = load(cls, path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if info["missing_keys"]:  # the libraries only warn, and leave them random
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again")
+    return model.eval()
+
+
+def load_transformer(cls: type, folder: Path | str, dtype: torch.dtype) -> nn.Module:
+    """load_model of a pipeline folder's transformer, or of a transformer folder itself."""
+    folder = Path(folder)
+    return load_model(cls, folder if (folder / "config.json").is_file() else folder / "transformer", dtype)
+
+
+def load_tokenizer(cls: type, path: Path | str):
+    """A tokenizer from its folder. Raises UserError as load does, and for missing files, which would make it empty."""
+    path = Path(path)
+    files = {kind: (path / file).is_file() for kind, file in cls.vocab_files_names.items()}
+    if path.is_dir() and not files.pop("tokenizer_file", False) and not all(files.values()):
+        raise UserError(f"{path}: lacks {' or '.join(cls.vocab_files_names.values())}; copy the whole folder")
+    return load(cls, path)
