@@ -80,8 +80,9 @@ def merge_loras(
     asked = read_prompts(prompts, list(named), read_triggers(triggers, list(named)))
     empty = empty_transformer(base)
     adapters = _load(named, empty, pipeline_class_of(base))
-    manifest = work_manifest(work or output.with_suffix(".work"), asked)
-    cache = manifest.parent / "cache"
+    manifest, rows = manifest_of(asked)
+    work = work or output.with_suffix(".work")
+    cache = work / "cache"
     cuda = torch.cuda.is_available()
     raw = {
         "model": str(base),
@@ -100,14 +101,14 @@ def merge_loras(
             name: {
                 "source": name,
                 "task": "t2i",
-                "data": {"prepared": str(cache / manifest.name)},
+                "data": {"prepared": str(cache / manifest)},
                 "student_guidance_scale": guidance_scale,
                 "prompt_dropout": DROPOUT,
             }
             for name in named
         },
         "training": {
-            "output_dir": str(manifest.parent / "run"),
+            "output_dir": str(work / "run"),
             "max_steps": steps,
             "batch_size": 4,
             "learning_rate": 2e-4,
@@ -118,7 +119,8 @@ def merge_loras(
     config = parse_config(raw, list(overrides), "this merge")
     device = torch.device("cuda" if cuda and config.training.device != "cpu" else "cpu")
     dtype = PRECISIONS[config.training.precision]
-    prepare(manifest, base, cache, backbone, resolution=resolution, device=str(device), dtype=dtype, strict=True)
+    write_atomic(work / manifest, rows)
+    prepare(work / manifest, base, cache, backbone, resolution=resolution, device=str(device), dtype=dtype, strict=True)
     student = train(config, overwrite) / "student" / FILES[1]
     adapters[AVERAGE] = average(list(adapters.values()))
     adapters[STUDENT] = load_lora(student, empty, pipeline_class_of(base))
@@ -205,17 +207,15 @@ def _load(named: dict[str, Path], empty: nn.Module, pipeline_class: type) -> dic
     return loaded
 
 
-def work_manifest(work: Path, asked: dict[str, list[str]]) -> Path:
-    """The prompts as a manifest, called after its content: other prompts are another run, and not gone on with."""
+def manifest_of(asked: dict[str, list[str]]) -> tuple[str, bytes]:
+    """(name, content) of the manifest: called after its content, since other prompts are another run."""
     rows = [
         {"id": f"{name} {i}", "task": name, "prompt": prompt}
         for name, own in asked.items()
         for i, prompt in enumerate(own)
     ]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path = work / f"prompts-{hashlib.blake2b(data, digest_size=4).hexdigest()}.jsonl"
-    write_atomic(path, data)
-    return path
+    return f"prompts-{hashlib.blake2b(data, digest_size=4).hexdigest()}.jsonl", data
 
 
 def targets_of(loras: Iterable[Lora], transformer: nn.Module) -> list[str]:
