@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import safetensors
@@ -21,12 +22,11 @@ from danceopd.cli import main
 from danceopd.conditioning import Conditioning
 from danceopd.config import load_config, parse_config
 from danceopd.data.cache import Cache, key_of
-from danceopd.data.sampler import draw_batch
 from danceopd.errors import UserError
 from danceopd.lora import LoraStudent, SharedBase, load_lora, target_layers
 from danceopd.optimizers import adamw_class, make_optimizers
 from danceopd.query import QUERIES, expected_depth, query
-from danceopd.training.dry_run import GIB, dry_run, kept_for_backward
+from danceopd.training.dry_run import check_weights, dry_run
 from danceopd.training.loop import Trainer
 from danceopd.training.models import student_layers
 from danceopd.training.setup import build
@@ -190,7 +190,8 @@ def test_half_the_bytes_in_bf16_and_the_options_of_the_estimate(places):
     assert half.evaluations["student, forward again"] == half.evaluations["student, forward"]
     more = dry_run(config_of(root, **{"training.batch_size": 8, "query.k": 2}))
     assert more.activations[0] == 4 * plain.activations[0]
-    assert dry_run(config_of(root, **{"training.batch_size": 8, "training.gradient_accumulation_steps": 2})).activations
+    split = dry_run(config_of(root, **{"training.batch_size": 8, "training.gradient_accumulation_steps": 2}))
+    assert split.activations == plain.activations
     muon = dry_run(config_of(root, **{"training.optimizer": "muon"}))
     assert muon.memory["optimizer state"][0] == plain.memory["optimizer state"][0] / 2  # factors are matrices
 
@@ -313,15 +314,13 @@ def test_the_embedded_network(tmp_path, capsys):
 def test_all_that_is_missing_is_listed_and_the_rest_is_printed(places, tmp_path, capsys):
     raw = config_of(places("sd3")).to_dict()
     model = tmp_path / "model"
-    import shutil
-
     shutil.copytree(places("sd3") / "model", model)
     (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     shutil.rmtree(model / "text_encoder")
-    write_lora_of_another = tmp_path / "other.safetensors"
-    save_file({"transformer.blocks.0.lora_A.weight": torch.zeros(2, 4)}, write_lora_of_another)
+    other = tmp_path / "other.safetensors"
+    save_file({"transformer.blocks.0.lora_A.weight": torch.zeros(2, 4)}, other)
     raw["model"] = str(model)
-    raw["sources"]["one"]["lora"] = [{"path": str(tmp_path / "gone.safetensors")}, {"path": str(write_lora_of_another)}]
+    raw["sources"]["one"]["lora"] = [{"path": str(tmp_path / "gone.safetensors")}, {"path": str(other)}]
     raw["sources"]["three"] = {"weights": str(tmp_path / "nowhere")}
     raw["capabilities"]["two"]["data"]["prepared"] = str(tmp_path / "gone.jsonl")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
@@ -356,10 +355,6 @@ def test_no_model_at_all_still_names_the_rest(places, tmp_path):
 
 
 def test_shards_that_are_missing_are_named(places, tmp_path):
-    import shutil
-
-    from danceopd.training.dry_run import check_weights
-
     folder = tmp_path / "transformer"
     shutil.copytree(places("sd3") / "model" / "transformer", folder)
     check_weights(folder)
