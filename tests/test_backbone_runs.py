@@ -17,14 +17,11 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from danceopd.backbones import backbone_of, pipeline_class_of
+from danceopd.backbones import backbone_of
 from danceopd.conditioning import concatenate
 from danceopd.config import parse_config
 from danceopd.data.prepare import prepare
-from danceopd.data.prepared import PreparedData
-from danceopd.errors import UserError
 from danceopd.fields import routed
 from danceopd.lora import SharedBase, target_layers
 from danceopd.training.loop import train
