@@ -18,7 +18,9 @@ class Conditioning:
     tuple of them where there are several references; None if no sample has one. has_source: [B] bool; `source` is
     ignored where it is False. guidance_scale: [B] float32 or None; read by a field that is guided per sample
     (danceopd.fields.guided), and by nothing else. adapter: [B] int64 or None; which of several sources a network that
-    answers for all of them is asked for (danceopd.fields.SharedField).
+    answers for all of them is asked for (danceopd.fields.SharedField). embedded_guidance: [B] float32 or None; the
+    number that a guidance-distilled model takes as an input. empty_prompt: like prompt, each sample's own empty prompt,
+    or None where it is one for all: a text encoder that sees the source pictures has another for each.
     """
 
     prompt: Tensors
@@ -26,6 +28,8 @@ class Conditioning:
     has_source: torch.Tensor
     guidance_scale: torch.Tensor | None = None
     adapter: torch.Tensor | None = None
+    embedded_guidance: torch.Tensor | None = None
+    empty_prompt: Tensors | None = None
 
     def __len__(self) -> int:
         return len(self.has_source)
@@ -45,15 +49,24 @@ class Conditioning:
         """Each sample k times in a row: [B] -> [B * k]."""
         return self._map(lambda value: value.repeat_interleave(k, dim=0))
 
+    def embedding(self, guidance: float | None) -> "Conditioning":
+        """The same samples with one embedded guidance; None is none."""
+        if guidance is None:
+            return replace(self, embedded_guidance=None)
+        return replace(self, embedded_guidance=torch.full((len(self),), guidance, device=self.has_source.device))
+
     def without_prompt(self, empty: Tensors) -> "Conditioning":
-        """The same samples with the empty prompt, given as one sample's; their source pictures stay."""
+        """The same samples with their own empty prompts, else `empty`, one sample's; their source pictures stay."""
+        if self.empty_prompt is not None:
+            return replace(self, prompt=self.empty_prompt, empty_prompt=None)
         return replace(self, prompt=tree_map(lambda value: value.expand(len(self), *value.shape), empty))
 
 
 def concatenate(parts: list[Conditioning]) -> Conditioning:
     """Join samples of one picture size, in order; those without a source get a blank one, marked as absent.
 
-    Prompts of different length are filled up with zeros at the end, masks with False.
+    Prompts of different length are filled up with zeros at the end, masks with False, and so are tensors of a prompt's
+    dict that only some parts have. What only some parts have of the optional rest is dropped.
     """
     some = next((p.source for p in parts if p.source is not None), None)
     sources = None
@@ -64,13 +77,27 @@ def concatenate(parts: list[Conditioning]) -> Conditioning:
 
         pictures = [blank(p) if p.source is None else p.source for p in parts]
         sources = tree_map(lambda *values: torch.cat(values), *pictures)
-    scales, adapters = ([getattr(p, name) for p in parts] for name in ("guidance_scale", "adapter"))
+    rest = ([getattr(p, field.name) for p in parts] for field in fields(Conditioning)[3:])
     return Conditioning(
-        tree_map(_join, *[p.prompt for p in parts]),
+        _join_prompts([p.prompt for p in parts]),
         sources,
         torch.cat([p.has_source for p in parts]),
-        *(None if any(v is None for v in values) else torch.cat(values) for values in (scales, adapters)),
+        *(None if any(v is None for v in values) else _join_prompts(values) for values in rest),
     )
+
+
+def _join_prompts(prompts: list[Tensors]) -> Tensors:
+    if isinstance(prompts[0], dict):
+        some = {name: value for prompt in prompts for name, value in prompt.items()}
+        prompts = [
+            {name: prompt[name] if name in prompt else _blank(value, prompt) for name, value in some.items()}
+            for prompt in prompts
+        ]
+    return tree_map(_join, *prompts)
+
+
+def _blank(like: torch.Tensor, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    return like.new_zeros(len(next(iter(prompt.values()))), *like.shape[1:])
 
 
 def _join(*values: torch.Tensor) -> torch.Tensor:

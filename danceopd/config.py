@@ -40,11 +40,13 @@ class NewLora(Section):
 class Student(Section):
     """init_from: the name of an embedded network, or a .safetensors file; with a `model`, "base", its transformer.
 
-    lora: train an adapter of it, for a `model`.
+    lora: train an adapter of it, for a `model`. embedded_guidance: the number that a guidance-distilled `model` takes
+    as an input (FLUX.1 dev and Kontext 3.5, FLUX.2 dev 4), at which the student is trained and then drawn with.
     """
 
     init_from: str = "base"
     lora: NewLora | None = None
+    embedded_guidance: Scale | None = None
 
 
 class LoraFile(Section):
@@ -58,11 +60,14 @@ class Source(Section):
     """A frozen teacher. guidance_scale 1 asks its conditional field; any other makes guidance part of the field.
 
     weights: as a student's init_from, "base" if not given with a `model`; lora: adapters on its transformer, summed.
+    embedded_guidance: as a student's, the number that this source is asked with. Pipelines of Z-Image count their
+    guidance from 0: their g is the guidance_scale 1 + g.
     """
 
     weights: str | None = None
     lora: list[LoraFile] = []
     guidance_scale: Scale = 1.0
+    embedded_guidance: Scale | None = None
 
 
 class Data(Section):
@@ -284,20 +289,14 @@ def _check_model(config: Config) -> list[str]:
             )
             if value
         ] + ([] if config.student.lora else ["student.lora: a model's student is an adapter so far; give lora: {}"])
-    problems = ["student.lora: is for a model's student; give model, or leave it out"] if config.student.lora else []
-    return (
-        problems
-        + [
-            f"sources.{name}.lora: is for a model's source; give model, or leave it out"
-            for name, source in config.sources.items()
-            if source.lora
-        ]
-        + [
-            f"sources.{name}.weights: required, but not given"
-            for name, s in config.sources.items()
-            if s.weights is None
-        ]
-    )
+    of_models = {f"student.{key}": getattr(config.student, key) for key in ("lora", "embedded_guidance")}
+    for name, source in config.sources.items():
+        of_models |= {f"sources.{name}.{key}": getattr(source, key) for key in ("lora", "embedded_guidance")}
+    given = [key for key, value in of_models.items() if value not in (None, [])]
+    unnamed = [name for name, source in config.sources.items() if source.weights is None]
+    return [f"{key}: is for a model's; give model, or leave it out" for key in given] + [
+        f"sources.{name}.weights: required, but not given" for name in unnamed
+    ]
 
 
 def _cross_check(config: Config) -> list[str]:

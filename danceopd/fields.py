@@ -23,8 +23,9 @@ def guided(
 ) -> Field:
     """Classifier-free guidance as an operator field: v + alpha (v_cond - v), v the field of the empty prompt.
 
-    empty_prompt: one sample's, as Conditioning.prompt without the batch; guidance_scale alpha: a number, [B] (one per
-    sample), or None: each sample's own, from conditioning.guidance_scale. Both branches are evaluated in one batch,
+    empty_prompt: one sample's, as Conditioning.prompt without the batch, for samples that have none of their own;
+    guidance_scale alpha: a number, [B] (one per sample), or None: each sample's own, from conditioning.guidance_scale.
+    Both branches are evaluated in one batch,
     the unconditional one only for samples whose scale is not 1. At the number 1 the conditional field itself comes
     back. combine(cond, uncond, alpha [B]): where a family of models has another combination.
     """
@@ -55,13 +56,15 @@ class SharedField:
     """One of several sources that one network answers for in one forward, whatever mixture of them a batch asks.
 
     ask: the network as a field; it reads conditioning.adapter and conditioning.guidance_scale, each sample's own.
-    network: the same object for all that share it. Called as a field it is this source alone.
+    network: the same object for all that share it. embedded_guidance: a distilled model's number, for all of a
+    network's sources or for none. Called as a field it is this source alone.
     """
 
     network: object
     ask: Field
     adapter: int
     guidance_scale: float = 1.0
+    embedded_guidance: float | None = None
 
     def __call__(self, latents, sigma, conditioning):
         return ask_shared([self], torch.zeros(len(latents), dtype=torch.int64), latents, sigma, conditioning)
@@ -72,6 +75,9 @@ def ask_shared(fields: Sequence[SharedField], which: torch.Tensor, latents, sigm
     adapter = torch.tensor([field.adapter for field in fields])[which.cpu()]
     scale = torch.tensor([float(field.guidance_scale) for field in fields])[which.cpu()]
     own = replace(conditioning, adapter=adapter.to(latents.device), guidance_scale=scale.to(latents.device))
+    if fields[0].embedded_guidance is not None:
+        embedded = torch.tensor([float(field.embedded_guidance) for field in fields])[which.cpu()]
+        own = replace(own, embedded_guidance=embedded.to(latents.device))
     return fields[0].ask(latents, sigma, own)
 
 

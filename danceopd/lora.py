@@ -370,7 +370,9 @@ class SharedBase:
                 result = result.index_copy(0, index, answer)
             return result
         with self._route.of(adapter, same, student):
-            return self._velocity(self.transformer, latents, sigma, conditioning.prompt, sources)
+            return self._velocity(
+                self.transformer, latents, sigma, conditioning.prompt, sources, conditioning.embedded_guidance
+            )
 
 
 class LoraStudent(nn.Module):
@@ -378,11 +380,20 @@ class LoraStudent(nn.Module):
 
     Its parameters are the adapter alone, in float32; a deep copy is another adapter on the same transformer. layers:
     as given to the SharedBase too. A is drawn as PEFT draws it and B is zero, so that it begins as the base; what it
-    adds is scaled by alpha / rank.
+    adds is scaled by alpha / rank. embedded_guidance: of all its samples, where the transformer takes one.
     """
 
-    def __init__(self, shared: SharedBase, layers: Sequence[str], rank: int, alpha: float, generator=None):
+    def __init__(
+        self,
+        shared: SharedBase,
+        layers: Sequence[str],
+        rank: int,
+        alpha: float,
+        generator: torch.Generator | None = None,
+        embedded_guidance: float | None = None,
+    ):
         super().__init__()
+        self.embedded_guidance = embedded_guidance
         self._shared, self.rank, self.alpha = (shared,), rank, alpha  # in a tuple: no submodule, and no copy
         self.factors = nn.ParameterDict()
         for name in layers:
@@ -393,12 +404,12 @@ class LoraStudent(nn.Module):
             self.factors[_flat(name) + "/lora_B"] = nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def __deepcopy__(self, memo) -> "LoraStudent":
-        copied = LoraStudent(self._shared[0], [], self.rank, self.alpha)
+        copied = LoraStudent(self._shared[0], [], self.rank, self.alpha, embedded_guidance=self.embedded_guidance)
         copied.factors = deepcopy(self.factors, memo)
         return copied
 
     def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        return self._shared[0].student(latents, sigma, conditioning, self)
+        return self._shared[0].student(latents, sigma, conditioning.embedding(self.embedded_guidance), self)
 
     def layer(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One linear layer with its adapter, or without where the student has none there."""

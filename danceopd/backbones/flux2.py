@@ -25,11 +25,11 @@ from danceopd.errors import UserError
 
 PIPELINES = ("Flux2KleinPipeline", "Flux2Pipeline")
 PROMPTS_SEE_PICTURES = False
-# The single blocks fuse q, k and v with the MLP. Their to_out is named block by block, since "attn.to_out" would also
-# match the list of the double blocks; dev has 48 of them, klein 20 or 24 (names that match nothing do no harm).
+# Of double blocks, and of single blocks, which fuse q, k and v with the MLP. Only a single block's to_out is a linear
+# layer (see danceopd.lora.target_layers; PEFT by itself would stumble over a double block's, which is a list).
 LORA_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj"),
-    *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(48)),
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("to_qkv_mlp_proj", "to_out"),
 )
 
 

@@ -18,6 +18,7 @@ from danceopd.data.cache import Cache, key_of
 from danceopd.data.manifest import Problem, Row, decode_picture, read_manifest
 from danceopd.errors import UserError
 
+TEXT_PARTS = ("text_encoder", "tokenizer", "processor", "siglip")  # what a pipeline's text encodings depend on
 PROBED = 2**20  # bytes of each weight file that its fingerprint reads at both ends
 
 
@@ -111,7 +112,7 @@ def prepare(
     resolution: int = 1024,
     root: Path | None = None,
     needs_source: Iterable[str] = (),
-    negative_prompts: Iterable[str] = ("",),
+    negative_prompts: tuple[str, ...] = ("",),
     batch_size: int = 8,
     entries_per_shard: int = 256,
     workers: int = 2,
@@ -123,7 +124,8 @@ def prepare(
 
     model: a pipeline's folder; backbone: the module of its family (danceopd.backbones). Prompts are encoded first, and
     their encoders let go before the pictures'. Equal prompts and pictures are encoded once, whatever rows or manifests
-    name them; negative_prompts are encoded too, for guidance. strict: stop at problems instead of leaving rows out.
+    name them; negative_prompts are encoded too, for guidance, and where the text encoder sees the source pictures, with
+    each of them. strict: stop at problems instead of leaving rows out.
     Raises UserError for a manifest, model or cache of no use, and with strict for any problem.
     """
     rows, problems = read_manifest(manifest, root, needs_source=needs_source)
@@ -132,16 +134,18 @@ def prepare(
     if problems and (strict or not rows):
         head = f"{manifest} has problems:" if strict else f"no row of {manifest} can be used:"
         raise UserError("\n  ".join([head, *map(str, problems)]))
-    text_parts = [p for p in sorted(model.iterdir()) if p.name.startswith(("text_encoder", "tokenizer", "processor"))]
+    text_parts = [p for p in sorted(model.iterdir()) if p.name.startswith(TEXT_PARTS)]
     names = Names(
         key_of(*map(fingerprint, text_parts)),
         fingerprint(model / "vae"),
         seen,
-        getattr(backbone, "PROMPTS_SEE_PICTURES", False),
+        backbone.PROMPTS_SEE_PICTURES and "edit" in backbone.tasks(model),
     )
     cache = Cache(folder)
     prompts = {names.prompt(row.prompt, row.source_image): (row.prompt, row.source_image) for row in rows}
-    prompts |= {names.prompt(prompt): (prompt, None) for prompt in negative_prompts}
+    shown = {row.source_image for row in rows} if names.prompts_see_pictures else set()
+    for source in [None, *sorted(path for path in shown if path)]:
+        prompts |= {names.prompt(prompt, source): (prompt, source) for prompt in negative_prompts}
     pictures = {names.picture(path): path for path in sorted(seen)}
     new_prompts = {key: value for key, value in prompts.items() if not cache.sound(key)}
     new_pictures = {key: path for key, path in pictures.items() if not cache.sound(key)}
@@ -174,9 +178,16 @@ def prepare(
     return Prepared(path, len(rows), made, len(prompts) + len(pictures) - made, problems, cache.damaged)
 
 
-def _write_rows(path: Path, rows: list[Row], names: Names, model: Path, negative_prompts, resolution: int) -> Path:
+def _write_rows(
+    path: Path, rows: list[Row], names: Names, model: Path, negative_prompts: tuple[str, ...], resolution: int
+) -> Path:
     """One line a row: the names of its entries in the cache; a line before them for the model and negative prompts."""
-    lines = [{"model": str(model), "negative_prompts": {prompt: names.prompt(prompt) for prompt in negative_prompts}}]
+
+    def negative(source: Path | None) -> dict[str, str]:
+        return {prompt: names.prompt(prompt, source) for prompt in negative_prompts}
+
+    sees = names.prompts_see_pictures
+    lines = [{"model": str(model), "negative_prompts": negative(None), "prompts_see_pictures": sees}]
     for row in rows:
         shaped_by = row.target_image or row.source_image
         size = names.seen[shaped_by].size if shaped_by else (resolution, resolution)
@@ -188,6 +199,7 @@ def _write_rows(path: Path, rows: list[Row], names: Names, model: Path, negative
                 "sources": [names.picture(row.source_image)] if row.source_image else [],
                 "target": names.picture(row.target_image) if row.target_image else None,
                 "size": list(size),
+                **({"negative_prompts": negative(row.source_image)} if sees and row.source_image else {}),
             }
         )
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines).encode())

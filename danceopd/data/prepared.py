@@ -62,18 +62,25 @@ class PreparedData:
         return torch.stack([self.cache.read(self.rows[i]["target"])["latents"] for i in indices])
 
     def empty_prompt(self) -> dict[str, torch.Tensor]:
-        """The empty prompt's encoding, of one sample."""
+        """The empty prompt's encoding, of one sample without source pictures."""
         return self.cache.read(self.head["negative_prompts"][""])
 
     def _one(self, row: dict, empty: bool) -> Conditioning:
-        prompt = self.empty_prompt() if empty else self.cache.read(row["prompt"])
+        own = {**self.head["negative_prompts"], **row.get("negative_prompts", {})}[""]
+        prompt = self._prompt(own if empty else row["prompt"])
         sources = tuple(self.cache.read(key)["latents"][None] for key in row["sources"])
-        has_source = torch.tensor([bool(sources)])
-        return Conditioning({name: value[None] for name, value in prompt.items()}, sources or None, has_source)
+        conditioning = Conditioning(prompt, sources or None, torch.tensor([bool(sources)]))
+        if self.head.get("prompts_see_pictures"):
+            conditioning.empty_prompt = self._prompt(own)
+        return conditioning
+
+    def _prompt(self, key: str) -> dict[str, torch.Tensor]:
+        return {name: value[None] for name, value in self.cache.read(key).items()}
 
     def _check_cache(self) -> None:
         """Every entry that a row names is there; whether it is whole shows when it is read."""
         named = {key for row in self.rows for key in (row["prompt"], row["target"], *row["sources"]) if key}
+        named |= {key for row in self.rows for key in row.get("negative_prompts", {}).values()}
         missing = [key for key in named | set(self.head["negative_prompts"].values()) if key not in self.cache]
         if missing:
             raise UserError(

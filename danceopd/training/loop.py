@@ -114,7 +114,9 @@ class Trainer:
                 return self.student(latents, sigma, conditioning)
 
         field = counted(velocity, self.evaluations, "student")
-        return field if self.guidance_scales is None else guided(field, self.parts.empty_prompt)
+        if self.guidance_scales is None:
+            return field
+        return guided(field, self.parts.empty_prompt, combine=self.parts.combine)
 
     def provided(self, batch: Batch, part: int, progress: float, generator: torch.Generator) -> dict:
         """What a method may ask for by keyword, of micro-batch number `part` at the update's progress."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from danceopd.backbones import pipeline_class_of
+from danceopd.backbones.loading import class_name_of
 from danceopd.conditioning import Conditioning
 from danceopd.config import Config, Source
 from danceopd.data.prepared import PreparedData, common_sizes
@@ -21,6 +22,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Samples | None:
     """The prepared rows of every capability in groups of one picture size; None where some cannot be used."""
     steps = config.rollout.num_inference_steps
+    for name, capability in config.capabilities.items():
+        attempt(f"capabilities.{name}.task", _check_task, capability.task, backbone, config.model)
     data = [
         attempt(f"capabilities.{name}.data.prepared", _rows, capability.data.prepared, name, capability)
         for name, capability in config.capabilities.items()
@@ -34,6 +37,13 @@ def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Sa
         sigmas = attempt("model", backbone.sigmas, config.model, steps, *size)
         groups.append(Group([part.of_size(size) for part in data], shape, rows, sigmas))
     return Samples(groups, lambda rows, indices, without_prompt: rows.condition(indices, without_prompt))
+
+
+def _check_task(task: str, backbone: ModuleType, model) -> None:
+    if task not in backbone.tasks(model):
+        raise UserError(
+            f"{task}, but a {class_name_of(model)} has no source pictures; use the family's model that edits"
+        )
 
 
 def _rows(path, name: str, capability) -> PreparedData:
@@ -70,12 +80,16 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
         for name, source in config.sources.items()
         if name not in on_base
     }
+    attempt("student.embedded_guidance", _check_embedded, transformer, config.student.embedded_guidance)
+    for name, source in config.sources.items():
+        network = others.get(name) or transformer
+        attempt(f"sources.{name}.embedded_guidance", _check_embedded, network, source.embedded_guidance)
     if layers is None or None in loras.values() or None in others.values():
         return None, None
     shared = SharedBase(transformer.to(device), [lora for lora in loras.values() if lora], backbone.velocity, layers)
     generator = torch.Generator().manual_seed(config.training.seed)
-    lora = config.student.lora
-    student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, generator).to(device)
+    lora, embedded = config.student.lora, config.student.embedded_guidance
+    student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, generator, embedded).to(device)
     place = {name: i for i, name in enumerate(name for name, lora in loras.items() if lora)}
     fields = {name: (shared, place.get(name, -1)) for name in on_base}  # -1: the base itself
     return student, fields | {name: _field(network.to(device), backbone) for name, network in others.items()}
@@ -89,12 +103,14 @@ def model_fields(config: Config, backbone: ModuleType, fields: dict, empty_promp
     combination = getattr(backbone, "combine", None)
     result = []
     for capability in config.capabilities.values():
-        field, scale = fields[capability.source], config.sources[capability.source].guidance_scale
+        field, source = fields[capability.source], config.sources[capability.source]
+        scale, embedded = source.guidance_scale, source.embedded_guidance
         if isinstance(field, tuple):
             shared, adapter = field
-            result.append(SharedField(shared, guided(_ask(shared), empty_prompt, None, combination), adapter, scale))
+            ask = guided(_ask(shared), empty_prompt, None, combination)
+            result.append(SharedField(shared, ask, adapter, scale, embedded))
         else:
-            result.append(guided(field, empty_prompt, scale, combination))
+            result.append(guided(_embedding(field, embedded), empty_prompt, scale, combination))
     return result
 
 
@@ -115,6 +131,18 @@ def _field(network: nn.Module, backbone: ModuleType) -> Field:
         return shared.field(-1)(latents, sigma, conditioning)
 
     return velocity
+
+
+def _embedding(field: Field, guidance: float | None) -> Field:
+    return lambda latents, sigma, conditioning: field(latents, sigma, conditioning.embedding(guidance))
+
+
+def _check_embedded(transformer: nn.Module, given: float | None) -> None:
+    takes, name = getattr(transformer.config, "guidance_embeds", False), type(transformer).__name__
+    if takes and given is None:
+        raise UserError(f"this {name} takes its guidance as an input; give the number, such as its pipeline's default")
+    if not takes and given is not None:
+        raise UserError(f"this {name} has no such input; leave it out, and give guidance_scale for guidance")
 
 
 def _refuse(message: str) -> None:

@@ -28,7 +28,7 @@ class Parts:
     """The student, each route's frozen field in the order of `config.capabilities`, where batches come from.
 
     anchor: the student as it was before training, frozen, where the method asks for it; save: writes a student's
-    weights into a folder, as others load them.
+    weights into a folder, as others load them; combine: the model's own guidance, for `guided`.
     """
 
     student: nn.Module
@@ -38,6 +38,7 @@ class Parts:
     empty_prompt: Tensors
     device: torch.device
     save: Callable[[nn.Module, Path], None]
+    combine: Callable | None = None
 
 
 def build(config: Config) -> Parts:
@@ -100,7 +101,8 @@ def _build_model(config: Config, device: torch.device, attempt: Callable, proble
     def save(student, folder: Path) -> None:
         save_lora(student.lora(), folder / "student", pipeline_class_of(config.model))
 
-    return Parts(student, fields, samples, anchor, empty_prompt, device, save)
+    combine = getattr(backbone, "combine", None)
+    return Parts(student, fields, samples, anchor, empty_prompt, device, save, combine)
 
 
 def _save_embedded(student: DiT, folder: Path) -> None:

@@ -13,6 +13,7 @@ from tiny_flux2 import save_tiny
 
 from danceopd.backbones import flux2
 from danceopd.errors import UserError
+from danceopd.lora import target_layers
 
 HEIGHT, WIDTH, STEPS = 64, 96, 3
 PROMPTS = ["a red cat", "two blue dogs left of a tree"]
@@ -196,7 +197,7 @@ def test_lora_trains_every_attention_projection_and_nothing_else(tiny):
     with torch.inference_mode():  # the position ids that are cached here must serve training too
         before = flux2.velocity(transformer, tiny.noise(), sigma, prompt, guidance=4.0)
     linear = {name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
-    transformer.add_adapter(LoraConfig(r=2, target_modules=list(flux2.LORA_TARGETS)))
+    transformer.add_adapter(LoraConfig(r=2, target_modules=target_layers(transformer, flux2.LORA_TARGETS)))
     adapted = {name.removesuffix(".lora_A") for name, _ in transformer.named_modules() if name.endswith(".lora_A")}
     assert adapted == {name for name in linear if ".attn." in name}
     v = flux2.velocity(transformer, tiny.noise(), sigma, prompt, guidance=4.0)
