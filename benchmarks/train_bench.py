@@ -57,6 +57,7 @@ from danceopd.data.prepare import prepare
 from danceopd.data.sampler import Batch, Samples, draw_batch, step_generator
 from danceopd.fields import routed
 from danceopd.lora import SharedBase, load_lora, merged, save_lora, target_layers
+from danceopd.memory import keep_freed_memory
 from danceopd.methods.danceopd import danceopd_loss
 from danceopd.methods.observed import Observed
 from danceopd.objectives import velocity_mse
@@ -383,6 +384,8 @@ def main(argv: list[str] | None = None) -> list[Measured]:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
     print(f"{name}{threads}, torch {torch.__version__}\n{info()}\n")
+    if device == "cpu":
+        keep_freed_memory()  # as `danceopd train` does; the plain loop has it too
     with tempfile.TemporaryDirectory() as folder:
         results = compare(Path(folder), args.rounds, args.batch_size, args.only_ratio, print)
     print(f"\n{'':<44}{'samples/s':>10}{'time over ours':>26}{'mean loss':>12}")

@@ -19,6 +19,7 @@ from danceopd.conditioning import Conditioning
 from danceopd.errors import UserError
 from danceopd.fields import hard
 from danceopd.lora import SharedBase, combine, load_lora, merged
+from danceopd.memory import keep_freed_memory
 
 SD3 = diffusers.StableDiffusion3Pipeline
 HEADS = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
@@ -583,6 +584,8 @@ def speed(each: int, rounds: int = 15, rank: int = 8, width: int = 256, layers: 
 def test_speed_of_a_mixed_batch(request):
     if "slow" not in request.config.option.markexpr:
         pytest.skip("ask for it with -m slow")
-    for each in (1, 4):
-        shared, merged_ones = speed(each)
-        print(f"{each} a teacher: shared {shared:.3f} s, merged {merged_ones:.3f} s, ratio {shared / merged_ones:.2f}")
+    keep_freed_memory()  # as training does
+    for size in (8, 16, 32):
+        for each in (1, 4):
+            shared, alone = speed(each, size=size)
+            print(f"{size} x {size}, {each} a teacher: {shared:.3f} s, merged {alone:.3f} s: {shared / alone:.2f}")

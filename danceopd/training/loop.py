@@ -20,6 +20,7 @@ from danceopd.data.sampler import Batch, draw_batch, step_generator
 from danceopd.errors import UserError
 from danceopd.evaluation.world import make_sampler, score_gedit, score_geneval
 from danceopd.fields import Field, counted, guided
+from danceopd.memory import keep_freed_memory
 from danceopd.methods import METHODS, needs
 from danceopd.optimizers import make_optimizers
 from danceopd.rollout import rollout, sample
@@ -399,6 +400,8 @@ def train(config: Config, overwrite: bool = False) -> Path:
     """
     torch.manual_seed(config.training.seed)
     parts = build(config)
+    if parts.device.type == "cpu":
+        keep_freed_memory()
     folder = config.training.output_dir
     if overwrite:
         for path in (folder / "checkpoints").glob("step-*.pt"):
