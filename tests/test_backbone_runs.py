@@ -149,7 +149,9 @@ def test_end_to_end(place, tmp_path):
 
     pipeline = DiffusionPipeline.from_pretrained(root / "model")
     pipeline.set_progress_bar_config(disable=True)
-    pictures = [Image.open(root / "1.png").convert("RGB")] if family in EDITS else []
+    if family == "z_image_omni":
+        pipeline.vae.to(torch.bfloat16)  # as which the pipeline encodes references, whatever its own dtype
+    pictures = [Image.open(root / "1.png").convert("RGB").resize((64, 64))] if family in EDITS else []
 
     def draw(**options):
         options |= FAMILIES[family][1] | {"num_inference_steps": STEPS, "height": SIZE, "width": SIZE}
@@ -213,4 +215,4 @@ def test_empty_prompts_see_the_picture_where_prompts_do(place):
             assert not own[value.shape[1] :].any()
             if row % 2:  # its prompt was left empty
                 assert torch.equal(batch.prompt[name][row][: value.shape[1]], own[: value.shape[1]])
-    assert not torch.equal(batch.empty_prompt["prompt_embeds"][2], batch.empty_prompt["prompt_embeds"][3])
+    assert any(not torch.equal(value[2], value[3]) for value in batch.empty_prompt.values())
