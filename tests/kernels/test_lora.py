@@ -73,6 +73,21 @@ def test_against_float64(dtype, backend):
     assert compare(problem, backend) < BOUND[dtype]
 
 
+@pytest.mark.parametrize("tokens", [1, 20, 400])  # of few, the adapter's products; of many, with the weight's sum
+@pytest.mark.parametrize("route", [[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1], [1, 0, 1, 0], [0, -1, 1, 1]])
+@pytest.mark.parametrize(("ranks", "scale"), [([8, 8], 0.5), ([8, 8], [0.5, 2.0]), ([0, 8], 0.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_host_without_gradient(tokens, route, ranks, scale, dtype):
+    x, weight, bias, adapters, *_ = case(ranks, tokens=tokens, dtype=dtype, device="cpu")
+    each = scale if isinstance(scale, list) else [scale] * 2
+    for added in (bias, None):
+        with torch.no_grad():
+            got = routed_lora_linear(x, weight, added, adapters, torch.tensor(route), scale, backend="torch")
+            want = plain(x, weight, added, adapters, torch.tensor(route), each)
+        assert got.dtype == dtype
+        assert error(got, want) < BOUND[dtype]
+
+
 @settings(max_examples=10)
 @given(
     ranks=st.lists(st.integers(0, 20), min_size=1, max_size=8).filter(any),
