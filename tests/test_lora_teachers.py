@@ -343,7 +343,7 @@ def test_four_teachers_take_hardly_more_memory_than_one():
 
 @torch.no_grad()
 def test_samples_with_and_without_a_source_are_asked_apart():
-    def velocity(transformer, latents, sigma, prompt, sources=()):
+    def velocity(transformer, latents, sigma, prompt, sources=(), guidance=None):
         change = transformer.layer(latents + prompt)
         return change + sum((10 * s for s in sources), torch.zeros_like(change))
 

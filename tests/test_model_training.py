@@ -27,6 +27,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 def save_teacher(model, folder, seed, rank=2):
     """A random LoRA that is far from the base, written by diffusers."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(model)
+    torch.manual_seed(seed)  # of the adapter's first factor
     pipeline.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in pipeline.transformer.named_parameters():
