@@ -68,9 +68,9 @@ def merge_loras(
 
     prompts: a file of one prompt a line, for all LoRAs with their triggers ("LORA=WORDS") in front, or for one of
     them as LORA<TAB>PROMPT. A LoRA is called as its file, or as its folder where the file has the usual name. rank:
-    the largest of the LoRAs' if not given; guidance_scale: that LoRAs and result are drawn with; work: what the same
-    call goes on from after an interruption; overrides: of the training's configuration, as key.sub=value. Raises
-    UserError for what is missing or does not fit, before anything is encoded.
+    the largest of the LoRAs' if not given; guidance_scale: that LoRAs and result are drawn with, as a model's input
+    where it embeds one; work: what the same call goes on from after an interruption; overrides: of the training's
+    configuration, as key.sub=value. Raises UserError for what is missing or does not fit, before anything is encoded.
     """
     if output.suffix != ".safetensors":
         raise UserError(f"{output} must end in .safetensors: it is the file to write")
@@ -84,6 +84,9 @@ def merge_loras(
     work = work or output.with_suffix(".work")
     cache = work / "cache"
     cuda = torch.cuda.is_available()
+    # What diffusers' pipelines call guidance_scale is an input of a model that embeds it, and an operator for others.
+    embeds = getattr(empty.config, "guidance_embeds", False)
+    embedded, scale = (guidance_scale, 1.0) if embeds else (None, guidance_scale)
     raw = {
         "model": str(base),
         "student": {
@@ -92,17 +95,19 @@ def merge_loras(
                 if rank is None
                 else rank,
                 "targets": targets_of(adapters.values(), empty),
-            }
+            },
+            "embedded_guidance": embedded,
         },
         "sources": {
-            name: {"lora": [{"path": str(path)}], "guidance_scale": guidance_scale} for name, path in named.items()
+            name: {"lora": [{"path": str(path)}], "guidance_scale": scale, "embedded_guidance": embedded}
+            for name, path in named.items()
         },
         "capabilities": {
             name: {
                 "source": name,
                 "task": "t2i",
                 "data": {"prepared": str(cache / manifest)},
-                "student_guidance_scale": guidance_scale,
+                "student_guidance_scale": scale,
                 "prompt_dropout": DROPOUT,
             }
             for name in named
@@ -280,7 +285,7 @@ def _compare(
         measured: dict[str, list[float]] = {AVERAGE: [], STUDENT: []}
         for i in range(min(COMPARED, len(rows))):
             noise = torch.randn(1, *shape, generator=generator).to(device)
-            conditioning = rows.condition([i], [False]).to(device)
+            conditioning = rows.condition([i], [False]).to(device).embedding(config.student.embedded_guidance)
             for who, found in measured.items():
                 found.append(velocity_error(fields[who], fields[name], noise, conditioning, sigmas))
             if i < SHOWN:

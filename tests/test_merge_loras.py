@@ -2,11 +2,13 @@
 
 import diffusers
 import pytest
+import tiny_flux
 import torch
+import yaml
 from PIL import Image
 from tiny_sd3 import save_tiny
 
-from danceopd.backbones import empty_transformer, sd3
+from danceopd.backbones import empty_transformer, flux, sd3
 from danceopd.cli import main
 from danceopd.conditioning import Conditioning
 from danceopd.errors import UserError
@@ -78,6 +80,28 @@ def test_nearer_to_each_than_the_average(place, tmp_path, capsys):
     pipeline = SD3.from_pretrained(place / "model")
     pipeline.load_lora_weights(tmp_path, weight_name="merged.safetensors")
     assert pipeline.get_active_adapters()
+
+
+def test_a_model_that_embeds_its_guidance_is_asked_with_it(place, tmp_path, monkeypatch):
+    model = tiny_flux.save_tiny(tmp_path / "model", pipeline="FluxPipeline", guidance_embeds=True)
+    for name, seed in (("ink", 1), ("oil", 5)):
+        lora = random_lora(empty_transformer(model), seed, targets=["to_q"])
+        save_lora(lora, tmp_path / name, diffusers.FluxPipeline)
+    asked, original = set(), flux.velocity
+
+    def velocity(*args):
+        asked.update(args[-1].tolist())
+        return original(*args)
+
+    monkeypatch.setattr(flux, "velocity", velocity)
+    given = [tmp_path / "ink", tmp_path / "oil"], place / "prompts.txt", tmp_path / "out.safetensors"
+    options = {"resolution": 32, "guidance_scale": 3.5, "triggers": [f"{n}={w}" for n, w in TRIGGERS.items()]}
+    few = ["training.batch_size=2", f"rollout.num_inference_steps={STEPS}"]
+    merged = merge_loras(model, *given, steps=1, overrides=few, **options)
+    assert asked == {3.5}
+    assert merged.path.is_file()
+    config = yaml.safe_load((tmp_path / "out.work" / "run" / "config.yaml").read_text())
+    assert {source["guidance_scale"] for source in config["sources"].values()} == {1.0}
 
 
 def test_the_average_is_the_mean_of_what_they_add(place):
