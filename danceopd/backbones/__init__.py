@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from danceopd.backbones.loading import class_name_of
+from danceopd.backbones.loading import class_name_of, transformer_folder
 from danceopd.errors import UserError
 
 FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image")
@@ -25,14 +25,14 @@ def pipeline_class_of(folder: Path | str) -> type:
 
 
 def empty_transformer(folder: Path | str):
-    """The transformer of a pipeline's folder on the meta device: its layers and their shapes, without a weight.
+    """The transformer of a pipeline's folder, or of its own, on the meta device: layers and shapes, without a weight.
 
     Raises UserError for a folder without one.
     """
     import diffusers
     import torch
 
-    path = Path(folder) / "transformer"
+    path = transformer_folder(folder)
     try:
         with torch.device("meta"):
             return diffusers.AutoModel.from_config(str(path), local_files_only=True)

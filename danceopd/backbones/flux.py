@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
@@ -63,17 +63,11 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32) -> t
 
     encode raises UserError for a size that does not fit.
     """
-    vae = loading.load_model(AutoencoderKL, Path(folder) / "vae", dtype).to(device)
-    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+    encode_any, decode = loading.picture_codec(folder, device, dtype)
 
-    @torch.no_grad()
     def encode(pictures: torch.Tensor) -> torch.Tensor:
-        _latent_size(vae.config, *pictures.shape[-2:])
-        return (vae.encode(pictures.to(device, dtype)).latent_dist.mode() - shift) * scale
-
-    @torch.no_grad()
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        return vae.decode(latents.to(device, dtype) / scale + shift).sample.clamp(-1, 1)
+        latent_shape(folder, *pictures.shape[-2:])
+        return encode_any(pictures)
 
     return encode, decode
 
@@ -81,7 +75,10 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32) -> t
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     """(C, h, w) of one sample's noise. Raises UserError if height or width is no multiple of 16 (8 VAE, 2 packing)."""
     config = loading.read_json(Path(folder) / "vae" / "config.json")
-    return config["latent_channels"], *_latent_size(config, height, width)
+    scale = 2 ** (len(config["block_out_channels"]) - 1)
+    if height % (2 * scale) or width % (2 * scale) or min(height, width) < 1:
+        raise UserError(f"FLUX pictures must have sides that are multiples of {2 * scale}, got {height} x {width}")
+    return config["latent_channels"], height // scale, width // scale
 
 
 def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
@@ -158,11 +155,3 @@ def _positions(latents: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> torc
 def _tokens(latents: torch.Tensor) -> tuple[int, int]:
     """Rows and columns of tokens, each of 2 x 2 latents."""
     return latents.shape[-2] // 2, latents.shape[-1] // 2
-
-
-def _latent_size(config, height: int, width: int) -> tuple[int, int]:
-    """(h, w) of the latents of a picture. Raises UserError if it does not fall into whole tokens."""
-    scale = 2 ** (len(config["block_out_channels"]) - 1)
-    if height % (2 * scale) or width % (2 * scale) or min(height, width) < 1:
-        raise UserError(f"FLUX pictures must have sides that are multiples of {2 * scale}, got {height} x {width}")
-    return height // scale, width // scale

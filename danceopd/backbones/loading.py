@@ -1,6 +1,7 @@
 """Parts of a diffusers pipeline's folder: never from the network, whole or not at all, errors that name the path."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,8 +64,35 @@ def load_model(cls: type, path: Path | str, dtype: torch.dtype) -> nn.Module:
 
 def load_transformer(cls: type, folder: Path | str, dtype: torch.dtype) -> nn.Module:
     """load_model of a pipeline folder's transformer, or of a transformer folder itself."""
+    return load_model(cls, transformer_folder(folder), dtype)
+
+
+def transformer_folder(folder: Path | str) -> Path:
+    """A pipeline folder's transformer, or a transformer folder itself."""
     folder = Path(folder)
-    return load_model(cls, folder if (folder / "config.json").is_file() else folder / "transformer", dtype)
+    return folder if (folder / "config.json").is_file() else folder / "transformer"
+
+
+def picture_codec(folder: Path | str, device: torch.device | str, dtype: torch.dtype) -> tuple[Callable, Callable]:
+    """(encode, decode) of a pipeline's AutoencoderKL, without gradient, both on `device` in `dtype`.
+
+    encode: pictures [n, 3, H, W] in [-1, 1] -> latents [n, C, h, w], the mode of the posterior, shifted and scaled;
+    decode: the inverse. Raises UserError for a missing VAE.
+    """
+    from diffusers import AutoencoderKL  # takes its time, and the embedded network's commands read folders too
+
+    vae = load_model(AutoencoderKL, Path(folder) / "vae", dtype).to(device)
+    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode(pictures: torch.Tensor) -> torch.Tensor:
+        return (vae.encode(pictures.to(device, dtype)).latent_dist.mode() - shift) * scale
+
+    @torch.no_grad()
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return vae.decode(latents.to(device, dtype) / scale + shift, return_dict=False)[0].clamp(-1, 1)
+
+    return encode, decode
 
 
 def load_tokenizer(cls: type, path: Path | str):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
@@ -88,18 +88,7 @@ def picture_codec(
 
     Both answer on `device` in `dtype`; encode takes the mode of the posterior. Raises UserError for a missing VAE.
     """
-    vae = loading.load_model(AutoencoderKL, Path(folder) / "vae", dtype).to(device)
-    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-
-    @torch.no_grad()
-    def encode(pictures: torch.Tensor) -> torch.Tensor:
-        return (vae.encode(pictures.to(device, dtype)).latent_dist.mode() - shift) * scale
-
-    @torch.no_grad()
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        return vae.decode(latents.to(device, dtype) / scale + shift, return_dict=False)[0].clamp(-1, 1)
-
-    return encode, decode
+    return loading.picture_codec(folder, device, dtype)
 
 
 def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 from torch import nn
@@ -92,18 +92,7 @@ def picture_codec(folder: str | Path, device: str | torch.device = "cpu", dtype:
 
     encode: pictures [n, 3, H, W] in [-1, 1] -> latents [n, C, H / 8, W / 8], scaled and shifted; decode: the inverse.
     """
-    vae = loading.load_model(AutoencoderKL, Path(folder) / "vae", dtype).to(device)
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-
-    @torch.no_grad()
-    def encode(pictures: torch.Tensor) -> torch.Tensor:
-        return (vae.encode(pictures.to(device, dtype)).latent_dist.mode() - shift) * scale
-
-    @torch.no_grad()
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        return vae.decode(latents.to(device, dtype) / scale + shift, return_dict=False)[0].clamp(-1, 1)
-
-    return encode, decode
+    return loading.picture_codec(folder, device, dtype)
 
 
 def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, int, int]:

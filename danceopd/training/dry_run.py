@@ -17,7 +17,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from danceopd.backbones import empty_transformer
 from danceopd.backbones.dit import DiT
+from danceopd.backbones.loading import transformer_folder
 from danceopd.checkpoint import read_config, resolve_weights
 from danceopd.conditioning import Conditioning
 from danceopd.config import Config
@@ -234,20 +236,14 @@ def _parts(folder: Path) -> str:
     return line + (f"; not there, and needed by `danceopd data prepare` alone: {', '.join(spare)}" if spare else "")
 
 
-def _transformer_folder(folder: Path | str) -> Path:
-    folder = Path(folder)
-    return folder / "transformer" if (folder / "transformer").is_dir() else folder
-
-
 def meta_transformer(folder: Path | str, backbone, dtype: torch.dtype) -> nn.Module:
     """The transformer of a pipeline's folder or of its own, without values: on the meta device, frozen.
 
     Raises UserError for a configuration that is missing, damaged, or of a class that the backbone does not serve.
     """
-    path = _transformer_folder(folder) / "config.json"
+    path = transformer_folder(folder) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        name = config["_class_name"]
+        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
     except FileNotFoundError:
         raise UserError(f"no transformer in {folder}: there is no {path}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -255,19 +251,14 @@ def meta_transformer(folder: Path | str, backbone, dtype: torch.dtype) -> nn.Mod
     cls = getattr(backbone, str(name), None)  # a backbone's module has the one class that it loads
     if not hasattr(cls, "from_config"):
         raise UserError(f"{path}: a {name} is not a transformer of this family")
-    try:
-        with torch.device("meta"):
-            transformer = cls.from_config(config)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no {name} can be built from it: {error}") from error
-    return nn.Module.to(transformer, dtype).eval().requires_grad_(False)
+    return nn.Module.to(empty_transformer(folder), dtype).eval().requires_grad_(False)
 
 
 def check_weights(folder: Path | str) -> None:
     """All files of a transformer's weights are there; none is opened. Raises UserError that names the missing ones."""
     from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 
-    folder = _transformer_folder(folder)
+    folder = transformer_folder(folder)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     names = [SAFETENSORS_WEIGHTS_NAME]
     if index.is_file():
