@@ -19,7 +19,7 @@ from danceopd.config import Config, load_config
 from danceopd.data.prepared import PreparedData
 from danceopd.errors import UserError
 from danceopd.evaluation.report import format_markdown, read_log
-from danceopd.lora import FILES, Lora, load_lora, merge_into, save_lora
+from danceopd.lora import FILES, Lora, load_lora, merge_into, named_factors, save_lora
 
 # The prefix of diffusers' own layer names in a family's layout. Left out is what neither diffusers nor PEFT writes:
 # kohya's files for SD3 and FLUX.2, and ComfyUI's for FLUX.2, name the layers of the original networks and fuse some.
@@ -101,10 +101,7 @@ def _write_layout(lora: Lora, file: Path, layout: str, family: str, empty, pipel
         raise UserError(
             f"neither diffusers nor PEFT writes the {layout} layout of {family}; use --layout {' or '.join(others)}"
         ) from None
-    tensors = {}
-    for name, (a, b, scale) in lora.items():
-        tensors[f"{prefix}.{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"{prefix}.{name}.lora_B.weight"] = (b * scale).contiguous()
+    tensors = named_factors(lora, f"{prefix}.")
     if layout == "kohya":
         tensors = convert_state_dict_to_kohya(tensors)
     save_file(tensors, file, {"format": "pt"})

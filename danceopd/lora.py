@@ -497,17 +497,19 @@ def target_layers(transformer: nn.Module, targets: Sequence[str], every: bool = 
     return [name for name in linear if any(name in names for names in found.values())]
 
 
-def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
-    """Write an adapter as the pipeline's own save_lora_weights does, so that load_lora_weights takes it.
-
-    Scales that differ from 1 are folded into B: the file needs no metadata to be read right.
-    """
+def named_factors(lora: Lora, prefix: str = "") -> dict[str, torch.Tensor]:
+    """An adapter's factors by PEFT's names. Scales are folded into B: a file needs no metadata to be read right."""
     tensors = {}
     for name, (a, b, scale) in lora.items():
-        tensors[f"{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"{name}.lora_B.weight"] = (b * scale).contiguous()
+        tensors[f"{prefix}{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"{prefix}{name}.lora_B.weight"] = (b * scale).contiguous()
+    return tensors
+
+
+def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
+    """Write an adapter as the pipeline's own save_lora_weights does, so that load_lora_weights takes it."""
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline_class.save_lora_weights(folder, transformer_lora_layers=tensors, safe_serialization=True)
+    pipeline_class.save_lora_weights(folder, transformer_lora_layers=named_factors(lora), safe_serialization=True)
     return folder / FILES[1]
 
 
