@@ -308,12 +308,10 @@ def run_data_prepare(args: argparse.Namespace) -> None:
 
     from danceopd.backbones import backbone_of
     from danceopd.data.prepare import prepare
+    from danceopd.training.setup import find_device
 
     if min(args.resolution, args.batch_size, args.workers) < 1:
         raise UserError("--resolution, --batch-size and --workers must be positive")
-    cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
-        raise UserError("no CUDA device is available; use --device cpu")
     done = prepare(
         args.manifest,
         args.model,
@@ -324,7 +322,7 @@ def run_data_prepare(args: argparse.Namespace) -> None:
         needs_source=args.needs_source,
         batch_size=args.batch_size,
         workers=args.workers,
-        device="cuda" if cuda and args.device != "cpu" else "cpu",
+        device=str(find_device(args.device)),
         dtype=getattr(torch, args.dtype),
         strict=args.strict,
     )

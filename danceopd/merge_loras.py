@@ -29,6 +29,7 @@ from danceopd.rollout import rollout, sample
 from danceopd.training.log import to_uint8
 from danceopd.training.loop import train
 from danceopd.training.models import PRECISIONS
+from danceopd.training.setup import find_device
 
 AVERAGE, STUDENT = "weight average", "distilled"
 COMPARED = 4  # prompts of each LoRA that errors are measured on
@@ -122,7 +123,7 @@ def merge_loras(
         },
     }
     config = parse_config(raw, list(overrides), "this merge")
-    device = torch.device("cuda" if cuda and config.training.device != "cpu" else "cpu")
+    device = find_device(config.training.device)
     dtype = PRECISIONS[config.training.precision]
     write_atomic(work / manifest, rows)
     prepare(work / manifest, base, cache, backbone, resolution=resolution, device=str(device), dtype=dtype, strict=True)
