@@ -25,9 +25,8 @@ def guided(
 
     empty_prompt: one sample's, as Conditioning.prompt without the batch, for samples that have none of their own;
     guidance_scale alpha: a number, [B] (one per sample), or None: each sample's own, from conditioning.guidance_scale.
-    Both branches are evaluated in one batch,
-    the unconditional one only for samples whose scale is not 1. At the number 1 the conditional field itself comes
-    back. combine(cond, uncond, alpha [B]): where a family of models has another combination.
+    Both branches are evaluated in one batch, the unconditional one only for samples whose scale is not 1. At the number
+    1 the conditional field itself comes back. combine(cond, uncond, alpha [B]): where a family has another combination.
     """
     if isinstance(guidance_scale, int | float) and guidance_scale == 1:
         return field

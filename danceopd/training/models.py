@@ -8,7 +8,6 @@ from torch import nn
 
 from danceopd.backbones import pipeline_class_of
 from danceopd.backbones.loading import class_name_of
-from danceopd.conditioning import Conditioning
 from danceopd.config import Config, Source
 from danceopd.data.prepared import PreparedData, common_sizes
 from danceopd.data.sampler import Group, Samples
@@ -116,12 +115,12 @@ def student_layers(config: Config, backbone: ModuleType, transformer: nn.Module)
     return target_layers(transformer, targets or backbone.LORA_TARGETS, every=bool(targets))
 
 
-def model_fields(config: Config, backbone: ModuleType, fields: dict, empty_prompt) -> list[Field]:
+def model_fields(config: Config, combination: Callable | None, fields: dict, empty_prompt) -> list[Field]:
     """Each route's field, in the order of the capabilities, guided where the configuration says so.
 
-    Sources on one transformer are asked in one forward for a mixed batch.
+    combination: the model's own guidance, for `guided`. Sources on one transformer are asked in one forward for a
+    mixed batch.
     """
-    combination = getattr(backbone, "combine", None)
     result = []
     for capability in config.capabilities.values():
         field, source = fields[capability.source], config.sources[capability.source]
@@ -146,12 +145,7 @@ def _sum(source: Source, transformer: nn.Module, pipeline_class: type) -> Lora:
 
 def _field(network: nn.Module, backbone: ModuleType) -> Field:
     """A transformer of its own as a field."""
-    shared = SharedBase(network, [], backbone.velocity)
-
-    def velocity(latents, sigma, conditioning: Conditioning):
-        return shared.field(-1)(latents, sigma, conditioning)
-
-    return velocity
+    return SharedBase(network, [], backbone.velocity).field(-1)
 
 
 def _embedding(field: Field, guidance: float | None) -> Field:

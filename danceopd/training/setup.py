@@ -97,13 +97,13 @@ def _build_model(config: Config, device: torch.device, attempt: Callable, proble
     student, networks = load_networks(config, backbone, device, attempt)
     _stop_at(problems)
     empty_prompt = tree_map(lambda value: value.to(device), samples.groups[0].data[0].empty_prompt())
-    fields = model_fields(config, backbone, networks, empty_prompt)
+    combine = getattr(backbone, "combine", None)
+    fields = model_fields(config, combine, networks, empty_prompt)
     anchor = copy.deepcopy(student).requires_grad_(False) if "anchor" in needs(config.method) else None
 
     def save(student, folder: Path) -> None:
         save_lora(student.lora(), folder / "student", pipeline_class_of(config.model))
 
-    combine = getattr(backbone, "combine", None)
     return Parts(student, fields, samples, anchor, empty_prompt, device, save, combine)
 
 
