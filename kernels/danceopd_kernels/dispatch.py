@@ -1,6 +1,7 @@
 """Which implementation of an operation runs: the fastest that the device, the dtype and this machine offer."""
 
 import os
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -12,6 +13,7 @@ BACKENDS = ("torch", "cpu", "cuda", "triton")  # plain PyTorch; compiled for the
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}  # the fastest first
 
 
+@cache  # asked at every call; where Triton is missing, find_spec searches the whole path
 def has_triton() -> bool:
     return find_spec("triton") is not None
 
