@@ -85,7 +85,7 @@ INFERENCE_SCALES = (1, 2, 3, 5, 7)  # beta
 
 @dataclass(frozen=True)
 class Budget:
-    """Network evaluations of a run, of a run of C, D and F, and of one of the ablations and grids; seeds."""
+    """Network evaluations of a run, of a run of D and F, and of one of the ablations and grids; seeds."""
 
     name: str
     main: int
@@ -126,7 +126,7 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
     made = {
         "A": lambda: _methods("A", "setting_a", budget),
         "B": lambda: _methods("B", "setting_b", budget),
-        "C": lambda: [("danceopd", "setting_c", {}, budget.short)],
+        "C": lambda: [("danceopd", "setting_c", {}, budget.main)],
         "D": lambda: [
             (f"alpha{alpha}", "setting_d", {"sources.cfg.guidance_scale": alpha}, budget.short)
             for alpha in TRAINING_SCALES
