@@ -8,6 +8,7 @@ import math
 import torch
 from danceopd_kernels import routed_velocity_mse
 
+from danceopd.draws import Generator, rand, randn
 from danceopd.fields import Field
 
 WEIGHTINGS = ("mse", "sigma_sqrt", "logit_normal", "mode", "cosmap", "kl", "clean")
@@ -82,10 +83,10 @@ def flow_matching(student: Field, clean: torch.Tensor, noise: torch.Tensor, sigm
     return velocity_mse(s * velocity, s * target), velocity, target, states
 
 
-def renoised(clean: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def renoised(clean: torch.Tensor, generator: Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Clean estimates brought back to fresh noise levels, uniform in [0.02, 0.98]: states, sigma [B], noise."""
-    sigma = (0.02 + 0.96 * torch.rand(len(clean), generator=generator)).to(clean)
-    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    sigma = (0.02 + 0.96 * rand(generator, len(clean))).to(clean)
+    noise = randn(generator, *clean.shape).to(clean)
     s = per_sample(sigma, clean)
     return (1 - s) * clean + s * noise, sigma, noise
 

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from danceopd.draws import Generator, rand
+
 # Beta(a, b) of the trajectory fraction: 0 is noise, 1 is data. Low-t asks near the data.
 BETA = {"low_t": (5, 2), "mid_t": (5, 5), "high_t": (2, 5)}
 QUERIES = (*BETA, "uniform", "stratified", "gap")
@@ -12,7 +14,7 @@ QUERIES = (*BETA, "uniform", "stratified", "gap")
 def query(
     batch: int,
     num_inference_steps: int,
-    generator: torch.Generator,
+    generator: Generator,
     *,
     bias: str = "low_t",
     k: int = 1,
@@ -32,17 +34,17 @@ def query(
     if bias == "gap":
         weights = torch.ones(num_inference_steps, dtype=torch.float64) if gap is None else gap.double()
         edges = weights.cumsum(0) / weights.sum()
-        uniform = torch.rand(batch, k, generator=generator, dtype=torch.float64)
+        uniform = rand(generator, batch, k, dtype=torch.float64)
         return torch.searchsorted(edges, uniform, right=True).clamp(max=num_inference_steps - 1)
     if bias in BETA:
         # Beta(a, b) with whole a and b: a Gamma(a) variable against a Gamma(b) one, each a sum of exponentials.
         # One row of uniforms a draw, so that drawing a batch in parts gives the same indices.
         a, b = BETA[bias]
-        uniform = torch.rand(batch, k, a + b, generator=generator, dtype=torch.float64)
+        uniform = rand(generator, batch, k, a + b, dtype=torch.float64)
         exponential = -torch.log1p(-uniform)
         fraction = exponential[..., :a].sum(-1) / exponential.sum(-1)
     else:
-        fraction = torch.rand(batch, k, generator=generator, dtype=torch.float64)
+        fraction = rand(generator, batch, k, dtype=torch.float64)
         if bias == "stratified":
             fraction = (torch.arange(k) + fraction) / k
     return (fraction * num_inference_steps).long().clamp(max=num_inference_steps - 1)

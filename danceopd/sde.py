@@ -5,6 +5,7 @@ import math
 import torch
 
 from danceopd.conditioning import Conditioning
+from danceopd.draws import Generator, randn
 from danceopd.fields import Field
 from danceopd.objectives import per_sample
 
@@ -45,14 +46,14 @@ def sde_rollout(
     conditioning: Conditioning,
     sigmas: torch.Tensor,
     noise_level: float,
-    generator: torch.Generator,
+    generator: Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every state [B, N + 1, ...] of a stochastic rollout from noise [B, ...], and each step's log density [B, N]."""
     states, log_densities, z = [noise.float()], [], noise.float()
     for i in range(len(sigmas) - 1):
         index = torch.full((len(z),), i)
         mean, deviation = transition(field(z, sigmas[i].expand(len(z)), conditioning), z, index, sigmas, noise_level)
-        fresh = torch.randn(z.shape, generator=generator).to(z)
+        fresh = randn(generator, *z.shape).to(z)
         z = mean + per_sample(deviation, z) * fresh
         states.append(z)
         log_densities.append(log_probability(z, mean, deviation))

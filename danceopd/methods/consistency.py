@@ -3,6 +3,7 @@
 import torch
 
 from danceopd.data.sampler import Batch
+from danceopd.draws import Generator
 from danceopd.fields import Field, routed
 from danceopd.methods.observed import Observed
 from danceopd.objectives import consistency
@@ -19,7 +20,7 @@ def consistency_loss(
     solver: str,
     bias: str,
     ema: Field,
-    generator: torch.Generator,
+    generator: Generator,
 ) -> Observed:
     """The loss of B samples, one query each; ema: the student's average, asked one step nearer the data."""
     depth = query(len(batch), len(sigmas) - 1, generator, bias=bias)

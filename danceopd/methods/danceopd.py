@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 
 from danceopd.data.sampler import Batch
+from danceopd.draws import Generator
 from danceopd.fields import Field, hard, soft
 from danceopd.methods.observed import Observed, Share
 from danceopd.objectives import WEIGHTINGS, velocity_mse, weighting
@@ -21,7 +22,7 @@ def danceopd_loss(
     solver: str,
     bias: str,
     k: int,
-    generator: torch.Generator,
+    generator: Generator,
     gap: torch.Tensor | None = None,
     progress: float = 1.0,
     objective: Literal[*WEIGHTINGS] = "mse",

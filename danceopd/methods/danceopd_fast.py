@@ -3,6 +3,7 @@
 import torch
 
 from danceopd.data.sampler import Batch
+from danceopd.draws import Generator
 from danceopd.fields import Field
 from danceopd.methods.danceopd import danceopd_loss
 from danceopd.methods.observed import Observed, Share
@@ -20,7 +21,7 @@ def danceopd_fast_loss(
     solver: str,
     bias: str,
     k: int,
-    generator: torch.Generator,
+    generator: Generator,
     progress: float = 1.0,
     warm_start: Share = 0.5,
 ) -> Observed:

@@ -3,6 +3,7 @@
 import torch
 
 from danceopd.data.sampler import Batch
+from danceopd.draws import Generator
 from danceopd.errors import UserError
 from danceopd.fields import Field, routed
 from danceopd.methods.observed import GroupSize, Observed, Positive, Weight
@@ -16,7 +17,7 @@ def flow_opd_loss(
     *,
     sigmas: torch.Tensor,
     anchor: Field,
-    generator: torch.Generator,
+    generator: Generator,
     noise_level: Positive = 0.7,
     group_size: GroupSize = 16,
     max_advantage: Positive = 5.0,

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 
 from danceopd.data.sampler import Batch
+from danceopd.draws import Generator, rand, randn
 from danceopd.fields import Field, routed
 from danceopd.methods.observed import Observed
 from danceopd.objectives import per_sample, velocity_mse
@@ -21,7 +22,7 @@ def off_policy_loss(
     sigmas: torch.Tensor,
     shift: float,
     solver: str,
-    generator: torch.Generator,
+    generator: Generator,
     states_from: Literal["data", "sources"] = "data",
 ) -> Observed:
     """The loss of B samples at noised pictures: the data's, or those that each sample's source draws itself.
@@ -29,12 +30,12 @@ def off_policy_loss(
     Noise levels are drawn with the rollout's shift; the error is the clean estimate's, sigma^2 times the
     velocity's, as in joint training, so that only the target differs from it.
     """
-    sigma = shift_sigma(torch.rand(len(batch), generator=generator), shift).clamp(min=1e-3).to(clean)
+    sigma = shift_sigma(rand(generator, len(batch)), shift).clamp(min=1e-3).to(clean)
     noise = batch.noise
     if states_from == "sources":
         end = torch.full((len(batch), 1), len(sigmas) - 1)
         clean = rollout_by_route(sources, batch.route, noise, batch.conditioning, sigmas, end, solver)[0][:, 0]
-        noise = torch.randn(noise.shape, generator=generator).to(noise)
+        noise = randn(generator, *noise.shape).to(noise)
     s = per_sample(sigma, clean)
     states = (1 - s) * clean + s * noise
     target = routed(sources, batch.route, states, sigma, batch.conditioning)

@@ -6,6 +6,7 @@ import torch
 
 from danceopd.conditioning import Conditioning, concatenate
 from danceopd.data.sampler import Batch
+from danceopd.draws import Generator
 from danceopd.fields import Field, routed
 from danceopd.methods.observed import Count, Observed
 from danceopd.objectives import velocity_mse
@@ -33,7 +34,7 @@ class Pooled:
         sigmas: torch.Tensor,
         solver: str,
         bias: str,
-        generator: torch.Generator,
+        generator: Generator,
         gap: torch.Tensor | None = None,
         part: int = 0,
         visits: Count = 2,

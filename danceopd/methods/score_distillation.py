@@ -6,6 +6,7 @@ from collections import Counter
 import torch
 
 from danceopd.data.sampler import Batch
+from danceopd.draws import Generator
 from danceopd.fields import Field, counted, routed
 from danceopd.methods.observed import Observed
 from danceopd.objectives import flow_matching, per_sample, renoised, score_distillation
@@ -55,7 +56,7 @@ class DMD:
         solver: str,
         bias: str,
         counter: Counter,
-        generator: torch.Generator,
+        generator: Generator,
     ) -> Observed:
         """The loss of B samples, one query each; the fake network's evaluations are added to the counter."""
         clean = clean_estimate(student, batch, sigmas, solver, bias, generator)

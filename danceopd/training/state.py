@@ -1,58 +1,187 @@
-"""Checkpoints of a run: atomic to write, verified to read, the newest few kept."""
+"""Checkpoints of a run: any number of ranks write them, any other number reads them.
 
-import io
+A checkpoint is a folder step-NNNNNNNN of one safetensors file a rank with its slices of all large tensors, one small
+file with the rest, and a manifest with the checksum of each. It is written beside its place and renamed when it is
+whole, so that a process killed at any moment leaves it there or not at all. (DeepSpeed's own are pickles that must be
+converted before another number of ranks reads them.)
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from danceopd.checkpoint import write_atomic
+from danceopd.checkpoint import sync
 from danceopd.errors import UserError
+from danceopd.training.ranks import ALONE, Ranks
 
-PATTERN = "step-*.pt"
+PATTERN = "step-*"
+MANIFEST, REST = "manifest.json", "rest.pt"
 
 
-def save_state(folder: Path, state: dict, keep: int) -> Path:
-    """Write `state` (tensors and plain values; state["step"] names it), then remove all but the newest `keep`.
+def bounds(numel: int, rank: int, size: int) -> tuple[int, int]:
+    """The slice of a flattened tensor that is a rank's: as ZeRO-3 cuts it, equal parts of which the last may lack."""
+    part = math.ceil(numel / size)
+    return min(rank * part, numel), min((rank + 1) * part, numel)
 
-    Raises UserError where the disk is full or the folder read-only; what was there before stays good.
+
+def save_state(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, torch.Size],
+    rest: dict,
+    keep: int,
+    ranks: Ranks = ALONE,
+) -> Path:
+    """Write a checkpoint, then remove all but the newest `keep`; every rank calls it.
+
+    tensors: this rank's slices (`bounds`), flat, of the tensors of these `shapes`; rest: tensors and plain values of
+    which rank 0's are written. Raises UserError on every rank where one cannot write (disk full, folder read-only);
+    what was there before stays good.
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    path = folder / f"step-{state['step']:08d}.pt"
+    path, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
+    written = {}
     try:
-        write_atomic(path, buffer.getvalue())
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        trouble = None
     except OSError as error:
+        trouble = error
+    trouble = _first(ranks.gather(trouble))
+    if not trouble:
+        try:
+            name = f"rank-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
+            written[name] = _checksum(temporary / name)
+            if ranks.rank == 0:
+                torch.save(rest, temporary / REST)
+                written[REST] = _checksum(temporary / REST)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
+            trouble = error
+        everyone = ranks.gather((written, trouble))
+        trouble = _first(trouble for _, trouble in everyone)
+        files = {name: value for part, _ in everyone for name, value in part.items()}
+    if not trouble and ranks.rank == 0:
+        try:
+            manifest = {
+                "step": step,
+                "ranks": ranks.size,
+                "files": files,
+                "shapes": {name: list(shape) for name, shape in shapes.items()},
+            }
+            with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
+                json.dump(manifest, file)
+                file.flush()
+                os.fsync(file.fileno())
+            sync(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+            sync(folder)
+        except OSError as error:
+            trouble = error
+    trouble = ranks.from_first(trouble)
+    if trouble:
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
         older = checkpoints(folder)
         good = f"the checkpoint {older[-1]} is still good" if older else "there is no earlier checkpoint"
+        reason = getattr(trouble, "strerror", None) or str(trouble).splitlines()[0]
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; {good}. Make room or choose another "
-            "training.output_dir, then run the same command again"
-        ) from error
-    for old in checkpoints(folder)[:-keep]:
-        old.unlink()
+            f"cannot write {path}: {reason}; {good}. Make room or choose another training.output_dir, then run the "
+            "same command again"
+        ) from trouble
+    if ranks.rank == 0:
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    ranks.wait()
     return path
+
+
+def _first(troubles) -> Exception | None:
+    return next((trouble for trouble in troubles if trouble), None)
+
+
+def _checksum(path: Path) -> dict:
+    """Of a file that is then on the disk: its size and digest."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, "blake2b").hexdigest()}
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
-    return sorted(folder.glob(PATTERN))
+    return sorted(path for path in folder.glob(PATTERN) if (path / MANIFEST).is_file())
 
 
-def load_newest(folder: Path) -> tuple[dict | None, list[str]]:
+class Checkpoint:
+    """A whole checkpoint on the disk. shapes: of the large tensors, by name; rest: the small ones and plain values."""
+
+    def __init__(self, path: Path, manifest: dict):
+        self.path, self.step, self.ranks = path, manifest["step"], manifest["ranks"]
+        self.shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
+        self.rest = torch.load(path / REST, weights_only=True, map_location="cpu")
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Places start to stop of a large tensor, flattened; no more than these are read."""
+        parts = []
+        for rank in range(self.ranks):
+            first, last = bounds(self.shapes[name].numel(), rank, self.ranks)
+            if max(first, start) < min(last, stop):
+                with safe_open(self.path / f"rank-{rank:05d}-of-{self.ranks:05d}.safetensors", framework="pt") as file:
+                    parts.append(file.get_slice(name)[max(first, start) - first : min(last, stop) - first])
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def optimizer_states(self) -> dict[str, dict[str, str]]:
+        """{parameter: {key of its optimizer's state: the large tensor's name}}."""
+        found: dict[str, dict[str, str]] = {}
+        for full in self.shapes:
+            kind, key, name = (*full.split("/", 2), "")[:3]
+            if kind == "optimizer":
+                found.setdefault(name, {})[key] = full
+        return found
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A large tensor, whole."""
+        shape = self.shapes[name]
+        return self.slice(name, 0, shape.numel()).reshape(shape)
+
+
+def load_newest(folder: Path, ranks: Ranks = ALONE) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole (None without any), and a message for each damaged one passed over.
 
-    Raises UserError if there are checkpoints but none is whole.
+    The ranks share the checking of its files, and agree. Raises UserError if there are checkpoints but none is whole.
     """
-    messages = []
-    for path in reversed(checkpoints(folder)):
-        try:
-            return torch.load(path, weights_only=True, map_location="cpu"), messages
-        except Exception as error:  # a truncated archive fails in many ways, all of which mean the same
-            reason = str(error).splitlines()[0]
-            messages.append(f"{path} is damaged ({reason}); using the one before it")
+    messages: list[str] = []
+    for path in reversed(ranks.from_first(checkpoints(folder))):
+        manifest, reason = _checked(path, ranks)
+        if not reason:
+            return Checkpoint(path, manifest), messages
+        messages.append(f"{path} is damaged ({reason}); using the one before it")
     if messages:
         raise UserError(
             f"no checkpoint in {folder} can be read; delete them to start again, or restore one:\n  "
             + "\n  ".join(m.split(";")[0] for m in messages)
         )
     return None, messages
+
+
+def _checked(path: Path, ranks: Ranks) -> tuple[dict, str | None]:
+    """The manifest, and what is wrong with the checkpoint as all ranks see it."""
+    manifest, reason = {}, None
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for i, (name, expected) in enumerate(sorted(manifest["files"].items())):
+            if i % ranks.size == ranks.rank and _checksum(path / name) != expected:
+                reason = f"{name} has not the bytes that were written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return manifest, next((reason for reason in ranks.gather(reason) if reason), None)

@@ -1,0 +1,101 @@
+"""What holds the student and its optimizer in one process. danceopd.training.zero has the same for many.
+
+Both have: `student`, asked with gradient; `rolled`, the same weights, asked without; `backward` and `step`; `averaged`,
+the running mean of the student as a network to draw with; and `tensors`, `rest` and `load` for checkpoints.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from danceopd.config import Config
+from danceopd.optimizers import make_optimizers
+from danceopd.training.state import Checkpoint
+
+
+class Local:
+    """A student in one process, its optimizers and its average."""
+
+    def __init__(self, student: nn.Module, config: Config):
+        training = config.training
+        self.student = self.rolled = student.train()
+        self.max_grad_norm = training.max_grad_norm
+        decay = torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema_decay)
+        self.ema = torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=decay).eval()
+        self.optimizers = make_optimizers(student, training.optimizer, training.learning_rate, training.weight_decay)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of one of an update's micro-batches; loss: its share of the mean over the batch."""
+        loss.backward()
+
+    def step(self, rate: float) -> tuple[float, bool]:
+        """(norm of the gradient, whether the student was updated): it is not where the norm is not finite."""
+        for p in self.student.parameters():
+            if p.grad is None:  # what no sample of this batch passes through; DeepSpeed takes it so too
+                p.grad = torch.zeros_like(p)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.max_grad_norm))
+        finite = math.isfinite(norm)
+        if finite:
+            for optimizer in self.optimizers:
+                optimizer.param_groups[0]["lr"] = rate
+                optimizer.step()
+            self.ema.update_parameters(self.student)
+        self.student.zero_grad(set_to_none=True)
+        return norm, finite
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The average as a network."""
+        yield self.ema.module
+
+    def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Size]]:
+        """Weights, average and the optimizer's states, flat, and their shapes, by the names of a checkpoint."""
+        named = {f"student/{name}": p for name, p in self.student.named_parameters()}
+        named |= {f"ema/{name}": p for name, p in self.ema.module.named_parameters()}
+        for name, p, state in self._states():
+            named |= {f"optimizer/{key}/{name}": value for key, value in state.items() if _like(value, p)}
+        return {name: t.detach().flatten() for name, t in named.items()}, {name: t.shape for name, t in named.items()}
+
+    def rest(self) -> dict:
+        """What is not of a parameter's shape: numbers of steps, and states of eight bits."""
+        others = {
+            name: {key: value for key, value in state.items() if not _like(value, p)}
+            for name, p, state in self._states()
+        }
+        return {"averaged": int(self.ema.n_averaged), "optimizer": others}
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, of however many ranks."""
+        rest = checkpoint.rest["engine"]
+        for kind, network in (("student", self.student), ("ema", self.ema.module)):
+            for name, p in network.named_parameters():
+                p.copy_(checkpoint.tensor(f"{kind}/{name}"))
+        self.ema.n_averaged.fill_(rest["averaged"])
+        states = checkpoint.optimizer_states()
+        names = {p: name for name, p in self.student.named_parameters()}
+        for optimizer in self.optimizers:
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                # A number of steps stays on the host, where the optimizer keeps it.
+                state = {
+                    key: value.to(p.device) if isinstance(value, torch.Tensor) and value.dim() else value
+                    for key, value in rest["optimizer"].get(names[p], {}).items()
+                }
+                state |= {key: checkpoint.tensor(full).to(p) for key, full in states.get(names[p], {}).items()}
+                if state:
+                    optimizer.state[p] = state
+
+    def _states(self) -> Iterator[tuple[str, nn.Parameter, dict]]:
+        """(name, parameter, its optimizer's state) of each parameter that has one."""
+        names = {p: name for name, p in self.student.named_parameters()}
+        for optimizer in self.optimizers:
+            for p, state in optimizer.state.items():
+                yield names[p], p, state
+
+
+def _like(value, p: torch.Tensor) -> bool:
+    """A state that is a plain tensor as large as its parameter; those of eight bits are tensors of their own kind."""
+    return type(value) is torch.Tensor and value.shape == p.shape and value.is_floating_point()

@@ -1,0 +1,272 @@
+"""A student that DeepSpeed shards over ranks (ZeRO 0 to 3), with rollouts on a replica that is gathered once an update.
+
+Under ZeRO-3 every forward all-gathers every parameter, so that a rollout of 16 steps would do it 16 times. Here the
+weights are gathered once an update, some at a time, into a plain copy that the rollout asks, and only the query with
+gradient runs on the shards.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from danceopd.config import Config
+from danceopd.errors import UserError
+from danceopd.optimizers import make_optimizers
+from danceopd.training.ranks import Ranks
+from danceopd.training.state import Checkpoint, bounds
+
+# What the run's own configuration says, and DeepSpeed's would say a second time.
+OURS = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast", "amp"),
+)
+STATES = ("exp_avg", "exp_avg_sq")  # of AdamW
+GATHERED = 2**26  # entries of the weights that are gathered at a time
+
+
+def read_deepspeed(path: Path | str) -> dict:
+    """A DeepSpeed configuration. Raises UserError for one that cannot be read or says what the run's own says."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must be a JSON object of DeepSpeed's settings")
+    if doubled := [key for key in OURS if key in found]:
+        raise UserError(f"{path}: leave out {', '.join(doubled)}; the run's own configuration says it")
+    return found
+
+
+class Zero:
+    """The student of all ranks. It offers what danceopd.training.engine.Local does; all ranks call each of it."""
+
+    def __init__(self, student: nn.Module, config: Config, settings: dict, ranks: Ranks):
+        import deepspeed
+
+        training, zero = config.training, settings.get("zero_optimization", {})
+        if training.optimizer != "adamw":
+            raise UserError(f"training.optimizer: {training.optimizer} runs in one process; with DeepSpeed use adamw")
+        self.ranks, self.decay, self.updates, self.stage = ranks, training.ema_decay, 0, zero.get("stage", 0)
+        self.max_grad_norm = training.max_grad_norm
+        self.shapes = {name: p.shape for name, p in student.named_parameters()}
+        bf16 = training.precision == "bf16"
+        self.replica = _replica(student, bf16) if self.stage == 3 else None
+        [optimizer] = make_optimizers(student, "adamw", training.learning_rate, training.weight_decay)
+        parts = training.gradient_accumulation_steps
+        fixed = {
+            "train_micro_batch_size_per_gpu": -(-training.batch_size // (ranks.size * parts)),
+            "gradient_accumulation_steps": parts,
+            "gradient_clipping": training.max_grad_norm if self.stage else 0.0,  # without ZeRO it tells no norm
+            "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own for host memory must be compiled there first
+            "steps_per_print": 2**31,
+        }
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=student.train(), optimizer=optimizer, config={**settings, **fixed}
+        )
+        if self.stage in (1, 2):
+            self.optimizer.check_grad_overflow = True  # skip what is not finite, as stage 3 does
+        self.parameters = dict(self.engine.module.named_parameters())
+        self.student, self.rolled = self.engine, self.engine if self.replica is None else self.replica
+        # With the optimizer's states in host memory the average is there too.
+        self.home = torch.device("cpu") if zero.get("offload_optimizer") else self.engine.device
+        self.ema = {name: self._slice(name).to(self.home, copy=True) for name in self.parameters}
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of one of an update's micro-batches; loss: its share of the mean over the global batch."""
+        # DeepSpeed divides by the number of micro-batches and averages over the ranks.
+        self.engine.backward(loss * (self.engine.gradient_accumulation_steps() * self.ranks.size))
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # counts the micro-batch
+
+    def step(self, rate: float) -> tuple[float, bool]:
+        """(norm of the gradient, whether the student was updated): on no rank where it is not finite on one."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = None
+        if self.stage == 0:  # the gradients are summed already: all ranks see the same
+            norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                self.engine.micro_steps += 1
+                return norm, False
+        self.engine.step()
+        if getattr(self.optimizer, "overflow", False):
+            return math.nan, False
+        for name in self.parameters:
+            self.ema[name].lerp_(self._slice(name).to(self.home), 1 - self.decay if self.updates else 1.0)
+        self.updates += 1
+        self._refresh(self._slice)
+        return float(self.engine.get_global_grad_norm()) if norm is None else norm, True
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The average as a network: all ranks enter and leave together, any of them may draw with it in between."""
+        kept = None if self.replica else {name: p.detach().clone() for name, p in self.parameters.items()}
+        network = self.replica or self.engine.module
+        self._refresh(self.ema.get)
+        try:
+            yield network
+        finally:
+            if kept is None:
+                self._refresh(self._slice)
+            else:
+                with torch.no_grad():
+                    for name, p in self.parameters.items():
+                        p.copy_(kept[name])
+
+    def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Size]]:
+        """This rank's flat slices, and the whole shapes, by the names of a checkpoint."""
+        found = {f"student/{name}": self._slice(name) for name in self.parameters}
+        found |= {f"ema/{name}": value for name, value in self.ema.items()}
+        found |= {f"optimizer/{key}/{name}": self._state(name, key) for key in STATES for name in self.parameters}
+        return {name: t.detach().cpu() for name, t in found.items()}, {
+            full: self.shapes[name]
+            for name in self.parameters
+            for full in (f"student/{name}", f"ema/{name}", *(f"optimizer/{key}/{name}" for key in STATES))
+        }
+
+    def rest(self) -> dict:
+        """The numbers of updates."""
+        done = next((state["step"] for state in self._states() if "step" in state), torch.tensor(0.0))
+        return {"averaged": self.updates, "optimizer": {name: {"step": done.cpu()} for name in self.parameters}}
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, of however many ranks and whatever stage."""
+        rest = checkpoint.rest["engine"]
+        self._make_states()
+        for name in self.parameters:
+            self._set(name, None, checkpoint)
+            for key in STATES:
+                self._set(name, key, checkpoint)
+            self.ema[name].copy_(checkpoint.slice(f"ema/{name}", *self._bounds(name)))
+        done = next((state["step"] for state in rest["optimizer"].values() if "step" in state), torch.tensor(0.0))
+        for state in self._states():
+            state["step"] = done.clone()
+        self.updates = rest["averaged"]
+        self._refresh(self._slice)
+
+    # --- slices ---------------------------------------------------------------------------------------
+
+    def _bounds(self, name: str) -> tuple[int, int]:
+        return bounds(self.shapes[name].numel(), self.ranks.rank, self.ranks.size)
+
+    def _slice(self, name: str) -> torch.Tensor:
+        """This rank's part of a parameter, flat float32."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        start, stop = self._bounds(name)
+        if self.stage == 3:
+            return safe_get_local_fp32_param(self.parameters[name]).flatten()[: stop - start]
+        return self.parameters[name].detach().flatten()[start:stop]
+
+    def _state(self, name: str, key: str) -> torch.Tensor:
+        """This rank's part of a state of the optimizer, flat."""
+        from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
+
+        p, (start, stop) = self.parameters[name], self._bounds(name)
+        if self.stage == 3:
+            return safe_get_local_optimizer_state(p, key).flatten()[: stop - start]
+        if self.stage:
+            return safe_get_full_optimizer_state(p, key).flatten()[start:stop]
+        state = self.optimizer.state.get(p, {})
+        return state[key].flatten()[start:stop] if key in state else torch.zeros(stop - start)
+
+    def _set(self, name: str, key: str | None, checkpoint: Checkpoint) -> None:
+        """Take a parameter, or a state of its optimizer, from a checkpoint."""
+        from deepspeed import utils
+
+        p, full = self.parameters[name], f"optimizer/{key}/{name}" if key else f"student/{name}"
+        if self.stage == 3:
+            value = torch.zeros_like(utils.safe_get_local_fp32_param(p))
+            start, stop = self._bounds(name)
+            value.flatten()[: stop - start].copy_(checkpoint.slice(full, start, stop))
+            if key:
+                utils.safe_set_local_optimizer_state(p, value, key)
+            else:
+                utils.safe_set_local_fp32_param(p, value)
+                p.ds_tensor.data.copy_(value.view_as(p.ds_tensor))
+            return
+        value = checkpoint.tensor(full).to(p)
+        if not key:
+            p.copy_(value)
+        if self.stage:
+            utils.safe_set_full_optimizer_state(p, value, key) if key else utils.safe_set_full_fp32_param(p, value)
+        elif key:
+            self.optimizer.state[p][key] = value
+
+    def _make_states(self) -> None:
+        """The optimizer's states before its first step, which else makes them."""
+        base = getattr(self.optimizer, "optimizer", self.optimizer)
+        kept = {0: "", 3: "fp32_partitioned_groups_flat"}.get(self.stage, "single_partition_of_fp32_groups")
+        for p in getattr(self.optimizer, kept) if kept else self.parameters.values():
+            if not base.state[p]:
+                base.state[p] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in STATES}}
+        if self.stage in (1, 2):
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _states(self) -> list[dict]:
+        """The states of the optimizer that DeepSpeed drives: of flat parts, or in stage 0 of parameters."""
+        return list(getattr(self.optimizer, "optimizer", self.optimizer).state.values())
+
+    # --- the replica ----------------------------------------------------------------------------------
+
+    def _refresh(self, part: Callable[[str], torch.Tensor]) -> None:
+        """Gather every rank's part of each parameter into the replica, or without one into the student itself."""
+        network = self.replica or (self.engine.module if part is not self._slice else None)
+        if network is None:
+            return
+        targets = dict(network.named_parameters())
+        with torch.no_grad():
+            for names in _bundles(targets):
+                self._gather(names, part, targets)
+
+    def _gather(self, names: list[str], part: Callable[[str], torch.Tensor], targets: dict[str, torch.Tensor]) -> None:
+        """One collective for some parameters of one dtype."""
+        size = self.ranks.size
+        widths = [-(-self.shapes[name].numel() // size) for name in names]
+        like = targets[names[0]]
+        mine = torch.zeros(sum(widths), dtype=like.dtype, device=like.device)
+        for own, name in zip(mine.split(widths), names, strict=True):
+            value = part(name)
+            own[: len(value)].copy_(value)
+        everyone = torch.empty(size, len(mine), dtype=like.dtype, device=like.device)
+        if size > 1:
+            dist.all_gather_into_tensor(everyone.flatten(), mine)
+        else:
+            everyone[0] = mine
+        for columns, name in zip(everyone.split(widths, dim=1), names, strict=True):
+            shape = self.shapes[name]
+            targets[name].copy_(columns.flatten()[: shape.numel()].view(shape))
+
+
+def _replica(student: nn.Module, bf16: bool) -> nn.Module:
+    """A frozen copy for rollouts; for bf16 with the weights in it that autocast would cast to bf16 at each step."""
+    replica = copy.deepcopy(student).eval().requires_grad_(False)
+    if bf16:
+        for module in replica.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(torch.bfloat16)
+    return replica
+
+
+def _bundles(parameters: dict[str, torch.Tensor]) -> Iterator[list[str]]:
+    """Names in runs of one dtype with at most GATHERED entries, but at least one name."""
+    names: list[str] = []
+    for name, p in parameters.items():
+        same = not names or parameters[names[0]].dtype == p.dtype
+        if names and not (same and sum(parameters[n].numel() for n in names) + p.numel() <= GATHERED):
+            yield names
+            names = []
+        names.append(name)
+    if names:
+        yield names
