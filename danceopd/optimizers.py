@@ -59,12 +59,23 @@ def adamw_class(name: str) -> type[torch.optim.Optimizer]:
     """torch's AdamW, or for "adamw_8bit" that of bitsandbytes or torchao. Raises UserError where neither is there."""
     if name != "adamw_8bit":
         return torch.optim.AdamW
-    for module in ("bitsandbytes.optim", "torchao.optim"):
+    for module, made in (("bitsandbytes.optim", lambda cls: cls), ("torchao.optim", _eager)):
         try:
-            return import_module(module).AdamW8bit
+            return made(import_module(module).AdamW8bit)
         except (ImportError, AttributeError):
             continue
     raise UserError("adamw_8bit needs bitsandbytes or torchao; pip install 'danceopd[8bit]', or use adamw")
+
+
+def _eager(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """torchao's optimizer without torch.compile, which took 20 s a shape on a CPU and needs a compiler there."""
+
+    class Eager(cls):
+        def step(self, closure=None):
+            with torch.compiler.set_stance("force_eager"):
+                return super().step(closure)
+
+    return Eager
 
 
 def make_optimizers(
@@ -84,3 +95,12 @@ def make_optimizers(
     if rest:
         optimizers.append(adamw_class(name)(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay))
     return optimizers
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of the only group of parameters; torchao keeps it in a tensor, such that a new one compiles nothing again."""
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
