@@ -59,16 +59,16 @@ def adamw_class(name: str) -> type[torch.optim.Optimizer]:
     """torch's AdamW, or for "adamw_8bit" that of bitsandbytes or torchao. Raises UserError where neither is there."""
     if name != "adamw_8bit":
         return torch.optim.AdamW
-    for module, made in (("bitsandbytes.optim", lambda cls: cls), ("torchao.optim", _eager)):
+    for module in ("bitsandbytes.optim", "torchao.optim"):
         try:
-            return made(import_module(module).AdamW8bit)
+            return _eager(import_module(module).AdamW8bit)
         except (ImportError, AttributeError):
             continue
     raise UserError("adamw_8bit needs bitsandbytes or torchao; pip install 'danceopd[8bit]', or use adamw")
 
 
 def _eager(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """torchao's optimizer without torch.compile, which took 20 s a shape on a CPU and needs a compiler there."""
+    """Without torch.compile: torchao's compiles each shape of parameters, at up to 20 s a shape on a CPU."""
 
     class Eager(cls):
         def step(self, closure=None):
