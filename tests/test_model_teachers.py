@@ -610,7 +610,7 @@ def test_8_bits_without_torchao(places, monkeypatch):
 def test_adamw_of_8_bits_learns_and_resumes(places, tmp_path):
     pytest.importorskip("torchao")
     # States of 4096 numbers and more have 8 bits.
-    lora = {"rank": 128, "targets": ["attn.to_q", "attn.to_k", "attn.to_v"]}
+    lora = {"rank": 256, "targets": ["attn.to_q", "attn.to_k", "attn.to_v"]}
     config = learn_and_resume(places("sd3"), tmp_path, **{"training.optimizer": "adamw_8bit", "student.lora": lora})
     state = torch.load(config.training.output_dir / "checkpoints" / "step-00000020.pt", weights_only=True)
     states = list(state["optimizers"][0]["state"].values())
