@@ -59,7 +59,9 @@ class LoraFile(Section):
 class Source(Section):
     """A frozen teacher. guidance_scale 1 asks its conditional field; any other makes guidance part of the field.
 
-    weights: as a student's init_from, "base" if not given with a `model`; lora: adapters on its transformer, summed.
+    weights: as a student's init_from; with a `model`, "base" (also if not given), a transformer's or a pipeline's
+    folder, or a transformer in one .safetensors file, under diffusers' names or in a layout that diffusers converts.
+    lora: adapters on its transformer, summed.
     embedded_guidance: as a student's, the number that this source is asked with. Pipelines of Z-Image count their
     guidance from 0: their g is the guidance_scale 1 + g.
     """
@@ -119,6 +121,9 @@ class Training(Section):
 
     max_network_evaluations ends a run before max_steps: forwards of one sample by any network, a backward counted
     as two. gradient_checkpointing: with a `model`, the backward computes each block again instead of keeping it.
+    base_precision: of the frozen linear weights in a `model`'s blocks, those of sources too; adapters stay as they
+    are. offload_sources: with a `model`, sources with weights of their own wait in host memory, and a forward brings
+    their blocks to the device one after another, the next while one computes; without effect on a CPU.
     """
 
     output_dir: Path
@@ -136,6 +141,8 @@ class Training(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    base_precision: Literal["int8"] | None = None
+    offload_sources: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Positive = 5
     save_every: Positive = 100
@@ -291,7 +298,8 @@ def _check_model(config: Config) -> list[str]:
             if value
         ] + ([] if config.student.lora else ["student.lora: a model's student is an adapter so far; give lora: {}"])
     of_models = {f"student.{key}": getattr(config.student, key) for key in ("lora", "embedded_guidance")}
-    of_models["training.gradient_checkpointing"] = config.training.gradient_checkpointing or None
+    for key in ("gradient_checkpointing", "base_precision", "offload_sources"):
+        of_models[f"training.{key}"] = getattr(config.training, key) or None
     for name, source in config.sources.items():
         of_models |= {f"sources.{name}.{key}": getattr(source, key) for key in ("lora", "embedded_guidance")}
     given = [key for key, value in of_models.items() if value not in (None, [])]

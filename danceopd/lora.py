@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from danceopd.conditioning import Conditioning
+from danceopd.eight_bit import as_multiplied
 from danceopd.errors import UserError
 from danceopd.fields import Field
 
@@ -306,11 +307,12 @@ class _RoutedLinear(nn.Linear):
             self.scale = tuple(scale for _, _, scale in adapters)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = as_multiplied(self.weight)
         if self.route.student is not None and x.numel():
-            return self.route.student.layer(self.name, x, self.weight, self.bias)
+            return self.route.student.layer(self.name, x, weight, self.bias)
         adapter = self.route.adapter
         if adapter is None or self.lora_a is None or not x.numel():
-            return nn.functional.linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, weight, self.bias)
         if self.route.same:
             rows = x.reshape(1, -1, x.shape[-1])  # whatever its axes mean
         else:
@@ -325,7 +327,7 @@ class _RoutedLinear(nn.Linear):
         first = _constant(self.first, torch.int64, x.device)
         scale = _constant(self.scale, torch.float32, x.device)
         adapters = Adapters(self.lora_a, self.lora_b, first, scale, self.rank)
-        out = routed_lora_linear(rows.to(self.weight.dtype), self.weight, self.bias, adapters, adapter)
+        out = routed_lora_linear(rows.to(weight.dtype), weight, self.bias, adapters, adapter)
         return out.reshape(*x.shape[:-1], self.out_features)
 
 

@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from danceopd.backbones import empty_transformer
 from danceopd.backbones.dit import DiT
-from danceopd.backbones.loading import transformer_folder
+from danceopd.backbones.loading import check_transformer_file, is_file_name, transformer_folder
 from danceopd.checkpoint import read_config, resolve_weights
 from danceopd.conditioning import Conditioning
 from danceopd.config import Config
+from danceopd.eight_bit import check_eight_bit, stored, to_eight_bit
 from danceopd.errors import UserError
 from danceopd.methods import needs
 from danceopd.optimizers import Muon, adamw_class, make_optimizers
@@ -39,6 +40,7 @@ class Plan:
     """What was found. Each part is filled in as far as the files allow; problems: "key: what is wrong".
 
     found: lines about files; parameters: by network; memory: bytes of one rank by term, and how they come about;
+    host: bytes that wait in host memory, in the same way;
     activations: bytes that the backward keeps, without and with gradient checkpointing (None where a network has
     none); evaluations: of one optimizer step by kind, None for a method whose are not worked out.
     """
@@ -47,6 +49,7 @@ class Plan:
     found: list[str] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)
     memory: dict[str, tuple[float, str]] = field(default_factory=dict)
+    host: dict[str, tuple[float, str]] = field(default_factory=dict)
     activations: tuple[float, float | None] | None = None
     evaluations: dict[str, float] | None = None
 
@@ -76,6 +79,8 @@ class Plan:
                 else "   at least: without activations, which need prepared rows and the transformer"
             )
             lines.append(f"  {'total':34s} {_size(self.total_memory()):>12s}{unknown}")
+            for name, (size, how) in self.host.items():
+                lines.append(f"  {name + ', in host memory':34s} {_size(size):>12s}   {how}")
             lines.append("  (not counted: the CUDA context, kernels' workspace and fragmentation; leave 2 GiB)")
         lines += ["", "network evaluations of one optimizer step, expected (forwards of one sample; a backward is two)"]
         if self.evaluations is None:
@@ -140,6 +145,7 @@ def _model(config: Config, plan: Plan) -> None:
     from danceopd.training.models import PRECISIONS, check_student, model_samples, sources_on_base, student_layers
 
     attempt, dtype = plan.attempt, PRECISIONS[config.training.precision]
+    eight_bit = config.training.base_precision and attempt("training.base_precision", check_eight_bit)
     attempt("student.init_from", check_student, config)
     backbone = attempt("model", backbone_of, config.model)
     samples = model_samples(config, backbone, attempt) if backbone else _rows_alone(config, plan)
@@ -151,21 +157,20 @@ def _model(config: Config, plan: Plan) -> None:
         plan.found.append(f"{name}: {rows} rows in {capability.data.prepared}")
     transformer = attempt("model", meta_transformer, config.model, backbone, dtype)
     attempt("model", check_weights, config.model)
-    sources = {}
+    sources, networks = {}, {}
     for name, source in config.sources.items():
+        carrier = transformer  # of the source's adapters
         if name not in sources_on_base(config):
-            network = attempt(f"sources.{name}.weights", meta_transformer, source.weights, backbone, dtype)
-            attempt(f"sources.{name}.weights", check_weights, source.weights)
-            sources[name] = network and count(network)
-            continue
+            carrier = networks[name] = _own_transformer(config, name, backbone, transformer, attempt)
         files = [
-            transformer
-            and attempt(
-                f"sources.{name}.lora", lora_parameters, lora.path, transformer, pipeline_class_of(config.model)
-            )
+            carrier
+            and attempt(f"sources.{name}.lora", lora_parameters, lora.path, carrier, pipeline_class_of(config.model))
             for lora in source.lora
         ]
-        sources[name] = None if None in files else sum(parameters for parameters, _ in files)
+        if name in networks:
+            sources[name] = carrier and count(carrier)  # adapters are merged into it
+        else:
+            sources[name] = None if None in files else sum(parameters for parameters, _ in files)
         for lora, result in zip(source.lora, files, strict=True):
             if result:
                 checked = "all keys fit" if result[1] else "keys are checked when it is loaded: its layout needs values"
@@ -175,9 +180,15 @@ def _model(config: Config, plan: Plan) -> None:
     plan.parameters["base"] = count(transformer)
     plan.parameters |= {f"source {name}, beside the base": n for name, n in sources.items() if n is not None}
     size, name = dtype.itemsize, str(dtype).removeprefix("torch.")
-    plan.memory["base weights"] = nbytes(transformer), f"{count(transformer):,} x {size} bytes, {name}, shared"
-    total = sum(filter(None, sources.values()))
+    how = f"{size} bytes, {name}"
+    if eight_bit:
+        how = f"1 byte in the blocks' linear layers, {size} elsewhere"
+        for network in filter(None, (transformer, *networks.values())):
+            to_eight_bit(network)
+    plan.memory["base weights"] = nbytes(transformer), f"{count(transformer):,} x {how}, shared"
+    total = sum(n for source, n in sources.items() if n and source not in networks)
     plan.memory["sources beside the base"] = total * size, f"{total:,} x {size} bytes, {name}"
+    _add_networks(config, plan, [network for network in networks.values() if network], how)
     layers = attempt("student.lora.targets", student_layers, config, backbone, transformer)
     if layers is None:
         return
@@ -218,8 +229,8 @@ def _rows_alone(config: Config, plan: Plan) -> None:
         for lora in source.lora:
             if not lora.path.exists():
                 plan.problems.append(f"sources.{name}.lora: {lora.path}: no LoRA there")
-        if source.weights not in (None, "base") and not Path(source.weights).is_dir():
-            plan.problems.append(f"sources.{name}.weights: no folder {source.weights}")
+        if source.weights not in (None, "base") and not Path(source.weights).exists():
+            plan.problems.append(f"sources.{name}.weights: nothing at {source.weights}")
 
 
 def _parts(folder: Path) -> str:
@@ -252,6 +263,39 @@ def meta_transformer(folder: Path | str, backbone, dtype: torch.dtype) -> nn.Mod
     if not hasattr(cls, "from_config"):
         raise UserError(f"{path}: a {name} is not a transformer of this family")
     return nn.Module.to(empty_transformer(folder), dtype).eval().requires_grad_(False)
+
+
+def _own_transformer(config: Config, name: str, backbone, transformer: nn.Module | None, attempt) -> nn.Module | None:
+    """A source's own transformer without values; None, and a problem, where its weights cannot be used."""
+    from danceopd.training.models import PRECISIONS
+
+    key, weights, dtype = f"sources.{name}.weights", config.sources[name].weights, PRECISIONS[config.training.precision]
+    if not is_file_name(weights):
+        attempt(key, check_weights, weights)
+        return attempt(key, meta_transformer, weights, backbone, dtype)
+    if transformer is not None:
+        attempt(key, check_transformer_file, weights, transformer)
+        return meta_transformer(config.model, backbone, dtype)
+
+
+def _add_networks(config: Config, plan: Plan, networks: list[nn.Module], how: str) -> None:
+    """Sources with weights of their own: on the device, or in host memory but for two blocks of one of them."""
+    if not networks:
+        return
+    total, parameters = sum(map(nbytes, networks)), sum(map(count, networks))
+    text = f"{parameters:,} x {how}"
+    if not config.training.offload_sources:
+        plan.memory["sources of their own weights"] = total, text
+        return
+    plan.host["sources of their own weights"] = total, text
+    plan.memory["sources, streamed"] = max(map(_streamed, networks)), "two blocks of one, and what lies outside blocks"
+
+
+def _streamed(network: nn.Module) -> int:
+    """Bytes on the device while a network's blocks are streamed to it: the two largest, and all that is no block."""
+    lists = [child for child in network.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
+    blocks = sorted((nbytes(block) for child in lists for block in child), reverse=True)
+    return nbytes(network) - sum(blocks[2:])
 
 
 def check_weights(folder: Path | str) -> None:
@@ -316,7 +360,7 @@ def count(network: nn.Module) -> int:
 
 def nbytes(network: nn.Module) -> int:
     """Bytes of its parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    return sum(part.nbytes for tensor in (*network.parameters(), *network.buffers()) for part in stored(tensor))
 
 
 def _size(size: float) -> str:
@@ -387,11 +431,11 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Adapted(torch.autograd.Function):
-    """A linear layer with an adapter, which keeps what the kernel keeps: its input, and that times A."""
+    """A linear layer with an adapter, which keeps what the kernel keeps: its input, that times A, and the weight."""
 
     @staticmethod
     def forward(ctx, x, weight, a, b):
-        ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], len(a)))
+        ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], len(a)), weight)
         return x.new_empty(*x.shape[:-1], len(weight))
 
 
@@ -425,7 +469,8 @@ def kept_for_backward(
     fixed, outside, inputs, blocks = _Kept(), _Kept(), _Kept(), []
     for network in filter(None, (student, transformer)):
         for tensor in (*network.parameters(), *network.buffers()):
-            fixed.add(tensor)
+            for part in stored(tensor):
+                fixed.add(part)
 
     def block(module, *args):
         inside = _Kept()

@@ -22,7 +22,7 @@ from danceopd.evaluation.world import make_sampler, score_gedit, score_geneval
 from danceopd.fields import Field, counted, guided
 from danceopd.memory import keep_freed_memory
 from danceopd.methods import METHODS, needs
-from danceopd.optimizers import make_optimizers
+from danceopd.optimizers import make_optimizers, set_learning_rate
 from danceopd.rollout import rollout, sample
 from danceopd.schedule import sigma_grid
 from danceopd.training.gaps import Gaps
@@ -42,6 +42,7 @@ NOT_IDENTITY = (
     "sample_every",
     "device",
     "gradient_checkpointing",
+    "offload_sources",
 )
 
 
@@ -161,7 +162,7 @@ class Trainer:
         finite = math.isfinite(norm) and bool(torch.isfinite(loss).all())
         if finite:
             for optimizer in self.optimizers:
-                optimizer.param_groups[0]["lr"] = rate
+                set_learning_rate(optimizer, rate)
                 optimizer.step()
             self.ema.update_parameters(self.student)
             for observed in seen:

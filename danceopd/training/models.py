@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from danceopd.backbones import pipeline_class_of
-from danceopd.backbones.loading import class_name_of
+from danceopd.backbones.loading import class_name_of, is_file_name, load_transformer_file, stream_blocks
 from danceopd.config import Config, Source
 from danceopd.data.prepared import PreparedData, common_sizes
 from danceopd.data.sampler import Group, Samples
+from danceopd.eight_bit import to_eight_bit
 from danceopd.errors import UserError
 from danceopd.fields import Field, SharedField, guided
-from danceopd.lora import Lora, LoraStudent, SharedBase, combine, load_lora, target_layers
+from danceopd.lora import Lora, LoraStudent, SharedBase, combine, load_lora, merge_into, target_layers
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -74,7 +75,7 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
         if name in on_base
     }
     others = {
-        name: attempt(f"sources.{name}.weights", backbone.load_transformer, source.weights, dtype)
+        name: attempt(f"sources.{name}.weights", _own_weights, source, config, backbone, transformer)
         for name, source in config.sources.items()
         if name not in on_base
     }
@@ -84,6 +85,8 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
         attempt(f"sources.{name}.embedded_guidance", _check_embedded, network, source.embedded_guidance)
     if layers is None or None in loras.values() or None in others.values():
         return None, None
+    if config.training.base_precision:
+        to_eight_bit(transformer, device)
     shared = SharedBase(transformer.to(device), [lora for lora in loras.values() if lora], backbone.velocity, layers)
     if config.training.gradient_checkpointing:
         shared.enable_gradient_checkpointing()
@@ -92,7 +95,9 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
     student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, generator, embedded).to(device)
     place = {name: i for i, name in enumerate(name for name, lora in loras.items() if lora)}
     fields = {name: (shared, place.get(name, -1)) for name in on_base}  # -1: the base itself
-    return student, fields | {name: _field(network.to(device), backbone) for name, network in others.items()}
+    return student, fields | {
+        name: _field(_placed(network, config, device), backbone) for name, network in others.items()
+    }
 
 
 def check_student(config: Config) -> None:
@@ -146,6 +151,24 @@ def _sum(source: Source, transformer: nn.Module, pipeline_class: type) -> Lora:
 def _field(network: nn.Module, backbone: ModuleType) -> Field:
     """A transformer of its own as a field."""
     return SharedBase(network, [], backbone.velocity).field(-1)
+
+
+def _own_weights(source: Source, config: Config, backbone: ModuleType, transformer: nn.Module) -> nn.Module:
+    """A source's own transformer with its adapters merged; transformer: the model's."""
+    dtype = PRECISIONS[config.training.precision]
+    if is_file_name(source.weights):
+        network = load_transformer_file(source.weights, transformer, config.model, dtype)
+    else:
+        network = backbone.load_transformer(source.weights, dtype)
+    return merge_into(network, _sum(source, network, pipeline_class_of(config.model)))
+
+
+def _placed(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """A source's transformer as it waits to be asked: on the device, or in host memory."""
+    offload = config.training.offload_sources
+    if config.training.base_precision:
+        to_eight_bit(network, None if offload else device)
+    return stream_blocks(network, device) if offload else network.to(device)
 
 
 def _embedding(field: Field, guidance: float | None) -> Field:

@@ -17,6 +17,7 @@ from danceopd.config import Config
 from danceopd.data.manifest import ManifestData
 from danceopd.data.sampler import Samples, embedded_samples
 from danceopd.data.world import WorldData
+from danceopd.eight_bit import check_eight_bit
 from danceopd.errors import UserError
 from danceopd.fields import Field, guided
 from danceopd.methods import needs
@@ -58,6 +59,8 @@ def build(config: Config) -> Parts:
     device = attempt("training.device", find_device, config.training.device)
     attempt("training.output_dir", _check_folder, config.training.output_dir)
     attempt("training.optimizer", adamw_class, config.training.optimizer)
+    if config.training.base_precision:
+        attempt("training.base_precision", check_eight_bit)
     if config.model:
         return _build_model(config, device, attempt, problems)
     student = attempt("student.init_from", _load, config.student.init_from)
