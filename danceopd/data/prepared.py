@@ -37,7 +37,7 @@ class PreparedData:
             raise UserError(f"no prepared rows at {self.path}; make them by `danceopd data prepare`") from None
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(
-                f"{self.path} is damaged or of an older version ({error!r}); run `danceopd data prepare` again"
+                f"{self.path} is damaged or of an older version ({error}); run `danceopd data prepare` again"
             ) from None
         if not self.rows:
             known = hint(capability, {row["capability"] for row in rows})
@@ -106,9 +106,10 @@ class PreparedData:
 
 
 def _kind(row: dict) -> Kind:
-    if len(row["sources"]) != len(row["source_sizes"]):
-        raise ValueError(f"row {row['id']} has {len(row['sources'])} sources of {len(row['source_sizes'])} sizes")
-    return tuple(row["size"]), tuple(map(tuple, row["source_sizes"]))
+    sizes = row.get("source_sizes", [])
+    if len(row["sources"]) != len(sizes):
+        raise ValueError(f"row {row['id']} has {len(row['sources'])} sources of {len(sizes)} sizes")
+    return tuple(row["size"]), tuple(map(tuple, sizes))
 
 
 @dataclass(frozen=True)
