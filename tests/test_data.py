@@ -226,7 +226,9 @@ def test_csv_and_jsonl_are_equal(folder, encoding, newline):
     writer = csv.DictWriter(buffer, columns, lineterminator=newline)
     writer.writeheader()
     lists = [row for row in records if isinstance(row.get("source_image"), list)]
-    writer.writerows(row | {"source_image": json.dumps(row["source_image"])} if row in lists else row for row in records)
+    writer.writerows(
+        row | {"source_image": json.dumps(row["source_image"])} if row in lists else row for row in records
+    )
     (folder / "m.csv").write_bytes(buffer.getvalue().encode(encoding))
     text = newline.join(json.dumps(record, ensure_ascii=False) for record in records)
     (folder / "m.JSONL").write_bytes(text.encode(encoding))
