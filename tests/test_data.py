@@ -204,6 +204,15 @@ def test_csv_problems(folder, text, line, words):
     assert words in problems[0].message
 
 
+def test_a_list_in_a_csv_cell_must_be_json(folder):
+    (folder / "m.csv").write_text("task,prompt,source_image\nedit,x,['a.png']\nedit,y,[]\nedit,z,a.png\n")
+    rows, problems = read_manifest(folder / "m.csv", needs_source=["edit"])
+    assert [len(row.source_images) for row in rows] == [1]
+    assert [problem.line for problem in problems] == [2, 3]
+    assert 'write a list as ["a.png", "b.png"]' in problems[0].message
+    assert "needs a source_image" in problems[1].message
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_csv_and_jsonl_are_equal(folder, encoding, newline):
@@ -357,6 +366,11 @@ def test_manifest_data(folder):
 
 
 def test_mixtures_of_pictures_are_refused(folder):
+    path = jsonl(folder / "m.jsonl", [good(source_image=["a.png"]), good(source_image=["a.png", "a.png"])])
+    with pytest.raises(
+        ValueError, match=r"1 rows .*several source pictures \(line 2\); the embedded network takes one"
+    ):
+        ManifestData(path, "t2i", 8)
     path = jsonl(folder / "m.jsonl", [good(source_image="a.png")] + [good()] * 7)
     with pytest.raises(ValueError, match=r"7 of 8 .*source_image \(line 2, 3, 4, 5, 6, and 2 more\)"):
         ManifestData(path, "t2i", 8)
