@@ -64,7 +64,7 @@ def config_of(root, folder, **changes):
     raw = {
         "model": str(root / "model"),
         "student": {"lora": {"rank": 2}},
-        "sources": {"base": {}},
+        "sources": {"base": {"guidance_scale": 3.0}},  # another than the student begins as
         "capabilities": {name: {"source": "base", "task": name, "data": data} for name in ("t2i", "edit")},
         "rollout": {"num_inference_steps": 3},
         "training": {"output_dir": str(folder), "max_steps": 6, "batch_size": 4, "log_every": 1, "sample_every": 0},
@@ -86,7 +86,7 @@ def test_rows_of_one_and_two_references_train_in_batches_of_one_kind(place, tmp_
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
     assert len(losses) == 6
-    assert all(map(math.isfinite, losses))
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
     assert {"t2i", "edit"} in [set(record["loss_by_capability"]) for record in records if "loss" in record]
     found = dry_run(config).found
     assert "t2i: 3 rows" in " ".join(found)
