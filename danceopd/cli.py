@@ -99,7 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("data", help="check a manifest, or write the picture world as one")
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser("check", help="list every problem of a manifest and its pictures, by line")
-    check.add_argument("manifest", type=Path, help="JSONL or CSV: id, task, prompt, source_image, target_image")
+    check.add_argument(
+        "manifest", type=Path, help="JSONL or CSV: id, task, prompt, source_image (or a list), target_image"
+    )
     check.add_argument("--root", type=Path, help="the folder of the pictures (the manifest's own without)")
     check.add_argument("--needs-source", nargs="*", default=(), metavar="TASK", help="tasks that must have sources")
     check.set_defaults(run=run_data_check)

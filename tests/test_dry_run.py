@@ -68,6 +68,7 @@ def write_rows(folder, family: str, transformer, shape, capabilities: dict[str, 
     for name, task in capabilities.items():
         sources = [picture] if task == "edit" else []
         row = {"capability": name, "prompt": prompt, "sources": sources, "target": None, "size": [SIZE, SIZE]}
+        row["source_sizes"] = [[SIZE, SIZE] for _ in sources]
         lines += [{"id": str(i), **row} for i in range(3)]
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

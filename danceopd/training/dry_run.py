@@ -1,7 +1,8 @@
 """What a run takes and what it lacks, without loading a weight: `danceopd train --dry-run`.
 
-Networks are built on the meta device from their configurations; of files only configurations, headers and prepared
-rows are read. What the backward keeps is seen on a forward there, through the code that trains.
+Networks are built on the meta device from their configurations; of files only configurations, headers, prepared
+rows and both ends of the encoders' files are read. What the backward keeps is seen on a forward there, through the code
+that trains.
 """
 
 import json
@@ -153,8 +154,9 @@ def _model(config: Config, plan: Plan) -> None:
         return
     plan.found.append(_parts(config.model))
     for m, (name, capability) in enumerate(config.capabilities.items()) if samples else ():
-        rows = sum(len(group.data[m]) for group in samples.groups)
+        rows = sum(map(len, {id(group.data[m]): group.data[m] for group in samples.groups}.values()))
         plan.found.append(f"{name}: {rows} rows in {capability.data.prepared}")
+    plan.found += samples.never_drawn if samples else ()
     transformer = attempt("model", meta_transformer, config.model, backbone, dtype)
     attempt("model", check_weights, config.model)
     sources, networks = {}, {}
@@ -204,7 +206,7 @@ def _model(config: Config, plan: Plan) -> None:
     if samples is None:
         return
     micro = micro_batch(config)
-    group = max(samples.groups, key=lambda g: math.prod(g.shape))
+    group = max(samples.groups, key=lambda g: sum(map(math.prod, (g.shape, *g.source_shapes))))
     seen = []
     for name, rows in zip(config.capabilities, group.data, strict=True):
         conditioning = attempt(f"capabilities.{name}.data", samples.condition, rows, [0], [False])

@@ -95,17 +95,18 @@ class Trainer:
 
     def draw(self) -> Batch:
         """The batch of this step, the same at any number of micro-batches and after any interruption."""
-        generator = step_generator(self.config.training.seed, self.step, BATCH)
         weights = self.gaps.route_weights(self.weights) if self.config.route == "adaptive" else self.weights
         return draw_batch(
             self.parts.samples,
             weights,
             self.config.training.batch_size,
-            generator,
+            self.config.training.seed,
+            self.step,
             self.guidance_scales,
             in_turn=self.config.route == "round_robin",
             prompt_dropout=self.prompt_dropout,
             with_clean="clean" in self.needs,
+            stream=BATCH,
         )
 
     def student_field(self) -> Field:
@@ -201,9 +202,10 @@ class Trainer:
 
     def _preview(self, m: int, n: int) -> Batch:
         """n fixed samples of one capability."""
-        generator = step_generator(self.config.training.seed, 0, PREVIEW)
+        seed = self.config.training.seed
         only = [float(i == m) for i in range(len(self.names))]
-        return draw_batch(self.parts.samples, only, n, generator, self.guidance_scales).to(self.device)
+        batch = draw_batch(self.parts.samples, only, n, seed, 0, self.guidance_scales, stream=PREVIEW)
+        return batch.to(self.device)
 
     @torch.no_grad()
     def sample_grid(self, path: Path) -> None:
@@ -401,6 +403,8 @@ def train(config: Config, overwrite: bool = False) -> Path:
     """
     torch.manual_seed(config.training.seed)
     parts = build(config)
+    for line in parts.samples.never_drawn:
+        print(f"warning: {line}")
     if parts.device.type == "cpu":
         keep_freed_memory()
     folder = config.training.output_dir

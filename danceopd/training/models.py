@@ -1,6 +1,7 @@
 """A run on a diffusers model: one frozen transformer that carries the student's adapter and the sources'."""
 
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 from danceopd.backbones import pipeline_class_of
 from danceopd.backbones.loading import class_name_of, is_file_name, load_transformer_file, stream_blocks
 from danceopd.config import Config, Source
-from danceopd.data.prepared import PreparedData, common_sizes
+from danceopd.data.prepare import check_encoders, fingerprints
+from danceopd.data.prepared import PreparedData, mix
 from danceopd.data.sampler import Group, Samples
 from danceopd.eight_bit import to_eight_bit
 from danceopd.errors import UserError
@@ -20,23 +22,31 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Samples | None:
-    """The prepared rows of every capability in groups of one picture size; None where some cannot be used."""
+    """The prepared rows of every capability in groups that may share a batch; None where some cannot be used."""
     steps = config.rollout.num_inference_steps
+    encoders = fingerprints(config.model)
     for name, capability in config.capabilities.items():
         attempt(f"capabilities.{name}.task", _check_task, capability.task, backbone, config.model)
-    data = [
-        attempt(f"capabilities.{name}.data.prepared", rows_of, capability.data.prepared, name, capability)
-        for name, capability in config.capabilities.items()
-    ]
-    sizes = None if None in data else attempt("capabilities", common_sizes, data)
-    if sizes is None:
+    data = {}
+    for name, capability in config.capabilities.items():
+        key, path = f"capabilities.{name}.data.prepared", capability.data.prepared
+        data[name] = rows = attempt(key, rows_of, path, name, capability)
+        if rows:
+            attempt(key, check_encoders, path, rows.head, config.model, encoders)
+    mixing = None if None in data.values() else attempt("capabilities", mix, data)
+    if mixing is None:
         return None
-    groups = []
-    for size, rows in sizes.items():
-        shape = attempt("model", backbone.latent_shape, config.model, *size)
-        sigmas = attempt("model", backbone.sigmas, config.model, steps, *size)
-        groups.append(Group([part.of_size(size) for part in data], shape, rows, sigmas))
-    return Samples(groups, lambda rows, indices, without_prompt: rows.condition(indices, without_prompt))
+    groups, part = [], cache(lambda name, kind: data[name].part(kind))  # one data set for equal rows of two groups
+    for kind, rows in mixing.rows.items():
+        shape, *sources = (attempt("model", backbone.latent_shape, config.model, *size) for size in (kind[0], *kind[1]))
+        sigmas = attempt("model", backbone.sigmas, config.model, steps, *kind[0])
+        if None in (shape, *sources) or sigmas is None:
+            return None
+        group = [part(name, own.own(kind)) for name, own in data.items()]
+        groups.append(Group(group, shape, rows, sigmas, tuple(sources)))
+    return Samples(
+        groups, lambda rows, indices, without_prompt: rows.condition(indices, without_prompt), tuple(mixing.never_drawn)
+    )
 
 
 def _check_task(task: str, backbone: ModuleType, model) -> None:
