@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from danceopd.backbones import empty_transformer
 from danceopd.backbones.dit import DiT
-from danceopd.backbones.loading import transformer_folder
+from danceopd.backbones.loading import check_weights, transformer_folder
 from danceopd.checkpoint import read_config, resolve_weights
 from danceopd.conditioning import Conditioning
 from danceopd.config import Config
@@ -137,7 +137,14 @@ def evaluations_per_step(config: Config) -> dict[str, float] | None:
 def _model(config: Config, plan: Plan) -> None:
     from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
     from danceopd.lora import LoraStudent, SharedBase, lora_parameters
-    from danceopd.training.models import PRECISIONS, check_student, model_samples, sources_on_base, student_layers
+    from danceopd.training.models import (
+        PRECISIONS,
+        check_decoder,
+        check_student,
+        model_samples,
+        sources_on_base,
+        student_layers,
+    )
 
     attempt, dtype = plan.attempt, PRECISIONS[config.training.precision]
     attempt("student.init_from", check_student, config)
@@ -151,6 +158,7 @@ def _model(config: Config, plan: Plan) -> None:
         plan.found.append(f"{name}: {rows} rows in {capability.data.prepared}")
     transformer = attempt("model", meta_transformer, config.model, backbone, dtype)
     attempt("model", check_weights, config.model)
+    attempt("training.sample_every", check_decoder, config)
     sources = {}
     for name, source in config.sources.items():
         if name not in sources_on_base(config):
@@ -252,24 +260,6 @@ def meta_transformer(folder: Path | str, backbone, dtype: torch.dtype) -> nn.Mod
     if not hasattr(cls, "from_config"):
         raise UserError(f"{path}: a {name} is not a transformer of this family")
     return nn.Module.to(empty_transformer(folder), dtype).eval().requires_grad_(False)
-
-
-def check_weights(folder: Path | str) -> None:
-    """All files of a transformer's weights are there; none is opened. Raises UserError that names the missing ones."""
-    from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-
-    folder = transformer_folder(folder)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = [SAFETENSORS_WEIGHTS_NAME]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is damaged ({error}); copy it again") from None
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"no weights {', '.join(missing[:3])}{more} in {folder}; copy the folder again")
 
 
 # ------------------------------------------------------------------------------------ the embedded network's

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from danceopd.backbones import pipeline_class_of
-from danceopd.backbones.loading import class_name_of
+from danceopd.backbones.loading import check_weights, class_name_of
 from danceopd.config import Config, Source
 from danceopd.data.prepared import PreparedData, common_sizes
 from danceopd.data.sampler import Group, Samples
@@ -36,6 +36,22 @@ def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Sa
         sigmas = attempt("model", backbone.sigmas, config.model, steps, *size)
         groups.append(Group([part.of_size(size) for part in data], shape, rows, sigmas))
     return Samples(groups, lambda rows, indices, without_prompt: rows.condition(indices, without_prompt))
+
+
+def drawing_sigmas(config: Config, backbone: ModuleType, samples: Samples) -> dict[tuple[int, ...], torch.Tensor]:
+    """{latents' shape: noise levels of a picture drawn in evaluation.num_inference_steps}."""
+    steps = config.evaluation.num_inference_steps
+    sizes = {g.shape: next(tuple(rows.rows[0]["size"]) for rows in g.data if len(rows)) for g in samples.groups}
+    return {tuple(shape): backbone.sigmas(config.model, steps, *size) for shape, size in sizes.items()}
+
+
+def check_decoder(config: Config) -> None:
+    """Sample grids need the VAE. Raises UserError where they are drawn and it is not there."""
+    if config.training.sample_every and (config.model / "vae" / "config.json").is_file():  # else latent_shape says it
+        try:
+            check_weights(config.model / "vae")
+        except UserError as error:
+            raise UserError(f"sample grids are decoded by the VAE, but {error}; or give 0 for none") from None
 
 
 def _check_task(task: str, backbone: ModuleType, model) -> None:
