@@ -184,7 +184,7 @@ class Trainer:
         reference = {}
         for m, name in enumerate(self.names):
             norms = []
-            for batch in self._micro_batches(self._preview(m, n)):
+            for batch in micro_batches(self.config, self._preview(m, n)):
                 sigmas = self.sigmas if batch.sigmas is None else batch.sigmas
                 until = torch.arange(steps + 1).expand(len(batch), -1)
                 states, _ = rollout(self.parts.fields[m], batch.noise, batch.conditioning, sigmas, until)
@@ -197,11 +197,6 @@ class Trainer:
                     f"overflow in {self.config.training.precision}; copy or train them again"
                 )
         return reference
-
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        """Parts no larger than those of training, so that what trains fits here too."""
-        size = self.config.training.batch_size // self.config.training.gradient_accumulation_steps
-        return [batch[i : i + size] for i in range(0, len(batch), size)]
 
     def _preview(self, m: int, n: int) -> Batch:
         """n fixed samples of one capability."""
@@ -243,7 +238,7 @@ class Trainer:
         return torch.cat(
             [
                 sample(field, part.noise, part.conditioning, sigmas, evaluation.solver)
-                for part in self._micro_batches(batch)
+                for part in micro_batches(self.config, batch)
             ]
         )
 
@@ -387,6 +382,12 @@ class Trainer:
         if self.config.evaluation.times:
             record = {"network_evaluations": self.evaluations.total(), "evaluation": self.quick_scores()}
             log.write(self.step, record)
+
+
+def micro_batches(config: Config, batch: Batch) -> list[Batch]:
+    """Parts no larger than those of an update, so that where training fits this does too."""
+    size = config.training.batch_size // config.training.gradient_accumulation_steps
+    return [batch[i : i + size] for i in range(0, len(batch), size)]
 
 
 def guidance_scales(config: Config) -> list[float] | None:
