@@ -51,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling_arguments(command)
     command.set_defaults(run=run_sample)
 
-    command = commands.add_parser("report", help="score every row of a run; write results.json and report.html")
+    command = commands.add_parser(
+        "report", help="score a run, or measure a model's gaps; write results.json and report.html"
+    )
     command.add_argument("folder", type=Path, help="the output_dir of a training")
     command.set_defaults(run=run_report)
 

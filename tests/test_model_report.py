@@ -24,9 +24,9 @@ from danceopd.errors import UserError
 from danceopd.evaluation.model_run import held_out
 from danceopd.evaluation.report import format_markdown, format_table, summary
 from danceopd.lora import load_lora, merged
-from danceopd.training.dry_run import dry_run
-from danceopd.training.log import labelled_grid
-from danceopd.training.loop import MODEL_SAMPLES, Trainer, train
+from danceopd.training.dry_run import dry_run, grid_evaluations
+from danceopd.training.log import MODEL_SAMPLES, labelled_grid
+from danceopd.training.loop import Trainer, train
 from danceopd.training.setup import build
 
 SIZE, STEPS, DRAWN, GUIDANCE = 32, 3, 2, 2.0
@@ -111,9 +111,16 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
 
     monkeypatch.setattr(danceopd.training.loop, "labelled_grid", spy)
     trainer = Trainer(*(lambda c: (c, build(c)))(parse_config(config_of(place, tmp_path))))
-    before = trainer.evaluations.total()
+    before, asked = trainer.evaluations.total(), []
+
+    def velocity(transformer, latents, *rest):
+        asked.append(len(latents))
+        return flux2.velocity(transformer, latents, *rest)
+
+    trainer.student._shared[0]._velocity = velocity
     trainer.sample_grid(tmp_path / "grid.png")
     assert trainer.evaluations.total() == before
+    assert sum(asked) == sum(grid_evaluations(trainer.config)) == MODEL_SAMPLES * DRAWN * (3 + 2)
     rows = dict(seen[0])
     assert list(rows) == ["one: student", "one: its source one", "two: to edit", "two: student", "two: its source two"]
     with Image.open(tmp_path / "grid.png") as grid:

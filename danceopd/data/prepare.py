@@ -129,7 +129,10 @@ def prepare(
     Raises UserError for a manifest, model or cache of no use, and with strict for any problem.
     """
     rows, problems = read_manifest(manifest, root, needs_source=needs_source)
-    rows, seen, more = _look_at_pictures(rows, buckets(resolution, multiple_of(backbone, model)), workers)
+    sizes = buckets(resolution, multiple_of(backbone, model))
+    if not sizes or any(not (row.source_image or row.target_image) for row in rows):  # these are of this size exactly
+        backbone.latent_shape(model, resolution, resolution)
+    rows, seen, more = _look_at_pictures(rows, sizes, workers)
     problems = sorted([*problems, *more], key=lambda problem: problem.line)
     if problems and (strict or not rows):
         head = f"{manifest} has problems:" if strict else f"no row of {manifest} can be used:"

@@ -27,6 +27,7 @@ from danceopd.errors import UserError
 from danceopd.methods import needs
 from danceopd.optimizers import Muon, adamw_class, make_optimizers
 from danceopd.query import expected_depth
+from danceopd.training.log import MODEL_SAMPLES, PREVIEW_SAMPLES
 from danceopd.training.setup import find_device, load_data
 
 GIB = 2**30
@@ -40,7 +41,8 @@ class Plan:
 
     found: lines about files; parameters: by network; memory: bytes of one rank by term, and how they come about;
     activations: bytes that the backward keeps, without and with gradient checkpointing (None where a network has
-    none); evaluations: of one optimizer step by kind, None for a method whose are not worked out.
+    none); evaluations: of one optimizer step by kind, None for a method whose are not worked out; grid: of a sample
+    grid, and of its sources' rows once.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -49,6 +51,7 @@ class Plan:
     memory: dict[str, tuple[float, str]] = field(default_factory=dict)
     activations: tuple[float, float | None] | None = None
     evaluations: dict[str, float] | None = None
+    grid: tuple[int, int] | None = None
 
     def attempt(self, key: str, function: Callable, *args):
         """function(*args), or None and a problem."""
@@ -83,6 +86,8 @@ class Plan:
         else:
             lines += [f"  {name:34s} {count:10.1f}" for name, count in self.evaluations.items()]
             lines.append(f"  {'total':34s} {sum(self.evaluations.values()):10.1f}")
+        if self.grid:
+            lines.append(f"  a sample grid: {self.grid[0]}, and {self.grid[1]} of its sources for the first")
         if self.problems:
             lines += ["", "this run cannot start:", *(f"  {problem}" for problem in self.problems)]
         return "\n".join(lines).lstrip("\n")
@@ -96,6 +101,7 @@ def dry_run(config: Config) -> Plan:
     plan.attempt("training.optimizer", adamw_class, config.training.optimizer)
     (_model if config.model else _embedded)(config, plan)
     plan.evaluations = evaluations_per_step(config)
+    plan.grid = grid_evaluations(config) if config.training.sample_every else None
     return plan
 
 
@@ -129,6 +135,16 @@ def evaluations_per_step(config: Config) -> dict[str, float] | None:
     if config.training.gradient_checkpointing:
         counts["student, forward again"] = k * own
     return {name: config.training.batch_size * count for name, count in counts.items()}
+
+
+def grid_evaluations(config: Config) -> tuple[int, int]:
+    """(of every sample grid, of the sources' rows once in a run): forwards of one sample."""
+    count = (MODEL_SAMPLES if config.model else PREVIEW_SAMPLES) * config.evaluation.num_inference_steps
+    if config.evaluation.solver == "heun":
+        count = 2 * count - count // config.evaluation.num_inference_steps  # its last step is Euler's
+    own = sum(1 + (c.student_guidance_scale != 1) for c in config.capabilities.values())
+    sources = sum(1 + (config.sources[c.source].guidance_scale != 1) for c in config.capabilities.values())
+    return count * own, count * sources
 
 
 # -------------------------------------------------------------------------------------------- a model's run

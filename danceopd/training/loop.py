@@ -27,12 +27,11 @@ from danceopd.rollout import rollout, sample
 from danceopd.schedule import sigma_grid
 from danceopd.training.gaps import Gaps
 from danceopd.training.health import Health
-from danceopd.training.log import RunLog, labelled_grid
+from danceopd.training.log import MODEL_SAMPLES, PREVIEW_SAMPLES, RunLog, labelled_grid
 from danceopd.training.setup import Parts, build
 from danceopd.training.state import load_newest, save_state
 
 BATCH, QUERY, PREVIEW = 0, 1, 2  # streams of randomness of one step
-PREVIEW_SAMPLES, MODEL_SAMPLES = 8, 4  # of each capability in a sample grid: of the embedded network, of a model
 NOT_IDENTITY = (
     "max_steps",
     "output_dir",
