@@ -204,6 +204,7 @@ def test_the_report(run, place, capsys, tmp_path):
         assert f"{100 * gap['closed']:.0f}"[:1] in out
         assert len(gap["by_sigma"]["after"]) == STEPS
         assert sum(gap["by_sigma"]["after"]) / STEPS == pytest.approx(gap["after"], rel=1e-4)
+    check_the_error_before(results["gaps"]["one"], load_config(moved / "config.yaml"), place)
     page = (moved / "report.html").read_text()
     assert "data:image/jpeg;base64" in page
     for words in ("Gap closed", "Gradient norm", "Samples per second", "Loss by capability", "Network evaluations"):
@@ -219,10 +220,8 @@ def test_the_report(run, place, capsys, tmp_path):
     assert line.endswith(f"{int(results['gaps']['one']['closed'] * 1000) / 10:.1f} % |")
 
 
-def test_the_error_before_is_the_bases(run, place, tmp_path):
-    assert main(["report", str(run)]) == 0
-    gap = json.loads((run / "results.json").read_text())["gaps"]["one"]
-    config = load_config(run / "config.yaml")
+def check_the_error_before(gap, config, place):
+    """It is the base's own, worked out with plain transformers."""
     batch = held_out(config, build(config), 0)
     base = flux2.load_transformer(place / "model")
     teacher = merged(base, load_lora(place / "one", base, Flux2KleinPipeline))
