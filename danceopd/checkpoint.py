@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from danceopd.backbones.dit import DiT, DiTConfig
@@ -44,6 +44,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # of an open file it does not name it
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)
@@ -53,7 +55,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, which stands at `path` once the block has ended, and not at all if it fails.
 
-    Raises UserError where something is there already.
+    Raises UserError where something is there already, and for a safetensors file that the block could not write.
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UserError(f"{path} is there already; remove it, or give another place")
@@ -66,6 +68,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         for written in (*temporary.iterdir(), temporary):
             _sync(written)
         os.replace(temporary, path)
+    except SafetensorError as error:  # a full disk, which for safetensors is no OSError
+        raise UserError(f"cannot write {path}: {error}; make room, or give another place") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync(path.parent)

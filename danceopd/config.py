@@ -289,14 +289,9 @@ def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") 
 def _check_model(config: Config) -> list[str]:
     """What goes with a `model` only, and what does not go with one."""
     if config.model:
-        return [
-            f"{key}: not with a model yet; give 0"
-            for key, value in (
-                ("evaluation.times", config.evaluation.times),
-                ("training.sample_every", config.training.sample_every),
-            )
-            if value
-        ] + ([] if config.student.lora else ["student.lora: a model's student is an adapter so far; give lora: {}"])
+        return (["evaluation.times: not with a model yet; give 0"] if config.evaluation.times else []) + (
+            [] if config.student.lora else ["student.lora: a model's student is an adapter so far; give lora: {}"]
+        )
     of_models = {f"student.{key}": getattr(config.student, key) for key in ("lora", "embedded_guidance")}
     for key in ("gradient_checkpointing", "base_precision", "offload_sources"):
         of_models[f"training.{key}"] = getattr(config.training, key) or None

@@ -1,12 +1,14 @@
 """LoRA files as teachers: read in any layout that diffusers converts, merged, or many on one frozen transformer."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from danceopd_kernels import pack_adapters, routed_lora_linear
@@ -509,10 +511,24 @@ def named_factors(lora: Lora, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
-    """Write an adapter as the pipeline's own save_lora_weights does, so that load_lora_weights takes it."""
+    """Write an adapter as the pipeline's own save_lora_weights does, so that load_lora_weights takes it; atomically.
+
+    Raises UserError where it cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline_class.save_lora_weights(folder, transformer_lora_layers=named_factors(lora), safe_serialization=True)
-    return folder / FILES[1]
+    path = folder / FILES[1]
+    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        try:
+            pipeline_class.save_lora_weights(
+                temporary, transformer_lora_layers=named_factors(lora), safe_serialization=True
+            )
+        except SafetensorError as error:  # a full disk, which for safetensors is no OSError
+            raise UserError(f"cannot write {path}: {error}; make room, or give another place") from error
+        written = Path(temporary) / FILES[1]
+        with open(written, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(written, path)
+    return path
 
 
 def _flat(name: str) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import danceopd.data.cache
 import danceopd.lora
 from danceopd.backbones import backbone_of
+from danceopd.backbones.loading import check_weights
 from danceopd.cli import main
 from danceopd.conditioning import Conditioning
 from danceopd.config import load_config, parse_config
@@ -27,7 +28,7 @@ from danceopd.errors import UserError
 from danceopd.lora import LoraStudent, SharedBase, load_lora, target_layers
 from danceopd.optimizers import adamw_class, make_optimizers
 from danceopd.query import QUERIES, expected_depth, query
-from danceopd.training.dry_run import check_weights, dry_run
+from danceopd.training.dry_run import dry_run
 from danceopd.training.loop import Trainer
 from danceopd.training.models import student_layers
 from danceopd.training.setup import build

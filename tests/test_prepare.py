@@ -146,6 +146,16 @@ def test_bad_rows_are_listed_and_the_rest_goes_on(manifest, model, tmp_path):
         run(manifest, model, tmp_path)
 
 
+def test_a_resolution_that_the_model_does_not_take(manifest, model, tmp_path):
+    with pytest.raises(UserError, match=r"2x2 does not fit; height and width must be multiples of 16"):
+        run(manifest, model, tmp_path, resolution=2)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"id": "1", "task": "t2i", "prompt": "a cup"}) + "\n")
+    with pytest.raises(UserError, match="100x100 does not fit"):  # rows without pictures are of this size exactly
+        run(text, model, tmp_path, resolution=100)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_other_weights_make_other_entries(manifest, model, tmp_path):
     first = run(manifest, model, tmp_path)
     other = run(manifest, save_tiny(tmp_path / "other", seed=1), tmp_path)

@@ -185,6 +185,24 @@ def stream_blocks(network: nn.Module, device: torch.device) -> nn.Module:
     return network
 
 
+def check_weights(folder: Path | str) -> None:
+    """A transformer's or VAE's weights are all there; none is opened. Raises UserError that names the missing ones."""
+    from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+
+    folder = transformer_folder(folder)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = [SAFETENSORS_WEIGHTS_NAME]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({error}); copy it again") from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"no weights {', '.join(missing[:3])}{more} in {folder}; copy the folder again")
+
+
 def picture_codec(folder: Path | str, device: torch.device | str, dtype: torch.dtype) -> tuple[Callable, Callable]:
     """(encode, decode) of a pipeline's AutoencoderKL, without gradient, both on `device` in `dtype`.
 

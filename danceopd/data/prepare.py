@@ -159,6 +159,8 @@ def prepare(
     rows, problems = read_manifest(manifest, root, needs_source=needs_source)
     sizes = buckets(resolution, multiple_of(backbone, model))
     rows, too_many = _check_counts(rows, backbone, model)
+    if not sizes or any(not (row.source_images or row.target_image) for row in rows):  # these are of this size exactly
+        backbone.latent_shape(model, resolution, resolution)
     rows, seen, unreadable = _look_at_pictures(rows, sizes, workers)
     problems = sorted([*problems, *too_many, *unreadable], key=lambda problem: problem.line)
     if problems and (strict or not rows):

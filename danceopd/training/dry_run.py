@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from danceopd.backbones import empty_transformer
 from danceopd.backbones.dit import DiT
-from danceopd.backbones.loading import check_transformer_file, is_file_name, transformer_folder
+from danceopd.backbones.loading import check_transformer_file, check_weights, is_file_name, transformer_folder
 from danceopd.checkpoint import read_config, resolve_weights
 from danceopd.conditioning import Conditioning
 from danceopd.config import Config
@@ -29,6 +29,7 @@ from danceopd.errors import UserError
 from danceopd.methods import needs
 from danceopd.optimizers import Muon, adamw_class, make_optimizers
 from danceopd.query import expected_depth
+from danceopd.training.log import MODEL_SAMPLES, PREVIEW_SAMPLES
 from danceopd.training.setup import find_device, load_data
 
 GIB = 2**30
@@ -43,7 +44,8 @@ class Plan:
     found: lines about files; parameters: by network; memory: bytes of one rank by term, and how they come about;
     host: bytes that wait in host memory, in the same way;
     activations: bytes that the backward keeps, without and with gradient checkpointing (None where a network has
-    none); evaluations: of one optimizer step by kind, None for a method whose are not worked out.
+    none); evaluations: of one optimizer step by kind, None for a method whose are not worked out; grid: of a sample
+    grid, and of its sources' rows once.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -53,6 +55,7 @@ class Plan:
     host: dict[str, tuple[float, str]] = field(default_factory=dict)
     activations: tuple[float, float | None] | None = None
     evaluations: dict[str, float] | None = None
+    grid: tuple[int, int] | None = None
 
     def attempt(self, key: str, function: Callable, *args):
         """function(*args), or None and a problem."""
@@ -89,6 +92,8 @@ class Plan:
         else:
             lines += [f"  {name:34s} {count:10.1f}" for name, count in self.evaluations.items()]
             lines.append(f"  {'total':34s} {sum(self.evaluations.values()):10.1f}")
+        if self.grid:
+            lines.append(f"  a sample grid: {self.grid[0]}, and {self.grid[1]} of its sources for the first")
         if self.problems:
             lines += ["", "this run cannot start:", *(f"  {problem}" for problem in self.problems)]
         return "\n".join(lines).lstrip("\n")
@@ -102,6 +107,7 @@ def dry_run(config: Config) -> Plan:
     plan.attempt("training.optimizer", adamw_class, config.training.optimizer)
     (_model if config.model else _embedded)(config, plan)
     plan.evaluations = evaluations_per_step(config)
+    plan.grid = grid_evaluations(config) if config.training.sample_every else None
     return plan
 
 
@@ -137,13 +143,30 @@ def evaluations_per_step(config: Config) -> dict[str, float] | None:
     return {name: config.training.batch_size * count for name, count in counts.items()}
 
 
+def grid_evaluations(config: Config) -> tuple[int, int]:
+    """(of every sample grid, of the sources' rows once in a run): forwards of one sample."""
+    count = (MODEL_SAMPLES if config.model else PREVIEW_SAMPLES) * config.evaluation.num_inference_steps
+    if config.evaluation.solver == "heun":
+        count = 2 * count - count // config.evaluation.num_inference_steps  # its last step is Euler's
+    own = sum(1 + (c.student_guidance_scale != 1) for c in config.capabilities.values())
+    sources = sum(1 + (config.sources[c.source].guidance_scale != 1) for c in config.capabilities.values())
+    return count * own, count * sources
+
+
 # -------------------------------------------------------------------------------------------- a model's run
 
 
 def _model(config: Config, plan: Plan) -> None:
     from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
     from danceopd.lora import LoraStudent, SharedBase, lora_parameters
-    from danceopd.training.models import PRECISIONS, check_student, model_samples, sources_on_base, student_layers
+    from danceopd.training.models import (
+        PRECISIONS,
+        check_decoder,
+        check_student,
+        model_samples,
+        sources_on_base,
+        student_layers,
+    )
 
     attempt, dtype = plan.attempt, PRECISIONS[config.training.precision]
     eight_bit = config.training.base_precision and attempt("training.base_precision", check_eight_bit)
@@ -159,6 +182,7 @@ def _model(config: Config, plan: Plan) -> None:
     plan.found += samples.never_drawn if samples else ()
     transformer = attempt("model", meta_transformer, config.model, backbone, dtype)
     attempt("model", check_weights, config.model)
+    attempt("training.sample_every", check_decoder, config)
     sources, networks = {}, {}
     for name, source in config.sources.items():
         carrier = transformer  # of the source's adapters
@@ -298,24 +322,6 @@ def _streamed(network: nn.Module) -> int:
     lists = [child for child in network.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
     blocks = sorted((nbytes(block) for child in lists for block in child), reverse=True)
     return nbytes(network) - sum(blocks[2:])
-
-
-def check_weights(folder: Path | str) -> None:
-    """All files of a transformer's weights are there; none is opened. Raises UserError that names the missing ones."""
-    from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-
-    folder = transformer_folder(folder)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = [SAFETENSORS_WEIGHTS_NAME]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is damaged ({error}); copy it again") from None
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"no weights {', '.join(missing[:3])}{more} in {folder}; copy the folder again")
 
 
 # ------------------------------------------------------------------------------------ the embedded network's

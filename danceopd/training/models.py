@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from danceopd.backbones import pipeline_class_of
-from danceopd.backbones.loading import class_name_of, is_file_name, load_transformer_file, stream_blocks
+from danceopd.backbones.loading import (
+    check_weights,
+    class_name_of,
+    is_file_name,
+    load_transformer_file,
+    stream_blocks,
+)
 from danceopd.config import Config, Source
 from danceopd.data.prepare import check_encoders, fingerprints
 from danceopd.data.prepared import PreparedData, mix
@@ -47,6 +53,22 @@ def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Sa
     return Samples(
         groups, lambda rows, indices, without_prompt: rows.condition(indices, without_prompt), tuple(mixing.never_drawn)
     )
+
+
+def drawing_sigmas(config: Config, backbone: ModuleType, samples: Samples) -> dict[tuple[int, ...], torch.Tensor]:
+    """{latents' shape: noise levels of a picture drawn in evaluation.num_inference_steps}."""
+    steps = config.evaluation.num_inference_steps
+    sizes = {g.shape: next(tuple(rows.rows[0]["size"]) for rows in g.data if len(rows)) for g in samples.groups}
+    return {tuple(shape): backbone.sigmas(config.model, steps, *size) for shape, size in sizes.items()}
+
+
+def check_decoder(config: Config) -> None:
+    """Sample grids need the VAE. Raises UserError where they are drawn and it is not there."""
+    if config.training.sample_every and (config.model / "vae" / "config.json").is_file():  # else latent_shape says it
+        try:
+            check_weights(config.model / "vae")
+        except UserError as error:
+            raise UserError(f"sample grids are decoded by the VAE, but {error}; or give 0 for none") from None
 
 
 def _check_task(task: str, backbone: ModuleType, model) -> None:

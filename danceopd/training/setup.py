@@ -30,7 +30,8 @@ class Parts:
     """The student, each route's frozen field in the order of `config.capabilities`, where batches come from.
 
     anchor: the student as it was before training, frozen, where the method asks for it; save: writes a student's
-    weights into a folder, as others load them; combine: the model's own guidance, for `guided`.
+    weights into a folder, as others load them; combine: the model's own guidance, for `guided`. Of a model also
+    drawing_sigmas: noise levels of a finished picture by the latents' shape; load_decoder: loads what decodes latents.
     """
 
     student: nn.Module
@@ -41,6 +42,8 @@ class Parts:
     device: torch.device
     save: Callable[[nn.Module, Path], None]
     combine: Callable | None = None
+    drawing_sigmas: dict[tuple[int, ...], torch.Tensor] | None = None
+    load_decoder: Callable[[], Callable] | None = None
 
 
 def build(config: Config) -> Parts:
@@ -91,12 +94,21 @@ def build(config: Config) -> Parts:
 def _build_model(config: Config, device: torch.device, attempt: Callable, problems: list[str]) -> Parts:
     from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
     from danceopd.lora import save_lora
-    from danceopd.training.models import load_networks, model_fields, model_samples
+    from danceopd.training.models import (
+        PRECISIONS,
+        check_decoder,
+        drawing_sigmas,
+        load_networks,
+        model_fields,
+        model_samples,
+    )
 
     backbone = attempt("model", backbone_of, config.model)
     _stop_at(problems)
     samples = model_samples(config, backbone, attempt)
+    attempt("training.sample_every", check_decoder, config)
     _stop_at(problems)
+    sigmas = attempt("model", drawing_sigmas, config, backbone, samples)
     student, networks = load_networks(config, backbone, device, attempt)
     _stop_at(problems)
     empty_prompt = tree_map(lambda value: value.to(device), samples.groups[0].data[0].empty_prompt())
@@ -107,7 +119,10 @@ def _build_model(config: Config, device: torch.device, attempt: Callable, proble
     def save(student, folder: Path) -> None:
         save_lora(student.lora(), folder / "student", pipeline_class_of(config.model))
 
-    return Parts(student, fields, samples, anchor, empty_prompt, device, save, combine)
+    def load_decoder():
+        return backbone.picture_codec(config.model, device, PRECISIONS[config.training.precision])[1]
+
+    return Parts(student, fields, samples, anchor, empty_prompt, device, save, combine, sigmas, load_decoder)
 
 
 def _save_embedded(student: DiT, folder: Path) -> None:
