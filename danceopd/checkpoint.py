@@ -46,7 +46,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -64,14 +64,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for written in (*temporary.iterdir(), temporary):
-            _sync(written)
+            sync(written)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:

@@ -89,6 +89,7 @@ def _build_model(config: Config, device: torch.device, attempt: Callable, proble
     from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
     from danceopd.lora import save_lora
     from danceopd.training.models import load_networks, model_fields, model_samples
+    from danceopd.training.students import save_transformer
 
     backbone = attempt("model", backbone_of, config.model)
     _stop_at(problems)
@@ -102,7 +103,10 @@ def _build_model(config: Config, device: torch.device, attempt: Callable, proble
     anchor = copy.deepcopy(student).requires_grad_(False) if "anchor" in needs(config.method) else None
 
     def save(student, folder: Path) -> None:
-        save_lora(student.lora(), folder / "student", pipeline_class_of(config.model))
+        if config.student.lora:
+            save_lora(student.lora(), folder / "student", pipeline_class_of(config.model))
+        else:
+            save_transformer(student.transformer, folder / "student")
 
     return Parts(student, fields, samples, anchor, empty_prompt, device, save, combine)
 
