@@ -248,20 +248,23 @@ def test_a_process_that_dies_leaves_the_old_or_the_new_one(place, tmp_path, monk
         transformer.save_pretrained = lambda path: saved(path, max_shard_size=size)
         return transformer
 
+    def dying(real, left):  # left: how many of these steps it lives to see
+        def step(*args, **kwargs):
+            if not left:
+                raise Killed
+            left.pop()
+            return real(*args, **kwargs)
+
+        return step
+
     steps = [(students.os, "replace"), (students, "write_atomic"), (students.shutil, "rmtree")]
     outcomes = set()
     for number in range(60):
         save_transformer(sharded(copy.deepcopy(old)), folder)
-        count = iter(range(1000))
+        left = [None] * number
         with monkeypatch.context() as patched:
             for module, name in steps:
-
-                def dying(*args, real=getattr(module, name), **kwargs):
-                    if next(count) == number:
-                        raise Killed
-                    return real(*args, **kwargs)
-
-                patched.setattr(module, name, dying)
+                patched.setattr(module, name, dying(getattr(module, name), left))
             try:
                 save_transformer(sharded(copy.deepcopy(new)), folder)
                 whole = True
