@@ -9,7 +9,8 @@ import tiny_flux2
 import tiny_sd3
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from test_dry_run import SIZE, prompt_of, write_lora, write_rows
+from test_dry_run import SIZE, places, prompt_of, write_lora, write_rows  # noqa: F401
+from test_dry_run import config_of as family_config
 from test_model_training import losses
 from torch import nn
 
@@ -199,6 +200,36 @@ def test_checkpointing_changes_no_gradient_and_bf16_runs_in_bf16(place, tmp_path
     assert seen == [torch.bfloat16]
     assert answer.dtype == torch.float32
     assert 0 < (answer - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("family", ["flux", "klein", "qwen", "z"])
+def test_every_family_is_trained_in_bf16(places, family):  # noqa: F811
+    """An answer near float32's, a gradient for all that the picture depends on, and a plan."""
+    root = places(family)
+    backbone = backbone_of(root / "model")
+    transformer = backbone.load_transformer(root / "model")
+    guidance = 3.5 if getattr(transformer.config, "guidance_embeds", False) else None
+    exact = FullStudent(transformer, backbone.velocity, guidance)
+    half = FullStudent(copy.deepcopy(transformer), backbone.velocity, guidance, torch.bfloat16)
+    half.transformer.enable_gradient_checkpointing()
+    torch.manual_seed(0)
+    prompt = {name: value.expand(2, *value.shape) for name, value in prompt_of(family, transformer).items()}
+    latents = torch.randn(2, *backbone.latent_shape(root / "model", SIZE, SIZE))
+    x = latents, torch.tensor([0.9, 0.4]), Conditioning(prompt, None, torch.tensor([False, False]))
+    expected, answer = exact(*x), half.train()(*x)
+    assert answer.dtype == torch.float32
+    assert 0 < (answer - expected).abs().max() < 0.1 * expected.abs().max()
+    for velocity in (expected, answer):
+        velocity.square().mean().backward()
+    for a, b in zip(exact.parameters(), half.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in half.parameters()) > 0.8 * len(
+        list(half.parameters())
+    )
+    changes = {"student": {}, "training.precision": "bf16", "training.gradient_checkpointing": True}
+    plan = dry_run(family_config(root, **changes))
+    assert plan.problems == []
+    assert 0 < plan.activations[1] < plan.activations[0]
 
 
 def test_samples_with_and_without_sources_are_two_forwards(tmp_path):
