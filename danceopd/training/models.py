@@ -82,13 +82,13 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
         for name, source in config.sources.items()
         if name not in on_base
     }
+    own = transformer if config.student.lora else attempt("student.init_from", empty_transformer, start_folder(config))
+    if own:
+        attempt("student.embedded_guidance", _check_embedded, own, config.student.embedded_guidance)
     for name, source in config.sources.items():
         network = others.get(name) or transformer
         if network:
             attempt(f"sources.{name}.embedded_guidance", _check_embedded, network, source.embedded_guidance)
-    own = transformer if config.student.lora else attempt("student.init_from", empty_transformer, start_folder(config))
-    if own:
-        attempt("student.embedded_guidance", _check_embedded, own, config.student.embedded_guidance)
     if layers is None or None in loras.values() or None in others.values():
         return None, None
     if config.student.lora:
