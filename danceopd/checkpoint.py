@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,12 +36,19 @@ def resolve_weights(weights: str) -> Path:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one whole: temporary file, fsync, rename."""
+    """Write a file so that a crash leaves the old one or the new one whole."""
+    with new_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which takes the place of one at `path` once the block has ended, and not if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -48,7 +56,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -66,16 +74,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for written in (*temporary.iterdir(), temporary):
-            _sync(written)
+            sync(written)
         os.replace(temporary, path)
     except SafetensorError as error:  # a full disk, which for safetensors is no OSError
         raise UserError(f"cannot write {path}: {error}; make room, or give another place") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:

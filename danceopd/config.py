@@ -38,10 +38,12 @@ class NewLora(Section):
 
 
 class Student(Section):
-    """init_from: the name of an embedded network, or a .safetensors file; with a `model`, "base", its transformer.
+    """init_from: the name of an embedded network, or a .safetensors file; with a `model`, "base", its transformer,
+    the name of a source, or "merge", the mean of all sources (of networks: guidance is no part of either).
 
-    lora: train an adapter of it, for a `model`. embedded_guidance: the number that a guidance-distilled `model` takes
-    as an input (FLUX.1 dev and Kontext 3.5, FLUX.2 dev 4), at which the student is trained and then drawn with.
+    lora: train an adapter of a `model`'s transformer; all its weights if not given. embedded_guidance: the number that
+    a guidance-distilled `model` takes as an input (FLUX.1 dev and Kontext 3.5, FLUX.2 dev 4), at which the student is
+    trained and then drawn with.
     """
 
     init_from: str = "base"
@@ -289,9 +291,8 @@ def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") 
 def _check_model(config: Config) -> list[str]:
     """What goes with a `model` only, and what does not go with one."""
     if config.model:
-        return (["evaluation.times: not with a model yet; give 0"] if config.evaluation.times else []) + (
-            [] if config.student.lora else ["student.lora: a model's student is an adapter so far; give lora: {}"]
-        )
+        evaluation = ["evaluation.times: not with a model yet; give 0"] if config.evaluation.times else []
+        return evaluation + _check_start(config)
     of_models = {f"student.{key}": getattr(config.student, key) for key in ("lora", "embedded_guidance")}
     for key in ("gradient_checkpointing", "base_precision", "offload_sources"):
         of_models[f"training.{key}"] = getattr(config.training, key) or None
@@ -302,6 +303,24 @@ def _check_model(config: Config) -> list[str]:
     return [f"{key}: is for a model's; give model, or leave it out" for key in given] + [
         f"sources.{name}.weights: required, but not given" for name in unnamed
     ]
+
+
+def _check_start(config: Config) -> list[str]:
+    """What a model's student cannot begin as."""
+    start, key = config.student.init_from, "student.init_from"
+    if start not in ("base", "merge", *config.sources):
+        return [f"{key}: no source {start!r}, nor base or merge{nearest(start, ['base', 'merge', *config.sources])}"]
+    if start == "merge" and "merge" in config.sources:
+        return [f"{key}: merge is the mean of all sources, but one of them has this name too; give it another"]
+    if config.student.lora and start != "base":
+        begun = config.sources if start == "merge" else [start]
+        own = [name for name in begun if config.sources[name].weights not in (None, "base")]
+        if own:
+            return [
+                f"{key}: {', '.join(own)} has weights of its own, which no adapter can begin as; leave student.lora "
+                "out to train all weights, or begin as base and distil"
+            ]
+    return []
 
 
 def _cross_check(config: Config) -> list[str]:

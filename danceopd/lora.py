@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from danceopd.conditioning import Conditioning
 from danceopd.eight_bit import as_multiplied
 from danceopd.errors import UserError
-from danceopd.fields import Field
+from danceopd.fields import Field, by_sources
 
 Lora = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # by module: A [rank, in], B [out, rank], scale
 
@@ -100,6 +100,11 @@ def combine(loras: Sequence[Lora]) -> Lora:
             b = torch.cat([b.float() * scale for _, b, scale in parts], dim=1)
             result[name] = (torch.cat([a.float() for a, _, _ in parts]), b, 1.0)
     return result
+
+
+def average(loras: Sequence[Lora]) -> Lora:
+    """The plain mean of what the LoRAs add, exactly: of the sum of their ranks."""
+    return combine([{name: (a, b, scale / len(loras)) for name, (a, b, scale) in lora.items()} for lora in loras])
 
 
 def _find(path: Path) -> Path:
@@ -405,23 +410,14 @@ class SharedBase:
         return self._ask(latents, sigma, conditioning, None, same=True, student=student)
 
     def _ask(self, latents, sigma, conditioning, adapter, same, student=None):
-        has = conditioning.has_source
-        if conditioning.source is None or not has.any():
-            sources = ()
-        elif has.all():
-            source = conditioning.source
-            sources = source if isinstance(source, tuple) else (source,)
-        else:  # the transformer takes sources for all of a batch or for none
-            result = torch.empty_like(latents)
-            for rows in (has, ~has):
-                index, part = rows.nonzero()[:, 0], adapter if same else adapter[rows]
-                answer = self._ask(latents[index], sigma[index], conditioning[index], part, same, student)
-                result = result.index_copy(0, index, answer)
-            return result
-        with self._route.of(adapter, same, student):
-            return self._velocity(
-                self.transformer, latents, sigma, conditioning.prompt, sources, conditioning.embedded_guidance
-            )
+        def ask(latents, sigma, conditioning, sources, rows):
+            part = adapter if same or rows is None else adapter[rows]
+            with self._route.of(part, same, student):
+                return self._velocity(
+                    self.transformer, latents, sigma, conditioning.prompt, sources, conditioning.embedded_guidance
+                )
+
+        return by_sources(ask, latents, sigma, conditioning)
 
 
 class LoraStudent(nn.Module):
@@ -462,10 +458,9 @@ class LoraStudent(nn.Module):
 
     def layer(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One linear layer with its adapter, or without where the student has none there."""
-        key = _flat(name)
-        if f"{key}/lora_A" not in self.factors:
+        if f"{_flat(name)}/lora_A" not in self.factors:
             return nn.functional.linear(x, weight, bias)
-        a, b = self.factors[f"{key}/lora_A"], self.factors[f"{key}/lora_B"]
+        a, b = self.factors_of(name)
         first = _constant((0, self.rank), torch.int64, x.device)
         scale = _constant((self.alpha / self.rank,), torch.float32, x.device)
         adapters = Adapters(a, b.mT, first, scale, self.rank)
@@ -473,6 +468,10 @@ class LoraStudent(nn.Module):
         everyone = _constant((0,), torch.int64, x.device)
         out = routed_lora_linear(rows, weight, bias, adapters, everyone)
         return out.reshape(*x.shape[:-1], len(weight))
+
+    def factors_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A [rank, in] and B [out, rank] of a layer."""
+        return self.factors[f"{_flat(name)}/lora_A"], self.factors[f"{_flat(name)}/lora_B"]
 
     def lora(self) -> Lora:
         """The adapter by module, detached, on the CPU."""

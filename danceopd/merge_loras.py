@@ -22,7 +22,7 @@ from danceopd.data.prepared import PreparedData
 from danceopd.errors import UserError
 from danceopd.evaluation.velocity import velocity_error
 from danceopd.fields import Field, guided
-from danceopd.lora import FILES, Lora, SharedBase, combine, load_lora, target_layers
+from danceopd.lora import FILES, Lora, SharedBase, average, load_lora, target_layers
 from danceopd.rollout import sample
 from danceopd.training.log import labelled_grid
 from danceopd.training.loop import train
@@ -230,11 +230,6 @@ def targets_of(loras: Iterable[Lora], transformer: nn.Module) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------- comparison
-
-
-def average(loras: Sequence[Lora]) -> Lora:
-    """The plain mean of what the LoRAs add, exactly: of the sum of their ranks."""
-    return combine([{name: (a, b, scale / len(loras)) for name, (a, b, scale) in lora.items()} for lora in loras])
 
 
 def fields_of(

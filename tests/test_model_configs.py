@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -171,6 +172,9 @@ def test_it_fits_its_card_at_the_real_size(real, config):
     if loaded.training.base_precision:
         pytest.importorskip("torchao")
     plan = dry_run(loaded)
+    if said := re.search(r"One rank takes (\d+) GiB", config.read_text()):
+        assert int(said[1]) == round(plan.total_memory() / GIB)
+    assert bool(said) == (loaded.student.lora is None)
     assert plan.parameters["base"] == pytest.approx(MODELS[model][2] * 1e9, rel=0.03)
     assert plan.total_memory() < CARDS["24gb" in config.stem] * GIB
     assert plan.activations[0] > 3 * plan.activations[1]

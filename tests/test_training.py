@@ -272,6 +272,22 @@ def test_full_disk_keeps_the_previous_checkpoint(raw, monkeypatch):
     assert not list((folder / "checkpoints").glob(".*tmp"))
 
 
+def test_a_disk_that_fills_up_while_torch_writes(tmp_path, monkeypatch):
+    """Its writer's own error hides the system's."""
+    state.save_state(tmp_path, {"step": 1, "a": torch.zeros(10)}, 2)
+
+    def full(*_):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"No space left on device; the checkpoint .*step-00000001\.pt is still good"):
+        state.save_state(tmp_path, {"step": 2}, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
+
+
 def test_unwritable_folder_is_found_before_training(raw, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")

@@ -158,19 +158,11 @@ def grid_evaluations(config: Config) -> tuple[int, int]:
 
 def _model(config: Config, plan: Plan) -> None:
     from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
-    from danceopd.lora import LoraStudent, SharedBase, lora_parameters
-    from danceopd.training.models import (
-        PRECISIONS,
-        check_decoder,
-        check_student,
-        model_samples,
-        sources_on_base,
-        student_layers,
-    )
+    from danceopd.lora import lora_parameters
+    from danceopd.training.models import PRECISIONS, check_decoder, model_samples, needs_base, sources_on_base
 
     attempt, dtype = plan.attempt, PRECISIONS[config.training.precision]
     eight_bit = config.training.base_precision and attempt("training.base_precision", check_eight_bit)
-    attempt("student.init_from", check_student, config)
     backbone = attempt("model", backbone_of, config.model)
     samples = model_samples(config, backbone, attempt) if backbone else _rows_alone(config, plan)
     if backbone is None:
@@ -181,7 +173,8 @@ def _model(config: Config, plan: Plan) -> None:
         plan.found.append(f"{name}: {rows} rows in {capability.data.prepared}")
     plan.found += samples.never_drawn if samples else ()
     transformer = attempt("model", meta_transformer, config.model, backbone, dtype)
-    attempt("model", check_weights, config.model)
+    if needs_base(config) or config.student.init_from == "base":
+        attempt("model", check_weights, config.model)
     attempt("training.sample_every", check_decoder, config)
     sources, networks = {}, {}
     for name, source in config.sources.items():
@@ -203,7 +196,8 @@ def _model(config: Config, plan: Plan) -> None:
                 plan.found.append(f"{name}: {lora.path}, {checked}")
     if transformer is None:
         return
-    plan.parameters["base"] = count(transformer)
+    if needs_base(config):
+        plan.parameters["base"] = count(transformer)
     plan.parameters |= {f"source {name}, beside the base": n for name, n in sources.items() if n is not None}
     size, name = dtype.itemsize, str(dtype).removeprefix("torch.")
     how = f"{size} bytes, {name}"
@@ -211,22 +205,21 @@ def _model(config: Config, plan: Plan) -> None:
         how = f"1 byte in the blocks' linear layers, {size} elsewhere"
         for network in filter(None, (transformer, *networks.values())):
             to_eight_bit(network)
-    plan.memory["base weights"] = nbytes(transformer), f"{count(transformer):,} x {how}, shared"
+    if needs_base(config):
+        plan.memory["base weights"] = nbytes(transformer), f"{count(transformer):,} x {how}, shared"
     total = sum(n for source, n in sources.items() if n and source not in networks)
     plan.memory["sources beside the base"] = total * size, f"{total:,} x {size} bytes, {name}"
     _add_networks(config, plan, [network for network in networks.values() if network], how)
-    layers = attempt("student.lora.targets", student_layers, config, backbone, transformer)
-    if layers is None:
+    student = _model_student(config, plan, backbone, transformer)
+    if student is None:
         return
-
-    def velocity(transformer, latents, sigma, prompt, sources=(), *_, **__):
-        return backbone.velocity(transformer, latents, sigma, prompt, sources, 1.0)
-
-    lora = config.student.lora
-    with torch.device("meta"):
-        shared = SharedBase(transformer, [], velocity, layers)
-        student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank)
     _trained(config, plan, student)
+    autocast, trained = None, transformer
+    if not config.student.lora:
+        trained = student.transformer
+        if dtype != torch.float32:
+            autocast, n = dtype, count(trained)
+            plan.memory[f"student in {name}"] = n * size, f"{n:,} x {size} bytes, of a forward by autocast"
     if samples is None:
         return
     micro = micro_batch(config)
@@ -236,13 +229,74 @@ def _model(config: Config, plan: Plan) -> None:
         conditioning = attempt(f"capabilities.{name}.data", samples.condition, rows, [0], [False])
         if conditioning is None:
             return
-        seen.append((*kept_for_backward(student, transformer, group.shape, conditioning), _bytes_of(conditioning)))
+        seen.append(
+            (*kept_for_backward(student, trained, group.shape, conditioning, autocast), _bytes_of(conditioning))
+        )
     plain, checkpointed = (max(values) for values in list(zip(*seen, strict=True))[:2])
     _add_activations(config, plan, plain, checkpointed)
     latents = FLOAT * math.prod(group.shape)
     _add_states(config, plan, latents)
     inputs = micro * (latents + max(size for *_, size in seen))
     plan.memory["latents, prompts, sources"] = inputs, f"{micro} samples of the largest picture size, as prepared"
+
+
+def _model_student(config: Config, plan: Plan, backbone, transformer: nn.Module) -> nn.Module | None:
+    """The student on the meta device, or None where a problem is in its way."""
+    from danceopd.lora import LoraStudent, SharedBase
+    from danceopd.training.models import student_layers
+    from danceopd.training.students import FullStudent
+
+    def velocity(transformer, latents, sigma, prompt, sources=(), *_, **__):
+        return backbone.velocity(transformer, latents, sigma, prompt, sources, 1.0)
+
+    lora = config.student.lora
+    if lora is None:
+        start = plan.attempt("student.init_from", _meta_start, config, backbone)
+        return start and FullStudent(start, velocity)
+    layers = plan.attempt("student.lora.targets", student_layers, config, backbone, transformer)
+    if layers is None:
+        return None
+    cut = plan.attempt("student.init_from", _cut_layers, config, transformer, layers)
+    if cut:
+        plan.found.append(f"student: begins as {config.student.init_from}, cut to rank {lora.rank} in {cut} layers")
+    with torch.device("meta"):
+        return LoraStudent(SharedBase(transformer, [], velocity, layers), layers, lora.rank, lora.alpha or lora.rank)
+
+
+def _meta_start(config: Config, backbone) -> nn.Module:
+    """The transformer that a full student begins as. Raises UserError for a merge of transformers that differ."""
+    from danceopd.training.models import source_folder, sources_on_base, start_folder
+    from danceopd.training.students import check_alike
+
+    parts = {"model": start_folder(config)}
+    if config.student.init_from == "merge":
+        on_base = sources_on_base(config)
+        own = {f"source {name}": source_folder(config, s) for name, s in config.sources.items() if name not in on_base}
+        parts = (parts if on_base else {}) | own
+    (first, start), *others = ((n, meta_transformer(folder, backbone, torch.float32)) for n, folder in parts.items())
+    for name, network in others:
+        check_alike(first, start, name, network)
+    return start
+
+
+def _cut_layers(config: Config, transformer: nn.Module, layers: list[str]) -> int:
+    """In how many layers what a LoRA student begins as has a larger rank. Raises UserError as start_lora does.
+
+    Files whose conversion depends on values say nothing here.
+    """
+    from danceopd.backbones import pipeline_class_of
+    from danceopd.lora import combine, load_lora
+    from danceopd.training.students import start_lora
+
+    pipeline_class, loras = pipeline_class_of(config.model), {}
+    for name, source in config.sources.items():
+        if config.student.init_from not in (name, "merge"):
+            continue
+        try:
+            loras[name] = combine([load_lora(x.path, transformer, pipeline_class, 1.0, True) for x in source.lora])
+        except (UserError, RuntimeError):  # said of the source, where it is a problem
+            return 0
+    return sum(len(a) > config.student.lora.rank for a, _, _ in start_lora(config, loras, layers).values())
 
 
 def _rows_alone(config: Config, plan: Plan) -> None:
@@ -425,13 +479,36 @@ class _Attention(torch.autograd.Function):
         return out
 
 
-class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch's own would keep the whole matrix of scores."""
+class _AsOnDevice(TorchFunctionMode):
+    """On the meta device torch's own attention would keep the whole matrix of scores, and autocast does nothing.
+
+    autocast: the dtype that it would run products in on a GPU, norms in float32; casts: of the parameters, each made
+    once in a forward, whatever the number of samples.
+    """
+
+    def __init__(self, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.autocast = autocast
+        self.casts: dict[int, torch.Tensor] = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.autocast and function in (F.linear, F.conv2d, F.scaled_dot_product_attention):
+            args, kwargs = tree_map(self._cast, (args, kwargs))
+        elif self.autocast and function in (F.layer_norm, F.rms_norm):
+            args, kwargs = tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) else x, (args, kwargs))
         if function is F.scaled_dot_product_attention:
-            return self._attend(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+            return self._attend(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    def _cast(self, value):
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            return value
+        if not isinstance(value, nn.Parameter):
+            return value.to(self.autocast)
+        if id(value) not in self.casts:
+            self.casts[id(value)] = value.to(self.autocast)
+        return self.casts[id(value)]
 
     @staticmethod
     def _attend(query, key, value, *_, **__):
@@ -467,12 +544,17 @@ class _Kept:
 
 
 def kept_for_backward(
-    student: nn.Module, transformer: nn.Module | None, shape: tuple[int, ...], conditioning: Conditioning
+    student: nn.Module,
+    transformer: nn.Module | None,
+    shape: tuple[int, ...],
+    conditioning: Conditioning,
+    autocast: torch.dtype | None = None,
 ) -> tuple[int, int | None]:
     """Bytes that a forward of one sample keeps for its backward, without and with gradient checkpointing.
 
-    student: on the meta device; transformer: the one under its adapter, whose blocks a checkpointed run computes
-    again, one at a time; None where nothing can be. conditioning: of one sample.
+    student: on the meta device; transformer: the one under its adapter, or its own, whose blocks a checkpointed run
+    computes again, one at a time; None where nothing can be. conditioning: of one sample. autocast: the dtype of
+    products; copies of the parameters in it are not counted.
     """
     fixed, outside, inputs, blocks = _Kept(), _Kept(), _Kept(), []
     for network in filter(None, (student, transformer)):
@@ -492,11 +574,13 @@ def kept_for_backward(
 
     if transformer is not None:
         transformer.enable_gradient_checkpointing(block)
+    adapter = hasattr(student, "layer")
+    if adapter:
         student.layer = lambda name, x, weight, bias: _adapted(student, name, x, weight)
     # Some families read lengths and masks on the host, others want them where the rest is.
     for place in ("meta", "cpu"):
         try:
-            with _FusedAttention(), outside.hooks():
+            with _AsOnDevice(autocast) as device, outside.hooks():
                 _forward(student, shape, conditioning, place)
             break
         except RuntimeError:
@@ -505,7 +589,10 @@ def kept_for_backward(
             outside, inputs, blocks = _Kept(), _Kept(), []
     if transformer is not None:
         transformer.disable_gradient_checkpointing()
+    if adapter:
         del student.layer
+    for cast in device.casts.values():
+        fixed.add(cast)
     everything = _Kept()
     for part in (outside, *blocks):
         everything.storages |= part.storages

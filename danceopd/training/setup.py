@@ -102,6 +102,7 @@ def _build_model(config: Config, device: torch.device, attempt: Callable, proble
         model_fields,
         model_samples,
     )
+    from danceopd.training.students import save_transformer
 
     backbone = attempt("model", backbone_of, config.model)
     _stop_at(problems)
@@ -117,7 +118,10 @@ def _build_model(config: Config, device: torch.device, attempt: Callable, proble
     anchor = copy.deepcopy(student).requires_grad_(False) if "anchor" in needs(config.method) else None
 
     def save(student, folder: Path) -> None:
-        save_lora(student.lora(), folder / "student", pipeline_class_of(config.model))
+        if config.student.lora:
+            save_lora(student.lora(), folder / "student", pipeline_class_of(config.model))
+        else:
+            save_transformer(student.transformer, folder / "student")
 
     def load_decoder():
         return backbone.picture_codec(config.model, device, PRECISIONS[config.training.precision])[1]

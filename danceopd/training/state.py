@@ -1,11 +1,10 @@
 """Checkpoints of a run: atomic to write, verified to read, the newest few kept."""
 
-import io
 from pathlib import Path
 
 import torch
 
-from danceopd.checkpoint import write_atomic
+from danceopd.checkpoint import new_file
 from danceopd.errors import UserError
 
 PATTERN = "step-*.pt"
@@ -16,16 +15,16 @@ def save_state(folder: Path, state: dict, keep: int) -> Path:
 
     Raises UserError where the disk is full or the folder read-only; what was there before stays good.
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
     path = folder / f"step-{state['step']:08d}.pt"
     try:
-        write_atomic(path, buffer.getvalue())
-    except OSError as error:
+        with new_file(path) as file:  # not through a buffer: a whole transformer's state fills the memory once
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch's writer may hide the first behind the second
+        reason = getattr(error, "strerror", None) or error.__context__ or error
         older = checkpoints(folder)
         good = f"the checkpoint {older[-1]} is still good" if older else "there is no earlier checkpoint"
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; {good}. Make room or choose another "
+            f"cannot write {path}: {reason}; {good}. Make room or choose another "
             "training.output_dir, then run the same command again"
         ) from error
     for old in checkpoints(folder)[:-keep]:
