@@ -207,7 +207,7 @@ class Plain:
 
         config = self.ours.config
         samples, seed = Samples(self.ours.parts.samples.groups, numbers), config.training.seed
-        batch = draw_batch(samples, self.ours.weights, config.training.batch_size, step_generator(seed, step, BATCH))
+        batch = draw_batch(samples, self.ours.weights, config.training.batch_size, seed, step, stream=BATCH)
         return batch, query(len(batch), STEPS, step_generator(seed, step, QUERY), bias="low_t")
 
     def update(self, step: int) -> float:

@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from danceopd.backbones.dit import DiT, DiTConfig
@@ -35,15 +36,24 @@ def resolve_weights(weights: str) -> Path:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one whole: temporary file, fsync, rename."""
+    """Write a file so that a crash leaves the old one or the new one whole."""
+    with new_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which takes the place of one at `path` once the block has ended, and not if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # of an open file it does not name it
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
@@ -53,7 +63,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, which stands at `path` once the block has ended, and not at all if it fails.
 
-    Raises UserError where something is there already.
+    Raises UserError where something is there already, and for a safetensors file that the block could not write.
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UserError(f"{path} is there already; remove it, or give another place")
@@ -66,6 +76,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         for written in (*temporary.iterdir(), temporary):
             sync(written)
         os.replace(temporary, path)
+    except SafetensorError as error:  # a full disk, which for safetensors is no OSError
+        raise UserError(f"cannot write {path}: {error}; make room, or give another place") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync(path.parent)

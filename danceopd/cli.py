@@ -51,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling_arguments(command)
     command.set_defaults(run=run_sample)
 
-    command = commands.add_parser("report", help="score every row of a run; write results.json and report.html")
+    command = commands.add_parser(
+        "report", help="score a run, or measure a model's gaps; write results.json and report.html"
+    )
     command.add_argument("folder", type=Path, help="the output_dir of a training")
     command.set_defaults(run=run_report)
 
@@ -99,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("data", help="check a manifest, or write the picture world as one")
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser("check", help="list every problem of a manifest and its pictures, by line")
-    check.add_argument("manifest", type=Path, help="JSONL or CSV: id, task, prompt, source_image, target_image")
+    check.add_argument(
+        "manifest", type=Path, help="JSONL or CSV: id, task, prompt, source_image (or a list), target_image"
+    )
     check.add_argument("--root", type=Path, help="the folder of the pictures (the manifest's own without)")
     check.add_argument("--needs-source", nargs="*", default=(), metavar="TASK", help="tasks that must have sources")
     check.set_defaults(run=run_data_check)
@@ -160,9 +164,10 @@ def run_train(args: argparse.Namespace) -> int | None:
 
     config = load_config(args.config, args.overrides)
     folder = train(config, overwrite=args.overwrite)
-    student, following = ("student", "export") if config.model else ("student.safetensors", "report")
-    print(f"student: {folder / student}\nlog:     {folder / 'log.jsonl'}")
-    print(f"next:    danceopd {following} {folder}" + (" -o FOLDER" if config.model else ""))
+    print(f"student: {folder / ('student' if config.model else 'student.safetensors')}")
+    print(f"log:     {folder / 'log.jsonl'}\nnext:    danceopd report {folder}")
+    if config.model:
+        print(f"         danceopd export {folder} -o FOLDER")
 
 
 def _field_and_sampler(args: argparse.Namespace):
@@ -220,7 +225,9 @@ def run_report(args: argparse.Namespace) -> None:
     from danceopd.evaluation.report import format_table
     from danceopd.evaluation.run import evaluate_run
 
-    results = evaluate_run(args.folder, lambda rows: tqdm(rows, desc="scoring", unit="row"))
+    results = evaluate_run(args.folder, lambda rows: tqdm(rows, desc="evaluating", unit="part"))
+    for warning in results["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     print(format_table(results))
     print("\n".join(f"wrote {args.folder / name}" for name in ("results.json", "report.html")))
 

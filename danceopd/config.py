@@ -38,10 +38,12 @@ class NewLora(Section):
 
 
 class Student(Section):
-    """init_from: the name of an embedded network, or a .safetensors file; with a `model`, "base", its transformer.
+    """init_from: the name of an embedded network, or a .safetensors file; with a `model`, "base", its transformer,
+    the name of a source, or "merge", the mean of all sources (of networks: guidance is no part of either).
 
-    lora: train an adapter of it, for a `model`. embedded_guidance: the number that a guidance-distilled `model` takes
-    as an input (FLUX.1 dev and Kontext 3.5, FLUX.2 dev 4), at which the student is trained and then drawn with.
+    lora: train an adapter of a `model`'s transformer; all its weights if not given. embedded_guidance: the number that
+    a guidance-distilled `model` takes as an input (FLUX.1 dev and Kontext 3.5, FLUX.2 dev 4), at which the student is
+    trained and then drawn with.
     """
 
     init_from: str = "base"
@@ -59,7 +61,9 @@ class LoraFile(Section):
 class Source(Section):
     """A frozen teacher. guidance_scale 1 asks its conditional field; any other makes guidance part of the field.
 
-    weights: as a student's init_from, "base" if not given with a `model`; lora: adapters on its transformer, summed.
+    weights: as a student's init_from; with a `model`, "base" (also if not given), a transformer's or a pipeline's
+    folder, or a transformer in one .safetensors file, under diffusers' names or in a layout that diffusers converts.
+    lora: adapters on its transformer, summed.
     embedded_guidance: as a student's, the number that this source is asked with. Pipelines of Z-Image count their
     guidance from 0: their g is the guidance_scale 1 + g.
     """
@@ -119,6 +123,9 @@ class Training(Section):
 
     max_network_evaluations ends a run before max_steps: forwards of one sample by any network, a backward counted
     as two. gradient_checkpointing: with a `model`, the backward computes each block again instead of keeping it.
+    base_precision: of the frozen linear weights in a `model`'s blocks, those of sources too; adapters stay as they
+    are. offload_sources: with a `model`, sources with weights of their own wait in host memory, and a forward brings
+    their blocks to the device one after another, the next while one computes; without effect on a CPU.
     """
 
     output_dir: Path
@@ -136,6 +143,8 @@ class Training(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    base_precision: Literal["int8"] | None = None
+    offload_sources: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Positive = 5
     save_every: Positive = 100
@@ -282,16 +291,11 @@ def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") 
 def _check_model(config: Config) -> list[str]:
     """What goes with a `model` only, and what does not go with one."""
     if config.model:
-        return [
-            f"{key}: not with a model yet; give 0"
-            for key, value in (
-                ("evaluation.times", config.evaluation.times),
-                ("training.sample_every", config.training.sample_every),
-            )
-            if value
-        ] + ([] if config.student.lora else ["student.lora: a model's student is an adapter so far; give lora: {}"])
+        evaluation = ["evaluation.times: not with a model yet; give 0"] if config.evaluation.times else []
+        return evaluation + _check_start(config)
     of_models = {f"student.{key}": getattr(config.student, key) for key in ("lora", "embedded_guidance")}
-    of_models["training.gradient_checkpointing"] = config.training.gradient_checkpointing or None
+    for key in ("gradient_checkpointing", "base_precision", "offload_sources"):
+        of_models[f"training.{key}"] = getattr(config.training, key) or None
     for name, source in config.sources.items():
         of_models |= {f"sources.{name}.{key}": getattr(source, key) for key in ("lora", "embedded_guidance")}
     given = [key for key, value in of_models.items() if value not in (None, [])]
@@ -299,6 +303,24 @@ def _check_model(config: Config) -> list[str]:
     return [f"{key}: is for a model's; give model, or leave it out" for key in given] + [
         f"sources.{name}.weights: required, but not given" for name in unnamed
     ]
+
+
+def _check_start(config: Config) -> list[str]:
+    """What a model's student cannot begin as."""
+    start, key = config.student.init_from, "student.init_from"
+    if start not in ("base", "merge", *config.sources):
+        return [f"{key}: no source {start!r}, nor base or merge{nearest(start, ['base', 'merge', *config.sources])}"]
+    if start == "merge" and "merge" in config.sources:
+        return [f"{key}: merge is the mean of all sources, but one of them has this name too; give it another"]
+    if config.student.lora and start != "base":
+        begun = config.sources if start == "merge" else [start]
+        own = [name for name in begun if config.sources[name].weights not in (None, "base")]
+        if own:
+            return [
+                f"{key}: {', '.join(own)} has weights of its own, which no adapter can begin as; leave student.lora "
+                "out to train all weights, or begin as base and distil"
+            ]
+    return []
 
 
 def _cross_check(config: Config) -> list[str]:

@@ -5,9 +5,11 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import yaml
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
@@ -40,11 +42,14 @@ def export(run: Path, output: Path, merge: bool = False, layout: str = "diffuser
     """Write the student of a run's folder into a new folder, with a model card; returns the file of its weights.
 
     An adapter that the pipeline's load_lora_weights takes, or with merge the transformer with it, in the dtype of
-    the base's own files, that from_pretrained takes. layout: diffusers, comfyui or kohya. Raises UserError for a run
-    without a student, a base that is no longer there, a layout that the family lacks, and an output that is there.
+    the base's own files, that from_pretrained takes; of a run that trained all weights always the transformer.
+    layout: diffusers, comfyui or kohya. Raises UserError for a run without a student, a base that is no longer there,
+    a layout that the family lacks, and an output that is there.
     """
     config = _config_of(run)
     backbone = backbone_of(config.model)
+    if not config.student.lora:
+        return _export_full(run, output, config, backbone, layout)
     if merge and layout != "diffusers":
         raise UserError("a merged transformer is written as diffusers does; leave out --layout, or --merge")
     pipeline_class, empty = pipeline_class_of(config.model), empty_transformer(config.model)
@@ -63,6 +68,17 @@ def export(run: Path, output: Path, merge: bool = False, layout: str = "diffuser
     return output
 
 
+def _export_full(run: Path, output: Path, config: Config, backbone: ModuleType, layout: str) -> Path:
+    if layout != "diffusers":
+        raise UserError(f"{run} trained all weights; {layout} is a layout of adapters: leave out --layout")
+    transformer = backbone.load_transformer(run / "student", stored_dtype(config.model / "transformer"))
+    card = model_card(run, config, True, layout, type(transformer).__name__)
+    with new_folder(output) as folder:
+        transformer.save_pretrained(folder)
+        card.save(folder / "README.md")
+    return output
+
+
 def _config_of(run: Path) -> Config:
     """The configuration of a run that has something to export."""
     if not (run / "config.yaml").is_file():
@@ -70,8 +86,9 @@ def _config_of(run: Path) -> Config:
     config = load_config(run / "config.yaml")
     if not config.model:
         raise UserError(f"{run} trained the embedded network; {run / 'student.safetensors'} is all of it")
-    if not (run / "student" / FILES[1]).is_file():
-        raise UserError(f"{run} holds no student/{FILES[1]} yet; train first: danceopd train --config ...")
+    file = FILES[1] if config.student.lora else SAFE_WEIGHTS_INDEX_NAME
+    if not (run / "student" / file).is_file():
+        raise UserError(f"{run} holds no student/{file} yet; train first: danceopd train --config ...")
     return config
 
 

@@ -139,6 +139,30 @@ def hard(fields: Sequence[Field], route: torch.Tensor) -> Field:
     return velocity
 
 
+def by_sources(ask: Callable, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    """The velocity [B, ...] of a transformer that takes source pictures for all of a batch or for none.
+
+    ask(latents, sigma, conditioning, sources, rows): one forward, of the samples `rows` [n] int64 of the batch (None:
+    of all) with sources, a tuple of [n, C, h, w] or (). Where only some samples have sources, these and the others are
+    two forwards.
+    """
+    has = conditioning.has_source
+    if conditioning.source is None or not has.any():
+        return ask(latents, sigma, conditioning, (), None)
+    if has.all():
+        source = conditioning.source
+        return ask(latents, sigma, conditioning, source if isinstance(source, tuple) else (source,), None)
+    result = torch.empty_like(latents)
+    for some in (has, ~has):
+        rows = some.nonzero()[:, 0]
+
+        def part(latents, sigma, conditioning, sources, _, rows=rows):
+            return ask(latents, sigma, conditioning, sources, rows)
+
+        result = result.index_copy(0, rows, by_sources(part, latents[rows], sigma[rows], conditioning[rows]))
+    return result
+
+
 def counted(field: Field, counter: Counter, name: str) -> Field:
     """The same field; counter[name] grows by one for each sample evaluated."""
 

@@ -1,12 +1,14 @@
 """LoRA files as teachers: read in any layout that diffusers converts, merged, or many on one frozen transformer."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from danceopd_kernels import pack_adapters, routed_lora_linear
@@ -19,8 +21,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from danceopd.conditioning import Conditioning
+from danceopd.eight_bit import as_multiplied
 from danceopd.errors import UserError
-from danceopd.fields import Field
+from danceopd.fields import Field, by_sources
 
 Lora = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # by module: A [rank, in], B [out, rank], scale
 
@@ -97,6 +100,11 @@ def combine(loras: Sequence[Lora]) -> Lora:
             b = torch.cat([b.float() * scale for _, b, scale in parts], dim=1)
             result[name] = (torch.cat([a.float() for a, _, _ in parts]), b, 1.0)
     return result
+
+
+def average(loras: Sequence[Lora]) -> Lora:
+    """The plain mean of what the LoRAs add, exactly: of the sum of their ranks."""
+    return combine([{name: (a, b, scale / len(loras)) for name, (a, b, scale) in lora.items()} for lora in loras])
 
 
 def _find(path: Path) -> Path:
@@ -306,11 +314,12 @@ class _RoutedLinear(nn.Linear):
             self.scale = tuple(scale for _, _, scale in adapters)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = as_multiplied(self.weight)
         if self.route.student is not None and x.numel():
-            return self.route.student.layer(self.name, x, self.weight, self.bias)
+            return self.route.student.layer(self.name, x, weight, self.bias)
         adapter = self.route.adapter
         if adapter is None or self.lora_a is None or not x.numel():
-            return nn.functional.linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, weight, self.bias)
         if self.route.same:
             rows = x.reshape(1, -1, x.shape[-1])  # whatever its axes mean
         else:
@@ -325,7 +334,7 @@ class _RoutedLinear(nn.Linear):
         first = _constant(self.first, torch.int64, x.device)
         scale = _constant(self.scale, torch.float32, x.device)
         adapters = Adapters(self.lora_a, self.lora_b, first, scale, self.rank)
-        out = routed_lora_linear(rows.to(self.weight.dtype), self.weight, self.bias, adapters, adapter)
+        out = routed_lora_linear(rows.to(weight.dtype), weight, self.bias, adapters, adapter)
         return out.reshape(*x.shape[:-1], self.out_features)
 
 
@@ -401,23 +410,14 @@ class SharedBase:
         return self._ask(latents, sigma, conditioning, None, same=True, student=student)
 
     def _ask(self, latents, sigma, conditioning, adapter, same, student=None):
-        has = conditioning.has_source
-        if conditioning.source is None or not has.any():
-            sources = ()
-        elif has.all():
-            source = conditioning.source
-            sources = source if isinstance(source, tuple) else (source,)
-        else:  # the transformer takes sources for all of a batch or for none
-            result = torch.empty_like(latents)
-            for rows in (has, ~has):
-                index, part = rows.nonzero()[:, 0], adapter if same else adapter[rows]
-                answer = self._ask(latents[index], sigma[index], conditioning[index], part, same, student)
-                result = result.index_copy(0, index, answer)
-            return result
-        with self._route.of(adapter, same, student):
-            return self._velocity(
-                self.transformer, latents, sigma, conditioning.prompt, sources, conditioning.embedded_guidance
-            )
+        def ask(latents, sigma, conditioning, sources, rows):
+            part = adapter if same or rows is None else adapter[rows]
+            with self._route.of(part, same, student):
+                return self._velocity(
+                    self.transformer, latents, sigma, conditioning.prompt, sources, conditioning.embedded_guidance
+                )
+
+        return by_sources(ask, latents, sigma, conditioning)
 
 
 class LoraStudent(nn.Module):
@@ -458,10 +458,9 @@ class LoraStudent(nn.Module):
 
     def layer(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One linear layer with its adapter, or without where the student has none there."""
-        key = _flat(name)
-        if f"{key}/lora_A" not in self.factors:
+        if f"{_flat(name)}/lora_A" not in self.factors:
             return nn.functional.linear(x, weight, bias)
-        a, b = self.factors[f"{key}/lora_A"], self.factors[f"{key}/lora_B"]
+        a, b = self.factors_of(name)
         first = _constant((0, self.rank), torch.int64, x.device)
         scale = _constant((self.alpha / self.rank,), torch.float32, x.device)
         adapters = Adapters(a, b.mT, first, scale, self.rank)
@@ -469,6 +468,10 @@ class LoraStudent(nn.Module):
         everyone = _constant((0,), torch.int64, x.device)
         out = routed_lora_linear(rows, weight, bias, adapters, everyone)
         return out.reshape(*x.shape[:-1], len(weight))
+
+    def factors_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A [rank, in] and B [out, rank] of a layer."""
+        return self.factors[f"{_flat(name)}/lora_A"], self.factors[f"{_flat(name)}/lora_B"]
 
     def lora(self) -> Lora:
         """The adapter by module, detached, on the CPU."""
@@ -507,10 +510,24 @@ def named_factors(lora: Lora, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
-    """Write an adapter as the pipeline's own save_lora_weights does, so that load_lora_weights takes it."""
+    """Write an adapter as the pipeline's own save_lora_weights does, so that load_lora_weights takes it; atomically.
+
+    Raises UserError where it cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline_class.save_lora_weights(folder, transformer_lora_layers=named_factors(lora), safe_serialization=True)
-    return folder / FILES[1]
+    path = folder / FILES[1]
+    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        try:
+            pipeline_class.save_lora_weights(
+                temporary, transformer_lora_layers=named_factors(lora), safe_serialization=True
+            )
+        except SafetensorError as error:  # a full disk, which for safetensors is no OSError
+            raise UserError(f"cannot write {path}: {error}; make room, or give another place") from error
+        written = Path(temporary) / FILES[1]
+        with open(written, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(written, path)
+    return path
 
 
 def _flat(name: str) -> str:

@@ -1,7 +1,6 @@
 """Several LoRAs of one model become one of the size of one: distilled by the trainer, from prompts alone."""
 
 import hashlib
-import io
 import json
 import re
 import sys
@@ -11,22 +10,21 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from danceopd.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.checkpoint import write_atomic
-from danceopd.conditioning import Conditioning
 from danceopd.config import Config, parse_config
 from danceopd.data.manifest import hint
 from danceopd.data.prepare import prepare
 from danceopd.data.prepared import PreparedData
 from danceopd.errors import UserError
+from danceopd.evaluation.velocity import velocity_error
 from danceopd.fields import Field, guided
-from danceopd.lora import FILES, Lora, SharedBase, combine, load_lora, target_layers
-from danceopd.rollout import rollout, sample
-from danceopd.training.log import to_uint8
+from danceopd.lora import FILES, Lora, SharedBase, average, load_lora, target_layers
+from danceopd.rollout import sample
+from danceopd.training.log import labelled_grid
 from danceopd.training.loop import train
 from danceopd.training.models import PRECISIONS
 from danceopd.training.setup import find_device
@@ -35,7 +33,7 @@ AVERAGE, STUDENT = "weight average", "distilled"
 COMPARED = 4  # prompts of each LoRA that errors are measured on
 SHOWN = 2  # of them in the grid
 DROPOUT = 0.1  # share of empty prompts, so that guidance works on the result
-CELL = (160, 512)  # least and largest width of a picture in the grid, in pixels
+CELL = 160  # least width of a picture in the grid, in pixels
 
 
 @dataclass(frozen=True)
@@ -234,25 +232,6 @@ def targets_of(loras: Iterable[Lora], transformer: nn.Module) -> list[str]:
 # ------------------------------------------------------------------------------------------------- comparison
 
 
-def average(loras: Sequence[Lora]) -> Lora:
-    """The plain mean of what the LoRAs add, exactly: of the sum of their ranks."""
-    return combine([{name: (a, b, scale / len(loras)) for name, (a, b, scale) in lora.items()} for lora in loras])
-
-
-@torch.no_grad()
-def velocity_error(
-    field: Field, teacher: Field, noise: torch.Tensor, conditioning: Conditioning, sigmas: torch.Tensor
-) -> float:
-    """The mean squared difference of a field's velocity from a teacher's, at every state of the field's own rollouts.
-
-    noise [B, ...]; sigmas [N + 1], the last of which is not asked.
-    """
-    steps = len(sigmas) - 1
-    states, at = rollout(field, noise, conditioning, sigmas, torch.arange(steps).expand(len(noise), -1))
-    asked = [(states[:, i], at[:, i], conditioning) for i in range(steps)]
-    return sum(float((field(*x) - teacher(*x)).float().square().mean()) for x in asked) / steps
-
-
 def fields_of(
     config: Config, backbone: ModuleType, adapters: dict[str, Lora], empty_prompt, device
 ) -> dict[str, Field]:
@@ -296,25 +275,5 @@ def _compare(
     columns = list(fields)
     del fields
     _, decode = backbone.picture_codec(config.model, device, PRECISIONS[config.training.precision])
-    return errors, _grid(columns, [(prompt, [decode(x)[0] for x in latents]) for prompt, latents in drawn])
-
-
-def _grid(columns: list[str], rows: list[tuple[str, list[torch.Tensor]]]) -> bytes:
-    """A PNG: a line of column names, then for each prompt its words and a row of pictures [3, H, W] in [-1, 1]."""
-    height, width = rows[0][1][0].shape[1:]
-    cell = min(max(width, CELL[0]), CELL[1])
-    tall, line = round(cell * height / width), max(16, cell // 16)
-    font = ImageFont.load_default(line * 0.7)
-    image = Image.new("RGB", (cell * len(columns), line + len(rows) * (line + tall)), "white")
-    draw = ImageDraw.Draw(image)
-    for i, name in enumerate(columns):
-        draw.text((i * cell + 4, 1), name, "black", font)
-    for j, (prompt, pictures) in enumerate(rows):
-        top = line + j * (line + tall)
-        draw.text((4, top + 1), prompt, "dimgray", font)
-        for i, picture in enumerate(pictures):
-            shown = Image.fromarray(to_uint8(picture).permute(1, 2, 0).numpy()).resize((cell, tall))
-            image.paste(shown, (i * cell, top + line))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    rows = [(prompt, [decode(x)[0] for x in latents]) for prompt, latents in drawn]
+    return errors, labelled_grid(rows, columns, least=CELL)

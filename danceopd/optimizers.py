@@ -61,10 +61,21 @@ def adamw_class(name: str) -> type[torch.optim.Optimizer]:
         return torch.optim.AdamW
     for module in ("bitsandbytes.optim", "torchao.optim"):
         try:
-            return import_module(module).AdamW8bit
+            return _eager(import_module(module).AdamW8bit)
         except (ImportError, AttributeError):
             continue
     raise UserError("adamw_8bit needs bitsandbytes or torchao; pip install 'danceopd[8bit]', or use adamw")
+
+
+def _eager(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Without torch.compile: torchao's compiles each shape of parameters, at up to 20 s a shape on a CPU."""
+
+    class Eager(cls):
+        def step(self, closure=None):
+            with torch.compiler.set_stance("force_eager"):
+                return super().step(closure)
+
+    return Eager
 
 
 def make_optimizers(
@@ -84,3 +95,12 @@ def make_optimizers(
     if rest:
         optimizers.append(adamw_class(name)(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay))
     return optimizers
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of the only group of parameters; torchao keeps it in a tensor, such that a new one compiles nothing again."""
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

@@ -80,7 +80,12 @@ def message_of(folder, record, **options):
         (good(source_image="a.png/../../outside.png"), "leads out of"),
         (good(source_image="a\0.png"), "not a path"),
         (good(source_image="a" * 5000), "not a path"),
-        (good(source_image=["a.png"]), "not text"),
+        (good(target_image=["a.png"]), "not text"),
+        (good(source_image={"path": "a.png"}), "not text"),
+        (good(source_image=["a.png", "b.png"]), "source_image 'b.png' is not there"),
+        (good(source_image=["a.png", "../outside.png"]), "leads out of"),
+        (good(source_image=["a.png", ""]), "a list must hold paths"),
+        (good(source_image=["a.png", ["a.png"]]), "a list must hold paths"),
     ],
 )
 def test_each_bad_line_is_reported(folder, record, words):
@@ -199,6 +204,15 @@ def test_csv_problems(folder, text, line, words):
     assert words in problems[0].message
 
 
+def test_a_list_in_a_csv_cell_must_be_json(folder):
+    (folder / "m.csv").write_text("task,prompt,source_image\nedit,x,['a.png']\nedit,y,[]\nedit,z,a.png\n")
+    rows, problems = read_manifest(folder / "m.csv", needs_source=["edit"])
+    assert [len(row.source_images) for row in rows] == [1]
+    assert [problem.line for problem in problems] == [2, 3]
+    assert 'write a list as ["a.png", "b.png"]' in problems[0].message
+    assert "needs a source_image" in problems[1].message
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_csv_and_jsonl_are_equal(folder, encoding, newline):
@@ -211,23 +225,36 @@ def test_csv_and_jsonl_are_equal(folder, encoding, newline):
             "target_image": "a.png",
             "source_image": "a.png",
         },
+        {"id": "3", "task": "edit", "prompt": "join", "source_image": ["b;1.png", "a.png", "b;1.png"]},
+        {"id": "4", "task": "t2i", "prompt": "an empty list", "source_image": []},
         {"task": "t2i", "prompt": "no pictures"},
     ]
+    picture(folder / "b;1.png")
     buffer = io.StringIO(newline="")
     columns = ["id", "task", "prompt", "note", "source_image", "target_image"]
     writer = csv.DictWriter(buffer, columns, lineterminator=newline)
     writer.writeheader()
-    writer.writerows(records)
+    lists = [row for row in records if isinstance(row.get("source_image"), list)]
+    writer.writerows(
+        row | {"source_image": json.dumps(row["source_image"])} if row in lists else row for row in records
+    )
     (folder / "m.csv").write_bytes(buffer.getvalue().encode(encoding))
     text = newline.join(json.dumps(record, ensure_ascii=False) for record in records)
     (folder / "m.JSONL").write_bytes(text.encode(encoding))
     (rows, problems), (other, other_problems) = (read_manifest(folder / name) for name in ("m.csv", "m.JSONL"))
     assert problems == other_problems == []
-    keys = ("id", "capability", "prompt", "source_image", "target_image")
-    strip = [[getattr(row, key) for key in keys] for row in rows[:2]]
-    assert strip == [[getattr(row, key) for key in keys] for row in other[:2]]
-    assert [(row.line, row.id) for row in rows] == [(2, "1"), (3, "2"), (4, "line 4")]
-    assert [(row.line, row.id) for row in other] == [(1, "1"), (2, "2"), (3, "line 3")]
+    keys = ("id", "capability", "prompt", "source_images", "target_image")
+    strip = [[getattr(row, key) for key in keys] for row in rows[:4]]
+    assert strip == [[getattr(row, key) for key in keys] for row in other[:4]]
+    assert [[path.name for path in row.source_images] for row in rows] == [
+        [],
+        ["a.png"],
+        ["b;1.png", "a.png", "b;1.png"],
+        [],
+        [],
+    ]
+    assert [(row.line, row.id) for row in rows] == [(2, "1"), (3, "2"), (4, "3"), (5, "4"), (6, "line 6")]
+    assert [(row.line, row.id) for row in other] == [(1, "1"), (2, "2"), (3, "3"), (4, "4"), (5, "line 5")]
     assert rows[1].prompt == "add 狗"
 
 
@@ -339,6 +366,11 @@ def test_manifest_data(folder):
 
 
 def test_mixtures_of_pictures_are_refused(folder):
+    path = jsonl(folder / "m.jsonl", [good(source_image=["a.png"]), good(source_image=["a.png", "a.png"])])
+    with pytest.raises(
+        ValueError, match=r"1 rows .*several source pictures \(line 2\); the embedded network takes one"
+    ):
+        ManifestData(path, "t2i", 8)
     path = jsonl(folder / "m.jsonl", [good(source_image="a.png")] + [good()] * 7)
     with pytest.raises(ValueError, match=r"7 of 8 .*source_image \(line 2, 3, 4, 5, 6, and 2 more\)"):
         ManifestData(path, "t2i", 8)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import danceopd.data.cache
 import danceopd.lora
 from danceopd.backbones import backbone_of
+from danceopd.backbones.loading import check_weights
 from danceopd.cli import main
 from danceopd.conditioning import Conditioning
 from danceopd.config import load_config, parse_config
@@ -27,7 +28,7 @@ from danceopd.errors import UserError
 from danceopd.lora import LoraStudent, SharedBase, load_lora, target_layers
 from danceopd.optimizers import adamw_class, make_optimizers
 from danceopd.query import QUERIES, expected_depth, query
-from danceopd.training.dry_run import check_weights, dry_run
+from danceopd.training.dry_run import dry_run
 from danceopd.training.loop import Trainer
 from danceopd.training.models import student_layers
 from danceopd.training.setup import build
@@ -68,6 +69,7 @@ def write_rows(folder, family: str, transformer, shape, capabilities: dict[str, 
     for name, task in capabilities.items():
         sources = [picture] if task == "edit" else []
         row = {"capability": name, "prompt": prompt, "sources": sources, "target": None, "size": [SIZE, SIZE]}
+        row["source_sizes"] = [[SIZE, SIZE] for _ in sources]
         lines += [{"id": str(i), **row} for i in range(3)]
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

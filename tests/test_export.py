@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import resource
+import shutil
 
 import diffusers
 import numpy as np
@@ -16,14 +18,14 @@ from peft import LoraConfig
 from safetensors import safe_open
 
 from danceopd.backbones import backbone_of, empty_transformer, pipeline_class_of
-from danceopd.checkpoint import new_folder
+from danceopd.checkpoint import new_folder, write_atomic
 from danceopd.cli import main
 from danceopd.conditioning import Conditioning
 from danceopd.config import parse_config
 from danceopd.data.prepare import prepare
 from danceopd.errors import UserError
 from danceopd.export import LAYOUTS, export, hub_id, stored_dtype
-from danceopd.lora import load_lora, merge_into, target_layers
+from danceopd.lora import FILES, load_lora, merge_into, save_lora, target_layers
 from danceopd.rollout import sample
 from danceopd.training.loop import Trainer, train
 from danceopd.training.setup import build
@@ -266,3 +268,23 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         assert not (tmp_path / "deep" / "out").exists()
     assert (tmp_path / "deep" / "out" / "whole").read_text() == "x"
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_said_and_leaves_what_was_there(sd3_run, tmp_path):
+    run, config = sd3_run
+    shutil.copytree(run / "student", tmp_path / "student")
+    before = (tmp_path / "student" / FILES[1]).read_bytes()
+    lora = load_lora(run / "student", empty_transformer(config.model), StableDiffusion3Pipeline)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # no file may grow longer: the same error, on any machine
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*student.*make room"):
+            save_lora(lora, tmp_path / "student", StableDiffusion3Pipeline)
+        with pytest.raises(UserError, match=r"cannot write .*whole.*make room"):
+            export(run, tmp_path / "whole", merge=True)
+        with pytest.raises(OSError, match="long"):
+            write_atomic(tmp_path / "long", bytes(3000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "student" / FILES[1]).read_bytes() == before
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [FILES[1], "student"]

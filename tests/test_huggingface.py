@@ -36,10 +36,25 @@ def test_rows_and_pictures_are_the_data_sets(folder, tmp_path, capsys):
         ("b", "edit", "two"),
         ("c", "edit", "three"),
     ]
-    assert rows[0].source_image is None
+    assert rows[0].source_images == ()
     for row, picture in zip(rows, pictures, strict=True):
         assert np.array_equal(Image.open(row.target_image), picture)
-    assert np.array_equal(Image.open(rows[2].source_image), pictures[1])
+    assert np.array_equal(Image.open(rows[2].source_images[0]), pictures[1])
+
+
+def test_a_column_of_lists_of_pictures(folder, tmp_path):
+    _, pictures = folder
+    rows = datasets.Dataset.from_dict(
+        {"prompt": ["one", "two"], "source_image": [[pictures[0]], pictures[1:]]},
+        datasets.Features({"prompt": datasets.Value("string"), "source_image": datasets.List(datasets.Image())}),
+    )
+    rows.save_to_disk(tmp_path / "lists")
+    manifest, _ = import_dataset(tmp_path / "lists", tmp_path / "out", task="edit")
+    read, problems = read_manifest(manifest, needs_source=["edit"], decode=True)
+    assert problems == []
+    assert [len(row.source_images) for row in read] == [1, 2]
+    for path, picture in zip([path for row in read for path in row.source_images], pictures, strict=True):
+        assert np.array_equal(Image.open(path), picture)
 
 
 def test_again_keeps_what_is_there(folder, tmp_path):

@@ -12,8 +12,9 @@ from danceopd.backbones import empty_transformer, flux, sd3
 from danceopd.cli import main
 from danceopd.conditioning import Conditioning
 from danceopd.errors import UserError
+from danceopd.evaluation.velocity import velocity_error
 from danceopd.lora import SharedBase, load_lora, save_lora, target_layers
-from danceopd.merge_loras import average, merge_loras, read_prompts, targets_of, velocity_error
+from danceopd.merge_loras import average, merge_loras, read_prompts, targets_of
 
 SD3, STEPS = diffusers.StableDiffusion3Pipeline, 2
 WORDS = ["cup", "car", "cat", "tree", "house", "lamp", "boat", "bird"]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -145,8 +146,8 @@ def finish(root: Path, family: str, size: int, rank: int, length: int) -> None:
 def test_every_model_configuration_passes_the_dry_run(tiny, config):
     root = tiny(MODELS[model_of(config)][0])
     plan = dry_run(load_config(config, overrides(config, root)))
-    problems = [p for p in plan.problems if not p.startswith("training.optimizer: adamw_8bit needs")]
-    assert problems == []
+    libraries = ("training.optimizer: adamw_8bit needs", "training.base_precision: int8 needs")
+    assert [problem for problem in plan.problems if not problem.startswith(libraries)] == []
     assert plan.activations
     assert plan.evaluations
 
@@ -168,7 +169,12 @@ AT_REAL_SIZE = [
 def test_it_fits_its_card_at_the_real_size(real, config):
     model = model_of(config)
     loaded = load_config(config, overrides(config, real(model)))
+    if loaded.training.base_precision:
+        pytest.importorskip("torchao")
     plan = dry_run(loaded)
+    if said := re.search(r"One rank takes (\d+) GiB", config.read_text()):
+        assert int(said[1]) == round(plan.total_memory() / GIB)
+    assert bool(said) == (loaded.student.lora is None)
     assert plan.parameters["base"] == pytest.approx(MODELS[model][2] * 1e9, rel=0.03)
     assert plan.total_memory() < CARDS["24gb" in config.stem] * GIB
     assert plan.activations[0] > 3 * plan.activations[1]

@@ -196,7 +196,7 @@ def test_everything_missing_is_listed_at_once(place, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"student": {}}, "student.lora"),
+        ({"student": {"lora": {}, "init_from": "tow"}}, "did you mean 'two'"),
         ({"model": None}, "is for a model's"),
         ({"evaluation": {"times": 2}}, "evaluation.times"),
     ],

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_sd3 import save_tiny
+from tiny_flux2 import save_tiny
 
-from danceopd.backbones import sd3
+from danceopd.backbones import flux2
 from danceopd.data import prepare as module
 from danceopd.data.cache import Cache, checksum, key_of
 from danceopd.data.prepare import bucket_of, buckets, fingerprint, fit, prepare
-from danceopd.data.prepared import PreparedData, common_sizes
+from danceopd.data.prepared import PreparedData, mix
 from danceopd.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("sd3"))
+    return save_tiny(tmp_path_factory.mktemp("flux2"))
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def manifest(tmp_path):
 
 
 def run(manifest, model, tmp_path, **options):
-    return prepare(manifest, model, tmp_path / "cache", sd3, **{"resolution": 64, "batch_size": 2, **options})
+    return prepare(manifest, model, tmp_path / "cache", flux2, **{"resolution": 64, "batch_size": 2, **options})
 
 
 def records(prepared):
@@ -56,22 +56,22 @@ def test_what_is_written_is_what_the_encoders_give(manifest, model, tmp_path):
     assert len(cache) == prepared.made == 5
     assert rows["a"]["prompt"] == rows["c"]["prompt"]
     assert rows["b"]["sources"] == rows["c"]["sources"]
-    encode = sd3.text_encoder(model)
+    encode = flux2.text_encoder(model)
     for prompt, key in (("a red cup", rows["a"]["prompt"]), ("", head["negative_prompts"][""])):
         for name, value in encode([prompt]).items():
             torch.testing.assert_close(cache.read(key)[name], value[0], rtol=1e-5, atol=1e-5)
     size = tuple(rows["b"]["size"])
     assert size[0] > size[1]  # the target's, which is tall
     picture = fit(Image.open(tmp_path / "tall.png"), size)
-    expected = sd3.picture_codec(model)[0](picture[None])[0]
+    expected = flux2.picture_codec(model)[0](picture[None])[0]
     torch.testing.assert_close(cache.read(rows["b"]["target"])["latents"], expected, rtol=1e-4, atol=1e-4)
-    assert expected.shape == sd3.latent_shape(model, *size)
+    assert expected.shape == flux2.latent_shape(model, *size)
 
 
 def test_again_makes_nothing_and_needs_no_encoder(manifest, model, tmp_path, monkeypatch):
     first = run(manifest, model, tmp_path)
-    monkeypatch.setattr(sd3, "text_encoder", lambda *_: 1 / 0)
-    monkeypatch.setattr(sd3, "picture_codec", lambda *_: 1 / 0)
+    monkeypatch.setattr(flux2, "text_encoder", lambda *_: 1 / 0)
+    monkeypatch.setattr(flux2, "picture_codec", lambda *_: 1 / 0)
     again = run(manifest, model, tmp_path)
     assert (again.made, again.found) == (0, first.made)
     assert records(again) == records(first)
@@ -79,7 +79,7 @@ def test_again_makes_nothing_and_needs_no_encoder(manifest, model, tmp_path, mon
 
 def test_a_stopped_preparation_goes_on(manifest, model, tmp_path, monkeypatch):
     calls = []
-    original = sd3.picture_codec
+    original = flux2.picture_codec
 
     def stopping(*args):
         encode, decode = original(*args)
@@ -92,7 +92,7 @@ def test_a_stopped_preparation_goes_on(manifest, model, tmp_path, monkeypatch):
 
         return once, decode
 
-    monkeypatch.setattr(sd3, "picture_codec", stopping)
+    monkeypatch.setattr(flux2, "picture_codec", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(manifest, model, tmp_path, entries_per_shard=1, batch_size=1)
     done = len(Cache(tmp_path / "cache"))
@@ -146,6 +146,16 @@ def test_bad_rows_are_listed_and_the_rest_goes_on(manifest, model, tmp_path):
         run(manifest, model, tmp_path)
 
 
+def test_a_resolution_that_the_model_does_not_take(manifest, model, tmp_path):
+    with pytest.raises(UserError, match="multiples of 16, got 2 x 2"):
+        run(manifest, model, tmp_path, resolution=2)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"id": "1", "task": "t2i", "prompt": "a cup"}) + "\n")
+    with pytest.raises(UserError, match="got 100 x 100"):  # rows without pictures are of this size exactly
+        run(text, model, tmp_path, resolution=100)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_other_weights_make_other_entries(manifest, model, tmp_path):
     first = run(manifest, model, tmp_path)
     other = run(manifest, save_tiny(tmp_path / "other", seed=1), tmp_path)
@@ -193,7 +203,7 @@ def test_keys_and_checksums_tell_things_apart():
 
 
 def test_step_of_sizes(model):
-    assert module.multiple_of(sd3, model) == 16
+    assert module.multiple_of(flux2, model) == 16
 
 
 def test_prepared_rows_condition_a_batch(manifest, model, tmp_path):
@@ -203,9 +213,11 @@ def test_prepared_rows_condition_a_batch(manifest, model, tmp_path):
     edit = PreparedData(prepared.path, "edit")
     assert len(edit) == 2
     assert edit.has_source
-    assert edit.sizes == {tuple(rows["b"]["size"]): 1, tuple(rows["c"]["size"]): 1}
+    wide_size, tall_size = (tuple(rows[name]["size"]) for name in ("c", "b"))
+    assert edit.kinds == {(tall_size, (wide_size,)): 1, (wide_size, (wide_size,)): 1}
     assert edit.targets([0]) is None  # one of the rows has none
-    wide = edit.of_size(tuple(rows["c"]["size"]))
+    wide = edit.part((wide_size, (wide_size,)))
+    assert len(wide) == 1
     c = wide.condition([0, 0], [False, True])
     for name, value in cache.read(rows["c"]["prompt"]).items():
         assert c.prompt[name][0].equal(value)
@@ -218,8 +230,8 @@ def test_prepared_rows_condition_a_batch(manifest, model, tmp_path):
     assert not t2i.has_source
     assert t2i.condition([0], [False]).source is None
     with pytest.raises(UserError, match=r"no picture size is common.*t2i has 64 x 64; edit has"):
-        common_sizes([t2i, edit])
-    assert common_sizes([t2i, t2i]) == {(64, 64): 2}
+        mix({"t2i": t2i, "edit": edit})
+    assert mix({"t2i": t2i, "again": t2i}).rows == {((64, 64), ()): 2}
 
 
 def test_prepared_rows_that_cannot_be_used(manifest, model, tmp_path):
@@ -229,9 +241,13 @@ def test_prepared_rows_that_cannot_be_used(manifest, model, tmp_path):
     with pytest.raises(UserError, match="no prepared rows"):
         PreparedData(tmp_path / "rows.json", "edit")
     lines = prepared.path.read_text().splitlines()
-    record = {**json.loads(lines[2]), "sources": []}
+    record = {**json.loads(lines[2]), "sources": [], "source_sizes": []}
     prepared.path.write_text("\n".join([*lines, json.dumps(record)]))
-    with pytest.raises(UserError, match=r"have \[0, 1\] source pictures"):
+    with pytest.raises(UserError, match=r"1 of 3 rows of 'edit' have no source picture"):
+        PreparedData(prepared.path, "edit")
+    record = {key: value for key, value in json.loads(lines[2]).items() if key != "source_sizes"}
+    prepared.path.write_text("\n".join([*lines, json.dumps(record)]))
+    with pytest.raises(UserError, match=r"of an older version \(row b has 1 sources of 0 sizes\)"):
         PreparedData(prepared.path, "edit")
     prepared.path.write_text("\n".join([*lines, "{"]))
     with pytest.raises(UserError, match="is damaged"):

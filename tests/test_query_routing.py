@@ -171,7 +171,7 @@ def test_round_robin_makes_equal_parts(m, rounds, parts):
 
 def t2i_batch(size, weights=(1.0, 1.0), **options):
     data = [WorldData("t2i", 40, 0), WorldData("style", 40, 0)]
-    return data, draw_batch(embedded_samples(data, 10, 1), list(weights), size, generator(5), **options)
+    return data, draw_batch(embedded_samples(data, 10, 1), list(weights), size, 5, 0, **options)
 
 
 def test_batches_in_turn_ignore_the_weights_and_keep_the_noise():

@@ -165,7 +165,7 @@ def test_full_page_opens_offline(tmp_path):
 def test_ids_of_the_charts_are_unique_and_their_references_resolve(tmp_path):
     write_log(tmp_path, make_records())
     page = write_page(tmp_path)
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     references = re.findall(r'href="#([^"]+)"', page) + re.findall(r"url\(#([^)]+)\)", page)
@@ -263,7 +263,7 @@ def test_cut_off_last_line_is_left_out_in_silence(tmp_path):
     write_log(tmp_path, make_records(40), tail='{"step": 41, "lo')
     assert read_log(tmp_path / "log.jsonl").training[-1]["step"] == 40
     page = write_page(tmp_path)
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert "cannot be read" not in page
 
 

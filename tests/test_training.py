@@ -272,6 +272,22 @@ def test_full_disk_keeps_the_previous_checkpoint(raw, monkeypatch):
     assert not list((folder / "checkpoints").glob(".*tmp"))
 
 
+def test_a_disk_that_fills_up_while_torch_writes(tmp_path, monkeypatch):
+    """Its writer's own error hides the system's."""
+    state.save_state(tmp_path, {"step": 1, "a": torch.zeros(10)}, 2)
+
+    def full(*_):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"No space left on device; the checkpoint .*step-00000001\.pt is still good"):
+        state.save_state(tmp_path, {"step": 2}, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
+
+
 def test_unwritable_folder_is_found_before_training(raw, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")
@@ -400,7 +416,7 @@ def test_student_guidance_scale_is_per_sample(raw):
 
 def test_batch_is_a_function_of_seed_and_step():
     data = [WorldData("t2i", 30, 0), WorldData("edit", 30, 0)]
-    a, b, c = (draw_batch(embedded_samples(data, 10, 32), [1, 1], 16, step_generator(0, step)) for step in (3, 3, 4))
+    a, b, c = (draw_batch(embedded_samples(data, 10, 32), [1, 1], 16, 0, step) for step in (3, 3, 4))
     assert torch.equal(a.noise, b.noise)
     assert torch.equal(a.conditioning.prompt, b.conditioning.prompt)
     assert not torch.equal(a.noise, c.noise)

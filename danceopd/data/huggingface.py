@@ -21,6 +21,7 @@ COLUMNS = {  # a manifest's column: the names it is looked for by, the first tha
 def import_dataset(folder: Path, out: Path, split: str = "train", task: str | None = None) -> tuple[Path, int]:
     """Write a data set saved by `save_to_disk` as out/manifest.jsonl and PNGs beside it; (manifest, rows).
 
+    A column of source pictures may hold lists of them.
     task: of every row, where the data set has no such column. Pictures that are there already are kept, so that a
     stopped import goes on. Raises UserError for a folder that is no data set, or has no prompts, pictures or task.
     """
@@ -47,9 +48,11 @@ def import_dataset(folder: Path, out: Path, split: str = "train", task: str | No
         record = {"id": str(row[found["id"]]) if found["id"] else f"{split}-{i}", "task": task or row[found["task"]]}
         record["prompt"] = row[found["prompt"]]
         for column in ("source_image", "target_image"):
-            picture = row[found[column]] if found[column] else None
-            if picture is not None:
-                record[column] = _write_picture(picture, out, f"{i:08d}-{column.removesuffix('_image')}.png", folder)
+            picture, name = row[found[column]] if found[column] else None, f"{i:08d}-{column.removesuffix('_image')}"
+            if isinstance(picture, list) and column == "source_image":
+                record[column] = [_write_picture(p, out, f"{name}-{n}.png", folder) for n, p in enumerate(picture)]
+            elif picture is not None:
+                record[column] = _write_picture(picture, out, f"{name}.png", folder)
         lines.append(json.dumps(record))
     path = out / "manifest.jsonl"
     write_atomic(path, ("\n".join(lines) + "\n").encode())

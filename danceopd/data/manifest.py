@@ -1,8 +1,9 @@
 """A user's own data: a manifest (JSONL or CSV) of prompts and picture files, checked line by line.
 
 Columns: id (or uid), task (or capability), prompt, source_image, target_image; others are ignored. Every row needs
-a task and a prompt. A row without an id goes by its line. Picture paths are relative to the manifest's
-folder, or to the `root` given, and may not leave it: a shared manifest must not read its reader's files.
+a task and a prompt. A row without an id goes by its line. source_image is a path or, for several reference pictures,
+a list of them in their order; a CSV cell holds that list as JSON: ["a.png", "b.png"]. Picture paths are relative to the
+manifest's folder, or to the `root` given, and may not leave it: a shared manifest must not read its reader's files.
 """
 
 import csv
@@ -29,14 +30,19 @@ _SHOWN = 5  # problems or lines named in one error message
 
 @dataclass(frozen=True)
 class Row:
-    """One good line of a manifest; pictures are resolved paths of files that exist, or None."""
+    """One good line of a manifest; pictures are resolved paths of files that exist. target_image: or None."""
 
     line: int
     id: str
     capability: str
     prompt: str
-    source_image: Path | None
+    source_images: tuple[Path, ...]
     target_image: Path | None
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """The sources, then the target."""
+        return self.source_images + ((self.target_image,) if self.target_image else ())
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,10 @@ def read_manifest(
         if row.id in first_line:
             messages.append(f"id {row.id!r} is that of line {first_line[row.id]} too; make it unique")
         first_line.setdefault(row.id, line)
-        if row.capability in needs_source and not str(record.get("source_image") or "").strip():
+        if row.capability in needs_source and not str(record.get("source_image") or "").strip(" []"):
             messages.append(f"{row.capability!r} edits a picture, so the row needs a source_image")
         if decode:
-            for picture in filter(None, (row.source_image, row.target_image)):
+            for picture in dict.fromkeys(row.pictures):
                 if picture not in damage:
                     damage[picture] = _damage(picture)
                 if damage[picture]:
@@ -165,7 +171,15 @@ def _csv_records(text: str) -> Iterator[tuple[int, dict | str]]:
         elif len(cells) > len(header):
             yield line, f"{len(cells)} cells under {len(header)} columns; quote cells that hold a comma"
         else:
-            yield line, dict(zip(header, cells, strict=False))
+            record = dict(zip(header, cells, strict=False))
+            sources = record.get("source_image", "").strip()
+            if sources.startswith("[") and sources.endswith("]"):
+                try:
+                    record["source_image"] = json.loads(sources)
+                except (ValueError, RecursionError) as error:
+                    yield line, f'source_image is not JSON ({error}); write a list as ["a.png", "b.png"]'
+                    continue
+            yield line, record
 
 
 def _header_problem(header: list[str]) -> str:
@@ -198,14 +212,26 @@ def _parse_row(line: int, record: dict, root: Path) -> tuple[Row, list[str]]:
             messages.append(f"{column} is {json.dumps(value)[:40]}, not text; put it in quotes")
         return None
 
-    def picture(column: str) -> Path | None:
-        name = text(column)
-        if not name:
-            return None
+    def found(column: str, name: str) -> Path | None:
         path, message = _find_picture(name, root)
         if message:
             messages.append(f"{column} {name[:200]!r} {message}")
         return path
+
+    def picture(column: str) -> Path | None:
+        name = text(column)
+        return found(column, name) if name else None
+
+    def pictures(column: str) -> tuple[Path, ...]:
+        names = record.get(column)
+        if not isinstance(names, list):
+            paths = [picture(column)]
+        elif all(isinstance(name, str) and name.strip() for name in names):
+            paths = [found(column, name.strip()) for name in names]
+        else:
+            messages.append(f"{column} is {json.dumps(names)[:40]}; a list must hold paths")
+            paths = []
+        return tuple(path for path in paths if path)
 
     task, capability, prompt = text("task"), text("capability"), text("prompt")
     if task and capability and task != capability:
@@ -219,7 +245,7 @@ def _parse_row(line: int, record: dict, root: Path) -> tuple[Row, list[str]]:
         id=text("id") or text("uid") or f"line {line}",
         capability=task or capability or "",
         prompt=prompt or "",
-        source_image=picture("source_image"),
+        source_images=pictures("source_image"),
         target_image=picture("target_image"),
     )
     return row, messages
@@ -313,7 +339,7 @@ class ManifestData:
     """The rows of one capability in a manifest; pictures are decoded when asked for.
 
     Raises what read_manifest does, and UserError if the manifest has problems or no row of the
-    capability, or if only some of its rows have a source picture.
+    capability, or if only some of its rows have a source picture, or one has several.
     """
 
     def __init__(self, path: str | Path, capability: str, image_size: int, root: str | Path | None = None) -> None:
@@ -325,6 +351,11 @@ class ManifestData:
         if not self.rows:
             raise UserError(
                 f"{path} has no rows of {capability!r}; {hint(capability, {row.capability for row in rows})}"
+            )
+        if several := [row.line for row in self.rows if len(row.source_images) > 1]:
+            raise UserError(
+                f"{self.path}: {len(several)} rows of {self.capability!r} have several source pictures "
+                f"(line {_first(several, ', ')}); the embedded network takes one"
             )
         self.has_source = self._all_or_none("source_image")
         self._cache: dict[Path, torch.Tensor] = {}
@@ -348,7 +379,7 @@ class ManifestData:
 
     def _all_or_none(self, column: str) -> bool:
         """Whether the rows have this picture; raises UserError where some have it and some don't."""
-        without = [row.line for row in self.rows if getattr(row, column) is None]
+        without = [row.line for row in self.rows if self._path(row, column) is None]
         if without and len(without) < len(self.rows):
             raise UserError(
                 f"{self.path}: {len(without)} of {len(self.rows)} rows of {self.capability!r} have no "
@@ -362,9 +393,13 @@ class ManifestData:
             batch[place] = self._load(self.rows[index], column)
         return batch / 127.5 - 1
 
+    @staticmethod
+    def _path(row: Row, column: str) -> Path | None:
+        return next(iter(row.source_images), None) if column == "source_image" else row.target_image
+
     def _load(self, row: Row, column: str) -> torch.Tensor:
         """One picture as [3, S, S] uint8, from memory if it was kept there."""
-        path = getattr(row, column)
+        path = self._path(row, column)
         if path in self._cache:
             return self._cache[path]
         try:

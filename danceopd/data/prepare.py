@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from danceopd.backbones.loading import class_name_of
 from danceopd.checkpoint import write_atomic
 from danceopd.data.cache import Cache, key_of
 from danceopd.data.manifest import Problem, Row, decode_picture, read_manifest
 from danceopd.errors import UserError
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "processor", "siglip")  # what a pipeline's text encodings depend on
+PICTURE_PART = "vae"  # and its latents
 PROBED = 2**20  # bytes of each weight file that its fingerprint reads at both ends
 
 
@@ -49,6 +51,31 @@ def fingerprint(folder: Path) -> str:
                 file.seek(max(PROBED, size - PROBED))
                 digest.update(file.read(PROBED))
     return digest.hexdigest()
+
+
+def fingerprints(model: Path) -> dict[str, str]:
+    """Of the parts of a pipeline that encode, by name; one that is not there, or without its weights, is left out."""
+
+    def whole(part: Path) -> bool:
+        has_none = "tokenizer" in part.name or "processor" in part.name
+        return any(part.glob("*" if has_none else "*.safetensors"))
+
+    parts = [part for part in sorted(model.iterdir()) if part.name.startswith((*TEXT_PARTS, PICTURE_PART))]
+    return {part.name: fingerprint(part) for part in parts if whole(part)}
+
+
+def check_encoders(prepared: Path, head: dict, model: Path, there: dict[str, str]) -> None:
+    """Raises UserError where prepared rows come from other encoders than a model's own.
+
+    head: the rows' first line; there: fingerprints(model). What one of the two lacks is not compared: training needs no
+    encoder, and they may be deleted.
+    """
+    made = head.get("encoders", {})
+    if other := [part for part in made if made[part] != there.get(part, made[part])]:
+        raise UserError(
+            f"{prepared} was made with another {' and '.join(other)} than {model} has (with those of {head['model']}); "
+            f"run `danceopd data prepare` again with --model {model}"
+        )
 
 
 def buckets(resolution: int, multiple: int) -> list[tuple[int, int]]:
@@ -93,11 +120,11 @@ class Names:
     text_model: str
     picture_model: str
     seen: dict[Path, Seen]
-    prompts_see_pictures: bool  # where the text encoder looks at the source picture too
+    prompts_see_pictures: bool  # where the text encoder looks at the source pictures too
 
-    def prompt(self, prompt: str, source: Path | None = None) -> str:
-        looked_at = self.picture(source) if source and self.prompts_see_pictures else ""
-        return key_of("prompt", self.text_model, prompt, looked_at)
+    def prompt(self, prompt: str, sources: tuple[Path, ...] = ()) -> str:
+        looked_at = [self.picture(path) for path in sources] if self.prompts_see_pictures else []
+        return key_of("prompt", self.text_model, prompt, *(looked_at or [""]))
 
     def picture(self, path: Path) -> str:
         return key_of("latents", self.picture_model, self.seen[path].digest, str(self.seen[path].size))
@@ -125,27 +152,34 @@ def prepare(
     model: a pipeline's folder; backbone: the module of its family (danceopd.backbones). Prompts are encoded first, and
     their encoders let go before the pictures'. Equal prompts and pictures are encoded once, whatever rows or manifests
     name them; negative_prompts are encoded too, for guidance, and where the text encoder sees the source pictures, with
-    each of them. strict: stop at problems instead of leaving rows out.
+    those of each row. A row's picture is of the target's shape, else of the first source's, else a square. A row with
+    more source pictures than the model takes is a problem. strict: stop at problems instead of leaving rows out.
     Raises UserError for a manifest, model or cache of no use, and with strict for any problem.
     """
     rows, problems = read_manifest(manifest, root, needs_source=needs_source)
-    rows, seen, more = _look_at_pictures(rows, buckets(resolution, multiple_of(backbone, model)), workers)
-    problems = sorted([*problems, *more], key=lambda problem: problem.line)
+    sizes = buckets(resolution, multiple_of(backbone, model))
+    rows, too_many = _check_counts(rows, backbone, model)
+    if not sizes or any(not (row.source_images or row.target_image) for row in rows):  # these are of this size exactly
+        backbone.latent_shape(model, resolution, resolution)
+    rows, seen, unreadable = _look_at_pictures(rows, sizes, workers)
+    problems = sorted([*problems, *too_many, *unreadable], key=lambda problem: problem.line)
     if problems and (strict or not rows):
         head = f"{manifest} has problems:" if strict else f"no row of {manifest} can be used:"
         raise UserError("\n  ".join([head, *map(str, problems)]))
-    text_parts = [p for p in sorted(model.iterdir()) if p.name.startswith(TEXT_PARTS)]
+    encoders = fingerprints(model)
+    if PICTURE_PART not in encoders:
+        raise UserError(f"no {PICTURE_PART} with weights in {model}; give the folder of a whole pipeline")
     names = Names(
-        key_of(*map(fingerprint, text_parts)),
-        fingerprint(model / "vae"),
+        key_of(*(value for part, value in encoders.items() if part != PICTURE_PART)),
+        encoders[PICTURE_PART],
         seen,
         backbone.PROMPTS_SEE_PICTURES and "edit" in backbone.tasks(model),
     )
     cache = Cache(folder)
-    prompts = {names.prompt(row.prompt, row.source_image): (row.prompt, row.source_image) for row in rows}
-    shown = {row.source_image for row in rows} if names.prompts_see_pictures else set()
-    for source in [None, *sorted(path for path in shown if path)]:
-        prompts |= {names.prompt(prompt, source): (prompt, source) for prompt in negative_prompts}
+    prompts = {names.prompt(row.prompt, row.source_images): (row.prompt, row.source_images) for row in rows}
+    shown = {row.source_images for row in rows} if names.prompts_see_pictures else set()
+    for sources in sorted({(), *shown}):
+        prompts |= {names.prompt(prompt, sources): (prompt, sources) for prompt in negative_prompts}
     pictures = {names.picture(path): path for path in sorted(seen)}
     new_prompts = {key: value for key, value in prompts.items() if not cache.sound(key)}
     new_pictures = {key: path for key, path in pictures.items() if not cache.sound(key)}
@@ -155,7 +189,7 @@ def prepare(
 
         def encode_prompts(keys):
             chosen = [new_prompts[key] for key in keys]
-            shown = [[fit(decode_picture(p), seen[p].size)] if p else [] for _, p in chosen]
+            shown = [[fit(decode_picture(path), seen[path].size) for path in sources] for _, sources in chosen]
             encoded = encoder([prompt for prompt, _ in chosen], shown if names.prompts_see_pictures else None)
             return [{name: value[i].cpu() for name, value in encoded.items()} for i in range(len(keys))]
 
@@ -174,32 +208,34 @@ def prepare(
             group = [key for key, path in new_pictures.items() if seen[path].size == size]
             run(group, encode_pictures, name=f"pictures {size[0]} x {size[1]}")
     made = len(new_prompts) + len(new_pictures)
-    path = _write_rows(folder / f"{manifest.stem}.jsonl", rows, names, model, negative_prompts, resolution)
+    head = {"model": str(model), "encoders": encoders}
+    path = _write_rows(folder / f"{manifest.stem}.jsonl", rows, names, head, negative_prompts, resolution)
     return Prepared(path, len(rows), made, len(prompts) + len(pictures) - made, problems, cache.damaged)
 
 
 def _write_rows(
-    path: Path, rows: list[Row], names: Names, model: Path, negative_prompts: tuple[str, ...], resolution: int
+    path: Path, rows: list[Row], names: Names, head: dict, negative_prompts: tuple[str, ...], resolution: int
 ) -> Path:
-    """One line a row: the names of its entries in the cache; a line before them for the model and negative prompts."""
+    """One line a row: the names of its entries in the cache; a line before them, head and the negative prompts."""
 
-    def negative(source: Path | None) -> dict[str, str]:
-        return {prompt: names.prompt(prompt, source) for prompt in negative_prompts}
+    def negative(sources: tuple[Path, ...]) -> dict[str, str]:
+        return {prompt: names.prompt(prompt, sources) for prompt in negative_prompts}
 
     sees = names.prompts_see_pictures
-    lines = [{"model": str(model), "negative_prompts": negative(None), "prompts_see_pictures": sees}]
+    lines = [{**head, "negative_prompts": negative(()), "prompts_see_pictures": sees}]
     for row in rows:
-        shaped_by = row.target_image or row.source_image
-        size = names.seen[shaped_by].size if shaped_by else (resolution, resolution)
+        shaped_by = [row.target_image] if row.target_image else row.source_images
+        size = names.seen[shaped_by[0]].size if shaped_by else (resolution, resolution)
         lines.append(
             {
                 "id": row.id,
                 "capability": row.capability,
-                "prompt": names.prompt(row.prompt, row.source_image),
-                "sources": [names.picture(row.source_image)] if row.source_image else [],
+                "prompt": names.prompt(row.prompt, row.source_images),
+                "sources": [names.picture(path) for path in row.source_images],
+                "source_sizes": [list(names.seen[path].size) for path in row.source_images],
                 "target": names.picture(row.target_image) if row.target_image else None,
                 "size": list(size),
-                **({"negative_prompts": negative(row.source_image)} if sees and row.source_image else {}),
+                **({"negative_prompts": negative(row.source_images)} if sees and row.source_images else {}),
             }
         )
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -218,6 +254,18 @@ def multiple_of(backbone, model: Path) -> int:
     return 64
 
 
+def _check_counts(rows: list[Row], backbone, model: Path) -> tuple[list[Row], list[Problem]]:
+    """The rows with no more source pictures than the model takes, and what is wrong with the others."""
+    most = backbone.MAX_SOURCES if "edit" in backbone.tasks(model) else 0
+    takes = f"a {class_name_of(model)} takes {most or 'none'}"
+    problems = [
+        Problem(row.line, f"{len(row.source_images)} source picture{'s' * (len(row.source_images) > 1)}, but {takes}")
+        for row in rows
+        if len(row.source_images) > most
+    ]
+    return [row for row in rows if len(row.source_images) <= most], problems
+
+
 def _look_at_pictures(rows: list[Row], sizes, workers: int) -> tuple[list[Row], dict[Path, Seen], list[Problem]]:
     """The rows all of whose pictures can be read, those pictures, and what is wrong with the others."""
 
@@ -228,18 +276,18 @@ def _look_at_pictures(rows: list[Row], sizes, workers: int) -> tuple[list[Row], 
         except (ValueError, OSError) as error:
             return str(error)
 
-    def pictures(row):
-        return dict.fromkeys(path for path in (row.source_image, row.target_image) if path)
-
-    paths = sorted({path for row in rows for path in pictures(row)})
+    paths = sorted({path for row in rows for path in row.pictures})
     with ThreadPoolExecutor(workers) as pool:
         looked = dict(zip(paths, tqdm(pool.map(look, paths), "pictures seen", len(paths)), strict=True))
     bad = {path: message for path, message in looked.items() if isinstance(message, str)}
     problems = [
-        Problem(row.line, f"picture {path.name}: {bad[path]}") for row in rows for path in pictures(row) if path in bad
+        Problem(row.line, f"picture {path.name}: {bad[path]}")
+        for row in rows
+        for path in dict.fromkeys(row.pictures)
+        if path in bad
     ]
-    good = [row for row in rows if not any(path in bad for path in pictures(row))]
-    return good, {path: looked[path] for row in good for path in pictures(row)}, problems
+    good = [row for row in rows if not any(path in bad for path in row.pictures)]
+    return good, {path: looked[path] for row in good for path in row.pictures}, problems
 
 
 @torch.no_grad()

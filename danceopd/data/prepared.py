@@ -3,6 +3,7 @@
 import copy
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,12 +13,15 @@ from danceopd.data.cache import Cache
 from danceopd.data.manifest import hint
 from danceopd.errors import UserError
 
+Size = tuple[int, int]  # (height, width) in pixels
+Kind = tuple[Size, tuple[Size, ...]]  # of a row: its picture's size, and those of its source pictures in their order
+
 
 class PreparedData:
     """The rows of one capability, from the file that `danceopd data prepare` wrote into its cache.
 
-    sizes: {(height, width) in pixels: rows of it}. Raises UserError for a file of no use, one
-    without rows of the capability, or rows of which only some have a source picture.
+    kinds: how many rows there are of each Kind. Raises UserError for a file of no use, one without rows of the
+    capability, or rows of which only some have source pictures.
     """
 
     def __init__(self, path: Path | str, capability: str):
@@ -26,29 +30,41 @@ class PreparedData:
             lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
             self.head, rows = lines[0], lines[1:]
             self.rows = [row for row in rows if row["capability"] == capability]
+            self._by_kind: dict[Kind, list[dict]] = {}
+            for row in self.rows:
+                self._by_kind.setdefault(_kind(row), []).append(row)
         except FileNotFoundError:
             raise UserError(f"no prepared rows at {self.path}; make them by `danceopd data prepare`") from None
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError(f"{self.path} is damaged ({error}); run `danceopd data prepare` again") from None
+            raise UserError(
+                f"{self.path} is damaged or of an older version ({error}); run `danceopd data prepare` again"
+            ) from None
         if not self.rows:
             known = hint(capability, {row["capability"] for row in rows})
             raise UserError(f"{self.path} has no rows of {capability!r}; {known}")
-        counts = {len(row["sources"]) for row in self.rows}
-        if len(counts) > 1:
+        self.kinds = Counter({kind: len(rows) for kind, rows in self._by_kind.items()})
+        without = sum(count for (_, sources), count in self.kinds.items() if not sources)
+        if 0 < without < len(self.rows):
             raise UserError(
-                f"{self.path}: rows of {capability!r} have {sorted(counts)} source pictures; give all as many"
+                f"{self.path}: {without} of {len(self.rows)} rows of {capability!r} have no source picture; "
+                "give all of them some, or none"
             )
-        self.has_source = counts != {0}
+        self.has_source = not without
         self._check_cache()
-        self.sizes = dict(Counter(tuple(row["size"]) for row in self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def of_size(self, size: tuple[int, int]) -> "PreparedData":
-        """The rows of one picture size, on the same cache."""
+    def own(self, kind: Kind) -> Kind:
+        """The kind of the rows that may stand in a batch of a kind: that, and of rows without sources all of a size."""
+        return kind if self.has_source else (kind[0], ())
+
+    def part(self, kind: Kind) -> "PreparedData":
+        """The rows of one kind, on the same cache."""
         part = copy.copy(self)
-        part.rows = [row for row in self.rows if tuple(row["size"]) == size]
+        part.rows = self._by_kind[kind]
+        part.kinds = Counter({kind: len(part.rows)})
+        part._by_kind = {kind: part.rows}
         return part
 
     def condition(self, indices: list[int], without_prompt: list[bool]) -> Conditioning:
@@ -89,15 +105,82 @@ class PreparedData:
             )
 
 
-def common_sizes(data: list[PreparedData]) -> dict[tuple[int, int], int]:
-    """The picture sizes of which every data set has rows, and how many rows there are of each.
+def _kind(row: dict) -> Kind:
+    sizes = row.get("source_sizes", [])
+    if len(row["sources"]) != len(sizes):
+        raise ValueError(f"row {row['id']} has {len(row['sources'])} sources of {len(sizes)} sizes")
+    return tuple(row["size"]), tuple(map(tuple, sizes))
 
-    A batch is of one size and any mixture of capabilities. Raises UserError if there is none.
+
+@dataclass(frozen=True)
+class Mixing:
+    """How capabilities mix: rows of each kind of batch, and lines about rows that are in none of them."""
+
+    rows: dict[Kind, float]
+    never_drawn: list[str]
+
+
+def mix(data: dict[str, PreparedData]) -> Mixing:
+    """The kinds of batches that can mix all capabilities (by name): any mixture of rows, but of one kind.
+
+    The rows of a batch have one picture size, and those with source pictures have as many of them, of the same sizes;
+    rows without any go with whatever sources there are. A kind that a capability has no row for makes no batch: its
+    rows are never drawn. Mixing.rows is how many rows a kind adds, by which it is to be drawn; a row without sources
+    that goes with several kinds counts once, shared out among them by their rows with sources. So every row of
+    a capability is drawn equally often where the others have rows of each kind in the same proportion; where they have
+    fewer (more), its rows of that kind are drawn less (more) often than its rest. Raises UserError if there is no kind.
     """
-    shared = set.intersection(*(set(rows.sizes) for rows in data))
-    if not shared:
+    editing = [rows for rows in data.values() if rows.has_source]
+    drawing = [rows for rows in data.values() if not rows.has_source]
+    candidates = {kind for rows in editing or drawing for kind in rows.kinds}
+    kinds = sorted(kind for kind in candidates if all(rows.own(kind) in rows.kinds for rows in data.values()))
+    if not kinds:
+        found = "; ".join(f"{name} has {_named(rows.kinds)}" for name, rows in data.items())
         raise UserError(
-            "no picture size is common to all capabilities, so that no batch can mix them: "
-            + "; ".join(f"{rows.capability} has {', '.join(f'{h} x {w}' for h, w in rows.sizes)}" for rows in data)
+            "no picture size is common to all capabilities (with the sizes of source pictures), so that no batch can "
+            f"mix them: {found}"
         )
-    return {size: sum(rows.sizes[size] for rows in data) for size in sorted(shared)}
+    edits = {kind: sum(rows.kinds[rows.own(kind)] for rows in editing) for kind in kinds}
+    of_size = Counter()
+    for kind in kinds:
+        of_size[kind[0]] += edits[kind]
+
+    def share(kind: Kind) -> float:
+        return edits[kind] / of_size[kind[0]] if editing else 1.0
+
+    weights = {kind: edits[kind] + share(kind) * sum(rows.kinds[rows.own(kind)] for rows in drawing) for kind in kinds}
+    return Mixing(weights, [line for name in data for line in _never_drawn(name, data, kinds)])
+
+
+def _never_drawn(name: str, data: dict[str, PreparedData], kinds: list[Kind]) -> list[str]:
+    """A line for each set of capabilities that keeps rows of one from being drawn."""
+    own = data[name]
+    drawn = {own.own(kind) for kind in kinds}
+    left: Counter = Counter()
+    for kind, count in own.kinds.items():
+        if kind not in drawn:
+            left[tuple(other for other, rows in data.items() if not _meet(kind, own, rows))] += count
+
+    def reason(lacking: tuple[str, ...]) -> str:
+        if not lacking:
+            return "the others have no sizes of source pictures in common there"
+        sources = own.has_source and any(data[other].has_source for other in lacking)
+        return f"no rows of {' or '.join(lacking)} have their size" + (" and their sources'" if sources else "")
+
+    return [f"{count} of {len(own)} rows of {name} are never drawn: {reason(by)}" for by, count in left.items()]
+
+
+def _meet(kind: Kind, own: PreparedData, other: PreparedData) -> bool:
+    """Whether rows of a kind of the one may stand in a batch with any of the other."""
+    return other.own(kind) in other.kinds if own.has_source else any(size == kind[0] for size, _ in other.kinds)
+
+
+def _named(kinds: Counter, shown: int = 5) -> str:
+    """The commonest kinds in words."""
+
+    def words(kind: Kind) -> str:
+        size, *sources = (f"{height} x {width}" for height, width in (kind[0], *kind[1]))
+        return f"{size} from {' and '.join(sources)}" if sources else size
+
+    more = f" and {len(kinds) - shown} more" if len(kinds) > shown else ""
+    return ", ".join(words(kind) for kind, _ in kinds.most_common(shown)) + more

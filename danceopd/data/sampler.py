@@ -1,11 +1,13 @@
 """One update's samples: routes, data rows and noise, as a function of the seed and the step alone."""
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from danceopd.conditioning import Conditioning, concatenate
+from danceopd.errors import UserError
 from danceopd.routing import round_robin, route
 from danceopd.tokenizer import tokenize
 
@@ -48,23 +50,43 @@ def make_conditioning(prompts: list[str], source: torch.Tensor | None, text_leng
 
 @dataclass(frozen=True)
 class Group:
-    """Samples that may share a batch: one data set a capability, their latents' shape, and how many rows there are.
+    """Samples that may share a batch: one data set a capability, their latents' shape, and how many rows it adds.
 
-    sigmas: the noise levels of a rollout of this shape, where they are the model's and not the configuration's.
+    rows: by which groups are drawn; a fraction where rows stand in several groups. sigmas: the noise levels of a
+    rollout of this shape, where they are the model's and not the configuration's. source_shapes: of each source
+    picture's latents.
     """
 
     data: list
     shape: tuple[int, ...]
-    rows: int
+    rows: float
     sigmas: torch.Tensor | None = None
+    source_shapes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Where batches come from. condition(data, indices, without_prompt): what rows of a data set are conditioned on."""
+    """Where batches come from. condition(data, indices, without_prompt): what rows of a data set are conditioned on.
+
+    never_drawn: lines about rows that are in no group.
+    """
 
     groups: list[Group]
     condition: Callable[[object, list[int], list[bool]], Conditioning]
+    never_drawn: tuple[str, ...] = ()
+    _orders: dict = field(default_factory=dict, repr=False)  # each data set's rows in the order of its newest epoch
+
+    def rows_at(self, slots: torch.Tensor, length: int, *seed: int) -> list[int]:
+        """The row of `length` that each slot asks for: each row once in an epoch of `length` slots, in random order."""
+        epochs, rows = slots // length, torch.empty_like(slots)
+        for epoch in epochs.unique().tolist():
+            if (known := self._orders.get((length, *seed))) is None or known[0] != epoch:
+                generator = torch.Generator().manual_seed(_number(*seed, epoch))
+                known = epoch, torch.randperm(length, generator=generator, dtype=torch.int32)
+                self._orders[(length, *seed)] = known
+            here = epochs == epoch
+            rows[here] = known[1][slots[here] % length].long()
+        return rows.tolist()
 
 
 def embedded_samples(data: list, text_length: int, image_size: int) -> Samples:
@@ -81,34 +103,54 @@ def draw_batch(
     samples: Samples,
     weights: list[float],
     batch_size: int,
-    generator: torch.Generator,
+    seed: int,
+    step: int,
     guidance_scales: list[float | None] | None = None,
+    *,
     in_turn: bool = False,
     prompt_dropout: list[float] | None = None,
     with_clean: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    stream: int = 0,
 ) -> Batch:
-    """Draw a group by its rows, a capability per sample, then a row of its data, then its noise [B, ...].
+    """This rank's part of a step's batch: a group drawn by its rows, a capability per sample, a row of its data, noise.
 
     weights, guidance_scales, prompt_dropout: one of each capability, in the order of the routes: how often it is
     drawn; the student's own scale for its samples, or None; the share of its prompts that is left empty. in_turn:
     equal parts of the capabilities whatever their weights. with_clean: the data's own pictures.
+
+    The batch is a function of (seed, stream, step) alone: a run goes on from any step without any state, and the parts
+    of `world_size` ranks, each batch_size / world_size samples, are one rank's batch in order. Slot i of step s is
+    number n = s * batch_size + i of the run; it asks for row n modulo their number of the rows of its
+    capability and group, in an order that is new in each epoch of so many slots. So no row is drawn twice in an epoch,
+    on whatever ranks; which of them are drawn is left to the routes, that share the slots out among the capabilities.
+    Raises UserError where the ranks do not divide the batch.
     """
+    if batch_size % world_size:
+        raise UserError(f"a batch of {batch_size} samples cannot be shared out over {world_size} ranks; use a multiple")
+    generator = step_generator(seed, step, stream)
     group = samples.groups[0]
     if len(samples.groups) > 1:
         rows = torch.tensor([float(g.rows) for g in samples.groups])
         group = samples.groups[int(torch.multinomial(rows, 1, generator=generator))]
     routes = route(batch_size, torch.tensor(weights), generator)
-    if in_turn:  # drawn all the same, so that a seed's data and noise do not depend on it
+    if in_turn:  # drawn all the same, so that what is drawn after them does not depend on it
         routes = round_robin(batch_size, len(group.data))
-    fraction = torch.rand(batch_size, generator=generator, dtype=torch.float64)
-    noise = torch.randn(batch_size, *group.shape, generator=generator)
     empty = torch.rand(batch_size, generator=generator, dtype=torch.float64) if prompt_dropout else None
+    size = batch_size // world_size
+    mine = slice(rank * size, (rank + 1) * size)
+    slots = step * batch_size + torch.arange(batch_size)[mine]
+    routes, empty = routes[mine], None if empty is None else empty[mine]
+    noise = torch.empty(size, *group.shape)
+    for slot, out in zip(slots.tolist(), noise, strict=True):  # each by itself: no rank draws another's
+        out.normal_(generator=generator.manual_seed(_number(seed, stream) + slot))
     parts, position, clean = [], [], []
     for m, rows in enumerate(group.data):
         drawn = (routes == m).nonzero()[:, 0]
         if not len(drawn):
             continue
-        indices = (fraction[drawn] * len(rows)).long().tolist()
+        indices = samples.rows_at(slots[drawn], len(rows), seed, stream, m)
         without = (empty[drawn] < prompt_dropout[m]).tolist() if prompt_dropout else [False] * len(drawn)
         part = samples.condition(rows, indices, without)
         if guidance_scales is not None and guidance_scales[m] is not None:
@@ -120,3 +162,8 @@ def draw_batch(
     order = torch.cat(position).argsort()
     pictures = torch.cat(clean)[order] if with_clean else None
     return Batch(noise, concatenate(parts)[order], routes, pictures, group.sigmas)
+
+
+def _number(*parts: int) -> int:
+    """A seed of 56 bits from whole numbers: a slot may be added to it."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")

@@ -250,9 +250,30 @@ def _plain_cells(results: dict) -> list[list[str]]:
     return lines
 
 
+GAP_TITLES = ("Capability", "Source", "Error before", "Error after", "Relative error", "Gap closed")
+
+
+def _gap_cells(results: dict) -> list[list[str]]:
+    """Header and a line for each capability: how far the student was and is from its source. Empty without any."""
+    lines = []
+    for name, gap in (results.get("gaps") or {}).items():
+        error = _number(gap, "standard_error")
+        after = _short(_number(gap, "after")) + (f" ± {_short(error)}" if error is not None else "")
+        relative, closed = _number(gap, "relative"), _number(gap, "closed")
+        share = DASH if relative is None else f"{100 * relative:.2g} %"
+        lines.append([name, str(gap["source"]), _short(_number(gap, "before")), after, share, percent(closed)])
+    return [list(GAP_TITLES), *lines] if lines else []
+
+
+def _short(value: float | None) -> str:
+    return DASH if value is None else f"{value:.3g}"
+
+
 def format_table(results: dict) -> str:
     """The main table for a terminal: aligned columns, a rule under the header, no line break at the end."""
-    lines = _plain_cells(results)
+    lines = _plain_cells(results) if results.get("rows") else _gap_cells(results)
+    if not lines:
+        return "nothing was measured"
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     aligned = [
         "  ".join([line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
@@ -262,7 +283,14 @@ def format_table(results: dict) -> str:
 
 
 def format_markdown(results: dict) -> str:
-    """The main table in markdown, the best score of each column in bold; no line break at the end."""
+    """The main table in markdown, the best score of each column in bold; no line break at the end.
+
+    Of a model's run, the velocity errors from each source.
+    """
+    if not results.get("rows"):
+        head, *lines = _gap_cells(results) or [["nothing was measured"]]
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
     header, *_ = _plain_cells(results)
     lines = [["Model", *header[1:]], ["---", *["---:"] * (len(header) - 1)]]
     columns = _main_columns(results)
@@ -285,6 +313,8 @@ def format_markdown(results: dict) -> str:
 
 def summary(results: dict) -> str:
     """One paragraph of plain text: what the student reaches of each source, at what cost."""
+    if "gaps" in results:
+        return _gap_summary(results)
     student = _row(results, results.get("student", "danceopd"))
     if student is None:
         return "The results hold no row of the student."
@@ -306,6 +336,27 @@ def summary(results: dict) -> str:
         return f"{name} has not been scored."
     sentence = f"{name} reaches {' and '.join(parts)}{_cost(results)}."
     return " ".join([sentence, *_verdict(results, student)])
+
+
+def _gap_summary(results: dict) -> str:
+    """Of a model's run: how much of the distance to each source is gone, at what cost."""
+    name, gaps = label(results.get("student", "danceopd")), results["gaps"]
+    if not gaps:
+        return f"{name} was trained{_cost(results)}; its distance from the sources was not measured."
+    closed = [f"{percent(g['closed'])} for {name}" for name, g in gaps.items() if _number(g, "closed") is not None]
+    kept = [
+        f"For {name} it began as its source, and its error is now {100 * gap['relative']:.2g} % of the mean square of "
+        "the source’s velocity."
+        for name, gap in gaps.items()
+        if _number(gap, "closed") is None
+    ]
+    of = "Of the distance between the untrained student’s velocity and its source’s, measured as squared error"
+    parts = [f"{of}, {name} has closed {_and(closed)}{_cost(results)}."] if closed else []
+    return " ".join([*parts, *kept])
+
+
+def _and(parts: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _cost(results: dict) -> str:
@@ -501,6 +552,43 @@ def _loss_chart(log: Log) -> Markup | None:
     if parts:
         panels.append(lambda ax: _draw_losses(ax, "Loss by capability", parts, _PALETTE))
     return _chart("loss", panels)
+
+
+def _draw_curve(ax, title: str, x: np.ndarray, y: np.ndarray):
+    ax.plot(x, y, color=_INK, alpha=0.22, linewidth=0.8)
+    ax.plot(x, smooth(y), color=_INK)
+    ax.set_ylim(0, None)
+    ax.set_title(title)
+    ax.set_xlabel("optimizer step")
+
+
+def _effort_chart(log: Log) -> Markup | None:
+    """Gradient norm and samples per second over steps; None without either."""
+    curves = [
+        (title, *_curve(log.training, key))
+        for key, title in (("gradient_norm", "Gradient norm"), ("samples_per_second", "Samples per second"))
+    ]
+    panels = [lambda ax, curve=curve: _draw_curve(ax, *curve) for curve in curves if len(curve[1])]
+    return _chart("effort", panels) if panels else None
+
+
+def _draw_gap(ax, name: str, by_sigma: dict):
+    for who, color in (("before", _GREY), ("after", _BLUE)):
+        ax.plot(by_sigma["sigma"], by_sigma[who], color=color, marker="o", markersize=3, label=who)
+    ax.set_ylim(0, None)
+    ax.invert_xaxis()  # as a picture is drawn, from noise on the left
+    ax.set_title(label(name))
+    ax.set_xlabel("noise level σ")
+    ax.legend()
+
+
+def _gap_charts(results: dict) -> list[Markup]:
+    """The velocity error over noise levels, a panel for each capability, three in a row."""
+    panels = [
+        lambda ax, name=name, gap=gap: _draw_gap(ax, name, gap["by_sigma"])
+        for name, gap in (results.get("gaps") or {}).items()
+    ]
+    return [_chart(f"gap{i}", panels[i : i + 3]) for i in range(0, len(panels), 3)]
 
 
 def _draw_score(ax, title: str, x: np.ndarray, y: np.ndarray, color: str, source: str, level, bar, x_label):
@@ -707,7 +795,12 @@ def render_report(run_name: str, results: dict, log: Log, pictures: dict) -> str
         held_out=_table(results, _held_out_columns()),
         losses=_loss_chart(log),
         scores=_score_chart(log, results),
+        effort=_effort_chart(log),
         health=_health_chart(log),
+        gaps=_gap_cells(results),
+        gap_charts=_gap_charts(results),
+        gap_samples=max((gap["samples"] for gap in (results.get("gaps") or {}).values()), default=0),
+        samples=pictures.get("samples"),
         t2i=_grid(pictures.get("t2i") or {}, "prompts", "correct"),
         edit=_grid(pictures.get("edit") or {}, "instructions", "scores"),
         filmstrip=_filmstrip(pictures.get("filmstrip") or []),
@@ -723,7 +816,8 @@ def write_report(run_dir: Path, results: dict, pictures: dict) -> Path:
 
     results holds the scored rows, the run's cost, machine, configuration and warnings; run_dir/log.jsonl,
     where there is one, the curves. pictures holds uint8 tensors: "t2i" and "edit" grids of [N, 3, H, W] for
-    each model, and "filmstrip", a list of rollouts with states [S, 3, H, W]. What is absent is left out of
+    each model, and "filmstrip", a list of rollouts with states [S, 3, H, W]; of a model's run "samples", its newest
+    grid as {"step", "uri", "width"}. What is absent is left out of
     the page. Raises ValueError for pictures that do not match their prompts or are not uint8.
     """
     run_dir = Path(run_dir)

@@ -120,14 +120,19 @@ def _filmstrip(field, config: Config, network: DiT, prompt: str, source, seed: i
 def evaluate_run(folder: Path, progress=lambda items: items) -> dict:
     """Score every row of a run, write folder/results.json and folder/report.html, and return the results.
 
-    progress wraps the list of rows while it is worked through (tqdm fits). Raises UserError if the folder
-    holds no run.
+    A model's run is not scored: its student's distance from each source is measured. progress wraps the list of what
+    is done while it is worked through (tqdm fits). Raises UserError if the folder holds no run.
     """
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds no run (no config.yaml); give the output_dir of a training")
+    config = load_config(folder / "config.yaml")
+    if config.model:
+        from danceopd.evaluation.model_run import evaluate_model_run  # imports diffusers, which takes its time
+
+        return evaluate_model_run(folder, config, machine(), progress)
     if not (folder / "student.safetensors").exists():
         raise UserError(f"{folder} holds no student.safetensors; train first: danceopd train --config ...")
-    config, network = load_config(folder / "config.yaml"), load_model(folder / "student.safetensors")
+    network = load_model(folder / "student.safetensors")
     fields = contestants(config, network)
     sampler, evaluation = make_sampler(config, network.config), config.evaluation
     rows = [

@@ -1,7 +1,8 @@
 """What a run takes and what it lacks, without loading a weight: `danceopd train --dry-run`.
 
-Networks are built on the meta device from their configurations; of files only configurations, headers and prepared
-rows are read. What the backward keeps is seen on a forward there, through the code that trains.
+Networks are built on the meta device from their configurations; of files only configurations, headers, prepared
+rows and both ends of the encoders' files are read. What the backward keeps is seen on a forward there, through the code
+that trains.
 """
 
 import json
@@ -19,14 +20,16 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from danceopd.backbones import empty_transformer
 from danceopd.backbones.dit import DiT
-from danceopd.backbones.loading import transformer_folder
+from danceopd.backbones.loading import check_transformer_file, check_weights, is_file_name, transformer_folder
 from danceopd.checkpoint import read_config, resolve_weights
 from danceopd.conditioning import Conditioning
 from danceopd.config import Config
+from danceopd.eight_bit import check_eight_bit, stored, to_eight_bit
 from danceopd.errors import UserError
 from danceopd.methods import needs
 from danceopd.optimizers import Muon, adamw_class, make_optimizers
 from danceopd.query import expected_depth
+from danceopd.training.log import MODEL_SAMPLES, PREVIEW_SAMPLES
 from danceopd.training.setup import find_device, load_data
 
 GIB = 2**30
@@ -39,16 +42,20 @@ class Plan:
     """What was found. Each part is filled in as far as the files allow; problems: "key: what is wrong".
 
     found: lines about files; parameters: by network; memory: bytes of one rank by term, and how they come about;
+    host: bytes that wait in host memory, in the same way;
     activations: bytes that the backward keeps, without and with gradient checkpointing (None where a network has
-    none); evaluations: of one optimizer step by kind, None for a method whose are not worked out.
+    none); evaluations: of one optimizer step by kind, None for a method whose are not worked out; grid: of a sample
+    grid, and of its sources' rows once.
     """
 
     problems: list[str] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)
     memory: dict[str, tuple[float, str]] = field(default_factory=dict)
+    host: dict[str, tuple[float, str]] = field(default_factory=dict)
     activations: tuple[float, float | None] | None = None
     evaluations: dict[str, float] | None = None
+    grid: tuple[int, int] | None = None
 
     def attempt(self, key: str, function: Callable, *args):
         """function(*args), or None and a problem."""
@@ -76,6 +83,8 @@ class Plan:
                 else "   at least: without activations, which need prepared rows and the transformer"
             )
             lines.append(f"  {'total':34s} {_size(self.total_memory()):>12s}{unknown}")
+            for name, (size, how) in self.host.items():
+                lines.append(f"  {name + ', in host memory':34s} {_size(size):>12s}   {how}")
             lines.append("  (not counted: the CUDA context, kernels' workspace and fragmentation; leave 2 GiB)")
         lines += ["", "network evaluations of one optimizer step, expected (forwards of one sample; a backward is two)"]
         if self.evaluations is None:
@@ -83,6 +92,8 @@ class Plan:
         else:
             lines += [f"  {name:34s} {count:10.1f}" for name, count in self.evaluations.items()]
             lines.append(f"  {'total':34s} {sum(self.evaluations.values()):10.1f}")
+        if self.grid:
+            lines.append(f"  a sample grid: {self.grid[0]}, and {self.grid[1]} of its sources for the first")
         if self.problems:
             lines += ["", "this run cannot start:", *(f"  {problem}" for problem in self.problems)]
         return "\n".join(lines).lstrip("\n")
@@ -96,6 +107,7 @@ def dry_run(config: Config) -> Plan:
     plan.attempt("training.optimizer", adamw_class, config.training.optimizer)
     (_model if config.model else _embedded)(config, plan)
     plan.evaluations = evaluations_per_step(config)
+    plan.grid = grid_evaluations(config) if config.training.sample_every else None
     return plan
 
 
@@ -131,81 +143,160 @@ def evaluations_per_step(config: Config) -> dict[str, float] | None:
     return {name: config.training.batch_size * count for name, count in counts.items()}
 
 
+def grid_evaluations(config: Config) -> tuple[int, int]:
+    """(of every sample grid, of the sources' rows once in a run): forwards of one sample."""
+    count = (MODEL_SAMPLES if config.model else PREVIEW_SAMPLES) * config.evaluation.num_inference_steps
+    if config.evaluation.solver == "heun":
+        count = 2 * count - count // config.evaluation.num_inference_steps  # its last step is Euler's
+    own = sum(1 + (c.student_guidance_scale != 1) for c in config.capabilities.values())
+    sources = sum(1 + (config.sources[c.source].guidance_scale != 1) for c in config.capabilities.values())
+    return count * own, count * sources
+
+
 # -------------------------------------------------------------------------------------------- a model's run
 
 
 def _model(config: Config, plan: Plan) -> None:
     from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
-    from danceopd.lora import LoraStudent, SharedBase, lora_parameters
-    from danceopd.training.models import PRECISIONS, check_student, model_samples, sources_on_base, student_layers
+    from danceopd.lora import lora_parameters
+    from danceopd.training.models import PRECISIONS, check_decoder, model_samples, needs_base, sources_on_base
 
     attempt, dtype = plan.attempt, PRECISIONS[config.training.precision]
-    attempt("student.init_from", check_student, config)
+    eight_bit = config.training.base_precision and attempt("training.base_precision", check_eight_bit)
     backbone = attempt("model", backbone_of, config.model)
     samples = model_samples(config, backbone, attempt) if backbone else _rows_alone(config, plan)
     if backbone is None:
         return
     plan.found.append(_parts(config.model))
     for m, (name, capability) in enumerate(config.capabilities.items()) if samples else ():
-        rows = sum(len(group.data[m]) for group in samples.groups)
+        rows = sum(map(len, {id(group.data[m]): group.data[m] for group in samples.groups}.values()))
         plan.found.append(f"{name}: {rows} rows in {capability.data.prepared}")
+    plan.found += samples.never_drawn if samples else ()
     transformer = attempt("model", meta_transformer, config.model, backbone, dtype)
-    attempt("model", check_weights, config.model)
-    sources = {}
+    if needs_base(config) or config.student.init_from == "base":
+        attempt("model", check_weights, config.model)
+    attempt("training.sample_every", check_decoder, config)
+    sources, networks = {}, {}
     for name, source in config.sources.items():
+        carrier = transformer  # of the source's adapters
         if name not in sources_on_base(config):
-            network = attempt(f"sources.{name}.weights", meta_transformer, source.weights, backbone, dtype)
-            attempt(f"sources.{name}.weights", check_weights, source.weights)
-            sources[name] = network and count(network)
-            continue
+            carrier = networks[name] = _own_transformer(config, name, backbone, transformer, attempt)
         files = [
-            transformer
-            and attempt(
-                f"sources.{name}.lora", lora_parameters, lora.path, transformer, pipeline_class_of(config.model)
-            )
+            carrier
+            and attempt(f"sources.{name}.lora", lora_parameters, lora.path, carrier, pipeline_class_of(config.model))
             for lora in source.lora
         ]
-        sources[name] = None if None in files else sum(parameters for parameters, _ in files)
+        if name in networks:
+            sources[name] = carrier and count(carrier)  # adapters are merged into it
+        else:
+            sources[name] = None if None in files else sum(parameters for parameters, _ in files)
         for lora, result in zip(source.lora, files, strict=True):
             if result:
                 checked = "all keys fit" if result[1] else "keys are checked when it is loaded: its layout needs values"
                 plan.found.append(f"{name}: {lora.path}, {checked}")
     if transformer is None:
         return
-    plan.parameters["base"] = count(transformer)
+    if needs_base(config):
+        plan.parameters["base"] = count(transformer)
     plan.parameters |= {f"source {name}, beside the base": n for name, n in sources.items() if n is not None}
     size, name = dtype.itemsize, str(dtype).removeprefix("torch.")
-    plan.memory["base weights"] = nbytes(transformer), f"{count(transformer):,} x {size} bytes, {name}, shared"
-    total = sum(filter(None, sources.values()))
+    how = f"{size} bytes, {name}"
+    if eight_bit:
+        how = f"1 byte in the blocks' linear layers, {size} elsewhere"
+        for network in filter(None, (transformer, *networks.values())):
+            to_eight_bit(network)
+    if needs_base(config):
+        plan.memory["base weights"] = nbytes(transformer), f"{count(transformer):,} x {how}, shared"
+    total = sum(n for source, n in sources.items() if n and source not in networks)
     plan.memory["sources beside the base"] = total * size, f"{total:,} x {size} bytes, {name}"
-    layers = attempt("student.lora.targets", student_layers, config, backbone, transformer)
-    if layers is None:
+    _add_networks(config, plan, [network for network in networks.values() if network], how)
+    student = _model_student(config, plan, backbone, transformer)
+    if student is None:
         return
-
-    def velocity(transformer, latents, sigma, prompt, sources=(), *_, **__):
-        return backbone.velocity(transformer, latents, sigma, prompt, sources, 1.0)
-
-    lora = config.student.lora
-    with torch.device("meta"):
-        shared = SharedBase(transformer, [], velocity, layers)
-        student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank)
     _trained(config, plan, student)
+    autocast, trained = None, transformer
+    if not config.student.lora:
+        trained = student.transformer
+        if dtype != torch.float32:
+            autocast, n = dtype, count(trained)
+            plan.memory[f"student in {name}"] = n * size, f"{n:,} x {size} bytes, of a forward by autocast"
     if samples is None:
         return
     micro = micro_batch(config)
-    group = max(samples.groups, key=lambda g: math.prod(g.shape))
+    group = max(samples.groups, key=lambda g: sum(map(math.prod, (g.shape, *g.source_shapes))))
     seen = []
     for name, rows in zip(config.capabilities, group.data, strict=True):
         conditioning = attempt(f"capabilities.{name}.data", samples.condition, rows, [0], [False])
         if conditioning is None:
             return
-        seen.append((*kept_for_backward(student, transformer, group.shape, conditioning), _bytes_of(conditioning)))
+        seen.append(
+            (*kept_for_backward(student, trained, group.shape, conditioning, autocast), _bytes_of(conditioning))
+        )
     plain, checkpointed = (max(values) for values in list(zip(*seen, strict=True))[:2])
     _add_activations(config, plan, plain, checkpointed)
     latents = FLOAT * math.prod(group.shape)
     _add_states(config, plan, latents)
     inputs = micro * (latents + max(size for *_, size in seen))
     plan.memory["latents, prompts, sources"] = inputs, f"{micro} samples of the largest picture size, as prepared"
+
+
+def _model_student(config: Config, plan: Plan, backbone, transformer: nn.Module) -> nn.Module | None:
+    """The student on the meta device, or None where a problem is in its way."""
+    from danceopd.lora import LoraStudent, SharedBase
+    from danceopd.training.models import student_layers
+    from danceopd.training.students import FullStudent
+
+    def velocity(transformer, latents, sigma, prompt, sources=(), *_, **__):
+        return backbone.velocity(transformer, latents, sigma, prompt, sources, 1.0)
+
+    lora = config.student.lora
+    if lora is None:
+        start = plan.attempt("student.init_from", _meta_start, config, backbone)
+        return start and FullStudent(start, velocity)
+    layers = plan.attempt("student.lora.targets", student_layers, config, backbone, transformer)
+    if layers is None:
+        return None
+    cut = plan.attempt("student.init_from", _cut_layers, config, transformer, layers)
+    if cut:
+        plan.found.append(f"student: begins as {config.student.init_from}, cut to rank {lora.rank} in {cut} layers")
+    with torch.device("meta"):
+        return LoraStudent(SharedBase(transformer, [], velocity, layers), layers, lora.rank, lora.alpha or lora.rank)
+
+
+def _meta_start(config: Config, backbone) -> nn.Module:
+    """The transformer that a full student begins as. Raises UserError for a merge of transformers that differ."""
+    from danceopd.training.models import source_folder, sources_on_base, start_folder
+    from danceopd.training.students import check_alike
+
+    parts = {"model": start_folder(config)}
+    if config.student.init_from == "merge":
+        on_base = sources_on_base(config)
+        own = {f"source {name}": source_folder(config, s) for name, s in config.sources.items() if name not in on_base}
+        parts = (parts if on_base else {}) | own
+    (first, start), *others = ((n, meta_transformer(folder, backbone, torch.float32)) for n, folder in parts.items())
+    for name, network in others:
+        check_alike(first, start, name, network)
+    return start
+
+
+def _cut_layers(config: Config, transformer: nn.Module, layers: list[str]) -> int:
+    """In how many layers what a LoRA student begins as has a larger rank. Raises UserError as start_lora does.
+
+    Files whose conversion depends on values say nothing here.
+    """
+    from danceopd.backbones import pipeline_class_of
+    from danceopd.lora import combine, load_lora
+    from danceopd.training.students import start_lora
+
+    pipeline_class, loras = pipeline_class_of(config.model), {}
+    for name, source in config.sources.items():
+        if config.student.init_from not in (name, "merge"):
+            continue
+        try:
+            loras[name] = combine([load_lora(x.path, transformer, pipeline_class, 1.0, True) for x in source.lora])
+        except (UserError, RuntimeError):  # said of the source, where it is a problem
+            return 0
+    return sum(len(a) > config.student.lora.rank for a, _, _ in start_lora(config, loras, layers).values())
 
 
 def _rows_alone(config: Config, plan: Plan) -> None:
@@ -218,8 +309,8 @@ def _rows_alone(config: Config, plan: Plan) -> None:
         for lora in source.lora:
             if not lora.path.exists():
                 plan.problems.append(f"sources.{name}.lora: {lora.path}: no LoRA there")
-        if source.weights not in (None, "base") and not Path(source.weights).is_dir():
-            plan.problems.append(f"sources.{name}.weights: no folder {source.weights}")
+        if source.weights not in (None, "base") and not Path(source.weights).exists():
+            plan.problems.append(f"sources.{name}.weights: nothing at {source.weights}")
 
 
 def _parts(folder: Path) -> str:
@@ -254,22 +345,37 @@ def meta_transformer(folder: Path | str, backbone, dtype: torch.dtype) -> nn.Mod
     return nn.Module.to(empty_transformer(folder), dtype).eval().requires_grad_(False)
 
 
-def check_weights(folder: Path | str) -> None:
-    """All files of a transformer's weights are there; none is opened. Raises UserError that names the missing ones."""
-    from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+def _own_transformer(config: Config, name: str, backbone, transformer: nn.Module | None, attempt) -> nn.Module | None:
+    """A source's own transformer without values; None, and a problem, where its weights cannot be used."""
+    from danceopd.training.models import PRECISIONS
 
-    folder = transformer_folder(folder)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = [SAFETENSORS_WEIGHTS_NAME]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is damaged ({error}); copy it again") from None
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"no weights {', '.join(missing[:3])}{more} in {folder}; copy the folder again")
+    key, weights, dtype = f"sources.{name}.weights", config.sources[name].weights, PRECISIONS[config.training.precision]
+    if not is_file_name(weights):
+        attempt(key, check_weights, weights)
+        return attempt(key, meta_transformer, weights, backbone, dtype)
+    if transformer is not None:
+        attempt(key, check_transformer_file, weights, transformer)
+        return meta_transformer(config.model, backbone, dtype)
+
+
+def _add_networks(config: Config, plan: Plan, networks: list[nn.Module], how: str) -> None:
+    """Sources with weights of their own: on the device, or in host memory but for two blocks of one of them."""
+    if not networks:
+        return
+    total, parameters = sum(map(nbytes, networks)), sum(map(count, networks))
+    text = f"{parameters:,} x {how}"
+    if not config.training.offload_sources:
+        plan.memory["sources of their own weights"] = total, text
+        return
+    plan.host["sources of their own weights"] = total, text
+    plan.memory["sources, streamed"] = max(map(_streamed, networks)), "two blocks of one, and what lies outside blocks"
+
+
+def _streamed(network: nn.Module) -> int:
+    """Bytes on the device while a network's blocks are streamed to it: the two largest, and all that is no block."""
+    lists = [child for child in network.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
+    blocks = sorted((nbytes(block) for child in lists for block in child), reverse=True)
+    return nbytes(network) - sum(blocks[2:])
 
 
 # ------------------------------------------------------------------------------------ the embedded network's
@@ -316,7 +422,7 @@ def count(network: nn.Module) -> int:
 
 def nbytes(network: nn.Module) -> int:
     """Bytes of its parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    return sum(part.nbytes for tensor in (*network.parameters(), *network.buffers()) for part in stored(tensor))
 
 
 def _size(size: float) -> str:
@@ -373,13 +479,36 @@ class _Attention(torch.autograd.Function):
         return out
 
 
-class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch's own would keep the whole matrix of scores."""
+class _AsOnDevice(TorchFunctionMode):
+    """On the meta device torch's own attention would keep the whole matrix of scores, and autocast does nothing.
+
+    autocast: the dtype that it would run products in on a GPU, norms in float32; casts: of the parameters, each made
+    once in a forward, whatever the number of samples.
+    """
+
+    def __init__(self, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.autocast = autocast
+        self.casts: dict[int, torch.Tensor] = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.autocast and function in (F.linear, F.conv2d, F.scaled_dot_product_attention):
+            args, kwargs = tree_map(self._cast, (args, kwargs))
+        elif self.autocast and function in (F.layer_norm, F.rms_norm):
+            args, kwargs = tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) else x, (args, kwargs))
         if function is F.scaled_dot_product_attention:
-            return self._attend(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+            return self._attend(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    def _cast(self, value):
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            return value
+        if not isinstance(value, nn.Parameter):
+            return value.to(self.autocast)
+        if id(value) not in self.casts:
+            self.casts[id(value)] = value.to(self.autocast)
+        return self.casts[id(value)]
 
     @staticmethod
     def _attend(query, key, value, *_, **__):
@@ -387,11 +516,11 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Adapted(torch.autograd.Function):
-    """A linear layer with an adapter, which keeps what the kernel keeps: its input, and that times A."""
+    """A linear layer with an adapter, which keeps what the kernel keeps: its input, that times A, and the weight."""
 
     @staticmethod
     def forward(ctx, x, weight, a, b):
-        ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], len(a)))
+        ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], len(a)), weight)
         return x.new_empty(*x.shape[:-1], len(weight))
 
 
@@ -415,17 +544,23 @@ class _Kept:
 
 
 def kept_for_backward(
-    student: nn.Module, transformer: nn.Module | None, shape: tuple[int, ...], conditioning: Conditioning
+    student: nn.Module,
+    transformer: nn.Module | None,
+    shape: tuple[int, ...],
+    conditioning: Conditioning,
+    autocast: torch.dtype | None = None,
 ) -> tuple[int, int | None]:
     """Bytes that a forward of one sample keeps for its backward, without and with gradient checkpointing.
 
-    student: on the meta device; transformer: the one under its adapter, whose blocks a checkpointed run computes
-    again, one at a time; None where nothing can be. conditioning: of one sample.
+    student: on the meta device; transformer: the one under its adapter, or its own, whose blocks a checkpointed run
+    computes again, one at a time; None where nothing can be. conditioning: of one sample. autocast: the dtype of
+    products; copies of the parameters in it are not counted.
     """
     fixed, outside, inputs, blocks = _Kept(), _Kept(), _Kept(), []
     for network in filter(None, (student, transformer)):
         for tensor in (*network.parameters(), *network.buffers()):
-            fixed.add(tensor)
+            for part in stored(tensor):
+                fixed.add(part)
 
     def block(module, *args):
         inside = _Kept()
@@ -439,11 +574,13 @@ def kept_for_backward(
 
     if transformer is not None:
         transformer.enable_gradient_checkpointing(block)
+    adapter = hasattr(student, "layer")
+    if adapter:
         student.layer = lambda name, x, weight, bias: _adapted(student, name, x, weight)
     # Some families read lengths and masks on the host, others want them where the rest is.
     for place in ("meta", "cpu"):
         try:
-            with _FusedAttention(), outside.hooks():
+            with _AsOnDevice(autocast) as device, outside.hooks():
                 _forward(student, shape, conditioning, place)
             break
         except RuntimeError:
@@ -452,7 +589,10 @@ def kept_for_backward(
             outside, inputs, blocks = _Kept(), _Kept(), []
     if transformer is not None:
         transformer.disable_gradient_checkpointing()
+    if adapter:
         del student.layer
+    for cast in device.casts.values():
+        fixed.add(cast)
     everything = _Kept()
     for part in (outside, *blocks):
         everything.storages |= part.storages

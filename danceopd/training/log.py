@@ -1,11 +1,16 @@
 """What a run writes while it goes: a JSONL log, TensorBoard scalars, sample grids."""
 
+import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
+
+PREVIEW_SAMPLES, MODEL_SAMPLES = 8, 4  # of each capability in a sample grid: of the embedded network, of a model
+CELL = (96, 512)  # least and largest width of a picture in a grid, in pixels
 
 
 class RunLog:
@@ -65,3 +70,33 @@ def save_grid(path: Path, rows: list[torch.Tensor], scale: int = 3) -> None:
     image = Image.fromarray(torch.cat(lines, dim=1).permute(1, 2, 0).numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def labelled_grid(
+    rows: Sequence[tuple[str, Sequence[torch.Tensor]]], columns: Sequence[str] = (), least=CELL[0]
+) -> bytes:
+    """A PNG of rows of pictures [3, H, W] in [-1, 1], each row under its label; columns: their names, above all rows.
+
+    Pictures are as wide as the first, at least `least` and at most 512 pixels.
+    """
+    cell = min(max(rows[0][1][0].shape[2], least), CELL[1])
+    line = max(16, cell // 16)
+    font = ImageFont.load_default(line * 0.7)
+    heights = [max(round(cell * p.shape[1] / p.shape[2]) for p in pictures) for _, pictures in rows]
+    top = line if columns else 0
+    image = Image.new("RGB", (cell * max(len(p) for _, p in rows), top + sum(heights) + len(rows) * line), "white")
+    draw = ImageDraw.Draw(image)
+    for i, name in enumerate(columns):
+        draw.text((i * cell + 4, 1), name, "black", font)
+    for (label, pictures), tall in zip(rows, heights, strict=True):
+        draw.text((4, top + 1), label, "dimgray", font)
+        for i, picture in enumerate(pictures):
+            shown = Image.fromarray(to_uint8(picture).permute(1, 2, 0).numpy())
+            size = (cell, round(cell * shown.height / shown.width))
+            enlarged = shown.width < cell  # small pictures by their pixels, large ones smoothly
+            method = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+            image.paste(shown.resize(size, method), (i * cell, top + line))
+        top += line + tall
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -22,17 +22,16 @@ from danceopd.evaluation.world import make_sampler, score_gedit, score_geneval
 from danceopd.fields import Field, counted, guided
 from danceopd.memory import keep_freed_memory
 from danceopd.methods import METHODS, needs
-from danceopd.optimizers import make_optimizers
+from danceopd.optimizers import make_optimizers, set_learning_rate
 from danceopd.rollout import rollout, sample
 from danceopd.schedule import sigma_grid
 from danceopd.training.gaps import Gaps
 from danceopd.training.health import Health
-from danceopd.training.log import RunLog, save_grid
+from danceopd.training.log import MODEL_SAMPLES, PREVIEW_SAMPLES, RunLog, labelled_grid
 from danceopd.training.setup import Parts, build
 from danceopd.training.state import load_newest, save_state
 
 BATCH, QUERY, PREVIEW = 0, 1, 2  # streams of randomness of one step
-PREVIEW_SAMPLES = 8
 NOT_IDENTITY = (
     "max_steps",
     "output_dir",
@@ -42,6 +41,7 @@ NOT_IDENTITY = (
     "sample_every",
     "device",
     "gradient_checkpointing",
+    "offload_sources",
 )
 
 
@@ -52,8 +52,7 @@ class Trainer:
         self.config, self.parts, self.device = config, parts, parts.device
         self.names = list(config.capabilities)
         self.weights = [c.weight for c in config.capabilities.values()]
-        scales = [c.student_guidance_scale for c in config.capabilities.values()]
-        self.guidance_scales = None if all(s == 1 for s in scales) else scales
+        self.guidance_scales = guidance_scales(config)
         dropout = [c.prompt_dropout for c in config.capabilities.values()]
         self.prompt_dropout = dropout if any(dropout) else None
         sigmas = parts.samples.groups[0].sigmas
@@ -74,6 +73,7 @@ class Trainer:
         self.method = method(self.student) if inspect.isclass(method) else method
         self.gaps = Gaps(len(self.names), len(self.sigmas) - 1)
         self.fields = [counted(field, self.evaluations, "sources") for field in parts.fields]
+        self._from_sources: list[torch.Tensor] | None = None
         self.health = Health(self.names, self.sigmas, self._reference_norms())
 
     # --- one update -----------------------------------------------------------------------------------
@@ -94,31 +94,23 @@ class Trainer:
 
     def draw(self) -> Batch:
         """The batch of this step, the same at any number of micro-batches and after any interruption."""
-        generator = step_generator(self.config.training.seed, self.step, BATCH)
         weights = self.gaps.route_weights(self.weights) if self.config.route == "adaptive" else self.weights
         return draw_batch(
             self.parts.samples,
             weights,
             self.config.training.batch_size,
-            generator,
+            self.config.training.seed,
+            self.step,
             self.guidance_scales,
             in_turn=self.config.route == "round_robin",
             prompt_dropout=self.prompt_dropout,
             with_clean="clean" in self.needs,
+            stream=BATCH,
         )
 
     def student_field(self) -> Field:
-        """The student as a field: counted, in the run's precision, guided if the configuration says so."""
-        bf16 = self.config.training.precision == "bf16"
-
-        def velocity(latents, sigma, conditioning):
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16 and not self.config.model):
-                return self.student(latents, sigma, conditioning)
-
-        field = counted(velocity, self.evaluations, "student")
-        if self.guidance_scales is None:
-            return field
-        return guided(field, self.parts.empty_prompt, combine=self.parts.combine)
+        """The student as the field that is trained, counted."""
+        return as_trained(self.config, self.parts, counted(self.student, self.evaluations, "student"))
 
     def provided(self, batch: Batch, part: int, progress: float, generator: torch.Generator) -> dict:
         """What a method may ask for by keyword, of micro-batch number `part` at the update's progress."""
@@ -161,7 +153,7 @@ class Trainer:
         finite = math.isfinite(norm) and bool(torch.isfinite(loss).all())
         if finite:
             for optimizer in self.optimizers:
-                optimizer.param_groups[0]["lr"] = rate
+                set_learning_rate(optimizer, rate)
                 optimizer.step()
             self.ema.update_parameters(self.student)
             for observed in seen:
@@ -192,29 +184,74 @@ class Trainer:
         steps = len(self.sigmas) - 1
         reference = {}
         for m, name in enumerate(self.names):
-            batch = self._preview(m, n)
-            until = torch.arange(steps + 1).expand(n, -1)
-            states, _ = rollout(self.parts.fields[m], batch.noise, batch.conditioning, self.sigmas, until)
-            reference[name] = states.flatten(2).norm(dim=2).mean(0).cpu()
+            norms = []
+            for batch in micro_batches(self.config, self._preview(m, n)):
+                sigmas = self.sigmas if batch.sigmas is None else batch.sigmas
+                until = torch.arange(steps + 1).expand(len(batch), -1)
+                states, _ = rollout(self.parts.fields[m], batch.noise, batch.conditioning, sigmas, until)
+                norms.append(states.flatten(2).norm(dim=2).cpu())
+            reference[name] = torch.cat(norms).mean(0)
+            if not torch.isfinite(reference[name]).all():
+                raise UserError(
+                    f"sources.{self.config.capabilities[name].source}: its own samples for {name} are not finite, so "
+                    "nothing can be learnt from it. Its weights or the prepared rows hold numbers that are not, or "
+                    f"overflow in {self.config.training.precision}; copy or train them again"
+                )
         return reference
 
     def _preview(self, m: int, n: int) -> Batch:
         """n fixed samples of one capability."""
-        generator = step_generator(self.config.training.seed, 0, PREVIEW)
+        seed = self.config.training.seed
         only = [float(i == m) for i in range(len(self.names))]
-        return draw_batch(self.parts.samples, only, n, generator, self.guidance_scales).to(self.device)
+        batch = draw_batch(self.parts.samples, only, n, seed, 0, self.guidance_scales, stream=PREVIEW)
+        return batch.to(self.device)
 
     @torch.no_grad()
     def sample_grid(self, path: Path) -> None:
-        """Draw each capability's fixed samples with the averaged student: sources above, results below."""
-        rows, evaluation = [], self.config.evaluation
-        sigmas = sigma_grid(evaluation.num_inference_steps, self.config.rollout.shift)
-        for m in range(len(self.names)):
-            batch = self._preview(m, PREVIEW_SAMPLES)
-            if batch.conditioning.source is not None:
-                rows.append(batch.conditioning.source)
-            rows.append(sample(self.ema.module, batch.noise, batch.conditioning, sigmas, evaluation.solver))
-        save_grid(path, rows)
+        """Write a PNG of each capability's fixed samples: the pictures to edit, the averaged student's, its source's.
+
+        Nothing of it is counted as network evaluations. A model's VAE is loaded for as long as this takes.
+        """
+        count = MODEL_SAMPLES if self.config.model else PREVIEW_SAMPLES
+        batches = [self._preview(m, count) for m in range(len(self.names))]
+        student = as_trained(self.config, self.parts, self.ema.module)
+        drawn = [self._draw(student, batch) for batch in batches]
+        if self._from_sources is None:  # they stay the same
+            self._from_sources = [
+                self._draw(field, batch) for field, batch in zip(self.parts.fields, batches, strict=True)
+            ]
+        decode = self.parts.load_decoder() if self.parts.load_decoder else lambda pictures: pictures
+        rows = []
+        for m, (name, capability) in enumerate(self.config.capabilities.items()):
+            sets = {f"{name}: student": drawn[m], f"{name}: its source {capability.source}": self._from_sources[m]}
+            edited = batches[m].conditioning.source
+            if edited is not None:
+                sets = {f"{name}: to edit": edited[0] if isinstance(edited, tuple) else edited} | sets
+            rows += [(label, [decode(x[None])[0] for x in latents]) for label, latents in sets.items()]
+        write_atomic(path, labelled_grid(rows))
+
+    def _draw(self, field: Field, batch: Batch) -> torch.Tensor:
+        """Finished samples of a batch [B, ...]."""
+        evaluation = self.config.evaluation
+        if self.parts.drawing_sigmas:
+            sigmas = self.parts.drawing_sigmas[tuple(batch.noise.shape[1:])]
+        else:
+            sigmas = sigma_grid(evaluation.num_inference_steps, self.config.rollout.shift)
+        return torch.cat(
+            [
+                sample(field, part.noise, part.conditioning, sigmas, evaluation.solver)
+                for part in micro_batches(self.config, batch)
+            ]
+        )
+
+    def _show_samples(self, log: RunLog) -> None:
+        """The sample grid of this step; what goes wrong with it is said, and ends no run."""
+        try:
+            self.sample_grid(self.config.training.output_dir / "samples" / f"step-{self.step:08d}.png")
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            warning = f"no sample grid: {str(error).splitlines()[0]}"
+            tqdm.write(f"warning at step {self.step}: {warning}", file=sys.stderr)
+            log.write(self.step, {"warning": warning})
 
     def quick_scores(self) -> dict:
         """The averaged student's two scores on a small set, for the curves."""
@@ -315,8 +352,8 @@ class Trainer:
                             "gradient that is not finite. A checkpoint was written. Lower training.learning_rate or "
                             "look at the sources and the data, and train into another training.output_dir"
                         )
-                    if training.sample_every and self.step % training.sample_every == 0:
-                        self.sample_grid(folder / "samples" / f"step-{self.step:08d}.png")
+                    if training.sample_every and (self.step % training.sample_every == 0 or progress == 1):
+                        self._show_samples(log)
                     times = self.config.evaluation.times
                     if int(times * progress) > int(times * before):
                         self._score(log)
@@ -347,6 +384,31 @@ class Trainer:
         if self.config.evaluation.times:
             record = {"network_evaluations": self.evaluations.total(), "evaluation": self.quick_scores()}
             log.write(self.step, record)
+
+
+def micro_batches(config: Config, batch: Batch) -> list[Batch]:
+    """Parts no larger than those of an update, so that where training fits this does too."""
+    size = config.training.batch_size // config.training.gradient_accumulation_steps
+    return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+
+def guidance_scales(config: Config) -> list[float] | None:
+    """The student's own scale for each capability's samples; None where all are 1."""
+    scales = [capability.student_guidance_scale for capability in config.capabilities.values()]
+    return None if all(scale == 1 for scale in scales) else scales
+
+
+def as_trained(config: Config, parts: Parts, network: Field) -> Field:
+    """The student's network, or another in its place, as the field that is trained: in its precision, guided."""
+    bf16 = config.training.precision == "bf16" and not config.model
+
+    def velocity(latents, sigma, conditioning):
+        with torch.autocast(parts.device.type, dtype=torch.bfloat16, enabled=bf16):
+            return network(latents, sigma, conditioning)
+
+    if guidance_scales(config) is None:
+        return velocity
+    return guided(velocity, parts.empty_prompt, combine=parts.combine)
 
 
 @contextlib.contextmanager
@@ -400,6 +462,8 @@ def train(config: Config, overwrite: bool = False) -> Path:
     """
     torch.manual_seed(config.training.seed)
     parts = build(config)
+    for line in parts.samples.never_drawn:
+        print(f"warning: {line}")
     if parts.device.type == "cpu":
         keep_freed_memory()
     folder = config.training.output_dir

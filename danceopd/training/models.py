@@ -1,41 +1,76 @@
 """A run on a diffusers model: one frozen transformer that carries the student's adapter and the sources'."""
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import nn
 
-from danceopd.backbones import pipeline_class_of
-from danceopd.backbones.loading import class_name_of
+from danceopd.backbones import empty_transformer, pipeline_class_of
+from danceopd.backbones.loading import (
+    check_weights,
+    class_name_of,
+    is_file_name,
+    load_transformer_file,
+    stream_blocks,
+)
 from danceopd.config import Config, Source
-from danceopd.data.prepared import PreparedData, common_sizes
+from danceopd.data.prepare import check_encoders, fingerprints
+from danceopd.data.prepared import PreparedData, mix
 from danceopd.data.sampler import Group, Samples
+from danceopd.eight_bit import to_eight_bit
 from danceopd.errors import UserError
 from danceopd.fields import Field, SharedField, guided
-from danceopd.lora import Lora, LoraStudent, SharedBase, combine, load_lora, target_layers
+from danceopd.lora import Lora, LoraStudent, SharedBase, combine, load_lora, merge_into, target_layers
+from danceopd.training.students import FullStudent, begin, start_lora, start_transformer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Samples | None:
-    """The prepared rows of every capability in groups of one picture size; None where some cannot be used."""
+    """The prepared rows of every capability in groups that may share a batch; None where some cannot be used."""
     steps = config.rollout.num_inference_steps
+    encoders = fingerprints(config.model)
     for name, capability in config.capabilities.items():
         attempt(f"capabilities.{name}.task", _check_task, capability.task, backbone, config.model)
-    data = [
-        attempt(f"capabilities.{name}.data.prepared", rows_of, capability.data.prepared, name, capability)
-        for name, capability in config.capabilities.items()
-    ]
-    sizes = None if None in data else attempt("capabilities", common_sizes, data)
-    if sizes is None:
+    data = {}
+    for name, capability in config.capabilities.items():
+        key, path = f"capabilities.{name}.data.prepared", capability.data.prepared
+        data[name] = rows = attempt(key, rows_of, path, name, capability)
+        if rows:
+            attempt(key, check_encoders, path, rows.head, config.model, encoders)
+    mixing = None if None in data.values() else attempt("capabilities", mix, data)
+    if mixing is None:
         return None
-    groups = []
-    for size, rows in sizes.items():
-        shape = attempt("model", backbone.latent_shape, config.model, *size)
-        sigmas = attempt("model", backbone.sigmas, config.model, steps, *size)
-        groups.append(Group([part.of_size(size) for part in data], shape, rows, sigmas))
-    return Samples(groups, lambda rows, indices, without_prompt: rows.condition(indices, without_prompt))
+    groups, part = [], cache(lambda name, kind: data[name].part(kind))  # one data set for equal rows of two groups
+    for kind, rows in mixing.rows.items():
+        shape, *sources = (attempt("model", backbone.latent_shape, config.model, *size) for size in (kind[0], *kind[1]))
+        sigmas = attempt("model", backbone.sigmas, config.model, steps, *kind[0])
+        if None in (shape, *sources) or sigmas is None:
+            return None
+        group = [part(name, own.own(kind)) for name, own in data.items()]
+        groups.append(Group(group, shape, rows, sigmas, tuple(sources)))
+    return Samples(
+        groups, lambda rows, indices, without_prompt: rows.condition(indices, without_prompt), tuple(mixing.never_drawn)
+    )
+
+
+def drawing_sigmas(config: Config, backbone: ModuleType, samples: Samples) -> dict[tuple[int, ...], torch.Tensor]:
+    """{latents' shape: noise levels of a picture drawn in evaluation.num_inference_steps}."""
+    steps = config.evaluation.num_inference_steps
+    sizes = {g.shape: next(tuple(rows.rows[0]["size"]) for rows in g.data if len(rows)) for g in samples.groups}
+    return {tuple(shape): backbone.sigmas(config.model, steps, *size) for shape, size in sizes.items()}
+
+
+def check_decoder(config: Config) -> None:
+    """Sample grids need the VAE. Raises UserError where they are drawn and it is not there."""
+    if config.training.sample_every and (config.model / "vae" / "config.json").is_file():  # else latent_shape says it
+        try:
+            check_weights(config.model / "vae")
+        except UserError as error:
+            raise UserError(f"sample grids are decoded by the VAE, but {error}; or give 0 for none") from None
 
 
 def _check_task(task: str, backbone: ModuleType, model) -> None:
@@ -58,14 +93,16 @@ def rows_of(path, name: str, capability) -> PreparedData:
 def load_networks(config: Config, backbone: ModuleType, device: torch.device, attempt: Callable):
     """(student, {source: field without guidance}): adapters on one transformer, sources of other weights beside it.
 
-    Where something cannot be loaded, attempt takes the message and the result is (None, None).
+    A student of all weights is a transformer of its own, and the model's is loaded only where a source needs it. Where
+    something cannot be loaded, attempt takes the message and the result is (None, None).
     """
-    dtype = PRECISIONS[config.training.precision]
-    attempt("student.init_from", check_student, config)
-    transformer = attempt("model", backbone.load_transformer, config.model, dtype)
-    if transformer is None:
-        return None, None
-    layers = attempt("student.lora.targets", student_layers, config, backbone, transformer)
+    dtype, transformer, layers = PRECISIONS[config.training.precision], None, []
+    if needs_base(config):
+        transformer = attempt("model", backbone.load_transformer, config.model, dtype)
+        if transformer is None:
+            return None, None
+    if config.student.lora:
+        layers = attempt("student.lora.targets", student_layers, config, backbone, transformer)
     pipeline_class = pipeline_class_of(config.model)
     on_base = sources_on_base(config)
     loras = {
@@ -74,31 +111,74 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
         if name in on_base
     }
     others = {
-        name: attempt(f"sources.{name}.weights", backbone.load_transformer, source.weights, dtype)
+        name: attempt(f"sources.{name}.weights", _own_weights, source, config, backbone, dtype)
         for name, source in config.sources.items()
         if name not in on_base
     }
-    attempt("student.embedded_guidance", _check_embedded, transformer, config.student.embedded_guidance)
+    own = transformer if config.student.lora else attempt("student.init_from", empty_transformer, start_folder(config))
+    if own:
+        attempt("student.embedded_guidance", _check_embedded, own, config.student.embedded_guidance)
     for name, source in config.sources.items():
         network = others.get(name) or transformer
-        attempt(f"sources.{name}.embedded_guidance", _check_embedded, network, source.embedded_guidance)
+        if network:
+            attempt(f"sources.{name}.embedded_guidance", _check_embedded, network, source.embedded_guidance)
     if layers is None or None in loras.values() or None in others.values():
         return None, None
-    shared = SharedBase(transformer.to(device), [lora for lora in loras.values() if lora], backbone.velocity, layers)
-    if config.training.gradient_checkpointing:
-        shared.enable_gradient_checkpointing()
-    generator = torch.Generator().manual_seed(config.training.seed)
-    lora, embedded = config.student.lora, config.student.embedded_guidance
-    student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, generator, embedded).to(device)
+    if config.student.lora:
+        start = attempt("student.init_from", start_lora, config, loras, layers)
+    else:
+
+        def load(name):
+            return _own_weights(config.sources[name], config, backbone, torch.float32)
+
+        start = attempt("student.init_from", start_transformer, config, backbone, loras, load)
+    if start is None:
+        return None, None
+    shared = None
+    if transformer:
+        if config.training.base_precision:
+            to_eight_bit(transformer, device)
+        adapters = [lora for lora in loras.values() if lora]
+        shared = SharedBase(transformer.to(device), adapters, backbone.velocity, layers)
+    student = _student(config, backbone, shared, layers, start, device)
     place = {name: i for i, name in enumerate(name for name, lora in loras.items() if lora)}
     fields = {name: (shared, place.get(name, -1)) for name in on_base}  # -1: the base itself
-    return student, fields | {name: _field(network.to(device), backbone) for name, network in others.items()}
+    return student, fields | {
+        name: _field(_placed(network, config, device), backbone) for name, network in others.items()
+    }
 
 
-def check_student(config: Config) -> None:
-    """Raises UserError for a student that this cannot make."""
-    if config.student.init_from != "base":
-        raise UserError("a model's student starts from base so far; leave it out")
+def _student(config: Config, backbone: ModuleType, shared: SharedBase | None, layers, start, device) -> nn.Module:
+    """The student on its device, as it begins: start is what start_lora or start_transformer gives."""
+    lora, embedded = config.student.lora, config.student.embedded_guidance
+    checkpointing = config.training.gradient_checkpointing
+    if lora is None:
+        if checkpointing:
+            start.enable_gradient_checkpointing()
+        autocast = torch.bfloat16 if config.training.precision == "bf16" else None
+        return FullStudent(start.to(device), backbone.velocity, embedded, autocast)
+    if checkpointing:
+        shared.enable_gradient_checkpointing()
+    generator = torch.Generator().manual_seed(config.training.seed)
+    student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, generator, embedded)
+    begin(student, start)
+    return student.to(device)
+
+
+def needs_base(config: Config) -> bool:
+    """Whether a run keeps the model's own transformer, frozen: for its student's adapter or for sources."""
+    return bool(config.student.lora or sources_on_base(config))
+
+
+def start_folder(config: Config) -> Path | str:
+    """The folder with the configuration of the transformer that a student begins as, or that its adapter is of."""
+    source = config.sources.get(config.student.init_from)
+    return config.model if source is None else source_folder(config, source)
+
+
+def source_folder(config: Config, source: Source) -> Path | str:
+    """The folder with the configuration of a source's transformer: a single file is of the model's architecture."""
+    return config.model if source.weights in (None, "base") or is_file_name(source.weights) else source.weights
 
 
 def sources_on_base(config: Config) -> list[str]:
@@ -146,6 +226,24 @@ def _sum(source: Source, transformer: nn.Module, pipeline_class: type) -> Lora:
 def _field(network: nn.Module, backbone: ModuleType) -> Field:
     """A transformer of its own as a field."""
     return SharedBase(network, [], backbone.velocity).field(-1)
+
+
+def _own_weights(source: Source, config: Config, backbone: ModuleType, dtype: torch.dtype) -> nn.Module:
+    """A source's own transformer, on the CPU, with its adapters merged."""
+    if is_file_name(source.weights):
+        like = empty_transformer(config.model)
+        network = load_transformer_file(source.weights, like, config.model, dtype)
+    else:
+        network = backbone.load_transformer(source.weights, dtype)
+    return merge_into(network, _sum(source, network, pipeline_class_of(config.model)))
+
+
+def _placed(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """A source's transformer as it waits to be asked: on the device, or in host memory."""
+    offload = config.training.offload_sources
+    if config.training.base_precision:
+        to_eight_bit(network, None if offload else device)
+    return stream_blocks(network, device) if offload else network.to(device)
 
 
 def _embedding(field: Field, guidance: float | None) -> Field:

@@ -17,6 +17,7 @@ from danceopd.config import Config
 from danceopd.data.manifest import ManifestData
 from danceopd.data.sampler import Samples, embedded_samples
 from danceopd.data.world import WorldData
+from danceopd.eight_bit import check_eight_bit
 from danceopd.errors import UserError
 from danceopd.fields import Field, guided
 from danceopd.methods import needs
@@ -29,7 +30,8 @@ class Parts:
     """The student, each route's frozen field in the order of `config.capabilities`, where batches come from.
 
     anchor: the student as it was before training, frozen, where the method asks for it; save: writes a student's
-    weights into a folder, as others load them; combine: the model's own guidance, for `guided`.
+    weights into a folder, as others load them; combine: the model's own guidance, for `guided`. Of a model also
+    drawing_sigmas: noise levels of a finished picture by the latents' shape; load_decoder: loads what decodes latents.
     """
 
     student: nn.Module
@@ -40,6 +42,8 @@ class Parts:
     device: torch.device
     save: Callable[[nn.Module, Path], None]
     combine: Callable | None = None
+    drawing_sigmas: dict[tuple[int, ...], torch.Tensor] | None = None
+    load_decoder: Callable[[], Callable] | None = None
 
 
 def build(config: Config) -> Parts:
@@ -58,6 +62,8 @@ def build(config: Config) -> Parts:
     device = attempt("training.device", find_device, config.training.device)
     attempt("training.output_dir", _check_folder, config.training.output_dir)
     attempt("training.optimizer", adamw_class, config.training.optimizer)
+    if config.training.base_precision:
+        attempt("training.base_precision", check_eight_bit)
     if config.model:
         return _build_model(config, device, attempt, problems)
     student = attempt("student.init_from", _load, config.student.init_from)
@@ -88,12 +94,22 @@ def build(config: Config) -> Parts:
 def _build_model(config: Config, device: torch.device, attempt: Callable, problems: list[str]) -> Parts:
     from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
     from danceopd.lora import save_lora
-    from danceopd.training.models import load_networks, model_fields, model_samples
+    from danceopd.training.models import (
+        PRECISIONS,
+        check_decoder,
+        drawing_sigmas,
+        load_networks,
+        model_fields,
+        model_samples,
+    )
+    from danceopd.training.students import save_transformer
 
     backbone = attempt("model", backbone_of, config.model)
     _stop_at(problems)
     samples = model_samples(config, backbone, attempt)
+    attempt("training.sample_every", check_decoder, config)
     _stop_at(problems)
+    sigmas = attempt("model", drawing_sigmas, config, backbone, samples)
     student, networks = load_networks(config, backbone, device, attempt)
     _stop_at(problems)
     empty_prompt = tree_map(lambda value: value.to(device), samples.groups[0].data[0].empty_prompt())
@@ -102,9 +118,15 @@ def _build_model(config: Config, device: torch.device, attempt: Callable, proble
     anchor = copy.deepcopy(student).requires_grad_(False) if "anchor" in needs(config.method) else None
 
     def save(student, folder: Path) -> None:
-        save_lora(student.lora(), folder / "student", pipeline_class_of(config.model))
+        if config.student.lora:
+            save_lora(student.lora(), folder / "student", pipeline_class_of(config.model))
+        else:
+            save_transformer(student.transformer, folder / "student")
 
-    return Parts(student, fields, samples, anchor, empty_prompt, device, save, combine)
+    def load_decoder():
+        return backbone.picture_codec(config.model, device, PRECISIONS[config.training.precision])[1]
+
+    return Parts(student, fields, samples, anchor, empty_prompt, device, save, combine, sigmas, load_decoder)
 
 
 def _save_embedded(student: DiT, folder: Path) -> None:
