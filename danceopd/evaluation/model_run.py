@@ -11,7 +11,7 @@ from PIL import Image
 
 from danceopd.checkpoint import write_atomic
 from danceopd.config import Config
-from danceopd.data.sampler import Batch, draw_batch, step_generator
+from danceopd.data.sampler import Batch, draw_batch
 from danceopd.errors import UserError
 from danceopd.evaluation.report import read_log, write_report
 from danceopd.evaluation.velocity import velocity_errors
@@ -89,9 +89,9 @@ def measure_gaps(folder: Path, config: Config, progress: Callable = lambda items
 
 def held_out(config: Config, parts: Parts, m: int) -> Batch:
     """The samples that capability number m is measured on: its rows, with noise that no update drew."""
-    generator = step_generator(config.evaluation.seed, 0, HELD_OUT)
-    only = [float(i == m) for i in range(len(config.capabilities))]
-    return draw_batch(parts.samples, only, SAMPLES, generator, guidance_scales(config)).to(parts.device)
+    only, seed = [float(i == m) for i in range(len(config.capabilities))], config.evaluation.seed
+    batch = draw_batch(parts.samples, only, SAMPLES, seed, 0, guidance_scales(config), stream=HELD_OUT)
+    return batch.to(parts.device)
 
 
 def gap(source: str, sigmas: torch.Tensor, before: list[torch.Tensor], after: list[torch.Tensor]) -> dict:
