@@ -325,14 +325,14 @@ def compare(folder: Path, rounds: int, batch_size: int, only_ratio: bool, say: C
 
     for i in range(rounds + 1):
         take("plain loop", lambda step=i: plain.update(step))
-        before = copy.deepcopy((ours.student.state_dict(), [o.state_dict() for o in ours.optimizers]))
+        before = copy.deepcopy((ours.parts.student.state_dict(), [o.state_dict() for o in ours.engine.optimizers]))
         for name, change in without.items():  # from the state that ours begins the round with
             change(ours)
             ours.step = i
             take(f"ours without {name}", lambda: ours.update()["loss"])
             vars(ours).update(whole)
-            ours.student.load_state_dict(before[0])
-            for optimizer, state in zip(ours.optimizers, copy.deepcopy(before[1]), strict=True):
+            ours.parts.student.load_state_dict(before[0])
+            for optimizer, state in zip(ours.engine.optimizers, copy.deepcopy(before[1]), strict=True):
                 optimizer.load_state_dict(state)
         ours.step = i
         take("ours", lambda: ours.update()["loss"])

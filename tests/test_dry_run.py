@@ -281,7 +281,7 @@ def test_a_real_run_asks_as_often(places, tmp_path, guidance):
     config = config_of(places("sd3"), **changes)
     trainer = Trainer(config, build(config))
     rows, steps = [], 12
-    transformer = trainer.student._shared[0].transformer
+    transformer = trainer.parts.student._shared[0].transformer
     transformer.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
@@ -300,11 +300,12 @@ def test_the_embedded_network(tmp_path, capsys):
     plan = dry_run(config)
     assert plan.problems == []
     trainer = Trainer(config, build(config))
-    assert plan.parameters["student, trainable"] == sum(p.numel() for p in trainer.student.parameters())
+    assert plan.parameters["student, trainable"] == sum(p.numel() for p in trainer.parts.student.parameters())
     for _ in range(10):
         trainer.update()
     assert trainer.evaluations.total() / 10 == pytest.approx(sum(plan.evaluations.values()), rel=0.08)
-    state = sum(v.nbytes for o in trainer.optimizers for s in o.state.values() for v in s.values() if v.numel() > 1)
+    states = [s for optimizer in trainer.engine.optimizers for s in optimizer.state.values()]
+    state = sum(v.nbytes for s in states for v in s.values() if v.numel() > 1)
     assert plan.memory["optimizer state"][0] == pytest.approx(state, rel=1e-3)
     assert main(["train", "--config", "configs/demo.yaml", "--dry-run", f"training.output_dir={tmp_path / 'no'}"]) == 0
     assert "student, trainable" in capsys.readouterr().out
@@ -423,7 +424,7 @@ def test_a_run_with_checkpointing_is_the_run_without(places, tmp_path):
         trainer = Trainer(config, build(config))
         for _ in range(2):
             trainer.update()
-        weights.append([p.detach().clone() for p in trainer.student.parameters()])
+        weights.append([p.detach().clone() for p in trainer.parts.student.parameters()])
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 

@@ -29,6 +29,7 @@ from danceopd.lora import FILES, load_lora, merge_into, save_lora, target_layers
 from danceopd.rollout import sample
 from danceopd.training.loop import Trainer, train
 from danceopd.training.setup import build
+from danceopd.training.state import load_newest
 
 SIZE, STEPS, PROMPT = 32, 3, "a red cup"
 
@@ -84,12 +85,11 @@ def student_picture(config, noise):
     """[H, W, 3] in [0, 1]: the student of the newest checkpoint, in our own sampler."""
     backbone, parts = backbone_of(config.model), build(config)
     trainer = Trainer(config, parts)
-    newest = max((config.training.output_dir / "checkpoints").glob("step-*.pt"))
-    trainer.load_state_dict(torch.load(newest, weights_only=True))
+    trainer.load(load_newest(config.training.output_dir / "checkpoints")[0])
     prompt = backbone.text_encoder(config.model)([PROMPT])
     conditioning = Conditioning(prompt, None, torch.tensor([False]))
     sigmas = backbone.sigmas(config.model, STEPS, SIZE, SIZE)
-    latents = sample(trainer.ema.module, noise, conditioning, sigmas)
+    latents = sample(trainer.engine.ema.module, noise, conditioning, sigmas)
     return (backbone.picture_codec(config.model)[1](latents)[0].permute(1, 2, 0).numpy() + 1) / 2
 
 

@@ -16,7 +16,7 @@ from danceopd.backbones.dit import DiT, DiTConfig
 from danceopd.checkpoint import save_model
 from danceopd.conditioning import Conditioning
 from danceopd.config import parse_config
-from danceopd.data.sampler import Batch, step_generator
+from danceopd.data.sampler import Batch, sample_generators
 from danceopd.data.world import write_world
 from danceopd.errors import UserError
 from danceopd.fields import counted
@@ -872,44 +872,52 @@ def same(a, b, path=""):
         assert a == b, path
 
 
+def saved(trainer, folder):
+    """A trainer's checkpoint."""
+    save_state(folder, trainer.step, *trainer.engine.tensors(), trainer.rest(), 1)
+    return load_newest(folder)[0]
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_method_trains_counts_and_resumes_bit_for_bit(networks, tmp_path, name):
     sections, expected = VARIANTS[name]
     config = config_of(networks, tmp_path, method=name.split()[0], **sections)
     whole = Trainer(config, build(config))
-    before = copy.deepcopy(whole.student.state_dict())
+    before = copy.deepcopy(whole.parts.student.state_dict())
     records = [whole.update() for _ in range(2)]
     assert all(math.isfinite(r["loss"]) and r["gradient_norm"] > 0 for r in records)
     assert whole.skipped == 0
-    moved = [k for k, v in whole.student.state_dict().items() if not torch.equal(v, before[k])]
+    moved = [k for k, v in whole.parts.student.state_dict().items() if not torch.equal(v, before[k])]
     assert "patch_out.weight" in moved
     if expected:
         k = 2 if name == "pooled" else config.query.k
         size = B // 2 if name == "pooled" else B
-        drawn = [query(size, N, step_generator(0, step, 1), bias="low_t", k=k) for step in range(2)]
+        numbers = [[step * B + i for i in range(B)] for step in range(2)]
+        drawn = [query(size, N, sample_generators(0, 1, own), bias="low_t", k=k) for own in numbers]
         counts = {key: int(value) for key, value in expected(torch.stack(drawn)).items()}
         assert +whole.evaluations == counts
         assert records[-1]["network_evaluations"] == sum(counts.values())
-    save_state(tmp_path, whole.state_dict(), 1)
     resumed = Trainer(config, build(config))
-    resumed.load_state_dict(load_newest(tmp_path)[0])
+    resumed.load(saved(whole, tmp_path))
     for trainer in (whole, resumed):
         for _ in range(2):
             trainer.update()
-    same(whole.state_dict(), resumed.state_dict())
+    for a, b in zip(whole.engine.tensors(), resumed.engine.tensors(), strict=True):
+        same(a, b)
+    same(whole.rest(), resumed.rest())
 
 
 def test_the_anchor_is_the_untrained_student(networks, tmp_path):
     """Also after a resumed run has loaded the trained one, and no optimizer moves it."""
     config = config_of(networks, tmp_path, method="flow_opd", options={"group_size": 4, "anchor_weight": 1.0})
     trainer = Trainer(config, build(config))
-    start = copy.deepcopy(trainer.student.state_dict())
+    start = copy.deepcopy(trainer.parts.student.state_dict())
     trainer.update()
     resumed = Trainer(config, build(config))
-    resumed.load_state_dict(trainer.state_dict())
+    resumed.load(saved(trainer, tmp_path))
     for parts in (trainer.parts, resumed.parts):
         same(start, parts.anchor.state_dict())
-    assert not torch.equal(resumed.student.state_dict()["patch_out.weight"], start["patch_out.weight"])
+    assert not torch.equal(resumed.parts.student.state_dict()["patch_out.weight"], start["patch_out.weight"])
 
 
 def test_only_who_asks_for_pictures_or_an_anchor_gets_them(networks, tmp_path):
@@ -990,7 +998,7 @@ def test_a_run_learns_its_gaps(networks, tmp_path):
 @pytest.mark.parametrize(("times", "at"), [(0, []), (1, [0, 5]), (3, [0, 2, 3, 5]), (5, [0, 1, 2, 3, 4, 5])])
 def test_network_evaluations_end_a_run_and_pace_it(networks, tmp_path, monkeypatch, times, at):
     """Joint training costs 3 B an update: 100 are spent in the fifth. Scores at the start, and then evenly spread."""
-    monkeypatch.setattr(Trainer, "quick_scores", lambda self: {"geneval_overall": 0.5})
+    monkeypatch.setattr(Trainer, "quick_scores", lambda self, network: {"geneval_overall": 0.5})
     training = {"max_steps": 1000, "max_network_evaluations": 100, "lr_schedule": "cosine", "log_every": 1}
     config = config_of(
         networks,
@@ -1007,7 +1015,7 @@ def test_network_evaluations_end_a_run_and_pace_it(networks, tmp_path, monkeypat
     assert all(a > b for a, b in itertools.pairwise(rates))
     assert rates[0] > 0.8 * config.training.learning_rate > 0.1 * config.training.learning_rate > rates[-1]
     assert [r["step"] for r in log if "evaluation" in r] == at
-    assert load_newest(tmp_path / "checkpoints")[0]["step"] == 5
+    assert load_newest(tmp_path / "checkpoints")[0].step == 5
 
 
 @given(share=st.floats(0, 1.5), step=st.integers(0, 100))

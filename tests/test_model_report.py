@@ -117,7 +117,7 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
         asked.append(len(latents))
         return flux2.velocity(transformer, latents, *rest)
 
-    trainer.student._shared[0]._velocity = velocity
+    trainer.parts.student._shared[0]._velocity = velocity
     trainer.sample_grid(tmp_path / "grid.png")
     assert trainer.evaluations.total() == before
     assert sum(asked) == sum(grid_evaluations(trainer.config)) == MODEL_SAMPLES * DRAWN * (3 + 2)

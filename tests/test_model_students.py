@@ -27,6 +27,7 @@ from danceopd.training import students
 from danceopd.training.dry_run import dry_run
 from danceopd.training.loop import Trainer, train
 from danceopd.training.setup import build
+from danceopd.training.state import load_newest
 from danceopd.training.students import FullStudent, save_transformer, truncated
 
 OWN = {"own": {"weights": "own"}, "other": {"weights": "other"}}
@@ -114,12 +115,11 @@ def test_end_to_end(full_run, place, tmp_path):
     assert len(curve) == 10
     assert sum(curve[-3:]) < 0.5 * sum(curve[:3])
     trainer = Trainer(config, build(config))
-    newest = max((run / "checkpoints").glob("step-*.pt"))
-    trainer.load_state_dict(torch.load(newest, weights_only=True))
+    trainer.load(load_newest(run / "checkpoints")[0])
     prompt = sd3.text_encoder(place / "model")(["a red cup"])
     noise = torch.randn(1, *sd3.latent_shape(place / "model", SIZE, SIZE), generator=torch.Generator().manual_seed(3))
     sigmas = sd3.sigmas(place / "model", 3, SIZE, SIZE)
-    expected = sample(trainer.ema.module, noise, Conditioning(prompt, None, torch.tensor([False])), sigmas)
+    expected = sample(trainer.engine.ema.module, noise, Conditioning(prompt, None, torch.tensor([False])), sigmas)
 
     def drawn(transformer):
         pipeline = StableDiffusion3Pipeline.from_pretrained(place / "model", transformer=transformer)
@@ -159,11 +159,13 @@ def test_resumed_is_uninterrupted(place, tmp_path, changes):
     whole = train(config_of(place, tmp_path / "whole", max_steps=3, **changes))
     train(config_of(place, tmp_path / "parts", max_steps=2, **changes))
     parts = train(config_of(place, tmp_path / "parts", max_steps=3, **changes))
-    a, b = (torch.load(folder / "checkpoints" / "step-00000003.pt", weights_only=True) for folder in (whole, parts))
-    for key in ("student", "ema"):
-        assert all(torch.equal(value, b[key][name]) for name, value in a[key].items())
+    a, b = (load_newest(folder / "checkpoints")[0] for folder in (whole, parts))
+    assert a.step == b.step == 3
+    assert a.shapes == b.shapes
+    assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.shapes)
     base = sd3.load_transformer(place / "model").state_dict()
-    changed = [n for n, value in base.items() if not torch.equal(value, a["student"][f"transformer.{n}"])]
+    trained = [n for n in base if f"student/transformer.{n}" in a.shapes]  # a table of positions is no parameter
+    changed = [n for n in trained if not torch.equal(base[n], a.tensor(f"student/transformer.{n}"))]
     assert len(changed) > 0.95 * (len(base) - 1)  # but for the table of positions, and what only the last text sees
     x, first, again = asked(place), *(sd3.load_transformer(folder / "student") for folder in (whole, parts))
     with torch.no_grad():
@@ -467,11 +469,12 @@ def test_the_plan_counts_a_full_student(place, tmp_path, precision):
 
 def test_muon_is_for_the_products_over_tokens(place, tmp_path):
     trainer = Trainer(config := config_of(place, tmp_path, optimizer="muon"), build(config_of(place, tmp_path)))
-    muon, adamw = trainer.optimizers
-    names = {id(p): name for name, p in trainer.student.transformer.named_parameters()}
+    muon, adamw = trainer.engine.optimizers
+    names = {id(p): name for name, p in trainer.parts.student.transformer.named_parameters()}
     chosen = [names[id(p)] for group in muon.param_groups for p in group["params"]]
     assert "transformer_blocks.0.attn.to_q.weight" in chosen
-    assert all(isinstance(trainer.student.transformer.get_submodule(n.rpartition(".")[0]), nn.Linear) for n in chosen)
+    trained = trainer.parts.student.transformer
+    assert all(isinstance(trained.get_submodule(n.rpartition(".")[0]), nn.Linear) for n in chosen)
     assert not any("norm" in name or "embed" in name for name in chosen)
     assert len(chosen) + sum(len(g["params"]) for g in adamw.param_groups) == len(names)
     plan = dry_run(config)

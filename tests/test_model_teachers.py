@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import struct
 
 import pytest
@@ -18,6 +19,7 @@ from danceopd.lora import SharedBase, load_lora, merged, target_layers
 from danceopd.training.dry_run import dry_run, nbytes
 from danceopd.training.loop import train
 from danceopd.training.setup import build
+from danceopd.training.state import load_newest
 
 
 @pytest.fixture(scope="module")
@@ -553,8 +555,7 @@ def learn_and_resume(root, tmp_path, **options):
     curve = [record["loss"] for record in records if "loss" in record]
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5]), curve
     (runs[1] / "checkpoints").mkdir(parents=True)
-    state = torch.load(runs[0] / "checkpoints" / "step-00000016.pt", weights_only=True)
-    torch.save(state, runs[1] / "checkpoints" / "step-00000016.pt")
+    shutil.copytree(*(run / "checkpoints" / "step-00000016" for run in runs))
     train(configs[1])
     name = "student/pytorch_lora_weights.safetensors"
     assert (runs[1] / name).read_bytes() == (runs[0] / name).read_bytes()
@@ -612,8 +613,8 @@ def test_adamw_of_8_bits_learns_and_resumes(places, tmp_path):
     # States of 4096 numbers and more have 8 bits.
     lora = {"rank": 256, "targets": ["attn.to_q", "attn.to_k", "attn.to_v"]}
     config = learn_and_resume(places("sd3"), tmp_path, **{"training.optimizer": "adamw_8bit", "student.lora": lora})
-    state = torch.load(config.training.output_dir / "checkpoints" / "step-00000020.pt", weights_only=True)
-    states = list(state["optimizers"][0]["state"].values())
+    checkpoint, _ = load_newest(config.training.output_dir / "checkpoints")
+    states = list(checkpoint.rest["engine"]["optimizer"].values())
     assert states
     assert all(s["exp_avg"].codes.dtype == s["exp_avg_sq"].codes.dtype == torch.uint8 for s in states)
 

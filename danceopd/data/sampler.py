@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from danceopd.conditioning import Conditioning, concatenate
-from danceopd.errors import UserError
+from danceopd.draws import SampleGenerators
 from danceopd.routing import round_robin, route
 from danceopd.tokenizer import tokenize
 
@@ -121,14 +121,11 @@ def draw_batch(
     equal parts of the capabilities whatever their weights. with_clean: the data's own pictures.
 
     The batch is a function of (seed, stream, step) alone: a run goes on from any step without any state, and the parts
-    of `world_size` ranks, each batch_size / world_size samples, are one rank's batch in order. Slot i of step s is
+    of `world_size` ranks, equal up to one sample, are one rank's batch in order. Slot i of step s is
     number n = s * batch_size + i of the run; it asks for row n modulo their number of the rows of its
     capability and group, in an order that is new in each epoch of so many slots. So no row is drawn twice in an epoch,
     on whatever ranks; which of them are drawn is left to the routes, that share the slots out among the capabilities.
-    Raises UserError where the ranks do not divide the batch.
     """
-    if batch_size % world_size:
-        raise UserError(f"a batch of {batch_size} samples cannot be shared out over {world_size} ranks; use a multiple")
     generator = step_generator(seed, step, stream)
     group = samples.groups[0]
     if len(samples.groups) > 1:
@@ -138,11 +135,10 @@ def draw_batch(
     if in_turn:  # drawn all the same, so that what is drawn after them does not depend on it
         routes = round_robin(batch_size, len(group.data))
     empty = torch.rand(batch_size, generator=generator, dtype=torch.float64) if prompt_dropout else None
-    size = batch_size // world_size
-    mine = slice(rank * size, (rank + 1) * size)
+    mine = slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
     slots = step * batch_size + torch.arange(batch_size)[mine]
     routes, empty = routes[mine], None if empty is None else empty[mine]
-    noise = torch.empty(size, *group.shape)
+    noise = torch.empty(len(slots), *group.shape)
     for slot, out in zip(slots.tolist(), noise, strict=True):  # each by itself: no rank draws another's
         out.normal_(generator=generator.manual_seed(_number(seed, stream) + slot))
     parts, position, clean = [], [], []
@@ -162,6 +158,12 @@ def draw_batch(
     order = torch.cat(position).argsort()
     pictures = torch.cat(clean)[order] if with_clean else None
     return Batch(noise, concatenate(parts)[order], routes, pictures, group.sigmas)
+
+
+def sample_generators(seed: int, stream: int, numbers: list[int]) -> SampleGenerators:
+    """Of samples by their number in the run."""
+    first = _number(seed, stream)
+    return SampleGenerators(first + number for number in numbers)
 
 
 def _number(*parts: int) -> int:

@@ -63,25 +63,26 @@ def measure_gaps(folder: Path, config: Config, progress: Callable = lambda items
     # Where the run lies now, which need not be where it was trained.
     here = config.training.model_copy(update={"output_dir": folder, "sample_every": 0})
     config = config.model_copy(update={"training": here})
-    state, _ = load_newest(folder / "checkpoints")
-    if state is None:
+    checkpoint, _ = load_newest(folder / "checkpoints")
+    if checkpoint is None:
         raise UserError(f"{folder / 'checkpoints'} holds no checkpoint; train first: danceopd train --config ...")
     parts = build(config)
     parts.student.eval()
     names = list(config.capabilities)
     batches = {name: held_out(config, parts, m) for m, name in enumerate(names)}
-    average = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
     field, found = as_trained(config, parts, parts.student), {}
     for who, m in progress([(who, m) for who in ("before", "after") for m in range(len(names))]):
         if who == "after" and m == 0:
-            parts.student.load_state_dict(average)
+            with torch.no_grad():
+                for name, p in parts.student.named_parameters():
+                    p.copy_(checkpoint.tensor(f"ema/{name}"))
         batch = batches[names[m]]
         measured = [
             velocity_errors(field, parts.fields[m], part.noise, part.conditioning, part.sigmas)
             for part in micro_batches(config, batch)
         ]
         found[who, names[m]] = [torch.cat(values) for values in zip(*measured, strict=True)]
-    return state["step"], {
+    return checkpoint.step, {
         name: gap(config.capabilities[name].source, batches[name].sigmas, found["before", name], found["after", name])
         for name in names
     }

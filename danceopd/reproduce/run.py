@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def make_run(run: Run, place: Place) -> dict:
         }
         write_atomic(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         for path in checkpoints(folder / "checkpoints"):
-            path.unlink()
+            shutil.rmtree(path)
     return result
 
 

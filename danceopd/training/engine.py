@@ -7,12 +7,13 @@ the running mean of the student as a network to draw with; and `tensors`, `rest`
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from danceopd.config import Config
-from danceopd.optimizers import make_optimizers
+from danceopd.optimizers import make_optimizers, set_learning_rate
 from danceopd.training.state import Checkpoint
 
 
@@ -40,7 +41,7 @@ class Local:
         finite = math.isfinite(norm)
         if finite:
             for optimizer in self.optimizers:
-                optimizer.param_groups[0]["lr"] = rate
+                set_learning_rate(optimizer, rate)
                 optimizer.step()
             self.ema.update_parameters(self.student)
         self.student.zero_grad(set_to_none=True)
@@ -50,6 +51,10 @@ class Local:
     def averaged(self) -> Iterator[nn.Module]:
         """The average as a network."""
         yield self.ema.module
+
+    def saved(self, path: Path) -> nn.Module:
+        """The average as it was saved in the checkpoint at path."""
+        return self.ema.module
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Size]]:
         """Weights, average and the optimizer's states, flat, and their shapes, by the names of a checkpoint."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from danceopd.methods.observed import Observed
+from danceopd.methods.observed import Summary
 
 MOMENTUM = 0.95
 LIMIT = 3.0  # an adaptive route's weight stays within this factor of the configuration's
@@ -15,13 +15,11 @@ class Gaps:
         self.capability = torch.zeros(capabilities, dtype=torch.float64)
         self.index = torch.zeros(num_inference_steps, dtype=torch.float64)
 
-    def update(self, observed: Observed) -> None:
-        """Take in one micro-batch's queries."""
-        error = (observed.velocity - observed.target).double().square().flatten(1).mean(1).cpu()
-        route = observed.route.cpu().repeat_interleave(len(error) // len(observed.route))
-        self._average(self.capability, route, error)
-        if observed.depth is not None:
-            self._average(self.index, observed.depth, error)
+    def update(self, seen: Summary) -> None:
+        """Take in one step's queries."""
+        self._average(self.capability, seen.query_route(), seen.error)
+        if seen.depth is not None:
+            self._average(self.index, seen.depth, seen.error)
 
     @staticmethod
     def _average(table: torch.Tensor, key: torch.Tensor, error: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 
 import torch
 
-from danceopd.methods.observed import Observed
+from danceopd.methods.observed import Summary
 
 RATIO_LIMITS = (0.8, 1.25)  # of a norm to the teacher's
 MOMENTUM = 0.9
@@ -28,15 +28,14 @@ class Health:
         self.state: dict[str, list[float]] = {}
         self.gradients: deque[float] = deque(maxlen=GRADIENT_WINDOW)
 
-    def update(self, observed: Observed, gradient_norm: float) -> None:
+    def update(self, seen: Summary, gradient_norm: float) -> None:
         """Take in one step's queries and gradient norm."""
         if math.isfinite(gradient_norm):
             self.gradients.append(gradient_norm)
-        if observed.depth is None:
+        if seen.depth is None:
             return
-        route = observed.route.repeat_interleave(len(observed.depth) // len(observed.route))
-        norms = [x.float().flatten(1).norm(dim=1) for x in (observed.velocity, observed.target, observed.states)]
-        for m, i, v, t, s in zip(route.tolist(), observed.depth.tolist(), *(n.tolist() for n in norms), strict=True):
+        columns = (seen.query_route(), seen.depth, seen.velocity_norm, seen.target_norm, seen.state_norm)
+        for m, i, v, t, s in zip(*(column.tolist() for column in columns), strict=True):
             name = self.names[m]
             key = f"{name}/{i}"
             self._average(self.velocity, key, v / max(t, 1e-12))

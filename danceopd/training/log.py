@@ -16,10 +16,14 @@ CELL = (96, 512)  # least and largest width of a picture in a grid, in pixels
 class RunLog:
     """Appends records to log.jsonl and their numbers to TensorBoard.
 
-    On resuming at `step`, later records of the interrupted run are dropped, so that no step stands twice.
+    On resuming at `step`, later records of the interrupted run are dropped, so that no step stands twice. silent: write
+    nothing, as all ranks but one.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, silent: bool = False):
+        self.silent = silent
+        if silent:
+            return
         path = folder / "log.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step] if step else []
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -28,14 +32,17 @@ class RunLog:
 
     def write(self, step: int, record: dict) -> None:
         """Add one record; numbers in it, nested or not, go to TensorBoard under their keys."""
+        if self.silent:
+            return
         self.file.write(json.dumps({"step": step, **record}) + "\n")
         self.file.flush()
         for key, value in _flat(record):
             self.board.add_scalar(key, value, step)
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        if not self.silent:
+            self.file.close()
+            self.board.close()
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+import shutil
 import signal
 import sys
 import threading
@@ -14,22 +15,26 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from danceopd.backbones.dit import DiT
 from danceopd.checkpoint import write_atomic
 from danceopd.config import Config
-from danceopd.data.sampler import Batch, draw_batch, step_generator
+from danceopd.data.sampler import Batch, draw_batch, sample_generators
+from danceopd.draws import Generator
 from danceopd.errors import UserError
 from danceopd.evaluation.world import make_sampler, score_gedit, score_geneval
 from danceopd.fields import Field, counted, guided
 from danceopd.memory import keep_freed_memory
 from danceopd.methods import METHODS, needs
-from danceopd.optimizers import make_optimizers, set_learning_rate
+from danceopd.methods.observed import join
 from danceopd.rollout import rollout, sample
 from danceopd.schedule import sigma_grid
+from danceopd.training.engine import Local
 from danceopd.training.gaps import Gaps
 from danceopd.training.health import Health
 from danceopd.training.log import MODEL_SAMPLES, PREVIEW_SAMPLES, RunLog, labelled_grid
+from danceopd.training.ranks import ALONE, Ranks
 from danceopd.training.setup import Parts, build
-from danceopd.training.state import load_newest, save_state
+from danceopd.training.state import Checkpoint, checkpoints, load_newest, save_state
 
 BATCH, QUERY, PREVIEW = 0, 1, 2  # streams of randomness of one step
 NOT_IDENTITY = (
@@ -40,16 +45,24 @@ NOT_IDENTITY = (
     "keep_checkpoints",
     "sample_every",
     "device",
+    "gradient_accumulation_steps",
     "gradient_checkpointing",
     "offload_sources",
 )
 
 
-class Trainer:
-    """A run: its parts, its state, and the loop over updates."""
+class Terminated(KeyboardInterrupt):
+    """A scheduler's TERM signal ended the run, with a checkpoint."""
 
-    def __init__(self, config: Config, parts: Parts):
-        self.config, self.parts, self.device = config, parts, parts.device
+
+class Trainer:
+    """A run: its parts, its state, and the loop over updates.
+
+    ranks: the processes that share each batch; settings: DeepSpeed's, which shards the student over them.
+    """
+
+    def __init__(self, config: Config, parts: Parts, ranks: Ranks = ALONE, settings: dict | None = None):
+        self.config, self.parts, self.device, self.ranks = config, parts, parts.device, ranks
         self.names = list(config.capabilities)
         self.weights = [c.weight for c in config.capabilities.values()]
         self.guidance_scales = guidance_scales(config)
@@ -59,22 +72,22 @@ class Trainer:
         if sigmas is None:
             sigmas = sigma_grid(config.rollout.num_inference_steps, config.rollout.shift)
         self.sigmas = sigmas.to(self.device)
-        self.student = parts.student.train()
-        decay = torch.optim.swa_utils.get_ema_multi_avg_fn(config.training.ema_decay)
-        self.ema = torch.optim.swa_utils.AveragedModel(self.student, multi_avg_fn=decay).eval()
-        training = config.training
-        self.optimizers = make_optimizers(
-            self.student, training.optimizer, training.learning_rate, training.weight_decay
-        )
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
-        self.evaluations: Counter = Counter()
+        self.evaluations: Counter = Counter()  # of all ranks, up to the last update
+        self.spent: Counter = Counter()  # of this rank, since then
         self.needs, self.options = needs(config.method), config.method_options()
         method = METHODS[config.method]
-        self.method = method(self.student) if inspect.isclass(method) else method
+        self.method = method(parts.student) if inspect.isclass(method) else method
         self.gaps = Gaps(len(self.names), len(self.sigmas) - 1)
-        self.fields = [counted(field, self.evaluations, "sources") for field in parts.fields]
+        self.fields = [counted(field, self.spent, "sources") for field in parts.fields]
         self._from_sources: list[torch.Tensor] | None = None
         self.health = Health(self.names, self.sigmas, self._reference_norms())
+        if settings is None:
+            self.engine = Local(parts.student, config)
+        else:
+            from danceopd.training.zero import Zero
+
+            self.engine = Zero(parts.student, config, settings, ranks)
 
     # --- one update -----------------------------------------------------------------------------------
 
@@ -93,7 +106,7 @@ class Trainer:
         return training.learning_rate * factor
 
     def draw(self) -> Batch:
-        """The batch of this step, the same at any number of micro-batches and after any interruption."""
+        """This rank's part of the step's batch, the same at any number of micro-batches, ranks and interruptions."""
         weights = self.gaps.route_weights(self.weights) if self.config.route == "adaptive" else self.weights
         return draw_batch(
             self.parts.samples,
@@ -105,14 +118,21 @@ class Trainer:
             in_turn=self.config.route == "round_robin",
             prompt_dropout=self.prompt_dropout,
             with_clean="clean" in self.needs,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
             stream=BATCH,
         )
 
     def student_field(self) -> Field:
-        """The student as the field that is trained, counted."""
-        return as_trained(self.config, self.parts, counted(self.student, self.evaluations, "student"))
+        """The student as the field that is trained, counted; without gradient it is asked where that is cheaper."""
 
-    def provided(self, batch: Batch, part: int, progress: float, generator: torch.Generator) -> dict:
+        def network(latents, sigma, conditioning):
+            asked = self.engine.student if torch.is_grad_enabled() else self.engine.rolled
+            return asked(latents, sigma, conditioning)
+
+        return as_trained(self.config, self.parts, counted(network, self.spent, "student"))
+
+    def provided(self, batch: Batch, part: int, progress: float, generator: Generator) -> dict:
         """What a method may ask for by keyword, of micro-batch number `part` at the update's progress."""
         rolled, query = self.config.rollout, self.config.query
         everything = {
@@ -125,45 +145,43 @@ class Trainer:
             "progress": progress,
             "part": part,
             "clean": batch.clean,
-            "ema": counted(self.ema.module, self.evaluations, "ema"),
-            "anchor": self.parts.anchor and counted(self.parts.anchor, self.evaluations, "anchor"),
-            "counter": self.evaluations,
+            "anchor": self.parts.anchor and counted(self.parts.anchor, self.spent, "anchor"),
+            "counter": self.spent,
             "generator": generator,
         }
+        if "ema" in self.needs:
+            everything["ema"] = counted(self.engine.ema.module, self.spent, "ema")
         return {key: everything[key] for key in self.needs}
 
     def update(self) -> dict:
         """One optimizer step: {"loss", "loss_by_capability", "gradient_norm", ...}; skipped if not finite."""
         training, rate, progress = self.config.training, self.learning_rate(), self.progress()
-        batch, parts = self.draw(), training.gradient_accumulation_steps
-        generator = step_generator(training.seed, self.step, QUERY)
-        self.student.zero_grad(set_to_none=True)
+        batch, parts, slots = self.draw(), training.gradient_accumulation_steps, self.ranks.slots(training.batch_size)
+        numbers = [self.step * training.batch_size + slot for slot in slots]
         field, seen = self.student_field(), []
-        size = len(batch) // parts
         for part in range(parts):
-            micro = batch[part * size : (part + 1) * size].to(self.device)
-            provided = self.provided(micro, part, progress, generator)
+            own = slice(len(batch) * part // parts, len(batch) * (part + 1) // parts)
+            micro, generators = batch[own].to(self.device), sample_generators(training.seed, QUERY, numbers[own])
+            provided = self.provided(micro, part, progress, generators)
             observed = self.method(field, self.fields, micro, **provided, **self.options)
-            (observed.loss.mean() / parts).backward()
-            self.evaluations["backward"] += 2 * len(observed.velocity)  # a backward costs about two forwards
-            seen.append(observed)
-        loss = torch.cat([observed.loss.detach() for observed in seen])
-        route = torch.cat([observed.route for observed in seen])
-        norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), training.max_grad_norm))
-        finite = math.isfinite(norm) and bool(torch.isfinite(loss).all())
-        if finite:
-            for optimizer in self.optimizers:
-                set_learning_rate(optimizer, rate)
-                optimizer.step()
-            self.ema.update_parameters(self.student)
-            for observed in seen:
-                self.health.update(observed, norm)
-                self.gaps.update(observed)
+            self.engine.backward(observed.loss.mean() * len(micro) / training.batch_size)
+            self.spent["backward"] += 2 * len(observed.velocity)  # a backward costs about two forwards
+            seen.append(observed.summary())
+        norm, updated = self.engine.step(rate)
+        everyone = self.ranks.gather((seen, Counter(self.spent)))
+        watched = join([summary for summaries, _ in everyone for summary in summaries])
+        for _, spent in everyone:
+            self.evaluations.update(spent)
+        self.spent.clear()
+        if updated:
+            self.health.update(watched, norm)
+            self.gaps.update(watched)
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
         self.step += 1
+        loss, route = watched.loss, watched.route
         by_name = {
             name: float(loss[route == m].mean()) for m, name in enumerate(self.names) if bool((route == m).any())
         }
@@ -207,14 +225,14 @@ class Trainer:
         return batch.to(self.device)
 
     @torch.no_grad()
-    def sample_grid(self, path: Path) -> None:
-        """Write a PNG of each capability's fixed samples: the pictures to edit, the averaged student's, its source's.
+    def sample_grid(self, path: Path, network: Field) -> None:
+        """Write a PNG of each capability's fixed samples: the pictures to edit, the network's, its source's.
 
         Nothing of it is counted as network evaluations. A model's VAE is loaded for as long as this takes.
         """
         count = MODEL_SAMPLES if self.config.model else PREVIEW_SAMPLES
         batches = [self._preview(m, count) for m in range(len(self.names))]
-        student = as_trained(self.config, self.parts, self.ema.module)
+        student = as_trained(self.config, self.parts, network)
         drawn = [self._draw(student, batch) for batch in batches]
         if self._from_sources is None:  # they stay the same
             self._from_sources = [
@@ -246,18 +264,24 @@ class Trainer:
 
     def _show_samples(self, log: RunLog) -> None:
         """The sample grid of this step; what goes wrong with it is said, and ends no run."""
+        with self.engine.averaged() as network:
+            if self.ranks.rank == 0:
+                self._try_grid(log, network)
+            self.ranks.wait()
+
+    def _try_grid(self, log: RunLog, network: Field) -> None:
         try:
-            self.sample_grid(self.config.training.output_dir / "samples" / f"step-{self.step:08d}.png")
+            self.sample_grid(self.config.training.output_dir / "samples" / f"step-{self.step:08d}.png", network)
         except (UserError, OSError, torch.OutOfMemoryError) as error:
             warning = f"no sample grid: {str(error).splitlines()[0]}"
             tqdm.write(f"warning at step {self.step}: {warning}", file=sys.stderr)
             log.write(self.step, {"warning": warning})
 
-    def quick_scores(self) -> dict:
-        """The averaged student's two scores on a small set, for the curves."""
+    def quick_scores(self, network: DiT) -> dict:
+        """A network's two scores on a small set, for the curves."""
         evaluation = self.config.evaluation
-        sampler = make_sampler(self.config, self.student.config, self.device)
-        field, seed = self.ema.module, evaluation.seed + 7
+        sampler = make_sampler(self.config, network.config, self.device)
+        field, seed = network, evaluation.seed + 7
         return {
             "geneval_overall": score_geneval(field, sampler, seed, evaluation.quick)["overall"],
             "gedit_average": score_gedit(field, sampler, seed, evaluation.quick)["average"],
@@ -272,12 +296,11 @@ class Trainer:
         values["training"] = {k: v for k, v in values["training"].items() if k not in NOT_IDENTITY}
         return values
 
-    def state_dict(self) -> dict:
+    def rest(self) -> dict:
+        """What a checkpoint keeps beside the large tensors."""
         return {
             "step": self.step,
-            "student": self.student.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "engine": self.engine.rest(),
             "health": self.health.state_dict(),
             "gaps": self.gaps.state_dict(),
             "method": self.method.state_dict() if inspect.isclass(METHODS[self.config.method]) else {},
@@ -287,7 +310,9 @@ class Trainer:
             "identity": self.identity(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint. Raises UserError for one of another configuration."""
+        state = checkpoint.rest
         saved, ours = _without_nothing(state["identity"]), _without_nothing(self.identity())
         if saved != ours:
             changed = _differences(saved, ours)
@@ -295,10 +320,7 @@ class Trainer:
                 f"{self.config.training.output_dir} holds a run with another configuration ({', '.join(changed)}); "
                 "choose another training.output_dir, or give --overwrite to start again there"
             )
-        self.student.load_state_dict(state["student"])
-        self.ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        self.engine.load(checkpoint)
         self.health.load_state_dict(state["health"])
         self.gaps.load_state_dict(state["gaps"])
         if state["method"]:
@@ -310,8 +332,17 @@ class Trainer:
     def save(self) -> Path:
         """Write the checkpoint and, beside it, the averaged weights as a network of its own."""
         folder, training = self.config.training.output_dir, self.config.training
-        path = save_state(folder / "checkpoints", self.state_dict(), training.keep_checkpoints)
-        self.parts.save(self.ema.module, folder)
+        path = save_state(
+            folder / "checkpoints",
+            self.step,
+            *self.engine.tensors(),
+            self.rest(),
+            training.keep_checkpoints,
+            self.ranks,
+        )
+        if self.ranks.rank == 0:
+            self.parts.save(self.engine.saved(path), folder)
+        self.ranks.wait()
         return path
 
     # --- the loop -------------------------------------------------------------------------------------
@@ -322,8 +353,8 @@ class Trainer:
         Raises UserError when too many updates in a row were not finite (a checkpoint is left), or when a
         checkpoint can't be written, and KeyboardInterrupt after a signal.
         """
-        training, folder = self.config.training, self.config.training.output_dir
-        log, bar = RunLog(folder, self.step), self._bar()
+        training, folder, first = self.config.training, self.config.training.output_dir, self.ranks.rank == 0
+        log, bar = RunLog(folder, self.step, silent=not first), self._bar()
         said: set[str] = set()
         try:
             with stop_requests() as stop:
@@ -341,7 +372,7 @@ class Trainer:
                     if self.step % training.log_every == 0 or progress == 1:
                         log.write(self.step, {**record, "seconds": round(self.seconds, 3)})
                     for name, warning in drifting.items():
-                        if name not in said:
+                        if name not in said and first:
                             said.add(name)
                             tqdm.write(f"warning at step {self.step}: {warning}", file=sys.stderr)
                             log.write(self.step, {"warning": warning})
@@ -357,18 +388,24 @@ class Trainer:
                     times = self.config.evaluation.times
                     if int(times * progress) > int(times * before):
                         self._score(log)
-                    if stop or self.step % training.save_every == 0 or progress == 1:
+                    stopped = self.ranks.most(stop[0] if stop else 0)  # a signal may have reached one rank alone
+                    if stopped or self.step % training.save_every == 0 or progress == 1:
                         log.write(self.step, {"health": self.health.summary()})
                         self.save()
-                    if stop and progress < 1:
-                        raise KeyboardInterrupt
+                    if stopped and progress < 1:
+                        raise Terminated if stopped == signal.SIGTERM else KeyboardInterrupt
         finally:
             bar.close()
             log.close()
 
     def _bar(self) -> tqdm:
         return tqdm(
-            total=self.config.training.max_steps, initial=self.step, unit="step", dynamic_ncols=True, smoothing=0.05
+            total=self.config.training.max_steps,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=self.ranks.rank > 0,
         )
 
     def _show(self, bar: tqdm, record: dict, drifting: dict[str, str]) -> None:
@@ -381,9 +418,13 @@ class Trainer:
         bar.update()
 
     def _score(self, log: RunLog) -> None:
-        if self.config.evaluation.times:
-            record = {"network_evaluations": self.evaluations.total(), "evaluation": self.quick_scores()}
-            log.write(self.step, record)
+        if not self.config.evaluation.times:
+            return
+        with self.engine.averaged() as network:
+            if self.ranks.rank == 0:
+                scores = self.quick_scores(network)
+                log.write(self.step, {"network_evaluations": self.evaluations.total(), "evaluation": scores})
+            self.ranks.wait()
 
 
 def micro_batches(config: Config, batch: Batch) -> list[Batch]:
@@ -454,29 +495,32 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return changed
 
 
-def train(config: Config, overwrite: bool = False) -> Path:
+def train(config: Config, overwrite: bool = False, ranks: Ranks = ALONE, settings: dict | None = None) -> Path:
     """Run the training of a configuration, going on from its newest checkpoint if there is one.
 
-    Returns the folder of the run. Raises UserError for anything a user can mend, before the first step
-    wherever possible.
+    ranks, settings: as of a Trainer; every rank calls it. Returns the folder of the run. Raises UserError for anything
+    a user can mend, before the first step wherever possible.
     """
     torch.manual_seed(config.training.seed)
-    parts = build(config)
-    for line in parts.samples.never_drawn:
+    parts, first = build(config), ranks.rank == 0
+    for line in parts.samples.never_drawn if first else ():
         print(f"warning: {line}")
     if parts.device.type == "cpu":
         keep_freed_memory()
     folder = config.training.output_dir
-    if overwrite:
-        for path in (folder / "checkpoints").glob("step-*.pt"):
-            path.unlink()
-    trainer = Trainer(config, parts)
-    state, messages = load_newest(folder / "checkpoints")
-    for message in messages:
+    if overwrite and first:
+        for path in checkpoints(folder / "checkpoints"):
+            shutil.rmtree(path)
+    ranks.wait()
+    trainer = Trainer(config, parts, ranks, settings)
+    checkpoint, messages = load_newest(folder / "checkpoints", ranks)
+    for message in messages if first else ():
         print(f"warning: {message}")
-    if state:
-        trainer.load_state_dict(state)
-        print(f"going on from step {trainer.step} of {folder}")
-    write_atomic(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
+    if checkpoint:
+        trainer.load(checkpoint)
+        if first:
+            print(f"going on from step {trainer.step} of {folder}")
+    if first:
+        write_atomic(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
     trainer.run()
     return folder

@@ -55,7 +55,7 @@ def save_state(
             temporary.mkdir(parents=True)
         trouble = None
     except OSError as error:
-        trouble = error
+        trouble = _reason(error)
     trouble = _first(ranks.gather(trouble))
     if not trouble:
         try:
@@ -65,8 +65,8 @@ def save_state(
             if ranks.rank == 0:
                 torch.save(rest, temporary / REST)
                 written[REST] = _checksum(temporary / REST)
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
-            trouble = error
+        except (OSError, SafetensorError, RuntimeError) as error:
+            trouble = _reason(error)
         everyone = ranks.gather((written, trouble))
         trouble = _first(trouble for _, trouble in everyone)
         files = {name: value for part, _ in everyone for name, value in part.items()}
@@ -87,18 +87,17 @@ def save_state(
             os.replace(temporary, path)
             sync(folder)
         except OSError as error:
-            trouble = error
+            trouble = _reason(error)
     trouble = ranks.from_first(trouble)
     if trouble:
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         older = checkpoints(folder)
         good = f"the checkpoint {older[-1]} is still good" if older else "there is no earlier checkpoint"
-        reason = getattr(trouble, "strerror", None) or str(trouble).splitlines()[0]
         raise UserError(
-            f"cannot write {path}: {reason}; {good}. Make room or choose another training.output_dir, then run the "
+            f"cannot write {path}: {trouble}; {good}. Make room or choose another training.output_dir, then run the "
             "same command again"
-        ) from trouble
+        )
     if ranks.rank == 0:
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -106,8 +105,15 @@ def save_state(
     return path
 
 
-def _first(troubles) -> Exception | None:
+def _first(troubles) -> str | None:
     return next((trouble for trouble in troubles if trouble), None)
+
+
+def _reason(error: Exception) -> str:
+    """In a line; torch's writer hides the system's error behind one of its own."""
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        error = error.__context__
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 def _checksum(path: Path) -> dict:
@@ -129,6 +135,11 @@ class Checkpoint:
         self.path, self.step, self.ranks = path, manifest["step"], manifest["ranks"]
         self.shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
         self.rest = torch.load(path / REST, weights_only=True, map_location="cpu")
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """A checkpoint that is known to be whole."""
+        return cls(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Places start to stop of a large tensor, flattened; no more than these are read."""

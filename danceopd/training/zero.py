@@ -123,6 +123,15 @@ class Zero:
                     for name, p in self.parameters.items():
                         p.copy_(kept[name])
 
+    def saved(self, path: Path) -> nn.Module:
+        """The average as it was saved in the checkpoint at path: in float32 on the host, for one rank to ask for."""
+        checkpoint = Checkpoint.read(path)
+        network = copy.deepcopy(self.replica or self.engine.module).to("cpu", torch.float32)
+        with torch.no_grad():
+            for name, p in network.named_parameters():
+                p.copy_(checkpoint.tensor(f"ema/{name}"))
+        return network
+
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Size]]:
         """This rank's flat slices, and the whole shapes, by the names of a checkpoint."""
         found = {f"student/{name}": self._slice(name) for name in self.parameters}
