@@ -54,7 +54,7 @@ from danceopd.backbones import sd3
 from danceopd.conditioning import Conditioning
 from danceopd.config import parse_config
 from danceopd.data.prepare import prepare
-from danceopd.data.sampler import Batch, Samples, draw_batch, step_generator
+from danceopd.data.sampler import Batch, Samples, draw_batch, sample_generators
 from danceopd.fields import routed
 from danceopd.lora import SharedBase, load_lora, merged, save_lora, target_layers
 from danceopd.memory import keep_freed_memory
@@ -190,7 +190,7 @@ class Plain:
             self.teachers.append(teacher.to(device).requires_grad_(False).eval())
         student = SD3Transformer2DModel.from_pretrained(model / "transformer").requires_grad_(False)
         student.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(sd3.LORA_TARGETS)))
-        for name, (a, b, _) in ours.student.lora().items():  # begin with the same adapter
+        for name, (a, b, _) in ours.parts.student.lora().items():  # begin with the same adapter
             layer = student.get_submodule(name)
             layer.lora_A["default"].weight.data.copy_(a)
             layer.lora_B["default"].weight.data.copy_(b)
@@ -208,7 +208,8 @@ class Plain:
         config = self.ours.config
         samples, seed = Samples(self.ours.parts.samples.groups, numbers), config.training.seed
         batch = draw_batch(samples, self.ours.weights, config.training.batch_size, seed, step, stream=BATCH)
-        return batch, query(len(batch), STEPS, step_generator(seed, step, QUERY), bias="low_t")
+        numbered = [step * len(batch) + i for i in range(len(batch))]
+        return batch, query(len(batch), STEPS, sample_generators(seed, QUERY, numbered), bias="low_t")
 
     def update(self, step: int) -> float:
         batch, depth = self.draw(step)
@@ -358,12 +359,12 @@ def _sizes(ours: Trainer, plain: Plain) -> str:
         return sum(tensors.values()) / 1e6
 
     encoders = [getattr(plain.encoders, f"text_encoder{suffix}") for suffix in ("", "_2", "_3")]
-    (shared,) = ours.student._shared
+    (shared,) = ours.parts.student._shared
     return (
         f"SD3.5 of {LAYERS} layers, {millions(plain.teachers[0]):.1f} M parameters, text encoders "
         f"{millions(*encoders):.1f} M, {SIDE} px, batches of {ours.config.training.batch_size}, {STEPS} steps, "
         f"{len(TEACHERS)} LoRA teachers and a LoRA student of rank {RANK}\nnetworks in memory while training: ours "
-        f"{millions(shared.transformer, ours.student):.1f} M parameters, plain loop "
+        f"{millions(shared.transformer, ours.parts.student):.1f} M parameters, plain loop "
         f"{millions(plain.student, *plain.teachers, *encoders):.1f} M"
     )
 

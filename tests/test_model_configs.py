@@ -74,7 +74,7 @@ def write_rows(folder: Path, prompt: dict, shape, size: int) -> Path:
     lines = [{"model": "m", "negative_prompts": {"": prompt_key}}]
     for name, edits in (("t2i", 0), ("style", 0), ("cfg", 0), ("edit", 1), ("local", 1), ("global", 1)):
         row = {"id": name, "capability": name, "prompt": prompt_key, "sources": [picture] * edits, "target": None}
-        lines.append({**row, "size": [size, size]})
+        lines.append({**row, "size": [size, size], "source_sizes": [[size, size]] * edits})
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

@@ -118,7 +118,7 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
         return flux2.velocity(transformer, latents, *rest)
 
     trainer.parts.student._shared[0]._velocity = velocity
-    trainer.sample_grid(tmp_path / "grid.png")
+    trainer.sample_grid(tmp_path / "grid.png", trainer.engine.ema.module)
     assert trainer.evaluations.total() == before
     assert sum(asked) == sum(grid_evaluations(trainer.config)) == MODEL_SAMPLES * DRAWN * (3 + 2)
     rows = dict(seen[0])
@@ -141,7 +141,7 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
     torch.testing.assert_close(torch.stack(rows["two: to edit"]), edited, atol=1e-4, rtol=0)
     # The sources' are drawn once.
     monkeypatch.setattr(trainer.parts, "fields", None)
-    trainer.sample_grid(tmp_path / "again.png")
+    trainer.sample_grid(tmp_path / "again.png", trainer.engine.ema.module)
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
 
 
@@ -164,7 +164,7 @@ def test_without_a_vae_it_is_said_at_the_start(place, tmp_path):
 
 
 def test_a_grid_that_fails_ends_no_run(place, tmp_path, monkeypatch, capsys):
-    def full(self, path):
+    def full(self, path, network):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Trainer, "sample_grid", full)
