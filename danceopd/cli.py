@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
-from danceopd.errors import UserError
+from danceopd.errors import Terminated, UserError
 
 DESCRIPTION = "Distil several flow-matching models into one student on its own trajectories (DanceOPD)."
 EPILOG = """examples:
@@ -141,6 +142,13 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="load no weight: check files, count parameters, memory and evaluations"
     )
+    parser.add_argument(
+        "--deepspeed", type=Path, metavar="JSON", help="DeepSpeed's settings (with several processes: ZeRO stage 3)"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=900, metavar="SECONDS", help="until a process counts as hung (%(default)g)"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example training.max_steps=4")
 
 
@@ -160,10 +168,15 @@ def run_train(args: argparse.Namespace) -> int | None:
         plan = dry_run(load_config(args.config, args.overrides))
         print(plan.text())
         return 2 if plan.problems else 0
+    from danceopd.training.launch import Watch, begin, guard
     from danceopd.training.loop import train
 
     config = load_config(args.config, args.overrides)
-    folder = train(config, overwrite=args.overwrite)
+    ranks, settings = begin(args.deepspeed, config.training.device, args.patience)
+    watch = Watch(ranks, args.patience)
+    folder = guard(ranks, config.training.output_dir, train, config, args.overwrite, ranks, settings, watch.at)
+    if ranks.rank:
+        return
     print(f"student: {folder / ('student' if config.model else 'student.safetensors')}")
     print(f"log:     {folder / 'log.jsonl'}\nnext:    danceopd report {folder}")
     if config.model:
@@ -354,14 +367,20 @@ def run_data_world(args: argparse.Namespace) -> None:
 
 
 def guarded(function, args) -> int:
-    """Run a command; what a user can mend is printed without a trace. Returns the exit status."""
+    """Run a command; what a user can mend is printed without a trace. Returns the exit status.
+
+    That is 2 for a UserError, 130 after Ctrl-C and 143 after a TERM signal. Of several ranks one prints.
+    """
+    first = os.environ.get("RANK", "0") == "0"
     try:
         return function(args) or 0
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        if first:
+            print("\nstopped; run the same command again to go on", file=sys.stderr)
+        return 143 if isinstance(error, Terminated) else 130
     except (UserError, OSError) as error:
-        print(f"danceopd: {error}", file=sys.stderr)
+        if first:
+            print(f"danceopd: {error}", file=sys.stderr)
         return 2
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from danceopd.checkpoint import write_atomic
 from danceopd.config import Config
 from danceopd.data.sampler import Batch, draw_batch, sample_generators
 from danceopd.draws import Generator
-from danceopd.errors import UserError
+from danceopd.errors import Terminated, UserError
 from danceopd.evaluation.world import make_sampler, score_gedit, score_geneval
 from danceopd.fields import Field, counted, guided
 from danceopd.memory import keep_freed_memory
@@ -51,18 +52,22 @@ NOT_IDENTITY = (
 )
 
 
-class Terminated(KeyboardInterrupt):
-    """A scheduler's TERM signal ended the run, with a checkpoint."""
-
-
 class Trainer:
     """A run: its parts, its state, and the loop over updates.
 
-    ranks: the processes that share each batch; settings: DeepSpeed's, which shards the student over them.
+    ranks: the processes that share each batch; settings: DeepSpeed's, which shards the student over them; at: is told
+    the places that every rank comes to.
     """
 
-    def __init__(self, config: Config, parts: Parts, ranks: Ranks = ALONE, settings: dict | None = None):
-        self.config, self.parts, self.device, self.ranks = config, parts, parts.device, ranks
+    def __init__(
+        self,
+        config: Config,
+        parts: Parts,
+        ranks: Ranks = ALONE,
+        settings: dict | None = None,
+        at: Callable[[str], None] = lambda place: None,
+    ):
+        self.config, self.parts, self.device, self.ranks, self.at = config, parts, parts.device, ranks, at
         self.names = list(config.capabilities)
         self.weights = [c.weight for c in config.capabilities.values()]
         self.guidance_scales = guidance_scales(config)
@@ -127,8 +132,10 @@ class Trainer:
         """The student as the field that is trained, counted; without gradient it is asked where that is cheaper."""
 
         def network(latents, sigma, conditioning):
-            asked = self.engine.student if torch.is_grad_enabled() else self.engine.rolled
-            return asked(latents, sigma, conditioning)
+            if not torch.is_grad_enabled():
+                return self.engine.rolled(latents, sigma, conditioning)
+            self.at(f"the query of step {self.step}")
+            return self.engine.student(latents, sigma, conditioning)
 
         return as_trained(self.config, self.parts, counted(network, self.spent, "student"))
 
@@ -160,13 +167,16 @@ class Trainer:
         numbers = [self.step * training.batch_size + slot for slot in slots]
         field, seen = self.student_field(), []
         for part in range(parts):
+            self.at(f"the rollout of step {self.step}")
             own = slice(len(batch) * part // parts, len(batch) * (part + 1) // parts)
             micro, generators = batch[own].to(self.device), sample_generators(training.seed, QUERY, numbers[own])
             provided = self.provided(micro, part, progress, generators)
             observed = self.method(field, self.fields, micro, **provided, **self.options)
+            self.at(f"the backward of step {self.step}")
             self.engine.backward(observed.loss.mean() * len(micro) / training.batch_size)
             self.spent["backward"] += 2 * len(observed.velocity)  # a backward costs about two forwards
             seen.append(observed.summary())
+        self.at(f"the update of step {self.step}")
         norm, updated = self.engine.step(rate)
         everyone = self.ranks.gather((seen, Counter(self.spent)))
         watched = join([summary for summaries, _ in everyone for summary in summaries])
@@ -264,6 +274,7 @@ class Trainer:
 
     def _show_samples(self, log: RunLog) -> None:
         """The sample grid of this step; what goes wrong with it is said, and ends no run."""
+        self.at(f"the samples of step {self.step}")
         with self.engine.averaged() as network:
             if self.ranks.rank == 0:
                 self._try_grid(log, network)
@@ -331,14 +342,10 @@ class Trainer:
 
     def save(self) -> Path:
         """Write the checkpoint and, beside it, the averaged weights as a network of its own."""
-        folder, training = self.config.training.output_dir, self.config.training
+        self.at(f"the checkpoint of step {self.step}")
+        folder, keep = self.config.training.output_dir, self.config.training.keep_checkpoints
         path = save_state(
-            folder / "checkpoints",
-            self.step,
-            *self.engine.tensors(),
-            self.rest(),
-            training.keep_checkpoints,
-            self.ranks,
+            folder / "checkpoints", self.step, *self.engine.tensors(), self.rest(), keep=keep, ranks=self.ranks
         )
         if self.ranks.rank == 0:
             self.parts.save(self.engine.saved(path), folder)
@@ -420,6 +427,7 @@ class Trainer:
     def _score(self, log: RunLog) -> None:
         if not self.config.evaluation.times:
             return
+        self.at(f"the scores of step {self.step}")
         with self.engine.averaged() as network:
             if self.ranks.rank == 0:
                 scores = self.quick_scores(network)
@@ -495,14 +503,36 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return changed
 
 
-def train(config: Config, overwrite: bool = False, ranks: Ranks = ALONE, settings: dict | None = None) -> Path:
+def _agreed(ranks: Ranks, function: Callable, *args):
+    """function(*args) on every rank; a UserError of one, such as a file that its machine lacks, is raised on all."""
+    result, problem = None, None
+    try:
+        result = function(*args)
+    except UserError as error:
+        problem = str(error)
+    problems = ranks.gather(problem)
+    for rank, found in enumerate(problems):
+        if found:
+            raise UserError(found if problems[0] else f"rank {rank}: {found}")
+    return result
+
+
+def train(
+    config: Config,
+    overwrite: bool = False,
+    ranks: Ranks = ALONE,
+    settings: dict | None = None,
+    at: Callable[[str], None] = lambda place: None,
+) -> Path:
     """Run the training of a configuration, going on from its newest checkpoint if there is one.
 
-    ranks, settings: as of a Trainer; every rank calls it. Returns the folder of the run. Raises UserError for anything
-    a user can mend, before the first step wherever possible.
+    ranks, settings, at: as of a Trainer; every rank calls it. Returns the folder of the run. Raises UserError for
+    anything a user can mend, before the first step wherever possible.
     """
     torch.manual_seed(config.training.seed)
-    parts, first = build(config), ranks.rank == 0
+    if (ranks.size > 1 and inspect.isclass(METHODS[config.method])) or (settings and "ema" in needs(config.method)):
+        raise UserError(f"method: {config.method} runs in one process, without DeepSpeed")
+    parts, first = _agreed(ranks, build, config), ranks.rank == 0
     for line in parts.samples.never_drawn if first else ():
         print(f"warning: {line}")
     if parts.device.type == "cpu":
@@ -512,7 +542,7 @@ def train(config: Config, overwrite: bool = False, ranks: Ranks = ALONE, setting
         for path in checkpoints(folder / "checkpoints"):
             shutil.rmtree(path)
     ranks.wait()
-    trainer = Trainer(config, parts, ranks, settings)
+    trainer = Trainer(config, parts, ranks, settings, at)
     checkpoint, messages = load_newest(folder / "checkpoints", ranks)
     for message in messages if first else ():
         print(f"warning: {message}")
