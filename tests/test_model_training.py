@@ -225,7 +225,7 @@ def test_a_method_that_learns_from_pictures_needs_them(place, tmp_path):
         capability["data"]["prepared"] = str(tmp_path / "cache" / "rows.jsonl")
     build(parse_config(raw))
     config = parse_config({**raw, "method": "joint"})
-    said = "capabilities.one.data.prepared: the method learns from finished pictures, but 4 of its 4 rows have no target"
+    said = "capabilities.one.data.prepared: the method learns from finished pictures, but 4 of its 4 rows have no"
     assert any(problem.startswith(said) for problem in dry_run(config).problems)
     with pytest.raises(UserError) as error:
         build(config)
