@@ -135,7 +135,7 @@ def _claims(page: Page, found: list[Claim]) -> None:
     page.text(
         "Fewer network evaluations: a curve's points are weighed as GenEval overall + edit average / 10, and counted "
         "is where DanceOPD's curve first reaches the best point of the other's, against the evaluations of that point. "
-        f"The {KEPT} of the source, the band of {BAND} and the {NEAR} within which C meets the paper are this report's own."
+        f"The {KEPT} of the source, the band of {BAND} and the {NEAR} within which C meets the paper are our own."
     )
     lines = [[c.text, c.verdict, c.paper or DASH, c.figures or DASH] for c in found]
     page.table("The paper's claims, its figures and ours.", ["claim", "verdict", "paper", "here"], lines)
