@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -384,8 +385,17 @@ def guarded(function, args) -> int:
         return 2
 
 
+def _quiet() -> None:
+    """What libraries say while they are imported (parts that nobody asked for and that are missing) helps no user."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("torchao", "torch.utils._pytree", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    _quiet()
     return guarded(args.run, args)
 
 
