@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -161,7 +160,9 @@ def pair(kind: str, width: int, depth: int, config: Config, ranks: Ranks) -> tup
 
         base = network(width, depth)
         layers = target_layers(base, TARGETS)
-        shared = SharedBase(base, [], lambda transformer, z, sigma, prompt, *_: _drawn(transformer, z, sigma, prompt), layers)
+        shared = SharedBase(
+            base, [], lambda transformer, z, sigma, prompt, *_: _drawn(transformer, z, sigma, prompt), layers
+        )
         ours = LoraStudent(shared, layers, RANK, RANK, torch.Generator().manual_seed(1))
         count["adapter"] = sum(p.numel() for p in ours.parameters())
         plain = inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS)), plain)
@@ -309,7 +310,9 @@ def main(argv: list[str] | None = None) -> dict:
     if not args.paper:
         print(f"MEASURED on {machine} of {os.environ['OMP_NUM_THREADS']} thread, torch {torch.__version__}, gloo, "
               f"float32; {STEPS} rollout steps, K = 1, {args.batch_size} samples a process\n", flush=True)  # fmt: skip
-        forwarded = [f"--{key}={vars(args)[key.replace('-', '_')]}" for key in ("rounds", "batch-size", "width", "depth")]
+        forwarded = [
+            f"--{key}={vars(args)[key.replace('-', '_')]}" for key in ("rounds", "batch-size", "width", "depth")
+        ]
         for kind in args.student:
             result["measured"].append(start(kind, forwarded, args.ranks))
             print(table(result["measured"][-1]) + "\n", flush=True)
