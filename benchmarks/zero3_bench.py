@@ -2,7 +2,7 @@
 
     python benchmarks/zero3_bench.py                        # starts two processes on the host
     python benchmarks/zero3_bench.py --rounds 3 --json results.json
-    python benchmarks/zero3_bench.py --paper                # the computed table alone
+    python benchmarks/zero3_bench.py --only paper           # the computed table alone
 
 The plain loop is DeepSpeed alone (and PEFT, for an adapter): a rollout of all steps on the sharded student, then one
 query with gradient. Ours is danceopd.training.zero.Zero: the weights are gathered once an update into a replica that
@@ -11,8 +11,8 @@ begin alike, so that their losses must agree. Both roll out all steps; training 
 
 Bytes are counted, not computed: the output of every all-gather that reaches torch.distributed, whoever calls it, on
 one rank in one update. Times are of other updates, without the counting. A ratio is the median over rounds, in each of
-which either makes one update; quartiles stand beside it. --paper computes, for the published models, what 8 to 512
-cards would gather; no figure there is measured.
+which either makes one update; quartiles stand beside it. The second part computes, for the published models, what 8 to
+512 cards would gather; no figure there is measured.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -235,11 +236,9 @@ def measure(kind: str, args: argparse.Namespace, ranks: Ranks) -> dict:
 
 def work(args: argparse.Namespace) -> None:
     """What each started process does; rank 0 writes the figures."""
-    from danceopd.memory import keep_freed_memory
     from danceopd.training.launch import begin
 
     ranks, _ = begin(None, "cpu", 300)
-    keep_freed_memory()
     figures = measure(args.student[0], args, ranks)
     if ranks.rank == 0:
         args.worker.write_text(json.dumps(figures), encoding="utf-8")
@@ -288,6 +287,65 @@ def table(figures: dict) -> str:
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------------------- on paper
+
+
+def paper(rank: int = 128) -> list[dict]:
+    """What an update of one micro-batch gathers for the models of configs/models, by the numbers of their parameters.
+
+    Weights gathered are bfloat16, an adapter's float32. The plain loop gathers everything 16 + 2 times, ours what is
+    trained 1 + 2 times.
+    """
+    import diffusers
+
+    from danceopd.backbones import FAMILIES
+    from danceopd.plan import CARDS, gather_seconds
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "backbones"))
+    from released import CLASSES, MODELS
+
+    modules = [import_module(f"danceopd.backbones.{family}") for family in FAMILIES]
+    rows, seen = [], set()
+    for model, (family, config, _) in MODELS.items():
+        with torch.device("meta"):
+            transformer = getattr(diffusers, CLASSES[family])(**config)
+        network = sum(p.numel() for p in transformer.parameters())
+        if (family_of := (CLASSES[family], network)) in seen:
+            continue  # of the same size
+        seen.add(family_of)
+        targets = next(m.LORA_TARGETS for m in modules if hasattr(m, CLASSES[family]))
+        linear = [transformer.get_submodule(name) for name in target_layers(transformer, targets, every=False)]
+        adapter = sum(rank * (layer.in_features + layer.out_features) for layer in linear)
+        for student, plain, ours in (
+            (f"adapter of rank {rank}", (STEPS + 2) * (2 * network + 4 * adapter), 3 * 4 * adapter),
+            ("all weights", (STEPS + 2) * 2 * network, 3 * 2 * network),
+        ):
+            seconds = {
+                str(gpus): [gather_seconds(size, gpus, CARDS["h100"]) for size in (plain, ours)]
+                for gpus in (8, 64, 512)
+            }
+            rows.append(
+                {"model": model, "student": student, "parameters": network, "adapter": adapter, "plain_bytes": plain}
+                | {"bytes": ours, "seconds": seconds}
+            )
+    return rows
+
+
+def paper_table(rows: list[dict]) -> str:
+    lines = [
+        "COMPUTED from numbers of parameters and stated link speeds, nothing of it measured: gathered in an update on",
+        f"one rank ({STEPS} rollout steps, K = 1, one micro-batch), plain loop -> gather once, and the seconds of it;",
+        "links in one direction at full speed: NVLink 450 GB/s a card within 8, InfiniBand 50 GB/s a card between",
+        f"{'':22}{'':22}{'GB gathered':>18}{'':>8}{'s, 8 GPUs':>17}{'s, 64 GPUs':>17}{'s, 512 GPUs':>17}",
+    ]
+    for row in rows:
+        plain, ours = row["plain_bytes"], row["bytes"]
+        size = f"{plain / 1e9:.0f} -> {ours / 1e9:.1f}"
+        seconds = "".join(f"{f'{a:.2f} -> {b:.3f}':>17}" for a, b in row["seconds"].values())
+        lines.append(f"{row['model']:22}{row['student']:22}{size:>18}{f'{plain / ours:.0f} x':>8}{seconds}")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -297,7 +355,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--width", type=int, default=1024, help="of the network (%(default)s)")
     parser.add_argument("--depth", type=int, default=6, help="its blocks (%(default)s)")
     parser.add_argument("--student", nargs="+", choices=STUDENTS, default=STUDENTS)
-    parser.add_argument("--paper", action="store_true", help="compute the table of the published models, and no more")
+    parser.add_argument("--only", choices=("measured", "paper"), help="one of the two parts")
     parser.add_argument("--json", help="file to write the figures to")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -307,7 +365,7 @@ def main(argv: list[str] | None = None) -> dict:
         return work(args)
     machine = f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores, {args.ranks} processes"
     result = {"machine": machine, "torch": torch.__version__, "rounds": args.rounds, "measured": []}
-    if not args.paper:
+    if args.only != "paper":
         print(f"MEASURED on {machine} of {os.environ['OMP_NUM_THREADS']} thread, torch {torch.__version__}, gloo, "
               f"float32; {STEPS} rollout steps, K = 1, {args.batch_size} samples a process\n", flush=True)  # fmt: skip
         forwarded = [
@@ -316,6 +374,9 @@ def main(argv: list[str] | None = None) -> dict:
         for kind in args.student:
             result["measured"].append(start(kind, forwarded, args.ranks))
             print(table(result["measured"][-1]) + "\n", flush=True)
+    if args.only != "measured":
+        result["computed"] = paper()
+        print(paper_table(result["computed"]))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
