@@ -12,6 +12,7 @@ from itertools import product
 
 from danceopd.config import Config
 from danceopd.training.dry_run import FLOAT, GIB, Plan, dry_run
+from danceopd.training.zero import GATHERED
 
 NODE = 8  # cards in a machine
 UTILISATION = 0.4  # of a card's peak, by forwards and backwards
@@ -149,6 +150,9 @@ class Scaled:
         if stage == 3:
             device["replica for rollouts"] = half * n
             device["gathered at a time"] = half * min(n, self.live)
+            # Of the update: AdamW's two of its part's size, then what a part of the replica is gathered into and from.
+            update = 0 if setting.offload else 2 * FLOAT * share
+            device["working space of the update"] = max(update, half * min(n, GATHERED) * (1 + 1 / gpus))
         if stage > 1:
             device["buckets of gradients"] = half * self.bucket
         for name, (size, _) in plan.memory.items():

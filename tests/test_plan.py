@@ -76,7 +76,8 @@ def test_offload_moves_what_it_says_to_the_host():
     scaled = large(2e9)
     plain, optimizer, everything = (scaled.estimate(Setting(3, offload)) for offload in ("", "optimizer", "all"))
     for moved in (optimizer, everything):
-        assert moved.bytes() + sum(moved.host.values()) == pytest.approx(plain.bytes())
+        assert moved.bytes() < plain.bytes()
+        assert moved.bytes() + sum(moved.host.values()) <= plain.bytes() * (1 + 1e-9)
         assert moved.time() > plain.time()
     assert "student" in everything.host
     assert "student" in optimizer.device
@@ -178,6 +179,7 @@ def peak(folder: Path, config: dict, ranks: int, settings: dict | None) -> int:
     root = Path(__file__).parents[1]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # what is freed goes back, so that the peak is what is in use
     ended = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return json.loads(next(line for line in ended.stdout.splitlines() if line.startswith('{"peak"')))["peak"]
