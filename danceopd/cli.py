@@ -1,4 +1,4 @@
-"""The command line: danceopd train | evaluate | sample | report | reproduce | sources | data."""
+"""The command line: danceopd train | plan | evaluate | sample | report | reproduce | sources | data."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ EPILOG = """examples:
   danceopd train --config configs/demo.yaml                     train, or go on where a run stopped
   danceopd train --config configs/demo.yaml training.max_steps=50 training.output_dir=runs/short
   danceopd train --config configs/demo.yaml --dry-run            what a run takes, and what it lacks
+  danceopd plan --config configs/demo.yaml --gpus 8 --gpu h100   an estimate: does it fit, how long does it take
   danceopd report runs/demo                                      score every row, write report.html
   danceopd export runs/model -o my_lora                          the student, for the plain diffusers pipeline
   danceopd reproduce A                                           six methods at equal cost, in half an hour
@@ -32,6 +33,14 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train a student as a configuration says")
     add_train_arguments(command)
     command.set_defaults(run=run_train)
+
+    command = commands.add_parser("plan", help="estimate whether a run fits on so many cards, and how long it takes")
+    command.add_argument("--config", type=Path, required=True, help="a YAML file, for example configs/demo.yaml")
+    command.add_argument("--gpus", type=int, required=True, help="cards, 8 in a machine")
+    command.add_argument("--gpu", choices=("h100", "a100"), default="h100", help="of 80 GB (%(default)s)")
+    command.add_argument("--deepspeed", type=Path, metavar="JSON", help="DeepSpeed's settings: sizes of its buckets")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example training.batch_size=64")
+    command.set_defaults(run=run_plan)
 
     command = commands.add_parser("evaluate", help="score any checkpoint on the picture world")
     command.add_argument("checkpoint", help="a .safetensors file, or the name of an embedded network")
@@ -182,6 +191,19 @@ def run_train(args: argparse.Namespace) -> int | None:
     print(f"log:     {folder / 'log.jsonl'}\nnext:    danceopd report {folder}")
     if config.model:
         print(f"         danceopd export {folder} -o FOLDER")
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    from danceopd.config import load_config
+    from danceopd.plan import plan
+    from danceopd.training.zero import read_deepspeed
+
+    if args.gpus < 1:
+        raise UserError("--gpus must be at least 1")
+    settings = read_deepspeed(args.deepspeed) if args.deepspeed else None
+    planned = plan(load_config(args.config, args.overrides), args.gpus, args.gpu, settings)
+    print(planned.text())
+    return 2 if planned.plan.problems else 0
 
 
 def _field_and_sampler(args: argparse.Namespace):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from danceopd.backbones import empty_transformer
 from danceopd.backbones.dit import DiT
@@ -45,7 +46,8 @@ class Plan:
     host: bytes that wait in host memory, in the same way;
     activations: bytes that the backward keeps, without and with gradient checkpointing (None where a network has
     none); evaluations: of one optimizer step by kind, None for a method whose are not worked out; grid: of a sample
-    grid, and of its sources' rows once.
+    grid, and of its sources' rows once; operations: works out the floating-point operations of a forward of one sample,
+    by capability.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -56,6 +58,7 @@ class Plan:
     activations: tuple[float, float | None] | None = None
     evaluations: dict[str, float] | None = None
     grid: tuple[int, int] | None = None
+    operations: Callable[[], dict[str, int]] | None = None
 
     def attempt(self, key: str, function: Callable, *args):
         """function(*args), or None and a problem."""
@@ -224,9 +227,9 @@ def _model(config: Config, plan: Plan) -> None:
         return
     micro = micro_batch(config)
     group = max(samples.groups, key=lambda g: sum(map(math.prod, (g.shape, *g.source_shapes))))
-    seen = []
+    seen, conditionings = [], {}
     for name, rows in zip(config.capabilities, group.data, strict=True):
-        conditioning = attempt(f"capabilities.{name}.data", samples.condition, rows, [0], [False])
+        conditioning = conditionings[name] = attempt(f"capabilities.{name}.data", samples.condition, rows, [0], [False])
         if conditioning is None:
             return
         seen.append(
@@ -237,6 +240,7 @@ def _model(config: Config, plan: Plan) -> None:
     latents = FLOAT * math.prod(group.shape)
     _add_states(config, plan, latents)
     inputs = micro * (latents + max(size for *_, size in seen))
+    plan.operations = lambda: {name: operations(student, group.shape, c) for name, c in conditionings.items()}
     plan.memory["latents, prompts, sources"] = inputs, f"{micro} samples of the largest picture size, as prepared"
 
 
@@ -414,7 +418,12 @@ def _embedded(config: Config, plan: Plan) -> None:
     tokens = torch.zeros(1, student.config.text_length, dtype=torch.int64)
     edits = any(capability.task == "edit" for capability in config.capabilities.values())
     shape = (3, size, size)
-    conditioning = Conditioning(tokens, torch.zeros(1, *shape) if edits else None, torch.tensor([edits]))
+    source = torch.zeros(1, *shape)
+    conditioning = Conditioning(tokens, source if edits else None, torch.tensor([edits]))
+    plan.operations = lambda: {
+        name: operations(student, shape, Conditioning(tokens, source, torch.tensor([c.task == "edit"])))
+        for name, c in config.capabilities.items()
+    }
     _add_activations(config, plan, *kept_for_backward(student, None, shape, conditioning))
     _add_states(config, plan, FLOAT * math.prod(shape))
 
@@ -609,6 +618,36 @@ def kept_for_backward(
     kept = _Kept()
     kept.storages = outside.storages | inputs.storages
     return plain, kept.bytes_without(fixed) + max((b.bytes_without(fixed, kept) for b in blocks), default=0)
+
+
+@torch.no_grad()
+def operations(student: nn.Module, shape: tuple[int, ...], conditioning: Conditioning) -> int:
+    """Floating-point operations of a forward of one sample; a multiplication and its addition are two.
+
+    student: on the meta device; conditioning: of one sample.
+    """
+    adapter = hasattr(student, "layer")
+    if adapter:
+        student.layer = lambda name, x, weight, bias: _plain_adapted(student, name, x, weight)
+    try:
+        for place in ("meta", "cpu"):  # as for kept_for_backward
+            with FlopCounterMode(display=False) as counter:
+                try:
+                    _forward(student, shape, conditioning, place)
+                    return counter.get_total_flops()
+                except RuntimeError:
+                    if place == "cpu":
+                        raise
+    finally:
+        if adapter:
+            del student.layer
+
+
+def _plain_adapted(student: nn.Module, name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    a, b = (student.factors[f"{name.replace('.', '/')}/lora_{side}"] for side in "AB")
+    base = x.new_empty(weight.shape, dtype=weight.dtype)  # whatever a weight of 8 bits is
+    x = x.to(weight.dtype)
+    return F.linear(x, base) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
 def _forward(student: nn.Module, shape, conditioning: Conditioning, place: str) -> torch.Tensor:

@@ -1,0 +1,37 @@
+"""The sizes of the released transformers that configs/models is for."""
+
+# By the beginning of a name in configs/models: the tiny family that stands for it; the released transformer's
+# configuration, from diffusers' defaults and from memory of the released config.json; its parameters in billions
+# (SD3.5-medium's 2.5 B by name include its table of positions, a buffer).
+DUAL = {"dual_attention_layers": list(range(13)), "qk_norm": "rms_norm", "pos_embed_max_size": 384}
+SD35 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "sample_size": 128}
+KLEIN = {"guidance_embeds": False}
+MODELS = {
+    "sd3.5-medium": ("sd3", {**SD35, **DUAL, "joint_attention_dim": 4096, "pooled_projection_dim": 2048}, 2.24),
+    "flux.1-dev": ("flux", {"guidance_embeds": True}, 11.9),
+    "flux.1-kontext-dev": ("kontext", {"guidance_embeds": True}, 11.9),
+    "flux.2-klein-4b": (
+        "klein",
+        {**KLEIN, "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+        3.9,
+    ),
+    "flux.2-klein-9b": (
+        "klein",
+        {**KLEIN, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+        9.1,
+    ),
+    "flux.2-dev": ("flux2", {}, 32.2),
+    "qwen-image-edit-2509": ("qwen_edit", {}, 20.4),
+    "qwen-image": ("qwen", {}, 20.4),
+    "z-image": ("z", {}, 6.15),
+}
+CLASSES = {  # of diffusers, by family
+    "sd3": "SD3Transformer2DModel",
+    "flux": "FluxTransformer2DModel",
+    "kontext": "FluxTransformer2DModel",
+    "klein": "Flux2Transformer2DModel",
+    "flux2": "Flux2Transformer2DModel",
+    "qwen": "QwenImageTransformer2DModel",
+    "qwen_edit": "QwenImageTransformer2DModel",
+    "z": "ZImageTransformer2DModel",
+}
