@@ -18,6 +18,7 @@ from danceopd.data.prepare import prepare
 from danceopd.data.prepared import PreparedData
 from danceopd.errors import UserError
 from danceopd.lora import LoraStudent, SharedBase, load_lora, merged, target_layers
+from danceopd.training.dry_run import dry_run
 from danceopd.training.loop import train
 from danceopd.training.setup import build
 
@@ -212,3 +213,20 @@ def test_the_family_of_a_folder(place, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipelin"}))
     with pytest.raises(UserError, match="did you mean a StableDiffusion3Pipeline"):
         backbone_of(tmp_path)
+
+
+def test_a_method_that_learns_from_pictures_needs_them(place, tmp_path):
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    lacking = tmp_path / "rows.jsonl"
+    lacking.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "target_image"}) + "\n" for r in rows))
+    prepare(lacking, place / "model", tmp_path / "cache", sd3, resolution=32)
+    raw = config_of(place, tmp_path / "run").to_dict()
+    for capability in raw["capabilities"].values():
+        capability["data"]["prepared"] = str(tmp_path / "cache" / "rows.jsonl")
+    build(parse_config(raw))
+    config = parse_config({**raw, "method": "joint"})
+    said = "capabilities.one.data.prepared: the method learns from finished pictures, but 4 of its 4 rows have no"
+    assert any(problem.startswith(said) for problem in dry_run(config).problems)
+    with pytest.raises(UserError) as error:
+        build(config)
+    assert said in str(error.value)

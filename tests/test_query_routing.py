@@ -209,11 +209,11 @@ def observed(route, depth, error, k=1) -> Observed:
 def test_gaps_are_running_means():
     gaps = Gaps(2, 3)
     assert gaps.query_weights() is None
-    gaps.update(observed([0, 0], [2, 2, 0, 2], [1.0, 2.0, 6.0, 3.0], k=2))
+    gaps.update(observed([0, 0], [2, 2, 0, 2], [1.0, 2.0, 6.0, 3.0], k=2).summary())
     assert gaps.route_weights([2.0, 3.0]) == [2.0, 3.0]  # nothing is known of the other
     # Index 2 saw 1, 2 and 3, index 0 saw 6, and index 1 is taken as the mean of the others.
     torch.testing.assert_close(gaps.query_weights(), torch.tensor([6.0, 4.0, 2.0]).double().sqrt())
-    gaps.update(observed([1, 0], [2, 2, 0, 0], [4.0, 6.0, 1.0, 3.0], k=2))
+    gaps.update(observed([1, 0], [2, 2, 0, 0], [4.0, 6.0, 1.0, 3.0], k=2).summary())
     expected = torch.tensor([0.95 * 6 + 0.05 * 2, 0, 0.95 * 2 + 0.05 * 5]).double()
     expected[1] = (expected[0] + expected[2]) / 2
     torch.testing.assert_close(gaps.query_weights(), expected.sqrt())
@@ -224,7 +224,7 @@ def test_gaps_are_running_means():
 
 def test_gaps_off_the_rollouts_levels_are_of_capabilities_alone():
     gaps = Gaps(2, 3)
-    gaps.update(observed([0, 1], None, [1.0, 3.0]))
+    gaps.update(observed([0, 1], None, [1.0, 3.0]).summary())
     assert gaps.query_weights() is None
     assert gaps.route_weights([1.0, 1.0]) == pytest.approx([0.5, 1.5])
 
@@ -234,7 +234,7 @@ def test_adaptive_weights_follow_the_gaps_within_the_limit(rows):
     weights, errors = zip(*rows, strict=True)
     gaps = Gaps(len(rows), 1)
     for _ in range(3):
-        gaps.update(observed(list(range(len(rows))), None, list(errors)))
+        gaps.update(observed(list(range(len(rows))), None, list(errors)).summary())
     mean = sum(errors) / len(errors)
     adapted = gaps.route_weights(list(weights))
     for w, e, a in zip(weights, errors, adapted, strict=True):
@@ -246,9 +246,9 @@ def test_adaptive_weights_follow_the_gaps_within_the_limit(rows):
 
 def test_gaps_go_on_from_their_state():
     a, b = Gaps(2, 3), Gaps(2, 3)
-    a.update(observed([0, 1], [0, 2], [1.0, 3.0]))
+    a.update(observed([0, 1], [0, 2], [1.0, 3.0]).summary())
     b.load_state_dict(a.state_dict())
     for gaps in (a, b):
-        gaps.update(observed([0, 1], [1, 2], [2.0, 5.0]))
+        gaps.update(observed([0, 1], [1, 2], [2.0, 5.0]).summary())
     assert torch.equal(a.query_weights(), b.query_weights())
     assert a.route_weights([1.0, 1.0]) == b.route_weights([1.0, 1.0])

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -445,3 +446,13 @@ def test_batch_is_a_function_of_seed_and_step():
     assert torch.equal(a.conditioning.prompt, b.conditioning.prompt)
     assert not torch.equal(a.noise, c.noise)
     assert torch.equal(a.conditioning.has_source, a.route == 1)
+
+
+def test_a_disk_without_room_is_found_before_training(raw, monkeypatch):
+    config = config_of(raw)
+    needed = 16 * sum(p.numel() for p in random_network(0).parameters())  # of one checkpoint
+    usage = shutil.disk_usage(config.training.output_dir.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**24 + 3 * needed))
+    with pytest.raises(UserError, match=r"3 checkpoints and the student need .*keep_checkpoints"):
+        train(config)
+    train(config_of(raw, keep_checkpoints=1))

@@ -36,6 +36,7 @@ COMPARED = (
 )
 FASTER_THAN = ("diffusion_opd", "flow_opd", "flow_opd_attached")
 KEPT = 0.98  # of the T2I source's overall
+NEAR = 0.02  # of the share of C's gap
 BAND = 0.95  # of the other numbers of rollout steps
 
 
@@ -158,7 +159,10 @@ def _style_claim(rows: dict) -> Claim:
     kept = f"GenEval overall {figure(rows['source_t2i'], GENEVAL)} before, {figure(rows['danceopd'], GENEVAL)} after"
     spread = "" if error is None else f" ± {100 * error:.1f}"
     figures = f"{100 * share:.1f}{spread} % of the gap in the share of sketches; {kept}"
-    return Claim(text, published, verdict(difference(closed, {None: STYLE_GAP_CLOSED})), figures)
+    gap = difference(closed, {None: STYLE_GAP_CLOSED})
+    # The paper gives a number, not an order: what is surely no more than a little below it is reproduced.
+    decided = REPRODUCED if gap[1] is not None and gap[0] - 2 * gap[1] >= -NEAR else verdict(gap)
+    return Claim(text, published, decided, figures)
 
 
 def by_scales(rows: dict) -> dict[tuple[int, int], Scores]:

@@ -304,7 +304,14 @@ def _rows_alone(config: Config, plan: Plan) -> None:
     from danceopd.training.models import rows_of
 
     for name, capability in config.capabilities.items():
-        plan.attempt(f"capabilities.{name}.data.prepared", rows_of, capability.data.prepared, name, capability)
+        plan.attempt(
+            f"capabilities.{name}.data.prepared",
+            rows_of,
+            capability.data.prepared,
+            name,
+            capability,
+            "clean" in needs(config.method),
+        )
     for name, source in config.sources.items():
         for lora in source.lora:
             if not lora.path.exists():

@@ -23,6 +23,7 @@ class Local:
     def __init__(self, student: nn.Module, config: Config):
         training = config.training
         self.student = self.rolled = student.train()
+        self.shapes = {name: p.shape for name, p in student.named_parameters()}
         self.max_grad_norm = training.max_grad_norm
         decay = torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema_decay)
         self.ema = torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=decay).eval()

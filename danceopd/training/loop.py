@@ -34,7 +34,7 @@ from danceopd.training.gaps import Gaps
 from danceopd.training.health import Health
 from danceopd.training.log import MODEL_SAMPLES, PREVIEW_SAMPLES, RunLog, labelled_grid
 from danceopd.training.ranks import ALONE, Ranks
-from danceopd.training.setup import Parts, build
+from danceopd.training.setup import Parts, build, check_room
 from danceopd.training.state import Checkpoint, checkpoints, load_newest, save_state
 
 BATCH, QUERY, PREVIEW = 0, 1, 2  # streams of randomness of one step
@@ -543,6 +543,9 @@ def train(
             shutil.rmtree(path)
     ranks.wait()
     trainer = Trainer(config, parts, ranks, settings, at)
+    there = len(checkpoints(folder / "checkpoints"))
+    parameters = sum(shape.numel() for shape in trainer.engine.shapes.values())
+    _agreed(ranks, check_room, folder, parameters, max(1, config.training.keep_checkpoints + 1 - there))
     checkpoint, messages = load_newest(folder / "checkpoints", ranks)
     for message in messages if first else ():
         print(f"warning: {message}")

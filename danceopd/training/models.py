@@ -24,6 +24,7 @@ from danceopd.eight_bit import to_eight_bit
 from danceopd.errors import UserError
 from danceopd.fields import Field, SharedField, guided
 from danceopd.lora import Lora, LoraStudent, SharedBase, combine, load_lora, merge_into, target_layers
+from danceopd.methods import needs
 from danceopd.training.students import FullStudent, begin, start_lora, start_transformer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,7 +39,7 @@ def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Sa
     data = {}
     for name, capability in config.capabilities.items():
         key, path = f"capabilities.{name}.data.prepared", capability.data.prepared
-        data[name] = rows = attempt(key, rows_of, path, name, capability)
+        data[name] = rows = attempt(key, rows_of, path, name, capability, "clean" in needs(config.method))
         if rows:
             attempt(key, check_encoders, path, rows.head, config.model, encoders)
     mixing = None if None in data.values() else attempt("capabilities", mix, data)
@@ -80,12 +81,20 @@ def _check_task(task: str, backbone: ModuleType, model) -> None:
         )
 
 
-def rows_of(path, name: str, capability) -> PreparedData:
-    """The prepared rows of a capability. Raises UserError for a file or rows that cannot be used."""
+def rows_of(path, name: str, capability, with_clean: bool) -> PreparedData:
+    """The prepared rows of a capability. Raises UserError for a file or rows that cannot be used.
+
+    with_clean: whether the method learns from finished pictures.
+    """
     data = PreparedData(path, capability.capability or name)
     if (capability.task == "edit") != data.has_source:
         raise UserError(
             f"task is {capability.task}, but its rows have {'' if data.has_source else 'no '}source pictures"
+        )
+    lacking = sum(row["target"] is None for row in data.rows)
+    if with_clean and lacking:
+        raise UserError(
+            f"the method learns from finished pictures, but {lacking} of its {len(data)} rows have no target_image"
         )
     return data
 
@@ -110,11 +119,13 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
         for name, source in config.sources.items()
         if name in on_base
     }
-    others = {
-        name: attempt(f"sources.{name}.weights", _own_weights, source, config, backbone, dtype)
-        for name, source in config.sources.items()
-        if name not in on_base
-    }
+    others, loaded = {}, {}  # sources of the same weights and adapters are one network
+    for name, source in config.sources.items():
+        kind = (source.weights, tuple((lora.path, lora.scale) for lora in source.lora))
+        if name not in on_base and kind not in loaded:
+            loaded[kind] = attempt(f"sources.{name}.weights", _own_weights, source, config, backbone, dtype)
+        if name not in on_base:
+            others[name] = loaded[kind]
     own = transformer if config.student.lora else attempt("student.init_from", empty_transformer, start_folder(config))
     if own:
         attempt("student.embedded_guidance", _check_embedded, own, config.student.embedded_guidance)
@@ -143,9 +154,8 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
     student = _student(config, backbone, shared, layers, start, device)
     place = {name: i for i, name in enumerate(name for name, lora in loras.items() if lora)}
     fields = {name: (shared, place.get(name, -1)) for name in on_base}  # -1: the base itself
-    return student, fields | {
-        name: _field(_placed(network, config, device), backbone) for name, network in others.items()
-    }
+    placed = {id(network): _field(_placed(network, config, device), backbone) for network in loaded.values()}
+    return student, fields | {name: placed[id(network)] for name, network in others.items()}
 
 
 def _student(config: Config, backbone: ModuleType, shared: SharedBase | None, layers, start, device) -> nn.Module:

@@ -165,7 +165,7 @@ def load_data(name: str, capability, image_size: int, with_clean: bool):
 
 
 def _check_folder(folder: Path) -> None:
-    """Fail now, not after an hour: the folder can be written, and the disk has room for some checkpoints."""
+    """Fail now, not after an hour: the folder can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write_test"
@@ -173,6 +173,16 @@ def _check_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another output_dir") from None
-    free = shutil.disk_usage(folder).free
-    if free < 200 * 2**20:
-        raise UserError(f"only {free // 2**20} MiB are free at {folder}; checkpoints need 200 MiB")
+
+
+def check_room(folder: Path, parameters: int, checkpoints: int) -> None:
+    """The disk has room for what a run writes: so many checkpoints more, and the student.
+
+    parameters: that are trained; each has its value, its average and two states of its optimizer. Raises UserError.
+    """
+    free, needed = shutil.disk_usage(folder).free, 16 * parameters * checkpoints + 4 * parameters + 2**24
+    if free < needed:
+        raise UserError(
+            f"training.output_dir: {free / 2**20:,.0f} MiB are free at {folder}, but {checkpoints} checkpoints and the "
+            f"student need {needed / 2**20:,.0f}; make room, or keep fewer (training.keep_checkpoints)"
+        )
