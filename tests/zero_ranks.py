@@ -40,6 +40,8 @@ def install(fault: dict) -> None:
         at(fault, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     elif what == "sleep":
         at(fault, lambda: time.sleep(3600))
+    elif what == "slow":
+        at({**fault, "place": "rollout"}, lambda: time.sleep(0.1))
     elif what == "missing":  # this rank's machine has not the file
         forget(fault["path"])
     elif what == "without_deepspeed":
@@ -80,7 +82,7 @@ def at(fault: dict, act) -> None:
         original = getattr(owner, name)
 
         def provided(self, *args):
-            if self.step == step:
+            if step in (None, self.step):
                 act()
             return original(self, *args)
 
