@@ -1,4 +1,4 @@
-"""Runs of several ranks, as real processes on the CPU: equal to one process, resumed anywhere, and hurt in every way."""
+"""Runs of several ranks, as real processes on the CPU: equal to one process, resumed anywhere, hurt in many ways."""
 
 import importlib.util
 import json

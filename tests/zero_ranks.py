@@ -1,4 +1,4 @@
-"""Ranks of a training run, and what may befall one: test_zero.py forks them from a process that has imported all of this.
+"""Ranks of a training run, and what may befall one: test_zero.py forks them from a process that has imported all this.
 
 Launchers start this file as they would start train.py, with the fault in ZERO_FAULT.
 """
@@ -55,7 +55,7 @@ def fail() -> None:
 
 
 def at(fault: dict, act) -> None:
-    """act() where a step of the run comes to a place: rollout, backward, update, or write, manifest, in a checkpoint."""
+    """act() where a step of the run comes to a place: rollout, backward, update; write, manifest of a checkpoint."""
     place, step = fault["place"], fault.get("step")
     if place in ("write", "manifest"):
         owner, name = (state, "save_file") if place == "write" else (state.json, "dump")
@@ -127,7 +127,7 @@ def forget(path: str) -> None:
 
 
 def watch_replica(report: Path) -> None:
-    """After each update compare the replica with the student that DeepSpeed gathers; write the number of differences."""
+    """After each update compare the replica with the student that DeepSpeed gathers; write which parameters differ."""
     update, seen = zero.Zero.step, []
 
     def step(self, rate):
@@ -139,9 +139,8 @@ def watch_replica(report: Path) -> None:
                 with deepspeed.zero.GatheredParameters([self.parameters[full]]):
                     weights = self.parameters[full].detach().clone()
                 # What a forward of the student computes with: autocast casts for these layers, and for no others.
-                if torch.is_autocast_enabled("cpu") or self.engine.torch_autocast_enabled():
-                    if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-                        weights = weights.to(torch.bfloat16)
+                if self.engine.torch_autocast_enabled() and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                    weights = weights.to(torch.bfloat16)
                 if copied.dtype != weights.dtype or not torch.equal(copied, weights):
                     wrong.append(full)
         seen.append(wrong)

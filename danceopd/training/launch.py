@@ -144,7 +144,10 @@ def _launchers() -> list[psutil.Process]:
 
 
 def hung(told: dict[int, str], patience: float, answers: bool) -> str:
-    """Which ranks are furthest behind; told: by rank "number host place"; answers: whether rank 0, who keeps it, does."""
+    """Which ranks are furthest behind.
+
+    told: by rank "number host place"; answers: whether rank 0, that keeps it, does.
+    """
     numbers = {rank: int(text.split()[0]) for rank, text in told.items()}
     behind = [rank for rank, number in numbers.items() if number == min(numbers.values())] if answers else [0]
     lines = [f"no rank has moved for {patience:g} s:"]
