@@ -154,7 +154,9 @@ class Zero:
     def rest(self) -> dict:
         """The numbers of updates."""
         done = next((state["step"] for state in self._states() if "step" in state), torch.tensor(0.0))
-        return {"averaged": self.updates, "optimizer": {name: {"step": done.cpu()} for name in self.parameters}}
+        # A tensor of its own for each: one process would count it up once for every parameter that shares it.
+        states = {name: {"step": done.to("cpu", copy=True)} for name in self.parameters}
+        return {"averaged": self.updates, "optimizer": states}
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
