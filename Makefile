@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: .venv/installed
 	$(BIN)/danceopd train --config configs/demo.yaml
@@ -9,6 +9,9 @@ demo: .venv/installed
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+
+test-all: .venv/installed-test  # and what takes minutes
+	$(BIN)/python -m pytest -m ""
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -52,11 +52,13 @@ setup(
             "torchao>=0.18",
             "triton>=3.2; platform_system == 'Linux'",
             "pybind11>=2.12",
+            "deepspeed>=0.18,<0.20",
             "flow_matching>=1.0.10",  # one of the kernels' examples; CC BY-NC 4.0, as everything else here is not
         ],
         "models": ["diffusers>=0.42", "transformers>=5.0", "accelerate>=1.0"],
         "datasets": ["datasets>=3.0"],
         "8bit": ["bitsandbytes>=0.45", "torchao>=0.18"],
+        "deepspeed": ["deepspeed>=0.18,<0.20"],
         "triton": ["triton>=3.2"],
         "flash-attn": ["flash-attn>=2.6"],
     },

@@ -4,6 +4,8 @@ import argparse
 import json
 import logging
 import os
+import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -392,18 +394,26 @@ def run_data_world(args: argparse.Namespace) -> None:
 def guarded(function, args) -> int:
     """Run a command; what a user can mend is printed without a trace. Returns the exit status.
 
-    That is 2 for a UserError, 130 after Ctrl-C and 143 after a TERM signal. Of several ranks one prints.
+    That is 2 for a UserError, 130 after Ctrl-C and 143 after a TERM signal. Of several ranks one prints; before they
+    have found each other, one of each machine.
     """
-    first = os.environ.get("RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", "0"))
+    first = rank == 0
     try:
         return function(args) or 0
     except KeyboardInterrupt as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, sent to all once one has ended
         if first:
             print("\nstopped; run the same command again to go on", file=sys.stderr)
         return 143 if isinstance(error, Terminated) else 130
     except (UserError, OSError) as error:
         if first:
             print(f"danceopd: {error}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK") == "0":
+            import torch.distributed as dist
+
+            if not dist.is_initialized():
+                print(f"danceopd: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
         return 2
 
 

@@ -347,9 +347,7 @@ class Trainer:
         path = save_state(
             folder / "checkpoints", self.step, *self.engine.tensors(), self.rest(), keep=keep, ranks=self.ranks
         )
-        if self.ranks.rank == 0:
-            self.parts.save(self.engine.saved(path), folder)
-        self.ranks.wait()
+        _agreed(self.ranks, lambda: self.ranks.rank or self.parts.save(self.engine.saved(path), folder))
         return path
 
     # --- the loop -------------------------------------------------------------------------------------
@@ -364,7 +362,7 @@ class Trainer:
         log, bar = RunLog(folder, self.step, silent=not first), self._bar()
         said: set[str] = set()
         try:
-            with stop_requests() as stop:
+            with stop_requests(silent=not first) as stop:
                 if self.step == 0:
                     self._score(log)
                 while (before := self.progress()) < 1:
@@ -396,6 +394,8 @@ class Trainer:
                     if int(times * progress) > int(times * before):
                         self._score(log)
                     stopped = self.ranks.most(stop[0] if stop else 0)  # a signal may have reached one rank alone
+                    if stopped and not stop and first:
+                        print("\nanother rank was told to stop", file=sys.stderr)
                     if stopped or self.step % training.save_every == 0 or progress == 1:
                         log.write(self.step, {"health": self.health.summary()})
                         self.save()
@@ -461,7 +461,7 @@ def as_trained(config: Config, parts: Parts, network: Field) -> Field:
 
 
 @contextlib.contextmanager
-def stop_requests():
+def stop_requests(silent: bool = False):
     """A list that gets an entry at the first Ctrl-C or TERM signal; the second Ctrl-C interrupts at once.
 
     An update is never torn: a half-applied one would make the resumed run differ.
@@ -472,7 +472,8 @@ def stop_requests():
         if requests and number == signal.SIGINT:
             raise KeyboardInterrupt
         requests.append(number)
-        print("\nstopping after this update, with a checkpoint", file=sys.stderr)
+        if not silent and len(requests) == 1:
+            print("\nstopping after this update, with a checkpoint", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield requests
@@ -504,11 +505,11 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def _agreed(ranks: Ranks, function: Callable, *args):
-    """function(*args) on every rank; a UserError of one, such as a file that its machine lacks, is raised on all."""
+    """function(*args) on every rank; what a user can mend on one, as a file that it lacks, is a UserError of all."""
     result, problem = None, None
     try:
         result = function(*args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         problem = str(error)
     problems = ranks.gather(problem)
     for rank, found in enumerate(problems):

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,9 +169,8 @@ def _check_folder(folder: Path) -> None:
     """Fail now, not after an hour: the folder can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test"
-        probe.write_bytes(b"")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # of a name that no other rank has
+            pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another output_dir") from None
 

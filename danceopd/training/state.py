@@ -51,12 +51,13 @@ def save_state(
     written = {}
     try:
         if ranks.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in folder.glob(".step-*.tmp"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
         trouble = None
     except OSError as error:
         trouble = _reason(error)
-    trouble = _first(ranks.gather(trouble))
+    trouble = _first(ranks.gather(trouble), ranks)
     if not trouble:
         try:
             name = f"rank-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
@@ -68,7 +69,7 @@ def save_state(
         except (OSError, SafetensorError, RuntimeError) as error:
             trouble = _reason(error)
         everyone = ranks.gather((written, trouble))
-        trouble = _first(trouble for _, trouble in everyone)
+        trouble = _first([trouble for _, trouble in everyone], ranks)
         files = {name: value for part, _ in everyone for name, value in part.items()}
     if not trouble and ranks.rank == 0:
         try:
@@ -105,8 +106,10 @@ def save_state(
     return path
 
 
-def _first(troubles) -> str | None:
-    return next((trouble for trouble in troubles if trouble), None)
+def _first(troubles: list[str | None], ranks: Ranks) -> str | None:
+    """The first rank's trouble, with its number where there are several."""
+    found = ((rank, trouble) for rank, trouble in enumerate(troubles) if trouble)
+    return next((f"rank {rank}: {trouble}" if ranks.size > 1 else trouble for rank, trouble in found), None)
 
 
 def _reason(error: Exception) -> str:

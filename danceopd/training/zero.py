@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from danceopd.backbones.dit import DiT
 from danceopd.config import Config
 from danceopd.errors import UserError
 from danceopd.optimizers import make_optimizers
@@ -53,11 +54,18 @@ class Zero:
         training, zero = config.training, settings.get("zero_optimization", {})
         if training.optimizer != "adamw":
             raise UserError(f"training.optimizer: {training.optimizer} runs in one process; with DeepSpeed use adamw")
+        if training.batch_size // ranks.size < training.gradient_accumulation_steps:
+            raise UserError(
+                f"training.batch_size: {training.batch_size} samples are not one for each of {ranks.size} ranks' "
+                f"{training.gradient_accumulation_steps} micro-batches"
+            )
         self.ranks, self.decay, self.updates, self.stage = ranks, training.ema_decay, 0, zero.get("stage", 0)
         self.max_grad_norm = training.max_grad_norm
         self.shapes = {name: p.shape for name, p in student.named_parameters()}
         bf16 = training.precision == "bf16"
         self.replica = _replica(student, bf16) if self.stage == 3 else None
+        if isinstance(student, DiT):  # or a rank without edits would gather, and reduce, less than the others
+            student.both_passes = len({c.task for c in config.capabilities.values()}) > 1
         [optimizer] = make_optimizers(student, "adamw", training.learning_rate, training.weight_decay)
         parts = training.gradient_accumulation_steps
         fixed = {
@@ -146,7 +154,9 @@ class Zero:
     def rest(self) -> dict:
         """The numbers of updates."""
         done = next((state["step"] for state in self._states() if "step" in state), torch.tensor(0.0))
-        return {"averaged": self.updates, "optimizer": {name: {"step": done.cpu()} for name in self.parameters}}
+        # A tensor of its own for each: one process would count it up once for every parameter that shares it.
+        states = {name: {"step": done.to("cpu", copy=True)} for name in self.parameters}
+        return {"averaged": self.updates, "optimizer": states}
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
