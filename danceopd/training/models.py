@@ -24,6 +24,8 @@ from danceopd.eight_bit import to_eight_bit
 from danceopd.errors import UserError
 from danceopd.fields import Field, SharedField, guided
 from danceopd.lora import Lora, LoraStudent, SharedBase, combine, load_lora, merge_into, target_layers
+from danceopd.training.lockstep import Lockstep
+from danceopd.training.sharding import in_turn, sharded, shares_sources
 from danceopd.training.students import FullStudent, begin, start_lora, start_transformer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -90,11 +92,19 @@ def rows_of(path, name: str, capability) -> PreparedData:
     return data
 
 
-def load_networks(config: Config, backbone: ModuleType, device: torch.device, attempt: Callable):
+def load_networks(
+    config: Config,
+    backbone: ModuleType,
+    device: torch.device,
+    attempt: Callable,
+    lockstep: Lockstep | None = None,
+    settings: dict | None = None,
+):
     """(student, {source: field without guidance}): adapters on one transformer, sources of other weights beside it.
 
     A student of all weights is a transformer of its own, and the model's is loaded only where a source needs it. Where
-    something cannot be loaded, attempt takes the message and the result is (None, None).
+    something cannot be loaded, attempt takes the message and the result is (None, None). lockstep, settings: of the
+    ranks and DeepSpeed, which may keep such sources in shards.
     """
     dtype, transformer, layers = PRECISIONS[config.training.precision], None, []
     if needs_base(config):
@@ -141,8 +151,13 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
         adapters = [lora for lora in loras.values() if lora]
         shared = SharedBase(transformer.to(device), adapters, backbone.velocity, layers)
     student = _student(config, backbone, shared, layers, start, device)
+    in_shards = lockstep and attempt("training.shard_sources", shares_sources, config, others, device, lockstep)
     place = {name: i for i, name in enumerate(name for name, lora in loras.items() if lora)}
     fields = {name: (shared, place.get(name, -1)) for name in on_base}  # -1: the base itself
+    if in_shards:
+        return student, fields | {
+            name: in_turn(_field(sharded(network, settings), backbone), lockstep) for name, network in others.items()
+        }
     return student, fields | {
         name: _field(_placed(network, config, device), backbone) for name, network in others.items()
     }
