@@ -1,4 +1,4 @@
-"""Frozen sources of weights of their own over several ranks: whole on each, or in shards by ZeRO-3 without optimizer."""
+"""Frozen sources of weights of their own over several ranks: whole on each, or in shards by ZeRO-3."""
 
 import torch
 from torch import nn
