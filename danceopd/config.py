@@ -126,6 +126,10 @@ class Training(Section):
     base_precision: of the frozen linear weights in a `model`'s blocks, those of sources too; adapters stay as they
     are. offload_sources: with a `model`, sources with weights of their own wait in host memory, and a forward brings
     their blocks to the device one after another, the next while one computes; without effect on a CPU.
+
+    With DeepSpeed: rollout_on: ZeRO-3's rollouts ask a replica of the student that is gathered once an update, or its
+    shards, which every forward gathers. shard_sources: sources with weights of their own lie on all ranks in shards, or
+    on each of them whole. auto looks at the memory that is free.
     """
 
     output_dir: Path
@@ -145,6 +149,8 @@ class Training(Section):
     gradient_checkpointing: bool = False
     base_precision: Literal["int8"] | None = None
     offload_sources: bool = False
+    rollout_on: Literal["auto", "replica", "shards"] = "auto"
+    shard_sources: Literal["auto"] | bool = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Positive = 5
     save_every: Positive = 100

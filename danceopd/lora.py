@@ -420,6 +420,26 @@ class SharedBase:
         return by_sources(ask, latents, sigma, conditioning)
 
 
+class _Factors(nn.Module):
+    """One layer's part of a student's adapter: A [rank, in], B [out, rank], what they add times scale.
+
+    A module with a forward of its own, so that its parameters are there while it runs where DeepSpeed shards them.
+    """
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, scale: float):
+        super().__init__()
+        self.lora_A, self.lora_B, self.scale = nn.Parameter(a), nn.Parameter(b), scale
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        first = _constant((0, len(self.lora_A)), torch.int64, x.device)
+        scale = _constant((self.scale,), torch.float32, x.device)
+        adapters = Adapters(self.lora_A, self.lora_B.mT, first, scale, len(self.lora_A))
+        rows = x.reshape(1, -1, x.shape[-1]).to(weight.dtype)
+        everyone = _constant((0,), torch.int64, x.device)
+        out = routed_lora_linear(rows, weight, bias, adapters, everyone)
+        return out.reshape(*x.shape[:-1], len(weight))
+
+
 class LoraStudent(nn.Module):
     """A trainable adapter on a shared transformer: student(latents, sigma, conditioning) -> velocity.
 
@@ -440,13 +460,12 @@ class LoraStudent(nn.Module):
         super().__init__()
         self.embedded_guidance = embedded_guidance
         self._shared, self.rank, self.alpha = (shared,), rank, alpha  # in a tuple: no submodule, and no copy
-        self.factors = nn.ParameterDict()
+        self.factors = nn.ModuleDict()
         for name in layers:
             linear = shared.transformer.get_submodule(name)
             bound = linear.in_features**-0.5
             a = (2 * torch.rand(rank, linear.in_features, generator=generator) - 1) * bound
-            self.factors[_flat(name) + "/lora_A"] = nn.Parameter(a)
-            self.factors[_flat(name) + "/lora_B"] = nn.Parameter(torch.zeros(linear.out_features, rank))
+            self.factors[_flat(name)] = _Factors(a, torch.zeros(linear.out_features, rank), alpha / rank)
 
     def __deepcopy__(self, memo) -> "LoraStudent":
         copied = LoraStudent(self._shared[0], [], self.rank, self.alpha, embedded_guidance=self.embedded_guidance)
@@ -458,31 +477,20 @@ class LoraStudent(nn.Module):
 
     def layer(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One linear layer with its adapter, or without where the student has none there."""
-        if f"{_flat(name)}/lora_A" not in self.factors:
+        if _flat(name) not in self.factors:
             return nn.functional.linear(x, weight, bias)
-        a, b = self.factors_of(name)
-        first = _constant((0, self.rank), torch.int64, x.device)
-        scale = _constant((self.alpha / self.rank,), torch.float32, x.device)
-        adapters = Adapters(a, b.mT, first, scale, self.rank)
-        rows = x.reshape(1, -1, x.shape[-1]).to(weight.dtype)
-        everyone = _constant((0,), torch.int64, x.device)
-        out = routed_lora_linear(rows, weight, bias, adapters, everyone)
-        return out.reshape(*x.shape[:-1], len(weight))
+        return self.factors[_flat(name)](x, weight, bias)
 
     def factors_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A [rank, in] and B [out, rank] of a layer."""
-        return self.factors[f"{_flat(name)}/lora_A"], self.factors[f"{_flat(name)}/lora_B"]
+        own = self.factors[_flat(name)]
+        return own.lora_A, own.lora_B
 
     def lora(self) -> Lora:
         """The adapter by module, detached, on the CPU."""
-        names = [key.removesuffix("/lora_A") for key in self.factors if key.endswith("/lora_A")]
         return {
-            name.replace("/", "."): (
-                self.factors[f"{name}/lora_A"].detach().cpu(),
-                self.factors[f"{name}/lora_B"].detach().cpu(),
-                self.alpha / self.rank,
-            )
-            for name in names
+            name.replace("/", "."): (own.lora_A.detach().cpu(), own.lora_B.detach().cpu(), own.scale)
+            for name, own in self.factors.items()
         }
 
 

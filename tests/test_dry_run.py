@@ -391,7 +391,7 @@ def test_gradients_with_checkpointing_are_those_without(places, family):
         student = LoraStudent(shared, layers, 4, 8.0, torch.Generator().manual_seed(1))
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
-            for value in student.factors.values():
+            for value in student.parameters():
                 value.add_(0.1 * torch.randn(value.shape, generator=generator))
         torch.manual_seed(3)
         prompt = {n: v.expand(2, *v.shape) for n, v in prompt_of(family, transformer).items()}
@@ -399,7 +399,7 @@ def test_gradients_with_checkpointing_are_those_without(places, family):
         velocity = student(latents, sigma, conditioning)
         teacher = shared.field(0)(latents, sigma, conditioning)  # the route has moved on before the backward
         (velocity - teacher).square().mean().backward()
-        results.append((velocity.detach(), {name: p.grad for name, p in student.factors.items()}))
+        results.append((velocity.detach(), {name: p.grad for name, p in student.named_parameters()}))
     (plain, expected), (again, grads) = results
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
     assert sum(value is not None and bool(value.any()) for value in grads.values()) > len(grads) / 2

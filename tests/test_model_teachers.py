@@ -528,7 +528,7 @@ def test_gradients_through_8_bits_are_those_of_the_numbers_they_stand_for(places
         if how == "checkpointed":
             parts.student._shared[0].enable_gradient_checkpointing()
         with torch.no_grad():
-            for value in parts.student.factors.values():
+            for value in parts.student.parameters():
                 value += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
         held = {}
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, held=held: held.setdefault(id(t), t), lambda t: t)
@@ -536,7 +536,7 @@ def test_gradients_through_8_bits_are_those_of_the_numbers_they_stand_for(places
             velocity = parts.student(*question)
         kept.append(sum(tensor.nbytes for tensor in held.values()))
         velocity.square().mean().backward()
-        gradients.append({name: value.grad for name, value in parts.student.factors.items()})
+        gradients.append({name: value.grad for name, value in parts.student.named_parameters()})
     assert any(value is not None and value.any() for value in gradients[0].values())
     for name, expected in gradients[0].items():
         for other in gradients[1:]:

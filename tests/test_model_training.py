@@ -162,14 +162,14 @@ def test_a_student_begins_as_the_base_and_its_copy_is_its_own(place):
     other = copy.deepcopy(student)
     assert other._shared[0] is shared
     with torch.no_grad():
-        for value in student.factors.values():
+        for value in student.parameters():
             value.add_(0.1)
     velocity = student(latents, sigma, conditioning)
     assert not torch.allclose(velocity, base)
     torch.testing.assert_close(other(latents, sigma, conditioning), base)
     velocity.square().mean().backward()
-    reached = [name for name, value in student.factors.items() if value.grad is not None and value.grad.any()]
-    assert len(reached) > 0.8 * len(student.factors)  # the last block's text stream goes nowhere
+    reached = [name for name, value in student.named_parameters() if value.grad is not None and value.grad.any()]
+    assert len(reached) > 0.8 * len(list(student.parameters()))  # the last block's text stream goes nowhere
     assert all(parameter.grad is None for parameter in transformer.parameters())
     merged_student = merged(sd3.load_transformer(place / "model"), student.lora())
     expected = sd3.velocity(merged_student, latents, sigma, conditioning.prompt)

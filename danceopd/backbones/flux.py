@@ -107,7 +107,7 @@ def velocity(
     others. A transformer without sources draws, whether Kontext or not.
     """
     batch, channels, height, width = latents.shape
-    device, dtype = latents.device, transformer.dtype
+    device, dtype = latents.device, loading.input_dtype(transformer)
     if not transformer.config.guidance_embeds:
         guidance = None
     elif guidance is None:

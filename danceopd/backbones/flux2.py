@@ -131,7 +131,7 @@ def velocity(transformer, latents, sigma, prompt, sources=(), guidance=None) -> 
     prompt: {"prompt_embeds": [B, L, C]}; sources: reference latents, each [B, C, h_i, w_i]; guidance: a number or [B],
     which dev needs and klein ignores. Raises UserError if it is needed and missing.
     """
-    dtype, size = transformer.dtype, latents.shape[-2:]
+    dtype, size = loading.input_dtype(transformer), latents.shape[-2:]
     if not transformer.config.guidance_embeds:
         guidance = None
     elif guidance is None:

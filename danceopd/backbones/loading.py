@@ -77,6 +77,14 @@ def transformer_folder(folder: Path | str) -> Path:
     return folder if (folder / "config.json").is_file() else folder / "transformer"
 
 
+def input_dtype(transformer: nn.Module) -> torch.dtype:
+    """What a transformer takes its inputs in: its `takes` where it has one, else the dtype of its first weights.
+
+    One that is trained has it, since a copy of it for rollouts may hold some of its weights in another dtype.
+    """
+    return getattr(transformer, "takes", None) or next(transformer.parameters()).dtype
+
+
 def is_file_name(weights: Path | str) -> bool:
     """Whether a transformer's weights are meant to be one file, which may be missing, and not a folder."""
     path = Path(weights)

@@ -152,7 +152,7 @@ def velocity(
     encoder saw them. guidance is ignored: this transformer class has no such input that works.
     """
     pictures = (latents, *sources)
-    dtype = next(transformer.parameters()).dtype
+    dtype = loading.input_dtype(transformer)
     tokens = torch.cat([_pack(picture.to(dtype)) for picture in pictures], dim=1)
     shapes = [(1, picture.shape[2] // 2, picture.shape[3] // 2) for picture in pictures]
     predicted = transformer(

@@ -141,7 +141,7 @@ def velocity(
     """
     if len(sources):
         raise UserError("Stable Diffusion 3 takes no source pictures; use a model that edits")
-    dtype = next(transformer.parameters()).dtype  # the patch embedding's, which has no adapter of another dtype
+    dtype = loading.input_dtype(transformer)  # the patch embedding's, which has no adapter of another dtype
     answer = transformer(
         hidden_states=latents.to(dtype),
         timestep=sigma.float() * TIMESTEPS,

@@ -130,7 +130,7 @@ def velocity(
     sources: clean latents, each [B, C, h_i, w_i]; guidance is ignored. Raises ValueError if the prompt was not
     encoded with as many pictures as there are sources.
     """
-    dtype = next(transformer.parameters()).dtype
+    dtype = loading.input_dtype(transformer)
     embeds = prompt["prompt_embeds"].to(dtype)
     images = list(latents.to(dtype).unsqueeze(2))
     # The transformer's time runs from noise at 0. Rounded as in the pipeline: 1 - sigma differs in the last bit, and

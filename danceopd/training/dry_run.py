@@ -661,8 +661,7 @@ def _forward(student: nn.Module, shape, conditioning: Conditioning, place: str) 
 
 
 def _adapted(student: nn.Module, name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    a, b = (student.factors[f"{name.replace('.', '/')}/lora_{side}"] for side in "AB")
-    return _Adapted.apply(x.to(weight.dtype), weight, a, b)
+    return _Adapted.apply(x.to(weight.dtype), weight, *student.factors_of(name))
 
 
 def _bytes_of(conditioning: Conditioning) -> int:

@@ -16,7 +16,6 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from danceopd.backbones.dit import DiT
 from danceopd.checkpoint import write_atomic
 from danceopd.config import Config
 from danceopd.data.sampler import Batch, draw_batch, sample_generators
@@ -49,6 +48,8 @@ NOT_IDENTITY = (
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "offload_sources",
+    "shard_sources",
+    "rollout_on",
 )
 
 
@@ -92,7 +93,7 @@ class Trainer:
         else:
             from danceopd.training.zero import Zero
 
-            self.engine = Zero(parts.student, config, settings, ranks)
+            self.engine = Zero(parts.student, config, settings, ranks, parts.lockstep)
 
     # --- one update -----------------------------------------------------------------------------------
 
@@ -278,7 +279,6 @@ class Trainer:
         with self.engine.averaged() as network:
             if self.ranks.rank == 0:
                 self._try_grid(log, network)
-            self.ranks.wait()
 
     def _try_grid(self, log: RunLog, network: Field) -> None:
         try:
@@ -288,10 +288,10 @@ class Trainer:
             tqdm.write(f"warning at step {self.step}: {warning}", file=sys.stderr)
             log.write(self.step, {"warning": warning})
 
-    def quick_scores(self, network: DiT) -> dict:
+    def quick_scores(self, network: Field) -> dict:
         """A network's two scores on a small set, for the curves."""
         evaluation = self.config.evaluation
-        sampler = make_sampler(self.config, network.config, self.device)
+        sampler = make_sampler(self.config, self.parts.student.config, self.device)
         field, seed = network, evaluation.seed + 7
         return {
             "geneval_overall": score_geneval(field, sampler, seed, evaluation.quick)["overall"],
@@ -432,7 +432,6 @@ class Trainer:
             if self.ranks.rank == 0:
                 scores = self.quick_scores(network)
                 log.write(self.step, {"network_evaluations": self.evaluations.total(), "evaluation": scores})
-            self.ranks.wait()
 
 
 def micro_batches(config: Config, batch: Batch) -> list[Batch]:
@@ -533,7 +532,7 @@ def train(
     torch.manual_seed(config.training.seed)
     if (ranks.size > 1 and inspect.isclass(METHODS[config.method])) or (settings and "ema" in needs(config.method)):
         raise UserError(f"method: {config.method} runs in one process, without DeepSpeed")
-    parts, first = _agreed(ranks, build, config), ranks.rank == 0
+    parts, first = _agreed(ranks, build, config, ranks, settings), ranks.rank == 0
     for line in parts.samples.never_drawn if first else ():
         print(f"warning: {line}")
     if parts.device.type == "cpu":

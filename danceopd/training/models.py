@@ -25,6 +25,8 @@ from danceopd.errors import UserError
 from danceopd.fields import Field, SharedField, guided
 from danceopd.lora import Lora, LoraStudent, SharedBase, combine, load_lora, merge_into, target_layers
 from danceopd.methods import needs
+from danceopd.training.lockstep import Lockstep
+from danceopd.training.sharding import in_turn, sharded, shares_sources
 from danceopd.training.students import FullStudent, begin, start_lora, start_transformer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -99,11 +101,19 @@ def rows_of(path, name: str, capability, with_clean: bool) -> PreparedData:
     return data
 
 
-def load_networks(config: Config, backbone: ModuleType, device: torch.device, attempt: Callable):
+def load_networks(
+    config: Config,
+    backbone: ModuleType,
+    device: torch.device,
+    attempt: Callable,
+    lockstep: Lockstep | None = None,
+    settings: dict | None = None,
+):
     """(student, {source: field without guidance}): adapters on one transformer, sources of other weights beside it.
 
     A student of all weights is a transformer of its own, and the model's is loaded only where a source needs it. Where
-    something cannot be loaded, attempt takes the message and the result is (None, None).
+    something cannot be loaded, attempt takes the message and the result is (None, None). lockstep, settings: of the
+    ranks and DeepSpeed, which may keep such sources in shards.
     """
     dtype, transformer, layers = PRECISIONS[config.training.precision], None, []
     if needs_base(config):
@@ -152,9 +162,13 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
         adapters = [lora for lora in loras.values() if lora]
         shared = SharedBase(transformer.to(device), adapters, backbone.velocity, layers)
     student = _student(config, backbone, shared, layers, start, device)
+    in_shards = lockstep and attempt("training.shard_sources", shares_sources, config, others, device, lockstep)
     place = {name: i for i, name in enumerate(name for name, lora in loras.items() if lora)}
     fields = {name: (shared, place.get(name, -1)) for name in on_base}  # -1: the base itself
-    placed = {id(network): _field(_placed(network, config, device), backbone) for network in loaded.values()}
+    if in_shards:
+        placed = {id(n): in_turn(_field(sharded(n, settings), backbone), lockstep) for n in loaded.values()}
+    else:
+        placed = {id(n): _field(_placed(n, config, device), backbone) for n in loaded.values()}
     return student, fields | {name: placed[id(network)] for name, network in others.items()}
 
 

@@ -40,7 +40,7 @@ class Ranks:
         """The largest of the ranks' whole numbers."""
         if self.size == 1:
             return int(number)
-        largest = torch.tensor(int(number), dtype=torch.int64, device=_device())
+        largest = torch.tensor(int(number), dtype=torch.int64, device=device_of_collectives())
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
@@ -53,5 +53,6 @@ class Ranks:
 ALONE = Ranks()
 
 
-def _device() -> torch.device:
+def device_of_collectives() -> torch.device:
+    """Where the tensors of a collective lie."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -24,6 +24,8 @@ from danceopd.fields import Field, guided
 from danceopd.methods import needs
 from danceopd.optimizers import adamw_class
 from danceopd.tokenizer import tokenize
+from danceopd.training.lockstep import Lockstep
+from danceopd.training.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Parts:
     anchor: the student as it was before training, frozen, where the method asks for it; save: writes a student's
     weights into a folder, as others load them; combine: the model's own guidance, for `guided`. Of a model also
     drawing_sigmas: noise levels of a finished picture by the latents' shape; load_decoder: loads what decodes latents.
+    lockstep: of the sources that ranks share.
     """
 
     student: nn.Module
@@ -45,10 +48,11 @@ class Parts:
     combine: Callable | None = None
     drawing_sigmas: dict[tuple[int, ...], torch.Tensor] | None = None
     load_decoder: Callable[[], Callable] | None = None
+    lockstep: Lockstep | None = None
 
 
-def build(config: Config) -> Parts:
-    """Load the student, the sources and the data.
+def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) -> Parts:
+    """Load the student, the sources and the data; settings: DeepSpeed's, under which `ranks` may share sources.
 
     Raises UserError that lists every file, row or device that is missing or does not fit.
     """
@@ -66,7 +70,7 @@ def build(config: Config) -> Parts:
     if config.training.base_precision:
         attempt("training.base_precision", check_eight_bit)
     if config.model:
-        return _build_model(config, device, attempt, problems)
+        return _build_model(config, device, attempt, problems, None if settings is None else Lockstep(ranks), settings)
     student = attempt("student.init_from", _load, config.student.init_from)
     networks = {
         name: attempt(f"sources.{name}.weights", _load, source.weights) for name, source in config.sources.items()
@@ -92,7 +96,14 @@ def build(config: Config) -> Parts:
     return Parts(student.to(device), fields, samples, anchor, empty_prompt, device, _save_embedded)
 
 
-def _build_model(config: Config, device: torch.device, attempt: Callable, problems: list[str]) -> Parts:
+def _build_model(
+    config: Config,
+    device: torch.device,
+    attempt: Callable,
+    problems: list[str],
+    lockstep: Lockstep | None,
+    settings: dict | None,
+) -> Parts:
     from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
     from danceopd.lora import save_lora
     from danceopd.training.models import (
@@ -111,7 +122,7 @@ def _build_model(config: Config, device: torch.device, attempt: Callable, proble
     attempt("training.sample_every", check_decoder, config)
     _stop_at(problems)
     sigmas = attempt("model", drawing_sigmas, config, backbone, samples)
-    student, networks = load_networks(config, backbone, device, attempt)
+    student, networks = load_networks(config, backbone, device, attempt, lockstep, settings)
     _stop_at(problems)
     empty_prompt = tree_map(lambda value: value.to(device), samples.groups[0].data[0].empty_prompt())
     combine = getattr(backbone, "combine", None)
@@ -127,7 +138,7 @@ def _build_model(config: Config, device: torch.device, attempt: Callable, proble
     def load_decoder():
         return backbone.picture_codec(config.model, device, PRECISIONS[config.training.precision])[1]
 
-    return Parts(student, fields, samples, anchor, empty_prompt, device, save, combine, sigmas, load_decoder)
+    return Parts(student, fields, samples, anchor, empty_prompt, device, save, combine, sigmas, load_decoder, lockstep)
 
 
 def _save_embedded(student: DiT, folder: Path) -> None:

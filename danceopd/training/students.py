@@ -40,6 +40,7 @@ class FullStudent(nn.Module):
     ):
         super().__init__()
         self.transformer = transformer.requires_grad_(True)
+        transformer.takes = torch.float32
         self.embedded_guidance, self.autocast, self._velocity = embedded_guidance, autocast, velocity
 
     @property

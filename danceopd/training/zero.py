@@ -8,7 +8,7 @@ gradient runs on the shards.
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +17,12 @@ import torch.distributed as dist
 from torch import nn
 
 from danceopd.backbones.dit import DiT
+from danceopd.conditioning import Conditioning
 from danceopd.config import Config
 from danceopd.errors import UserError
 from danceopd.optimizers import make_optimizers
+from danceopd.training.lockstep import QUERY, ROLLOUT, Asked, Lockstep
+from danceopd.training.memory import free_bytes, gibibytes
 from danceopd.training.ranks import Ranks
 from danceopd.training.state import Checkpoint, bounds
 
@@ -48,7 +51,9 @@ def read_deepspeed(path: Path | str) -> dict:
 class Zero:
     """The student of all ranks. It offers what danceopd.training.engine.Local does; all ranks call each of it."""
 
-    def __init__(self, student: nn.Module, config: Config, settings: dict, ranks: Ranks):
+    def __init__(
+        self, student: nn.Module, config: Config, settings: dict, ranks: Ranks, lockstep: Lockstep | None = None
+    ):
         import deepspeed
 
         training, zero = config.training, settings.get("zero_optimization", {})
@@ -61,9 +66,9 @@ class Zero:
             )
         self.ranks, self.decay, self.updates, self.stage = ranks, training.ema_decay, 0, zero.get("stage", 0)
         self.max_grad_norm = training.max_grad_norm
-        self.shapes = {name: p.shape for name, p in student.named_parameters()}
-        bf16 = training.precision == "bf16"
-        self.replica = _replica(student, bf16) if self.stage == 3 else None
+        self.shapes = {name: _shape(p) for name, p in student.named_parameters()}
+        bf16 = training.precision == "bf16" and not config.student.lora  # an adapter runs as its base does
+        self.empty = _twin(student, lambda name, p: torch.empty(self.shapes[name], device="meta"))
         if isinstance(student, DiT):  # or a rank without edits would gather, and reduce, less than the others
             student.both_passes = len({c.task for c in config.capabilities.values()}) > 1
         [optimizer] = make_optimizers(student, "adamw", training.learning_rate, training.weight_decay)
@@ -78,18 +83,41 @@ class Zero:
             "steps_per_print": 2**31,
         }
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=student.train(), optimizer=optimizer, config={**settings, **fixed}
+            model=_Asked(student.train()), optimizer=optimizer, config={**settings, **fixed}
         )
         if self.stage in (1, 2):
             self.optimizer.check_grad_overflow = True  # skip what is not finite, as stage 3 does
-        self.parameters = dict(self.engine.module.named_parameters())
-        self.student, self.rolled = self.engine, self.engine if self.replica is None else self.replica
+        self.network = self.engine.module.student
+        self.parameters = dict(self.network.named_parameters())
+        self.lockstep = lockstep or Lockstep(ranks)
+        self.lockstep.add(self._ask, QUERY)
+        self.replica = self._replica(bf16) if self.stage == 3 and self._fits(training.rollout_on, bf16) else None
+        if self.stage == 3 and self.replica is None:
+            self.lockstep.add(self._ask, ROLLOUT)
         # With the optimizer's states in host memory the average is there too.
         self.home = torch.device("cpu") if zero.get("offload_optimizer") else self.engine.device
         self.ema = {name: self._slice(name).to(self.home, copy=True) for name in self.parameters}
+        self._refresh(self._slice)
+
+    def student(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The velocity [B, ...] with gradient; as often as all other ranks."""
+        return self.lockstep.ask(QUERY, latents, sigma, conditioning)
+
+    @torch.no_grad()
+    def rolled(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The velocity [B, ...] without gradient; as often as this rank likes."""
+        if self.replica is not None:
+            return self.replica(latents, sigma, conditioning)
+        if self.stage == 3:
+            return self.lockstep.ask(ROLLOUT, latents, sigma, conditioning)
+        return self._ask([(latents, sigma, conditioning)])[0]
+
+    def _ask(self, asked: Sequence[Asked]) -> Sequence[torch.Tensor]:
+        return self.engine(*(value for one in asked for value in one))
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one of an update's micro-batches; loss: its share of the mean over the global batch."""
+        self.lockstep.finish()
         # DeepSpeed divides by the number of micro-batches and averages over the ranks.
         self.engine.backward(loss * (self.engine.gradient_accumulation_steps() * self.ranks.size))
         if not self.engine.is_gradient_accumulation_boundary():
@@ -107,6 +135,7 @@ class Zero:
                 self.engine.micro_steps += 1
                 return norm, False
         self.engine.step()
+        self._forget_gradients()
         if getattr(self.optimizer, "overflow", False):
             return math.nan, False
         for name in self.parameters:
@@ -116,29 +145,27 @@ class Zero:
         return float(self.engine.get_global_grad_norm()) if norm is None else norm, True
 
     @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """The average as a network: all ranks enter and leave together, any of them may draw with it in between."""
-        kept = None if self.replica else {name: p.detach().clone() for name, p in self.parameters.items()}
-        network = self.replica or self.engine.module
-        self._refresh(self.ema.get)
+    def averaged(self) -> Iterator[Callable]:
+        """The average as a field: all ranks enter and leave together, any of them may draw with it in between."""
+        if self.replica is not None:
+            self._refresh(self.ema.get)
+        else:
+            kept = {name: self._held(p).detach().clone() for name, p in self.parameters.items()}
+            self._hold(self.ema if self.stage == 3 else None)
         try:
-            yield network
+            yield self.rolled
         finally:
-            if kept is None:
+            self.lockstep.finish()
+            self.ranks.wait()
+            if self.replica is not None:
                 self._refresh(self._slice)
             else:
-                with torch.no_grad():
-                    for name, p in self.parameters.items():
-                        p.copy_(kept[name])
+                self._hold(kept)
 
     def saved(self, path: Path) -> nn.Module:
         """The average as it was saved in the checkpoint at path: in float32 on the host, for one rank to ask for."""
         checkpoint = Checkpoint.read(path)
-        network = copy.deepcopy(self.replica or self.engine.module).to("cpu", torch.float32)
-        with torch.no_grad():
-            for name, p in network.named_parameters():
-                p.copy_(checkpoint.tensor(f"ema/{name}"))
-        return network
+        return _twin(self.empty, lambda name, p: checkpoint.tensor(f"ema/{name}"))
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Size]]:
         """This rank's flat slices, and the whole shapes, by the names of a checkpoint."""
@@ -237,14 +264,66 @@ class Zero:
         """The states of the optimizer that DeepSpeed drives: of flat parts, or in stage 0 of parameters."""
         return list(getattr(self.optimizer, "optimizer", self.optimizer).state.values())
 
-    # --- the replica ----------------------------------------------------------------------------------
+    def _forget_gradients(self) -> None:
+        """Of a parameter that the next update's forwards do not pass through, DeepSpeed would take this one's again."""
+        if self.stage == 3:
+            self.optimizer.grad_partitions_flat_buffer.zero_()
+            for flat in self.optimizer.fp32_partitioned_groups_flat:
+                if flat.grad is not None:
+                    flat.grad.zero_()
+
+    # --- what is drawn with ---------------------------------------------------------------------------
+
+    def _fits(self, wanted: str, bf16: bool) -> bool:
+        """Whether rollouts run on a replica: as wanted, or where it takes no more than half of what is free."""
+        narrow = _multiplied(self.empty) if bf16 else set()
+        needed = sum(shape.numel() * (2 if name in narrow else 4) for name, shape in self.shapes.items())
+        free = -self.ranks.most(-free_bytes(self.engine.device))
+        chosen = wanted == "replica" or (wanted == "auto" and needed <= free / 2)
+        if self.ranks.rank == 0:
+            how = (
+                f"on a replica, gathered once an update: {gibibytes(needed)} a rank"
+                if chosen
+                else f"on the shards: each of their forwards gathers the student, {gibibytes(needed)} for a replica"
+            )
+            print(f"rollouts run {how}, {gibibytes(free)} are free, training.rollout_on is {wanted}")
+        return chosen
+
+    def _replica(self, bf16: bool) -> nn.Module:
+        """A frozen copy, to be filled; for bf16 with the weights in it that autocast casts to bf16 at each step."""
+        narrow = _multiplied(self.empty) if bf16 else set()
+
+        def empty(name: str, p: torch.Tensor) -> torch.Tensor:
+            dtype = torch.bfloat16 if name in narrow else torch.float32
+            return torch.empty(p.shape, dtype=dtype, device=self.engine.device)
+
+        return _twin(self.empty, empty).to(self.engine.device).eval()
+
+    def _held(self, p: nn.Parameter) -> torch.Tensor:
+        """What this rank holds of a parameter: a shard, or before stage 3 all of it."""
+        return p.ds_tensor if self.stage == 3 else p
+
+    @torch.no_grad()
+    def _hold(self, values: dict[str, torch.Tensor] | None) -> None:
+        """Put values in the student's place: what each rank holds, flat and without padding too; None: the average."""
+        if values is None:
+            targets = dict(self.parameters)
+            for names in _bundles(targets):
+                self._gather(names, self.ema.get, targets)
+            return
+        for name, p in self.parameters.items():
+            held = self._held(p)
+            held.view(-1)[: values[name].numel()].copy_(values[name].flatten())
+        kept = getattr(self.optimizer, "persistent_parameters", None) if self.stage == 3 else None
+        if kept:  # small parameters, which stay gathered
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
 
     def _refresh(self, part: Callable[[str], torch.Tensor]) -> None:
-        """Gather every rank's part of each parameter into the replica, or without one into the student itself."""
-        network = self.replica or (self.engine.module if part is not self._slice else None)
-        if network is None:
+        """Gather every rank's part of each parameter into the replica."""
+        if self.replica is None:
             return
-        targets = dict(network.named_parameters())
+        targets = dict(self.replica.named_parameters())
         with torch.no_grad():
             for names in _bundles(targets):
                 self._gather(names, part, targets)
@@ -268,14 +347,36 @@ class Zero:
             targets[name].copy_(columns.flatten()[: shape.numel()].view(shape))
 
 
-def _replica(student: nn.Module, bf16: bool) -> nn.Module:
-    """A frozen copy for rollouts; for bf16 with the weights in it that autocast would cast to bf16 at each step."""
-    replica = copy.deepcopy(student).eval().requires_grad_(False)
-    if bf16:
-        for module in replica.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.to(torch.bfloat16)
-    return replica
+class _Asked(nn.Module):
+    """A student asked for several batches in one forward: DeepSpeed wants one of them for each backward."""
+
+    def __init__(self, student: nn.Module):
+        super().__init__()
+        self.student = student
+
+    def forward(self, *asked):
+        return tuple(self.student(*asked[i : i + 3]) for i in range(0, len(asked), 3))
+
+
+def _twin(module: nn.Module, make: Callable[[str, nn.Parameter], torch.Tensor]) -> nn.Module:
+    """A copy with other parameters, frozen: what make(name, parameter) gives. Nothing of the module's own is copied."""
+    others = {id(p): nn.Parameter(make(name, p), requires_grad=False) for name, p in module.named_parameters()}
+    return copy.deepcopy(module, others)
+
+
+def _shape(p: nn.Parameter) -> torch.Size:
+    """Of the whole parameter, where this rank has a shard of it."""
+    return getattr(p, "ds_shape", p.shape)
+
+
+def _multiplied(module: nn.Module) -> set[str]:
+    """The parameters that autocast casts to bf16."""
+    return {
+        f"{name}.{own}"
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear | nn.Conv2d)
+        for own, _ in part.named_parameters(recurse=False)
+    }
 
 
 def _bundles(parameters: dict[str, torch.Tensor]) -> Iterator[list[str]]:
