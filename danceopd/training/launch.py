@@ -24,6 +24,7 @@ from danceopd.training.ranks import ALONE, Ranks
 from danceopd.training.zero import read_deepspeed
 
 HUNG = 4  # exit status
+LOADING = 4  # times the patience: what the start of a run may take, and what a collective waits
 DEFAULT = {"zero_optimization": {"stage": 3}}  # DeepSpeed's settings where several ranks were started without any
 
 
@@ -58,7 +59,7 @@ def begin(deepspeed_config: Path | None, device: str, patience: float) -> tuple[
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Who hangs is named by the watch; the collectives of the others must not give up before.
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(seconds=4 * patience), verbose=False)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(seconds=LOADING * patience), verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size()), settings
 
 
@@ -83,7 +84,7 @@ def guard(ranks: Ranks, folder: Path, function: Callable, *args):
 class Watch:
     """Where each rank is, told to all; threads of each name those that stay behind and end the run.
 
-    patience: seconds without any rank's moving. They also ask this rank to stop, as a TERM signal does, where the
+    patience: seconds without any rank's moving; the start may take longer. They also ask this rank to stop, as a TERM signal does, where the
     launcher is gone: deepspeed's passes no signal on.
     """
 
@@ -120,7 +121,7 @@ class Watch:
         while True:
             time.sleep(self._pause())
             now = time.monotonic()
-            if now - self.moved > patience:
+            if now - self.moved > patience * (LOADING if self.passed == 1 else 1):
                 print(hung(self.told, self.patience, now - self.answered < patience), file=sys.stderr, flush=True)
                 os._exit(HUNG)
             if not asked and any(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in launchers):
