@@ -225,6 +225,7 @@ def export_to(run, output):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_stage_and_precision(sd3_place, flux2_place, tmp_path):
     kinds = {"adapter": (lora, sd3_place, None), "full": (full, flux2_place, PATTERN)}
     jobs = [
@@ -249,10 +250,17 @@ def test_every_stage_and_precision(sd3_place, flux2_place, tmp_path):
             "settings": stage(3, **SHARDED),
         }
     )
-    launch(tmp_path / "launch", jobs)
+    drawn = full(flux2_place, tmp_path / "drawn", rollout_on="shards", sample_every=2)
+    mixed = stage(3, stage3_param_persistence_threshold=2000)  # some stay gathered, some do not
+    jobs.append({"name": "drawn", "kind": "drawn-fp32", "config": drawn, "routes": PATTERN, "settings": mixed})
+    launch(tmp_path / "launch", jobs, seconds=1800)
     losses = {}
     for job in jobs:
         if job["kind"] not in losses:
             losses[job["kind"]] = alone(tmp_path / "alone" / job["kind"], job)
         # Products of bf16 round another way in batches of another size.
         equal(job, losses[job["kind"]], 1e-4 if job["kind"].endswith("fp32") else 3e-2)
+    pictures = sorted((tmp_path / "drawn" / "samples").glob("*.png"))
+    assert len(pictures) == 3
+    for path in pictures:  # the average was put in the student's place for them, and the student back
+        assert path.read_bytes() == (tmp_path / "alone" / "drawn-fp32" / "samples" / path.name).read_bytes()

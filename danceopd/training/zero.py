@@ -314,10 +314,8 @@ class Zero:
         for name, p in self.parameters.items():
             held = self._held(p)
             held.view(-1)[: values[name].numel()].copy_(values[name].flatten())
-        kept = getattr(self.optimizer, "persistent_parameters", None) if self.stage == 3 else None
-        if kept:  # small parameters, which stay gathered
-            kept[0].partition(kept)
-            kept[0].all_gather(kept)
+        if self.stage == 3:
+            self.engine.empty_partition_cache()  # what is gathered still, which is the old
 
     def _refresh(self, part: Callable[[str], torch.Tensor]) -> None:
         """Gather every rank's part of each parameter into the replica."""
