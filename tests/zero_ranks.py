@@ -110,7 +110,7 @@ def nan_gradients(step: int) -> None:
 
     def init(self, *args, **kwargs):
         begin(self, *args, **kwargs)
-        p = list(self.engine.student.parameters())[-1]
+        p = list(self.parts.student.parameters())[-1]
         p.register_hook(lambda gradient: gradient * float("nan") if self.step == step else gradient)
 
     Trainer.__init__ = init

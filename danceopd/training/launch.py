@@ -84,8 +84,8 @@ def guard(ranks: Ranks, folder: Path, function: Callable, *args):
 class Watch:
     """Where each rank is, told to all; threads of each name those that stay behind and end the run.
 
-    patience: seconds without any rank's moving; the start may take longer. They also ask this rank to stop, as a TERM signal does, where the
-    launcher is gone: deepspeed's passes no signal on.
+    patience: seconds without any rank's moving, and more while one is still in the start. They also ask this rank to
+    stop, as a TERM signal does, where the launcher is gone: deepspeed's passes no signal on.
     """
 
     def __init__(self, ranks: Ranks, patience: float):
@@ -121,7 +121,8 @@ class Watch:
         while True:
             time.sleep(self._pause())
             now = time.monotonic()
-            if now - self.moved > patience * (LOADING if self.passed == 1 else 1):
+            begun = self.passed > 1 and all(not text.startswith("1 ") for text in self.told.values())
+            if now - self.moved > patience * (1 if begun else LOADING):
                 print(hung(self.told, self.patience, now - self.answered < patience), file=sys.stderr, flush=True)
                 os._exit(HUNG)
             if not asked and any(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in launchers):
