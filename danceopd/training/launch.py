@@ -120,7 +120,7 @@ class Watch:
                 told = {rank: self.store.get(key).decode() for rank, key in enumerate(keys) if self.store.check([key])}
                 self.answered = time.monotonic()
                 if told != self.told:
-                    self.told, self.moved = told, self.answered
+                    self.moved, self.told = self.answered, told  # in this order: the judge looks in between
                 time.sleep(self._pause())
 
     def _judge(self) -> None:
@@ -128,9 +128,10 @@ class Watch:
         launchers, asked = _launchers(), False
         while True:
             time.sleep(self._pause())
-            now = time.monotonic()
-            if now - self.moved > patience * (LOADING if self.passed == 1 else 1):
-                print(hung(self.told, self.patience, now - self.answered < patience), file=sys.stderr, flush=True)
+            told, now = self.told, time.monotonic()
+            loading = not told or any(text.startswith("1 ") for text in told.values())
+            if now - self.moved > patience * (LOADING if loading else 1):
+                print(hung(told, self.patience, now - self.answered < patience), file=sys.stderr, flush=True)
                 os._exit(HUNG)
             if not asked and any(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in launchers):
                 asked = True
