@@ -77,6 +77,12 @@ def base(tmp_path_factory):
     }
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def as_rank(*arguments):
     """What a forked process does; there the module is imported already."""
     import zero_ranks
@@ -97,9 +103,7 @@ class Run:
         given = ["--config", str(config), *arguments, f"training.output_dir={folder / 'run'}"]
         if size:
             given += ["--deepspeed", str(deepspeed)]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.processes = [
             context.Process(target=as_rank, args=(rank, size, port, self.logs, given, fault or {}))
             for rank in range(self.size)
@@ -354,6 +358,17 @@ def test_what_deepspeed_cannot_be_told(context, base, tmp_path, settings, said):
     assert "Traceback" not in run.said()
 
 
+def test_a_port_that_another_run_has(context, base, tmp_path, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        monkeypatch.setattr(sys.modules[__name__], "free_port", lambda: taken.getsockname()[1])
+        run = Run(context, tmp_path, base, 1)
+        assert run.wait() == [2]
+    assert "another --master_port" in run.err()
+    assert "Traceback" not in run.said()
+
+
 def test_without_deepspeed(context, base, tmp_path):
     run = Run(context, tmp_path, base, 2, fault={"what": "without_deepspeed"})
     assert run.wait() == [2, 2]
@@ -409,14 +424,24 @@ def until(reached, run, seconds=120):
 class Launched:
     """`train.py` as a launcher starts it on two ranks; with a fault, the file that has them in its place."""
 
-    def __init__(self, launcher, folder, raw, fault=None):
+    def __init__(self, launcher, folder, raw, fault=None, arguments=()):
         self.folder = folder
         (folder / "config.yaml").write_text(yaml.safe_dump(raw))
         program = Path(sys.executable).parent / launcher
-        started = {"deepspeed": ["--num_gpus", "2"], "torchrun": ["--standalone", "--nproc-per-node", "2"]}[launcher]
+        started = {
+            "deepspeed": ["--num_gpus", "2", "--master_port", str(free_port())],
+            "torchrun": ["--standalone", "--nproc-per-node", "2"],
+        }[launcher]
         script = HERE / "zero_ranks.py" if fault else HERE.parent / "train.py"
         settings = HERE.parent / "configs" / "deepspeed" / "zero3.json"
-        given = ["--config", folder / "config.yaml", "--deepspeed", settings, f"training.output_dir={folder / 'run'}"]
+        given = [
+            "--config",
+            folder / "config.yaml",
+            "--deepspeed",
+            settings,
+            *arguments,
+            f"training.output_dir={folder / 'run'}",
+        ]
         with open(folder / "printed", "w") as printed:
             self.process = subprocess.Popen(
                 [program, *started, script, *given],
@@ -508,7 +533,7 @@ def test_a_launched_rank_that_dies_ends_the_others(context, base, tmp_path, laun
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_launched_rank_that_hangs_is_named(base, tmp_path, launcher):
     fault = {"what": "sleep", "rank": 1, "place": "rollout", "step": 3}
-    run = Launched(launcher, tmp_path, {**base}, fault)
+    run = Launched(launcher, tmp_path, base, fault, ["--patience", "6"])
     until(lambda: "rank 1 on" in run.said(), run)
     status = run.process.wait(60)
     assert status == (4 if launcher == "deepspeed" else 1), run.said()

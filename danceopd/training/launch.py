@@ -59,7 +59,15 @@ def begin(deepspeed_config: Path | None, device: str, patience: float) -> tuple[
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Who hangs is named by the watch; the collectives of the others must not give up before.
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(seconds=LOADING * patience), verbose=False)
+    waiting = timedelta(seconds=LOADING * patience)
+    try:
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=waiting, verbose=False)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        place, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
+        raise UserError(
+            f"the ranks cannot find each other at {place}: {reason} If another run has this port, give the launcher "
+            "another --master_port"
+        ) from None
     return Ranks(dist.get_rank(), dist.get_world_size()), settings
 
 
@@ -84,8 +92,8 @@ def guard(ranks: Ranks, folder: Path, function: Callable, *args):
 class Watch:
     """Where each rank is, told to all; threads of each name those that stay behind and end the run.
 
-    patience: seconds without any rank's moving, and more while one is still in the start. They also ask this rank to
-    stop, as a TERM signal does, where the launcher is gone: deepspeed's passes no signal on.
+    patience: seconds without any rank's moving; the start may take longer. The threads also ask this rank to stop, as
+    a TERM signal does, where the launcher is gone: deepspeed's passes no signal on.
     """
 
     def __init__(self, ranks: Ranks, patience: float):
@@ -112,7 +120,7 @@ class Watch:
                 told = {rank: self.store.get(key).decode() for rank, key in enumerate(keys) if self.store.check([key])}
                 self.answered = time.monotonic()
                 if told != self.told:
-                    self.told, self.moved = told, self.answered
+                    self.moved, self.told = self.answered, told  # in this order: the judge looks in between
                 time.sleep(self._pause())
 
     def _judge(self) -> None:
@@ -120,10 +128,10 @@ class Watch:
         launchers, asked = _launchers(), False
         while True:
             time.sleep(self._pause())
-            now = time.monotonic()
-            begun = self.passed > 1 and all(not text.startswith("1 ") for text in self.told.values())
-            if now - self.moved > patience * (1 if begun else LOADING):
-                print(hung(self.told, self.patience, now - self.answered < patience), file=sys.stderr, flush=True)
+            told, now = self.told, time.monotonic()
+            loading = not told or any(text.startswith("1 ") for text in told.values())
+            if now - self.moved > patience * (LOADING if loading else 1):
+                print(hung(told, self.patience, now - self.answered < patience), file=sys.stderr, flush=True)
                 os._exit(HUNG)
             if not asked and any(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in launchers):
                 asked = True
