@@ -101,19 +101,11 @@ def rows_of(path, name: str, capability, with_clean: bool) -> PreparedData:
     return data
 
 
-def load_networks(
-    config: Config,
-    backbone: ModuleType,
-    device: torch.device,
-    attempt: Callable,
-    lockstep: Lockstep | None = None,
-    settings: dict | None = None,
-):
-    """(student, {source: field without guidance}): adapters on one transformer, sources of other weights beside it.
+def load_networks(config: Config, backbone: ModuleType, device: torch.device, attempt: Callable):
+    """(student, {source: (base, adapter) or a transformer}): adapters on one transformer, other weights on the host.
 
     A student of all weights is a transformer of its own, and the model's is loaded only where a source needs it. Where
-    something cannot be loaded, attempt takes the message and the result is (None, None). lockstep, settings: of the
-    ranks and DeepSpeed, which may keep such sources in shards.
+    something cannot be loaded, attempt takes the message and the result is (None, None).
     """
     dtype, transformer, layers = PRECISIONS[config.training.precision], None, []
     if needs_base(config):
@@ -162,14 +154,29 @@ def load_networks(
         adapters = [lora for lora in loras.values() if lora]
         shared = SharedBase(transformer.to(device), adapters, backbone.velocity, layers)
     student = _student(config, backbone, shared, layers, start, device)
-    in_shards = lockstep and attempt("training.shard_sources", shares_sources, config, others, device, lockstep)
     place = {name: i for i, name in enumerate(name for name, lora in loras.items() if lora)}
-    fields = {name: (shared, place.get(name, -1)) for name in on_base}  # -1: the base itself
-    if in_shards:
-        placed = {id(n): in_turn(_field(sharded(n, settings), backbone), lockstep) for n in loaded.values()}
+    return student, {name: (shared, place.get(name, -1)) for name in on_base} | others  # -1: the base itself
+
+
+def place_sources(
+    config: Config,
+    backbone: ModuleType,
+    device: torch.device,
+    networks: dict,
+    lockstep: Lockstep | None,
+    settings: dict | None,
+) -> dict:
+    """The sources of load_networks as model_fields takes them: transformers of their own as fields without guidance.
+
+    lockstep, settings: of the ranks and DeepSpeed, which may keep them in shards; every rank calls it.
+    """
+    own = list({id(n): n for n in networks.values() if isinstance(n, nn.Module)}.values())  # two may be one network
+    if lockstep and shares_sources(config, own, device, lockstep):
+        fields = [in_turn(_field(sharded(network, settings), backbone), lockstep) for network in own]
     else:
-        placed = {id(n): _field(_placed(n, config, device), backbone) for n in loaded.values()}
-    return student, fields | {name: placed[id(network)] for name, network in others.items()}
+        fields = [_field(_placed(network, config, device), backbone) for network in own]
+    placed = {id(network): field for network, field in zip(own, fields, strict=True)}
+    return {name: placed.get(id(network), network) for name, network in networks.items()}
 
 
 def _student(config: Config, backbone: ModuleType, shared: SharedBase | None, layers, start, device) -> nn.Module:

@@ -70,7 +70,7 @@ def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) ->
     if config.training.base_precision:
         attempt("training.base_precision", check_eight_bit)
     if config.model:
-        return _build_model(config, device, attempt, problems, None if settings is None else Lockstep(ranks), settings)
+        return _build_model(config, device, attempt, problems, ranks, settings)
     student = attempt("student.init_from", _load, config.student.init_from)
     networks = {
         name: attempt(f"sources.{name}.weights", _load, source.weights) for name, source in config.sources.items()
@@ -101,7 +101,7 @@ def _build_model(
     device: torch.device,
     attempt: Callable,
     problems: list[str],
-    lockstep: Lockstep | None,
+    ranks: Ranks,
     settings: dict | None,
 ) -> Parts:
     from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
@@ -113,6 +113,7 @@ def _build_model(
         load_networks,
         model_fields,
         model_samples,
+        place_sources,
     )
     from danceopd.training.students import save_transformer
 
@@ -122,8 +123,10 @@ def _build_model(
     attempt("training.sample_every", check_decoder, config)
     _stop_at(problems)
     sigmas = attempt("model", drawing_sigmas, config, backbone, samples)
-    student, networks = load_networks(config, backbone, device, attempt, lockstep, settings)
-    _stop_at(problems)
+    lockstep = None if settings is None else Lockstep(ranks)
+    student, networks = load_networks(config, backbone, device, attempt)
+    _stop_at(problems, ranks)  # all or none: to share the sources takes every rank
+    networks = place_sources(config, backbone, device, networks, lockstep, settings)
     empty_prompt = tree_map(lambda value: value.to(device), samples.groups[0].data[0].empty_prompt())
     combine = getattr(backbone, "combine", None)
     fields = model_fields(config, combine, networks, empty_prompt)
@@ -145,9 +148,12 @@ def _save_embedded(student: DiT, folder: Path) -> None:
     save_model(student, folder / "student.safetensors")
 
 
-def _stop_at(problems: list[str]) -> None:
-    if problems:
-        raise UserError("\n  ".join(["this run cannot start:", *problems]))
+def _stop_at(problems: list[str], ranks: Ranks = ALONE) -> None:
+    """Raise what is wrong; of several `ranks`, on all of them what is wrong on one."""
+    for rank, found in sorted(enumerate(ranks.gather(problems)), key=lambda item: item[0] != ranks.rank):
+        if found:
+            where = "" if rank == ranks.rank else f" on rank {rank}"
+            raise UserError("\n  ".join([f"this run cannot start{where}:", *found]))
 
 
 def _load(weights: str) -> DiT:

@@ -10,7 +10,7 @@ from danceopd.training.lockstep import Lockstep
 from danceopd.training.memory import free_bytes, gibibytes
 
 
-def shares_sources(config: Config, sources: dict[str, nn.Module], device: torch.device, lockstep: Lockstep) -> bool:
+def shares_sources(config: Config, sources: list[nn.Module], device: torch.device, lockstep: Lockstep) -> bool:
     """Whether the sources are kept in shards: as training.shard_sources says, or where they take half of what is free.
 
     All ranks agree; rank 0 says why. Raises UserError for what cannot be sharded.
@@ -21,7 +21,7 @@ def shares_sources(config: Config, sources: dict[str, nn.Module], device: torch.
         raise UserError(f"training.shard_sources: not with training.{fixed[0]}; leave one of them out")
     if not sources or ranks.size == 1 or fixed:
         return False
-    needed = sum(p.nbytes for network in sources.values() for p in network.parameters())
+    needed = sum(p.nbytes for network in sources for p in network.parameters())
     free = -ranks.most(-free_bytes(device))
     chosen = wanted is True or (wanted == "auto" and needed > free / 2)
     if ranks.rank == 0:
