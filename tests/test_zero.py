@@ -312,7 +312,7 @@ def test_a_full_disk_of_one_rank_is_said_by_all(context, base, whole, tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("what", ["sleep", "stop"])
+@pytest.mark.parametrize("what", ["sleep", pytest.param("stop", marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_is_named(context, base, tmp_path, what):
     """Asleep in its rollout; or rank 0 stopped, which keeps what the others know."""
     rank = 1 if what == "sleep" else 0
