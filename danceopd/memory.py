@@ -1,6 +1,9 @@
-"""The host's memory allocator."""
+"""The host's memory allocator, and how much memory is free for each rank."""
 
 import ctypes
+import os
+
+import torch
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
@@ -17,3 +20,17 @@ def keep_freed_memory() -> bool:
         return False
     values = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, MMAP_THRESHOLD: 2**30}
     return all(mallopt(option, value) for option, value in values.items())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the device, or this rank's share of the host's."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    import psutil  # DeepSpeed needs it too
+
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def gibibytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -48,7 +48,7 @@ class Block(nn.Module):
         batch, tokens, width = x.shape
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(vector)[:, None].chunk(6, dim=-1)
         h = modulate(F.layer_norm(x, (width,)), shift_a, scale_a)
-        q, k, v = self.qkv(h).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(h).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = F.rms_norm(q, (q.shape[-1],)), F.rms_norm(k, (k.shape[-1],))
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         x = torch.addcmul(x, gate_a, self.out(h))
@@ -66,7 +66,6 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        self.both_passes = False
         width, patch = config.width, config.patch_size
         self.grid = config.image_size // patch
         tokens, pixels = self.grid**2, 3 * patch**2
@@ -92,29 +91,27 @@ class DiT(nn.Module):
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> [B, tokens, 3 * patch * patch]."""
         grid, patch = self.grid, self.config.patch_size  # as F.unfold, which is slower
-        cut = images.reshape(len(images), 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
-        return cut.flatten(3).flatten(1, 2)
+        cut = images.reshape(-1, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+        return cut.reshape(len(images), grid**2, -1)
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
         """The inverse of patchify."""
         grid, patch, size = self.grid, self.config.patch_size, self.config.image_size
-        whole = tokens.reshape(len(tokens), grid, grid, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
-        return whole.reshape(len(tokens), 3, size, size)
+        return tokens.reshape(-1, grid, grid, 3, patch, patch).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, size, size)
 
     def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """latents [B, 3, H, W], sigma [B] in (0, 1] -> velocity [B, 3, H, W] in the latents' dtype.
 
         Samples with and without a source picture may be mixed: each kind makes one pass, so that no
-        sample pays for tokens it does not have. With `both_passes` both are made, for no sample where there is none of
-        a kind: of several ranks each passes through the same layers then, whatever its samples are.
+        sample pays for tokens it does not have.
         """
         has_source = conditioning.has_source
-        if not self.both_passes and (conditioning.source is None or not has_source.any()):
+        if conditioning.source is None or not has_source.any():
             return self._forward(latents, sigma, conditioning.prompt, None)
-        if not self.both_passes and has_source.all():
+        if has_source.all():
             return self._forward(latents, sigma, conditioning.prompt, conditioning.source)
         with_source, without = has_source.nonzero()[:, 0], (~has_source).nonzero()[:, 0]
-        tokens, source = conditioning.prompt, latents if conditioning.source is None else conditioning.source
+        tokens, source = conditioning.prompt, conditioning.source
         edited = self._forward(latents[with_source], sigma[with_source], tokens[with_source], source[with_source])
         drawn = self._forward(latents[without], sigma[without], tokens[without], None)
         return torch.empty_like(latents).index_copy(0, with_source, edited).index_copy(0, without, drawn)

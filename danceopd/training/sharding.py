@@ -6,8 +6,8 @@ from torch import nn
 from danceopd.config import Config
 from danceopd.errors import UserError
 from danceopd.fields import Field
+from danceopd.memory import free_bytes, gibibytes
 from danceopd.training.lockstep import Lockstep
-from danceopd.training.memory import free_bytes, gibibytes
 
 
 def shares_sources(config: Config, sources: list[nn.Module], device: torch.device, lockstep: Lockstep) -> bool:

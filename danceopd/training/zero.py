@@ -16,13 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from danceopd.backbones.dit import DiT
 from danceopd.conditioning import Conditioning
 from danceopd.config import Config
 from danceopd.errors import UserError
+from danceopd.memory import free_bytes, gibibytes
 from danceopd.optimizers import make_optimizers
 from danceopd.training.lockstep import QUERY, ROLLOUT, Asked, Lockstep
-from danceopd.training.memory import free_bytes, gibibytes
 from danceopd.training.ranks import Ranks
 from danceopd.training.state import Checkpoint, bounds
 
@@ -69,8 +68,6 @@ class Zero:
         self.shapes = {name: _shape(p) for name, p in student.named_parameters()}
         bf16 = training.precision == "bf16" and not config.student.lora  # an adapter runs as its base does
         self.empty = _twin(student, lambda name, p: torch.empty(self.shapes[name], device="meta"))
-        if isinstance(student, DiT):  # or a rank without edits would gather, and reduce, less than the others
-            student.both_passes = len({c.task for c in config.capabilities.values()}) > 1
         [optimizer] = make_optimizers(student, "adamw", training.learning_rate, training.weight_decay)
         parts = training.gradient_accumulation_steps
         fixed = {
@@ -307,9 +304,7 @@ class Zero:
     def _hold(self, values: dict[str, torch.Tensor] | None) -> None:
         """Put values in the student's place: what each rank holds, flat and without padding too; None: the average."""
         if values is None:
-            targets = dict(self.parameters)
-            for names in _bundles(targets):
-                self._gather(names, self.ema.get, targets)
+            self._fill(self.parameters, self.ema.get)
             return
         for name, p in self.parameters.items():
             held = self._held(p)
@@ -319,12 +314,14 @@ class Zero:
 
     def _refresh(self, part: Callable[[str], torch.Tensor]) -> None:
         """Gather every rank's part of each parameter into the replica."""
-        if self.replica is None:
-            return
-        targets = dict(self.replica.named_parameters())
-        with torch.no_grad():
-            for names in _bundles(targets):
-                self._gather(names, part, targets)
+        if self.replica is not None:
+            self._fill(dict(self.replica.named_parameters()), part)
+
+    @torch.no_grad()
+    def _fill(self, targets: dict[str, torch.Tensor], part: Callable[[str], torch.Tensor]) -> None:
+        """Gather every rank's part of each parameter into the target of its name."""
+        for names in _bundles(targets):
+            self._gather(names, part, targets)
 
     def _gather(self, names: list[str], part: Callable[[str], torch.Tensor], targets: dict[str, torch.Tensor]) -> None:
         """One collective for some parameters of one dtype."""
