@@ -10,6 +10,7 @@ from danceopd.conditioning import Conditioning, concatenate
 from danceopd.draws import SampleGenerators
 from danceopd.routing import round_robin, route
 from danceopd.tokenizer import tokenize
+from danceopd.training.ranks import Ranks
 
 
 @dataclass
@@ -135,7 +136,8 @@ def draw_batch(
     if in_turn:  # drawn all the same, so that what is drawn after them does not depend on it
         routes = round_robin(batch_size, len(group.data))
     empty = torch.rand(batch_size, generator=generator, dtype=torch.float64) if prompt_dropout else None
-    mine = slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
+    own = Ranks(rank, world_size).slots(batch_size)
+    mine = slice(own.start, own.stop)
     slots = step * batch_size + torch.arange(batch_size)[mine]
     routes, empty = routes[mine], None if empty is None else empty[mine]
     noise = torch.empty(len(slots), *group.shape)

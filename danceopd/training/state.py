@@ -62,9 +62,11 @@ def save_state(
         try:
             name = f"rank-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
+            sync(temporary / name)
             written[name] = _checksum(temporary / name)
             if ranks.rank == 0:
                 torch.save(rest, temporary / REST)
+                sync(temporary / REST)
                 written[REST] = _checksum(temporary / REST)
         except (OSError, SafetensorError, RuntimeError) as error:
             trouble = _reason(error)
@@ -120,9 +122,8 @@ def _reason(error: Exception) -> str:
 
 
 def _checksum(path: Path) -> dict:
-    """Of a file that is then on the disk: its size and digest."""
+    """Of a file: its size and digest."""
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, "blake2b").hexdigest()}
 
 
