@@ -5,7 +5,6 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import yaml
@@ -21,7 +20,8 @@ from danceopd.config import Config, load_config
 from danceopd.data.prepared import PreparedData
 from danceopd.errors import UserError
 from danceopd.evaluation.report import format_markdown, read_log
-from danceopd.lora import FILES, Lora, load_lora, merge_into, named_factors, save_lora
+from danceopd.lora import FILES, Lora, load_lora, named_factors, save_lora
+from danceopd.weights import check_fits, of_folder, plus, save_pretrained
 
 # The prefix of diffusers' own layer names in a family's layout. Left out is what neither diffusers nor PEFT writes:
 # kohya's files for SD3 and FLUX.2, and ComfyUI's for FLUX.2, name the layers of the original networks and fuse some.
@@ -49,7 +49,7 @@ def export(run: Path, output: Path, merge: bool = False, layout: str = "diffuser
     config = _config_of(run)
     backbone = backbone_of(config.model)
     if not config.student.lora:
-        return _export_full(run, output, config, backbone, layout)
+        return _export_full(run, output, config, layout)
     if merge and layout != "diffusers":
         raise UserError("a merged transformer is written as diffusers does; leave out --layout, or --merge")
     pipeline_class, empty = pipeline_class_of(config.model), empty_transformer(config.model)
@@ -57,8 +57,8 @@ def export(run: Path, output: Path, merge: bool = False, layout: str = "diffuser
     card = model_card(run, config, merge, layout, type(empty).__name__)
     with new_folder(output) as folder:
         if merge:
-            transformer = backbone.load_transformer(config.model, stored_dtype(config.model / "transformer"))
-            merge_into(transformer, lora).save_pretrained(folder)
+            base = config.model / "transformer"
+            save_pretrained(empty, plus(of_folder(base), lora), folder, stored_dtype(base))
         elif layout == "diffusers":
             save_lora(lora, folder, pipeline_class)
         else:
@@ -68,13 +68,15 @@ def export(run: Path, output: Path, merge: bool = False, layout: str = "diffuser
     return output
 
 
-def _export_full(run: Path, output: Path, config: Config, backbone: ModuleType, layout: str) -> Path:
+def _export_full(run: Path, output: Path, config: Config, layout: str) -> Path:
     if layout != "diffusers":
         raise UserError(f"{run} trained all weights; {layout} is a layout of adapters: leave out --layout")
-    transformer = backbone.load_transformer(run / "student", stored_dtype(config.model / "transformer"))
-    card = model_card(run, config, True, layout, type(transformer).__name__)
+    empty, dtype = empty_transformer(run / "student"), stored_dtype(config.model / "transformer")
+    weights = of_folder(run / "student")
+    check_fits(weights, empty, run / "student")
+    card = model_card(run, config, True, layout, type(empty).__name__)
     with new_folder(output) as folder:
-        transformer.save_pretrained(folder)
+        save_pretrained(empty, weights, folder, dtype)
         card.save(folder / "README.md")
     return output
 

@@ -13,11 +13,11 @@ import torch
 from released import MODELS
 from test_dry_run import FAMILIES, prompt_of
 
-from danceopd.backbones import backbone_of
+from danceopd.backbones import backbone_of, meta_transformer
 from danceopd.config import load_config
 from danceopd.data.cache import Cache, key_of
 from danceopd.lora import target_layers
-from danceopd.training.dry_run import GIB, dry_run, meta_transformer
+from danceopd.training.dry_run import GIB, dry_run
 
 CONFIGS = Path("configs/models")
 # What one card holds: 24 and 80 GB by their names, less what the estimate leaves out.

@@ -14,6 +14,7 @@ from test_dry_run import config_of as family_config
 from test_model_training import losses
 from torch import nn
 
+from danceopd import weights
 from danceopd.backbones import backbone_of, flux2, sd3
 from danceopd.cli import main
 from danceopd.conditioning import Conditioning
@@ -259,7 +260,7 @@ def test_the_base_is_kept_only_for_who_needs_it(place, tmp_path, monkeypatch):
     config = config_of(place, tmp_path, OWN, {"init_from": "own"}, precision="bf16")
     parts = build(config)
     own, other = str(place / "own"), str(place / "other")
-    assert loaded == [(own, torch.bfloat16), (other, torch.bfloat16), (own, torch.float32)]
+    assert loaded == [(own, torch.bfloat16), (other, torch.bfloat16)]  # the student is read from own's files
     plan = dry_run(config)
     assert "base" not in plan.parameters
     assert "base weights" not in plan.memory
@@ -271,15 +272,11 @@ def test_the_base_is_kept_only_for_who_needs_it(place, tmp_path, monkeypatch):
 def test_a_process_that_dies_leaves_the_old_or_the_new_one(place, tmp_path, monkeypatch):
     """Killed before each step of writing that changes the folder."""
     old, new = sd3.load_transformer(place / "own"), sd3.load_transformer(place / "other")
-    folder, size = tmp_path / "student", 80_000  # bytes of a shard: several
+    folder = tmp_path / "student"
+    monkeypatch.setattr(weights, "SHARD", 80_000)  # bytes: several
 
     class Killed(BaseException):
         pass
-
-    def sharded(transformer):
-        saved = transformer.save_pretrained
-        transformer.save_pretrained = lambda path: saved(path, max_shard_size=size)
-        return transformer
 
     def dying(real, left):  # left: how many of these steps it lives to see
         def step(*args, **kwargs):
@@ -293,13 +290,13 @@ def test_a_process_that_dies_leaves_the_old_or_the_new_one(place, tmp_path, monk
     steps = [(students.os, "replace"), (students, "write_atomic"), (students.shutil, "rmtree")]
     outcomes = set()
     for number in range(60):
-        save_transformer(sharded(copy.deepcopy(old)), folder)
+        save_transformer(old, weights.of_tensors(old.state_dict()), folder)
         left = [None] * number
         with monkeypatch.context() as patched:
             for module, name in steps:
                 patched.setattr(module, name, dying(getattr(module, name), left))
             try:
-                save_transformer(sharded(copy.deepcopy(new)), folder)
+                save_transformer(new, weights.of_tensors(new.state_dict()), folder)
                 whole = True
             except Killed:
                 whole = False

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import test_model_training
 import tiny_flux2
 import tiny_sd3
 import torch
-from diffusers import DiffusionPipeline, Flux2Transformer2DModel
+from diffusers import DiffusionPipeline, Flux2Transformer2DModel, SD3Transformer2DModel
 from PIL import Image
 from zero_models_ranks import run
 
@@ -44,6 +45,11 @@ def launch(folder, jobs, size=2, seconds=300):
     """Run jobs on ranks; what they said."""
     folder.mkdir(parents=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
+    return started(folder, "zero_models_ranks.py", folder / "jobs.json", size, seconds)[0]
+
+
+def started(folder, script, argument, size=2, seconds=300):
+    """What each of the ranks said that run a script of this folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -53,7 +59,7 @@ def launch(folder, jobs, size=2, seconds=300):
     processes, logs = [], [folder / f"rank-{rank}.txt" for rank in range(size)]
     for rank, log in enumerate(logs):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
-        command = [sys.executable, str(HERE / "zero_models_ranks.py"), str(folder / "jobs.json")]
+        command = [sys.executable, str(HERE / script), str(argument)]
         with open(log, "w") as file:
             processes.append(
                 subprocess.Popen(command, env=os.environ | common | own, stdout=file, stderr=subprocess.STDOUT)
@@ -65,7 +71,7 @@ def launch(folder, jobs, size=2, seconds=300):
             process.kill()
     said = [log.read_text() for log in logs]
     assert statuses == [0] * size, "\n".join(text[-3000:] for text in said)
-    return said[0]
+    return said
 
 
 def curve(folder):
@@ -264,3 +270,16 @@ def test_every_stage_and_precision(sd3_place, flux2_place, tmp_path):
     assert len(pictures) == 3
     for path in pictures:  # the average was put in the student's place for them, and the student back
         assert path.read_bytes() == (tmp_path / "alone" / "drawn-fp32" / "samples" / path.name).read_bytes()
+
+
+def test_no_rank_holds_the_whole_while_a_model_is_built(tmp_path):
+    """74 M parameters in 294 MB: a rank's memory grows by its half and by what making it takes."""
+    heads = {"attention_head_dim": 64, "num_attention_heads": 8, "caption_projection_dim": 512}
+    model = SD3Transformer2DModel(num_layers=8, joint_attention_dim=64, pooled_projection_dim=64, **heads)
+    parameters = sum(p.numel() for p in model.parameters())
+    model.save_pretrained(tmp_path / "transformer", max_shard_size="50MB")
+    del model
+    for said in started(tmp_path, "zero_load_ranks.py", tmp_path / "transformer"):
+        held, grown = map(int, re.search(r"held (\d+) grown (\d+)", said).groups())
+        assert held == pytest.approx(4 * parameters / 2, rel=0.01)
+        assert grown < 0.8 * 4 * parameters

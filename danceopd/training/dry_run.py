@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from danceopd.backbones import empty_transformer
+from danceopd.backbones import meta_transformer
 from danceopd.backbones.dit import DiT
-from danceopd.backbones.loading import check_transformer_file, check_weights, is_file_name, transformer_folder
+from danceopd.backbones.loading import check_transformer_file, check_weights, is_file_name
 from danceopd.checkpoint import read_config, resolve_weights
 from danceopd.conditioning import Conditioning
 from danceopd.config import Config
@@ -271,15 +271,17 @@ def _meta_start(config: Config, backbone) -> nn.Module:
     """The transformer that a full student begins as. Raises UserError for a merge of transformers that differ."""
     from danceopd.training.models import source_folder, sources_on_base, start_folder
     from danceopd.training.students import check_alike
+    from danceopd.weights import shapes_of
 
     parts = {"model": start_folder(config)}
     if config.student.init_from == "merge":
         on_base = sources_on_base(config)
         own = {f"source {name}": source_folder(config, s) for name, s in config.sources.items() if name not in on_base}
         parts = (parts if on_base else {}) | own
-    (first, start), *others = ((n, meta_transformer(folder, backbone, torch.float32)) for n, folder in parts.items())
+    networks = {name: meta_transformer(folder, backbone, torch.float32) for name, folder in parts.items()}
+    (first, start), *others = networks.items()
     for name, network in others:
-        check_alike(first, start, name, network)
+        check_alike(first, shapes_of(start), name, shapes_of(network))
     return start
 
 
@@ -336,24 +338,6 @@ def _parts(folder: Path) -> str:
         line += f"; missing: {', '.join(needed)}"
     spare = [part for part in missing if part not in needed]
     return line + (f"; not there, and needed by `danceopd data prepare` alone: {', '.join(spare)}" if spare else "")
-
-
-def meta_transformer(folder: Path | str, backbone, dtype: torch.dtype) -> nn.Module:
-    """The transformer of a pipeline's folder or of its own, without values: on the meta device, frozen.
-
-    Raises UserError for a configuration that is missing, damaged, or of a class that the backbone does not serve.
-    """
-    path = transformer_folder(folder) / "config.json"
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
-    except FileNotFoundError:
-        raise UserError(f"no transformer in {folder}: there is no {path}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again") from None
-    cls = getattr(backbone, str(name), None)  # a backbone's module has the one class that it loads
-    if not hasattr(cls, "from_config"):
-        raise UserError(f"{path}: a {name} is not a transformer of this family")
-    return nn.Module.to(empty_transformer(folder), dtype).eval().requires_grad_(False)
 
 
 def _own_transformer(config: Config, name: str, backbone, transformer: nn.Module | None, attempt) -> nn.Module | None:

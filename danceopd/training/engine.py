@@ -7,7 +7,6 @@ the running mean of the student as a network to draw with; and `tensors`, `rest`
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -52,10 +51,6 @@ class Local:
     def averaged(self) -> Iterator[nn.Module]:
         """The average as a network."""
         yield self.ema.module
-
-    def saved(self, path: Path) -> nn.Module:
-        """The average as it was saved in the checkpoint at path."""
-        return self.ema.module
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Size]]:
         """Weights, average and the optimizer's states, flat, and their shapes, by the names of a checkpoint."""

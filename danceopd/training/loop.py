@@ -347,7 +347,7 @@ class Trainer:
         path = save_state(
             folder / "checkpoints", self.step, *self.engine.tensors(), self.rest(), keep=keep, ranks=self.ranks
         )
-        _agreed(self.ranks, lambda: self.ranks.rank or self.parts.save(self.engine.saved(path), folder))
+        _agreed(self.ranks, lambda: self.ranks.rank or self.parts.save(Checkpoint.read(path), folder))
         return path
 
     # --- the loop -------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A run on a diffusers model: one frozen transformer that carries the student's adapter and the sources'."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -8,13 +9,14 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from danceopd.backbones import empty_transformer, pipeline_class_of
+from danceopd.backbones import meta_transformer, pipeline_class_of
 from danceopd.backbones.loading import (
     check_weights,
     class_name_of,
     is_file_name,
     load_transformer_file,
     stream_blocks,
+    transformer_folder,
 )
 from danceopd.config import Config, Source
 from danceopd.data.prepare import check_encoders, fingerprints
@@ -26,8 +28,10 @@ from danceopd.fields import Field, SharedField, guided
 from danceopd.lora import Lora, LoraStudent, SharedBase, combine, load_lora, merge_into, target_layers
 from danceopd.methods import needs
 from danceopd.training.lockstep import Lockstep
-from danceopd.training.sharding import in_turn, sharded, shares_sources
-from danceopd.training.students import FullStudent, begin, start_lora, start_transformer
+from danceopd.training.ranks import ALONE, Ranks
+from danceopd.training.sharding import built, in_turn, sharded
+from danceopd.training.students import FullStudent, begin, start_lora, start_weights
+from danceopd.weights import Weights, check_fits, of_folder, of_tensors, plus
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -101,11 +105,45 @@ def rows_of(path, name: str, capability, with_clean: bool) -> PreparedData:
     return data
 
 
-def load_networks(config: Config, backbone: ModuleType, device: torch.device, attempt: Callable):
+@dataclass
+class Unread:
+    """A transformer that is to be built, in shards or whole.
+
+    empty: on the meta device; folder: with its configuration; weights: what it will hold.
+    """
+
+    empty: nn.Module
+    folder: Path
+    weights: Weights
+
+
+def own_networks(config: Config, backbone: ModuleType, attempt: Callable) -> dict[str, nn.Module]:
+    """{source of its own weights: its transformer on the meta device}; one network for sources that are the same."""
+    dtype, found, networks = PRECISIONS[config.training.precision], {}, {}
+    for name, source in config.sources.items():
+        if name in sources_on_base(config):
+            continue
+        kind = (source.weights, tuple((lora.path, lora.scale) for lora in source.lora))
+        if kind not in found:
+            folder = source_folder(config, source)
+            found[kind] = attempt(f"sources.{name}.weights", meta_transformer, folder, backbone, dtype)
+        networks[name] = found[kind]
+    return networks
+
+
+def load_networks(
+    config: Config,
+    backbone: ModuleType,
+    device: torch.device,
+    attempt: Callable,
+    empty: dict[str, nn.Module],
+    in_shards: Container[str] = (),
+):
     """(student, {source: (base, adapter) or a transformer}): adapters on one transformer, other weights on the host.
 
-    A student of all weights is a transformer of its own, and the model's is loaded only where a source needs it. Where
-    something cannot be loaded, attempt takes the message and the result is (None, None).
+    A student of all weights is a transformer of its own, and the model's is loaded only where a source needs it.
+    empty: of own_networks; in_shards: "student" and "sources" are Unread. Where something cannot be loaded, attempt
+    takes the message and the result is (None, None).
     """
     dtype, transformer, layers = PRECISIONS[config.training.precision], None, []
     if needs_base(config):
@@ -121,30 +159,30 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
         for name, source in config.sources.items()
         if name in on_base
     }
-    others, loaded = {}, {}  # sources of the same weights and adapters are one network
-    for name, source in config.sources.items():
-        kind = (source.weights, tuple((lora.path, lora.scale) for lora in source.lora))
-        if name not in on_base and kind not in loaded:
-            loaded[kind] = attempt(f"sources.{name}.weights", _own_weights, source, config, backbone, dtype)
-        if name not in on_base:
-            others[name] = loaded[kind]
-    own = transformer if config.student.lora else attempt("student.init_from", empty_transformer, start_folder(config))
+    load = _unread if "sources" in in_shards else _own_weights
+    loaded = {}  # by network: of sources of the same weights and adapters there is one
+    for name, network in empty.items():
+        if id(network) not in loaded:
+            source = config.sources[name]
+            loaded[id(network)] = attempt(f"sources.{name}.weights", load, source, config, backbone, network)
+    others = {name: loaded[id(network)] for name, network in empty.items()}
+    own = transformer
+    if not config.student.lora:
+        own = attempt("student.init_from", meta_transformer, start_folder(config), backbone, torch.float32)
     if own:
         attempt("student.embedded_guidance", _check_embedded, own, config.student.embedded_guidance)
     for name, source in config.sources.items():
-        network = others.get(name) or transformer
+        network = empty.get(name) or transformer
         if network:
             attempt(f"sources.{name}.embedded_guidance", _check_embedded, network, source.embedded_guidance)
-    if layers is None or None in loras.values() or None in others.values():
+    if layers is None or own is None or None in loras.values() or None in others.values():
         return None, None
     if config.student.lora:
         start = attempt("student.init_from", start_lora, config, loras, layers)
     else:
-
-        def load(name):
-            return _own_weights(config.sources[name], config, backbone, torch.float32)
-
-        start = attempt("student.init_from", start_transformer, config, backbone, loras, load)
+        start = attempt("student.init_from", _unread_start, config, loras, own, empty)
+        if start and "student" not in in_shards:
+            start = attempt("student.init_from", read, start)
     if start is None:
         return None, None
     shared = None
@@ -153,7 +191,7 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
             to_eight_bit(transformer, device)
         adapters = [lora for lora in loras.values() if lora]
         shared = SharedBase(transformer.to(device), adapters, backbone.velocity, layers)
-    student = _student(config, backbone, shared, layers, start, device)
+    student = start if isinstance(start, Unread) else make_student(config, backbone, start, device, shared, layers)
     place = {name: i for i, name in enumerate(name for name, lora in loras.items() if lora)}
     return student, {name: (shared, place.get(name, -1)) for name in on_base} | others  # -1: the base itself
 
@@ -168,19 +206,30 @@ def place_sources(
 ) -> dict:
     """The sources of load_networks as model_fields takes them: transformers of their own as fields without guidance.
 
-    lockstep, settings: of the ranks and DeepSpeed, which may keep them in shards; every rank calls it.
+    lockstep, settings: of the ranks and DeepSpeed, which keeps them in shards where they are Unread; every rank calls
+    it.
     """
-    own = list({id(n): n for n in networks.values() if isinstance(n, nn.Module)}.values())  # two may be one network
-    if lockstep and shares_sources(config, own, device, lockstep):
-        fields = [in_turn(_field(sharded(network, settings), backbone), lockstep) for network in own]
-    else:
-        fields = [_field(_placed(network, config, device), backbone) for network in own]
-    placed = {id(network): field for network, field in zip(own, fields, strict=True)}
+    placed = {}
+    for network in networks.values():
+        if isinstance(network, tuple) or id(network) in placed:  # two may be one network
+            continue
+        if isinstance(network, Unread):
+            own = sharded(read(network, lockstep.ranks, settings), settings)
+            placed[id(network)] = in_turn(_field(own, backbone), lockstep)
+        else:
+            placed[id(network)] = _field(_placed(network, config, device), backbone)
     return {name: placed.get(id(network), network) for name, network in networks.items()}
 
 
-def _student(config: Config, backbone: ModuleType, shared: SharedBase | None, layers, start, device) -> nn.Module:
-    """The student on its device, as it begins: start is what start_lora or start_transformer gives."""
+def make_student(
+    config: Config,
+    backbone: ModuleType,
+    start: Lora | nn.Module,
+    device: torch.device,
+    shared: SharedBase | None = None,
+    layers: Sequence[str] = (),
+) -> nn.Module:
+    """The student on its device, as it begins: as an adapter on shared, or as a transformer."""
     lora, embedded = config.student.lora, config.student.embedded_guidance
     checkpointing = config.training.gradient_checkpointing
     if lora is None:
@@ -259,14 +308,40 @@ def _field(network: nn.Module, backbone: ModuleType) -> Field:
     return SharedBase(network, [], backbone.velocity).field(-1)
 
 
-def _own_weights(source: Source, config: Config, backbone: ModuleType, dtype: torch.dtype) -> nn.Module:
-    """A source's own transformer, on the CPU, with its adapters merged."""
+def _own_weights(source: Source, config: Config, backbone: ModuleType, empty: nn.Module) -> nn.Module:
+    """A source's own transformer, on the CPU in the dtype of the empty one, with its adapters merged."""
     if is_file_name(source.weights):
-        like = empty_transformer(config.model)
-        network = load_transformer_file(source.weights, like, config.model, dtype)
+        network = load_transformer_file(source.weights, empty, config.model, empty.dtype)
     else:
-        network = backbone.load_transformer(source.weights, dtype)
+        network = backbone.load_transformer(source.weights, empty.dtype)
     return merge_into(network, _sum(source, network, pipeline_class_of(config.model)))
+
+
+def _unread(source: Source, config: Config, _: ModuleType, empty: nn.Module) -> Unread:
+    """The same, to be built. A single file is read as a whole: diffusers converts its layout so."""
+    if is_file_name(source.weights):
+        found = of_tensors(load_transformer_file(source.weights, empty, config.model, torch.float32).state_dict())
+    else:
+        found = of_folder(source.weights)
+        check_fits(found, empty, source.weights)
+    lora = _sum(source, empty, pipeline_class_of(config.model))
+    return Unread(empty, transformer_folder(source_folder(config, source)), plus(found, lora))
+
+
+def _unread_start(config: Config, loras: dict[str, Lora], empty: nn.Module, others: dict[str, nn.Module]) -> Unread:
+    """What a student of all weights begins as."""
+
+    def own(name: str) -> Weights:
+        return _unread(config.sources[name], config, None, others[name]).weights
+
+    folder, weights = transformer_folder(start_folder(config)), start_weights(config, loras, own)
+    check_fits(weights, empty, folder)
+    return Unread(empty, folder, weights)
+
+
+def read(network: Unread, ranks: Ranks = ALONE, settings: dict | None = None) -> nn.Module:
+    """The transformer, on the CPU, in eval mode; with DeepSpeed's settings each of the ranks holds a shard of it."""
+    return built(network.folder, network.weights, network.empty.dtype, ranks, settings)
 
 
 def _placed(network: nn.Module, config: Config, device: torch.device) -> nn.Module:

@@ -26,14 +26,16 @@ from danceopd.optimizers import adamw_class
 from danceopd.tokenizer import tokenize
 from danceopd.training.lockstep import Lockstep
 from danceopd.training.ranks import ALONE, Ranks
+from danceopd.training.state import Checkpoint
+from danceopd.training.twins import twin, without_values
 
 
 @dataclass
 class Parts:
     """The student, each route's frozen field in the order of `config.capabilities`, where batches come from.
 
-    anchor: the student as it was before training, frozen, where the method asks for it; save: writes a student's
-    weights into a folder, as others load them; combine: the model's own guidance, for `guided`. Of a model also
+    anchor: the student as it was before training, frozen, where the method asks for it; save: writes a checkpoint's
+    averaged student into a folder, as others load it; combine: the model's own guidance, for `guided`. Of a model also
     drawing_sigmas: noise levels of a finished picture by the latents' shape; load_decoder: loads what decodes latents.
     lockstep: of the sources that ranks share.
     """
@@ -44,7 +46,7 @@ class Parts:
     anchor: nn.Module | None
     empty_prompt: Tensors
     device: torch.device
-    save: Callable[[nn.Module, Path], None]
+    save: Callable[[Checkpoint, Path], None]
     combine: Callable | None = None
     drawing_sigmas: dict[tuple[int, ...], torch.Tensor] | None = None
     load_decoder: Callable[[], Callable] | None = None
@@ -93,7 +95,12 @@ def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) ->
         fields.append(guided(network, empty_prompt, config.sources[capability.source].guidance_scale))
     anchor = copy.deepcopy(student).to(device).requires_grad_(False) if "anchor" in needs(config.method) else None
     samples = embedded_samples(data, student.config.text_length, image_size)
-    return Parts(student.to(device), fields, samples, anchor, empty_prompt, device, _save_embedded)
+    shell = without_values(student)
+
+    def save(checkpoint: Checkpoint, folder: Path) -> None:
+        save_model(_average(shell, checkpoint), folder / "student.safetensors")
+
+    return Parts(student.to(device), fields, samples, anchor, empty_prompt, device, save)
 
 
 def _build_model(
@@ -111,11 +118,16 @@ def _build_model(
         check_decoder,
         drawing_sigmas,
         load_networks,
+        make_student,
         model_fields,
         model_samples,
+        own_networks,
         place_sources,
+        read,
     )
+    from danceopd.training.sharding import shares_sources
     from danceopd.training.students import save_transformer
+    from danceopd.weights import either, of_checkpoint, of_tensors
 
     backbone = attempt("model", backbone_of, config.model)
     _stop_at(problems)
@@ -124,19 +136,34 @@ def _build_model(
     _stop_at(problems)
     sigmas = attempt("model", drawing_sigmas, config, backbone, samples)
     lockstep = None if settings is None else Lockstep(ranks)
-    student, networks = load_networks(config, backbone, device, attempt)
-    _stop_at(problems, ranks)  # all or none: to share the sources takes every rank
+    empty = own_networks(config, backbone, attempt)
+    _stop_at(problems, ranks)  # all or none: what is sharded takes every rank
+    in_shards = set()
+    if settings is not None and shares_sources(
+        config, list({id(n): n for n in empty.values()}.values()), device, lockstep
+    ):
+        in_shards.add("sources")
+    stage = 0 if settings is None else settings.get("zero_optimization", {}).get("stage", 0)
+    if stage == 3 and not config.student.lora and "anchor" not in needs(config.method):  # an anchor is a copy of it
+        in_shards.add("student")
+    student, networks = load_networks(config, backbone, device, attempt, empty, in_shards)
+    _stop_at(problems, ranks)
+    if "student" in in_shards:
+        student = make_student(config, backbone, read(student, ranks, settings), device)
     networks = place_sources(config, backbone, device, networks, lockstep, settings)
     empty_prompt = tree_map(lambda value: value.to(device), samples.groups[0].data[0].empty_prompt())
     combine = getattr(backbone, "combine", None)
     fields = model_fields(config, combine, networks, empty_prompt)
     anchor = copy.deepcopy(student).requires_grad_(False) if "anchor" in needs(config.method) else None
+    shell = without_values(student)
 
-    def save(student, folder: Path) -> None:
+    def save(checkpoint: Checkpoint, folder: Path) -> None:
         if config.student.lora:
-            save_lora(student.lora(), folder / "student", pipeline_class_of(config.model))
+            save_lora(_average(shell, checkpoint).lora(), folder / "student", pipeline_class_of(config.model))
         else:
-            save_transformer(student.transformer, folder / "student")
+            buffers = of_tensors(dict(shell.transformer.named_buffers()))
+            weights = either(of_checkpoint(checkpoint, "ema/transformer."), buffers)
+            save_transformer(shell.transformer, weights, folder / "student")
 
     def load_decoder():
         return backbone.picture_codec(config.model, device, PRECISIONS[config.training.precision])[1]
@@ -144,8 +171,9 @@ def _build_model(
     return Parts(student, fields, samples, anchor, empty_prompt, device, save, combine, sigmas, load_decoder, lockstep)
 
 
-def _save_embedded(student: DiT, folder: Path) -> None:
-    save_model(student, folder / "student.safetensors")
+def _average(shell: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """The averaged student of a checkpoint, in float32 on the CPU."""
+    return twin(shell, lambda name, p: checkpoint.tensor(f"ema/{name}"))
 
 
 def _stop_at(problems: list[str], ranks: Ranks = ALONE) -> None:

@@ -1,6 +1,11 @@
 """Frozen sources of weights of their own over several ranks: whole on each, or in shards by ZeRO-3."""
 
+from contextlib import nullcontext
+from pathlib import Path
+
 import torch
+from diffusers import AutoModel
+from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from danceopd.config import Config
@@ -8,12 +13,15 @@ from danceopd.errors import UserError
 from danceopd.fields import Field
 from danceopd.memory import free_bytes, gibibytes
 from danceopd.training.lockstep import Lockstep
+from danceopd.training.ranks import Ranks
+from danceopd.training.state import bounds
+from danceopd.weights import Weights
 
 
 def shares_sources(config: Config, sources: list[nn.Module], device: torch.device, lockstep: Lockstep) -> bool:
     """Whether the sources are kept in shards: as training.shard_sources says, or where they take half of what is free.
 
-    All ranks agree; rank 0 says why. Raises UserError for what cannot be sharded.
+    sources: on the meta device. All ranks agree; rank 0 says why. Raises UserError for what cannot be sharded.
     """
     wanted, ranks, training = config.training.shard_sources, lockstep.ranks, config.training
     fixed = [key for key in ("base_precision", "offload_sources") if getattr(training, key)]
@@ -31,6 +39,41 @@ def shares_sources(config: Config, sources: list[nn.Module], device: torch.devic
             f"{names} of {gibibytes(needed)} lie {how}: {gibibytes(free)} are free, training.shard_sources is {wanted}"
         )
     return chosen
+
+
+@torch.no_grad()
+def built(folder: Path, weights: Weights, dtype: torch.dtype, ranks: Ranks, settings: dict | None) -> nn.Module:
+    """A transformer with these weights, on the CPU, in eval mode.
+
+    folder: with its configuration; settings: DeepSpeed's, under which each rank reads and holds its shard alone, and
+    no more than one layer whole while the network is made; None for the whole of it. All ranks make it at once.
+    """
+    where = nullcontext()
+    if settings is not None:
+        import deepspeed
+
+        # By the configuration: with Init's own dtype a device without float16 gets bfloat16, whatever is asked.
+        zero = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": settings["zero_optimization"],
+            "bf16": {"enabled": dtype == torch.bfloat16},
+        }
+        where = deepspeed.zero.Init(config_dict_or_path=zero)
+    with where, no_init_weights():
+        network = AutoModel.from_config(str(folder), local_files_only=True)
+    if settings is None:
+        nn.Module.to(network, dtype)
+    for name, p in network.named_parameters():
+        if settings is None:
+            p.copy_(weights.tensor(name))
+        else:
+            own = p.ds_tensor.view(-1)
+            start, stop = bounds(p.ds_numel, ranks.rank, ranks.size)
+            own.zero_()[: stop - start].copy_(weights.read(name, start, stop))
+    for name, buffer in network.named_buffers():
+        if name in weights.shapes:
+            buffer.copy_(weights.tensor(name))
+    return network.eval()
 
 
 def sharded(network: nn.Module, settings: dict) -> nn.Module:

@@ -3,10 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 from uuid import uuid4
 
 import torch
@@ -19,7 +18,8 @@ from danceopd.conditioning import Conditioning
 from danceopd.config import Config
 from danceopd.errors import UserError
 from danceopd.fields import by_sources
-from danceopd.lora import Lora, LoraStudent, average, merge_into
+from danceopd.lora import Lora, LoraStudent, average
+from danceopd.weights import Weights, mean, of_folder, plus, save_pretrained
 
 # ---------------------------------------------------------------------------------------------- all weights
 
@@ -66,52 +66,29 @@ class FullStudent(nn.Module):
             return by_sources(ask, latents, sigma, conditioning.embedding(self.embedded_guidance))
 
 
-def start_transformer(
-    config: Config, backbone: ModuleType, loras: dict[str, Lora], load: Callable[[str], nn.Module]
-) -> nn.Module:
-    """The transformer that a full student begins as, in float32 on the CPU.
+def start_weights(config: Config, loras: dict[str, Lora], own: Callable[[str], Weights]) -> Weights:
+    """What the transformer that a full student begins as holds.
 
-    loras: what each source on the model's own transformer adds to it, by its name; load: the transformer of any other
+    loras: what each source on the model's own transformer adds to it, by its name; own: the weights of any other
     source. Raises UserError for weights that cannot be loaded, and for a merge of transformers that differ.
     """
-
-    def base(lora: Lora) -> nn.Module:
-        return merge_into(backbone.load_transformer(config.model, torch.float32), lora)
-
-    start = config.student.init_from
+    start, base = config.student.init_from, of_folder(config.model)
     if start == "base":
-        return base({})
+        return base
     if start != "merge":
-        return base(loras[start]) if start in loras else load(start)
-    others = [name for name in config.sources if name not in loras]
-
-    def parts() -> Iterator[tuple[str, float, nn.Module]]:  # one at a time in memory, beside their mean
-        if loras:
-            yield "model", len(loras) / len(config.sources), base(average(list(loras.values())))
-        for name in others:
-            yield f"source {name}", 1 / len(config.sources), load(name)
-
-    return _mean(parts())
+        return plus(base, loras[start]) if start in loras else own(start)
+    parts = {f"source {name}": (1, own(name)) for name in config.sources if name not in loras}
+    if loras:
+        parts = {"model": (len(loras), plus(base, average(list(loras.values()))))} | parts
+    (first, (_, one)), *others = parts.items()
+    for name, (_, other) in others:
+        check_alike(first, one.shapes, name, other.shapes)
+    return mean([(number / len(config.sources), weights) for number, weights in parts.values()])
 
 
-@torch.no_grad()
-def _mean(parts: Iterator[tuple[str, float, nn.Module]]) -> nn.Module:
-    """The sum of share times parameters, in the first network of (name, share, network)."""
-    first, share, mean = next(parts)
-    for parameter in mean.parameters():
-        parameter.mul_(share)
-    for name, share, network in parts:
-        check_alike(first, mean, name, network)
-        theirs = dict(network.named_parameters())
-        for key, parameter in mean.named_parameters():
-            parameter.add_(theirs[key], alpha=share)
-    return mean
-
-
-def check_alike(one: str, network: nn.Module, other: str, another: nn.Module) -> None:
-    """Raises UserError where two networks have not the same parameters, so that no mean of them can be taken."""
-    a, b = ({key: value.shape for key, value in n.named_parameters()} for n in (network, another))
-    differing = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+def check_alike(one: str, shapes: Mapping[str, torch.Size], other: str, others: Mapping[str, torch.Size]) -> None:
+    """Raises UserError where two networks have not the same tensors, so that no mean of them can be taken."""
+    differing = sorted(key for key in shapes.keys() | others.keys() if shapes.get(key) != others.get(key))
     if differing:
         raise UserError(
             f"{one} and {other} differ in shape ({differing[0]} and {len(differing) - 1} more), so that they have no "
@@ -119,16 +96,17 @@ def check_alike(one: str, network: nn.Module, other: str, another: nn.Module) ->
         )
 
 
-def save_transformer(transformer: nn.Module, folder: Path) -> None:
+def save_transformer(transformer: nn.Module, weights: Weights, folder: Path) -> None:
     """Write a transformer as its save_pretrained does, over an older one: a process that dies leaves either whole.
 
-    The shards get names of their own each time, and the index that names them is replaced in one move. Raises
-    UserError where the disk is full or the folder read-only; what was there before stays good.
+    transformer: of diffusers, on any device; weights: what it holds, in float32. The shards get names of their own each
+    time, and the index that names them is replaced in one move. Raises UserError where the disk is full or the folder
+    read-only; what was there before stays good.
     """
     temporary = folder / ".new"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        transformer.save_pretrained(temporary)
+        save_pretrained(transformer, weights, temporary, torch.float32)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -139,9 +117,9 @@ def save_transformer(transformer: nn.Module, folder: Path) -> None:
     if index.is_file():
         content = json.loads(index.read_text(encoding="utf-8"))
     else:  # one file, which diffusers reads through an index too
-        state = transformer.state_dict()
-        size = sum(value.nbytes for value in state.values())
-        content = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(state, SAFETENSORS_WEIGHTS_NAME)}
+        size = 4 * sum(shape.numel() for shape in weights.shapes.values())
+        names = dict.fromkeys(weights.shapes, SAFETENSORS_WEIGHTS_NAME)
+        content = {"metadata": {"total_size": size}, "weight_map": names}
     tag = uuid4().hex[:8]
     names = {old: f"{tag}-{old}" for old in sorted(set(content["weight_map"].values()))}
     for old, new in names.items():

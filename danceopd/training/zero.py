@@ -5,7 +5,6 @@ weights are gathered once an update, some at a time, into a plain copy that the 
 gradient runs on the shards.
 """
 
-import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from danceopd.optimizers import make_optimizers
 from danceopd.training.lockstep import QUERY, ROLLOUT, Asked, Lockstep
 from danceopd.training.ranks import Ranks
 from danceopd.training.state import Checkpoint, bounds
+from danceopd.training.twins import twin, without_values
 
 # What the run's own configuration says, and DeepSpeed's would say a second time.
 OURS = (
@@ -65,9 +65,9 @@ class Zero:
             )
         self.ranks, self.decay, self.updates, self.stage = ranks, training.ema_decay, 0, zero.get("stage", 0)
         self.max_grad_norm = training.max_grad_norm
-        self.shapes = {name: _shape(p) for name, p in student.named_parameters()}
         bf16 = training.precision == "bf16" and not config.student.lora  # an adapter runs as its base does
-        self.empty = _twin(student, lambda name, p: torch.empty(self.shapes[name], device="meta"))
+        self.empty = without_values(student)
+        self.shapes = {name: p.shape for name, p in self.empty.named_parameters()}
         [optimizer] = make_optimizers(student, "adamw", training.learning_rate, training.weight_decay)
         parts = training.gradient_accumulation_steps
         fixed = {
@@ -158,11 +158,6 @@ class Zero:
                 self._refresh(self._slice)
             else:
                 self._hold(kept)
-
-    def saved(self, path: Path) -> nn.Module:
-        """The average as it was saved in the checkpoint at path: in float32 on the host, for one rank to ask for."""
-        checkpoint = Checkpoint.read(path)
-        return _twin(self.empty, lambda name, p: checkpoint.tensor(f"ema/{name}"))
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Size]]:
         """This rank's flat slices, and the whole shapes, by the names of a checkpoint."""
@@ -294,7 +289,7 @@ class Zero:
             dtype = torch.bfloat16 if name in narrow else torch.float32
             return torch.empty(p.shape, dtype=dtype, device=self.engine.device)
 
-        return _twin(self.empty, empty).to(self.engine.device).eval()
+        return twin(self.empty, empty).to(self.engine.device).eval()
 
     def _held(self, p: nn.Parameter) -> torch.Tensor:
         """What this rank holds of a parameter: a shard, or before stage 3 all of it."""
@@ -351,17 +346,6 @@ class _Asked(nn.Module):
 
     def forward(self, *asked):
         return tuple(self.student(*asked[i : i + 3]) for i in range(0, len(asked), 3))
-
-
-def _twin(module: nn.Module, make: Callable[[str, nn.Parameter], torch.Tensor]) -> nn.Module:
-    """A copy with other parameters, frozen: what make(name, parameter) gives. Nothing of the module's own is copied."""
-    others = {id(p): nn.Parameter(make(name, p), requires_grad=False) for name, p in module.named_parameters()}
-    return copy.deepcopy(module, others)
-
-
-def _shape(p: nn.Parameter) -> torch.Size:
-    """Of the whole parameter, where this rank has a shard of it."""
-    return getattr(p, "ds_shape", p.shape)
 
 
 def _multiplied(module: nn.Module) -> set[str]:
