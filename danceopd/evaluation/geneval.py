@@ -230,10 +230,14 @@ def read_pictures(folder: Path, metadata: list[dict] | None = None, samples: int
     prompt without any, and for pictures that are damaged; the first of each are named.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give one of pictures in GenEval's layout, or --model to draw them")
+        raise UserError(
+            f"there is no folder {folder}; give one of pictures in GenEval's layout, or --model to draw them"
+        )
     numbered = sorted((int(p.name), p) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
     if not numbered:
-        raise UserError(f"{folder} holds no pictures in GenEval's layout (00000/samples/0000.png); give --model to draw")
+        raise UserError(
+            f"{folder} holds no pictures in GenEval's layout (00000/samples/0000.png); give --model to draw"
+        )
     found = []
     for index, place in numbered:
         [(where, line), *more] = read_lines(place / "metadata.jsonl")

@@ -14,7 +14,7 @@ from danceopd.backbones.loading import class_name_of
 from danceopd.checkpoint import write_atomic
 from danceopd.errors import UserError
 from danceopd.evaluation.geneval import prompt_folder
-from danceopd.training.ranks import ALONE, Ranks
+from danceopd.training.ranks import ALONE, Ranks, agreed
 
 MARK = "generation.json"  # what drew a folder's pictures
 
@@ -54,7 +54,7 @@ def draw_pictures(
     left (tqdm fits). Raises UserError for a folder whose pictures something else drew, and for a model or LoRA that
     cannot be loaded.
     """
-    check_mark(metadata, folder, how)
+    agreed(ranks, check_mark, metadata, folder, how)  # before any of them writes
     if ranks.rank == 0:
         write_atomic(folder / MARK, (json.dumps(mark(how), indent=1) + "\n").encode())
     left = []
@@ -64,9 +64,7 @@ def draw_pictures(
             write_atomic(place / "metadata.jsonl", (json.dumps(metadata[index]) + "\n").encode())
         missing = [k for k in range(how.samples) if not _picture(place, k).exists()]
         left += [(index, missing[i : i + how.batch_size]) for i in range(0, len(missing), how.batch_size)]
-    if not left:
-        return 0
-    draw = load_pipeline(how)
+    draw = agreed(ranks, lambda: load_pipeline(how) if left else None)
     for index, numbers in progress(left):
         seeds = [sample_seed(how.seed, index, k) for k in numbers]
         for number, image in zip(numbers, draw(metadata[index]["prompt"], seeds), strict=True):
@@ -97,6 +95,8 @@ def contents(path: Path) -> str:
     """A fingerprint of a file or folder. Raises UserError if it is not there."""
     from danceopd.data.prepare import fingerprint
 
+    if not path.exists():
+        raise UserError(f"there is nothing at {path}")
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
 
 from danceopd.backbones.loading import load, load_model, read_json
 from danceopd.errors import UserError
@@ -69,7 +68,9 @@ def load_detector(folder: Path, device: torch.device | str, classes: set[str]) -
 def _mean_and_std(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     config = read_json(folder / "preprocessor_config.json")
     try:
-        mean, std = (torch.tensor(config[key], dtype=torch.float32).view(3, 1, 1) for key in ("image_mean", "image_std"))
+        mean, std = (
+            torch.tensor(config[key], dtype=torch.float32).view(3, 1, 1) for key in ("image_mean", "image_std")
+        )
     except (KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{folder / 'preprocessor_config.json'}: no image_mean and image_std; copy it again") from None
     return mean, std
