@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--name", help="the row's name (the file's name without)")
     command.add_argument("--per-task", type=int, default=100, help="pictures per GenEval task (%(default)s)")
     command.add_argument("--per-kind", type=int, default=100, help="pictures per edit kind (%(default)s)")
+    command.add_argument("--pictures", type=Path, help="keep GenEval's pictures in this new folder, for compare")
     add_sampling_arguments(command)
     command.set_defaults(run=run_evaluate)
 
@@ -245,7 +246,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         raise UserError("--per-task and --per-kind must be at least 1")
     field, sampler = _field_and_sampler(args)
     name = args.name or Path(args.checkpoint).stem
-    row = score_row(name, field, sampler, args.seed, args.per_task, args.per_kind)
+    row = score_row(name, field, sampler, args.seed, args.per_task, args.per_kind, pictures=args.pictures)
     print(format_table({"rows": [row]}))
     if args.json:
         write_atomic(args.json, (json.dumps(row, indent=1) + "\n").encode())
