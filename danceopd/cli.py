@@ -1,4 +1,4 @@
-"""The command line: danceopd train | plan | evaluate | sample | report | reproduce | sources | data."""
+"""The command line: danceopd train | plan | evaluate | compare | sample | report | reproduce | sources | data."""
 
 import argparse
 import json

@@ -146,7 +146,7 @@ def load_pipeline(how: Drawing) -> Callable:
     own = {}
     if how.transformer:
         own["transformer"] = backbone_of(how.model).load_transformer(how.transformer, how.dtype)
-    pipeline = load(DiffusionPipeline, how.model, torch_dtype=how.dtype, use_safetensors=True, **own)
+    pipeline = load(DiffusionPipeline, how.model, dtype=how.dtype, use_safetensors=True, **own)
     if how.lora:
         add_lora(pipeline, how.lora)
     pipeline.to(how.device)
@@ -174,7 +174,8 @@ def call_options(pipeline, how: Drawing) -> dict:
     takes = inspect.signature(pipeline.__call__).parameters
     options = {"num_inference_steps": how.num_inference_steps}
     if type(pipeline).__name__.startswith("QwenImage"):  # whose guidance needs a negative prompt, else there is none
-        options |= {"true_cfg_scale": how.guidance_scale, "negative_prompt": " "}
+        guided = how.guidance_scale is None or how.guidance_scale > 1
+        options |= {"true_cfg_scale": how.guidance_scale, "negative_prompt": " " if guided else None}
     else:
         options["guidance_scale"] = how.guidance_scale
     if how.resolution:

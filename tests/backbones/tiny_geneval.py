@@ -42,7 +42,8 @@ def save_detector(folder: Path, labels=CLASSES, seed: int = 0) -> Path:
     model = Mask2FormerForUniversalSegmentation(config)
     with torch.no_grad():
         model.class_predictor.weight.mul_(80)
-        model.model.transformer_module.decoder.mask_predictor.mask_embedder[-1][0].weight.mul_(100)
+        embedder = model.model.transformer_module.decoder.mask_predictor.mask_embedder
+        [part for part in embedder.modules() if isinstance(part, torch.nn.Linear)][-1].weight.mul_(100)
     model.save_pretrained(folder)
     processor = {"image_processor_type": "Mask2FormerImageProcessor", "image_mean": MEAN, "image_std": STD}
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(processor))
