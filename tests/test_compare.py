@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from danceopd.cli import main
 from danceopd.errors import UserError
-from danceopd.evaluation.compare import Run, Scored, compare, data_uri, distinct, read_run, table, write_page
+from danceopd.evaluation.compare import (
+    Run,
+    Scored,
+    compare,
+    data_uri,
+    distinct,
+    read_run,
+    table,
+    warnings_of,
+    write_page,
+)
 from danceopd.evaluation.geneval import read_results, record, write_results
 
 
@@ -75,6 +85,11 @@ def test_pictures_without_a_partner_are_left_out_and_said():
     b = as_run("b", {("p", 0): 0, ("r", 0): 1})
     found = compare(a, b)
     assert (found.pairs, found.unpaired, found.overall.mean) == (1, 3, -1)
+    few, left_out = sorted(warnings_of([a, b], [found]))
+    assert "a tag has 1 prompts" in few
+    assert "b and a: 3 pictures have no partner" in left_out
+    many = [as_run(name, {(f"p{i}", 0): 1 for i in range(10)}) for name in "ab"]
+    assert warnings_of(many, [compare(*many)]) == []
     with pytest.raises(UserError, match="no picture of the same prompt"):
         compare(a, as_run("c", {("p", 7): 1}))
 

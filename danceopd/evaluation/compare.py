@@ -16,6 +16,7 @@ from danceopd.errors import UserError
 from danceopd.evaluation.geneval import read_results, summary
 
 RESAMPLES, LEVEL = 10_000, 0.95
+FEW = 10  # prompts, of which resamples tell little
 PROMPTS = 12  # shown of the worst, and of the best
 SIDE, SMALL = 256, 128  # pixels: pictures in the page are no larger; smaller ones keep their pixels
 
@@ -103,7 +104,7 @@ class Comparison:
     """Of a run to the first: differences (run - first) by tag and overall, and the prompts from worst to best.
 
     prompts: (difference, the keys of its pairs); pairs: how many pictures were paired; unpaired: and how many, of
-    both runs, were not.
+    both runs, were not; fewest: prompts of a tag.
     """
 
     overall: Interval
@@ -111,6 +112,7 @@ class Comparison:
     prompts: list[tuple[float, list[Key]]]
     pairs: int
     unpaired: int
+    fewest: int
 
 
 def compare(first: Run, other: Run, seed: int = 0) -> Comparison:
@@ -145,6 +147,7 @@ def compare(first: Run, other: Run, seed: int = 0) -> Comparison:
         sorted(ranked, key=lambda item: item[0]),
         len(keys),
         len(first.pictures) + len(other.pictures) - 2 * len(keys),
+        min(map(len, by_tag.values())),
     )
 
 
@@ -165,6 +168,8 @@ def warnings_of(runs: list[Run], comparisons: list[Comparison]) -> list[str]:
             said.append(
                 f"{run.name} and {runs[0].name}: {comparison.unpaired} pictures have no partner and are left out"
             )
+        if comparison.fewest < FEW:
+            said.append(f"a tag has {comparison.fewest} prompts: its interval, and that of overall, are too narrow")
     return said
 
 
