@@ -614,7 +614,7 @@ class Part(Ranks):
 
 
 def test_pictures_are_the_same_whichever_rank_draws_them(tmp_path, model):
-    for rank in (1, 0):
+    for rank in (0, 1):
         assert draw_pictures(METADATA, tmp_path / "ranks", how(model, samples=1), Part(rank, 2)) == 1
     draw_pictures(METADATA, tmp_path / "one", how(model, samples=1))
     assert close(pixels(tmp_path / "ranks"), pixels(tmp_path / "one"), 0)
@@ -702,6 +702,7 @@ def test_guidance_and_size_reach_pipelines_that_name_them_otherwise(tmp_path):
     (qwen / "model_index.json").write_text(json.dumps(edit))
     with pytest.raises(UserError, match="nothing without a source picture"):
         draw_pictures(METADATA[:1], tmp_path / "edit", how(qwen))
+    assert not (tmp_path / "edit").exists()
     with pytest.raises(UserError, match=r"no model_index\.json"):
         draw_pictures(METADATA[:1], tmp_path / "edit", how(kontext / "vae"))
 
@@ -782,6 +783,7 @@ def test_ranks_draw_and_score_what_one_process_does(tmp_path, model, evaluators,
         (["OUT", "--detector", "D", "--max-overlap", "0"], "--max-overlap above 0"),
         (["OUT", "--detector", "D", "--samples", "0"], "at least 1"),
         (["OUT", "--detector", "D", "--num-inference-steps", "-1"], "must be positive"),
+        (["OUT", "--detector", "D", "--offload"], "--offload is for a CUDA device"),
         (["OUT", "--detector", "D"], "some prompts ask for colours; give --clip"),
         (["nowhere", "--detector", "D"], "there is no folder nowhere"),
         (["--results", "nowhere.jsonl"], "there is no file nowhere.jsonl"),

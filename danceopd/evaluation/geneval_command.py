@@ -37,6 +37,9 @@ def add_geneval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of the pipeline"
     )
+    parser.add_argument(
+        "--offload", action="store_true", help="for a pipeline that does not fit the card: a part at a time"
+    )
     parser.add_argument("--detector", type=Path, help="a Mask2Former's folder, trained on COCO's instances: scores")
     parser.add_argument("--clip", type=Path, help="a CLIP's folder: names the colours of what was found")
     parser.add_argument("--max-overlap", type=float, default=1.0, help="of two boxes of a class (%(default)g: any)")
@@ -59,6 +62,8 @@ def run_geneval(args: argparse.Namespace) -> None:
     ranks, device = _ranks(), find_device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    elif args.offload:
+        raise UserError("--offload is for a CUDA device; leave it out")
     if args.model:
         how = Drawing(
             model=args.model,
@@ -72,6 +77,7 @@ def run_geneval(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             device=device,
             dtype=getattr(torch, args.dtype),
+            offload=args.offload,
         )
         drawn = agreed(ranks, draw_pictures, metadata, args.folder, how, ranks, _progress("drawing"))
         drawn = sum(ranks.gather(drawn))

@@ -24,7 +24,8 @@ class Drawing:
     """How pictures are drawn; None leaves it to the pipeline.
 
     model: a diffusers pipeline's folder; transformer: a folder whose transformer takes the place of its own; lora: a
-    folder or file in any layout that danceopd.lora reads; resolution: of both sides, in pixels.
+    folder or file in any layout that danceopd.lora reads; resolution: of both sides, in pixels; offload: the pipeline's
+    parts wait in host memory, one at a time is on the card.
     """
 
     model: Path
@@ -38,6 +39,7 @@ class Drawing:
     batch_size: int = 4
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.bfloat16
+    offload: bool = False
 
 
 def sample_seed(seed: int, index: int, sample: int) -> int:
@@ -54,28 +56,30 @@ def draw_pictures(
     left (tqdm fits). Raises UserError for a folder whose pictures something else drew, and for a model or LoRA that
     cannot be loaded.
     """
-    agreed(ranks, check_mark, metadata, folder, how)  # before any of them writes
-    if ranks.rank == 0:
-        write_atomic(folder / MARK, (json.dumps(mark(how), indent=1) + "\n").encode())
+    agreed(ranks, check_mark, metadata, folder, how)
+    mine = range(ranks.rank, len(metadata), ranks.size)
     left = []
-    for index in range(ranks.rank, len(metadata), ranks.size):
-        place = prompt_folder(folder, index)
-        if not (place / "metadata.jsonl").exists():
-            write_atomic(place / "metadata.jsonl", (json.dumps(metadata[index]) + "\n").encode())
-        missing = [k for k in range(how.samples) if not _picture(place, k).exists()]
+    for index in mine:
+        missing = [k for k in range(how.samples) if not _picture(folder, index, k).exists()]
         left += [(index, missing[i : i + how.batch_size]) for i in range(0, len(missing), how.batch_size)]
-    draw = agreed(ranks, lambda: load_pipeline(how) if left else None)
+    draw = agreed(ranks, lambda: load_pipeline(how) if left else None)  # before anything is written
+    data = (json.dumps(mark(how), indent=1) + "\n").encode()
+    agreed(ranks, lambda: ranks.rank or write_atomic(folder / MARK, data))  # before any picture is
+    for index in mine:
+        line = prompt_folder(folder, index) / "metadata.jsonl"
+        if not line.exists():
+            write_atomic(line, (json.dumps(metadata[index]) + "\n").encode())
     for index, numbers in progress(left):
         seeds = [sample_seed(how.seed, index, k) for k in numbers]
         for number, image in zip(numbers, draw(metadata[index]["prompt"], seeds), strict=True):
-            data = io.BytesIO()
-            image.save(data, "PNG")
-            write_atomic(_picture(prompt_folder(folder, index), number), data.getvalue())
+            png = io.BytesIO()
+            image.save(png, "PNG")
+            write_atomic(_picture(folder, index, number), png.getvalue())
     return sum(len(numbers) for _, numbers in left)
 
 
-def _picture(place: Path, number: int) -> Path:
-    return place / "samples" / f"{number:04d}.png"
+def _picture(folder: Path, index: int, number: int) -> Path:
+    return prompt_folder(folder, index) / "samples" / f"{number:04d}.png"
 
 
 def mark(how: Drawing) -> dict:
@@ -149,7 +153,10 @@ def load_pipeline(how: Drawing) -> Callable:
     pipeline = load(DiffusionPipeline, how.model, dtype=how.dtype, use_safetensors=True, **own)
     if how.lora:
         add_lora(pipeline, how.lora)
-    pipeline.to(how.device)
+    if how.offload:
+        pipeline.enable_model_cpu_offload(device=how.device)
+    else:
+        pipeline.to(how.device)
     pipeline.set_progress_bar_config(disable=True)
     options = call_options(pipeline, how)
 
