@@ -1,4 +1,4 @@
-"""The command line: danceopd train | plan | evaluate | sample | report | reproduce | sources | data."""
+"""The command line: danceopd train | plan | evaluate | compare | sample | report | reproduce | sources | data."""
 
 import argparse
 import json
@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 from danceopd.errors import Terminated, UserError
+from danceopd.evaluation.compare_command import add_compare_arguments, run_compare
+from danceopd.evaluation.geneval_command import add_geneval_arguments, run_geneval
 
 DESCRIPTION = "Distil several flow-matching models into one student on its own trajectories (DanceOPD)."
 EPILOG = """examples:
@@ -51,8 +53,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--name", help="the row's name (the file's name without)")
     command.add_argument("--per-task", type=int, default=100, help="pictures per GenEval task (%(default)s)")
     command.add_argument("--per-kind", type=int, default=100, help="pictures per edit kind (%(default)s)")
+    command.add_argument("--pictures", type=Path, help="keep GenEval's pictures in this new folder, for compare")
     add_sampling_arguments(command)
     command.set_defaults(run=run_evaluate)
+
+    command = commands.add_parser(
+        "evaluate geneval", help="GenEval of a diffusers model, or of pictures that are there"
+    )
+    add_geneval_arguments(command)
+    command.set_defaults(run=run_geneval)
+
+    command = commands.add_parser("compare", help="runs of GenEval, paired by prompt and seed, and their pictures")
+    add_compare_arguments(command)
+    command.set_defaults(run=run_compare)
 
     command = commands.add_parser("sample", help="draw or edit pictures with a checkpoint")
     command.add_argument("checkpoint", help="a .safetensors file, or the name of an embedded network")
@@ -233,7 +246,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         raise UserError("--per-task and --per-kind must be at least 1")
     field, sampler = _field_and_sampler(args)
     name = args.name or Path(args.checkpoint).stem
-    row = score_row(name, field, sampler, args.seed, args.per_task, args.per_kind)
+    row = score_row(name, field, sampler, args.seed, args.per_task, args.per_kind, pictures=args.pictures)
     print(format_table({"rows": [row]}))
     if args.json:
         write_atomic(args.json, (json.dumps(row, indent=1) + "\n").encode())
@@ -426,6 +439,9 @@ def _quiet() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] in (["evaluate", "geneval"],):  # a command of its own beside `evaluate CHECKPOINT`
+        argv = [" ".join(argv[:2]), *argv[2:]]
     args = build_parser().parse_args(argv)
     _quiet()
     return guarded(args.run, args)

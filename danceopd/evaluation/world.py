@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from danceopd.backbones.dit import DiTConfig
 from danceopd.config import Config
 from danceopd.data.sampler import make_conditioning
+from danceopd.evaluation.world_pictures import write_pictures
 from danceopd.fields import Field
 from danceopd.rollout import sample
 from danceopd.schedule import sigma_grid
@@ -86,16 +88,26 @@ def _summary(values: torch.Tensor, labels: list[str], mean_name: str) -> dict:
 
 
 def score_geneval(
-    field: Field, sampler: Sampler, seed: int, per_task: int, split: str = "seen", style: int = 0
+    field: Field,
+    sampler: Sampler,
+    seed: int,
+    per_task: int,
+    split: str = "seen",
+    style: int = 0,
+    pictures: Path | None = None,
 ) -> dict:
     """{"overall", "standard_error", and each task's share of right pictures}; overall is the mean of the tasks.
 
-    With style 1 the prompts ask for sketches; "style" is then the share of the objects found that are.
+    With style 1 the prompts ask for sketches; "style" is then the share of the objects found that are. pictures: a new
+    folder, where they are kept in GenEval's layout.
     """
     prompts, _ = t2i_set(seed, per_task, split, style)
-    detection = detect(sampler(field, [prompt.text for prompt in prompts], None, seed))
-    correct = geneval_correct(prompts, detection).float()
-    result = _summary(correct, [prompt.task for prompt in prompts], "overall")
+    images = sampler(field, [prompt.text for prompt in prompts], None, seed)
+    detection = detect(images)
+    correct = geneval_correct(prompts, detection)
+    if pictures:
+        write_pictures(pictures, prompts, images, correct)
+    result = _summary(correct.float(), [prompt.task for prompt in prompts], "overall")
     if style:
         result["style"] = float(style_share(detection, style).mean())
     return result
@@ -118,10 +130,20 @@ def score_gedit(
 
 
 def score_row(
-    name: str, field: Field, sampler: Sampler, seed: int, per_task: int, per_kind: int, held_out: bool = True
+    name: str,
+    field: Field,
+    sampler: Sampler,
+    seed: int,
+    per_task: int,
+    per_kind: int,
+    held_out: bool = True,
+    pictures: Path | None = None,
 ) -> dict:
-    """One row of results.json: both benchmarks, on seen pairs and, if asked, on held-out ones."""
-    geneval = score_geneval(field, sampler, seed, per_task)
+    """One row of results.json: both benchmarks, on seen pairs and, if asked, on held-out ones.
+
+    pictures: a new folder, where GenEval's of the seen pairs are kept.
+    """
+    geneval = score_geneval(field, sampler, seed, per_task, pictures=pictures)
     gedit = score_gedit(field, sampler, seed, per_kind)
     if held_out:
         other = seed + HELD_OUT_SEED

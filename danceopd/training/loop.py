@@ -32,7 +32,7 @@ from danceopd.training.engine import Local
 from danceopd.training.gaps import Gaps
 from danceopd.training.health import Health
 from danceopd.training.log import MODEL_SAMPLES, PREVIEW_SAMPLES, RunLog, labelled_grid
-from danceopd.training.ranks import ALONE, Ranks
+from danceopd.training.ranks import ALONE, Ranks, agreed
 from danceopd.training.setup import Parts, build, check_room
 from danceopd.training.state import Checkpoint, checkpoints, load_newest, save_state
 
@@ -347,7 +347,7 @@ class Trainer:
         path = save_state(
             folder / "checkpoints", self.step, *self.engine.tensors(), self.rest(), keep=keep, ranks=self.ranks
         )
-        _agreed(self.ranks, lambda: self.ranks.rank or self.parts.save(Checkpoint.read(path), folder))
+        agreed(self.ranks, lambda: self.ranks.rank or self.parts.save(Checkpoint.read(path), folder))
         return path
 
     # --- the loop -------------------------------------------------------------------------------------
@@ -503,20 +503,6 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return changed
 
 
-def _agreed(ranks: Ranks, function: Callable, *args):
-    """function(*args) on every rank; what a user can mend on one, as a file that it lacks, is a UserError of all."""
-    result, problem = None, None
-    try:
-        result = function(*args)
-    except (UserError, OSError) as error:
-        problem = str(error)
-    problems = ranks.gather(problem)
-    for rank, found in enumerate(problems):
-        if found:
-            raise UserError(found if problems[0] else f"rank {rank}: {found}")
-    return result
-
-
 def train(
     config: Config,
     overwrite: bool = False,
@@ -532,7 +518,7 @@ def train(
     torch.manual_seed(config.training.seed)
     if (ranks.size > 1 and inspect.isclass(METHODS[config.method])) or (settings and "ema" in needs(config.method)):
         raise UserError(f"method: {config.method} runs in one process, without DeepSpeed")
-    parts, first = _agreed(ranks, build, config, ranks, settings), ranks.rank == 0
+    parts, first = agreed(ranks, build, config, ranks, settings), ranks.rank == 0
     for line in parts.samples.never_drawn if first else ():
         print(f"warning: {line}")
     if parts.device.type == "cpu":
@@ -545,7 +531,7 @@ def train(
     trainer = Trainer(config, parts, ranks, settings, at)
     there = len(checkpoints(folder / "checkpoints"))
     parameters = sum(shape.numel() for shape in trainer.engine.shapes.values())
-    _agreed(ranks, check_room, folder, parameters, max(1, config.training.keep_checkpoints + 1 - there))
+    agreed(ranks, check_room, folder, parameters, max(1, config.training.keep_checkpoints + 1 - there))
     checkpoint, messages = load_newest(folder / "checkpoints", ranks)
     for message in messages if first else ():
         print(f"warning: {message}")

@@ -1,9 +1,12 @@
 """The processes of a run: who this one is, and what all of them agree on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from danceopd.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,20 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def agreed(ranks: Ranks, function: Callable, *args):
+    """function(*args) on every rank; what a user can mend on one, as a file that it lacks, is a UserError of all."""
+    result, problem = None, None
+    try:
+        result = function(*args)
+    except (UserError, OSError) as error:
+        problem = str(error)
+    problems = ranks.gather(problem)
+    for rank, found in enumerate(problems):
+        if found:
+            raise UserError(found if problems[0] else f"rank {rank}: {found}")
+    return result
 
 
 def device_of_collectives() -> torch.device:

@@ -1,0 +1,234 @@
+"""Compared runs: what is paired, what the intervals say, and what the page shows."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import tiny_geneval as tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from danceopd.cli import main
+from danceopd.errors import UserError
+from danceopd.evaluation.compare import (
+    Run,
+    Scored,
+    compare,
+    data_uri,
+    distinct,
+    read_run,
+    table,
+    warnings_of,
+    write_page,
+)
+from danceopd.evaluation.geneval import read_results, record, write_results
+
+
+def as_run(name, scores, tag=lambda prompt: "colors"):
+    """scores: by (prompt, number)."""
+    pictures = {key: Scored(tag(key[0]), key[0], float(value), "", None) for key, value in scores.items()}
+    records = [
+        {"tag": one.tag, "correct": one.score > 0, "metadata": key[0], "filename": ""} for key, one in pictures.items()
+    ]
+    return Run(name, pictures, records)
+
+
+verdicts = st.dictionaries(
+    st.tuples(st.sampled_from([f"{tag} {i}" for tag in ("colors", "position") for i in range(4)]), st.integers(0, 3)),
+    st.tuples(st.booleans(), st.booleans()),
+    min_size=1,
+)
+
+
+def tag_of(prompt):
+    return prompt.split()[0]
+
+
+@given(verdicts)
+def test_differences_are_those_of_the_pairs_and_change_sign_with_the_order(pairs):
+    a, b = (as_run(str(i), {key: both[i] for key, both in pairs.items()}, tag_of) for i in (0, 1))
+    there, back = compare(a, b), compare(b, a)
+    means = {}
+    for (prompt, _), (first, second) in pairs.items():
+        means.setdefault(tag_of(prompt), []).append(float(second) - float(first))
+    for tag, values in means.items():
+        assert there.tags[tag].mean == pytest.approx(np.mean(values))
+        assert there.tags[tag].low - 1e-9 <= np.mean(values) <= there.tags[tag].high + 1e-9
+    assert there.overall.mean == pytest.approx(np.mean([np.mean(values) for values in means.values()]))
+    assert back.overall.mean == pytest.approx(-there.overall.mean)
+    assert [round(d, 9) for d, _ in there.prompts] == sorted(round(d, 9) for d, _ in there.prompts)
+    assert [-d for d, _ in back.prompts][::-1] == [d for d, _ in there.prompts]
+    assert (there.pairs, there.unpaired) == (len(pairs), 0)
+    same = compare(a, a)
+    assert (same.overall.low, same.overall.mean, same.overall.high) == (0, 0, 0)
+
+
+def test_intervals_hold_the_true_difference_as_often_as_they_say(monkeypatch):
+    """100 prompts of four pictures that are right or wrong together: the difference is 0.2."""
+    monkeypatch.setattr("danceopd.evaluation.compare.RESAMPLES", 1000)
+    generator, held, trials = np.random.default_rng(0), 0, 200
+    for _ in range(trials):
+        a, b = (generator.random(100) < p for p in (0.5, 0.7))
+        runs = [
+            as_run(n, {(f"p{i}", k): x for i, x in enumerate(values) for k in range(4)})
+            for n, values in (("a", a), ("b", b))
+        ]
+        interval = compare(*runs, seed=int(generator.integers(1 << 30))).overall
+        held += interval.low <= 0.2 <= interval.high
+    assert 0.90 <= held / trials <= 0.985
+
+
+def test_pictures_without_a_partner_are_left_out_and_said():
+    a = as_run("a", {("p", 0): 1, ("p", 1): 0, ("q", 0): 1})
+    b = as_run("b", {("p", 0): 0, ("r", 0): 1})
+    found = compare(a, b)
+    assert (found.pairs, found.unpaired, found.overall.mean) == (1, 3, -1)
+    few, left_out = sorted(warnings_of([a, b], [found]))
+    assert "a tag has 1 prompts" in few
+    assert "b and a: 3 pictures have no partner" in left_out
+    many = [as_run(name, {(f"p{i}", 0): 1 for i in range(10)}) for name in "ab"]
+    assert warnings_of(many, [compare(*many)]) == []
+    with pytest.raises(UserError, match="no picture of the same prompt"):
+        compare(a, as_run("c", {("p", 7): 1}))
+
+
+METADATA = [
+    tiny.line("a photo of a dog"),
+    tiny.line("<script>alert(1)</script> & \"a\" 'cat'", "two_object", {"class": "cat", "count": 1}),
+    tiny.line("two dogs", "counting", {"class": "dog", "count": 2}, exclude=[{"class": "dog", "count": 3}]),
+]
+
+
+def save_run(folder, verdicts, reason="", seed=None):
+    """A folder as `evaluate geneval` leaves it; verdicts: by prompt, of each picture."""
+    tiny.save_pictures(folder, METADATA, samples=len(verdicts[0]))
+    lines = []
+    for index, (metadata, row) in enumerate(zip(METADATA, verdicts, strict=True)):
+        for number, correct in enumerate(row):
+            path = folder / f"{index:05d}" / "samples" / f"{number:04d}.png"
+            lines.append(record(path, metadata, {}, correct, "" if correct else reason))
+    write_results(folder / "results.jsonl", lines)
+    if seed is not None:
+        (folder / "generation.json").write_text(json.dumps({"seed": seed}))
+    return folder
+
+
+class Page(HTMLParser):
+    """The tags that a page has, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.attributes = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_has_the_worst_and_the_best_prompts_and_needs_no_other_file(tmp_path, capsys):
+    a = save_run(tmp_path / "a", [[True, True], [False, False], [True, False]])
+    b = save_run(tmp_path / "b", [[True, False], [True, True], [True, False]], reason="dog: <b>1</b> asked, 0 found")
+    assert main(["compare", str(a), str(b), "-o", str(tmp_path / "sub" / "page.html")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"b - a +\+0\.167", printed)  # the mean of -1/2, 1 and 0
+    text = (tmp_path / "sub" / "page.html").read_text()
+    page, words = Page(text), " ".join(Page(text).text)
+    assert page.tags.count("article") == 2, "the third prompt is the same in both"
+    assert (
+        words.index("Worst of b") < words.index("a photo of a dog") < words.index("Best of b") < words.index("alert(1)")
+    )
+    assert page.tags.count("img") == 8
+    assert "script" not in page.tags
+    assert METADATA[1]["prompt"] in words
+    assert "dog: <b>1</b> asked, 0 found" in words
+    for name, value in page.attributes:
+        assert name not in ("href", "srcset")
+        assert not name.startswith("on")
+        assert name != "src" or value.startswith("data:image/png;base64,")
+    assert str(tmp_path) not in text
+
+
+def test_three_runs_and_equal_names_are_told_apart(tmp_path, capsys):
+    runs = [save_run(tmp_path / str(i) / "out", [[i > 0], [i > 1], [True]], seed=i % 2) for i in range(3)]
+    assert main(["compare", *map(str, runs), "-o", str(tmp_path / "page.html")]) == 0
+    printed = capsys.readouterr().out
+    assert "out (2) - out (1)" in printed
+    assert "out (3) - out (1)" in printed
+    assert "warning: drawn from different seeds (out (1) 0, out (2) 1, out (3) 0)" in printed
+    words = " ".join(Page((tmp_path / "page.html").read_text()).text)
+    assert words.count("against out (1)") == 2
+    assert "different seeds" in words
+
+
+def test_results_of_another_tool_are_compared_where_its_pictures_were_moved(tmp_path):
+    a, b = (save_run(tmp_path / name, [[True], [False], [True]]) for name in "ab")
+    lines = [
+        line | {"filename": f"elsewhere/{'/'.join(line['filename'].split('/')[-3:])}"}
+        for line in read_results(b / "results.jsonl")
+    ]
+    for line in lines:
+        del line["reason"]
+    write_results(b / "theirs.jsonl", lines)
+    first, other = read_run(a), read_run(b / "theirs.jsonl")
+    assert other.name == "b/theirs"
+    assert compare(first, other).pairs == 3
+    assert all(one.path.is_file() for one in other.pictures.values())
+    for picture in b.rglob("*.png"):
+        picture.unlink()
+    (a / "00001" / "samples" / "0000.png").write_bytes(b"no picture")
+    assert data_uri(a / "00001" / "samples" / "0000.png") is None
+    runs = distinct([first, read_run(save_run(tmp_path / "c", [[False], [True], [True]]))])
+    for picture in (tmp_path / "c").rglob("*.png"):
+        picture.unlink()
+    write_page(tmp_path / "page.html", runs, [compare(*runs)])
+    assert (tmp_path / "page.html").read_text().count("the picture is not there") == 3
+    assert table(runs, [compare(*runs)])[0] == ["", "overall", "single_object", "two_object", "counting"]
+
+
+def test_large_pictures_are_made_small_in_the_page(tmp_path):
+    tiny.picture(0, 1024, 512).save(tmp_path / "large.png")
+    tiny.picture(0, 64, 64).save(tmp_path / "small.png")
+    assert data_uri(tmp_path / "large.png").startswith("data:image/jpeg;base64,")
+    assert len(data_uri(tmp_path / "large.png")) < 30_000
+    assert data_uri(tmp_path / "small.png").startswith("data:image/png;base64,")
+
+
+def test_what_cannot_be_compared_is_said(tmp_path, capsys):
+    a = save_run(tmp_path / "a", [[True], [False], [True]])
+
+    def refused(*runs):
+        assert main(["compare", *map(str, runs), "-o", str(tmp_path / "page.html")]) == 2
+        assert not (tmp_path / "page.html").exists()
+        return capsys.readouterr().err
+
+    assert "give two runs" in refused(a)
+    assert "results.jsonl is not there; danceopd evaluate geneval" in refused(a, tmp_path)
+    lines = read_results(a / "results.jsonl")
+    for change, message in (
+        ({"filename": "grid.png"}, "no number as its name"),
+        ({"metadata": "{"}, "is not JSON"),
+    ):
+        write_results(tmp_path / "b.jsonl", [lines[0] | change])
+        assert message in refused(a, tmp_path / "b.jsonl")
+    write_results(tmp_path / "b.jsonl", [lines[0], lines[0]])
+    assert "two lines for picture 0000" in refused(a, tmp_path / "b.jsonl")
+
+
+def test_runs_of_the_picture_world_are_compared(tmp_path, capsys):
+    few = ["--per-task", "3", "--per-kind", "1", "--num-inference-steps", "2"]
+    for name in ("base", "t2i"):
+        assert main(["evaluate", name, *few, "--pictures", str(tmp_path / name)]) == 0
+    runs = [read_run(tmp_path / name) for name in ("base", "t2i")]
+    assert runs[0].pictures.keys() == runs[1].pictures.keys()
+    assert len(runs[0].pictures) == 18
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "base"), str(tmp_path / "t2i"), "-o", str(tmp_path / "page.html")]) == 0
+    assert "t2i - base" in capsys.readouterr().out
+    assert main(["evaluate", "base", *few, "--pictures", str(tmp_path / "base")]) == 2
+    assert "is there already" in capsys.readouterr().err
