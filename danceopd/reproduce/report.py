@@ -366,7 +366,8 @@ def _again(page: Page, files: dict[str, dict]) -> None:
         machine = tuple((plain_label(key), str(value)) for key, value in file.get("machine", {}).items())
         machines.setdefault(machine, []).append(name)
     header = ["table", "budget", "seeds", "network evaluations a run", "runs", "training of all of them", "commits"]
-    page.table('"+" after a commit: some files differed from it.', header, lines)
+    note = 'One forward of a source that is guided is counted once, though it asks both branches. "+" after a commit: '
+    page.table(f"{note}some files differed from it.", header, lines)
     for machine, names in machines.items():
         page.table(f"Machine of {', '.join(names)}.", ["", ""], [list(fact) for fact in machine])
 
