@@ -6,6 +6,7 @@ import torch
 
 from danceopd.conditioning import Conditioning
 from danceopd.fields import Field
+from danceopd.graphs import StaticField
 
 SOLVERS = ("euler", "heun", "ab2")
 
@@ -26,7 +27,8 @@ def rollout(
     until [B, K] and start int64 in [0, N] lie on the CPU, so that no step waits for the device.
     Returns states [B, K, ...] in float32 and their sigmas [B, K]. A sample leaves the batch once its
     deepest index is reached, so the field is evaluated exactly sum(until.max(1) - start) times per sample in all
-    (Heun: twice that, less one for each trajectory that ends at sigma 0).
+    (Heun: twice that, less one for each trajectory that ends at sigma 0). A StaticField takes static steps, captured
+    on CUDA, and adds the padding that it counts.
     Raises ValueError for an unknown solver, an index outside the grid, or one before its start.
     """
     if solver not in SOLVERS:
@@ -36,6 +38,10 @@ def rollout(
     start = torch.zeros(len(until), dtype=torch.int64) if start is None else start
     if start.min() < 0 or (until < start[:, None]).any():
         raise ValueError("a trajectory cannot start after an index that is asked of it")
+    if isinstance(field, StaticField) and solver in field.SOLVERS and not field.reason:
+        states = field.rollout(noise, conditioning, sigmas, until, solver, start)
+        if states is not None:
+            return states, sigmas.to(noise.device)[until.to(noise.device)]
     depth, order = until.amax(1).sort(descending=True, stable=True)
     wanted, start = until[order], start[order]
     order, sigmas = order.to(noise.device), sigmas.to(noise.device)
