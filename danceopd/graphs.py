@@ -10,6 +10,7 @@ steps run without graphs.
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import torch
@@ -74,13 +75,13 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _refusal(func, args, kwargs, tensors: list[torch.Tensor]) -> str | None:
-    name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
-    if torch.Tag.data_dependent_output in func.tags:
+    name, tags = str(func).split(".")[1] if "." in str(func) else str(func), getattr(func, "tags", ())
+    if torch.Tag.data_dependent_output in tags:
         return "reads a value on the host"
     if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
         if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
             return "selects by a mask, so that a shape depends on values"
-    elif torch.Tag.dynamic_output_shape in func.tags:
+    elif torch.Tag.dynamic_output_shape in tags:
         return "has a shape that depends on values"
     if name == "lift_fresh":
         return "makes host data a tensor"
@@ -101,7 +102,9 @@ class Constants(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in (torch.tensor, torch.as_tensor) or isinstance(args[0] if args else None, torch.Tensor):
+        if func not in (torch.tensor, torch.as_tensor) or any(
+            isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs))
+        ):
             return func(*args, **kwargs)
         key = f"{func.__name__} {args} {kwargs}"
         if key not in self.made:
@@ -151,9 +154,7 @@ class Program:
 
     def step(self, n: int) -> None:
         """What is captured: one step of the first n samples."""
-        device = self.z.device.type
-        # A cast weight that outlives the step would be an old one in later steps.
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+        with _no_kept_casts():
             velocity = self.field(self.z[:n], self.numbers[0, :n], self.conditioning[:n]).float()
         if self.solver is None:
             self.velocity[:n].copy_(velocity)
@@ -187,6 +188,17 @@ class Program:
             for tensor, value in zip([t for t in (self.z, self.previous) if t is not None], kept, strict=True):
                 tensor[:n].copy_(value)
         self.graphs[n] = (graph, before.before)
+
+
+@contextmanager
+def _no_kept_casts():
+    """Of weights that autocast casts: one that outlives a step would be an old one in later steps."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 # ------------------------------------------------------------------------------------------------ a rollout
@@ -265,7 +277,8 @@ class StaticField:
         index = (start + number.minimum(steps - 1)).to(device)  # a sample that has left stays at its last step
         sigma, next_sigma = sigmas[index], sigmas[index + 1]
         half = (next_sigma - sigma) / (sigma - sigmas[(index - 1).clamp(min=0)]) / 2
-        half[0] = 0  # a trajectory's first step has no velocity before it and is Euler's
+        # A trajectory's first step has no velocity before it and is Euler's.
+        half = half.where((under_way & (number > 0)).to(device), 0)
         numbers, active = torch.stack([sigma, next_sigma, half], 1), under_way.to(device)
         wanted = [(until - start[:, None] == i + 1).nonzero() for i in range(len(number))]
         places = torch.cat(wanted).to(device).split([len(w) for w in wanted])
@@ -327,7 +340,7 @@ class StaticField:
         self._check_addresses()
         leaves, spec = tree_flatten([getattr(conditioning, f.name) for f in fields(Conditioning)])
         shapes = [(value.shape[1:], value.dtype) for value in (z, *leaves)]
-        key = f"{solver} {guided} {shapes} {spec} {torch.is_autocast_enabled(z.device.type)}"
+        key = f"{solver} {guided} {shapes} {spec}"
         program = self.programs.get(key)
         if program is None or program.capacity < len(z):
             field = self.both if guided else self.ask
