@@ -8,18 +8,19 @@ steps run without graphs.
 """
 
 import sys
+import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from danceopd_kernels import euler_step_
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from danceopd.conditioning import Conditioning, Tensors
 from danceopd.fields import Field
@@ -28,7 +29,7 @@ from danceopd.fields import Field
 # samples, 1.6 % at 32, 2.4 % at 64; eight sizes would be 2.8, 4.3 and 5.1 %, powers of two 11, 12 and 13 %.
 BUCKETS = 16
 PROGRAMS = 8  # kinds and shapes of samples whose buffers and graphs are kept, the least recently used goes first
-TEXT = 64  # prompts that have a mask are filled up to a multiple of this, such that not each length is a shape of its own
+TEXT = 64  # prompts that have a mask are filled up to a multiple of this, so that not each length is another shape
 
 
 class NotCapturable(Exception):
@@ -93,23 +94,29 @@ def _refusal(func, args, kwargs, tensors: list[torch.Tensor]) -> str | None:
     return None
 
 
-class Constants(TorchFunctionMode):
-    """Numbers and lists that become tensors do so once: later calls get the same tensor, and copy nothing."""
+@contextmanager
+def constants(made: dict) -> Iterator[None]:
+    """Numbers and lists that this thread makes tensors of become the same tensor each time, kept in `made`.
 
-    def __init__(self, made: dict):
-        super().__init__()
-        self.made = made
+    Models make some at every step; a graph could not repeat the copy to the device. The two functions are replaced,
+    since a mode of torch's would have compiled blocks compiled once more.
+    """
+    thread = threading.get_ident()
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func not in (torch.tensor, torch.as_tensor) or any(
-            isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs))
-        ):
-            return func(*args, **kwargs)
-        key = f"{func.__name__} {args} {kwargs}"
-        if key not in self.made:
-            self.made[key] = func(*args, **kwargs)
-        return self.made[key]
+    def once(make):
+        def tensor(*args, **kwargs):
+            leaves = tree_leaves((args, kwargs))
+            if threading.get_ident() != thread or any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+                return make(*args, **kwargs)
+            key = f"{make.__name__} {args} {kwargs}"
+            if key not in made:
+                made[key] = make(*args, **kwargs)
+            return made[key]
+
+        return tensor
+
+    with mock.patch.multiple(torch, tensor=once(torch.tensor), as_tensor=once(torch.as_tensor)):
+        yield
 
 
 # --------------------------------------------------------------------------------------------------- a step
@@ -119,8 +126,8 @@ class Program:
     """The static step of one kind and shape of samples, of up to `capacity` of them, and its graphs by their number.
 
     Buffers: latents z [capacity, ...] float32; numbers [3, capacity] float32, the rows sigma, next sigma and half the
-    ratio of the step to the one before (ab2; 0 in a trajectory's first); active [capacity] bool; conditioning; previous,
-    the velocity before (ab2). solver None: the field's velocity is left in `velocity`, and z stays.
+    ratio of the step to the one before (ab2; 0 in a trajectory's first); active [capacity] bool; conditioning;
+    previous, the velocity before (ab2). solver None: the field's velocity is left in `velocity`, and z stays.
     """
 
     def __init__(self, field: Field, z: torch.Tensor, conditioning: Conditioning, capacity: int, solver: str | None):
@@ -140,10 +147,8 @@ class Program:
         """Take n samples, at the beginning of their trajectories."""
         n = len(z)
         self.z[:n].copy_(z)
-        for field in fields(Conditioning):
-            mine, theirs = (tree_leaves(getattr(c, field.name)) for c in (self.conditioning, conditioning))
-            for own, value in zip(mine, theirs, strict=True):
-                own[:n].copy_(value)
+        for own, value in zip(_flat(self.conditioning)[0], _flat(conditioning)[0], strict=True):
+            own[:n].copy_(value)
         self.active.zero_()
         if self.previous is not None:
             self.previous.zero_()
@@ -167,14 +172,14 @@ class Program:
         sigma, next_sigma = self.numbers[0, :n], self.numbers[1, :n]
         euler_step_(self.z[:n], velocity.contiguous(), sigma, next_sigma, active=self.active[:n])
 
-    def capture(self, n: int, constants: dict, stream: torch.cuda.Stream, pool) -> None:
+    def capture(self, n: int, made: dict, stream: torch.cuda.Stream, pool) -> None:
         """Make the graph of n samples. Raises NotCapturable with the reason; the buffers stay as they were."""
         kept = [t[:n].clone() for t in (self.z, self.previous) if t is not None]
         before, graph = GraphSafe(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             # The outer context leads back to the stream at hand, even where the end of the capture fails.
-            with torch.cuda.stream(stream), Constants(constants):
+            with torch.cuda.stream(stream), constants(made):
                 self.step(n)  # fills caches, compiles kernels
                 with before:
                     self.step(n)
@@ -338,7 +343,7 @@ class StaticField:
     def _program(self, z, conditioning, guided: bool, capacity: int, solver: str | None) -> Program:
         """The program of such samples, filled with these."""
         self._check_addresses()
-        leaves, spec = tree_flatten([getattr(conditioning, f.name) for f in fields(Conditioning)])
+        leaves, spec = _flat(conditioning)
         shapes = [(value.shape[1:], value.dtype) for value in (z, *leaves)]
         key = f"{solver} {guided} {shapes} {spec}"
         program = self.programs.get(key)
@@ -375,8 +380,14 @@ class StaticField:
 
 
 def fixed(field: Field, conditioning: Conditioning) -> Field:
-    """field, to be asked for these very samples step by step and without gradient: by static steps where it has them."""
+    """field, to be asked for these very samples and without gradient: by static steps where it has them."""
     return field.fixed(conditioning) if isinstance(field, StaticField) and not field.reason else field
+
+
+def _flat(conditioning: Conditioning) -> tuple[list[torch.Tensor], TreeSpec]:
+    """Its tensors and their names."""
+    values = {field.name: getattr(conditioning, field.name) for field in fields(Conditioning)}
+    return tree_flatten({name: value for name, value in values.items() if value is not None})
 
 
 def _device(conditioning: Conditioning) -> torch.device:
@@ -415,11 +426,19 @@ def _even(prompt: Tensors | None) -> Tensors | None:
 def compile_blocks(network: nn.Module, backend: str | Callable = "inductor") -> int:
     """torch.compile each repeated block of a transformer in place: the modules in the lists at its top; their number.
 
-    Blocks of one class share what is compiled. A batch of a second size makes its size a symbol, and no further size
-    compiles anything but a single sample, which torch always takes apart.
+    Blocks of one class and layout share what is compiled. A second size of the batch makes the size a symbol, and no
+    further one compiles anything but a single sample, which torch always takes apart. Layers with adapters, each of
+    which is looked up by its name, run as they are: compiled, each block would be one of its own.
     """
+    import torch._dynamo  # takes its time
+
     transformer = getattr(network, "transformer", network)
     blocks = [block for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part]
+    # Layouts, with and without source pictures, gradient or none: a few times the default.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks:
+        for module in block.modules():
+            if hasattr(module, "route"):
+                module.forward = torch.compiler.disable(module.forward)
         block.compile(backend=backend)
     return len(blocks)

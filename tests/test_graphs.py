@@ -1,38 +1,42 @@
 """Static steps: the states of the plain rollout, safe to capture for every backbone, few compilations, on CUDA graphs."""
 
-import copy
-import warnings
+import json
 from collections import Counter
-from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_dry_run import FAMILIES, prompt_of
-from test_training import config_of, random_network, raw, records  # noqa: F401
+from test_training import config_of, raw, records  # noqa: F401
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-import danceopd.graphs
-from danceopd.backbones import backbone_of
+from danceopd import graphs
+from danceopd.backbones import backbone_of, flux2
 from danceopd.backbones.dit import DiT, DiTConfig
 from danceopd.conditioning import Conditioning
 from danceopd.fields import counted, guided
-from danceopd.graphs import Constants, GraphSafe, NotCapturable, Program, StaticField, compile_blocks
+from danceopd.graphs import GraphSafe, NotCapturable, Program, StaticField, compile_blocks, constants
 from danceopd.lora import LoraStudent, SharedBase, target_layers
 from danceopd.query import query
 from danceopd.rollout import rollout
 from danceopd.schedule import sigma_grid
 from danceopd.sde import sde_rollout
-from danceopd.training.loop import Trainer, train
-from danceopd.training.setup import build
+from danceopd.training.loop import train
 from danceopd.training.students import FullStudent
 
-CUDA = torch.cuda.is_available()
-EDITS = ("dit", "kontext", "klein", "flux2", "qwen_edit")
-SIZE = 64
-DIT = DiTConfig(image_size=16, patch_size=8, width=32, depth=2, heads=2)
+EDITS = ("dit", "kontext", "klein", "flux2", "qwen_edit")  # families whose tiny models take source pictures
+SIZE = 64  # pixels
+DIT = DiTConfig(image_size=16, patch_size=8, width=32, depth=4, heads=2)
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def _plain_arithmetic(monkeypatch):
+    """The compiled step may contract a product and a sum; PyTorch's rounds as the plain rollout does."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("DANCEOPD_KERNELS", "torch")
 
 
 def noise_of(*shape, seed=0):
@@ -43,24 +47,150 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def flags(n, seed):
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+# ---------------------------------------------------------------------------- the states of the plain rollout
+
+EMPTY = torch.zeros(4, dtype=torch.int64)
+
+
+def curved(z, sigma, c):
+    """A field of products and sums, different for each sample's prompt, source picture and noise level."""
+    shape = (-1, *(1,) * (z.dim() - 1))
+    has = torch.ones(len(z), dtype=torch.bool) if c.has_source is None else c.has_source
+    source = 0 if c.source is None else torch.where(has.view(shape), c.source, 0)
+    return z * (0.5 - 0.2 * z) + 0.3 * c.prompt.float().mean(1).view(shape) * sigma.view(shape) + 0.1 * source
+
+
+def mixed(n, seed=0):
+    """n samples, some with source pictures, some guided."""
+    scale = torch.where(flags(n, seed + 1), 3.0, 1.0)
+    prompt = torch.arange(4 * n).view(n, 4) % 7
+    return Conditioning(prompt, noise_of(n, 3, 2, 2, seed=9), flags(n, seed), scale)
+
+
+def static_curved(spent=None):
+    both = guided(curved, EMPTY, every=True)
+    return StaticField(guided(curved, EMPTY), curved, both, spent=spent)
+
+
+@given(st.integers(1, 20), st.integers(1, 3), st.integers(1, 8), st.sampled_from(StaticField.SOLVERS), st.data())
+def test_states_are_those_of_the_plain_rollout(n, k, steps, solver, data):
+    """Bit for bit for an elementwise field, whatever the starts, and every evaluation is counted, padding apart."""
+    start = torch.tensor(data.draw(st.lists(st.integers(0, steps), min_size=n, max_size=n)))
+    further = torch.tensor(data.draw(st.lists(st.integers(0, steps), min_size=n * k, max_size=n * k))).view(n, k)
+    until = (start[:, None] + further).clamp(max=steps)
+    z, c, sigmas, counter = noise_of(n, 3, 2, 2), mixed(n), sigma_grid(steps, 3.0), Counter()
+    plain = guided(counted(curved, counter, "student"), EMPTY)
+    expected, levels = rollout(plain, z, c, sigmas, until, solver, start)
+    field = static_curved(Counter())
+    states, found = rollout(field, z, c, sigmas, until, solver, start)
+    assert torch.equal(states, expected)
+    assert torch.equal(found, levels)
+    taken = until.amax(1) - start
+    assert field.spent["student"] == counter["student"] == ((1 + (c.guidance_scale != 1)) * taken).sum()
+    if n <= graphs.BUCKETS:
+        assert not field.spent["padding"]
+
+
+def test_no_step_whose_result_nobody_reads():
+    """A batch shrinks as its samples leave: to what is under way, filled up to one of 16 sizes."""
+    sizes, n = [], 40
+    until = torch.arange(n)[:, None] % 12 + 1
+
+    def watched(z, sigma, c):
+        sizes.append(len(z))
+        return curved(z, sigma, c)
+
+    c = replace(mixed(n), source=None)
+    field = StaticField(watched, watched)
+    rollout(field, noise_of(n, 3, 2, 2), c, sigma_grid(16), until)
+    under_way = [(until > i).sum().item() for i in range(12)]
+    assert all(m <= size < m + n / graphs.BUCKETS + 1 for m, size in zip(under_way, sizes, strict=True))
+    assert field.spent["padding"] == sum(sizes) - sum(under_way) > 0
+    assert field.spent["student"] == until.sum()
+
+
+@pytest.mark.parametrize(("n", "most"), [(4, 0.0), (8, 0.0), (16, 0.0), (32, 0.02), (64, 0.03)])
+def test_evaluations_under_low_t(n, most):
+    """Plain: the sum of the depths, no less and no more; static: at most so much padding beside it."""
+    generator, least, spent, counter = torch.Generator().manual_seed(0), 0, Counter(), Counter()
+    field, plain = StaticField(curved, curved, spent=spent), counted(curved, counter, "student")
+    z, c, sigmas = noise_of(n, 3, 2, 2), replace(mixed(n), source=None), sigma_grid(16, 5.0)
+    for _ in range(20):
+        depth = query(n, 16, generator, bias="low_t")
+        least += int(depth.sum())
+        rollout(field, z, c, sigmas, depth)
+        rollout(plain, z, c, sigmas, depth)
+    assert counter["student"] == spent["student"] == least
+    assert spent["padding"] <= most * least
+
+
+@pytest.mark.parametrize("n", [1, 6, 20])
+def test_a_stochastic_rollout_is_the_same(n):
+    z, c, sigmas, counter = noise_of(n, 3, 2, 2), mixed(n), sigma_grid(5, 3.0), Counter()
+    plain = guided(counted(curved, counter, "student"), EMPTY)
+    expected = sde_rollout(plain, z, c, sigmas, 0.7, torch.Generator().manual_seed(3))
+    field = static_curved(Counter())
+    found = sde_rollout(field, z, c, sigmas, 0.7, torch.Generator().manual_seed(3))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert field.spent["student"] == counter["student"]
+
+
+def test_heun_asks_as_ever():
+    z, c, until = noise_of(3, 3, 2, 2), mixed(3), torch.tensor([[4], [2], [3]])
+    expected, _ = rollout(guided(curved, EMPTY), z, c, sigma_grid(4), until, "heun")
+    assert torch.equal(rollout(static_curved(), z, c, sigma_grid(4), until, "heun")[0], expected)
+
+
+def test_what_cannot_be_captured_is_asked_as_ever(capsys):
+    """The reason is said once, and what was spent in vain is not counted twice."""
+
+    def refused(z, sigma, c):
+        raise NotCapturable("it looks at the samples")
+
+    counter = Counter()
+    field = StaticField(counted(curved, counter, "student"), refused, spent=counter)
+    z, c, sigmas, until = noise_of(3, 3, 2, 2), replace(mixed(3), source=None), sigma_grid(4), torch.full((3, 1), 4)
+    for _ in range(2):
+        assert torch.equal(rollout(field, z, c, sigmas, until)[0], rollout(curved, z, c, sigmas, until)[0])
+    assert counter == {"student": 24}
+    assert capsys.readouterr().err.count("it looks at the samples") == 1
+    found = sde_rollout(field, z, c, sigmas, 0.7, torch.Generator().manual_seed(3))
+    expected = sde_rollout(curved, z, c, sigmas, 0.7, torch.Generator().manual_seed(3))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_cache_is_bounded():
+    field, sigmas = StaticField(curved, curved), sigma_grid(2)
+    for side in range(1, graphs.PROGRAMS + 4):
+        c = replace(mixed(2), source=None)
+        rollout(field, noise_of(2, 3, side, side), c, sigmas, torch.full((2, 1), 2))
+    assert len(field.programs) == graphs.PROGRAMS
+
+
 # ------------------------------------------------------------------------------------------------ the models
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """folder(family) -> a tiny pipeline."""
+def models(tmp_path_factory):
+    """model(family) -> (folder, backbone, transformer) of a tiny pipeline; the embedded network has no folder."""
     made = {}
 
-    def folder(family):
+    def model(family):
         if family not in made:
-            made[family] = FAMILIES[family](tmp_path_factory.mktemp(family) / "model")
+            folder = FAMILIES[family](tmp_path_factory.mktemp(family) / "model")
+            backbone = backbone_of(folder)
+            made[family] = folder, backbone, backbone.load_transformer(folder)
         return made[family]
 
-    return folder
+    return model
 
 
-def randomised(network):
-    """With every parameter drawn: those that begin at zero would hide an error."""
+def drawn(network):
+    """Every parameter changed at random: those that begin at zero would hide an error."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in network.parameters():
@@ -68,18 +198,251 @@ def randomised(network):
     return network
 
 
-def student_of(family, folders, lora, transformer=None):
-    """(student, latents' shape, its transformer); with `transformer`, on that one."""
+def asked(models, family, lora, n, device="cpu", length=24):
+    """(student, its guidance's combination, noise, conditioning of n samples), some with sources, some guided."""
+    meta = device == "meta"
     if family == "dit":
-        network = transformer or randomised(DiT(DIT))
-        return network.requires_grad_(False), (3, 16, 16), network
-    backbone, shape = backbone_of(folders(family)), None
-    transformer = transformer or backbone.load_transformer(folders(family))
-    shape = backbone.latent_shape(folders(family), SIZE, SIZE)
-    embedded = 3.5 if getattr(transformer.config, "guidance_embeds", False) else None
-    if not lora:
-        return FullStudent(transformer, backbone.velocity, embedded).requires_grad_(False), shape, transformer
-    layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
-    shared = SharedBase(transformer, [], backbone.velocity, layers)
-    student = LoraStudent(shared, layers, 2, 2.0, embedded_guidance=embedded)
-    return randomised(student) if not isinstance(next(student.parameters()), FakeStudent) else student, shape, transformer
+        with torch.device(device):
+            student = DiT(DIT)
+        prompt, shape, combine = torch.arange(10 * n).view(n, 10) % 400, (3, 16, 16), None
+    else:
+        folder, backbone, transformer = models(family)
+        shape, combine = backbone.latent_shape(folder, SIZE, SIZE), getattr(backbone, "combine", None)
+        torch.manual_seed(0)
+        rows = [prompt_of(family, transformer, length) for _ in range(n)]
+        prompt = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        if "prompt_mask" in prompt:
+            prompt["prompt_mask"][0, length // 2 :] = False
+        embedded = 3.5 if getattr(transformer.config, "guidance_embeds", False) else None
+        with torch.device(device):
+            transformer = type(transformer).from_config(transformer.config)
+        if not meta:
+            transformer.load_state_dict(models(family)[2].state_dict())
+        if lora:
+            layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
+            shared = SharedBase(transformer.eval(), [], backbone.velocity, layers)
+            student = LoraStudent(shared, layers, 2, 2.0, embedded_guidance=embedded)
+        else:
+            student = FullStudent(transformer.eval(), backbone.velocity, embedded)
+    student = student.to(device) if meta else drawn(student).to(device)
+    source = None
+    if family in EDITS:
+        source = noise_of(n, *shape, seed=5)
+        source = source if family == "dit" else (source,)
+    c = Conditioning(prompt, source, flags(n, 2), torch.where(flags(n, 1), 3.0, 1.0)).to(device)
+    return student, combine, noise_of(n, *shape).to(device), c
+
+
+def empty_of(c):
+    """One sample's prompt, to be the empty one."""
+    return c.prompt[-1] if isinstance(c.prompt, torch.Tensor) else {key: value[-1] for key, value in c.prompt.items()}
+
+
+def static_of(student, combine, c, capture=False):
+    both = guided(student, empty_of(c), combine=combine, every=True)
+    networks = [student, getattr(student, "transformer", student)]
+    return StaticField(guided(student, empty_of(c), combine=combine), student, both, networks, capture)
+
+
+CASES = [(family, lora) for family in ("dit", *FAMILIES) for lora in (False, True) if family != "dit" or not lora]
+
+
+@pytest.mark.parametrize(("family", "lora"), CASES)
+def test_a_model_steps_as_it_does_otherwise(models, family, lora):
+    student, combine, z, c = asked(models, family, lora, 4)
+    field, sigmas, until = static_of(student, combine, c), sigma_grid(3, 3.0), torch.tensor([[3], [1], [2], [3]])
+    expected, _ = rollout(field.field, z, c, sigmas, until, "ab2")
+    close(rollout(field, z, c, sigmas, until, "ab2")[0], expected)
+    # Of one kind and depth the batches are equal too.
+    c, until = replace(c, source=None, guidance_scale=torch.ones(4)), torch.full((4, 1), 2)
+    if not isinstance(c.prompt, dict) or "prompt_mask" not in c.prompt:  # filled up to another length
+        expected, _ = rollout(student, z, c, sigmas, until)
+        assert torch.equal(rollout(field, z, c, sigmas, until)[0], expected)
+
+
+def test_buffers_stay_where_they_are_and_weights_may_change_in_place(models):
+    student, combine, z, c = asked(models, "sd3", True, 4)
+    field, sigmas, until = static_of(student, combine, c), sigma_grid(3, 3.0), torch.tensor([[3], [1], [2], [3]])
+
+    def addresses():
+        tensors = [t for p in field.programs.values() for t in (p.z, p.numbers, p.active, p.previous)]
+        tensors += [t for p in field.programs.values() for t in p.conditioning.prompt.values()]
+        return [t.data_ptr() for t in tensors]
+
+    rollout(field, z, c, sigmas, until, "ab2")
+    before = addresses()
+    assert len(before) == 12  # of guided samples and others
+    drawn(student)
+    expected, _ = rollout(field.field, 2 * z, c, sigmas, until, "ab2")
+    close(rollout(field, 2 * z, c, sigmas, until, "ab2")[0], expected)
+    assert addresses() == before
+
+
+# ------------------------------------------------------------------------------------------- safe to capture
+
+
+def caches_of_models():
+    import danceopd_kernels.lora
+
+    import danceopd.lora
+
+    return [danceopd.lora._constant, danceopd_kernels.lora._constant, flux2._position_ids]
+
+
+@pytest.fixture
+def fresh_caches():
+    """What is cached for the meta device is of no use elsewhere."""
+    yield
+    for cached in caches_of_models():
+        cached.cache_clear()
+
+
+@torch.no_grad()
+def check_safe(models, family, lora, device):
+    student, combine, z, c = asked(models, family, lora, 3, device)
+    fields = {False: student, True: guided(student, empty_of(c), combine=combine, every=True)}
+    for sourced in (False, True) if c.source is not None else (False,):
+        for is_guided, field in fields.items():
+            of_kind = replace(c, has_source=None, source=c.source if sourced else None)
+            program, made = Program(field, z, of_kind, 3, "ab2"), {}
+            with constants(made):
+                program.step(2)
+                count = len(made)
+                with GraphSafe() as guard:
+                    program.step(2)
+            assert len(made) == count
+            kept = set(guard.before)
+            assert {graphs._storage(p) for p in student.parameters()} <= kept, is_guided
+            assert {graphs._storage(t) for t in (program.z, program.numbers, program.previous)} <= kept
+
+
+@pytest.mark.parametrize(("family", "lora"), [case for case in CASES if case[0] != "z"])
+def test_a_step_is_safe_to_capture(models, fresh_caches, family, lora):
+    """On the meta device nothing can be read and host data is copied there, as on CUDA: what a graph can't repeat."""
+    check_safe(models, family, lora, "meta")
+
+
+@pytest.mark.parametrize("family", ["dit", "sd3", "flux", "klein", "qwen_edit"])
+def test_a_step_is_safe_on_the_cpu(models, family):
+    """With real values; adapters take another way on a CPU, which reads routes."""
+    check_safe(models, family, False, "cpu")
+
+
+def test_z_image_is_not(models, fresh_caches):
+    """Its transformer takes prompts as lists, each of its own length, which a step reads on the host."""
+    with pytest.raises((NotCapturable, NotImplementedError), match="meta|host"):
+        check_safe(models, "z", False, "meta")
+
+
+UNSAFE = {
+    "item": lambda x: x * x.sum().item(),
+    "condition": lambda x: x if x.sum() > 0 else -x,
+    "nonzero": lambda x: (x > 0).nonzero(),
+    "mask": lambda x: x[x > 0],
+    "put by mask": lambda x: x.index_put((x > 0,), torch.zeros(())),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "repeats": lambda x: x.repeat_interleave((x > 0).long().flatten()),
+    "equal": lambda x: x * torch.equal(x, x),
+    "host data": lambda x: x[torch.tensor([1, 0])],
+    "to another device": lambda x: x.to("meta"),
+    "copy from another": lambda x: torch.empty_like(x, device="meta").copy_(x),
+}
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_what_no_graph_repeats_is_refused(name):
+    x = noise_of(4)
+    with pytest.raises(NotCapturable), GraphSafe():
+        UNSAFE[name](x)
+
+
+def test_what_a_graph_repeats_is_not_refused():
+    x, index = noise_of(4, 4), torch.tensor([1, 0])
+    with GraphSafe() as guard:
+        y = x[index] @ x.where(x > 0, 0)
+        y[:, 1:] += 1
+        y.masked_fill_(y > 1, 0).index_copy_(0, index, y)
+    assert set(guard.before) == {graphs._storage(x), graphs._storage(index)}
+
+
+def test_host_data_becomes_a_tensor_once():
+    made = {}
+    with constants(made):
+        first = torch.tensor([1, 2])
+        assert torch.tensor([1, 2]) is first
+        assert torch.tensor([1, 3]) is not first
+        assert torch.tensor([1, 2], dtype=torch.float32) is not first
+        assert torch.as_tensor(first) is first
+    assert torch.tensor([1, 2]) is not first
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+def test_a_run_of_static_steps_is_one_without(raw, tmp_path):  # noqa: F811
+    raw["capabilities"]["edit"]["student_guidance_scale"] = 2.0
+    raw["evaluation"] = {"times": 0}
+    found = {}
+    for wanted in (False, True):
+        folder = tmp_path / str(wanted)
+        train(config_of(raw, output_dir=str(folder), cuda_graphs=wanted, max_steps=3, sample_every=0))
+        found[wanted] = [r for r in records(folder) if "loss" in r]
+    for plain, static in zip(found[False], found[True], strict=True):
+        assert static["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+        assert static["network_evaluations"] - static["padding"] == plain["network_evaluations"]
+        assert "padding" not in plain
+
+
+# ---------------------------------------------------------------------------------------------- compilation
+
+
+@pytest.fixture
+def compilations():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    limit = torch._dynamo.config.recompile_limit
+    yield CompileCounter()
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = limit
+
+
+@pytest.mark.parametrize(("family", "lora"), [("dit", False), ("klein", True)])
+def test_blocks_are_compiled_a_few_times_whatever_the_batch(models, compilations, family, lora):
+    student, _, z, c = asked(models, family, lora, 9)
+    c = replace(c, source=None)
+    sigma = torch.linspace(0.2, 1, 9)
+
+    @torch.no_grad()
+    def ask(n):
+        return student(z[:n], sigma[:n], c[:n])
+
+    expected = {n: ask(n) for n in range(1, 10)}
+    blocks = compile_blocks(student, compilations)
+    for n in (3, 4):
+        close(ask(n), expected[n])
+    made = compilations.frame_count
+    assert 0 < made < 3 * blocks if lora else made == 2  # of all sizes but one the second serves
+    for n in (9, 2, 5, 7, 6, 8, 3):
+        close(ask(n), expected[n])
+    assert compilations.frame_count == made
+    with torch.no_grad(), constants({}), GraphSafe() as guard:  # runs as it is where it is looked at
+        if not lora:
+            close(student(z[:3], sigma[:3], c[:3]), expected[3])
+            assert guard.before
+    ask(4)
+    assert compilations.frame_count == made
+
+
+@pytest.mark.slow
+def test_inductor_compiles_the_blocks(models):
+    student, _, z, c = asked(models, "dit", False, 6)
+    field, sigmas, until = (
+        StaticField(student, student),
+        sigma_grid(3, 3.0),
+        torch.tensor([[3], [1], [2], [3], [2], [3]]),
+    )
+    expected, _ = rollout(field, z, replace(c, source=None), sigmas, until)
+    compile_blocks(student)
+    close(rollout(field, z, replace(c, source=None), sigmas, until)[0], expected, 1e-4)
