@@ -141,6 +141,7 @@ class Program:
         self.previous = torch.zeros_like(self.z) if solver == "ab2" else None
         self.velocity = torch.zeros_like(self.z) if solver is None else None
         self.sizes = sorted({-(-capacity * i // BUCKETS) for i in range(1, BUCKETS + 1)})
+        self._first: dict[int, tuple] = {}  # views of the first n samples
         self.graphs: dict[int, tuple] = {}  # by number of samples; with the tensors that the graph reads
 
     def fill(self, z: torch.Tensor, conditioning: Conditioning) -> None:
@@ -159,18 +160,21 @@ class Program:
 
     def step(self, n: int) -> None:
         """What is captured: one step of the first n samples."""
+        if n not in self._first:
+            conditioning, shape = self.conditioning[:n], (-1, *(1,) * (self.z.dim() - 1))
+            rest = [None if t is None else t[:n] for t in (self.active, self.previous, self.velocity)]
+            self._first[n] = self.z[:n], conditioning, *self.numbers[:, :n], self.numbers[2, :n].view(shape), *rest
+        z, conditioning, sigma, next_sigma, _, half, active, previous, out = self._first[n]
         with _no_kept_casts():
-            velocity = self.field(self.z[:n], self.numbers[0, :n], self.conditioning[:n]).float()
+            velocity = self.field(z, sigma, conditioning).float()
         if self.solver is None:
-            self.velocity[:n].copy_(velocity)
+            out.copy_(velocity)
             return
         if self.solver == "ab2":
-            half = self.numbers[2, :n].view(-1, *(1,) * (velocity.dim() - 1))
-            extrapolated = velocity + half * (velocity - self.previous[:n])
-            self.previous[:n].copy_(velocity)
+            extrapolated = velocity + half * (velocity - previous)
+            previous.copy_(velocity)
             velocity = extrapolated
-        sigma, next_sigma = self.numbers[0, :n], self.numbers[1, :n]
-        euler_step_(self.z[:n], velocity.contiguous(), sigma, next_sigma, active=self.active[:n])
+        euler_step_(z, velocity.contiguous(), sigma, next_sigma, active=active)
 
     def capture(self, n: int, made: dict, stream: torch.cuda.Stream, pool) -> None:
         """Make the graph of n samples. Raises NotCapturable with the reason; the buffers stay as they were."""
@@ -285,18 +289,17 @@ class StaticField:
         # A trajectory's first step has no velocity before it and is Euler's.
         half = half.where((under_way & (number > 0)).to(device), 0)
         numbers, active = torch.stack([sigma, next_sigma, half], 1), under_way.to(device)
-        wanted = [(until - start[:, None] == i + 1).nonzero() for i in range(len(number))]
-        places = torch.cat(wanted).to(device).split([len(w) for w in wanted])
-        width, spent = len(steps), Counter()
+        places = reached(until - start[:, None], len(number), device)
+        now, going, spent = program.numbers[:, : len(steps)], program.active[: len(steps)], Counter()
         for i, n in enumerate(under_way.sum(1).tolist()):
-            program.numbers[:, :width].copy_(numbers[i])
-            program.active[:width].copy_(active[i])
+            now.copy_(numbers[i])
+            going.copy_(active[i])
             size = program.size(n)
             self._step(program, size)
             spent[self.name] += cost * n
             spent["padding"] += cost * (size - n)
-            if len(places[i]):
-                row, k = places[i].unbind(1)
+            row, k = places[i + 1]
+            if len(row):
                 states[there[row], k] = program.z[row]
         return spent
 
@@ -377,6 +380,15 @@ class StaticField:
         self.reason = str(error)
         self.programs.clear()
         print(f"rollouts run without CUDA graphs: {self.reason}", file=sys.stderr)
+
+
+def reached(number: torch.Tensor, steps: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where number [n, K] int64 on the CPU is 0, 1, ..., steps: (rows, columns) of each, copied to the device once."""
+    flat = number.flatten()
+    order = flat.argsort(stable=True).to(device)
+    sizes = flat.bincount(minlength=steps + 1).tolist()
+    k = number.shape[1]
+    return list(zip((order // k).split(sizes), (order % k).split(sizes), strict=True))
 
 
 def fixed(field: Field, conditioning: Conditioning) -> Field:

@@ -6,7 +6,7 @@ import torch
 
 from danceopd.conditioning import Conditioning
 from danceopd.fields import Field
-from danceopd.graphs import StaticField
+from danceopd.graphs import StaticField, reached
 
 SOLVERS = ("euler", "heun", "ab2")
 
@@ -48,11 +48,13 @@ def rollout(
     z, conditioning = noise[order].float(), conditioning[order]
     states = z[:, None].repeat(1, until.shape[1], *(1,) * (z.dim() - 1))
     previous = torch.zeros_like(z) if solver == "ab2" else None
+    deeper = (depth > torch.arange(len(sigmas))[:, None]).sum(1).tolist()
+    places, latest = reached(wanted, len(sigmas), z.device), int(start.max())
     for i in range(int(start.min()), int(depth[0])):
-        n = int((depth > i).sum())  # the n deepest samples go on, those of them that have started
-        if not (start[:n] <= i).any():
+        n = deeper[i]  # the n deepest samples go on, those of them that have started
+        late = i < latest and bool((start[:n] > i).any())
+        if late and not (start[:n] <= i).any():
             continue
-        late = bool((start[:n] > i).any())
         active = (start[:n] <= i).nonzero()[:, 0].to(z.device) if late else slice(n)
         if solver == "ab2":
             # A trajectory's first step has no velocity before it and is Euler's.
@@ -63,8 +65,9 @@ def rollout(
             previous[active], z[active] = velocity, z[active] + (sigmas[i + 1] - sigmas[i]) * extrapolated
         else:
             z[active] = step(field, z[active], conditioning[active], sigmas[i], sigmas[i + 1], solver)
-        row, k = (wanted[:n] == i + 1).nonzero(as_tuple=True)
-        states[row, k] = z[row]
+        row, k = places[i + 1]
+        if len(row):
+            states[row, k] = z[row]
     result = torch.empty_like(states)
     result[order] = states
     return result, sigmas[until.to(noise.device)]
