@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 Tensors = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, ...]
 
@@ -16,7 +16,8 @@ class Conditioning:
     prompt: what the backbone's text encoder gives, a tensor or a dict of them, each [B, ...]; the embedded network
     takes int64 tokens [B, L]. source: the pictures to edit in the space of the latents, one tensor [B, C, h, w] or a
     tuple of them where there are several references; None if no sample has one. has_source: [B] bool; `source` is
-    ignored where it is False. guidance_scale: [B] float32 or None; read by a field that is guided per sample
+    ignored where it is False; None if all samples have theirs, where `source` is given, such that nothing has to be
+    read on the device to know it. guidance_scale: [B] float32 or None; read by a field that is guided per sample
     (danceopd.fields.guided), and by nothing else. adapter: [B] int64 or None; which of several sources a network that
     answers for all of them is asked for (danceopd.fields.SharedField). embedded_guidance: [B] float32 or None; the
     number that a guidance-distilled model takes as an input. empty_prompt: like prompt, each sample's own empty prompt,
@@ -25,14 +26,25 @@ class Conditioning:
 
     prompt: Tensors
     source: Tensors | None
-    has_source: torch.Tensor
+    has_source: torch.Tensor | None
     guidance_scale: torch.Tensor | None = None
     adapter: torch.Tensor | None = None
     embedded_guidance: torch.Tensor | None = None
     empty_prompt: Tensors | None = None
 
     def __len__(self) -> int:
-        return len(self.has_source)
+        return len(self._first())
+
+    def _first(self) -> torch.Tensor:
+        return tree_leaves(self.prompt)[0] if self.has_source is None else self.has_source
+
+    def sourced(self) -> bool | None:
+        """Whether all samples have source pictures, or False: none has; None: some have. has_source is read for it."""
+        if self.source is None:
+            return False
+        if self.has_source is None:
+            return True
+        return bool(self.has_source.all()) or (None if self.has_source.any() else False)
 
     def _map(self, function) -> "Conditioning":
         values = (getattr(self, f.name) for f in fields(self))
@@ -53,7 +65,7 @@ class Conditioning:
         """The same samples with one embedded guidance; None is none."""
         if guidance is None:
             return replace(self, embedded_guidance=None)
-        return replace(self, embedded_guidance=torch.full((len(self),), guidance, device=self.has_source.device))
+        return replace(self, embedded_guidance=torch.full((len(self),), guidance, device=self._first().device))
 
     def without_prompt(self, empty: Tensors) -> "Conditioning":
         """The same samples with their own empty prompts, else `empty`, one sample's; their source pictures stay."""
@@ -81,9 +93,19 @@ def concatenate(parts: list[Conditioning]) -> Conditioning:
     return Conditioning(
         _join_prompts([p.prompt for p in parts]),
         sources,
-        torch.cat([p.has_source for p in parts]),
+        _join_marks(parts),
         *(None if any(v is None for v in values) else _join_prompts(values) for values in rest),
     )
+
+
+def _join_marks(parts: list[Conditioning]) -> torch.Tensor | None:
+    if all(p.has_source is None for p in parts) and len({p.source is None for p in parts}) == 1:
+        return None
+    marks = [
+        torch.full((len(p),), p.source is not None, device=p._first().device) if p.has_source is None else p.has_source
+        for p in parts
+    ]
+    return torch.cat(marks)
 
 
 def _join_prompts(prompts: list[Tensors]) -> Tensors:

@@ -130,6 +130,9 @@ class Training(Section):
     With DeepSpeed: rollout_on: ZeRO-3's rollouts ask a replica of the student that is gathered once an update, or its
     shards, which every forward gathers. shard_sources: sources with weights of their own lie on all ranks in shards, or
     on each of them whole. auto looks at the memory that is free.
+
+    cuda_graphs: rollouts take static steps (danceopd.graphs), on CUDA as captured graphs; auto does on CUDA alone.
+    compile: torch.compile of each block of the network that rollouts ask.
     """
 
     output_dir: Path
@@ -151,6 +154,8 @@ class Training(Section):
     offload_sources: bool = False
     rollout_on: Literal["auto", "replica", "shards"] = "auto"
     shard_sources: Literal["auto"] | bool = "auto"
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Positive = 5
     save_every: Positive = 100

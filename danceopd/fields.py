@@ -20,6 +20,7 @@ def guided(
     empty_prompt: Tensors,
     guidance_scale: float | torch.Tensor | None = None,
     combine: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    every: bool = False,
 ) -> Field:
     """Classifier-free guidance as an operator field: v + alpha (v_cond - v), v the field of the empty prompt.
 
@@ -27,6 +28,7 @@ def guided(
     guidance_scale alpha: a number, [B] (one per sample), or None: each sample's own, from conditioning.guidance_scale.
     Both branches are evaluated in one batch, the unconditional one only for samples whose scale is not 1. At the number
     1 the conditional field itself comes back. combine(cond, uncond, alpha [B]): where a family has another combination.
+    every: both branches for all samples, whatever their scales, such that nothing has to be read on the device.
     """
     if isinstance(guidance_scale, int | float) and guidance_scale == 1:
         return field
@@ -37,7 +39,8 @@ def guided(
         if alpha.numel() not in (1, len(latents)):  # a rollout reorders its batch: there, use None
             raise ValueError(f"{alpha.numel()} guidance scales for a batch of {len(latents)}")
         alpha = alpha.expand(len(latents))
-        rows = (alpha != 1).nonzero()[:, 0]  # at scale 1 the conditional branch is the field
+        # At scale 1 the conditional branch is the field.
+        rows = slice(None) if every else (alpha != 1).nonzero()[:, 0]
         both = concatenate([conditioning, conditioning[rows].without_prompt(empty_prompt)])
         velocity = field(torch.cat([latents, latents[rows]]), torch.cat([sigma, sigma[rows]]), both)
         cond, uncond = velocity[: len(latents)], velocity[len(latents) :]
@@ -45,7 +48,7 @@ def guided(
             mixed = combine(cond[rows], uncond, alpha[rows])
         else:
             mixed = uncond + alpha[rows].view(-1, *(1,) * (cond.dim() - 1)) * (cond[rows] - uncond)
-        return cond.to(mixed.dtype).index_copy(0, rows, mixed)
+        return mixed if every else cond.to(mixed.dtype).index_copy(0, rows, mixed)
 
     return velocity
 
@@ -146,10 +149,10 @@ def by_sources(ask: Callable, latents: torch.Tensor, sigma: torch.Tensor, condit
     of all) with sources, a tuple of [n, C, h, w] or (). Where only some samples have sources, these and the others are
     two forwards.
     """
-    has = conditioning.has_source
-    if conditioning.source is None or not has.any():
+    sourced, has = conditioning.sourced(), conditioning.has_source
+    if sourced is False:
         return ask(latents, sigma, conditioning, (), None)
-    if has.all():
+    if sourced:
         source = conditioning.source
         return ask(latents, sigma, conditioning, source if isinstance(source, tuple) else (source,), None)
     result = torch.empty_like(latents)

@@ -475,6 +475,11 @@ class LoraStudent(nn.Module):
     def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         return self._shared[0].student(latents, sigma, conditioning.embedding(self.embedded_guidance), self)
 
+    @property
+    def transformer(self) -> nn.Module:
+        """The frozen transformer that the adapter is of."""
+        return self._shared[0].transformer
+
     def layer(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One linear layer with its adapter, or without where the student has none there."""
         if _flat(name) not in self.factors:

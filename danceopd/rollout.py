@@ -6,6 +6,7 @@ import torch
 
 from danceopd.conditioning import Conditioning
 from danceopd.fields import Field
+from danceopd.graphs import StaticField, reached
 
 SOLVERS = ("euler", "heun", "ab2")
 
@@ -26,7 +27,8 @@ def rollout(
     until [B, K] and start int64 in [0, N] lie on the CPU, so that no step waits for the device.
     Returns states [B, K, ...] in float32 and their sigmas [B, K]. A sample leaves the batch once its
     deepest index is reached, so the field is evaluated exactly sum(until.max(1) - start) times per sample in all
-    (Heun: twice that, less one for each trajectory that ends at sigma 0).
+    (Heun: twice that, less one for each trajectory that ends at sigma 0). A StaticField takes static steps, captured
+    on CUDA, and adds the padding that it counts.
     Raises ValueError for an unknown solver, an index outside the grid, or one before its start.
     """
     if solver not in SOLVERS:
@@ -36,17 +38,23 @@ def rollout(
     start = torch.zeros(len(until), dtype=torch.int64) if start is None else start
     if start.min() < 0 or (until < start[:, None]).any():
         raise ValueError("a trajectory cannot start after an index that is asked of it")
+    if isinstance(field, StaticField) and solver in field.SOLVERS and not field.reason:
+        states = field.rollout(noise, conditioning, sigmas, until, solver, start)
+        if states is not None:
+            return states, sigmas.to(noise.device)[until.to(noise.device)]
     depth, order = until.amax(1).sort(descending=True, stable=True)
     wanted, start = until[order], start[order]
     order, sigmas = order.to(noise.device), sigmas.to(noise.device)
     z, conditioning = noise[order].float(), conditioning[order]
     states = z[:, None].repeat(1, until.shape[1], *(1,) * (z.dim() - 1))
     previous = torch.zeros_like(z) if solver == "ab2" else None
+    deeper = (depth > torch.arange(len(sigmas))[:, None]).sum(1).tolist()
+    places, latest = reached(wanted, len(sigmas), z.device), int(start.max())
     for i in range(int(start.min()), int(depth[0])):
-        n = int((depth > i).sum())  # the n deepest samples go on, those of them that have started
-        if not (start[:n] <= i).any():
+        n = deeper[i]  # the n deepest samples go on, those of them that have started
+        late = i < latest and bool((start[:n] > i).any())
+        if late and not (start[:n] <= i).any():
             continue
-        late = bool((start[:n] > i).any())
         active = (start[:n] <= i).nonzero()[:, 0].to(z.device) if late else slice(n)
         if solver == "ab2":
             # A trajectory's first step has no velocity before it and is Euler's.
@@ -57,8 +65,9 @@ def rollout(
             previous[active], z[active] = velocity, z[active] + (sigmas[i + 1] - sigmas[i]) * extrapolated
         else:
             z[active] = step(field, z[active], conditioning[active], sigmas[i], sigmas[i + 1], solver)
-        row, k = (wanted[:n] == i + 1).nonzero(as_tuple=True)
-        states[row, k] = z[row]
+        row, k = places[i + 1]
+        if len(row):
+            states[row, k] = z[row]
     result = torch.empty_like(states)
     result[order] = states
     return result, sigmas[until.to(noise.device)]

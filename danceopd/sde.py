@@ -7,6 +7,7 @@ import torch
 from danceopd.conditioning import Conditioning
 from danceopd.draws import Generator, randn
 from danceopd.fields import Field
+from danceopd.graphs import fixed
 from danceopd.objectives import per_sample
 
 
@@ -49,6 +50,7 @@ def sde_rollout(
     generator: Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every state [B, N + 1, ...] of a stochastic rollout from noise [B, ...], and each step's log density [B, N]."""
+    field = fixed(field, conditioning)
     states, log_densities, z = [noise.float()], [], noise.float()
     for i in range(len(sigmas) - 1):
         index = torch.full((len(z),), i)

@@ -105,10 +105,10 @@ class DiT(nn.Module):
         Samples with and without a source picture may be mixed: each kind makes one pass, so that no
         sample pays for tokens it does not have.
         """
-        has_source = conditioning.has_source
-        if conditioning.source is None or not has_source.any():
+        sourced, has_source = conditioning.sourced(), conditioning.has_source
+        if sourced is False:
             return self._forward(latents, sigma, conditioning.prompt, None)
-        if has_source.all():
+        if sourced:
             return self._forward(latents, sigma, conditioning.prompt, conditioning.source)
         with_source, without = has_source.nonzero()[:, 0], (~has_source).nonzero()[:, 0]
         tokens, source = conditioning.prompt, conditioning.source

@@ -1,6 +1,7 @@
 """What holds the student and its optimizer in one process. danceopd.training.zero has the same for many.
 
-Both have: `student`, asked with gradient; `rolled`, the same weights, asked without; `backward` and `step`; `averaged`,
+Both have: `student`, asked with gradient; `rolled`, the same weights, asked without; `resident`, the network that
+`rolled` asks, or None where its forwards gather weights; `backward` and `step`; `averaged`,
 the running mean of the student as a network to draw with; and `tensors`, `rest` and `load` for checkpoints.
 """
 
@@ -21,7 +22,7 @@ class Local:
 
     def __init__(self, student: nn.Module, config: Config):
         training = config.training
-        self.student = self.rolled = student.train()
+        self.student = self.rolled = self.resident = student.train()
         self.shapes = {name: p.shape for name, p in student.named_parameters()}
         self.max_grad_norm = training.max_grad_norm
         decay = torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema_decay)

@@ -113,10 +113,8 @@ def _bit(network: int, kind: bool) -> int:
 
 def _by_kind(latents, sigma, conditioning: Conditioning) -> dict[bool, tuple[torch.Tensor | None, Asked]]:
     """{whether they have source pictures: (their rows, None for all; the samples)}."""
-    has = conditioning.has_source
-    if conditioning.source is None or not has.any():
-        return {False: (None, (latents, sigma, conditioning))}
-    if has.all():
-        return {True: (None, (latents, sigma, conditioning))}
+    sourced, has = conditioning.sourced(), conditioning.has_source
+    if sourced is not None:
+        return {sourced: (None, (latents, sigma, conditioning))}
     rows = {True: has.nonzero()[:, 0], False: (~has).nonzero()[:, 0]}
     return {kind: (own, (latents[own], sigma[own], conditioning[own])) for kind, own in rows.items()}

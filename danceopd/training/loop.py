@@ -23,6 +23,7 @@ from danceopd.draws import Generator
 from danceopd.errors import Terminated, UserError
 from danceopd.evaluation.world import make_sampler, score_gedit, score_geneval
 from danceopd.fields import Field, counted, guided
+from danceopd.graphs import StaticField, compile_blocks
 from danceopd.memory import keep_freed_memory
 from danceopd.methods import METHODS, needs
 from danceopd.methods.observed import join
@@ -50,6 +51,8 @@ NOT_IDENTITY = (
     "offload_sources",
     "shard_sources",
     "rollout_on",
+    "cuda_graphs",
+    "compile",
 )
 
 
@@ -94,6 +97,9 @@ class Trainer:
             from danceopd.training.zero import Zero
 
             self.engine = Zero(parts.student, config, settings, ranks, parts.lockstep)
+        if config.training.compile and self.engine.resident is not None:
+            compile_blocks(self.engine.resident)
+        self.static = self._static_field()
 
     # --- one update -----------------------------------------------------------------------------------
 
@@ -138,7 +144,22 @@ class Trainer:
             self.at(f"the query of step {self.step}")
             return self.engine.student(latents, sigma, conditioning)
 
-        return as_trained(self.config, self.parts, counted(network, self.spent, "student"))
+        field = as_trained(self.config, self.parts, counted(network, self.spent, "student"))
+        if self.static is None:
+            return field
+        self.static.field = field
+        return self.static
+
+    def _static_field(self) -> StaticField | None:
+        """The student with rollouts of static steps; None where they are asked for as they come."""
+        wanted, network, on_cuda = self.config.training.cuda_graphs, self.engine.resident, self.device.type == "cuda"
+        if not (on_cuda if wanted == "auto" else wanted) or network is None:
+            return None
+        ask, both = in_precision(self.config, self.parts, network), None
+        if self.guidance_scales is not None:
+            both = guided(ask, self.parts.empty_prompt, combine=self.parts.combine, every=True)
+        networks = list(dict.fromkeys([network, getattr(network, "transformer", network)]))
+        return StaticField(network, ask, both, networks, capture=on_cuda, spent=self.spent)
 
     def provided(self, batch: Batch, part: int, progress: float, generator: Generator) -> dict:
         """What a method may ask for by keyword, of micro-batch number `part` at the update's progress."""
@@ -203,6 +224,7 @@ class Trainer:
             "learning_rate": rate,
             "network_evaluations": self.evaluations.total(),
             "skipped": self.skipped,
+            **({"padding": self.evaluations["padding"]} if self.static else {}),  # of the network_evaluations
         }
 
     # --- what is watched and shown --------------------------------------------------------------------
@@ -448,15 +470,21 @@ def guidance_scales(config: Config) -> list[float] | None:
 
 def as_trained(config: Config, parts: Parts, network: Field) -> Field:
     """The student's network, or another in its place, as the field that is trained: in its precision, guided."""
+    velocity = in_precision(config, parts, network)
+    if guidance_scales(config) is None:
+        return velocity
+    return guided(velocity, parts.empty_prompt, combine=parts.combine)
+
+
+def in_precision(config: Config, parts: Parts, network: Field) -> Field:
+    """A network as a field in the student's precision."""
     bf16 = config.training.precision == "bf16" and not config.model
 
     def velocity(latents, sigma, conditioning):
         with torch.autocast(parts.device.type, dtype=torch.bfloat16, enabled=bf16):
             return network(latents, sigma, conditioning)
 
-    if guidance_scales(config) is None:
-        return velocity
-    return guided(velocity, parts.empty_prompt, combine=parts.combine)
+    return velocity
 
 
 @contextlib.contextmanager

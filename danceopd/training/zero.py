@@ -91,6 +91,7 @@ class Zero:
         self.replica = self._replica(bf16) if self.stage == 3 and self._fits(training.rollout_on, bf16) else None
         if self.stage == 3 and self.replica is None:
             self.lockstep.add(self._ask, ROLLOUT)
+        self.resident = self.replica if self.stage == 3 else self.network
         # With the optimizer's states in host memory the average is there too.
         self.home = torch.device("cpu") if zero.get("offload_optimizer") else self.engine.device
         self.ema = {name: self._slice(name).to(self.home, copy=True) for name in self.parameters}
