@@ -7,6 +7,7 @@ their own guidance. danceopd/backbones/sd3.py is the plainest.
 """
 
 import difflib
+import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,24 @@ def empty_transformer(folder: Path | str):
             return diffusers.AutoModel.from_config(str(path), local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no transformer that diffusers knows: {error}") from None
+
+
+def transformer_class(folder: Path | str, backbone: ModuleType) -> type:
+    """diffusers' class that a transformer's own folder is of, by its configuration.
+
+    Raises UserError for a configuration that is missing, damaged, or of a class that the backbone does not serve.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+    except FileNotFoundError:
+        raise UserError(f"no transformer in {folder}: there is no {path}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again") from None
+    cls = getattr(backbone, str(name), None)  # a backbone's module has the one class that it loads
+    if not hasattr(cls, "from_config"):
+        raise UserError(f"{path}: a {name} is not a transformer of this family")
+    return cls
 
 
 def backbone_of(folder: Path | str) -> ModuleType:

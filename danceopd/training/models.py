@@ -23,6 +23,7 @@ from danceopd.data.sampler import Group, Samples
 from danceopd.eight_bit import to_eight_bit
 from danceopd.errors import UserError
 from danceopd.fields import Field, SharedField, guided
+from danceopd.fp8 import load_fp8, to_fp8
 from danceopd.lora import Lora, LoraStudent, SharedBase, combine, load_lora, merge_into, target_layers
 from danceopd.methods import needs
 from danceopd.training.lockstep import Lockstep
@@ -107,9 +108,9 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
     A student of all weights is a transformer of its own, and the model's is loaded only where a source needs it. Where
     something cannot be loaded, attempt takes the message and the result is (None, None).
     """
-    dtype, transformer, layers = PRECISIONS[config.training.precision], None, []
+    transformer, layers = None, []
     if needs_base(config):
-        transformer = attempt("model", backbone.load_transformer, config.model, dtype)
+        transformer = attempt("model", _load, config, backbone, config.model, device)
         if transformer is None:
             return None, None
     if config.student.lora:
@@ -125,7 +126,7 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
     for name, source in config.sources.items():
         kind = (source.weights, tuple((lora.path, lora.scale) for lora in source.lora))
         if name not in on_base and kind not in loaded:
-            loaded[kind] = attempt(f"sources.{name}.weights", _own_weights, source, config, backbone, dtype)
+            loaded[kind] = attempt(f"sources.{name}.weights", _own_frozen, source, config, backbone, device)
         if name not in on_base:
             others[name] = loaded[kind]
     own = transformer if config.student.lora else attempt("student.init_from", empty_transformer, start_folder(config))
@@ -149,7 +150,7 @@ def load_networks(config: Config, backbone: ModuleType, device: torch.device, at
         return None, None
     shared = None
     if transformer:
-        if config.training.base_precision:
+        if config.training.base_precision == "int8":
             to_eight_bit(transformer, device)
         adapters = [lora for lora in loras.values() if lora]
         shared = SharedBase(transformer.to(device), adapters, backbone.velocity, layers)
@@ -269,10 +270,28 @@ def _own_weights(source: Source, config: Config, backbone: ModuleType, dtype: to
     return merge_into(network, _sum(source, network, pipeline_class_of(config.model)))
 
 
+def _load(config: Config, backbone: ModuleType, folder, device: torch.device | None, lora: Lora | None = None):
+    """A frozen transformer, an adapter merged into it; in FP8, where it is wanted, on the device."""
+    dtype = PRECISIONS[config.training.precision]
+    if config.training.base_precision == "fp8":
+        return load_fp8(folder, backbone, dtype, device, lora)
+    return merge_into(backbone.load_transformer(folder, dtype), lora or {})
+
+
+def _own_frozen(source: Source, config: Config, backbone: ModuleType, device: torch.device | None) -> nn.Module:
+    """A source's own transformer to be asked, with its adapters merged."""
+    fp8, device = config.training.base_precision == "fp8", None if config.training.offload_sources else device
+    if fp8 and not is_file_name(source.weights):
+        lora = _sum(source, empty_transformer(source.weights), pipeline_class_of(config.model))
+        return _load(config, backbone, source.weights, device, lora)
+    network = _own_weights(source, config, backbone, PRECISIONS[config.training.precision])
+    return to_fp8(network, device) if fp8 else network
+
+
 def _placed(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """A source's transformer as it waits to be asked: on the device, or in host memory."""
     offload = config.training.offload_sources
-    if config.training.base_precision:
+    if config.training.base_precision == "int8":
         to_eight_bit(network, None if offload else device)
     return stream_blocks(network, device) if offload else network.to(device)
 
