@@ -16,6 +16,8 @@ from torch import nn
 
 from danceopd.errors import UserError
 
+PART = 2**18  # entries of a weight that are rounded at a time, some of them in float32
+
 
 class Fp8Linear(nn.Linear):
     """A frozen linear layer: x [..., in] in `dtype` -> [..., out], differentiable in x.
@@ -28,13 +30,20 @@ class Fp8Linear(nn.Linear):
         nn.Module.__init__(self)  # without new parameters
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype, self.modulates, self.bias = linear.weight.dtype, modulates, linear.bias
-        self.register_buffer("weight_scale", None)
-        self.take(linear.weight)
-
-    def take(self, weight: torch.Tensor) -> None:
-        """Store a weight [out, in], on its device."""
-        codes, self.weight_scale = fp8_quantize_rowwise(weight.detach())
+        like = {"device": linear.weight.device}
+        codes = torch.empty(linear.weight.shape, dtype=torch.float8_e4m3fn, **like)
         self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("weight_scale", torch.empty(self.out_features, 1, **like))
+        if not codes.is_meta:
+            self.fill(linear.weight)
+
+    @torch.no_grad()
+    def fill(self, weight: torch.Tensor) -> None:
+        """Round a weight [out, in] into the place of the old one."""
+        rows = max(1, PART // weight.shape[1])
+        for part, codes, scale in zip(*(t.split(rows) for t in (weight, self.weight, self.weight_scale)), strict=True):
+            for place, value in zip((codes, scale), fp8_quantize_rowwise(part), strict=True):
+                place.copy_(value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.detach()
@@ -108,27 +117,31 @@ def load_fp8(
         for parameter in network.parameters():
             parameter.data = parameter.data.to(dtype)
         to_fp8(network)
-        shapes = {key: value.shape for key, value in network.state_dict().items()}
-        scales = {f"{name}.weight_scale" for name, module in network.named_modules() if isinstance(module, Fp8Linear)}
-        missing = shapes.keys() - scales
+        layers = {f"{name}.weight": module for name, module in network.named_modules() if isinstance(module, Fp8Linear)}
+        missing = set()
+        for key, value in network.state_dict().items():
+            kept = not value.is_floating_point() or key in layers or key.endswith(".weight_scale")
+            kind = value.dtype if kept else dtype
+            # All places first: between what is read and let go again they would scatter over the memory.
+            place = torch.empty(value.shape, dtype=kind, device=device)
+            set_module_tensor_to_device(network, key, device, value=place, dtype=kind)
+            if not key.endswith(".weight_scale"):
+                missing.add(key)
+        places = network.state_dict()
         for file in weight_files(path):
             with safe_open(file, framework="pt") as opened:
                 for key in missing & set(opened.keys()):
-                    value = opened.get_tensor(key)
-                    if value.shape != shapes[key]:
+                    value, name = opened.get_tensor(key), key.removesuffix(".weight")
+                    if value.shape != places[key].shape:
                         raise UserError(
-                            f"{file}: {key} is {list(value.shape)} there and {list(shapes[key])} in a {cls.__name__} "
-                            "of this configuration; copy the whole folder again"
+                            f"{file}: {key} is {list(value.shape)} there and {list(places[key].shape)} in a "
+                            f"{cls.__name__} of this configuration; copy the whole folder again"
                         )
-                    kind = dtype if value.is_floating_point() else value.dtype
-                    value = value.to(device, kind, copy=True)  # of its own, so that the file can be let go
-                    name = key.removesuffix(".weight")
+                    if key in layers or name in lora:
+                        value = value.to(device, dtype)
                     if name in lora:
                         value = added(value, *lora[name])
-                    if f"{name}.weight_scale" in scales:
-                        network.get_submodule(name).take(value)
-                    else:
-                        set_module_tensor_to_device(network, key, device, value=value)
+                    (layers[key].fill if key in layers else places[key].copy_)(value)
                     missing.remove(key)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
