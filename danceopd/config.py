@@ -124,8 +124,9 @@ class Training(Section):
     max_network_evaluations ends a run before max_steps: forwards of one sample by any network, a backward counted
     as two. gradient_checkpointing: with a `model`, the backward computes each block again instead of keeping it.
     base_precision: of the frozen linear weights in a `model`'s blocks, those of sources too; adapters stay as they
-    are. offload_sources: with a `model`, sources with weights of their own wait in host memory, and a forward brings
-    their blocks to the device one after another, the next while one computes; without effect on a CPU.
+    are. With fp8 a token's input is rounded too where the device multiplies FP8; the embedded network's sources can
+    have it as well. offload_sources: with a `model`, sources with weights of their own wait in host memory, and a
+    forward brings their blocks to the device one after another, the next while one computes; without effect on a CPU.
 
     With DeepSpeed: rollout_on: ZeRO-3's rollouts ask a replica of the student that is gathered once an update, or its
     shards, which every forward gathers. shard_sources: sources with weights of their own lie on all ranks in shards, or
@@ -150,7 +151,7 @@ class Training(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
-    base_precision: Literal["int8"] | None = None
+    base_precision: Literal["int8", "fp8"] | None = None
     offload_sources: bool = False
     rollout_on: Literal["auto", "replica", "shards"] = "auto"
     shard_sources: Literal["auto"] | bool = "auto"
@@ -306,7 +307,8 @@ def _check_model(config: Config) -> list[str]:
         return evaluation + _check_start(config)
     of_models = {f"student.{key}": getattr(config.student, key) for key in ("lora", "embedded_guidance")}
     for key in ("gradient_checkpointing", "base_precision", "offload_sources"):
-        of_models[f"training.{key}"] = getattr(config.training, key) or None
+        value = getattr(config.training, key)
+        of_models[f"training.{key}"] = value if value and value != "fp8" else None
     for name, source in config.sources.items():
         of_models |= {f"sources.{name}.{key}": getattr(source, key) for key in ("lora", "embedded_guidance")}
     given = [key for key, value in of_models.items() if value not in (None, [])]

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from danceopd_kernels import pack_adapters, routed_lora_linear
-from danceopd_kernels.lora import Adapters
+from danceopd_kernels.lora import Adapters, frozen_linear
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
@@ -24,6 +24,7 @@ from danceopd.conditioning import Conditioning
 from danceopd.eight_bit import as_multiplied
 from danceopd.errors import UserError
 from danceopd.fields import Field, by_sources
+from danceopd.fp8 import Fp8Linear, numbers
 
 Lora = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # by module: A [rank, in], B [out, rank], scale
 
@@ -267,9 +268,14 @@ def merge_into(transformer: nn.Module, lora: Lora) -> nn.Module:
     """Add scale B A to the transformer's own weights, in float32, one layer at a time; returns the transformer."""
     for name, (a, b, scale) in lora.items():
         weight = transformer.get_submodule(name).weight
-        change = scale * (b.to(weight.device).float() @ a.to(weight.device).float())
-        weight.copy_(weight.float() + change)
+        weight.copy_(added(weight, a, b, scale))
     return transformer
+
+
+def added(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """A weight + scale b a, summed in float32, in the weight's dtype."""
+    change = scale * (b.to(weight.device).float() @ a.to(weight.device).float())
+    return (weight.float() + change).to(weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------------- sharing
@@ -304,7 +310,10 @@ class _RoutedLinear(nn.Linear):
         nn.Module.__init__(self)  # without new parameters
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.name, self.route = name, route
+        self.name, self.route, fp8 = name, route, isinstance(linear, Fp8Linear)
+        self.dtype = linear.dtype if fp8 else linear.weight.dtype
+        self.modulates = fp8 and linear.modulates
+        self.register_buffer("weight_scale", linear.weight_scale if fp8 else None)
         self.register_buffer("lora_a", None, persistent=False)  # so it stays in a layer that only the student changes
         if any(len(a) for a, _, _ in adapters):
             packed = pack_adapters([(a, b) for a, b, _ in adapters])
@@ -314,12 +323,16 @@ class _RoutedLinear(nn.Linear):
             self.scale = tuple(scale for _, _, scale in adapters)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = as_multiplied(self.weight)
-        if self.route.student is not None and x.numel():
-            return self.route.student.layer(self.name, x, weight, self.bias)
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        weight, weight_scale = as_multiplied(self.weight), self.weight_scale
+        if self.modulates:  # its input stays as it is
+            weight, weight_scale = numbers(weight, weight_scale, self.dtype), None
+        if self.route.student is not None:
+            return self.route.student.layer(self.name, x.to(self.dtype), weight, self.bias, weight_scale)
         adapter = self.route.adapter
-        if adapter is None or self.lora_a is None or not x.numel():
-            return nn.functional.linear(x, weight, self.bias)
+        if adapter is None or self.lora_a is None:
+            return frozen_linear(x, weight, self.bias, weight_scale)
         if self.route.same:
             rows = x.reshape(1, -1, x.shape[-1])  # whatever its axes mean
         else:
@@ -334,7 +347,7 @@ class _RoutedLinear(nn.Linear):
         first = _constant(self.first, torch.int64, x.device)
         scale = _constant(self.scale, torch.float32, x.device)
         adapters = Adapters(self.lora_a, self.lora_b, first, scale, self.rank)
-        out = routed_lora_linear(rows.to(weight.dtype), weight, self.bias, adapters, adapter)
+        out = routed_lora_linear(rows.to(self.dtype), weight, self.bias, adapters, adapter, weight_scale=weight_scale)
         return out.reshape(*x.shape[:-1], self.out_features)
 
 
@@ -364,7 +377,8 @@ class SharedBase:
                 linear = transformer.get_submodule(name)
             except AttributeError:
                 raise UserError(f"{type(transformer).__name__} has no layer {name}, which a LoRA changes") from None
-            like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+            dtype = linear.dtype if isinstance(linear, Fp8Linear) else linear.weight.dtype
+            like = {"dtype": dtype, "device": linear.weight.device}
             # of rank 0 where a teacher leaves the layer as it is
             none = (torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0), 1.0)
             parts = [lora.get(name, none) for lora in loras]
@@ -430,13 +444,13 @@ class _Factors(nn.Module):
         super().__init__()
         self.lora_A, self.lora_B, self.scale = nn.Parameter(a), nn.Parameter(b), scale
 
-    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x, weight, bias=None, weight_scale=None) -> torch.Tensor:
         first = _constant((0, len(self.lora_A)), torch.int64, x.device)
         scale = _constant((self.scale,), torch.float32, x.device)
         adapters = Adapters(self.lora_A, self.lora_B.mT, first, scale, len(self.lora_A))
-        rows = x.reshape(1, -1, x.shape[-1]).to(weight.dtype)
+        rows = x.reshape(1, -1, x.shape[-1])
         everyone = _constant((0,), torch.int64, x.device)
-        out = routed_lora_linear(rows, weight, bias, adapters, everyone)
+        out = routed_lora_linear(rows, weight, bias, adapters, everyone, weight_scale=weight_scale)
         return out.reshape(*x.shape[:-1], len(weight))
 
 
@@ -480,11 +494,11 @@ class LoraStudent(nn.Module):
         """The frozen transformer that the adapter is of."""
         return self._shared[0].transformer
 
-    def layer(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """One linear layer with its adapter, or without where the student has none there."""
+    def layer(self, name: str, x, weight, bias=None, weight_scale=None) -> torch.Tensor:
+        """One linear layer with its adapter, or without where the student has none there; as frozen_linear."""
         if _flat(name) not in self.factors:
-            return nn.functional.linear(x, weight, bias)
-        return self.factors[_flat(name)](x, weight, bias)
+            return frozen_linear(x, weight, bias, weight_scale)
+        return self.factors[_flat(name)](x, weight, bias, weight_scale)
 
     def factors_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A [rank, in] and B [out, rank] of a layer."""

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from danceopd.backbones.loading import check_weights, transformer_folder
+from danceopd.backbones.loading import transformer_folder, weight_files
 from danceopd.errors import UserError
 from danceopd.lora import Lora
 from danceopd.training.state import Checkpoint
@@ -36,19 +36,14 @@ class Weights:
 
 def of_folder(folder: Path | str) -> Weights:
     """Of a transformer that save_pretrained wrote, or of a pipeline's. Raises UserError for files that are not good."""
-    folder = transformer_folder(folder)
-    check_weights(folder)
-    index, files, shapes = folder / SAFE_WEIGHTS_INDEX_NAME, {SAFETENSORS_WEIGHTS_NAME}, {}
-    if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    places = {}
-    for file in sorted(files):
+    shapes, places = {}, {}
+    for file in weight_files(transformer_folder(folder)):
         try:
-            with safe_open(folder / file, framework="pt") as opened:
+            with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
-                    shapes[name], places[name] = torch.Size(opened.get_slice(name).get_shape()), folder / file
+                    shapes[name], places[name] = torch.Size(opened.get_slice(name).get_shape()), file
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder / file}: cannot be read as safetensors, copy it again: {error}") from error
+            raise UserError(f"{file}: cannot be read as safetensors, copy it again: {error}") from error
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         first, last, skipped = _rows(shapes[name], start, stop)

@@ -42,14 +42,12 @@ def empty_transformer(folder: Path | str):
         raise UserError(f"{path}: no transformer that diffusers knows: {error}") from None
 
 
-def meta_transformer(folder: Path | str, backbone: ModuleType, dtype):
-    """An empty_transformer of the class that the backbone serves, in this dtype, frozen, in eval mode.
+def transformer_class(folder: Path | str, backbone: ModuleType) -> type:
+    """diffusers' class that a transformer's own folder is of, by its configuration.
 
-    Raises UserError for a configuration that is missing, damaged, or of another class.
+    Raises UserError for a configuration that is missing, damaged, or of a class that the backbone does not serve.
     """
-    import torch
-
-    path = transformer_folder(folder) / "config.json"
+    path = Path(folder) / "config.json"
     try:
         name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
     except FileNotFoundError:
@@ -59,6 +57,17 @@ def meta_transformer(folder: Path | str, backbone: ModuleType, dtype):
     cls = getattr(backbone, str(name), None)  # a backbone's module has the one class that it loads
     if not hasattr(cls, "from_config"):
         raise UserError(f"{path}: a {name} is not a transformer of this family")
+    return cls
+
+
+def meta_transformer(folder: Path | str, backbone: ModuleType, dtype):
+    """An empty_transformer of the class that the backbone serves, in this dtype, frozen, in eval mode.
+
+    Raises UserError as transformer_class does.
+    """
+    import torch
+
+    transformer_class(transformer_folder(folder), backbone)
     return torch.nn.Module.to(empty_transformer(folder), dtype).eval().requires_grad_(False)
 
 

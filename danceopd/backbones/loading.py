@@ -195,6 +195,11 @@ def stream_blocks(network: nn.Module, device: torch.device) -> nn.Module:
 
 def check_weights(folder: Path | str) -> None:
     """A transformer's or VAE's weights are all there; none is opened. Raises UserError that names the missing ones."""
+    weight_files(folder)
+
+
+def weight_files(folder: Path | str) -> list[Path]:
+    """The files of a transformer's or VAE's weights, which are all there. Raises UserError that names missing ones."""
     from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 
     folder = transformer_folder(folder)
@@ -209,6 +214,7 @@ def check_weights(folder: Path | str) -> None:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"no weights {', '.join(missing[:3])}{more} in {folder}; copy the folder again")
+    return [folder / name for name in names]
 
 
 def picture_codec(folder: Path | str, device: torch.device | str, dtype: torch.dtype) -> tuple[Callable, Callable]:

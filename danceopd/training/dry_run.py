@@ -27,6 +27,7 @@ from danceopd.conditioning import Conditioning
 from danceopd.config import Config
 from danceopd.eight_bit import check_eight_bit, stored, to_eight_bit
 from danceopd.errors import UserError
+from danceopd.fp8 import check_fp8, to_fp8
 from danceopd.methods import needs
 from danceopd.optimizers import Muon, adamw_class, make_optimizers
 from danceopd.query import expected_depth
@@ -105,7 +106,9 @@ class Plan:
 def dry_run(config: Config) -> Plan:
     """Find out all that a run takes and all that it lacks; nothing is written."""
     plan = Plan()
-    plan.attempt("training.device", find_device, config.training.device)
+    device = plan.attempt("training.device", find_device, config.training.device)
+    if config.training.base_precision == "fp8":
+        plan.attempt("training.base_precision", check_fp8, device)
     plan.attempt("training.output_dir", _check_folder, config.training.output_dir)
     plan.attempt("training.optimizer", adamw_class, config.training.optimizer)
     (_model if config.model else _embedded)(config, plan)
@@ -165,7 +168,9 @@ def _model(config: Config, plan: Plan) -> None:
     from danceopd.training.models import PRECISIONS, check_decoder, model_samples, needs_base, sources_on_base
 
     attempt, dtype = plan.attempt, PRECISIONS[config.training.precision]
-    eight_bit = config.training.base_precision and attempt("training.base_precision", check_eight_bit)
+    narrow = {None: None, "fp8": to_fp8}.get(config.training.base_precision, to_eight_bit)
+    if narrow is to_eight_bit and not attempt("training.base_precision", check_eight_bit):
+        narrow = None
     backbone = attempt("model", backbone_of, config.model)
     samples = model_samples(config, backbone, attempt) if backbone else _rows_alone(config, plan)
     if backbone is None:
@@ -204,10 +209,10 @@ def _model(config: Config, plan: Plan) -> None:
     plan.parameters |= {f"source {name}, beside the base": n for name, n in sources.items() if n is not None}
     size, name = dtype.itemsize, str(dtype).removeprefix("torch.")
     how = f"{size} bytes, {name}"
-    if eight_bit:
+    if narrow:
         how = f"1 byte in the blocks' linear layers, {size} elsewhere"
         for network in filter(None, (transformer, *networks.values())):
-            to_eight_bit(network)
+            narrow(network)
     if needs_base(config):
         plan.memory["base weights"] = nbytes(transformer), f"{count(transformer):,} x {how}, shared"
     total = sum(n for source, n in sources.items() if n and source not in networks)
@@ -394,8 +399,12 @@ def _embedded(config: Config, plan: Plan) -> None:
         if rows is not None:
             plan.found.append(f"{name}: {len(rows)} rows")
     plan.parameters |= {f"source {name}": count(source) for name, source in sources.items() if source}
-    total = sum(count(source) for source in sources.values() if source)
-    plan.memory["source weights"] = FLOAT * total, f"{total:,} x 4 bytes, float32"
+    total, how = sum(count(source) for source in sources.values() if source), "4 bytes, float32"
+    size_of_sources = FLOAT * total
+    if config.training.base_precision == "fp8":
+        how = "1 byte in the blocks' linear layers, 4 elsewhere"
+        size_of_sources = sum(nbytes(to_fp8(source)) for source in sources.values() if source)
+    plan.memory["source weights"] = size_of_sources, f"{total:,} x {how}"
     if student is None:
         return
     _trained(config, plan, student)
@@ -576,7 +585,7 @@ def kept_for_backward(
         transformer.enable_gradient_checkpointing(block)
     adapter = hasattr(student, "layer")
     if adapter:
-        student.layer = lambda name, x, weight, bias: _adapted(student, name, x, weight)
+        student.layer = lambda name, x, weight, *_: _adapted(student, name, x, weight)
     # Some families read lengths and masks on the host, others want them where the rest is.
     for place in ("meta", "cpu"):
         try:
@@ -612,7 +621,7 @@ def operations(student: nn.Module, shape: tuple[int, ...], conditioning: Conditi
     """
     adapter = hasattr(student, "layer")
     if adapter:
-        student.layer = lambda name, x, weight, bias: _plain_adapted(student, name, x, weight)
+        student.layer = lambda name, x, weight, *_: _plain_adapted(student, name, x, weight)
     try:
         for place in ("meta", "cpu"):  # as for kept_for_backward
             with FlopCounterMode(display=False) as counter:
@@ -629,8 +638,7 @@ def operations(student: nn.Module, shape: tuple[int, ...], conditioning: Conditi
 
 def _plain_adapted(student: nn.Module, name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     a, b = (student.factors[f"{name.replace('.', '/')}/lora_{side}"] for side in "AB")
-    base = x.new_empty(weight.shape, dtype=weight.dtype)  # whatever a weight of 8 bits is
-    x = x.to(weight.dtype)
+    base = x.new_empty(weight.shape)  # whatever a weight of 8 bits is
     return F.linear(x, base) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
@@ -645,7 +653,7 @@ def _forward(student: nn.Module, shape, conditioning: Conditioning, place: str) 
 
 
 def _adapted(student: nn.Module, name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return _Adapted.apply(x.to(weight.dtype), weight, *student.factors_of(name))
+    return _Adapted.apply(x, weight, *student.factors_of(name))
 
 
 def _bytes_of(conditioning: Conditioning) -> int:

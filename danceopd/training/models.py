@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +25,7 @@ from danceopd.data.sampler import Group, Samples
 from danceopd.eight_bit import to_eight_bit
 from danceopd.errors import UserError
 from danceopd.fields import Field, SharedField, guided
+from danceopd.fp8 import load_fp8, to_fp8
 from danceopd.lora import Lora, LoraStudent, SharedBase, combine, load_lora, merge_into, target_layers
 from danceopd.methods import needs
 from danceopd.training.lockstep import Lockstep
@@ -145,9 +146,9 @@ def load_networks(
     empty: of own_networks; in_shards: "student" and "sources" are Unread. Where something cannot be loaded, attempt
     takes the message and the result is (None, None).
     """
-    dtype, transformer, layers = PRECISIONS[config.training.precision], None, []
+    transformer, layers = None, []
     if needs_base(config):
-        transformer = attempt("model", backbone.load_transformer, config.model, dtype)
+        transformer = attempt("model", _load, config, backbone, config.model, device)
         if transformer is None:
             return None, None
     if config.student.lora:
@@ -159,7 +160,7 @@ def load_networks(
         for name, source in config.sources.items()
         if name in on_base
     }
-    load = _unread if "sources" in in_shards else _own_weights
+    load = _unread if "sources" in in_shards else partial(_own_frozen, device=device)
     loaded = {}  # by network: of sources of the same weights and adapters there is one
     for name, network in empty.items():
         if id(network) not in loaded:
@@ -187,7 +188,7 @@ def load_networks(
         return None, None
     shared = None
     if transformer:
-        if config.training.base_precision:
+        if config.training.base_precision == "int8":
             to_eight_bit(transformer, device)
         adapters = [lora for lora in loras.values() if lora]
         shared = SharedBase(transformer.to(device), adapters, backbone.velocity, layers)
@@ -344,10 +345,30 @@ def read(network: Unread, ranks: Ranks = ALONE, settings: dict | None = None) ->
     return built(network.folder, network.weights, network.empty.dtype, ranks, settings)
 
 
+def _load(config: Config, backbone: ModuleType, folder, device: torch.device | None, lora: Lora | None = None):
+    """A frozen transformer, an adapter merged into it; in FP8, where it is wanted, on the device."""
+    dtype = PRECISIONS[config.training.precision]
+    if config.training.base_precision == "fp8":
+        return load_fp8(folder, backbone, dtype, device, lora)
+    return merge_into(backbone.load_transformer(folder, dtype), lora or {})
+
+
+def _own_frozen(
+    source: Source, config: Config, backbone: ModuleType, empty: nn.Module, device: torch.device | None
+) -> nn.Module:
+    """A source's own transformer to be asked, with its adapters merged."""
+    fp8, device = config.training.base_precision == "fp8", None if config.training.offload_sources else device
+    if fp8 and not is_file_name(source.weights):
+        lora = _sum(source, empty, pipeline_class_of(config.model))
+        return _load(config, backbone, source.weights, device, lora)
+    network = _own_weights(source, config, backbone, empty)
+    return to_fp8(network, device) if fp8 else network
+
+
 def _placed(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """A source's transformer as it waits to be asked: on the device, or in host memory."""
     offload = config.training.offload_sources
-    if config.training.base_precision:
+    if config.training.base_precision == "int8":
         to_eight_bit(network, None if offload else device)
     return stream_blocks(network, device) if offload else network.to(device)
 

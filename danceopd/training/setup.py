@@ -21,6 +21,7 @@ from danceopd.data.world import WorldData
 from danceopd.eight_bit import check_eight_bit
 from danceopd.errors import UserError
 from danceopd.fields import Field, guided
+from danceopd.fp8 import check_fp8, to_fp8
 from danceopd.methods import needs
 from danceopd.optimizers import adamw_class
 from danceopd.tokenizer import tokenize
@@ -69,7 +70,9 @@ def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) ->
     device = attempt("training.device", find_device, config.training.device)
     attempt("training.output_dir", _check_folder, config.training.output_dir)
     attempt("training.optimizer", adamw_class, config.training.optimizer)
-    if config.training.base_precision:
+    if config.training.base_precision == "fp8":
+        attempt("training.base_precision", check_fp8, device)
+    elif config.training.base_precision:
         attempt("training.base_precision", check_eight_bit)
     if config.model:
         return _build_model(config, device, attempt, problems, ranks, settings)
@@ -90,6 +93,8 @@ def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) ->
     _stop_at(problems)
     empty_prompt = tokenize([""], student.config.text_length)[0].to(device)
     fields = []
+    if config.training.base_precision == "fp8":
+        networks = {name: to_fp8(network, device) for name, network in networks.items()}
     for capability in config.capabilities.values():
         network = networks[capability.source].to(device).requires_grad_(False)
         fields.append(guided(network, empty_prompt, config.sources[capability.source].guidance_scale))

@@ -1,4 +1,4 @@
-"""Operation 5: rows to float8 e4m3, after a layer norm and its modulation if asked, and the product of such rows.
+"""Operation 5: rows to float8 e4m3, after a layer norm and its modulation if asked, and products with such weights.
 
 Codes are made and read by bit arithmetic: sm_80 has no instruction for it, and so every device runs the same code.
 """
@@ -17,6 +17,7 @@ if has_triton():
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cpu", "triton")  # of the quantiser
 FLOAT8 = torch.float8_e4m3fn
+WEIGHT_ONLY = (torch.bfloat16, torch.float16)  # of tokens that are multiplied as they are, by Triton
 LARGEST = 448.0  # of float8 e4m3
 SMALLEST_SCALE = 2.0**-126  # so that neither a row's scale nor its inverse leaves float32
 
@@ -40,6 +41,13 @@ def reference_linear(codes, x_scale, weight, weight_scale, bias, out_dtype) -> t
     """codes [T, in], weight [out, in]: the product in float32, then the scales and the bias."""
     out = (codes.float() @ weight.float().mT) * x_scale * weight_scale.mT
     return (out if bias is None else out + bias.float()).to(out_dtype)
+
+
+def reference_weight_linear(x, weight, weight_scale, bias, out_dtype) -> torch.Tensor:
+    """x [T, in], codes of the weight [out, in]: the product in x's dtype with what they stand for."""
+    number = (weight.float() * weight_scale).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.nn.functional.linear(x, number, bias).to(out_dtype)
 
 
 # -------------------------------------------------------------------------------------------------- Triton
@@ -104,8 +112,8 @@ if has_triton():
 
     @triton.jit
     def _linear_kernel(
-        codes,  # [rows, width] uint8
-        x_scale,  # [rows]
+        x,  # [rows, width]: uint8 codes, or numbers if WEIGHT_ONLY
+        x_scale,  # [rows], of codes
         weight,  # [columns, width] uint8
         weight_scale,  # [columns]
         bias,
@@ -114,21 +122,32 @@ if has_triton():
         columns,
         width,
         BIAS: tl.constexpr,
+        WEIGHT_ONLY: tl.constexpr,
+        INTERPRETED: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        left_at, right_at = codes + m[:, None] * width, weight + n[:, None] * width
+        left_at, right_at = x + m[:, None] * width, weight + n[:, None] * width
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for begin in range(0, width, BLOCK_K):
             k = begin + tl.arange(0, BLOCK_K)
             left = tl.load(left_at + k, (m < rows)[:, None] & (k < width), other=0)
             right = tl.load(right_at + k, (n < columns)[:, None] & (k < width), other=0)
-            total = tl.dot(_decode(left), tl.trans(_decode(right)), total)
-        total *= 65536.0  # 256 of either side
-        total *= tl.load(x_scale + m, m < rows, other=0.0)[:, None]
+            right = _decode(right)
+            if WEIGHT_ONLY:
+                right = right.to(left.dtype)  # bfloat16 holds every code too
+            else:
+                left = _decode(left)
+            if INTERPRETED:  # the interpreter multiplies bfloat16's bits as if they were integers
+                left, right = left.to(tl.float32), right.to(tl.float32)
+            total = tl.dot(left, tl.trans(right), total)
+        total *= 256.0
+        if not WEIGHT_ONLY:
+            total *= 256.0  # of the other side
+            total *= tl.load(x_scale + m, m < rows, other=0.0)[:, None]
         total *= tl.load(weight_scale + n, n < columns, other=0.0)
         if BIAS:
             total += tl.load(bias + n, n < columns, other=0.0).to(tl.float32)
@@ -157,12 +176,16 @@ def run_triton(x, norm: bool, scale, shift, eps: float) -> tuple[torch.Tensor, t
     return codes.view(FLOAT8), row_scale
 
 
-def run_triton_linear(codes, x_scale, weight, weight_scale, bias, out_dtype) -> torch.Tensor:
-    (rows, width), columns = codes.shape, len(weight)
-    out = torch.empty(rows, columns, dtype=out_dtype, device=codes.device)
+def run_triton_linear(x, x_scale, weight, weight_scale, bias, out_dtype) -> torch.Tensor:
+    """x_scale: of codes; None for x in bf16 or fp16, whose product with the weight's numbers is made as it is."""
+    (rows, width), columns = x.shape, len(weight)
+    out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
+    weight_only = x_scale is None
     _linear_kernel[(triton.cdiv(rows, LINEAR["BLOCK_M"]), triton.cdiv(columns, LINEAR["BLOCK_N"]))](
-        codes.view(torch.uint8), x_scale, weight.view(torch.uint8), weight_scale, out if bias is None else bias, out,
-        rows, columns, width, BIAS=bias is not None, **LINEAR, num_warps=8,
+        x if weight_only else x.view(torch.uint8), weight_scale if weight_only else x_scale,
+        weight.view(torch.uint8), weight_scale, out if bias is None else bias, out, rows, columns, width,
+        BIAS=bias is not None, WEIGHT_ONLY=weight_only,
+        INTERPRETED=weight_only and os.environ.get("TRITON_INTERPRET") == "1", **LINEAR, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -182,8 +205,12 @@ def configurations() -> list:
             constants = {"NORM": norm, "MODULATED": norm, "BLOCK": block}
             name = f"fp8_quantize_rowwise {dtype}, {width} wide" + ", norm and modulation" * norm
             result.append(Configuration(name, _quantize_kernel, data, constants, warps, 128, streaming=True))
-        constants = LINEAR | {"BIAS": True}
-        result.append(Configuration(f"fp8_linear {dtype}", _linear_kernel, data, constants, 8, 255, product=True))
+        constants = LINEAR | {"BIAS": True, "WEIGHT_ONLY": False, "INTERPRETED": False}
+        codes = data | {"x": "*u8"}
+        result.append(Configuration(f"fp8_linear {dtype}", _linear_kernel, codes, constants, 8, 255, product=True))
+        if dtype != "fp32":
+            constants, name = constants | {"WEIGHT_ONLY": True}, f"fp8_linear {dtype}, weight only"
+            result.append(Configuration(name, _linear_kernel, data, constants, 8, 255, product=True))
     return result
 
 
@@ -248,34 +275,71 @@ def fp8_linear(
     *,
     x_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    weight_only: bool | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """x weight^T + bias from codes and their scales, accumulated in float32: [..., out] in out_dtype.
 
     weight [out, in] float8_e4m3fn, weight_scale [out, 1] float32, as fp8_quantize_rowwise makes them. x [..., in]:
-    codes with x_scale [..., 1], or fp32, bf16, fp16, then quantised here. bias [out]. out_dtype: fp32, bf16 or fp16;
-    x's, or bf16 for codes, if not given. By torch._scaled_mm where it takes these, else by Triton; backend "torch" is
-    the former or a product in float32, "triton" the latter. No gradient: raises ValueError where one would be lost,
-    for shapes, dtypes or devices that do not fit, or a backend that cannot run.
+    codes with x_scale [..., 1], or fp32, bf16, fp16, then quantised here, or not if weight_only: if not said, on GPUs
+    before sm_89, which do not multiply codes. bias [out]. out_dtype: fp32, bf16 or fp16; x's, or bf16 for codes, if not
+    given. Codes by torch._scaled_mm where it takes these, else by Triton; backend "torch" is the former or a product in
+    float32, "triton" the latter. With weight_only Triton decodes bf16's and fp16's weight inside the product; "torch",
+    and any fp32 x, before it. Differentiable in x: the gradient takes no notice of x's rounding; the rest is frozen.
+    Raises ValueError where another gradient would be lost, for shapes, dtypes or devices that do not fit, or a backend
+    that cannot run.
     """
     _check_linear(x, weight, weight_scale, bias, x_scale)
     out_dtype = out_dtype or (torch.bfloat16 if x.dtype == FLOAT8 else x.dtype)
     if out_dtype not in DTYPES:
         raise ValueError(f"out_dtype must be fp32, bf16 or fp16, got {out_dtype}")
+    if weight_only and x_scale is not None:
+        raise ValueError("weight_only goes with x in fp32, bf16 or fp16, not with codes")
+    if weight_only is None:
+        weight_only = x_scale is None and not multiplies_codes(x.device)
+    rows, x_scale = x.reshape(-1, x.shape[-1]), None if x_scale is None else x_scale.reshape(-1, 1)
+    run = _Linear.apply if torch.is_grad_enabled() and x.requires_grad else _linear
+    out = run(rows, weight, weight_scale, bias, x_scale, out_dtype, weight_only, backend)
+    return out.view(*x.shape[:-1], len(weight))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, weight_scale, *rest):
+        ctx.save_for_backward(weight, weight_scale)
+        ctx.dtype = x.dtype
+        return _linear(x, weight, weight_scale, *rest)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return input_gradient(grad, *ctx.saved_tensors, ctx.dtype), *(None,) * 7
+
+
+def input_gradient(grad, weight, weight_scale, dtype: torch.dtype) -> torch.Tensor:
+    """grad [..., out] times the weight, in dtype: the gradient of its input."""
+    # The scales go to the gradient, since codes are exact in every dtype.
+    return (grad * weight_scale[:, 0]).to(dtype) @ weight.to(dtype)
+
+
+def multiplies_codes(device: torch.device) -> bool:
+    """Whether a product of codes is quicker there than of numbers; the host does what sm_89 and later GPUs do."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _linear(x, weight, weight_scale, bias, x_scale, out_dtype, weight_only: bool, backend: str | None) -> torch.Tensor:
+    """x [T, in]."""
+    weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
+    if weight_only:
+        if choose(x, backend, WEIGHT_ONLY) == "triton":
+            return run_triton_linear(x.contiguous(), None, weight, weight_scale, bias, out_dtype)
+        return reference_weight_linear(x, weight, weight_scale, bias, out_dtype)
     offered = scaled_mm_takes(weight, out_dtype)
     first = "torch" if backend is None and offered and not os.environ.get(VARIABLE) else backend
     chosen = choose(x, first, (*DTYPES, FLOAT8))
     codes, x_scale = fp8_quantize_rowwise(x, backend=backend) if x_scale is None else (x, x_scale)
-    args = (
-        codes.reshape(-1, x.shape[-1]).contiguous(),
-        x_scale.reshape(-1, 1).contiguous(),
-        weight.contiguous(),
-        weight_scale.contiguous(),
-        bias,
-        out_dtype,
-    )
     run = run_triton_linear if chosen == "triton" else run_scaled_mm if offered else reference_linear
-    return run(*args).view(*x.shape[:-1], len(weight))
+    return run(codes.contiguous(), x_scale.contiguous(), weight, weight_scale, bias, out_dtype)
 
 
 def scaled_mm_takes(weight: torch.Tensor, out_dtype: torch.dtype) -> bool:
@@ -283,7 +347,7 @@ def scaled_mm_takes(weight: torch.Tensor, out_dtype: torch.dtype) -> bool:
     if weight.device.type == "cpu":
         return True
     fits = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0 and out_dtype == torch.bfloat16
-    return fits and weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 9)
+    return fits and weight.is_cuda and multiplies_codes(weight.device)
 
 
 def run_scaled_mm(codes, x_scale, weight, weight_scale, bias, out_dtype) -> torch.Tensor:
@@ -327,7 +391,7 @@ def _check_linear(x, weight, weight_scale, bias, x_scale) -> None:
     for name, tensor in (("weight", weight), ("weight_scale", weight_scale), ("bias", bias), ("x_scale", x_scale)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device}, as x is, got {tensor.device}")
-    _refuse_gradient(x=x, bias=bias, weight_scale=weight_scale, x_scale=x_scale)
+    _refuse_gradient(bias=bias, weight_scale=weight_scale, x_scale=x_scale)
 
 
 def _refuse_gradient(**tensors) -> None:

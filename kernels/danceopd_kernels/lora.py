@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 
 from danceopd_kernels.dispatch import choose, has_triton
+from danceopd_kernels.fp8 import FLOAT8, fp8_linear, input_gradient
 
 if has_triton():
     import triton
@@ -37,7 +38,15 @@ class Adapters:
 # ---------------------------------------------------------------------------------------------- definition
 
 
-def reference(x, weight, bias, adapters: Adapters, route) -> torch.Tensor:
+def frozen_linear(x, weight, bias, weight_scale=None) -> torch.Tensor:
+    """x weight^T + bias, differentiable in x alone; weight_scale: of codes."""
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if weight_scale is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    return fp8_linear(x, weight, weight_scale, bias)
+
+
+def reference(x, weight, bias, adapters: Adapters, route, weight_scale=None) -> torch.Tensor:
     """x [B, N, in]: the frozen product plus scale (x A^T) B^T, by gathering each sample's factors."""
     count = len(adapters.scale)
     known = (route >= 0) & (route < count)
@@ -48,13 +57,13 @@ def reference(x, weight, bias, adapters: Adapters, route) -> torch.Tensor:
     a, b = (torch.where(kept[..., None], factor[row], 0).to(x.dtype) for factor in (adapters.a, adapters.b))
     h = (x @ a.mT * adapters.scale[chosen, None, None]).to(x.dtype)
     h = torch.where(kept[:, None], h, 0)  # 0 * inf must not reach the samples or the columns that are not there
-    return torch.nn.functional.linear(x, weight.detach(), None if bias is None else bias.detach()) + h @ b
+    return frozen_linear(x, weight, bias, weight_scale) + h @ b
 
 
 # ------------------------------------------------------------------------------------------------------ host
 
 
-def on_host(x, weight, bias, adapters: Adapters, route: list[int], gradient: bool) -> torch.Tensor:
+def on_host(x, weight, bias, adapters: Adapters, route: list[int], gradient: bool, weight_scale=None) -> torch.Tensor:
     """The definition where the routes are known: without masks, and equal routes in a row together.
 
     With a gradient all samples have one route. Without one a run of many tokens is multiplied by the sum of the weight
@@ -67,6 +76,7 @@ def on_host(x, weight, bias, adapters: Adapters, route: list[int], gradient: boo
     chosen, shortest = [m for m, _ in runs], tokens * min(length for _, length in runs)
     # In bfloat16 the sum would lose the small adapter's last bits.
     merge = not gradient and x.dtype == torch.float32 and shortest * (width + len(weight)) > MERGED * weight.numel()
+    merge &= weight_scale is None
     alike = rank * len(scale) == first[-1] and min(chosen) >= 0 and len({scale[m] for m in chosen}) == 1
     if merge:
         out, end = x.new_empty(len(rows), len(weight)), 0
@@ -81,7 +91,7 @@ def on_host(x, weight, bias, adapters: Adapters, route: list[int], gradient: boo
             else:
                 torch.addmm(bias, rows[begin:end], total.mT, out=out[begin:end])
     elif alike and len(runs) > 1:
-        out = torch.nn.functional.linear(rows, weight, bias)
+        out = frozen_linear(rows, weight, bias, weight_scale)
         if len({length for _, length in runs}) > 1:
             chosen = route  # sample by sample
         factors = (f.reshape(len(scale), rank, -1) for f in (adapters.a, adapters.b))
@@ -92,7 +102,7 @@ def on_host(x, weight, bias, adapters: Adapters, route: list[int], gradient: boo
         parts = [t.view(len(chosen), -1, t.shape[1]) for t in (rows, out)]
         parts[1].baddbmm_(parts[0] @ a.mT, b, alpha=scale[chosen[0]])
     else:
-        out, end = torch.nn.functional.linear(rows, weight, bias), 0
+        out, end = frozen_linear(rows, weight, bias, weight_scale), 0
         for m, length in runs:
             begin, end = end, end + length * tokens
             if m >= 0:
@@ -296,28 +306,29 @@ def factor_gradient(h: torch.Tensor, v: torch.Tensor, adapters: Adapters, order,
 
 class _Triton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, first, scale, rank, route):
+    def forward(ctx, x, weight, bias, weight_scale, a, b, first, scale, rank, route):
         adapters = Adapters(a, b, first, scale, rank)
         with torch.autocast(x.device.type, enabled=False):
-            out = torch.nn.functional.linear(x, weight, bias)
+            out = frozen_linear(x, weight, bias, weight_scale)
         h = shrink(x, a, adapters, route)
         expand_(out, h, b, adapters, route)
-        ctx.save_for_backward(x, weight, a, b, first, scale, route, h)
+        ctx.save_for_backward(x, weight, weight_scale, a, b, first, scale, route, h)
         ctx.rank = rank
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, weight, a, b, first, scale, route, h = ctx.saved_tensors
+        x, weight, weight_scale, a, b, first, scale, route, h = ctx.saved_tensors
         adapters, grad = Adapters(a, b, first, scale, ctx.rank), grad.contiguous()
-        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        needs_x, _, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         grad_x = grad_a = grad_b = None
         if needs_x or needs_a:
             grad_h = shrink(grad, b, adapters, route)
         if needs_x:
             with torch.autocast(x.device.type, enabled=False):
-                grad_x = grad @ weight
+                coded = weight_scale is not None
+                grad_x = input_gradient(grad, weight, weight_scale, grad.dtype) if coded else grad @ weight
             expand_(grad_x, grad_h, a, adapters, route)
         if needs_a or needs_b:
             ordered, order = route.sort(stable=True)
@@ -326,7 +337,7 @@ class _Triton(torch.autograd.Function):
             grad_a = factor_gradient(grad_h, x, adapters, order, bounds).to(a.dtype)
         if needs_b:
             grad_b = factor_gradient(h, grad, adapters, order, bounds).to(b.dtype)
-        return grad_x, None, None, grad_a, grad_b, None, None, None, None
+        return grad_x, None, None, None, grad_a, grad_b, None, None, None, None
 
 
 def configurations() -> list:
@@ -404,6 +415,7 @@ def routed_lora_linear(
     route: torch.Tensor,
     scale: torch.Tensor | Sequence[float] | float | None = None,
     *,
+    weight_scale: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """x weight^T + bias + scale_m (x A_m^T) B_m^T, m the sample's route; differentiable in x and every A and B.
@@ -413,6 +425,8 @@ def routed_lora_linear(
     or what pack_adapters made of them; in x's dtype or float32, in which their gradients come back. route [B] int64:
     -1 is no adapter, and on a GPU, where it is not checked, so is any other number that no adapter has. scale: a
     number, or one of each adapter, as numbers or a float32 tensor; 1 if not given; part of packed adapters.
+    weight_scale [out, 1] float32: of a weight in float8_e4m3fn codes, whose product is fp8_linear's; the adapter's is
+    made of x as it is.
     Accumulates in float32, gradients over samples in a fixed order. Nothing waits for the device; to capture it in a
     graph, run it once before, for the small constant tensors are copied then.
     Raises ValueError for shapes, dtypes or devices that do not fit, or a backend that cannot run.
@@ -422,10 +436,10 @@ def routed_lora_linear(
             raise ValueError("packed adapters hold their scale; give it to pack_adapters")
     else:
         adapters = pack_adapters(adapters, scale)
-    _check(x, weight, bias, adapters, route)
+    _check(x, weight, bias, weight_scale, adapters, route)
     flat = x if x.dim() == 3 else x[:, None]
     if choose(x, backend, DTYPES) == "triton":
-        fixed = [None if t is None else t.detach().contiguous() for t in (weight, bias)]
+        fixed = [None if t is None else t.detach().contiguous() for t in (weight, bias, weight_scale)]
         a, b = adapters.a.contiguous(), adapters.b.contiguous()
         rest = (adapters.first, adapters.scale, adapters.rank, route.contiguous())
         out = _Triton.apply(flat.contiguous(), *fixed, a, b, *rest)
@@ -433,13 +447,13 @@ def routed_lora_linear(
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, adapters.a, adapters.b))
         host = x.device.type == "cpu" and not torch.compiler.is_compiling()
         if host and (not gradient or len(set(route.tolist())) == 1):
-            out = on_host(flat, weight, bias, adapters, route.tolist(), gradient)
+            out = on_host(flat, weight, bias, adapters, route.tolist(), gradient, weight_scale)
         else:
-            out = reference(flat, weight, bias, adapters, route)
+            out = reference(flat, weight, bias, adapters, route, weight_scale)
     return out if x.dim() == 3 else out[:, 0]
 
 
-def _check(x, weight, bias, adapters, route) -> None:
+def _check(x, weight, bias, weight_scale, adapters, route) -> None:
     if x.dim() not in (2, 3) or not x.numel():
         raise ValueError(f"x must be [B, N, in] or [B, in] and not empty, got {list(x.shape)}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -450,7 +464,9 @@ def _check(x, weight, bias, adapters, route) -> None:
         raise ValueError(
             f"the adapters go from {adapters.a.shape[1]} to {adapters.b.shape[1]}, the weight is {list(weight.shape)}"
         )
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    if (weight_scale is None) != (weight.dtype != FLOAT8):
+        raise ValueError("weight_scale goes with a weight in codes, float8_e4m3fn, and codes need it")
+    for name, tensor in (("weight", None if weight_scale is not None else weight), ("bias", bias)):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise ValueError(f"{name} must be {x.dtype} on {x.device}, as x is, got {tensor.dtype} on {tensor.device}")
     if adapters.a.dtype not in (x.dtype, torch.float32) or adapters.a.device != x.device:

@@ -214,6 +214,56 @@ def test_definition_of_the_product():
     torch.testing.assert_close(fp8.reference_linear(*args), fp8.run_triton_linear(*args), rtol=1e-5, atol=1e-5)
 
 
+WEIGHT_ONLY = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # bounds, as of the LoRA's products
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("dtype", WEIGHT_ONLY)
+@pytest.mark.parametrize(("rows", "width", "out"), [(1, 16, 16), (5, 130, 33), (130, 70, 140)])
+def test_weight_only_takes_x_as_it_is(backend, dtype, rows, width, out):
+    if backend == "triton" and dtype == torch.float32:
+        pytest.skip("float32 is multiplied by torch")
+    x, weight, weight_scale, bias = layer(rows, width, out, dtype)
+    for b in (None, bias):
+        y = fp8_linear(x, weight, weight_scale, b, weight_only=True, backend=backend)
+        exact = x.double() @ (weight.double() * weight_scale).T + (0 if b is None else b.double())
+        assert y.dtype == dtype
+        assert (y.double() - exact).norm() < WEIGHT_ONLY[dtype] * exact.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_only_of_every_code(backend):
+    """The weight's rows are all codes but NaN: what comes out is what they stand for."""
+    codes = all_codes()[all_codes() & 0x7F != 0x7F].view(FLOAT8)[:, None]
+    one = torch.ones(1, 1, dtype=torch.bfloat16, device=DEVICE)
+    y = fp8_linear(one, codes, torch.ones(len(codes), 1, device=DEVICE), weight_only=True, backend=backend)
+    assert torch.equal(y[0].float(), codes[:, 0].float())
+
+
+@pytest.mark.parametrize("weight_only", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_in_x_is_that_of_the_weights_numbers(weight_only, dtype):
+    x, weight, weight_scale, bias = layer(12, 48, 32, dtype)
+    x = x.view(3, 4, 48).requires_grad_()
+    y = fp8_linear(x, weight, weight_scale, bias, weight_only=weight_only)
+    upstream = torch.randn(3, 4, 32, device=DEVICE).to(dtype)
+    (got,) = torch.autograd.grad(y, x, upstream)
+    want = upstream.double() @ (weight.double() * weight_scale)
+    assert got.dtype == dtype
+    assert (got.double() - want).norm() < WEIGHT_ONLY[dtype] * want.norm()
+    with torch.no_grad():
+        assert torch.equal(fp8_linear(x, weight, weight_scale, bias, weight_only=weight_only), y)
+
+
+def test_shapes_without_values():
+    x, weight, weight_scale, bias = (t.to("meta") for t in layer(4, 48, 32, device="cpu"))
+    assert fp8_quantize_rowwise(x)[1].shape == (4, 1)
+    for weight_only in (None, True):
+        y = fp8_linear(x.requires_grad_(), weight, weight_scale, bias, weight_only=weight_only)
+        assert (y.shape, y.dtype, y.device.type) == ((4, 32), x.dtype, "meta")
+        assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
 X = torch.zeros(2, 3, 16)
 M = torch.zeros(2, 16)
 
@@ -249,7 +299,12 @@ def test_bad_rows(x, options, message):
         ({"bias": torch.zeros(31)}, "bias must be"),
         ({"out_dtype": torch.float64}, "out_dtype must be"),
         ({"bias": torch.zeros(32).requires_grad_()}, "no gradient passes here, but bias"),
+        (
+            {"x": torch.zeros(4, 48).to(FLOAT8), "x_scale": torch.ones(4, 1), "weight_only": True},
+            "weight_only goes with",
+        ),
         ({"backend": "cuda"}, "cannot run"),
+        ({"backend": "cpu", "weight_only": True}, "cannot run"),
     ],
 )
 def test_bad_product(new, message):
@@ -265,7 +320,7 @@ def test_parameters_without_gradients():
 
 def test_configurations_are_the_launchers():
     names = [c.name for c in fp8.configurations()]
-    assert len(names) == len(set(names)) == 12
+    assert len(names) == len(set(names)) == 14
 
 
 @pytest.mark.gpu
@@ -277,9 +332,13 @@ def test_on_the_device(dtype):
     assert torch.equal(bits(codes), bits(want))
     assert torch.equal(x_scale, want_scale)
     exact = (codes.double() * x_scale) @ (weight.double() * weight_scale).T + bias.double()
+    numbers = x.double() @ (weight.double() * weight_scale).T + bias.double()
     for backend in (None, *BACKENDS):
-        y = fp8_linear(x, weight, weight_scale, bias, backend=backend)
-        assert (y.double() - exact).norm() / exact.norm() < (1e-4 if dtype == torch.float32 else 4e-3)
+        for weight_only, want in ((False, exact), (True, numbers)):
+            if weight_only and backend == "triton" and dtype == torch.float32:
+                continue
+            y = fp8_linear(x, weight, weight_scale, bias, weight_only=weight_only, backend=backend)
+            assert (y.double() - want).norm() / want.norm() < (1e-4 if dtype == torch.float32 else 4e-3)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("danceopd_kernels")
 
-from danceopd_kernels import lora
+from danceopd_kernels import fp8_linear, fp8_quantize_rowwise, lora
 from danceopd_kernels.lora import pack_adapters, routed_lora_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,6 +99,29 @@ def test_on_the_host_without_gradient(tokens, route, ranks, scale, dtype):
 )
 def test_any_shape(ranks, tokens, width, out, samples, seed):
     assert compare(case(ranks, tokens, width, out, samples, seed=seed), "triton") < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("mode", ["forward alone", "one route", "routes"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", BOUND)
+def test_a_weight_in_codes_has_adapters_that_are_not(dtype, backend, mode):
+    """The base's part is fp8_linear's; what the adapter adds, and every gradient, is as exact as without codes."""
+    x, weight, bias, adapters, route, scale = case([3, 16], tokens=33, width=64, out=48, dtype=dtype)
+    codes, weight_scale = fp8_quantize_rowwise(weight)
+    route.copy_(torch.tensor([1, 1, 1, 1] if mode == "one route" else [1, -1, 0, 1]))
+    with torch.no_grad():
+        base = fp8_linear(x, codes, weight_scale, bias)
+    nothing = torch.zeros_like(weight)
+    with torch.set_grad_enabled(mode != "forward alone"):
+        y = routed_lora_linear(x, codes, bias, adapters, route, scale, weight_scale=weight_scale, backend=backend)
+    added = plain(x, nothing, None, adapters, route, scale)
+    assert error(y, base.double() + added) < BOUND[dtype]
+    if mode != "forward alone":
+        upstream = torch.randn(*y.shape, device=x.device).to(dtype)
+        want = plain(x, codes.double() * weight_scale, None, adapters, route, scale)
+        tensors = leaves(x, adapters)
+        for got, wanted in zip(gradients(y, tensors, upstream), gradients(want, tensors, upstream), strict=True):
+            assert error(got, wanted) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
