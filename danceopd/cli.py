@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from danceopd.errors import Terminated, UserError
+from danceopd.evaluation import model_commands
 
 DESCRIPTION = "Distil several flow-matching models into one student on its own trajectories (DanceOPD)."
 EPILOG = """examples:
@@ -21,6 +22,7 @@ EPILOG = """examples:
   danceopd export runs/model -o my_lora                          the student, for the plain diffusers pipeline
   danceopd reproduce A                                           six methods at equal cost, in half an hour
   danceopd evaluate runs/demo/student.safetensors --json row.json
+  danceopd evaluate gedit GEDIT --model MODEL --lora my_lora -o results --judge-url URL --judge-model NAME
   danceopd sample base "a photo of a red car and a blue cup" -o cups.png
   danceopd sources                                               the networks that ship with the package
   danceopd data check my_data/manifest.jsonl                     every problem of a manifest, by line
@@ -53,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--per-kind", type=int, default=100, help="pictures per edit kind (%(default)s)")
     add_sampling_arguments(command)
     command.set_defaults(run=run_evaluate)
+
+    model_commands.add_gedit(commands)
+    model_commands.add_reward(commands)
 
     command = commands.add_parser("sample", help="draw or edit pictures with a checkpoint")
     command.add_argument("checkpoint", help="a .safetensors file, or the name of an embedded network")
@@ -426,6 +431,9 @@ def _quiet() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["evaluate"] and argv[1:2] and argv[1] in ("gedit", "reward"):  # commands of two words
+        argv[:2] = [" ".join(argv[:2])]
     args = build_parser().parse_args(argv)
     _quiet()
     return guarded(args.run, args)

@@ -224,7 +224,7 @@ def load_pipeline(
 
 
 def check_pipeline(model: Path, lora: Path | None = None, transformer: Path | None = None):
-    """(the family's module, the pipeline's class) of what load_pipeline would load, by headers and names of files alone.
+    """(the family's module, the pipeline's class) of what load_pipeline would load, by files' headers and names alone.
 
     Raises UserError as it does.
     """
