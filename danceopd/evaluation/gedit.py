@@ -111,7 +111,7 @@ def read_benchmark(
         raise UserError(f"{folder} lacks the columns {', '.join(missing)}; it has {', '.join(data.column_names)}")
     if subset == "intersection" and INTERSECTION not in data.column_names:
         raise UserError(f"{folder} has no column {INTERSECTION}, which says what the intersection subset is")
-    names = ["key", "task_type", "instruction", "instruction_language", INTERSECTION]
+    names = ["key", "task_type", "instruction_language", "instruction", INTERSECTION]
     texts = data.select_columns([name for name in names if name in data.column_names])[:]
     rows, places = [], set()
     for i in range(len(data)):
@@ -214,7 +214,7 @@ def load_pipeline(
 
     backbone, pipeline_class = check_pipeline(model, lora, transformer)
     parts = {"transformer": backbone.load_transformer(transformer, dtype)} if transformer else {}
-    pipeline = loading.load(pipeline_class, model, torch_dtype=dtype, use_safetensors=True, **parts)
+    pipeline = loading.load(pipeline_class, model, dtype=dtype, use_safetensors=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
         with TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -226,18 +226,18 @@ def _ask(questions: list[Question], judge, cache: Path, writing: threading.Lock)
         left = [i for i, found in enumerate(marks) if not isinstance(found, tuple)]
         if not left:
             break
-        reminder = AGAIN if attempt else ""
+        reminder, refused = AGAIN if attempt else "", False
         answers = judge([Question(questions[i].text + reminder, questions[i].pictures) for i in left])
         for i, answer in zip(left, answers, strict=True):
             if isinstance(answer, Unanswered):
-                marks[i] = str(answer)
+                marks[i], refused = str(answer), True
                 continue
             marks[i] = read_marks(answer) or f"its answer cannot be read: {answer[:200]!r}"
             if isinstance(marks[i], tuple):
                 kept = {"judge": judge.name, "question": questions[i].text, "answer": answer}
                 with writing:  # equal questions of two threads have one file
                     write_atomic(files[i], (json.dumps(kept, ensure_ascii=False, indent=1) + "\n").encode())
-        if any(isinstance(answer, Unanswered) for answer in answers):
+        if refused:
             break
     return marks
 
@@ -304,14 +304,12 @@ class EndpointJudge:
         self._lock, self._next, self._reached = threading.Lock(), 0.0, False
         self._open = urllib.request.build_opener(_NoRedirect).open
 
-    def __call__(self, questions: Sequence[Question]) -> list[str | Unanswered]:
-        answers: list[str | Unanswered] = []
-        for question in questions:
+    def __call__(self, questions: Sequence[Question]) -> Iterator[str | Unanswered]:
+        for question in questions:  # each answer is kept before the next is paid for
             try:
-                answers.append(self._answer(_content(question)))
+                yield self._answer(_content(question))
             except Unanswered as error:
-                answers.append(error)
-        return answers
+                yield error
 
     def check(self) -> None:
         """Ask for one word. Raises UserError if the address, the model's name or the key is wrong."""
