@@ -47,7 +47,7 @@ from danceopd.training.ranks import Ranks
 
 datasets = pytest.importorskip("datasets")
 
-SIZE, DRAWING = 32, Drawing(resolution=32, num_inference_steps=2)
+SIZE, DRAWING = 32, Drawing(resolution=32, num_inference_steps=1)
 
 
 def columns(kinds=PAPER_KINDS, languages=("en", "cn")) -> dict:
@@ -189,11 +189,11 @@ def test_seeds_are_of_the_row_and_the_seed_alone():
 
 
 def test_edits_are_the_plain_pipelines_in_the_official_layout(root, pipeline, tmp_path):
-    benchmark = read_benchmark(root / "benchmark", PAPER_KINDS[:2], ("en", "cn"))
+    benchmark = read_benchmark(root / "benchmark", PAPER_KINDS[:1], ("en", "cn"))
     edit_rows(benchmark, benchmark.rows, tmp_path, pipeline, 16, DRAWING)
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert written == sorted(f"fullset/{row.kind}/{row.language}/{row.key}.png" for row in benchmark.rows)
-    row = benchmark.rows[3]
+    row = benchmark.rows[1]
     source = benchmark.picture(row)
     height, width = size_of(source, SIZE, 16)
     plain = FluxKontextPipeline.from_pretrained(root / "model")
@@ -204,7 +204,7 @@ def test_edits_are_the_plain_pipelines_in_the_official_layout(root, pipeline, tm
         width=width,
         max_area=height * width,
         _auto_resize=False,
-        num_inference_steps=2,
+        num_inference_steps=1,
         generator=torch.Generator().manual_seed(seed_of(row, 0)),
     ).images[0]
     assert expected.size == (width, height)
@@ -212,7 +212,7 @@ def test_edits_are_the_plain_pipelines_in_the_official_layout(root, pipeline, tm
 
 
 def test_a_stopped_run_goes_on_and_any_number_of_ranks_draws_the_same(root, pipeline, tmp_path):
-    benchmark = read_benchmark(root / "benchmark")
+    benchmark = read_benchmark(root / "benchmark", PAPER_KINDS[:4])
     edit_rows(benchmark, benchmark.rows, tmp_path / "one", pipeline, 16, DRAWING)
     for rank in (2, 0, 1):  # in any order
         own = [benchmark.rows[i] for i in Ranks(rank, 3).slots(len(benchmark.rows))]
@@ -242,11 +242,13 @@ def test_every_family_edits_and_takes_a_guidance_scale(family, root, tmp_path, m
     pipeline = load_pipeline(model)
     source = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
     drawn = [
-        np.asarray(edit(pipeline, source, "a red cup", (64, 96), 7, Drawing(SIZE, 2, scale))) for scale in (1.5, 6, 6)
+        np.asarray(edit(pipeline, source, "a red cup", (64, 96), 7, Drawing(SIZE, 2, scale))) for scale in (1.5, 6)
     ]
     assert drawn[0].shape == (64, 96, 3)
-    assert np.array_equal(drawn[1], drawn[2])
     assert not np.array_equal(drawn[0], drawn[1])
+    if family == "qwen":  # its noise levels, scaled to their released last one, do not exist for one step
+        with pytest.raises(UserError, match="no finite numbers"):
+            edit(pipeline, source, "a red cup", (64, 96), 7, Drawing(SIZE, 1))
 
 
 def test_a_lora_is_as_the_plain_pipeline_loads_it(root):
@@ -314,7 +316,7 @@ def command(root, output, *more) -> list[str]:
 def test_one_command_edits_and_scores(root, tmp_path, serve, capsys):  # noqa: F811
     server = serve(good)
     model = ["--model", str(root / "model"), "--lora", str(root / "run" / "student"), "--dtype", "float32"]
-    size = ["--resolution", str(SIZE), "--num-inference-steps", "2"]
+    size = ["--resolution", str(SIZE), "--num-inference-steps", "1"]
     judge = ["--judge-url", server.url, "--judge-model", "some/judge"]
     assert main(command(root, tmp_path, *model, *size, *judge)) == 0
     assert "average" in capsys.readouterr().out
@@ -420,7 +422,7 @@ def test_evaluate_still_takes_a_checkpoint(capsys):
 def test_a_killed_run_goes_on_in_two_processes(root, tmp_path, serve):  # noqa: F811
     """The command is killed while it draws, and torchrun's two ranks draw and ask the rest."""
     server = serve(good)
-    model = ["--model", str(root / "model"), "--resolution", str(SIZE), "--num-inference-steps", "2"]
+    model = ["--model", str(root / "model"), "--resolution", str(SIZE), "--num-inference-steps", "1"]
     judge = ["--judge-url", server.url, "--judge-model", "j", "--language", "en", "cn"]
     whole = evaluate_gedit(
         root / "benchmark",

@@ -91,7 +91,7 @@ def lay_out(folder: Path, prompts, drawn: list[list[Image.Image]]) -> Path:
 def test_preference_models_are_what_transformers_computes(clip):
     """By the model's own forward, one pair at a time and without padding, as the models' cards call it."""
     model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
-    drawn, scale = pictures(), float(model.logit_scale.exp())
+    drawn, scale = pictures(), float(model.logit_scale.detach().exp())
     logits = []
     for picture, prompt in zip(drawn, PROMPTS, strict=True):
         inputs = processor(text=[prompt], images=[picture], truncation=True, max_length=77, return_tensors="pt")

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -277,7 +278,10 @@ def claim(
 
 
 def edit(pipeline, picture: Image.Image, instruction: str, size: tuple[int, int], seed: int, drawing: Drawing):
-    """One edit by an editing pipeline of diffusers: a picture of `size` (height, width)."""
+    """One edit by an editing pipeline of diffusers: a picture of `size` (height, width).
+
+    Raises UserError where numbers in it are not finite, which diffusers would draw as black.
+    """
     height, width = size
     takes = inspect.signature(type(pipeline).__call__).parameters
     options: dict[str, Any] = {}
@@ -291,14 +295,18 @@ def edit(pipeline, picture: Image.Image, instruction: str, size: tuple[int, int]
             options["true_cfg_scale"] = drawing.guidance_scale
     elif drawing.guidance_scale is not None:
         options["guidance_scale"] = drawing.guidance_scale
-    return pipeline(
+    drawn = pipeline(
         image=picture.resize((width, height), Image.Resampling.LANCZOS),
         prompt=instruction,
         height=height,
         width=width,
         generator=torch.Generator().manual_seed(seed),
+        output_type="np",
         **options,
-    ).images[0]
+    ).images
+    if not np.isfinite(drawn).all():
+        raise UserError(f"the model draws no finite numbers for {instruction!r}; try --dtype bfloat16 or more steps")
+    return pipeline.image_processor.numpy_to_pil(drawn)[0]
 
 
 def missing_rows(benchmark: Benchmark, folder: Path, rows: Iterable[Row] | None = None) -> list[Row]:

@@ -74,19 +74,20 @@ def aesthetic_score(folder: Path, head: Path, device="cpu", dtype: torch.dtype =
 
     head: a safetensors file, as read_head takes it. Raises UserError where the two do not fit.
     """
-    from transformers import CLIPVisionModelWithProjection
+    from transformers import CLIPModel
 
-    processor = _processor(folder)
-    model = loading.load_model(CLIPVisionModelWithProjection, folder, dtype).to(device)
-    layers, width = read_head(head).to(device), model.config.projection_dim
+    layers, processor = read_head(head).to(device), _processor(folder)
+    model = loading.load_model(CLIPModel, folder, dtype).to(device)
+    width = model.config.projection_dim
     if layers[0].in_features != width:
         raise UserError(f"{head} takes {layers[0].in_features} features, and the CLIP in {folder} gives {width}")
 
     @torch.inference_mode()
     def score(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         inputs = processor(images=[p.convert("RGB") for p in pictures], return_tensors="pt")
-        embeds = model(pixel_values=inputs["pixel_values"].to(device, dtype)).image_embeds.float()
-        return layers(nn.functional.normalize(embeds, dim=-1))[:, 0].cpu()
+        seen = model.vision_model(pixel_values=inputs["pixel_values"].to(device, dtype)).pooler_output
+        embeds = nn.functional.normalize(model.visual_projection(seen).float(), dim=-1)
+        return layers(embeds)[:, 0].cpu()
 
     return score
 
