@@ -20,9 +20,9 @@ import torch
 from diffusers import FluxKontextPipeline
 from hypothesis import given
 from hypothesis import strategies as st
+from judge_server import good, send, serve  # noqa: F401
 from peft import LoraConfig
 from PIL import Image
-from test_judge import good, send, serve  # noqa: F401
 
 from danceopd.cli import main
 from danceopd.errors import UserError

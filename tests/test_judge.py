@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,12 +19,12 @@ import tiny_qwen_image
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from judge_server import Server, answer, edits, good, picture, send, serve  # noqa: F401
 from PIL import Image
 
 from danceopd.errors import UserError
 from danceopd.evaluation import judge as judge_module
 from danceopd.evaluation.judge import (
-    AGAIN,
     KEY_VARIABLE,
     Edit,
     EndpointJudge,
@@ -40,87 +39,6 @@ from danceopd.evaluation.judge import (
 )
 
 KEY = "sk-very-secret-0123456789"
-
-
-def picture(seed: int, size=(24, 16)) -> Image.Image:
-    """Of one colour by its seed: such a PNG is quickly written."""
-    return Image.new("RGB", size, tuple(np.random.default_rng(seed).integers(0, 256, 3).tolist()))
-
-
-def edits(count: int) -> list[Edit]:
-    return [Edit(f"instruction {i}", lambda i=i: (picture(i), picture(1000 + i))) for i in range(count)]
-
-
-class Server:
-    """A real HTTP server in a thread; `behave(handler, body, count)` answers, count being the requests before."""
-
-    def __init__(self, behave):
-        self.requests, self.lock, server = [], threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with server.lock:
-                    count = len(server.requests)
-                    server.requests.append((self.path, dict(self.headers), body, time.monotonic()))
-                try:
-                    behave(self, body, count)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
-
-
-def send(handler, status: int, body, headers=()) -> None:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    handler.send_response(status)
-    for name, value in headers:
-        handler.send_header(name, value)
-    handler.send_header("Content-Length", str(len(data)))
-    handler.end_headers()
-    handler.wfile.write(data)
-
-
-def answer(handler, text, tokens: int = 100) -> None:
-    send(handler, 200, {"choices": [{"message": {"content": text}}], "usage": {"total_tokens": tokens}})
-
-
-def marks_of(body) -> str:
-    """A good answer by the question alone, however often it is asked."""
-    *pictures, text = body["messages"][0]["content"]
-    first = sum(map(ord, text["text"].removesuffix(AGAIN))) % 11
-    return json.dumps({"score": [first, 10 - len(pictures)], "reasoning": "because"})
-
-
-def good(handler, body, count):
-    answer(handler, marks_of(body))
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    servers = []
-
-    def start(behave) -> Server:
-        servers.append(Server(behave))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def judge_of(server: Server, **options) -> EndpointJudge:
@@ -186,7 +104,7 @@ def test_the_judge_sees_pictures_of_one_area_and_their_own_shape(size):
 # ------------------------------------------------------------------------------------------------- a good server
 
 
-def test_every_edit_gets_both_questions_and_the_smaller_of_two_marks(serve, tmp_path, monkeypatch):
+def test_every_edit_gets_both_questions_and_the_smaller_of_two_marks(serve, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     server = serve(good)
     verdicts = judge_edits(edits(3), judge_of(server), tmp_path)
@@ -211,7 +129,7 @@ def test_every_edit_gets_both_questions_and_the_smaller_of_two_marks(serve, tmp_
         assert np.array_equal(sent, meant)
 
 
-def test_a_rerun_costs_nothing_and_another_picture_question_or_judge_is_asked(serve, tmp_path):
+def test_a_rerun_costs_nothing_and_another_picture_question_or_judge_is_asked(serve, tmp_path):  # noqa: F811
     server = serve(good)
     first = judge_edits(edits(3), judge_of(server), tmp_path)
     again = judge_edits(edits(3), judge_of(server, max_calls=1), tmp_path)
@@ -224,7 +142,7 @@ def test_a_rerun_costs_nothing_and_another_picture_question_or_judge_is_asked(se
     assert len(server.requests) == 9
 
 
-def test_a_damaged_answer_in_the_cache_is_asked_again(serve, tmp_path):
+def test_a_damaged_answer_in_the_cache_is_asked_again(serve, tmp_path):  # noqa: F811
     server = serve(good)
     first = judge_edits(edits(1), judge_of(server), tmp_path)
     for file, data in zip(sorted(tmp_path.glob("*/*.json")), (b"", b'{"answer": [1]}'), strict=True):
@@ -304,7 +222,7 @@ def huge(handler):
         pytest.param(lambda h: answer(h, None), id="no-content"),
     ],
 )
-def test_what_may_pass_is_tried_again(serve, tmp_path, bad):
+def test_what_may_pass_is_tried_again(serve, tmp_path, bad):  # noqa: F811
     wanted = judge_edits(edits(1), judge_of(serve(good)), tmp_path / "good")
     server = serve(first_badly(bad, bad))
     began = time.monotonic()
@@ -313,7 +231,7 @@ def test_what_may_pass_is_tried_again(serve, tmp_path, bad):
     assert time.monotonic() - began < 5
 
 
-def test_an_unreadable_answer_is_asked_for_again_in_other_words(serve, tmp_path):
+def test_an_unreadable_answer_is_asked_for_again_in_other_words(serve, tmp_path):  # noqa: F811
     server = serve(first_badly(lambda h: answer(h, "Nice."), lambda h: answer(h, "Nice.")))
     judge_edits(edits(1), judge_of(server, parallel=1), tmp_path)
     texts = [body["messages"][0]["content"][-1]["text"] for _, _, body, _ in server.requests]
@@ -323,7 +241,7 @@ def test_an_unreadable_answer_is_asked_for_again_in_other_words(serve, tmp_path)
 
 
 @pytest.mark.parametrize("dated", [False, True])
-def test_retry_after_is_waited_for(serve, tmp_path, dated):
+def test_retry_after_is_waited_for(serve, tmp_path, dated):  # noqa: F811
     value = (lambda: formatdate(time.time() + 2, usegmt=True)) if dated else (lambda: "0.4")
     server = serve(first_badly(lambda h: send(h, 429, {}, [("Retry-After", value())])))
     judge_edits(edits(1), judge_of(server, parallel=1), tmp_path)
@@ -331,13 +249,13 @@ def test_retry_after_is_waited_for(serve, tmp_path, dated):
     assert 0.35 < times[1] - times[0] < 3
 
 
-def test_a_wait_that_is_too_long_ends_it_and_says_so(serve, tmp_path):
+def test_a_wait_that_is_too_long_ends_it_and_says_so(serve, tmp_path):  # noqa: F811
     server = serve(lambda h, body, count: send(h, 429, {}, [("Retry-After", "3600")]))
     with pytest.raises(UserError, match="asks to wait 3600 s"):
         judge_edits(edits(4), judge_of(server), tmp_path)
 
 
-def test_one_edit_that_is_refused_leaves_the_others_their_scores(serve, tmp_path):
+def test_one_edit_that_is_refused_leaves_the_others_their_scores(serve, tmp_path):  # noqa: F811
     def behave(handler, body, count):
         if "instruction 1" in body["messages"][0]["content"][-1]["text"]:
             send(handler, 400, {"error": {"message": "content policy"}})
@@ -351,7 +269,7 @@ def test_one_edit_that_is_refused_leaves_the_others_their_scores(serve, tmp_path
     assert "content policy" in verdicts[1].problem
 
 
-def test_a_judge_that_never_gives_marks_is_given_up_soon(serve, tmp_path):
+def test_a_judge_that_never_gives_marks_is_given_up_soon(serve, tmp_path):  # noqa: F811
     server = serve(lambda h, body, count: answer(h, "Lovely!"))
     with pytest.raises(UserError, match=r"5 edits in a row.*cannot be read: 'Lovely!'"):
         judge_edits(edits(200), judge_of(server), tmp_path)
@@ -360,7 +278,7 @@ def test_a_judge_that_never_gives_marks_is_given_up_soon(serve, tmp_path):
         judge_edits(edits(2), judge_of(server), tmp_path)
 
 
-def test_a_server_that_only_fails_is_given_up(serve, tmp_path):
+def test_a_server_that_only_fails_is_given_up(serve, tmp_path):  # noqa: F811
     server = serve(lambda h, body, count: send(h, 500, {"error": {"message": "CUDA out of memory"}}))
     with pytest.raises(UserError, match="HTTP 500: CUDA out of memory"):
         judge_edits(edits(2), judge_of(server, tries=2), tmp_path)
@@ -374,7 +292,7 @@ def test_a_server_that_only_fails_is_given_up(serve, tmp_path):
         (301, "", "redirects elsewhere"),
     ],
 )
-def test_what_no_repetition_mends_ends_it_at_once(serve, tmp_path, status, said, match):
+def test_what_no_repetition_mends_ends_it_at_once(serve, tmp_path, status, said, match):  # noqa: F811
     other = serve(good)
     location = [("Location", other.url + "/chat/completions")]
     server = serve(lambda h, body, count: send(h, status, {"error": {"message": said}}, location))
@@ -386,7 +304,7 @@ def test_what_no_repetition_mends_ends_it_at_once(serve, tmp_path, status, said,
         judge_of(server).check()
 
 
-def test_an_address_that_is_none(serve):
+def test_an_address_that_is_none(serve):  # noqa: F811
     for url in ("localhost:8000/v1", "ftp://host/v1", "http:///v1", "file:///etc/passwd", "http://host/v1?key=1"):
         with pytest.raises(UserError, match="is not like http://localhost:8000/v1"):
             EndpointJudge(url, "tiny")
@@ -399,7 +317,7 @@ def test_an_address_that_is_none(serve):
         EndpointJudge(server.url, "tiny").check()
 
 
-def test_the_key_is_in_no_error_and_no_file(serve, tmp_path, monkeypatch, capfd):
+def test_the_key_is_in_no_error_and_no_file(serve, tmp_path, monkeypatch, capfd):  # noqa: F811
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     said = {"error": {"message": f"Incorrect API key provided: {KEY}"}}
     for status in (401, 400, 500):
@@ -421,7 +339,7 @@ def test_the_key_is_in_no_error_and_no_file(serve, tmp_path, monkeypatch, capfd)
 # ------------------------------------------------------------------------------------------------- limits
 
 
-def test_the_budget_of_calls_ends_it_and_the_next_call_goes_on(serve, tmp_path):
+def test_the_budget_of_calls_ends_it_and_the_next_call_goes_on(serve, tmp_path):  # noqa: F811
     server = serve(good)
     with pytest.raises(UserError, match="budget is used up after 5 calls"):
         judge_edits(edits(6), judge_of(server, max_calls=5), tmp_path)
@@ -433,14 +351,14 @@ def test_the_budget_of_calls_ends_it_and_the_next_call_goes_on(serve, tmp_path):
     assert verdicts == judge_edits(edits(6), judge_of(serve(good)), tmp_path / "other")
 
 
-def test_the_budget_of_tokens(serve, tmp_path):
+def test_the_budget_of_tokens(serve, tmp_path):  # noqa: F811
     server = serve(good)
     with pytest.raises(UserError, match="budget is used up after 300 tokens"):
         judge_edits(edits(6), judge_of(server, max_tokens=300, parallel=1), tmp_path)
     assert len(server.requests) == 3
 
 
-def test_the_rate_is_kept(serve, tmp_path):
+def test_the_rate_is_kept(serve, tmp_path):  # noqa: F811
     server = serve(good)
     judge_edits(edits(3), judge_of(server, per_minute=600, parallel=4), tmp_path)
     times = sorted(when for *_, when in server.requests)
@@ -448,7 +366,7 @@ def test_the_rate_is_kept(serve, tmp_path):
     assert all(times[i + 3] - times[i] > 0.2 for i in range(3))
 
 
-def test_many_questions_are_asked_at_a_time(serve, tmp_path):
+def test_many_questions_are_asked_at_a_time(serve, tmp_path):  # noqa: F811
     waiting, most, lock = 0, 0, threading.Lock()
 
     def behave(handler, body, count):
@@ -468,12 +386,13 @@ def test_many_questions_are_asked_at_a_time(serve, tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-from test_judge import edits, judge_edits, EndpointJudge
+from judge_server import edits
+from danceopd.evaluation.judge import EndpointJudge, judge_edits
 judge_edits(edits(8), EndpointJudge(sys.argv[1], "tiny", parallel=2), Path(sys.argv[2]))
 """
 
 
-def test_an_evaluation_that_is_killed_goes_on_from_its_answers(serve, tmp_path):
+def test_an_evaluation_that_is_killed_goes_on_from_its_answers(serve, tmp_path):  # noqa: F811
     enough = threading.Event()
 
     def behave(handler, body, count):
@@ -483,7 +402,7 @@ def test_an_evaluation_that_is_killed_goes_on_from_its_answers(serve, tmp_path):
         good(handler, body, count)
 
     server = serve(behave)
-    paths = [str(Path(__file__).parent), str(Path(tiny_qwen_image.__file__).parent), *sys.path]
+    paths = [str(Path(__file__).parent), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     process = subprocess.Popen([sys.executable, "-c", KILLED, server.url, str(tmp_path)], env=environment)
     assert enough.wait(120)
