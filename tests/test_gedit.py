@@ -443,8 +443,8 @@ def test_a_killed_run_goes_on_in_two_processes(root, tmp_path, serve):  # noqa: 
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(list((tmp_path / "parts").rglob("*.png"))) < 12
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    subprocess.run([*launcher, "-m", "danceopd", *arguments], env=environment, check=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, "-m", "danceopd", *arguments], env=environment, check=True, timeout=400)
     results = json.loads((tmp_path / "parts" / "scores" / "model" / "j" / "results.json").read_text())
     assert results["scores"] == whole["scores"]
     assert results["rows"] == whole["rows"]

@@ -488,12 +488,18 @@ class LocalJudge:
 
     def __init__(self, folder: Path, device="cpu", dtype=None, batch_size: int = 4) -> None:
         from transformers import AutoProcessor
+        from transformers.utils import is_torchvision_available
 
         from danceopd.backbones import loading
         from danceopd.data.prepare import fingerprint
 
         self._folder, self._device, self._dtype = Path(folder), device, dtype
-        self._processor = loading.load(AutoProcessor, folder)
+        try:
+            self._processor = loading.load(AutoProcessor, folder)
+        except UserError as error:
+            if self._folder.is_dir() and not is_torchvision_available():  # transformers names a missing file instead
+                raise UserError(f"{error}; Qwen2.5-VL's processor needs torchvision: pip install torchvision") from None
+            raise
         self._processor.tokenizer.padding_side = "left"  # such that all answers of a batch begin at one place
         if not any(self._folder.glob("*.safetensors")):
             raise UserError(f"no safetensors in {folder}; give the folder of a whole vision-language model")
