@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from danceopd.errors import Terminated, UserError
+from danceopd.evaluation import model_commands
 from danceopd.evaluation.compare_command import add_compare_arguments, run_compare
 from danceopd.evaluation.geneval_command import add_geneval_arguments, run_geneval
 
@@ -23,6 +24,7 @@ EPILOG = """examples:
   danceopd export runs/model -o my_lora                          the student, for the plain diffusers pipeline
   danceopd reproduce A                                           six methods at equal cost, in half an hour
   danceopd evaluate runs/demo/student.safetensors --json row.json
+  danceopd evaluate gedit GEDIT --model MODEL --lora my_lora -o results --judge-url URL --judge-model NAME
   danceopd sample base "a photo of a red car and a blue cup" -o cups.png
   danceopd sources                                               the networks that ship with the package
   danceopd data check my_data/manifest.jsonl                     every problem of a manifest, by line
@@ -66,6 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("compare", help="runs of GenEval, paired by prompt and seed, and their pictures")
     add_compare_arguments(command)
     command.set_defaults(run=run_compare)
+
+    model_commands.add_gedit(commands)
+    model_commands.add_reward(commands)
 
     command = commands.add_parser("sample", help="draw or edit pictures with a checkpoint")
     command.add_argument("checkpoint", help="a .safetensors file, or the name of an embedded network")
@@ -439,9 +444,9 @@ def _quiet() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:2] in (["evaluate", "geneval"],):  # a command of its own beside `evaluate CHECKPOINT`
-        argv = [" ".join(argv[:2]), *argv[2:]]
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["evaluate"] and argv[1:2] and argv[1] in ("geneval", "gedit", "reward"):
+        argv[:2] = [" ".join(argv[:2])]  # commands of their own beside `evaluate CHECKPOINT`
     args = build_parser().parse_args(argv)
     _quiet()
     return guarded(args.run, args)

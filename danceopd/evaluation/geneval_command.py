@@ -51,7 +51,7 @@ def run_geneval(args: argparse.Namespace) -> None:
 
     from danceopd.evaluation.geneval import format_summary, read_metadata, read_results, summary
     from danceopd.evaluation.geneval_generate import Drawing, draw_pictures
-    from danceopd.training.ranks import agreed
+    from danceopd.training.ranks import agreed, torchruns
     from danceopd.training.setup import find_device
 
     _check(args)
@@ -59,7 +59,7 @@ def run_geneval(args: argparse.Namespace) -> None:
         print(format_summary(summary(read_results(args.results))))
         return
     metadata = read_metadata(args.metadata) if args.metadata else None
-    ranks, device = _ranks(), find_device(args.device)
+    ranks, device = torchruns(), find_device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     elif args.offload:
@@ -108,23 +108,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--samples and --batch-size must be at least 1, --max-overlap above 0 and at most 1")
     if min(args.num_inference_steps or 1, args.resolution or 1) < 1:
         raise UserError("--num-inference-steps and --resolution must be positive")
-
-
-def _ranks():
-    """This process among torchrun's."""
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
-    from danceopd.training.ranks import ALONE, Ranks
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return ALONE
-    try:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # ranks wait for the slowest one's pictures
-    except ValueError as error:
-        raise UserError(f"the ranks cannot find each other: {error}; start them by torchrun") from None
-    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def _progress(what: str) -> Callable:

@@ -1,7 +1,9 @@
 """The processes of a run: who this one is, and what all of them agree on."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -54,6 +56,17 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def torchruns() -> Ranks:
+    """This process among those that torchrun started, without DeepSpeed. Raises UserError where they don't meet."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # ranks wait for the slowest one's pictures
+    except (ValueError, dist.DistNetworkError, dist.DistStoreError) as error:
+        raise UserError(f"the ranks cannot find each other: {error}; start them by torchrun") from None
+    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def agreed(ranks: Ranks, function: Callable, *args):

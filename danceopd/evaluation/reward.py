@@ -1,0 +1,291 @@
+"""Rewards of pictures by models of CLIP's architecture, and how much of the gap to a teacher a student closed.
+
+A reward is a function (pictures, prompts) -> [B] float32, the larger the better.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+
+from danceopd.backbones import loading
+from danceopd.data.manifest import decode_picture
+from danceopd.errors import UserError
+
+Reward = Callable[[Sequence[Image.Image], Sequence[str]], torch.Tensor]
+
+# The layers of the aesthetic predictor on CLIP ViT-L/14 whose name ends in linearMSE: five in a row, and no activation
+# between them; the places left out are dropout.
+LINEAR_MSE = ("0", "2", "4", "6", "7")
+
+
+# ------------------------------------------------------------------------------------------------- models
+
+
+def clip_similarity(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[Reward, float]:
+    """(cosine similarity of picture and prompt, the model's logit scale), by a CLIPModel's folder with its processor.
+
+    Prompts are cut to the model's length. Raises UserError for a folder that is missing or incomplete.
+    """
+    from transformers import CLIPModel
+
+    processor = _processor(folder)
+    model = loading.load_model(CLIPModel, folder, dtype).to(device)
+    length = model.config.text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def similarity(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        inputs = processor(text=list(prompts), images=[p.convert("RGB") for p in pictures], **options).to(device)
+        output = model(**{**inputs, "pixel_values": inputs["pixel_values"].to(dtype)})
+        return (output.image_embeds.float() * output.text_embeds.float()).sum(-1).cpu()  # both are of unit length
+
+    return similarity, float(model.logit_scale.detach().float().exp())
+
+
+def clip_score(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Reward:
+    """100 * max(cosine, 0), as torchmetrics' CLIPScore gives it (arXiv 2104.08718 has a factor of 2.5 in its place)."""
+    similarity, _ = clip_similarity(folder, device, dtype)
+    return lambda pictures, prompts: 100 * similarity(pictures, prompts).clamp(min=0)
+
+
+def pick_score(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Reward:
+    """The logit scale times the cosine, as PickScore gives it (arXiv 2305.01569)."""
+    similarity, scale = clip_similarity(folder, device, dtype)
+    return lambda pictures, prompts: scale * similarity(pictures, prompts)
+
+
+def hps_score(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Reward:
+    """The cosine, as HPSv2's score is (arXiv 2306.09341), of its weights converted to a CLIPModel's folder."""
+    return clip_similarity(folder, device, dtype)[0]
+
+
+def aesthetic_score(folder: Path, head: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Reward:
+    """An aesthetic head on the normalised picture embeddings of a CLIP's folder; prompts are not looked at.
+
+    head: a safetensors file, as read_head takes it. Raises UserError where the two do not fit.
+    """
+    from transformers import CLIPModel
+
+    layers, processor = read_head(head).to(device), _processor(folder)
+    model = loading.load_model(CLIPModel, folder, dtype).to(device)
+    width = model.config.projection_dim
+    if layers[0].in_features != width:
+        raise UserError(f"{head} takes {layers[0].in_features} features, and the CLIP in {folder} gives {width}")
+
+    @torch.inference_mode()
+    def score(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        inputs = processor(images=[p.convert("RGB") for p in pictures], return_tensors="pt")
+        seen = model.vision_model(pixel_values=inputs["pixel_values"].to(device, dtype)).pooler_output
+        embeds = nn.functional.normalize(model.visual_projection(seen).float(), dim=-1)
+        return layers(embeds)[:, 0].cpu()
+
+    return score
+
+
+def read_head(path: Path) -> nn.Sequential:
+    """The linear layers of an aesthetic head in float32: one, or the five of a linearMSE head, with any prefix.
+
+    Raises UserError for a file of another kind, that is damaged, or that holds other layers.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(
+            f"{path}: a head must be a safetensors file, since others may run code when read; convert it: save_file("
+            'torch.load(FILE, weights_only=True), "head.safetensors")'
+        )
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors, copy it again: {error}") from None
+    named = {re.sub(r"^.*?((\d+\.)?(weight|bias))$", r"\1", name): tensor.float() for name, tensor in tensors.items()}
+    layers: list[nn.Linear] = []
+    for prefix in [""] if "weight" in named else [f"{place}." for place in LINEAR_MSE]:
+        weight, bias = named.pop(f"{prefix}weight", None), named.pop(f"{prefix}bias", None)
+        inside = layers[-1].out_features if layers else None
+        if weight is None or bias is None or weight.dim() != 2 or inside not in (None, weight.shape[1]):
+            named[prefix] = None
+            break
+        layers.append(nn.Linear(weight.shape[1], weight.shape[0]))
+        layers[-1].weight.data, layers[-1].bias.data = weight, bias
+    if named or layers[-1].out_features != 1:
+        raise UserError(
+            f"{path} is no aesthetic head: one linear layer, or layers {', '.join(LINEAR_MSE)} without activations, to "
+            f"one number; it holds {', '.join(sorted(tensors)[:4])}, ..."
+        )
+    return nn.Sequential(*layers).requires_grad_(False)
+
+
+def _processor(folder: Path):
+    from transformers import CLIPProcessor
+
+    return loading.load(CLIPProcessor, folder)
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A prompt, and the pictures that were drawn for it."""
+
+    prompt: str
+    pictures: tuple[Path, ...]
+
+
+def read_pictures(folder: Path) -> dict[str, Drawn]:
+    """What lies in a folder of GenEval's layout: 00000/metadata.jsonl with a "prompt", 00000/samples/0000.png.
+
+    By the names of its folders. Raises UserError for a folder without any, and for one that lacks prompt or pictures.
+    """
+    found = {}
+    for metadata in sorted(folder.glob("*/metadata.jsonl")):
+        place = metadata.parent
+        try:
+            prompt = json.loads(metadata.read_text(encoding="utf-8").splitlines()[0])["prompt"]
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(
+                f'{metadata} has no line of JSON with a "prompt" ({error!r}); draw the folder again'
+            ) from None
+        pictures = tuple(sorted(p for p in place.glob("samples/*") if p.suffix in (".png", ".jpg", ".jpeg", ".webp")))
+        if not pictures:
+            raise UserError(f"{place} has no picture in samples; draw the folder again")
+        found[place.name] = Drawn(str(prompt), pictures)
+    if not found:
+        raise UserError(f"{folder} holds no pictures as GenEval lays them out (00000/metadata.jsonl, 00000/samples)")
+    return found
+
+
+def reward_of(drawn: dict[str, Drawn], reward: Reward, batch_size: int = 16, name: str = "reward") -> np.ndarray:
+    """[prompts] float64: the mean reward of each prompt's pictures. Raises UserError for one that cannot be read."""
+    pairs = [(path, entry.prompt) for entry in drawn.values() for path in entry.pictures]
+    values: list[torch.Tensor] = []
+    for start in tqdm(range(0, len(pairs), batch_size), name, unit="batch"):
+        part = pairs[start : start + batch_size]
+        values.append(reward([_decode(path) for path, _ in part], [prompt for _, prompt in part]))
+    each = torch.cat(values).double().numpy()
+    if not np.isfinite(each).all():
+        raise UserError(f"{name} is not finite for {pairs[int(np.argmin(np.isfinite(each)))][0]}; try --dtype float32")
+    ends = np.cumsum([len(entry.pictures) for entry in drawn.values()])
+    return np.array([part.mean() for part in np.split(each, ends[:-1])])
+
+
+def _decode(path: Path) -> Image.Image:
+    try:
+        return decode_picture(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------- the gap
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The share of the way from base to teacher that the student went: 0 is none, 1 is all of it.
+
+    low, high: the interval; open_gap: whether the teacher's own lead over the base is above zero in as many resamples.
+    """
+
+    share: float
+    low: float
+    high: float
+    open_gap: bool
+
+
+def gap_closed(
+    base: np.ndarray,
+    teacher: np.ndarray,
+    student: np.ndarray,
+    *,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Gap:
+    """(mean student - mean base) / (mean teacher - mean base), with the interval of a paired percentile bootstrap.
+
+    base, teacher, student: [prompts], of the same prompts in the same order; a resample draws prompts, and all three
+    with them. Where open_gap is false the share says nothing: the teacher is hardly better than the base.
+    """
+    values = np.stack([base, teacher, student]).astype(np.float64)
+    generator, n = np.random.default_rng(seed), values.shape[1]
+    means = np.empty((3, resamples))
+    for start in range(0, resamples, 500):  # [3, 500, prompts] at a time
+        size = min(500, resamples - start)
+        means[:, start : start + size] = values[:, generator.integers(0, n, (size, n))].mean(-1)
+    tail = (1 - confidence) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = _share(means)
+        share = float(_share(values.mean(-1)))
+    low, high = (
+        np.quantile(shares[np.isfinite(shares)], [tail, 1 - tail]) if np.isfinite(shares).any() else [np.nan] * 2
+    )
+    lead = np.quantile(means[1] - means[0], tail)
+    return Gap(share, float(low), float(high), bool(lead > 0))
+
+
+def _share(means: np.ndarray) -> np.ndarray:
+    base, teacher, student = means
+    return (student - base) / (teacher - base)
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+def evaluate_reward(
+    rewards: dict[str, Callable[[], Reward]],
+    student: Path,
+    base: Path | None = None,
+    teacher: Path | None = None,
+    batch_size: int = 16,
+) -> dict:
+    """{reward: {"student": mean, ...}}, and with base and teacher their means and "gap", the share closed.
+
+    rewards: by name, what loads each, so that one is in memory at a time; student, base, teacher: folders of GenEval's
+    layout. Raises UserError where their prompts are not the same.
+    """
+    folders = {"base": base, "teacher": teacher, "student": student}
+    drawn = {name: read_pictures(folder) for name, folder in folders.items() if folder is not None}
+    for name, entries in drawn.items():
+        there = drawn["student"]
+        other = [k for k in there.keys() | entries.keys() if k not in there or k not in entries or
+                 there[k].prompt != entries[k].prompt]  # fmt: skip
+        if other:
+            raise UserError(
+                f"{folders[name]} and {student} were not drawn for the same prompts: {len(other)} differ, such as "
+                f"{min(other)}"
+            )
+    results = {}
+    for reward_name, load in rewards.items():
+        reward = load()
+        values = {
+            name: reward_of(entries, reward, batch_size, f"{reward_name} of {name}") for name, entries in drawn.items()
+        }
+        results[reward_name] = {name: float(value.mean()) for name, value in values.items()}
+        if len(values) == 3:
+            gap = gap_closed(values["base"], values["teacher"], values["student"])
+            results[reward_name]["gap"] = {"share": gap.share, "low": gap.low, "high": gap.high, "open": gap.open_gap}
+    return results
+
+
+def format_rewards(results: dict) -> str:
+    """The results as a table for the terminal."""
+    names = [name for name in ("base", "teacher", "student") if any(name in row for row in results.values())]
+    lines = ["reward".ljust(12) + "".join(name.rjust(10) for name in names)]
+    for reward, row in results.items():
+        line = reward.ljust(12) + "".join(f"{row[name]:10.4f}" for name in names)
+        if gap := row.get("gap"):
+            line += f"   gap closed {100 * gap['share']:.1f} % [{100 * gap['low']:.1f}, {100 * gap['high']:.1f}]"
+            line += "" if gap["open"] else "   but the teacher is not clearly better than the base"
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,450 @@
+"""GEdit-Bench: its rows, edits by real pipelines in the official layout, the averages, and the command."""
+
+import csv
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_flux
+import tiny_flux2
+import tiny_qwen_image
+import torch
+from diffusers import FluxKontextPipeline
+from hypothesis import given
+from hypothesis import strategies as st
+from judge_server import good, send, serve  # noqa: F401
+from peft import LoraConfig
+from PIL import Image
+
+from danceopd.cli import main
+from danceopd.errors import UserError
+from danceopd.evaluation.gedit import (
+    KINDS,
+    PAPER_KINDS,
+    Drawing,
+    Row,
+    edit,
+    edit_rows,
+    evaluate_gedit,
+    kinds_of,
+    load_pipeline,
+    picture_file,
+    read_benchmark,
+    seed_of,
+    size_of,
+    summarize,
+)
+from danceopd.evaluation.judge import KEY_VARIABLE, EndpointJudge, Verdict
+from danceopd.training.ranks import Ranks
+
+datasets = pytest.importorskip("datasets")
+
+SIZE, DRAWING = 32, Drawing(resolution=32, num_inference_steps=1)
+
+
+def columns(kinds=PAPER_KINDS, languages=("en", "cn")) -> dict:
+    """Rows of the benchmark's columns: one of each kind in each language, pictures of several shapes."""
+    rows = [(kind, language) for kind in kinds for language in languages]
+    rng = np.random.default_rng(0)
+    sizes = [(20 + 3 * i, 40 - 2 * i) for i in range(len(rows))]
+    pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    return {
+        "key": [f"{i:04x}" for i in range(len(rows))],
+        "task_type": [kind for kind, _ in rows],
+        "instruction": [
+            ("make it red" if language == "en" else "变成红色") + f" {i}" for i, (_, language) in enumerate(rows)
+        ],
+        "instruction_language": [language for _, language in rows],
+        "input_image": pictures,
+        "input_image_raw": [picture.resize((picture.width * 2, picture.height * 2)) for picture in pictures],
+        "Intersection_exist": [i % 3 > 0 for i in range(len(rows))],
+    }
+
+
+def save(folder: Path, **changed) -> Path:
+    made = {name: column for name, column in {**columns(), **changed}.items() if column is not None}
+    datasets.Dataset.from_dict(made).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """benchmark: GEdit-Bench's shape in small; model: a tiny Kontext; lora: an adapter that changes its pictures."""
+    folder = tmp_path_factory.mktemp("gedit")
+    save(folder / "benchmark")
+    tiny_flux.save_tiny(folder / "model")
+    pipeline = FluxKontextPipeline.from_pretrained(folder / "model")
+    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
+    state = {k.replace(".default", ""): v for k, v in pipeline.transformer.state_dict().items() if "lora_" in k}
+    state = {key: torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) for key, value in state.items()}
+    pipeline.save_lora_weights(folder / "run" / "student", transformer_lora_layers=state)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(root):
+    return load_pipeline(root / "model")
+
+
+# ------------------------------------------------------------------------------------------------- the benchmark
+
+
+def test_rows_of_kinds_languages_and_the_subset(root):
+    rows = read_benchmark(root / "benchmark").rows
+    assert [(row.kind, row.language, row.key) for row in rows] == [
+        (kind, "en", f"{2 * i:04x}") for i, kind in enumerate(PAPER_KINDS)
+    ]
+    assert len(read_benchmark(root / "benchmark", ["subject-add"], ["en", "cn"]).rows) == 2
+    inside = read_benchmark(root / "benchmark", PAPER_KINDS[1:3], ["en"], "intersection")
+    assert [row.key for row in inside.rows] == ["0002", "0004"]
+    assert inside.rows[0].instruction == "make it red 2"
+
+
+def test_a_data_set_with_splits_and_a_folder_of_parquet_are_the_same(root, tmp_path):
+    data = datasets.load_from_disk(str(root / "benchmark"))
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "parquet" / "data").mkdir(parents=True)
+    data.select(range(5)).to_parquet(tmp_path / "parquet" / "data" / "train-0.parquet")
+    data.select(range(5, 12)).to_parquet(tmp_path / "parquet" / "data" / "train-1.parquet")
+    plain = read_benchmark(root / "benchmark")
+    for folder in (tmp_path / "splits", tmp_path / "parquet"):
+        other = read_benchmark(folder)
+        assert other.rows == plain.rows
+        for raw in (False, True):
+            assert np.array_equal(other.picture(other.rows[3], raw), plain.picture(plain.rows[3], raw))
+
+
+def test_kinds_are_known_by_either_spelling():
+    assert kinds_of(["paper"]) == PAPER_KINDS
+    assert kinds_of(["all"]) == KINDS
+    assert kinds_of(["color-alter", "subject_add", "color_alter"]) == ("color_alter", "subject-add")
+    with pytest.raises(UserError, match="no kind 'colour'"):
+        kinds_of(["colour"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"key": None, "input_image": None}, "lacks the columns key, input_image; it has"),
+        ({"task_type": ["subject-add"] * 11 + ["dancing"]}, "row 11 is of task_type 'dancing'"),
+        ({"instruction_language": ["en"] * 11 + ["fr"]}, "language 'fr'"),
+        ({"key": ["../../evil", *("abcdefghijk")]}, "'../../evil' of row 0 is no file's name"),
+        ({"key": ["a"] * 12, "task_type": ["subject-add"] * 12}, "two rows have the key a in subject-add/en"),
+        ({"task_type": ["subject-add"] * 12}, "has no rows of subject-replace, background_change"),
+        ({"input_image": ["no picture"] * 12}, "cannot be read|holds no pictures"),
+    ],
+)
+def test_a_data_set_of_no_use(tmp_path, changed, match):
+    folder = save(tmp_path / "set", **changed)
+    with pytest.raises(UserError, match=match):
+        read_benchmark(folder).picture(read_benchmark(folder).rows[0])
+
+
+def test_a_picture_that_is_damaged_names_its_row(tmp_path):
+    broken = datasets.Dataset.from_dict({**columns(), "input_image": [{"bytes": b"\x89PNG no", "path": None}] * 12})
+    broken.save_to_disk(tmp_path / "set")
+    benchmark = read_benchmark(tmp_path / "set")
+    with pytest.raises(UserError, match="input_image of 0002 cannot be read"):
+        benchmark.picture(benchmark.rows[1])
+
+
+def test_a_folder_of_no_use(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        read_benchmark(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no data set of save_to_disk"):
+        read_benchmark(tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(UserError, match="nor of parquet"):
+        read_benchmark(tmp_path)
+    with pytest.raises(UserError, match="no column Intersection_exist"):
+        read_benchmark(save(tmp_path / "set", Intersection_exist=None), subset="intersection")
+    assert read_benchmark(tmp_path / "set").rows[0].intersection is None
+
+
+# ------------------------------------------------------------------------------------------------- editing
+
+
+@given(st.integers(16, 4000), st.integers(16, 4000), st.sampled_from([16, 32]))
+def test_an_edit_has_the_shape_of_its_source(width, height, multiple):
+    high, wide = size_of(Image.new("L", (width, height)), 1024, multiple)
+    assert high % multiple == wide % multiple == 0
+    if 0.25 < width / height < 4:
+        assert wide / high == pytest.approx(width / height, rel=0.05)
+        assert wide * high == pytest.approx(1024 * 1024, rel=0.05)
+
+
+def test_seeds_are_of_the_row_and_the_seed_alone():
+    rows = [Row(key, kind, language, "", None, 0) for key in "ab" for kind in KINDS for language in ("en", "cn")]
+    seeds = [seed_of(row, seed) for row in rows for seed in (0, 1)]
+    assert len(set(seeds)) == len(seeds)
+    assert seed_of(Row("a", KINDS[0], "en", "other", True, 9), 0) == seeds[0]
+
+
+def test_edits_are_the_plain_pipelines_in_the_official_layout(root, pipeline, tmp_path):
+    benchmark = read_benchmark(root / "benchmark", PAPER_KINDS[:1], ("en", "cn"))
+    edit_rows(benchmark, benchmark.rows, tmp_path, pipeline, 16, DRAWING)
+    written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert written == sorted(f"fullset/{row.kind}/{row.language}/{row.key}.png" for row in benchmark.rows)
+    row = benchmark.rows[1]
+    source = benchmark.picture(row)
+    height, width = size_of(source, SIZE, 16)
+    plain = FluxKontextPipeline.from_pretrained(root / "model")
+    expected = plain(
+        image=source.resize((width, height), Image.Resampling.LANCZOS),
+        prompt=row.instruction,
+        height=height,
+        width=width,
+        max_area=height * width,
+        _auto_resize=False,
+        num_inference_steps=1,
+        generator=torch.Generator().manual_seed(seed_of(row, 0)),
+    ).images[0]
+    assert expected.size == (width, height)
+    assert np.array_equal(Image.open(picture_file(tmp_path, row)), expected)
+
+
+def test_a_stopped_run_goes_on_and_any_number_of_ranks_draws_the_same(root, pipeline, tmp_path):
+    benchmark = read_benchmark(root / "benchmark", PAPER_KINDS[:4])
+    edit_rows(benchmark, benchmark.rows, tmp_path / "one", pipeline, 16, DRAWING)
+    for rank in (2, 0, 1):  # in any order
+        own = [benchmark.rows[i] for i in Ranks(rank, 3).slots(len(benchmark.rows))]
+        edit_rows(benchmark, own, tmp_path / "three", pipeline, 16, DRAWING)
+    bytes_of = {row: picture_file(tmp_path / "one", row).read_bytes() for row in benchmark.rows}
+    assert bytes_of == {row: picture_file(tmp_path / "three", row).read_bytes() for row in benchmark.rows}
+    assert len(set(bytes_of.values())) == len(bytes_of)
+    picture_file(tmp_path / "one", benchmark.rows[2]).unlink()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").rglob("*.png")}
+    edit_rows(benchmark, benchmark.rows, tmp_path / "one", pipeline, 16, DRAWING)
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    assert picture_file(tmp_path / "one", benchmark.rows[2]).read_bytes() == bytes_of[benchmark.rows[2]]
+
+
+@pytest.mark.parametrize("family", ["klein", "qwen", "kontext"])
+def test_every_family_edits_and_takes_a_guidance_scale(family, root, tmp_path, monkeypatch):
+    if family == "klein":
+        model = tiny_flux2.save_tiny(tmp_path / "model")
+    elif family == "qwen":
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as module
+
+        monkeypatch.setattr(module, "VAE_IMAGE_SIZE", 64 * 64)  # of the references: its own constant, large for a CPU
+        monkeypatch.setattr(module, "CONDITION_IMAGE_SIZE", 64 * 64)
+        model = tiny_qwen_image.save_tiny(tmp_path / "model", edit=True)
+    else:
+        model = root / "model"
+    pipeline = load_pipeline(model)
+    source = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    drawn = [
+        np.asarray(edit(pipeline, source, "a red cup", (64, 96), 7, Drawing(SIZE, 2, scale))) for scale in (1.5, 6)
+    ]
+    assert drawn[0].shape == (64, 96, 3)
+    assert not np.array_equal(drawn[0], drawn[1])
+    if family == "qwen":  # its noise levels, scaled to their released last one, do not exist for one step
+        with pytest.raises(UserError, match="no finite numbers"):
+            edit(pipeline, source, "a red cup", (64, 96), 7, Drawing(SIZE, 1))
+
+
+def test_a_lora_is_as_the_plain_pipeline_loads_it(root):
+    source, args = Image.new("RGB", (32, 32), "green"), ("a cup", (32, 32), 3, DRAWING)
+    with_lora = np.asarray(edit(load_pipeline(root / "model", root / "run" / "student"), source, *args))
+    plain = FluxKontextPipeline.from_pretrained(root / "model")
+    base = np.asarray(edit(plain, source, *args))
+    plain.load_lora_weights(root / "run" / "student")
+    assert np.array_equal(with_lora, np.asarray(edit(plain, source, *args)))
+    assert not np.array_equal(with_lora, base)
+
+
+# ------------------------------------------------------------------------------------------------- averages
+
+
+def test_averages_by_hand():
+    marks = [("subject-add", True, 9, 4), ("subject-add", False, 4, 4), ("color_alter", True, 1, 9)]
+    rows = [Row(str(i), kind, "en", "", inside, i) for i, (kind, inside, _, _) in enumerate(marks)]
+    verdicts = [Verdict((sc, 10), (10, pq)) for _, _, sc, pq in marks]
+    summary = summarize(rows, verdicts, ["subject-add", "color_alter"])["en"]
+    assert summary["fullset"]["kinds"]["subject-add"] == {"n": 2, "sc": 6.5, "pq": 4, "o": 5}
+    average = summary["fullset"]["average"]
+    assert (average["n"], average["sc"], average["pq"], average["o"]) == (3, 3.75, 6.5, 4)
+    assert average["standard_error"] == pytest.approx(0.5 * math.sqrt(2 / 2))
+    assert summary["intersection"]["kinds"]["subject-add"] == {"n": 1, "sc": 9, "pq": 4, "o": 6}
+    assert summary["intersection"]["average"]["o"] == 4.5
+    without = summarize(rows, [*verdicts[:2], Verdict(problem="?")], ["subject-add", "color_alter"])["en"]["fullset"]
+    assert without["average"] is None  # not an average of fewer kinds
+    assert without["kinds"]["color_alter"] == {"n": 0, "sc": None, "pq": None, "o": None}
+
+
+@given(st.lists(st.tuples(st.sampled_from(PAPER_KINDS), st.integers(0, 10), st.integers(0, 10)), min_size=1), st.data())
+def test_averages_do_not_depend_on_the_order_and_each_kind_counts_once(marks, data):
+    marks = [*marks, *((kind, 5, 5) for kind in PAPER_KINDS)]
+    rows = [Row(str(i), kind, "en", "", True, i) for i, (kind, _, _) in enumerate(marks)]
+    verdicts = [Verdict((sc, 10), (pq, 10)) for _, sc, pq in marks]
+    one = summarize(rows, verdicts)["en"]
+    order = data.draw(st.permutations(range(len(rows))))
+    two = summarize([rows[i] for i in order], [verdicts[i] for i in order])["en"]
+    assert one["fullset"] == one["intersection"]
+    for part in ("sc", "pq", "o"):
+        mean = statistics.fmean(one["fullset"]["kinds"][kind][part] for kind in PAPER_KINDS)
+        assert one["fullset"]["average"][part] == pytest.approx(mean)
+        assert two["fullset"]["average"][part] == pytest.approx(mean)
+        assert 0 <= mean <= 10
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def drawn(root, tmp_path) -> Path:
+    """A results folder where another tool drew `theirs`, every edit of English."""
+    for row in read_benchmark(root / "benchmark").rows:
+        path = tmp_path / "results" / "theirs" / "fullset" / row.kind / row.language / f"{row.key}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (row.index * 20, 0, 0)).save(path)
+    return tmp_path / "results"
+
+
+def command(root, output, *more) -> list[str]:
+    return ["evaluate", "gedit", str(root / "benchmark"), "-o", str(output), "--device", "cpu", *more]
+
+
+def test_one_command_edits_and_scores(root, tmp_path, serve, capsys):  # noqa: F811
+    server = serve(good)
+    model = ["--model", str(root / "model"), "--lora", str(root / "run" / "student"), "--dtype", "float32"]
+    size = ["--resolution", str(SIZE), "--num-inference-steps", "1"]
+    judge = ["--judge-url", server.url, "--judge-model", "some/judge"]
+    assert main(command(root, tmp_path, *model, *size, *judge)) == 0
+    assert "average" in capsys.readouterr().out
+    assert len(server.requests) == 13  # one to see that the judge is there
+    place = tmp_path / "scores" / "run" / "some_judge"
+    results = json.loads((place / "results.json").read_text())
+    assert results["scores"]["en"]["fullset"]["average"]["n"] == 6
+    assert set(results["scores"]["en"]["fullset"]["kinds"]) == set(PAPER_KINDS)
+    assert results["unscored"] == []
+    # What the official script makes of the files that it reads: means of each kind's, then of the kinds.
+    for subset, only in (("fullset", ("True", "False")), ("intersection", ("True",))):
+        overall = []
+        for kind in PAPER_KINDS:
+            with open(place / f"run_{kind}_all_vie_score.csv") as file:
+                rows = [row for row in csv.DictReader(file) if row["intersection_exist"] in only]
+            scores = [(float(row["sementics_score"]), float(row["quality_score"])) for row in rows]
+            if scores:
+                overall.append(np.mean([math.sqrt(sc * pq) for sc, pq in scores]))
+        average = results["scores"]["en"][subset]["average"]
+        assert average is None or average["o"] == pytest.approx(np.mean(overall))
+        assert (average is None) == (len(overall) < 6)
+    # Again: nothing is drawn or asked.
+    assert main(command(root, tmp_path, *model, *size, *judge)) == 0
+    assert len(server.requests) == 13
+    assert json.loads((place / "results.json").read_text()) == results
+    # Other settings under the same name are refused, before anything is drawn.
+    assert main(command(root, tmp_path, *model, *size, "--seed", "1")) == 2
+    assert "made with other settings (seed)" in capsys.readouterr().err
+    assert main(command(root, tmp_path, "--method", "run", *model[:2], *size)) == 2
+    assert "(lora, dtype)" in capsys.readouterr().err
+
+
+def test_pictures_of_another_tool_are_scored(root, drawn, serve, capsys):  # noqa: F811
+    server = serve(good)
+    judge = ["--method", "theirs", "--judge-url", server.url, "--judge-model", "j"]
+    assert main(command(root, drawn, *judge)) == 0
+    assert len(server.requests) == 12
+    assert main(command(root, drawn, *judge, "--model", str(root / "model"))) == 2
+    assert "made by another tool" in capsys.readouterr().err
+
+
+def test_an_edit_without_a_score_is_said_and_left_out(root, drawn, serve, capsys):  # noqa: F811
+    def behave(handler, body, count):
+        if "make it red 4" in body["messages"][0]["content"][-1]["text"]:
+            send(handler, 400, {"error": {"message": "not this one"}})
+        else:
+            good(handler, body, count)
+
+    judge = ["--method", "theirs", "--judge-url", serve(behave).url, "--judge-model", "j"]
+    assert main(command(root, drawn, *judge)) == 1
+    said = capsys.readouterr()
+    assert "no score: background_change/en/0004" in said.err
+    assert "not this one" in said.err
+    results = json.loads((drawn / "scores" / "theirs" / "j" / "results.json").read_text())
+    assert [row["key"] for row in results["unscored"]] == ["0004"]
+    assert results["scores"]["en"]["fullset"]["average"] is None
+
+
+def test_what_a_user_gets_wrong(root, drawn, serve, capsys, monkeypatch):  # noqa: F811
+    server = serve(lambda h, body, count: send(h, 404, {"error": {"message": "no such model"}}))
+    wants_key = serve(lambda h, body, count: send(h, 401, {"error": {"message": "who are you"}}))
+    judge = ["--judge-url", server.url, "--judge-model", "j"]
+    theirs = ["--method", "theirs", *judge]
+    cases = [
+        ([], "nothing to do"),
+        (["--judge-url", server.url], "go together"),
+        ([*judge, "--judge", "x", "--method", "theirs"], "give one judge"),
+        (judge, "give --method"),
+        ([*theirs, "--kinds", "colour"], "no kind 'colour'"),
+        ([*theirs, "--kinds", "all"], "has no rows of material_alter"),
+        ([*theirs, "--language", "cn"], "lacks 6 of 6 pictures, such as fullset/subject-add/cn/0001.png"),
+        ([*theirs, "--max-calls", "0"], "--max-calls must be positive"),
+        ([*theirs[2:], "--method", "../theirs"], "is no name of a folder"),
+        ([*theirs[2:], "--method", "scores"], "is no name of a folder"),
+        ([*theirs, "--lora", "x"], "belong to a --model"),
+        (["--model", str(root / "nowhere")], "there is no folder"),
+        (["--model", str(root / "model"), "--lora", str(root / "benchmark")], "a LoRA folder holds one"),
+        (["--model", str(root / "model"), "--judge", str(root / "nowhere")], "there is no folder"),
+        (theirs, "no model 'j'"),
+        (["--model", str(root / "model"), *judge], "no model 'j'"),  # before anything is drawn
+        (["--method", "theirs", "--judge-url", wants_key.url, "--judge-model", "j"], f"{KEY_VARIABLE} is not set"),
+    ]
+    for more, said in cases:
+        assert main(command(root, drawn, *more)) == 2
+        assert said in capsys.readouterr().err
+    assert not (drawn / "model" / "fullset").exists()
+    text_only = tiny_flux.save_tiny(drawn / "dev", pipeline="FluxPipeline")
+    assert main(command(root, drawn, "--model", str(text_only))) == 2
+    assert "draws from text alone" in capsys.readouterr().err
+    picture = picture_file(drawn / "theirs", read_benchmark(root / "benchmark").rows[2])
+    picture.write_bytes(b"\x89PNG cut")
+    fine = serve(good)
+    assert main(command(root, drawn, "--method", "theirs", "--judge-url", fine.url, "--judge-model", "j")) == 2
+    assert f"{picture}: " in capsys.readouterr().err
+
+
+def test_evaluate_still_takes_a_checkpoint(capsys):
+    assert main(["evaluate", "nowhere"]) == 2
+    assert "nor an embedded network" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_in_two_processes(root, tmp_path, serve):  # noqa: F811
+    """The command is killed while it draws, and torchrun's two ranks draw and ask the rest."""
+    server = serve(good)
+    model = ["--model", str(root / "model"), "--resolution", str(SIZE), "--num-inference-steps", "1"]
+    judge = ["--judge-url", server.url, "--judge-model", "j", "--language", "en", "cn"]
+    whole = evaluate_gedit(
+        root / "benchmark",
+        tmp_path / "whole",
+        "model",
+        model=root / "model",
+        drawing=DRAWING,
+        make_judge=lambda: EndpointJudge(server.url, "j"),
+        languages=("en", "cn"),
+        dtype=torch.bfloat16,
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = command(root, tmp_path / "parts", *model, *judge)
+    process = subprocess.Popen([sys.executable, "-m", "danceopd", *arguments], env=environment)
+    while len(list((tmp_path / "parts").rglob("*.png"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(list((tmp_path / "parts").rglob("*.png"))) < 12
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, "-m", "danceopd", *arguments], env=environment, check=True, timeout=400)
+    results = json.loads((tmp_path / "parts" / "scores" / "model" / "j" / "results.json").read_text())
+    assert results["scores"] == whole["scores"]
+    assert results["rows"] == whole["rows"]
