@@ -148,7 +148,7 @@ def velocity(
 ) -> torch.Tensor:
     """noise - data [B, C, h, w] in the latents' dtype, for latents [B, C, h, w] and sigma [B].
 
-    prompt: rows of text_encoder's dict; sources: reference latents [B, C, h_i, w_i] in the order in which the text
+    prompt: rows of text_encoder's dict, without a mask where all are of one length; sources: reference latents [B, C, h_i, w_i] in the order in which the text
     encoder saw them. guidance is ignored: this transformer class has no such input that works.
     """
     pictures = (latents, *sources)
@@ -159,7 +159,7 @@ def velocity(
         hidden_states=tokens,
         timestep=sigma,  # the transformer multiplies it by 1000 itself
         encoder_hidden_states=prompt["prompt_embeds"].to(dtype),
-        encoder_hidden_states_mask=prompt["prompt_mask"],
+        encoder_hidden_states_mask=prompt.get("prompt_mask", prompt.get("prompt_keep")),
         img_shapes=[shapes] * len(latents),
         return_dict=False,
     )[0]
