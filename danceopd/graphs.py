@@ -318,7 +318,9 @@ class StaticField:
     def fixed(self, conditioning: Conditioning) -> Field:
         """The velocity of these samples without gradient: a field that its caller gives no other conditioning."""
         lengths = _lengths(conditioning)
-        kinds = [(kind, lengths[own], own.to(_device(conditioning))) for kind, own in self._kinds(conditioning, lengths)]
+        kinds = [
+            (kind, lengths[own], own.to(_device(conditioning))) for kind, own in self._kinds(conditioning, lengths)
+        ]
         parts = [_of_kind(conditioning[own], kind) for kind, _, own in kinds]
         programs: list[Program] = []
 

@@ -21,6 +21,7 @@ from danceopd.errors import UserError
 PIPELINES = ("QwenImagePipeline", "QwenImageEditPlusPipeline")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # those of diffusers' own LoRA script for Qwen-Image
 PROMPTS_SEE_PICTURES = True  # where the folder edits
+PROMPTS_HAVE_MASKS = True
 MAX_SOURCES = float("inf")  # where the folder edits
 MAX_PROMPT_TOKENS = 512  # the text-to-image pipeline's default; the editing pipeline does not cut
 

@@ -24,6 +24,7 @@ from danceopd.errors import UserError
 PIPELINES = ("ZImagePipeline", "ZImageOmniPipeline")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 PROMPTS_SEE_PICTURES = True  # where the folder edits
+PROMPTS_HAVE_MASKS = True
 MAX_SOURCES = float("inf")  # where the folder edits
 
 

@@ -105,7 +105,8 @@ class Plan:
 def dry_run(config: Config) -> Plan:
     """Find out all that a run takes and all that it lacks; nothing is written."""
     plan = Plan()
-    plan.attempt("training.device", find_device, config.training.device)
+    if not config.model:
+        plan.attempt("training.device", find_device, config.training.device)
     plan.attempt("training.output_dir", _check_folder, config.training.output_dir)
     plan.attempt("training.optimizer", adamw_class, config.training.optimizer)
     (_model if config.model else _embedded)(config, plan)
@@ -160,6 +161,7 @@ def grid_evaluations(config: Config) -> tuple[int, int]:
 
 
 def _model(config: Config, plan: Plan) -> None:
+    from danceopd.attention import attention_backend
     from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
     from danceopd.lora import lora_parameters
     from danceopd.training.models import PRECISIONS, check_decoder, model_samples, needs_base, sources_on_base
@@ -171,6 +173,9 @@ def _model(config: Config, plan: Plan) -> None:
     if backbone is None:
         return
     plan.found.append(_parts(config.model))
+    if device := attempt("training.device", find_device, config.training.device):
+        attends = attempt("training.attention_backend", attention_backend, config, backbone, device)
+        plan.found += [f"attention backend: {attends}"] if attends else []
     for m, (name, capability) in enumerate(config.capabilities.items()) if samples else ():
         rows = sum(map(len, {id(group.data[m]): group.data[m] for group in samples.groups}.values()))
         plan.found.append(f"{name}: {rows} rows in {capability.data.prepared}")

@@ -53,6 +53,7 @@ NOT_IDENTITY = (
     "rollout_on",
     "cuda_graphs",
     "compile",
+    "attention_backend",
 )
 
 
