@@ -2,9 +2,9 @@
 
 A step evaluates the field and moves the latents in place. Noise levels and the mask of active samples are read on the
 device, and what a field would look up there is settled on the host before the first step: samples with and without
-source pictures, guided or not, with prompts of other lengths, go apart, each kind through all of its steps. As samples leave, a step shrinks to one of
-`BUCKETS` sizes; rows up to that size are of samples that have left, and are counted as padding. On the CPU the same
-steps run without graphs.
+source pictures, guided or not, with prompts of other lengths, go apart, each kind through all of its steps. As samples
+leave, a step shrinks to one of `BUCKETS` sizes; rows up to that size are of samples that have left, and are counted as
+padding. On the CPU the same steps run without graphs.
 """
 
 import sys

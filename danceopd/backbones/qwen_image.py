@@ -149,8 +149,9 @@ def velocity(
 ) -> torch.Tensor:
     """noise - data [B, C, h, w] in the latents' dtype, for latents [B, C, h, w] and sigma [B].
 
-    prompt: rows of text_encoder's dict, without a mask where all are of one length; sources: reference latents [B, C, h_i, w_i] in the order in which the text
-    encoder saw them. guidance is ignored: this transformer class has no such input that works.
+    prompt: rows of text_encoder's dict, without a mask where all are of one length; sources: reference latents [B, C,
+    h_i, w_i] in the order in which the text encoder saw them. guidance is ignored: this transformer class has no such
+    input that works.
     """
     pictures = (latents, *sources)
     dtype = loading.input_dtype(transformer)
