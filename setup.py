@@ -60,7 +60,7 @@ setup(
         "8bit": ["bitsandbytes>=0.45", "torchao>=0.18"],
         "deepspeed": ["deepspeed>=0.18,<0.20"],
         "triton": ["triton>=3.2"],
-        "flash-attn": ["flash-attn>=2.6"],
+        "flash-attn": ["flash-attn>=2.6.3"],
     },
     entry_points={"console_scripts": ["danceopd=danceopd.cli:main"]},
 )

@@ -14,14 +14,16 @@ class Conditioning:
     """Prompts and source pictures of B samples.
 
     prompt: what the backbone's text encoder gives, a tensor or a dict of them, each [B, ...]; the embedded network
-    takes int64 tokens [B, L]. source: the pictures to edit in the space of the latents, one tensor [B, C, h, w] or a
-    tuple of them where there are several references; None if no sample has one. has_source: [B] bool; `source` is
-    ignored where it is False; None if all samples have theirs, where `source` is given, such that nothing has to be
-    read on the device to know it. guidance_scale: [B] float32 or None; read by a field that is guided per sample
-    (danceopd.fields.guided), and by nothing else. adapter: [B] int64 or None; which of several sources a network that
-    answers for all of them is asked for (danceopd.fields.SharedField). embedded_guidance: [B] float32 or None; the
-    number that a guidance-distilled model takes as an input. empty_prompt: like prompt, each sample's own empty prompt,
-    or None where it is one for all: a text encoder that sees the source pictures has another for each.
+    takes int64 tokens [B, L]. Of a dict, prompt_mask [B, L] bool is False after a prompt's end, and prompt_keep the
+    same for prompts to be computed at this very L, whose masks nobody reads on the host. source: the pictures to edit
+    in the space of the latents, one tensor [B, C, h, w] or a tuple of them where there are several references; None if
+    no sample has one. has_source: [B] bool; `source` is ignored where it is False; None if all samples have theirs,
+    where `source` is given, such that nothing has to be read on the device to know it. guidance_scale: [B] float32 or
+    None; read by a field that is guided per sample (danceopd.fields.guided), and by nothing else. adapter: [B] int64 or
+    None; which of several sources a network that answers for all of them is asked for (danceopd.fields.SharedField).
+    embedded_guidance: [B] float32 or None; the number that a guidance-distilled model takes as an input. empty_prompt:
+    like prompt, each sample's own empty prompt, or None where it is one for all: a text encoder that sees the source
+    pictures has another for each.
     """
 
     prompt: Tensors
@@ -96,6 +98,18 @@ def concatenate(parts: list[Conditioning]) -> Conditioning:
         _join_marks(parts),
         *(None if any(v is None for v in values) else _join_prompts(values) for values in rest),
     )
+
+
+def with_length(prompt: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """A prompt that has a prompt_mask, its tensors [B, L, ...] cut or filled up with zeros to another L; a new dict."""
+    old = prompt["prompt_mask"].shape[1]
+
+    def change(value: torch.Tensor) -> torch.Tensor:
+        if value.dim() < 2 or value.shape[1] != old:
+            return value
+        return F.pad(value[:, :length], (0, 0) * (value.dim() - 2) + (0, max(0, length - old)))
+
+    return {name: change(value) for name, value in prompt.items()}
 
 
 def _join_marks(parts: list[Conditioning]) -> torch.Tensor | None:

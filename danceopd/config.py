@@ -133,7 +133,8 @@ class Training(Section):
     on each of them whole. auto looks at the memory that is free.
 
     cuda_graphs: rollouts take static steps (danceopd.graphs), on CUDA as captured graphs; auto does on CUDA alone.
-    compile: torch.compile of each block of the network that rollouts ask.
+    compile: torch.compile of each block of the network that rollouts ask. attention_backend: with a `model`, by
+    diffusers' name of it, or auto (danceopd.attention).
     """
 
     output_dir: Path
@@ -157,6 +158,7 @@ class Training(Section):
     shard_sources: Literal["auto"] | bool = "auto"
     cuda_graphs: Literal["auto"] | bool = "auto"
     compile: bool = False
+    attention_backend: str = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Positive = 5
     save_every: Positive = 100
@@ -309,6 +311,8 @@ def _check_model(config: Config) -> list[str]:
     for key in ("gradient_checkpointing", "base_precision", "offload_sources"):
         value = getattr(config.training, key)
         of_models[f"training.{key}"] = value if value and value != "fp8" else None
+    if config.training.attention_backend != "auto":
+        of_models["training.attention_backend"] = config.training.attention_backend
     for name, source in config.sources.items():
         of_models |= {f"sources.{name}.{key}": getattr(source, key) for key in ("lora", "embedded_guidance")}
     given = [key for key, value in of_models.items() if value not in (None, [])]

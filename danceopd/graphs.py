@@ -2,9 +2,9 @@
 
 A step evaluates the field and moves the latents in place. Noise levels and the mask of active samples are read on the
 device, and what a field would look up there is settled on the host before the first step: samples with and without
-source pictures, guided or not, go apart, each kind through all of its steps. As samples leave, a step shrinks to one of
-`BUCKETS` sizes; rows up to that size are of samples that have left, and are counted as padding. On the CPU the same
-steps run without graphs.
+source pictures, guided or not, with prompts of other lengths, go apart, each kind through all of its steps. As samples
+leave, a step shrinks to one of `BUCKETS` sizes; rows up to that size are of samples that have left, and are counted as
+padding. On the CPU the same steps run without graphs.
 """
 
 import sys
@@ -13,23 +13,25 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from typing import NamedTuple
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from danceopd_kernels import euler_step_
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
-from danceopd.conditioning import Conditioning, Tensors
-from danceopd.fields import Field
+from danceopd.conditioning import Conditioning, Tensors, with_length
+from danceopd.fields import TOKENS, Field, guided, picture_tokens
 
 # Sizes of a batch, in equal steps. Under low_t with 16 or 8 indices the padding is none of the evaluations up to 16
 # samples, 1.6 % at 32, 2.4 % at 64; eight sizes would be 2.8, 4.3 and 5.1 %, powers of two 11, 12 and 13 %.
 BUCKETS = 16
-PROGRAMS = 8  # kinds and shapes of samples whose buffers and graphs are kept, the least recently used goes first
-TEXT = 64  # prompts that have a mask are filled up to a multiple of this, so that not each length is another shape
+PROGRAMS = 32  # kinds and shapes of samples whose buffers and graphs are kept, the least recently used goes first
+# Prompts that have a mask are cut or filled up to the next multiple, so that not each length is another shape; this
+# one, since Z-Image's transformer fills them up to it by itself, with tokens of its own.
+TEXT = 32
 
 
 class NotCapturable(Exception):
@@ -213,11 +215,19 @@ def _no_kept_casts():
 # ------------------------------------------------------------------------------------------------ a rollout
 
 
+class Kind(NamedTuple):
+    """Of samples that share a step: whether they have source pictures and are guided, tokens of their prompts or 0."""
+
+    sourced: bool
+    guided: bool
+    length: int
+
+
 class StaticField:
     """A field whose rollouts are static steps; asked by itself it is `field`.
 
     ask: the same network as a field, for samples without guidance; both: with guidance for all of them
-    (danceopd.fields.guided, every). networks: whose parameters these read. capture: graphs of the steps, on CUDA.
+    (always_guided). networks: whose parameters these read. capture: graphs of the steps, on CUDA.
     spent: counts evaluations, which no step passes through `field` for: by `name` those of samples under way, as
     "padding" those of samples that have left. Where a step cannot be captured, `reason` is printed once, and rollouts
     ask `field`.
@@ -260,22 +270,24 @@ class StaticField:
 
         Each sample steps from its own start, so that none waits for another to come along.
         """
-        steps, spent = until.amax(1) - start, Counter()
+        steps, spent, tokens, lengths = until.amax(1) - start, Counter(), Counter(), _lengths(conditioning)
         sigmas = sigmas.to(noise.device)
         states = noise.float()[:, None].repeat(1, until.shape[1], *(1,) * (noise.dim() - 1))
         try:
-            for sourced, guided, rows in self._kinds(conditioning):
+            for kind, rows in self._kinds(conditioning, lengths):
                 rows = rows[steps[rows].argsort(descending=True, stable=True)]
                 rows = rows[steps[rows] > 0]
                 if len(rows):
-                    there = rows.to(noise.device)
-                    part = _of_kind(conditioning[there], sourced, guided)
+                    there, guided = rows.to(noise.device), kind.guided
+                    part = _of_kind(conditioning[there], kind)
                     program = self._program(noise[there], part, guided, len(noise), solver)
                     spent += self._integrate(program, sigmas, start[rows], until[rows], states, there, 1 + guided)
+                    tokens += _tokens(noise, part, kind, steps[rows], lengths[rows])
         except NotCapturable as error:
             self._give_up(error)
             return None
         self.spent.update(spent)
+        TOKENS.update(tokens)
         return states
 
     def _integrate(self, program: Program, sigmas, start, until, states, there, cost: int) -> Counter:
@@ -305,16 +317,20 @@ class StaticField:
 
     def fixed(self, conditioning: Conditioning) -> Field:
         """The velocity of these samples without gradient: a field that its caller gives no other conditioning."""
-        kinds = [(kind, own.to(_device(conditioning))) for *kind, own in self._kinds(conditioning)]
-        parts = [_of_kind(conditioning[own], *kind) for kind, own in kinds]
+        lengths = _lengths(conditioning)
+        kinds = [
+            (kind, lengths[own], own.to(_device(conditioning))) for kind, own in self._kinds(conditioning, lengths)
+        ]
+        parts = [_of_kind(conditioning[own], kind) for kind, _, own in kinds]
         programs: list[Program] = []
 
         def velocity(latents, sigma, _):
             if self.reason:
                 return self.field(latents, sigma, conditioning)
-            result, spent = torch.empty_like(latents), Counter()
+            result, spent, tokens = torch.empty_like(latents), Counter(), Counter()
             try:
-                for i, ((_, guided), own) in enumerate(kinds):
+                for i, (kind, length, own) in enumerate(kinds):
+                    guided = kind.guided
                     if i == len(programs):
                         programs.append(self._program(latents[own], parts[i], guided, len(latents), None))
                     program, n = programs[i], len(own)
@@ -325,23 +341,26 @@ class StaticField:
                     result[own] = program.velocity[:n].to(result.dtype)
                     spent[self.name] += (1 + guided) * n
                     spent["padding"] += (1 + guided) * (size - n)
+                    tokens += _tokens(latents, parts[i], kind, torch.ones(n, dtype=torch.int64), length)
             except NotCapturable as error:
                 self._give_up(error)
                 return self.field(latents, sigma, conditioning)
             self.spent.update(spent)
+            TOKENS.update(tokens)
             return result
 
         return velocity
 
-    def _kinds(self, conditioning: Conditioning) -> list[tuple[bool, bool, torch.Tensor]]:
-        """(with sources, guided, the samples' numbers on the CPU) of each kind there is. Waits for the device once."""
+    def _kinds(self, conditioning: Conditioning, lengths: torch.Tensor) -> list[tuple["Kind", torch.Tensor]]:
+        """(each kind there is, the numbers of its samples on the CPU)."""
         n = len(conditioning)
         sourced, guided = conditioning.sourced(), torch.zeros(n, dtype=torch.bool)
         has = conditioning.has_source.cpu() if sourced is None else torch.full((n,), sourced)
         if self.both is not None:
             guided = conditioning.guidance_scale.cpu() != 1
-        kinds = [(s, g, ((has == s) & (guided == g)).nonzero()[:, 0]) for s in (False, True) for g in (False, True)]
-        return [kind for kind in kinds if len(kind[2])]
+        kinds = [Kind(*kind) for kind in zip(has.tolist(), guided.tolist(), _filled(lengths).tolist(), strict=True)]
+        places = {kind: torch.tensor([i for i, own in enumerate(kinds) if own == kind]) for kind in sorted(set(kinds))}
+        return list(places.items())
 
     def _program(self, z, conditioning, guided: bool, capacity: int, solver: str | None) -> Program:
         """The program of such samples, filled with these."""
@@ -406,30 +425,58 @@ def _device(conditioning: Conditioning) -> torch.device:
     return tree_leaves(conditioning.prompt)[0].device
 
 
-def _of_kind(conditioning: Conditioning, sourced: bool, guided: bool) -> Conditioning:
+def _of_kind(conditioning: Conditioning, kind: Kind) -> Conditioning:
     """The same samples, all of one kind, with nothing that the kind does not read."""
+    empty = conditioning.empty_prompt if kind.guided else None
     return replace(
         conditioning,
-        prompt=_even(conditioning.prompt),
-        source=conditioning.source if sourced else None,
+        prompt=_kept(conditioning.prompt, kind.length),
+        source=conditioning.source if kind.sourced else None,
         has_source=None,
-        guidance_scale=conditioning.guidance_scale if guided else None,
-        empty_prompt=_even(conditioning.empty_prompt) if guided else None,
+        guidance_scale=conditioning.guidance_scale if kind.guided else None,
+        empty_prompt=None if empty is None else _kept(empty),
     )
 
 
-def _even(prompt: Tensors | None) -> Tensors | None:
-    """A prompt that has a mask, filled up with what it masks."""
-    if not isinstance(prompt, dict) or "prompt_mask" not in prompt:
+def _lengths(conditioning: Conditioning) -> torch.Tensor:
+    """[B] int64 on the CPU: tokens of each prompt that has a mask, else 0. Waits for the device."""
+    prompt = conditioning.prompt
+    if _has_lengths(prompt):
+        return prompt["prompt_mask"].sum(1).cpu()
+    return torch.zeros(len(conditioning), dtype=torch.int64)
+
+
+def _has_lengths(prompt: Tensors) -> bool:
+    """Not of prompts in parts, each of which Z-Image's transformer fills up by itself."""
+    return isinstance(prompt, dict) and "prompt_mask" in prompt and "prompt_parts" not in prompt
+
+
+def _filled(length):
+    return -(-length // TEXT) * TEXT
+
+
+def _kept(prompt: Tensors, length: int = 0) -> Tensors:
+    """A prompt that has a mask, cut or filled up to `length` (0: to a multiple of TEXT), which it is to keep."""
+    if not _has_lengths(prompt):
         return prompt
-    length = prompt["prompt_mask"].shape[1]
+    filled = with_length(prompt, length or _filled(prompt["prompt_mask"].shape[1]))
+    filled["prompt_keep"] = filled.pop("prompt_mask")
+    return filled
 
-    def fill(value: torch.Tensor) -> torch.Tensor:
-        if value.dim() < 2 or value.shape[1] != length:
-            return value
-        return F.pad(value, (0, 0) * (value.dim() - 2) + (0, -length % TEXT))
 
-    return tree_map(fill, prompt)
+def _tokens(latents, part: Conditioning, kind: Kind, steps: torch.Tensor, lengths: torch.Tensor) -> Counter:
+    """What is computed of samples of a kind in so many steps each, as danceopd.fields.TOKENS; of prompts, not empty."""
+    if not kind.length:
+        return Counter()
+    sources = part.source if isinstance(part.source, tuple) else () if part.source is None else (part.source,)
+    computed = int(steps.sum()) * (picture_tokens(latents, sources) + kind.length)
+    return Counter(computed=computed, padding=int((steps * (kind.length - lengths)).sum()))
+
+
+def always_guided(field: Field, empty_prompt: Tensors, combine: Callable | None = None) -> Field:
+    """danceopd.fields.guided for a step of samples that are all guided: nothing is read on the device."""
+    kept = _kept(tree_map(lambda value: value[None], empty_prompt))
+    return guided(field, tree_map(lambda value: value[0], kept), combine=combine, every=True)
 
 
 # ---------------------------------------------------------------------------------------------- compilation

@@ -16,7 +16,15 @@ from danceopd.backbones import backbone_of, flux2
 from danceopd.backbones.dit import DiT, DiTConfig
 from danceopd.conditioning import Conditioning
 from danceopd.fields import counted, guided
-from danceopd.graphs import GraphSafe, NotCapturable, Program, StaticField, compile_blocks, constants
+from danceopd.graphs import (
+    GraphSafe,
+    NotCapturable,
+    Program,
+    StaticField,
+    always_guided,
+    compile_blocks,
+    constants,
+)
 from danceopd.lora import LoraStudent, SharedBase, target_layers
 from danceopd.query import query
 from danceopd.rollout import rollout
@@ -237,7 +245,7 @@ def empty_of(c):
 
 
 def static_of(student, combine, c, capture=False):
-    both = guided(student, empty_of(c), combine=combine, every=True)
+    both = always_guided(student, empty_of(c), combine)
     networks = [student, getattr(student, "transformer", student)]
     return StaticField(guided(student, empty_of(c), combine=combine), student, both, networks, capture)
 
@@ -247,7 +255,7 @@ CASES = [(family, lora) for family in ("dit", *FAMILIES) for lora in (False, Tru
 
 @pytest.mark.parametrize(("family", "lora"), CASES)
 def test_a_model_steps_as_it_does_otherwise(models, family, lora):
-    student, combine, z, c = asked(models, family, lora, 4)
+    student, combine, z, c = asked(models, family, lora, 4, length=40)  # those with a mask: of 20 and of 40 tokens
     field, sigmas, until = static_of(student, combine, c), sigma_grid(3, 3.0), torch.tensor([[3], [1], [2], [3]])
     expected, _ = rollout(field.field, z, c, sigmas, until, "ab2")
     close(rollout(field, z, c, sigmas, until, "ab2")[0], expected)
@@ -299,9 +307,10 @@ def fresh_caches():
 def check_safe(models, family, lora, device):
     """Drawing without guidance, and where it can editing with it."""
     student, combine, z, c = asked(models, family, lora, 3, device)
-    both, edits = guided(student, empty_of(c), combine=combine, every=True), c.source is not None
+    both, edits = always_guided(student, empty_of(c), combine), c.source is not None
     for field, source in ((student, None), (both, c.source)):
-        program, made = Program(field, z, replace(c, has_source=None, source=source), 3, "ab2"), {}
+        kind = graphs.Kind(source is not None, field is both, 32)  # more than a prompt's 24 tokens
+        program, made = Program(field, z, graphs._of_kind(c, kind), 3, "ab2"), {}
         with constants(made):
             program.step(2)
             count = len(made)
@@ -315,7 +324,7 @@ def check_safe(models, family, lora, device):
 
 
 # FLUX's own class and Qwen-Image's are those that edit too.
-SAFE = [case for case in CASES if case[0] not in ("z", "flux") and case not in (("flux2", True), ("qwen", True))]
+SAFE = [case for case in CASES if case[0] != "flux" and case not in (("flux2", True), ("qwen", True))]
 
 
 @pytest.mark.parametrize(("family", "lora"), SAFE)
@@ -324,16 +333,10 @@ def test_a_step_is_safe_to_capture(models, fresh_caches, family, lora):
     check_safe(models, family, lora, "meta")
 
 
-@pytest.mark.parametrize("family", ["dit", "sd3", "flux", "klein", "qwen_edit"])
+@pytest.mark.parametrize("family", ["dit", "sd3", "flux", "klein", "qwen_edit", "z"])
 def test_a_step_is_safe_on_the_cpu(models, family):
     """With real values; adapters take another way on a CPU, which reads routes."""
     check_safe(models, family, False, "cpu")
-
-
-def test_z_image_is_not(models, fresh_caches):
-    """Its transformer takes prompts as lists, each of its own length, which a step reads on the host."""
-    with pytest.raises((NotCapturable, NotImplementedError), match=r"meta|host"):
-        check_safe(models, "z", False, "meta")
 
 
 UNSAFE = {
@@ -475,7 +478,7 @@ def captured(field):
 
 
 @on_a_card
-@pytest.mark.parametrize(("family", "lora"), [case for case in CASES if case[0] != "z"])
+@pytest.mark.parametrize(("family", "lora"), CASES)
 @pytest.mark.parametrize("solver", StaticField.SOLVERS)
 def test_captured_steps_are_those_of_the_plain_rollout(models, family, lora, solver):
     field, plain, z, c = on_cuda(models, family, lora)
@@ -539,17 +542,6 @@ def test_what_caches_have_dropped_is_still_there_for_a_replay(models):
     rubbish = [torch.full((size,), torch.nan, device="cuda") for size in (8, 64, 256, 4096) for _ in range(200)]
     assert torch.equal(rollout(field, z, c, sigma_grid(3, 3.0), UNTIL)[0], expected)
     del rubbish
-
-
-@on_a_card
-def test_z_image_falls_back(models, capsys):
-    field, plain, z, c = on_cuda(models, "z")
-    expected, _ = rollout(plain, z, c, sigma_grid(3, 3.0), UNTIL)
-    for _ in range(2):
-        close(rollout(field, z, c, sigma_grid(3, 3.0), UNTIL)[0], expected, 1e-6)
-    assert field.reason
-    assert capsys.readouterr().err.count("without CUDA graphs") == 1
-    assert not captured(field)
 
 
 @on_a_card

@@ -405,7 +405,7 @@ def test_z_image_shares_its_layers_but_not_its_embedder_of_joined_tokens():
     }
     conditioning = Conditioning(prompt, None, torch.zeros(2, dtype=torch.bool))
     close(shared.field(2)(latents, sigma, conditioning), z_image.velocity(alone, latents, sigma, prompt))
-    with pytest.raises(ValueError, match=r"all_x_embedder.2-1: the first axis .* is not the batch of 2"):
+    with pytest.raises(ValueError, match=r"all_x_embedder.2-1: the first axis .* is not the batch of 1"):
         shared(latents, sigma, conditioning, adapter)
     shared = SharedBase(base, layers, z_image.velocity)
     got = shared(latents, sigma, conditioning, adapter)

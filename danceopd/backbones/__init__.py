@@ -1,9 +1,9 @@
 """Networks as velocity fields: the embedded one (dit), and one module for each family of diffusers' models.
 
-A family's module has PIPELINES, LORA_TARGETS, PROMPTS_SEE_PICTURES (whether an editing model's text encoder looks
-at the source pictures) and MAX_SOURCES (how many of them an editing model takes for one sample), and tasks,
-load_transformer, text_encoder, picture_codec, latent_shape, sigmas and velocity; also combine, where its pipelines have
-their own guidance. danceopd/backbones/sd3.py is the plainest.
+A family's module has PIPELINES, LORA_TARGETS, PROMPTS_SEE_PICTURES (whether an editing model's text encoder looks at
+the source pictures), PROMPTS_HAVE_MASKS (docs/lengths.md) and MAX_SOURCES (how many of them an editing model takes for
+one sample), and tasks, load_transformer, text_encoder, picture_codec, latent_shape, sigmas and velocity; also combine,
+where its pipelines have their own guidance. danceopd/backbones/sd3.py is the plainest.
 """
 
 import difflib

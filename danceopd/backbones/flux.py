@@ -17,6 +17,7 @@ PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
 # Both streams of a double block; a single block's output projection is one with its MLP's, and stays as it is.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 PROMPTS_SEE_PICTURES = False
+PROMPTS_HAVE_MASKS = False
 MAX_SOURCES = 1  # Kontext was trained with one, and its pipeline takes no more
 TEXT_LENGTH = 512  # T5 tokens, padding included: the pipelines' max_sequence_length
 

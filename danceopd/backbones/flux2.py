@@ -25,6 +25,7 @@ from danceopd.errors import UserError
 
 PIPELINES = ("Flux2KleinPipeline", "Flux2Pipeline")
 PROMPTS_SEE_PICTURES = False
+PROMPTS_HAVE_MASKS = False
 MAX_SOURCES = float("inf")
 # Of double blocks, and of single blocks, which fuse q, k and v with the MLP. Only a single block's to_out is a linear
 # layer (see danceopd.lora.target_layers; PEFT by itself would stumble over a double block's, which is a list).

@@ -21,6 +21,7 @@ from danceopd.errors import UserError
 PIPELINES = ("QwenImagePipeline", "QwenImageEditPlusPipeline")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # those of diffusers' own LoRA script for Qwen-Image
 PROMPTS_SEE_PICTURES = True  # where the folder edits
+PROMPTS_HAVE_MASKS = True
 MAX_SOURCES = float("inf")  # where the folder edits
 MAX_PROMPT_TOKENS = 512  # the text-to-image pipeline's default; the editing pipeline does not cut
 
@@ -148,8 +149,9 @@ def velocity(
 ) -> torch.Tensor:
     """noise - data [B, C, h, w] in the latents' dtype, for latents [B, C, h, w] and sigma [B].
 
-    prompt: rows of text_encoder's dict; sources: reference latents [B, C, h_i, w_i] in the order in which the text
-    encoder saw them. guidance is ignored: this transformer class has no such input that works.
+    prompt: rows of text_encoder's dict, without a mask where all are of one length; sources: reference latents [B, C,
+    h_i, w_i] in the order in which the text encoder saw them. guidance is ignored: this transformer class has no such
+    input that works.
     """
     pictures = (latents, *sources)
     dtype = loading.input_dtype(transformer)
@@ -159,7 +161,7 @@ def velocity(
         hidden_states=tokens,
         timestep=sigma,  # the transformer multiplies it by 1000 itself
         encoder_hidden_states=prompt["prompt_embeds"].to(dtype),
-        encoder_hidden_states_mask=prompt["prompt_mask"],
+        encoder_hidden_states_mask=prompt.get("prompt_mask", prompt.get("prompt_keep")),
         img_shapes=[shapes] * len(latents),
         return_dict=False,
     )[0]

@@ -18,6 +18,7 @@ from danceopd.errors import UserError
 
 PIPELINES = ("StableDiffusion3Pipeline",)
 PROMPTS_SEE_PICTURES = False
+PROMPTS_HAVE_MASKS = False
 MAX_SOURCES = 0
 # Of the joint attention and of the second attention that SD3.5-medium's first blocks have (attn2).
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

@@ -4,12 +4,15 @@ The pipelines' guidance_scale g is added to the conditional field, v + g (v - v_
 danceopd.fields.guided.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -21,6 +24,7 @@ from danceopd.errors import UserError
 PIPELINES = ("ZImagePipeline", "ZImageOmniPipeline")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 PROMPTS_SEE_PICTURES = True  # where the folder edits
+PROMPTS_HAVE_MASKS = True
 MAX_SOURCES = float("inf")  # where the folder edits
 
 
@@ -127,6 +131,8 @@ def velocity(
     """noise - data [B, C, h, w] in the latents' dtype, of latents [B, C, h, w] at sigma [B].
 
     prompt: rows of text_encoder; its masks, lengths and shapes may stay on the CPU, which saves a wait for the GPU.
+    Without a prompt_mask all prompts have the length that they have. With a prompt_keep all must be as long once the
+    transformer has filled them up to its multiple of 32 tokens, which is done here: nothing is read on the host then.
     sources: clean latents, each [B, C, h_i, w_i]; guidance is ignored. Raises ValueError if the prompt was not
     encoded with as many pictures as there are sources.
     """
@@ -152,11 +158,36 @@ def velocity(
         }
     elif sources:
         raise ValueError("only the omni pipeline takes source pictures")
-    else:
+    elif "prompt_mask" in prompt:
         lengths = prompt["prompt_mask"].sum(1).tolist()
         texts, options = [row[:n] for row, n in zip(embeds, lengths, strict=True)], {}
-    output = transformer(images, time, texts, return_dict=False, **options)[0]
+    else:
+        texts, options = list(embeds), {}
+    with _own_padding(transformer, prompt.get("prompt_keep")):
+        output = transformer(images, time, texts, return_dict=False, **options)[0]
     return -torch.stack(output).squeeze(2).to(latents.dtype)
+
+
+@contextmanager
+def _own_padding(transformer: nn.Module, keep: torch.Tensor | None) -> Iterator[None]:
+    """Inside, the transformer sees its own padding token wherever keep [B, L] is False.
+
+    It would put it there itself, after so many tokens of each prompt as its list says: numbers on the host.
+    """
+    if keep is None:
+        yield
+        return
+    if keep.shape[1] % SEQ_MULTI_OF:
+        raise ValueError(f"prompts are to keep a multiple of {SEQ_MULTI_OF} tokens, got {keep.shape[1]}")
+
+    def replace(_, __, embedded):
+        return torch.where(keep.flatten()[:, None], embedded, transformer.cap_pad_token.to(embedded.dtype))
+
+    hook = transformer.cap_embedder.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _siglip_features(prompt, dtype):

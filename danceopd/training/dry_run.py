@@ -111,7 +111,10 @@ def dry_run(config: Config) -> Plan:
         plan.attempt("training.base_precision", check_fp8, device)
     plan.attempt("training.output_dir", _check_folder, config.training.output_dir)
     plan.attempt("training.optimizer", adamw_class, config.training.optimizer)
-    (_model if config.model else _embedded)(config, plan)
+    if config.model:
+        _model(config, plan, device)
+    else:
+        _embedded(config, plan)
     plan.evaluations = evaluations_per_step(config)
     plan.grid = grid_evaluations(config) if config.training.sample_every else None
     return plan
@@ -162,7 +165,8 @@ def grid_evaluations(config: Config) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------------- a model's run
 
 
-def _model(config: Config, plan: Plan) -> None:
+def _model(config: Config, plan: Plan, device: torch.device | None) -> None:
+    from danceopd.attention import attention_backend
     from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
     from danceopd.lora import lora_parameters
     from danceopd.training.models import PRECISIONS, check_decoder, model_samples, needs_base, sources_on_base
@@ -176,6 +180,9 @@ def _model(config: Config, plan: Plan) -> None:
     if backbone is None:
         return
     plan.found.append(_parts(config.model))
+    if device:
+        attends = attempt("training.attention_backend", attention_backend, config, backbone, device)
+        plan.found += [f"attention backend: {attends}"] if attends else []
     for m, (name, capability) in enumerate(config.capabilities.items()) if samples else ():
         rows = sum(map(len, {id(group.data[m]): group.data[m] for group in samples.groups}.values()))
         plan.found.append(f"{name}: {rows} rows in {capability.data.prepared}")

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from danceopd.conditioning import Conditioning
+from danceopd.fields import whole_batches
 from danceopd.training.ranks import Ranks, device_of_collectives
 
 Asked = tuple[torch.Tensor, torch.Tensor, Conditioning]  # latents, sigma, conditioning, as a field takes them
@@ -33,7 +34,12 @@ class Lockstep:
     def add(self, network: Network, number: int | None = None) -> int:
         """The number of a network; the next source's if none is given. All ranks add the same."""
         number = next(n for n in SOURCES if n not in self.networks) if number is None else number
-        self.networks[number] = network
+
+        def whole(asked: Sequence[Asked]) -> Sequence[torch.Tensor]:
+            with whole_batches():  # lengths are each rank's own
+                return network(asked)
+
+        self.networks[number] = network if self.ranks.size == 1 else whole
         return number
 
     def ask(self, number: int, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:

@@ -22,8 +22,8 @@ from danceopd.data.sampler import Batch, draw_batch, sample_generators
 from danceopd.draws import Generator
 from danceopd.errors import Terminated, UserError
 from danceopd.evaluation.world import make_sampler, score_gedit, score_geneval
-from danceopd.fields import Field, counted, guided
-from danceopd.graphs import StaticField, compile_blocks
+from danceopd.fields import TOKENS, Field, counted, guided
+from danceopd.graphs import StaticField, always_guided, compile_blocks
 from danceopd.memory import keep_freed_memory
 from danceopd.methods import METHODS, needs
 from danceopd.methods.observed import join
@@ -53,6 +53,7 @@ NOT_IDENTITY = (
     "rollout_on",
     "cuda_graphs",
     "compile",
+    "attention_backend",
 )
 
 
@@ -157,7 +158,7 @@ class Trainer:
             return None
         ask, both = in_precision(self.config, self.parts, network), None
         if self.guidance_scales is not None:
-            both = guided(ask, self.parts.empty_prompt, combine=self.parts.combine, every=True)
+            both = always_guided(ask, self.parts.empty_prompt, self.parts.combine)
         networks = list(dict.fromkeys([network, getattr(network, "transformer", network)]))
         return StaticField(network, ask, both, networks, capture=on_cuda, spent=self.spent)
 
@@ -186,7 +187,7 @@ class Trainer:
         """One optimizer step: {"loss", "loss_by_capability", "gradient_norm", ...}; skipped if not finite."""
         training, rate, progress = self.config.training, self.learning_rate(), self.progress()
         batch, parts, slots = self.draw(), training.gradient_accumulation_steps, self.ranks.slots(training.batch_size)
-        numbers = [self.step * training.batch_size + slot for slot in slots]
+        numbers, tokens = [self.step * training.batch_size + slot for slot in slots], Counter(TOKENS)
         field, seen = self.student_field(), []
         for part in range(parts):
             self.at(f"the rollout of step {self.step}")
@@ -200,10 +201,11 @@ class Trainer:
             seen.append(observed.summary())
         self.at(f"the update of step {self.step}")
         norm, updated = self.engine.step(rate)
-        everyone = self.ranks.gather((seen, Counter(self.spent)))
-        watched = join([summary for summaries, _ in everyone for summary in summaries])
-        for _, spent in everyone:
+        everyone = self.ranks.gather((seen, Counter(self.spent), Counter(TOKENS) - tokens))
+        watched = join([summary for summaries, *_ in everyone for summary in summaries])
+        for _, spent, _ in everyone:
             self.evaluations.update(spent)
+        tokens = sum((own for *_, own in everyone), Counter())
         self.spent.clear()
         if updated:
             self.health.update(watched, norm)
@@ -225,6 +227,8 @@ class Trainer:
             "network_evaluations": self.evaluations.total(),
             "skipped": self.skipped,
             **({"padding": self.evaluations["padding"]} if self.static else {}),  # of the network_evaluations
+            # The share of the update's tokens that filled up shorter prompts, where prompts have masks.
+            **({"padding_tokens": tokens["padding"] / tokens["computed"]} if tokens else {}),
         }
 
     # --- what is watched and shown --------------------------------------------------------------------

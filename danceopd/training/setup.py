@@ -116,6 +116,7 @@ def _build_model(
     ranks: Ranks,
     settings: dict | None,
 ) -> Parts:
+    from danceopd.attention import attention_backend
     from danceopd.backbones import backbone_of, pipeline_class_of  # these import diffusers, which takes its time
     from danceopd.lora import save_lora
     from danceopd.training.models import (
@@ -138,6 +139,7 @@ def _build_model(
     _stop_at(problems)
     samples = model_samples(config, backbone, attempt)
     attempt("training.sample_every", check_decoder, config)
+    attends = attempt("training.attention_backend", attention_backend, config, backbone, device)
     _stop_at(problems)
     sigmas = attempt("model", drawing_sigmas, config, backbone, samples)
     lockstep = None if settings is None else Lockstep(ranks)
@@ -156,6 +158,8 @@ def _build_model(
     if "student" in in_shards:
         student = make_student(config, backbone, read(student, ranks, settings), device)
     networks = place_sources(config, backbone, device, networks, lockstep, settings)
+    if attends != "native" or config.training.attention_backend == "native":
+        student.transformer.set_attention_backend(attends)  # and with it what every other transformer here attends by
     empty_prompt = tree_map(lambda value: value.to(device), samples.groups[0].data[0].empty_prompt())
     combine = getattr(backbone, "combine", None)
     fields = model_fields(config, combine, networks, empty_prompt)
