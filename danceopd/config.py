@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from danceopd.errors import UserError
-from danceopd.methods import METHODS, options
+from danceopd.methods import METHODS, OWN_ROLLOUT, options
 from danceopd.optimizers import OPTIMIZERS
 from danceopd.query import QUERIES
 from danceopd.rollout import SOLVERS
@@ -128,6 +128,10 @@ class Training(Section):
     have it as well. offload_sources: with a `model`, sources with weights of their own wait in host memory, and a
     forward brings their blocks to the device one after another, the next while one computes; without effect on a CPU.
 
+    rollout_precision: of a copy of the student that rollouts ask, filled after each update; fp8 as in base_precision. If
+    not given they ask the student itself, or with ZeRO-3 a replica in its own precision. An adapter's base in FP8 is the
+    one that sources share where base_precision is fp8 too, else a copy.
+
     With DeepSpeed: rollout_on: ZeRO-3's rollouts ask a replica of the student that is gathered once an update, or its
     shards, which every forward gathers. shard_sources: sources with weights of their own lie on all ranks in shards, or
     on each of them whole. auto looks at the memory that is free.
@@ -151,6 +155,7 @@ class Training(Section):
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     precision: Literal["fp32", "bf16"] = "fp32"
+    rollout_precision: Literal["bf16", "fp8"] | None = None
     gradient_checkpointing: bool = False
     base_precision: Literal["int8", "fp8"] | None = None
     offload_sources: bool = False
@@ -340,6 +345,31 @@ def _check_start(config: Config) -> list[str]:
     return []
 
 
+def _check_rollout(config: Config) -> list[str]:
+    """What goes against training.rollout_precision."""
+    training, key = config.training, "training.rollout_precision"
+    wanted, base = training.rollout_precision, training.base_precision
+    if wanted is None:
+        return []
+    problems = []
+    if config.method in OWN_ROLLOUT:
+        problems.append(f"{key}: {wanted}, but {config.method} {OWN_ROLLOUT[config.method]}; leave it out")
+    if training.rollout_on == "shards":
+        problems.append(
+            f"{key}: {wanted}, but training.rollout_on: shards asks the student itself; leave one of them out"
+        )
+    if config.student.lora and wanted == "bf16" and (training.precision != "bf16" or base == "fp8"):
+        problems.append(
+            f"{key}: bf16, but an adapter runs as its base does, which is in {base or training.precision}; leave it "
+            "out, or give training.precision bf16 without base_precision fp8"
+        )
+    if config.student.lora and wanted == "fp8" and base == "int8":
+        problems.append(
+            f"{key}: fp8, but the adapter's base is in int8; give training.base_precision fp8, or leave it out"
+        )
+    return problems
+
+
 def _cross_check(config: Config) -> list[str]:
     problems = []
     try:
@@ -359,7 +389,7 @@ def _cross_check(config: Config) -> list[str]:
         elif data.world and (capability.task == "t2i") != (data.world in ("t2i", "style")):
             has = "no source pictures" if data.world in ("t2i", "style") else "source pictures"
             problems.append(f"capabilities.{name}.task: {capability.task!r}, but world {data.world!r} has {has}")
-    problems += _check_model(config)
+    problems += _check_model(config) + _check_rollout(config)
     if sum(c.weight for c in config.capabilities.values()) == 0:
         problems.append("capabilities: all weights are zero, so no sample would be drawn")
     training = config.training

@@ -24,6 +24,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from danceopd.conditioning import Conditioning, Tensors, with_length
 from danceopd.fields import TOKENS, Field, guided, picture_tokens
+from danceopd.fp8 import Fp8Linear
 
 # Sizes of a batch, in equal steps. Under low_t with 16 or 8 indices the padding is none of the evaluations up to 16
 # samples, 1.6 % at 32, 2.4 % at 64; eight sizes would be 2.8, 4.3 and 5.1 %, powers of two 11, 12 and 13 %.
@@ -487,7 +488,8 @@ def compile_blocks(network: nn.Module, backend: str | Callable = "inductor") -> 
 
     Blocks of one class and layout share what is compiled. A second size of the batch makes the size a symbol, and no
     further one compiles anything but a single sample, which torch always takes apart. Layers with adapters, each of
-    which is looked up by its name, run as they are: compiled, each block would be one of its own.
+    which is looked up by its name, run as they are: compiled, each block would be one of its own. So do those in FP8,
+    whose kernels torch does not see into.
     """
     import torch._dynamo  # takes its time
 
@@ -497,7 +499,7 @@ def compile_blocks(network: nn.Module, backend: str | Callable = "inductor") -> 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks:
         for module in block.modules():
-            if hasattr(module, "route"):
+            if hasattr(module, "route") or isinstance(module, Fp8Linear):
                 module.forward = torch.compiler.disable(module.forward)
         block.compile(backend=backend)
     return len(blocks)

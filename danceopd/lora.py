@@ -24,7 +24,7 @@ from danceopd.conditioning import Conditioning
 from danceopd.eight_bit import as_multiplied
 from danceopd.errors import UserError
 from danceopd.fields import Field, by_sources
-from danceopd.fp8 import Fp8Linear, numbers
+from danceopd.fp8 import Fp8Linear, fp8_layers, numbers
 
 Lora = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # by module: A [rank, in], B [out, rank], scale
 
@@ -393,6 +393,18 @@ class SharedBase:
 
         self.transformer.enable_gradient_checkpointing(run)
 
+    def in_fp8(self) -> "SharedBase":
+        """A copy with the blocks' linear layers in FP8, for students alone: all its other tensors are this one's."""
+        tensors = (*self.transformer.parameters(), *self.transformer.buffers())
+        copied = deepcopy(self, {id(t): t for t in tensors})
+        for name, linear, modulates in fp8_layers(copied.transformer):
+            narrow = Fp8Linear(linear, modulates)
+            if isinstance(linear, _RoutedLinear):
+                narrow = _RoutedLinear(name, narrow, [], copied._route)
+            copied.transformer.set_submodule(name, narrow)
+        copied.count = 0
+        return copied
+
     def __call__(self, latents, sigma, conditioning: Conditioning, adapter: torch.Tensor) -> torch.Tensor:
         """latents [B, ...], sigma [B], adapter [B] int64: the teacher of each sample, -1 for the base alone.
 
@@ -488,6 +500,10 @@ class LoraStudent(nn.Module):
 
     def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         return self._shared[0].student(latents, sigma, conditioning.embedding(self.embedded_guidance), self)
+
+    def on_fp8(self) -> None:
+        """Go over to a copy of the transformer in FP8."""
+        self._shared = (self._shared[0].in_fp8(),)
 
     @property
     def transformer(self) -> nn.Module:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from danceopd.config import Config
-from danceopd.training.dry_run import FLOAT, GIB, Plan, dry_run
+from danceopd.training.dry_run import FLOAT, GIB, REPLICA, Plan, dry_run
 from danceopd.training.zero import GATHERED
 
 NODE = 8  # cards in a machine
@@ -148,7 +148,7 @@ class Scaled:
         kept["optimizer state"] = plan.memory["optimizer state"][0] / gpus ** bool(stage)
         kept["average (EMA)"] = FLOAT * share
         if stage == 3:
-            device["replica for rollouts"] = half * n
+            device[REPLICA] = plan.memory[REPLICA][0] if REPLICA in plan.memory else half * n
             device["gathered at a time"] = half * min(n, self.live)
             # Of the update: AdamW's two of its part's size, then what a part of the replica is gathered into and from.
             update = 0 if setting.offload else 2 * FLOAT * share

@@ -217,6 +217,21 @@ def test_the_replica_of_bf16_is_what_autocast_computes_with(context, base, alone
     assert found != pytest.approx({step: alone["danceopd"][step] for step in found}, rel=1e-5)
 
 
+def test_the_replica_in_fp8_is_the_rounded_student_after_every_update(context, base, alone, tmp_path):
+    """Two ranks at stage 3, and what they do is what one process does with such a replica."""
+    raw = with_training(base, rollout_precision="fp8", max_steps=4, save_every=2)
+    run = Run(context, tmp_path / "two", raw, 2, fault={"what": "watch_replica", "report": str(tmp_path)})
+    one = Run(context, tmp_path / "one", raw, 0)
+    found = losses(run.done())
+    for report in replica_reports(tmp_path):
+        assert report == [[]] * 4
+    assert "rollouts run on a replica in fp8" in run.out()
+    assert found == pytest.approx(losses(one.done()), rel=1e-5)
+    own = {step: alone["danceopd"][step] for step in found}
+    assert found == pytest.approx(own, rel=0.05)
+    assert found != pytest.approx(own, rel=1e-5)
+
+
 def interrupted(whole, folder, step=15):
     """A copy of the uninterrupted run as it was at a step."""
     shutil.copytree(whole.folder / "run", folder / "run")

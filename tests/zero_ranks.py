@@ -15,8 +15,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import torch
+from danceopd_kernels import fp8_quantize_rowwise
 
 from danceopd.cli import main
+from danceopd.fp8 import Fp8Linear
 from danceopd.training import launch, loop, setup, state, students, zero  # noqa: F401 (imported before the fork)
 from danceopd.training.loop import Trainer
 
@@ -138,10 +140,14 @@ def watch_replica(report: Path) -> None:
                 full = f"{name}.{leaf}".lstrip(".")
                 with deepspeed.zero.GatheredParameters([self.parameters[full]]):
                     weights = self.parameters[full].detach().clone()
+                if isinstance(module, Fp8Linear) and leaf == "weight":
+                    weights, scale = fp8_quantize_rowwise(weights)
+                    if not torch.equal(module.weight_scale, scale):
+                        wrong.append(f"{full}_scale")
                 # What a forward of the student computes with: autocast casts for these layers, and for no others.
                 if self.engine.torch_autocast_enabled() and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
                     weights = weights.to(torch.bfloat16)
-                if copied.dtype != weights.dtype or not torch.equal(copied, weights):
+                if copied.dtype != weights.dtype or not torch.equal(copied.float(), weights.float()):
                     wrong.append(full)
         seen.append(wrong)
         (report / f"replica-{self.ranks.rank}.json").write_text(json.dumps(seen))

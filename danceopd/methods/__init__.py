@@ -34,6 +34,13 @@ METHODS = {
     "pooled": Pooled,
 }
 
+# Why a method's rollout cannot be that of a network near the student (training.rollout_precision).
+OWN_ROLLOUT = {
+    "joint": "rolls nothing out",
+    "off_policy": "does not roll the student out",
+    "flow_opd": "compares its rollout's log-probabilities with the student's own",
+}
+
 PROVIDED = {
     "sigmas": "noise levels of the rollout [N + 1]",
     "shift": "their shift towards noise",

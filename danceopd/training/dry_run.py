@@ -32,10 +32,12 @@ from danceopd.methods import needs
 from danceopd.optimizers import Muon, adamw_class, make_optimizers
 from danceopd.query import expected_depth
 from danceopd.training.log import MODEL_SAMPLES, PREVIEW_SAMPLES
+from danceopd.training.replica import bytes_beside, make_replica, rollout_precision
 from danceopd.training.setup import find_device, load_data
 
 GIB = 2**30
 FLOAT = 4  # bytes of a trainable parameter, its gradient, its average, and of one state of AdamW
+REPLICA = "replica for rollouts"
 PREPARATION = ("text_encoder", "tokenizer", "processor", "image_encoder", "feature_extractor", "siglip")
 
 
@@ -109,6 +111,8 @@ def dry_run(config: Config) -> Plan:
     device = plan.attempt("training.device", find_device, config.training.device)
     if config.training.base_precision == "fp8":
         plan.attempt("training.base_precision", check_fp8, device)
+    if config.training.rollout_precision == "fp8":
+        plan.attempt("training.rollout_precision", check_fp8, device)
     plan.attempt("training.output_dir", _check_folder, config.training.output_dir)
     plan.attempt("training.optimizer", adamw_class, config.training.optimizer)
     if config.model:
@@ -463,6 +467,10 @@ def _trained(config: Config, plan: Plan, student: nn.Module) -> None:
         state = FLOAT * sum(number * (1 if isinstance(o, Muon) else 2) for o, number in groups)
         plan.memory["optimizer state"] = state, f"{optimizer}: {state / n:.2g} bytes a parameter"
     plan.memory["average (EMA)"] = FLOAT * n, "as many as the student's"
+    if precision := rollout_precision(config):
+        bf16 = config.training.precision == "bf16" and not config.student.lora
+        replica = make_replica(student, torch.device("meta"), bf16, precision)
+        plan.memory[REPLICA] = bytes_beside(replica, student), f"of the student, in {precision}"
     if "anchor" in needs(config.method):
         plan.memory["anchor"] = FLOAT * n, "the student as it was, for this method"
 

@@ -1,7 +1,7 @@
 """What holds the student and its optimizer in one process. danceopd.training.zero has the same for many.
 
 Both have: `student`, asked with gradient; `rolled`, the same weights, asked without; `resident`, the network that
-`rolled` asks, or None where its forwards gather weights; `backward` and `step`; `averaged`,
+`rolled` asks, the student or a replica, or None where its forwards gather weights; `backward` and `step`; `averaged`,
 the running mean of the student as a network to draw with; and `tensors`, `rest` and `load` for checkpoints.
 """
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from danceopd.config import Config
 from danceopd.optimizers import make_optimizers, set_learning_rate
+from danceopd.training.replica import make_replica, places, rollout_precision
 from danceopd.training.state import Checkpoint
 
 
@@ -22,7 +23,12 @@ class Local:
 
     def __init__(self, student: nn.Module, config: Config):
         training = config.training
-        self.student = self.rolled = self.resident = student.train()
+        self.student, precision = student.train(), rollout_precision(config)
+        bf16 = training.precision == "bf16" and not config.student.lora
+        device = next(student.parameters()).device
+        self.replica = make_replica(student, device, bf16, precision) if precision else None
+        self.rolled = self.resident = student if self.replica is None else self.replica
+        self._refresh()
         self.shapes = {name: p.shape for name, p in student.named_parameters()}
         self.max_grad_norm = training.max_grad_norm
         decay = torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema_decay)
@@ -45,6 +51,7 @@ class Local:
                 set_learning_rate(optimizer, rate)
                 optimizer.step()
             self.ema.update_parameters(self.student)
+            self._refresh()
         self.student.zero_grad(set_to_none=True)
         return norm, finite
 
@@ -89,6 +96,14 @@ class Local:
                 state |= {key: checkpoint.tensor(full).to(p) for key, full in states.get(names[p], {}).items()}
                 if state:
                     optimizer.state[p] = state
+        self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Put the student's weights into the replica."""
+        found = {} if self.replica is None else places(self.replica)
+        for name, place in found.items():
+            place.put(self.student.get_parameter(name).to(place.dtype))
 
     def _states(self) -> Iterator[tuple[str, nn.Parameter, dict]]:
         """(name, parameter, its optimizer's state) of each parameter that has one."""

@@ -74,6 +74,8 @@ def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) ->
         attempt("training.base_precision", check_fp8, device)
     elif config.training.base_precision:
         attempt("training.base_precision", check_eight_bit)
+    if config.training.rollout_precision == "fp8":
+        attempt("training.rollout_precision", check_fp8, device)
     if config.model:
         return _build_model(config, device, attempt, problems, ranks, settings)
     student = attempt("student.init_from", _load, config.student.init_from)

@@ -22,8 +22,9 @@ from danceopd.memory import free_bytes, gibibytes
 from danceopd.optimizers import make_optimizers
 from danceopd.training.lockstep import QUERY, ROLLOUT, Asked, Lockstep
 from danceopd.training.ranks import Ranks
+from danceopd.training.replica import Place, bytes_beside, make_replica, multiplied, places, rollout_precision
 from danceopd.training.state import Checkpoint, bounds
-from danceopd.training.twins import twin, without_values
+from danceopd.training.twins import without_values
 
 # What the run's own configuration says, and DeepSpeed's would say a second time.
 OURS = (
@@ -88,10 +89,15 @@ class Zero:
         self.parameters = dict(self.network.named_parameters())
         self.lockstep = lockstep or Lockstep(ranks)
         self.lockstep.add(self._ask, QUERY)
-        self.replica = self._replica(bf16) if self.stage == 3 and self._fits(training.rollout_on, bf16) else None
+        precision = rollout_precision(config)
+        wanted = precision or (self.stage == 3 and self._fits(training.rollout_on, bf16))
+        self.replica = make_replica(self.empty, self.engine.device, bf16, precision) if wanted else None
+        if precision and ranks.rank == 0:
+            size = gibibytes(bytes_beside(self.replica, self.empty))
+            print(f"rollouts run on a replica in {precision}, gathered once an update: {size} a rank")
         if self.stage == 3 and self.replica is None:
             self.lockstep.add(self._ask, ROLLOUT)
-        self.resident = self.replica if self.stage == 3 else self.network
+        self.resident = self.network if self.replica is None and self.stage < 3 else self.replica
         # With the optimizer's states in host memory the average is there too.
         self.home = torch.device("cpu") if zero.get("offload_optimizer") else self.engine.device
         self.ema = {name: self._slice(name).to(self.home, copy=True) for name in self.parameters}
@@ -269,7 +275,7 @@ class Zero:
 
     def _fits(self, wanted: str, bf16: bool) -> bool:
         """Whether rollouts run on a replica: as wanted, or where it takes no more than half of what is free."""
-        narrow = _multiplied(self.empty) if bf16 else set()
+        narrow = multiplied(self.empty) if bf16 else set()
         needed = sum(shape.numel() * (2 if name in narrow else 4) for name, shape in self.shapes.items())
         free = -self.ranks.most(-free_bytes(self.engine.device))
         chosen = wanted == "replica" or (wanted == "auto" and needed <= free / 2)
@@ -282,16 +288,6 @@ class Zero:
             print(f"rollouts run {how}, {gibibytes(free)} are free, training.rollout_on is {wanted}")
         return chosen
 
-    def _replica(self, bf16: bool) -> nn.Module:
-        """A frozen copy, to be filled; for bf16 with the weights in it that autocast casts to bf16 at each step."""
-        narrow = _multiplied(self.empty) if bf16 else set()
-
-        def empty(name: str, p: torch.Tensor) -> torch.Tensor:
-            dtype = torch.bfloat16 if name in narrow else torch.float32
-            return torch.empty(p.shape, dtype=dtype, device=self.engine.device)
-
-        return twin(self.empty, empty).to(self.engine.device).eval()
-
     def _held(self, p: nn.Parameter) -> torch.Tensor:
         """What this rank holds of a parameter: a shard, or before stage 3 all of it."""
         return p.ds_tensor if self.stage == 3 else p
@@ -300,7 +296,7 @@ class Zero:
     def _hold(self, values: dict[str, torch.Tensor] | None) -> None:
         """Put values in the student's place: what each rank holds, flat and without padding too; None: the average."""
         if values is None:
-            self._fill(self.parameters, self.ema.get)
+            self._fill(places(self.network), self.ema.get)
             return
         for name, p in self.parameters.items():
             held = self._held(p)
@@ -311,31 +307,30 @@ class Zero:
     def _refresh(self, part: Callable[[str], torch.Tensor]) -> None:
         """Gather every rank's part of each parameter into the replica."""
         if self.replica is not None:
-            self._fill(dict(self.replica.named_parameters()), part)
+            self._fill(places(self.replica), part)
 
     @torch.no_grad()
-    def _fill(self, targets: dict[str, torch.Tensor], part: Callable[[str], torch.Tensor]) -> None:
-        """Gather every rank's part of each parameter into the target of its name."""
-        for names in _bundles(targets):
+    def _fill(self, targets: dict[str, Place], part: Callable[[str], torch.Tensor]) -> None:
+        """Gather every rank's part of each parameter into the place of its name."""
+        for names in _bundles(targets, self.shapes):
             self._gather(names, part, targets)
 
-    def _gather(self, names: list[str], part: Callable[[str], torch.Tensor], targets: dict[str, torch.Tensor]) -> None:
+    def _gather(self, names: list[str], part: Callable[[str], torch.Tensor], targets: dict[str, Place]) -> None:
         """One collective for some parameters of one dtype."""
         size = self.ranks.size
         widths = [-(-self.shapes[name].numel() // size) for name in names]
-        like = targets[names[0]]
-        mine = torch.zeros(sum(widths), dtype=like.dtype, device=like.device)
+        mine = torch.zeros(sum(widths), dtype=targets[names[0]].dtype, device=self.engine.device)
         for own, name in zip(mine.split(widths), names, strict=True):
             value = part(name)
             own[: len(value)].copy_(value)
-        everyone = torch.empty(size, len(mine), dtype=like.dtype, device=like.device)
+        everyone = torch.empty(size, len(mine), dtype=mine.dtype, device=mine.device)
         if size > 1:
             dist.all_gather_into_tensor(everyone.flatten(), mine)
         else:
             everyone[0] = mine
         for columns, name in zip(everyone.split(widths, dim=1), names, strict=True):
             shape = self.shapes[name]
-            targets[name].copy_(columns.flatten()[: shape.numel()].view(shape))
+            targets[name].put(columns.flatten()[: shape.numel()].view(shape))
 
 
 class _Asked(nn.Module):
@@ -349,22 +344,12 @@ class _Asked(nn.Module):
         return tuple(self.student(*asked[i : i + 3]) for i in range(0, len(asked), 3))
 
 
-def _multiplied(module: nn.Module) -> set[str]:
-    """The parameters that autocast casts to bf16."""
-    return {
-        f"{name}.{own}"
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Linear | nn.Conv2d)
-        for own, _ in part.named_parameters(recurse=False)
-    }
-
-
-def _bundles(parameters: dict[str, torch.Tensor]) -> Iterator[list[str]]:
+def _bundles(targets: dict[str, Place], shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
     """Names in runs of one dtype with at most GATHERED entries, but at least one name."""
     names: list[str] = []
-    for name, p in parameters.items():
-        same = not names or parameters[names[0]].dtype == p.dtype
-        if names and not (same and sum(parameters[n].numel() for n in names) + p.numel() <= GATHERED):
+    for name, place in targets.items():
+        same = not names or targets[names[0]].dtype == place.dtype
+        if names and not (same and sum(shapes[n].numel() for n in [*names, name]) <= GATHERED):
             yield names
             names = []
         names.append(name)
