@@ -128,9 +128,9 @@ class Training(Section):
     have it as well. offload_sources: with a `model`, sources with weights of their own wait in host memory, and a
     forward brings their blocks to the device one after another, the next while one computes; without effect on a CPU.
 
-    rollout_precision: of a copy of the student that rollouts ask, filled after each update; fp8 as in base_precision. If
-    not given they ask the student itself, or with ZeRO-3 a replica in its own precision. An adapter's base in FP8 is the
-    one that sources share where base_precision is fp8 too, else a copy.
+    rollout_precision: of a copy of the student that rollouts ask, filled after each update; fp8 as in base_precision.
+    If not given they ask the student itself, or with ZeRO-3 a replica in its own precision. An adapter's base in FP8
+    is the one that sources share where base_precision is fp8 too, else a copy.
 
     With DeepSpeed: rollout_on: ZeRO-3's rollouts ask a replica of the student that is gathered once an update, or its
     shards, which every forward gathers. shard_sources: sources with weights of their own lie on all ranks in shards, or

@@ -82,7 +82,13 @@ def static_curved(spent=None):
     return StaticField(guided(curved, EMPTY), curved, both, spent=spent)
 
 
-@given(st.integers(1, 20), st.integers(1, 3), st.integers(1, 8), st.sampled_from(StaticField.SOLVERS), st.data())
+@given(
+    st.integers(1, 20),
+    st.sampled_from([1, 2, 4, 16]),
+    st.integers(1, 8),
+    st.sampled_from(StaticField.SOLVERS),
+    st.data(),
+)
 def test_states_are_those_of_the_plain_rollout(n, k, steps, solver, data):
     """Bit for bit for an elementwise field, whatever the starts, and every evaluation is counted, padding apart."""
     start = torch.tensor(data.draw(st.lists(st.integers(0, steps), min_size=n, max_size=n)))
@@ -119,15 +125,18 @@ def test_no_step_whose_result_nobody_reads():
     assert field.spent["student"] == until.sum()
 
 
-@pytest.mark.parametrize(("n", "most"), [(4, 0.0), (8, 0.0), (16, 0.0), (32, 0.02), (64, 0.03)])
-def test_evaluations_under_low_t(n, most):
-    """Plain: the sum of the depths, no less and no more; static: at most so much padding beside it."""
+@pytest.mark.parametrize(
+    ("n", "k", "most"),
+    [(4, 1, 0.0), (8, 1, 0.0), (16, 1, 0.0), (32, 1, 0.02), (64, 1, 0.03), (64, 4, 0.03), (64, 16, 0.03)],
+)
+def test_evaluations_under_low_t(n, k, most):
+    """Plain: the sum of the deepest indices, no less and no more; static: at most so much padding beside it."""
     generator, least, spent, counter = torch.Generator().manual_seed(0), 0, Counter(), Counter()
     field, plain = StaticField(curved, curved, spent=spent), counted(curved, counter, "student")
     z, c, sigmas = noise_of(n, 3, 2, 2), replace(mixed(n), source=None), sigma_grid(16, 5.0)
     for _ in range(20):
-        depth = query(n, 16, generator, bias="low_t")
-        least += int(depth.sum())
+        depth = query(n, 16, generator, bias="low_t", k=k)
+        least += int(depth.amax(1).sum())
         rollout(field, z, c, sigmas, depth)
         rollout(plain, z, c, sigmas, depth)
     assert counter["student"] == spent["student"] == least
@@ -251,9 +260,21 @@ def static_of(student, combine, c, capture=False):
 
 
 CASES = [(family, lora) for family in ("dit", *FAMILIES) for lora in (False, True) if family != "dit" or not lora]
+ADAPTED = (
+    "sd3",
+    "qwen_edit",
+)  # whose adapters, one route a batch and two, cover those of the others in the default run
 
 
-@pytest.mark.parametrize(("family", "lora"), CASES)
+def default(cases):
+    """The cases, with adapters on other families left to make test-all."""
+    return [
+        pytest.param(family, lora, marks=pytest.mark.slow if lora and family not in ADAPTED else ())
+        for family, lora in cases
+    ]
+
+
+@pytest.mark.parametrize(("family", "lora"), default(CASES))
 def test_a_model_steps_as_it_does_otherwise(models, family, lora):
     student, combine, z, c = asked(models, family, lora, 4, length=40)  # those with a mask: of 20 and of 40 tokens
     field, sigmas, until = static_of(student, combine, c), sigma_grid(3, 3.0), torch.tensor([[3], [1], [2], [3]])
@@ -327,7 +348,7 @@ def check_safe(models, family, lora, device):
 SAFE = [case for case in CASES if case[0] != "flux" and case not in (("flux2", True), ("qwen", True))]
 
 
-@pytest.mark.parametrize(("family", "lora"), SAFE)
+@pytest.mark.parametrize(("family", "lora"), default(SAFE))
 def test_a_step_is_safe_to_capture(models, fresh_caches, family, lora):
     """On the meta device nothing can be read and host data is copied there, as on CUDA: what a graph can't repeat."""
     check_safe(models, family, lora, "meta")
@@ -385,9 +406,12 @@ def test_host_data_becomes_a_tensor_once():
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def test_a_run_of_static_steps_is_one_without(raw, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    "method", [{"query": {"k": 4}}, {"method": "flow_opd", "options": {"group_size": 4}}, {"method": "diffusion_opd"}]
+)
+def test_a_run_of_static_steps_is_one_without(raw, tmp_path, method):  # noqa: F811
     raw["capabilities"]["edit"]["student_guidance_scale"] = 2.0
-    raw["evaluation"] = {"times": 0}
+    raw |= {"evaluation": {"times": 0}, **method}
     found = {}
     for wanted in (False, True):
         folder = tmp_path / str(wanted)

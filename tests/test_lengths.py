@@ -68,7 +68,7 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("family", MADE)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(LENGTHS, st.sets(st.integers(0, 4)))
 @example([3, 40, 5, 44, 31], {0, 1})
 def test_velocity_and_gradient_are_those_of_padded_and_of_single_samples(students, family, lengths, edits):

@@ -270,6 +270,35 @@ def test_off_policy_on_what_each_samples_own_source_draws():
     assert counter == dict.fromkeys(range(3), 1000 * (6 + 1))  # each rolled out whole, and asked once
 
 
+@pytest.mark.parametrize("k", [1, 4, 16])
+@pytest.mark.parametrize("method", ["danceopd", "diffusion_opd", "flow_opd"])
+def test_no_step_is_integrated_whose_result_nobody_reads(method, k):
+    """Each sample's steps once each, to the deepest state that is asked; a stochastic one's end is read too."""
+    student, batch, steps = Watched(STUDENT), batch_of(6), 8
+    common = {"sigmas": (sigmas := sigma_grid(steps, 3.0))}
+    if method == "danceopd":
+        common |= {"solver": "euler", "bias": "low_t", "k": k, "generator": generator(k)}
+        seen = danceopd_loss(student, SOURCES, batch, **common)
+        taken = seen.depth.view(6, k).amax(1).tolist()
+    elif method == "diffusion_opd":
+        diffusion_opd_loss(student, SOURCES, batch, **common, solver="euler")
+        taken = [steps - 1] * 6
+    else:  # each group of 3 has one prompt
+        flow_opd_loss(student, SOURCES, batch, **common, anchor=STUDENT, generator=generator(), group_size=3)
+        taken = [steps] * 6
+    number = {level: i for i, level in enumerate(sigmas.tolist())}
+    asked = Counter(
+        (int(name), number[level])
+        for _, sigma, names, grad in student.calls
+        if not grad
+        for name, level in zip(names, sigma.tolist(), strict=True)
+    )
+    names = [i // 3 for i in range(6)] if method == "flow_opd" else range(6)
+    assert asked == Counter((name, i) for name, last in zip(names, taken, strict=True) for i in range(last))
+    queries = sum(len(z) for z, *_, grad in student.calls if grad)
+    assert queries == 6 * {"danceopd": k, "diffusion_opd": steps, "flow_opd": steps}[method]
+
+
 # DiffusionOPD
 
 
@@ -794,9 +823,9 @@ def config_of(networks, folder, **sections):
 # What differs from the configuration above, and what two updates cost. D: the indices that the query draws.
 VARIANTS = {
     "danceopd": ({}, lambda D: {"student": D.sum() + 2 * B, "sources": 2 * B, "backward": 4 * B}),
-    "danceopd k=3": (
-        {"query": {"k": 3}},
-        lambda D: {"student": D.amax(2).sum() + 6 * B, "sources": 6 * B, "backward": 12 * B},
+    "danceopd k=16": (
+        {"query": {"k": 16}},
+        lambda D: {"student": D.amax(2).sum() + 32 * B, "sources": 32 * B, "backward": 64 * B},
     ),
     "danceopd warm, soft, ab2, in turn": (
         {

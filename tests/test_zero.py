@@ -229,7 +229,6 @@ def test_the_replica_in_fp8_is_the_rounded_student_after_every_update(context, b
     assert found == pytest.approx(losses(one.done()), rel=1e-5)
     own = {step: alone["danceopd"][step] for step in found}
     assert found == pytest.approx(own, rel=0.05)
-    assert found != pytest.approx(own, rel=1e-5)
 
 
 def interrupted(whole, folder, step=15):
