@@ -113,7 +113,7 @@ def test_the_blocks_linear_layers_and_nothing_else(places, family):
     assert bool(modulating) == (family != "klein")
 
 
-OTHERS = ("flux.2-klein-9b", "flux.2-dev")  # larger ones of flux.2-klein-4b's class
+OTHERS = ("flux.2-klein-9b", "flux.2-dev", "qwen-image")  # larger than others of their class, or slow to make
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_gpu_that_is_too_old_is_refused(monkeypatch):
 # -------------------------------------------------------------------------------------------------- what comes out
 
 
-@pytest.mark.parametrize("name", ["t2i", "edit", "global"])
+@pytest.mark.parametrize("name", ["t2i", "global"])
 def test_a_shipped_source_hardly_moves(name):
     from danceopd.world.sources import STAGES, training_batch
 
@@ -205,7 +205,7 @@ def test_the_picture_worlds_sources_in_fp8(tmp_path):
         load_config("configs/demo.yaml", [*changes, "training.base_precision=int8"])
 
 
-@pytest.mark.parametrize("family", ["flux", "z", *slow("sd3", "klein", "qwen")])
+@pytest.mark.parametrize("family", ["flux", *slow("sd3", "klein", "qwen", "z")])
 def test_a_run_on_fp8(places, family):
     """LoRA teachers and a student on the base, and a teacher of its own weights: near the plain ones, and counted."""
     root = places(family)
@@ -361,19 +361,19 @@ def resident(key):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_one_shard_beside_the_model(places, tmp_path):
-    """100 M parameters, 200 MB in bf16, in shards of 40 MB."""
-    config = {"num_layers": 2, "num_single_layers": 6, "attention_head_dim": 64, "num_attention_heads": 12}
+    """50 M parameters, 100 MB in bf16, in shards of 20 MB."""
+    config = {"num_layers": 1, "num_single_layers": 3, "attention_head_dim": 64, "num_attention_heads": 12}
     with torch.device("meta"):
         network = diffusers.FluxTransformer2DModel(**config, joint_attention_dim=64, axes_dims_rope=[16, 24, 24])
     parameters = count(network)
-    assert parameters > 9e7
+    assert parameters > 4.5e7
     torch.manual_seed(0)
     network = network.bfloat16().to_empty(device="cpu")
     noise = torch.randn(2**20).bfloat16()
     for parameter in network.parameters():
         repeats = -(-parameter.numel() // len(noise))
         parameter.data = noise.repeat(repeats)[: parameter.numel()].view(parameter.shape)
-    network.save_pretrained(tmp_path, max_shard_size="40MB")
+    network.save_pretrained(tmp_path, max_shard_size="20MB")
     del network
     shards = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
     assert len(shards) >= 5

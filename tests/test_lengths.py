@@ -33,11 +33,16 @@ MADE = {
 
 
 @pytest.fixture(scope="module")
-def students(tmp_path_factory):
+def folders(tmp_path_factory):
+    """{family: a tiny pipeline's folder}."""
+    return {family: save(tmp_path_factory.mktemp(family) / "model") for family, save in MADE.items()}
+
+
+@pytest.fixture(scope="module")
+def students(folders):
     """{family: a student of all weights}, drawn at random."""
     made = {}
-    for family, save in MADE.items():
-        folder = save(tmp_path_factory.mktemp(family) / "model")
+    for family, folder in folders.items():
         backbone = backbone_of(folder)
         made[family] = FullStudent(backbone.load_transformer(folder), backbone.velocity)
     return made
@@ -67,7 +72,7 @@ def close(a, b):
     assert (a - b).norm() <= 1e-5 * b.norm()
 
 
-@pytest.mark.parametrize("family", MADE)
+@pytest.mark.parametrize("family", ["qwen_edit", "z"])
 @settings(max_examples=3, deadline=None)
 @given(LENGTHS, st.sets(st.integers(0, 4)))
 @example([3, 40, 5, 44, 31], {0, 1})
@@ -168,17 +173,17 @@ def test_static_steps_count_their_padding_too(students, family):
 
 
 @pytest.fixture
-def asked_for(tmp_path):
+def asked_for(folders, tmp_path):
     """attends(backbone, backend, device, precision), of a tiny SD3 folder or one that dispatches."""
-    folders = {
+    of = {
         flux2: tiny_flux2.save_tiny(tmp_path / "flux2" / "model"),
         sd3: tiny_sd3.save_tiny(tmp_path / "sd3" / "model"),
-        qwen_image: tiny_qwen_image.save_tiny(tmp_path / "qwen" / "model"),
-        z_image: tiny_z_image.save_tiny(tmp_path / "z" / "model"),
+        qwen_image: folders["qwen"],
+        z_image: folders["z"],
     }
 
     def attends(backbone, name, device="cpu", precision="bf16"):
-        config = config_of("sd3", folders[backbone].parent, tmp_path / "run")
+        config = config_of("sd3", of[backbone].parent, tmp_path / "run")
         training = config.training.model_copy(update={"attention_backend": name, "precision": precision})
         return attention_backend(config.model_copy(update={"training": training}), backbone, torch.device(device))
 
