@@ -16,25 +16,24 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import common
 
+ROOT = Path(__file__).parents[1]
 # By name: the module, what "all" gives it, and what "quick" does.
 SUITE = {
     "rollout": ("rollout_bench", [], ["--rounds", "3", "--batch", "16", "--variants", "full", "depth", "depth+static"]),
     "rollout-guided": (
         "rollout_bench",
         ["--model", "sd3", "--batch", "4", "8", "--guidance", "1", "4.5"],
-        ["--model", "sd3", "--resolution", "32", "--batch", "2", "--guidance", "4.5", "--rounds", "1", "--variants", "full", "depth"],
+        ["--model", "sd3", "--resolution", "32", "--batch", "2", "--guidance", "4.5", "--variants", "full", "depth"],
     ),
     "rollout-overhead": ("rollout_bench", ["--overhead"], ["--overhead", "--rounds", "2"]),
     "train-world": ("train_bench", ["--world"], ["--world", "--rounds", "1", "--batch-size", "8"]),
     "train": ("train_bench", [], ["--only-ratio", "--rounds", "1", "--batch-size", "2"]),
-    "kernels": ("kernel_bench", [], ["--shape", "4", "16", "32", "32", "--dtypes", "float32", "--rounds", "3", "--no-compile"]),
+    "kernels": ("kernel_bench", [], ["--shape", "4", "16", "32", "32", "--dtypes", "float32", "--no-compile"]),
     "zero3": ("zero3_bench", [], ["--rounds", "1", "--width", "128", "--depth", "2"]),
-    "fp8-quality": ("fp8_quality", [], ["--only", "shipped", "--samples", "4"]),
-}  # fmt: skip
+}
 
 
 def run(name: str, quick: bool, output: Path) -> tuple[str, float]:
@@ -60,16 +59,8 @@ def summary(names: list[str], failed: dict[str, str], output: Path) -> str:
             lines += [f"Failed: {failed[name]}", ""]
             continue
         result = json.loads((output / f"{name}.json").read_text(encoding="utf-8"))
-        lines += [
-            "```",
-            common.heading(result),
-            "",
-            common.table(result["rows"]),
-            "```",
-            "",
-            f"![{name}]({name}.png)",
-            "",
-        ]
+        lines += ["```", common.heading(result), "", common.table(result["rows"]), "```", ""]
+        lines += [f"![{name}]({name}.png)", ""]
     return "\n".join(lines)
 
 
