@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, rollout_bench, run
+from benchmarks import common, networks, rollout_bench, run
 
 
 def test_quartiles_are_numpys_and_ratios_are_taken_round_by_round():
@@ -124,11 +124,13 @@ def test_a_suite_of_one_runs_it(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["world", "sd3"])
-def test_rollouts_of_every_variant(model, tmp_path, capsys):
+def test_rollouts_of_every_variant(model, monkeypatch, tmp_path, capsys):
     if model == "sd3":
         pytest.importorskip("diffusers")
+    monkeypatch.setattr(rollout_bench, "STEPS", 4)
+    monkeypatch.setattr(networks, "SD3_TEXT", 4)
     variants = ["full", "depth", "depth+static", "depth+bf16", "full+fp8"]
-    options = ["--model", model, "--batch", "2", "--resolution", "32", "--guidance", "1", "3", "--rounds", "2"]
+    options = ["--model", model, "--batch", "2", "--resolution", "32", "--guidance", "1", "3", "--rounds", "1"]
     files = [
         "--json",
         str(tmp_path / "a.json"),
@@ -143,9 +145,9 @@ def test_rollouts_of_every_variant(model, tmp_path, capsys):
         (name, scale) for scale in (1.0, 3.0) for name in variants
     ]
     plain, guided = result["rows"][:5], result["rows"][5:]
-    assert [row["evaluations_per_sample"] for row in plain[::4]] == [16, 16]
-    assert [row["evaluations_per_sample"] for row in guided[::4]] == [32, 32]
-    assert plain[1]["evaluations_per_sample"] == plain[2]["evaluations_per_sample"] < 16
+    assert [row["evaluations_per_sample"] for row in plain[::4]] == [4, 4]
+    assert [row["evaluations_per_sample"] for row in guided[::4]] == [8, 8]
+    assert plain[1]["evaluations_per_sample"] == plain[2]["evaluations_per_sample"] < 4
     assert all(row["flops"] > 0 and row["peak_bytes"] > 0 for row in result["rows"])
     over = {kind["rollout"]: kind["over_least"] for kind in result["evaluations"]}
     assert over["K = 1, low_t"] == over["K = 4, low_t"] == over["SDE"] == 1.0
