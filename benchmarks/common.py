@@ -1,0 +1,372 @@
+"""One method and one look for all benchmarks: how variants are timed and compared, and how figures are shown.
+
+Variants are called in turn within each round, so that a machine that slows down slows all of them; a figure is the
+median of the rounds beside its quartiles, and a ratio is taken within each round. Shares are of what a matrix product
+and a copy reach here, measured in the same run. A benchmark is
+
+    args = common.arguments(parser).parse_args(argv)
+    device = common.device()
+    times = common.interleaved({"plain": plain, "ours": ours}, args.rounds)
+    rows = [common.row(name, times[name], over=("plain", times["plain"])) for name in times]
+    return common.finish(common.result("name", rows), args)
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from itertools import accumulate
+from pathlib import Path
+from unittest import mock
+
+import torch
+from danceopd_kernels import info
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+# ------------------------------------------------------------------------------------------------- the machine
+
+
+def device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def describe() -> dict:
+    """What figures of this process were measured on: name, kind, clocks or threads, versions, kernels."""
+    found = {"torch": torch.__version__, "kernels": info()}
+    if device().type == "cuda":
+        name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
+        return found | {"name": name, "kind": "cuda", "memory_bytes": memory, "clocks": _clocks()}
+    return found | {"name": _processor(), "kind": "cpu", "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+
+
+def _clocks() -> str:
+    """The GPU's clocks now and at most, its power and its limit."""
+    query = "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit"
+    command = ["nvidia-smi", query, "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+# ------------------------------------------------------------------------------------------------------ timing
+
+
+def seconds(run: Callable[[], object], repeats: int = 1) -> float:
+    """Of one call, over `repeats` in a row: by events on a GPU, by the clock on a CPU."""
+    synchronize()
+    on_gpu, begin = device().type == "cuda", time.perf_counter()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+    for event in events[:1]:
+        event.record()
+    for _ in range(repeats):
+        run()
+    for event in events[1:]:
+        event.record()
+        event.synchronize()
+    taken = events[0].elapsed_time(events[1]) / 1e3 if on_gpu else time.perf_counter() - begin
+    return taken / repeats
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, least: float = 0.0, prepare=None
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round; each round begins with another one of them.
+
+    least: seconds that a timing should last, for which a short variant is repeated up to 50 times in a row. prepare:
+    called with the variant's name before each timing, which it is not part of.
+    """
+    times, repeats, names = {name: [] for name in variants}, dict.fromkeys(variants, 1), list(variants)
+    for i in range(-warmup - bool(least), rounds):
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            if prepare:
+                prepare(name)
+            taken = seconds(variants[name], repeats[name])
+            if i >= 0:
+                times[name].append(taken)
+            elif i == -1 and least:
+                repeats[name] = max(1, min(50, int(least / max(taken, 1e-9))))
+    return times
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile, as numpy has them."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def ratios(over: Sequence[float], times: Sequence[float]) -> tuple[float, float, float]:
+    """How many times as fast as `over`: the quartiles of the rounds' own ratios."""
+    return quartiles([a / b for a, b in zip(over, times, strict=True)])
+
+
+class Phases:
+    """Splits what runs while it is entered: seconds by phase, each also a range as `marked` makes it.
+
+    places: {phase: [(module or object, name of a function of it)]}. A phase inside another counts as its own alone.
+    On a GPU the ends of phases are waited for, so that this is no way to time the whole.
+    """
+
+    def __init__(self, places: Mapping[str, Sequence[tuple[object, str]]]):
+        self.places = [(phase, *place) for phase, where in places.items() for place in where]
+        self.seconds, self._open = defaultdict(float), []
+
+    def __enter__(self):
+        self._patches = ExitStack()
+        for phase, owner, name in self.places:
+            # A context manager made by contextmanager also wraps a function.
+            self._patches.enter_context(mock.patch.object(owner, name, self.phase(phase)(getattr(owner, name))))
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self._patches.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        synchronize()
+        start, around = time.perf_counter(), self._open
+        self._open = inside = []  # seconds of the phases inside
+        try:
+            with marked(name):
+                yield
+                synchronize()
+        finally:
+            taken, self._open = time.perf_counter() - start, around
+            self.seconds[name] += taken - sum(inside)
+            around.append(taken)
+
+
+# ---------------------------------------------------------------------------------------- counts and the roofline
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most bytes that a call holds at once beyond what was there: of the GPU, or of torch's tensors on a CPU."""
+    synchronize()
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = profiled.profiler.kineto_results.events()
+    return max(accumulate((event.nbytes() for event in events if event.name() == "[memory]"), initial=0))
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Of the products and attention in one call, by torch's counter; it sees no fused or compiled kernel's."""
+
+    def attention(query, key, value, *rest, out_shape=None, **options):
+        return sdpa_flop_count(query, key, value)
+
+    on_the_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # unknown to the counter
+    with FlopCounterMode(display=False, custom_mapping=on_the_cpu) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def roofline(dtypes: Sequence[str] = ("float32",), rounds: int = 5) -> dict:
+    """Measured here: {"flops_per_second": {dtype: of a large matrix product}, "copy_bytes_per_second": read and write}.
+
+    The best of the rounds, since it is to be a limit. "float8_e4m3fn" is torch._scaled_mm with a scale a row.
+    """
+    on_gpu = device().type == "cuda"
+    n, found = 8192 if on_gpu else 1024, {}
+    for name in dtypes:
+        a, b = (torch.randn(n, n, device=device()) for _ in range(2))
+        if name.startswith("float8"):
+            scale = torch.ones(n, 1, device=device())
+            a, b, scales = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t(), (scale, scale.t().contiguous())
+            run = lambda: torch._scaled_mm(a, b, *scales, out_dtype=torch.bfloat16)  # noqa: B023, E731
+        else:
+            a, b = a.to(getattr(torch, name)), b.to(getattr(torch, name))
+            run = lambda: a @ b  # noqa: B023, E731
+        with suppress(RuntimeError):  # the device has no such product
+            found[name] = 2 * n**3 / min(interleaved({"product": run}, rounds, least=0.02)["product"])
+    source = torch.randn((2**30 if on_gpu else 2**28) // 4, device=device())
+    target = torch.empty_like(source)
+    copied = min(interleaved({"copy": lambda: target.copy_(source)}, rounds)["copy"])
+    return {"flops_per_second": found, "copy_bytes_per_second": 2 * source.nbytes / copied}
+
+
+def share_of_roofline(limit: dict, taken: float, flops: float = 0, moved: float = 0, dtype: str = "float32"):
+    """The least seconds that `flops` and `moved` bytes would take by a measured roofline, over those taken; or None."""
+    if dtype not in limit["flops_per_second"] and flops:
+        return None
+    product = flops / limit["flops_per_second"][dtype] if flops else 0.0
+    return max(product, moved / limit["copy_bytes_per_second"]) / taken
+
+
+# ----------------------------------------------------------------------------------------------- rows and a result
+
+
+def row(
+    name: str,
+    times: Sequence[float],
+    *,
+    settings: Mapping | None = None,
+    samples: float | None = None,
+    over: tuple[str, Sequence[float]] | None = None,
+    flops: int | None = None,
+    share: float | None = None,
+    peak: int | None = None,
+    **more,
+) -> dict:
+    """One line of a table. times: seconds of each round; samples: that one of them takes; over: (name, times) of what
+    it is compared with, in the same rounds: the ratio is how many times as fast it is. more: further figures."""
+    low, middle, high = quartiles(times)
+    return {
+        "name": name,
+        "settings": dict(settings or {}),
+        "milliseconds": [1e3 * low, 1e3 * middle, 1e3 * high],
+        "samples_per_second": samples / middle if samples else None,
+        "ratio": list(ratios(over[1], times)) if over else None,
+        "over": over[0] if over else None,
+        "flops": flops,
+        "share_of_roofline": share,
+        "peak_bytes": peak,
+        **more,
+    }
+
+
+def result(name: str, rows: list[dict], **more) -> dict:
+    """What a benchmark returns and writes. more: "roofline", settings that all rows share, notes."""
+    return {"benchmark": name, "device": describe(), "measured": True, **more, "rows": rows}
+
+
+def heading(result: dict) -> str:
+    """What was measured, on what."""
+    machine = result["device"]
+    where = f"{machine['threads']} threads" if machine["kind"] == "cpu" else f"clocks {machine['clocks']}"
+    lines = [f"{result['benchmark']}: measured on {machine['name']}, {where}, torch {machine['torch']}"]
+    if limit := result.get("roofline"):
+        products = [f"{name} {value / 1e12:.3g} TFLOP/s" for name, value in limit["flops_per_second"].items()]
+        lines.append(f"roofline: {', '.join(products)}, copy {limit['copy_bytes_per_second'] / 1e9:.3g} GB/s")
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Aligned text; a column for whatever one of the rows has."""
+    cells = [_cells(row) for row in rows]
+    titles = list(dict.fromkeys(title for cell in cells for title in cell))
+    lines = [titles, *([cell.get(title, "") for title in titles] for cell in cells)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = "  ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(aligned.format(*line).rstrip() for line in lines)
+
+
+def _cells(row: dict) -> dict[str, str]:
+    spread = "{1:.4g} ({0:.4g} to {2:.4g})".format
+    shown = {
+        "ms (quartiles)": ("milliseconds", lambda value: spread(*value)),
+        "samples/s": ("samples_per_second", "{:.4g}".format),
+        "times as fast": ("ratio", lambda value: "{1:.2f} ({0:.2f} to {2:.2f})".format(*value) + f" as {row['over']}"),
+        "GFLOP": ("flops", lambda value: f"{value / 1e9:.4g}"),
+        "of roofline": ("share_of_roofline", "{:.0%}".format),
+        "peak MiB": ("peak_bytes", lambda value: f"{value / 2**20:.4g}"),
+    }
+    more = set(row) - {"name", "settings", "over", *(key for key, _ in shown.values())}
+    plain = [(key, row[key]) for key in row if key in more and isinstance(row[key], int | float | str)]
+    return {
+        "": row["name"],
+        **{key: str(value) for key, value in row["settings"].items()},
+        **{title: text(row[key]) for title, (key, text) in shown.items() if row[key] is not None},
+        **{key.replace("_", " "): f"{v:.4g}" if isinstance(v, float) else str(v) for key, v in plain},
+    }
+
+
+def plot(result: dict, file: Path) -> None:
+    """Bars of the rows' medians, with their quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["rows"]
+    labels = [" ".join([r["name"], *(f"{key} {value}" for key, value in r["settings"].items())]) for r in rows]
+    times = [r["milliseconds"] for r in rows]
+    spread = [[middle - low for low, middle, _ in times], [high - middle for _, middle, high in times]]
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.32 * len(rows)))
+    axes.barh(range(len(rows)), [t[1] for t in times], xerr=spread, color="#4a7ebb", capsize=2)
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds, median and quartiles")
+    axes.set_title(f"{result['benchmark']}, measured on {result['device']['name']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def arguments(parser: argparse.ArgumentParser, rounds: int = 5) -> argparse.ArgumentParser:
+    """Add what every benchmark takes: --rounds, --json, --plot, --profile."""
+    parser.add_argument("--rounds", type=positive, default=rounds, help="in each of which all variants are timed")
+    for flag, metavar, text in (
+        ("--json", "FILE", "file to write the figures to"),
+        ("--plot", "FILE.png", "file to draw the figures in"),
+        ("--profile", "FOLDER", "folder for a trace of one more run of each variant"),
+    ):
+        parser.add_argument(flag, type=Path, metavar=metavar, help=text)
+    return parser
+
+
+def positive(text: str) -> int:
+    """An argparse type."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def finish(result: dict, args: argparse.Namespace) -> dict:
+    """Print the table, write what was asked for, and return the result."""
+    print(f"{heading(result)}\n\n{table(result['rows'])}", flush=True)
+    for file in filter(None, (args.json, args.plot)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(result, args.plot)
+    return result
+
+
+@contextmanager
+def marked(name: str) -> Iterator[None]:
+    """A range of this name in torch's profiler, and for nsys and ncu in NVTX."""
+    with record_function(name), torch.cuda.nvtx.range(name) if device().type == "cuda" else nullcontext():
+        yield
+
+
+def profiled(run: Callable[[], object], folder: Path, name: str) -> Path:
+    """Write torch's trace of one call as FOLDER/NAME.json, to be opened in Perfetto or chrome://tracing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device().type == "cuda" else [])]
+    file = folder / f"{''.join(c if c.isalnum() or c in '-_.' else '_' for c in name)}.json"
+    with profile(activities=kinds) as profiler, marked(name):
+        run()
+        synchronize()
+    profiler.export_chrome_trace(str(file))
+    return file
