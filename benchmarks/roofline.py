@@ -107,10 +107,10 @@ def work_of(ask, transformer: torch.nn.Module, shape: Sequence[int], conditionin
 
 
 @cache
-def released(model: str, rank: int | None, edits: bool, resolution: int, adapter_bytes: int = FLOAT) -> Work:
-    """The Work of a released transformer with an adapter, or without where rank is None.
+def released(model: str, rank: int | None, edits: bool, resolution: int) -> Work:
+    """The Work of a released transformer with an adapter in bf16, or without where rank is None.
 
-    edits: with one source picture of the same size. adapter_bytes: of one entry of the adapter.
+    edits: with one source picture of the same size.
     """
     import diffusers
 
@@ -138,7 +138,7 @@ def released(model: str, rank: int | None, edits: bool, resolution: int, adapter
     layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
     with torch.device("meta"):
         student = LoraStudent(SharedBase(transformer, [], velocity, layers), layers, rank, rank)
-    extra = adapter_bytes * sum(p.numel() for p in student.parameters())
+    extra = HALF * sum(p.numel() for p in student.parameters())
     return work_of(student, transformer, shape, conditioning, extra)
 
 
@@ -190,8 +190,7 @@ def limits(
 def row_of(name: str, settings: dict, cards: Sequence[str]) -> dict:
     """A row without anything measured."""
     s = settings
-    # A source's adapter is in bf16, a student's in float32.
-    work = released(s["model"], s["rank"], s["edits"], s["resolution"], FLOAT if s["kind"] == "rollout step" else HALF)
+    work = released(s["model"], s["rank"], s["edits"], s["resolution"])
     found = {card: least(work, CARDS[card], s["batch"], s["guidance"], s["precision"]) for card in cards}
     return {"name": name, "settings": settings, "limits": found, "measured": {}}
 
@@ -333,6 +332,7 @@ def plot(rows: list[dict], cards: Sequence[str], file: Path) -> None:
         axes.plot([m["milliseconds"] for _, m in there], [y for y, _ in there], "k|", markersize=8)
     axes.set_yticks([j + 0.4 - height / 2 for j in range(len(shown))], [row["name"] for row in shown], fontsize=8)
     axes.invert_yaxis()
+    axes.set_xscale("log")
     axes.set_xlabel(f"least milliseconds of a rollout step, {LABEL}; a black mark: measured")
     axes.set_title(f"Roofline, {LABEL}: batch {first}, {rows[0]['settings']['resolution']} px", fontsize=9)
     axes.legend(fontsize=8)
