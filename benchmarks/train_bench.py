@@ -1,36 +1,40 @@
-"""Training updates beside a plain loop with the published schedule, in turn in one run: ratios of time.
+"""Training updates beside a plain loop with the published schedule, in turn in one run: how many times as fast.
 
-    python benchmarks/train_bench.py                        # on a GPU if there is one
+    python benchmarks/train_bench.py                        # a small SD3.5, on a GPU if there is one
+    python benchmarks/train_bench.py --world                # the picture world's network, as in configs/demo.yaml
     python benchmarks/train_bench.py --rounds 3 --json results.json
 
-One small SD3.5 of the real classes with random weights, its text encoders, four LoRA teachers and a LoRA student are
-saved into a temporary folder and loaded from there by both. The plain loop is diffusers and PEFT alone: one sample a
-micro-step, its prompt encoded there, a rollout of all steps although one state is asked, each teacher a copy of the
-network with its LoRA fused, gradients accumulated to the same batch. (Published, all samples of an update have one
-route, too; the cost is the same.) Ours is the trainer's own update, with everything else that it does. Both take the
-same rows, noise and queries and begin with the same adapter, so that their losses must agree.
+The small SD3.5 is of the real classes with random weights; it, its text encoders, four LoRA teachers and a LoRA
+student are saved into a temporary folder and loaded from there by both. The plain loop is diffusers and PEFT alone: one
+sample a micro-step, its prompt encoded there, a rollout of all steps although one state is asked, each teacher a copy
+of the network with its LoRA fused, gradient checkpointing, gradients accumulated to the same batch. (Published, all
+samples of an update have one route, too; the cost is the same.) On the picture world it is the same loop over that
+network with all its weights trained, its prompts' tokens and source pictures made in the loop; both use AdamW there.
 
-Then each idea is switched off alone; its factor is the update's time without it over the time with it. All of them
-give the same loss. A ratio is the median over rounds, in each of which every contender makes one update; the smallest
-and largest round stand beside it.
+Ours is the trainer's own update, with everything else that it does. Both take the same rows, noise and queries and
+begin with the same weights, so that their losses must agree. "ours, fast" rolls out half the steps by the two-step
+solver ab2, so that its states are others and its loss is too.
+
+Of the SD3.5, each idea is then switched off alone: time_over_ours is the update's time without it over the time with
+it. All of them give the same loss. At the end one more update of each is split by phase.
 """
 
 import argparse
 import copy
 import json
-import platform
-import statistics
 import string
+import sys
 import tempfile
-import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
-from danceopd_kernels import info
+import yaml
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -50,7 +54,13 @@ from transformers import (
     T5TokenizerFast,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import danceopd.fields
+import danceopd.methods.danceopd
+from benchmarks import common
+from benchmarks.networks import small_sd3
 from danceopd.backbones import sd3
+from danceopd.checkpoint import load_model, resolve_weights
 from danceopd.conditioning import Conditioning
 from danceopd.config import parse_config
 from danceopd.data.prepare import prepare
@@ -63,6 +73,7 @@ from danceopd.methods.observed import Observed
 from danceopd.objectives import velocity_mse
 from danceopd.query import query
 from danceopd.rollout import rollout
+from danceopd.training.engine import Local
 from danceopd.training.loop import BATCH, QUERY, Trainer
 from danceopd.training.setup import build
 
@@ -71,6 +82,8 @@ WIDTH, LAYERS, HEADS, RANK = 192, 8, 4, 16
 TEACHERS = ("ink", "clay", "neon", "film")
 ROWS = 32  # prompts of each
 STEPS, RATE = 16, 2e-4  # as published
+FAST = {"num_inference_steps": STEPS // 2, "solver": "ab2"}
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 # ------------------------------------------------------------------------------------- the model and its data
 
@@ -79,13 +92,7 @@ def save_pipeline(folder: Path) -> Path:
     """A StableDiffusion3Pipeline whose text encoders have about half the transformer's parameters, together."""
     torch.manual_seed(0)
     text = 256
-    transformer = SD3Transformer2DModel(
-        sample_size=SIDE // 8, patch_size=2, in_channels=16, out_channels=16, num_layers=LAYERS,
-        attention_head_dim=WIDTH // HEADS, num_attention_heads=HEADS, caption_projection_dim=WIDTH,
-        joint_attention_dim=text, pooled_projection_dim=192, pos_embed_max_size=SIDE // 16,
-        dual_attention_layers=tuple(range(LAYERS // 2)), qk_norm="rms_norm",
-    )  # fmt: skip
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    transformer = small_sd3(SIDE, WIDTH, LAYERS, HEADS, text)
     vae = AutoencoderKL(
         block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
         up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609,
@@ -149,7 +156,7 @@ def save_rows(model: Path, folder: Path) -> dict[str, list[str]]:
     return prompts
 
 
-def trainer_of(model: Path, folder: Path, batch_size: int) -> Trainer:
+def trainer_of(model: Path, folder: Path, batch_size: int, rollout: dict) -> Trainer:
     config = {
         "model": str(model),
         "student": {"lora": {"rank": RANK}},
@@ -158,15 +165,28 @@ def trainer_of(model: Path, folder: Path, batch_size: int) -> Trainer:
             name: {"source": name, "task": "t2i", "data": {"prepared": str(folder / "cache" / "rows.jsonl")}}
             for name in TEACHERS
         },
-        "rollout": {"num_inference_steps": STEPS},
-        "training": {
-            "output_dir": str(folder / "run"),
-            "batch_size": batch_size,
-            "learning_rate": RATE,
-            "warmup_steps": 0,
-            "sample_every": 0,
-        },
+        "rollout": rollout,
+        "training": training(folder, batch_size),
     }
+    config = parse_config(config)
+    return Trainer(config, build(config))
+
+
+def training(folder: Path, batch_size: int) -> dict:
+    return {
+        "output_dir": str(folder / "run"),
+        "batch_size": batch_size,
+        "learning_rate": RATE,
+        "warmup_steps": 0,
+        "sample_every": 0,
+    }
+
+
+def world_trainer(folder: Path, batch_size: int, rollout: dict) -> Trainer:
+    """As configs/demo.yaml has it, but for the optimizer and the number of steps, which are the published ones."""
+    config = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    config["rollout"] |= rollout
+    config["training"] = training(folder, batch_size)
     config = parse_config(config)
     return Trainer(config, build(config))
 
@@ -175,69 +195,108 @@ def trainer_of(model: Path, folder: Path, batch_size: int) -> Trainer:
 
 
 class Plain:
-    """The published schedule, by diffusers and PEFT alone."""
+    """The published schedule. encode(route, row) -> what the networks take of a prompt; ask(network, z, sigma, it)."""
 
-    def __init__(self, model: Path, folder: Path, prompts: dict[str, list[str]], ours: Trainer):
-        self.prompts, self.ours, device = [prompts[name] for name in ours.names], ours, ours.device
-        self.encoders = StableDiffusion3Pipeline.from_pretrained(model, transformer=None, vae=None).to(device)
-        self.teachers = []
-        for name in ours.names:
-            teacher = SD3Transformer2DModel.from_pretrained(model / "transformer")
-            file = "pytorch_lora_weights.safetensors"
-            teacher.load_lora_adapter(folder / name, prefix="transformer", weight_name=file)
-            teacher.fuse_lora()
-            teacher.unload_lora()
-            self.teachers.append(teacher.to(device).requires_grad_(False).eval())
-        student = SD3Transformer2DModel.from_pretrained(model / "transformer").requires_grad_(False)
-        student.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(sd3.LORA_TARGETS)))
-        for name, (a, b, _) in ours.parts.student.lora().items():  # begin with the same adapter
-            layer = student.get_submodule(name)
-            layer.lora_A["default"].weight.data.copy_(a)
-            layer.lora_B["default"].weight.data.copy_(b)
-        self.student = student.to(device)
+    def __init__(self, ours: Trainer, student, teachers: list, encode: Callable, ask: Callable):
+        self.ours, self.sigmas, self.step = ours, ours.sigmas, 0
+        self.student, self.teachers, self.encode, self.ask = student, teachers, encode, ask
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=RATE, weight_decay=0.0)
-        self.sigmas = ours.sigmas
 
-    def draw(self, step: int) -> tuple[Batch, torch.Tensor]:
+    def draw(self) -> tuple[Batch, torch.Tensor]:
         """The samples and queries of ours, the prompts as numbers of rows."""
 
         def numbers(rows, indices, without_prompt):
             return Conditioning(torch.tensor(indices), None, torch.zeros(len(indices), dtype=torch.bool))
 
-        config = self.ours.config
+        config, step = self.ours.config, self.step
         samples, seed = Samples(self.ours.parts.samples.groups, numbers), config.training.seed
         batch = draw_batch(samples, self.ours.weights, config.training.batch_size, seed, step, stream=BATCH)
         numbered = [step * len(batch) + i for i in range(len(batch))]
         return batch, query(len(batch), STEPS, sample_generators(seed, QUERY, numbered), bias="low_t")
 
-    def update(self, step: int) -> float:
-        batch, depth = self.draw(step)
-        total = 0.0
+    def update(self) -> float:
+        (batch, depth), total = self.draw(), 0.0
         for i in range(len(batch)):
-            loss = self.loss(batch.noise[i : i + 1], int(batch.route[i]), int(batch.conditioning.prompt[i]), depth[i])
-            (loss / len(batch)).backward()
-            total += float(loss.detach()) / len(batch)
+            route, row = int(batch.route[i]), int(batch.conditioning.prompt[i])
+            with torch.no_grad():
+                prompt = self.encode(route, row)
+                states = self.roll_out(batch.noise[i : i + 1].to(self.sigmas.device), prompt)
+                asked = states[int(depth[i])], self.sigmas[int(depth[i])], prompt
+                target = self.ask_teacher(route, *asked)
+            total += self.learn(target, *asked) / len(batch)
+        self.update_weights()
+        self.step += 1
+        return total
+
+    def roll_out(self, noise: torch.Tensor, prompt) -> list[torch.Tensor]:
+        states = [noise]
+        for now, after in zip(self.sigmas, self.sigmas[1:], strict=False):
+            states.append(states[-1] + (after - now) * self.ask(self.student, states[-1], now, prompt))
+        return states
+
+    def ask_teacher(self, route: int, z: torch.Tensor, sigma: torch.Tensor, prompt) -> torch.Tensor:
+        return self.ask(self.teachers[route], z, sigma, prompt)
+
+    def learn(self, target: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, prompt) -> float:
+        loss = mse_loss(self.ask(self.student, z, sigma, prompt), target)
+        (loss / self.ours.config.training.batch_size).backward()
+        return float(loss.detach())
+
+    def update_weights(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total
 
-    def loss(self, noise: torch.Tensor, route: int, row: int, depth: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            prompt = self.prompts[route][row]
-            embeds, _, pooled, _ = self.encoders.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)
 
-        def ask(network, z, sigma):
-            return network(z, embeds, pooled, sigma[None] * 1000, return_dict=False)[0]
+def plain_sd3(model: Path, folder: Path, prompts: dict[str, list[str]], ours: Trainer) -> Plain:
+    """By diffusers and PEFT alone."""
+    encoders = StableDiffusion3Pipeline.from_pretrained(model, transformer=None, vae=None).to(ours.device)
+    teachers = []
+    for name in ours.names:
+        teacher = SD3Transformer2DModel.from_pretrained(model / "transformer")
+        teacher.load_lora_adapter(folder / name, prefix="transformer", weight_name="pytorch_lora_weights.safetensors")
+        teacher.fuse_lora()
+        teacher.unload_lora()
+        teachers.append(teacher.to(ours.device).requires_grad_(False).eval())
+    student = SD3Transformer2DModel.from_pretrained(model / "transformer").requires_grad_(False)
+    student.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(sd3.LORA_TARGETS)))
+    for name, (a, b, _) in ours.parts.student.lora().items():  # begin with the same adapter
+        layer = student.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(a)
+        layer.lora_B["default"].weight.data.copy_(b)
+    student.enable_gradient_checkpointing()
+    plain = Plain(
+        ours,
+        student.train().to(ours.device),
+        teachers,
+        lambda route, row: encoders.encode_prompt(
+            prompts[ours.names[route]][row], None, None, do_classifier_free_guidance=False
+        ),
+        lambda network, z, sigma, prompt: network(z, prompt[0], prompt[2], sigma[None] * 1000, return_dict=False)[0],
+    )
+    plain.encoders = [getattr(encoders, f"text_encoder{suffix}") for suffix in ("", "_2", "_3")]
+    return plain
 
-        states = [noise.to(self.sigmas.device)]
-        with torch.no_grad():
-            for now, after in zip(self.sigmas, self.sigmas[1:], strict=False):
-                states.append(states[-1] + (after - now) * ask(self.student, states[-1], now))
-            z, sigma = states[int(depth)], self.sigmas[int(depth)]
-            target = ask(self.teachers[route], z, sigma)
-        return mse_loss(ask(self.student, z, sigma), target)
+
+def plain_world(ours: Trainer) -> Plain:
+    """The embedded network, asked for one sample at a time."""
+    sources = [ours.config.sources[c.source].weights for c in ours.config.capabilities.values()]
+    teachers = [load_model(resolve_weights(name)).requires_grad_(False).to(ours.device) for name in sources]
+    student = copy.deepcopy(ours.parts.student)
+    for block in student.blocks:
+        block.forward = partial(_again, block.forward)
+    data = ours.parts.samples.groups[0].data
+
+    def encode(route, row):
+        return ours.parts.samples.condition(data[route], [row], [False]).to(ours.device)
+
+    return Plain(ours, student, teachers, encode, lambda network, z, sigma, prompt: network(z, sigma[None], prompt))
+
+
+def _again(function: Callable, *args):
+    """function(*args); a backward computes it again instead of keeping what it had inside."""
+    return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
 
 
 # ------------------------------------------------------------------------------------------------ the switches
@@ -258,10 +317,7 @@ def all_steps(student, sources, batch, *, sigmas, solver, generator, **rest) -> 
 def recomputed(student, sources, batch, **provided) -> Observed:
     """danceopd_loss whose backward computes the student's activations again."""
 
-    def again(*asked):
-        return checkpoint(student, *asked, use_reentrant=False) if torch.is_grad_enabled() else student(*asked)
-
-    return danceopd_loss(again, sources, batch, **provided)
+    return danceopd_loss(partial(_again, student), sources, batch, **provided)
 
 
 def switches(model: Path, folder: Path, prompts: dict[str, list[str]], ours: Trainer) -> dict[str, Callable]:
@@ -294,110 +350,132 @@ def switches(model: Path, folder: Path, prompts: dict[str, list[str]], ours: Tra
     }
 
 
+def twin(ours: Trainer) -> Trainer:
+    """Another run from where ours is, that shares with it what is frozen."""
+    made = copy.copy(ours)
+    made.parts = replace(ours.parts, student=copy.deepcopy(ours.parts.student))
+    made.engine = Local(made.parts.student, made.config)
+    made.health, made.gaps = copy.deepcopy((ours.health, ours.gaps))
+    made.static = made._static_field()
+    return made
+
+
 # --------------------------------------------------------------------------------------------- the comparison
 
-
-@dataclass(frozen=True)
-class Measured:
-    name: str
-    samples_per_second: float  # median
-    ratio: tuple[float, float, float]  # its time over ours: median, smallest and largest round
-    loss: float  # mean over rounds
+PLAIN_PHASES = {
+    "route, data": ["draw"], "encoding": ["encode"], "rollout": ["roll_out"], "query": ["ask_teacher"],
+    "student": ["learn"], "step": ["update_weights"],
+}  # fmt: skip
 
 
-def compare(folder: Path, rounds: int, batch_size: int, only_ratio: bool, say: Callable[[str], None]) -> list[Measured]:
-    """Ours first, then the plain loop, then ours without each idea."""
-    model = save_pipeline(folder)
-    save_teachers(model, folder)
-    prompts = save_rows(model, folder)
-    ours = trainer_of(model, folder, batch_size)
-    plain = Plain(model, folder, prompts, ours)
-    say(_sizes(ours, plain))
-    whole = dict(vars(ours))
-    without = {} if only_ratio else switches(model, folder, prompts, ours)
-    names = ["ours", "plain loop", *(f"ours without {name}" for name in without)]
-    times, losses = ({name: [] for name in names} for _ in range(2))
+def split(update: Callable[[], object], places: dict) -> dict[str, float]:
+    """Milliseconds of an update by phase."""
+    with common.Phases(places) as phases, phases.phase("rest"):
+        update()
+    return {phase: 1e3 * taken for phase, taken in phases.seconds.items()}
 
-    def take(name: str, update: Callable[[], float]) -> None:
-        start = time.perf_counter()
-        loss = update()  # a number, so that the device is waited for
-        times[name].append(time.perf_counter() - start)
-        losses[name].append(loss)
 
-    for i in range(rounds + 1):
-        take("plain loop", lambda step=i: plain.update(step))
-        before = copy.deepcopy((ours.parts.student.state_dict(), [o.state_dict() for o in ours.engine.optimizers]))
-        for name, change in without.items():  # from the state that ours begins the round with
-            change(ours)
-            ours.step = i
-            take(f"ours without {name}", lambda: ours.update()["loss"])
-            vars(ours).update(whole)
-            ours.parts.student.load_state_dict(before[0])
-            for optimizer, state in zip(ours.engine.optimizers, copy.deepcopy(before[1]), strict=True):
-                optimizer.load_state_dict(state)
-        ours.step = i
-        take("ours", lambda: ours.update()["loss"])
-    kept = {name: taken[1:] for name, taken in times.items()}  # the first round warms up
-    return [
-        Measured(
+def phases_of(trainer: Trainer) -> dict:
+    module, here = danceopd.methods.danceopd, sys.modules[__name__]
+    return {
+        "route, data": [(trainer, "draw")],
+        "rollout": [(module, "rollout"), (here, "rollout")],
+        "query": [(danceopd.fields, "routed"), (here, "routed")],
+        "student": [(trainer, "method"), (trainer.engine, "backward")],
+        "step": [(trainer.engine, "step")],
+    }
+
+
+def compare(folder: Path, args: argparse.Namespace) -> list[dict]:
+    """Rows of the plain loop, ours, ours with the fast recipe, and ours without each idea."""
+    exact, without = {"num_inference_steps": STEPS, "solver": "euler"}, {}
+    if args.world:
+        ours, fast = (world_trainer(folder, args.batch_size, rollout) for rollout in (exact, FAST))
+        plain = plain_world(ours)
+    else:
+        model = save_pipeline(folder)
+        save_teachers(model, folder)
+        prompts = save_rows(model, folder)
+        ours, fast = (trainer_of(model, folder, args.batch_size, rollout) for rollout in (exact, FAST))
+        plain = plain_sd3(model, folder, prompts, ours)
+        if not args.only_ratio:
+            without = switches(model, folder, prompts, ours)
+    print(_sizes(ours, plain, args) + "\n", flush=True)
+    trainers = {"ours": ours, "ours, fast": fast}
+    for name, change in without.items():
+        trainers[f"ours without {name}"] = changed = twin(ours)
+        change(changed)
+    updates = {"plain loop": plain.update}
+    updates |= {name: lambda trainer=trainer: trainer.update()["loss"] for name, trainer in trainers.items()}
+    losses = defaultdict(list)
+
+    def kept(name):
+        return lambda: losses[name].append(updates[name]())  # a number, so that the device is waited for
+
+    times = common.interleaved({name: kept(name) for name in updates}, args.rounds)
+    rows = []
+    for name, update in updates.items():
+        if name in trainers:
+            phases = split(update, phases_of(trainers[name]))
+        else:
+            phases = split(update, {phase: [(plain, m) for m in where] for phase, where in PLAIN_PHASES.items()})
+        more = {"time_over_ours": common.ratios(times[name], times["ours"])[1]} if "without" in name else {}
+        row = common.row(
             name,
-            batch_size / statistics.median(kept[name]),
-            _spread([a / b for a, b in zip(kept[name], kept["ours"], strict=True)]),
-            statistics.mean(losses[name]),
+            times[name],
+            settings={"batch": args.batch_size},
+            samples=args.batch_size,
+            over=("plain loop", times["plain loop"]),
+            loss=sum(losses[name]) / len(losses[name]),
+            phases=phases,
+            **more,
         )
-        for name in names
-    ]
+        if args.profile:
+            common.profiled(update, args.profile, name)
+        rows.append(row)
+    return rows
 
 
-def _spread(ratios: list[float]) -> tuple[float, float, float]:
-    return statistics.median(ratios), min(ratios), max(ratios)
-
-
-def _sizes(ours: Trainer, plain: Plain) -> str:
+def _sizes(ours: Trainer, plain: Plain, args: argparse.Namespace) -> str:
     def millions(*modules):
         tensors = {t.data_ptr(): t.numel() for m in modules for t in [*m.parameters(), *m.buffers()]}
         return sum(tensors.values()) / 1e6
 
-    encoders = [getattr(plain.encoders, f"text_encoder{suffix}") for suffix in ("", "_2", "_3")]
-    (shared,) = ours.parts.student._shared
+    student, own = ours.parts.student, [*plain.teachers, plain.student]
+    if args.world:
+        kind = f"the picture world's network, {millions(student):.1f} M parameters, all trained"
+        together = [student, *plain.teachers]
+    else:
+        kind = (
+            f"SD3.5 of {LAYERS} layers, {millions(plain.teachers[0]):.1f} M parameters, text encoders "
+            f"{millions(*plain.encoders):.1f} M, {SIDE} px, a LoRA student of rank {RANK}"
+        )
+        own, together = [*own, *plain.encoders], [student, student._shared[0].transformer]
     return (
-        f"SD3.5 of {LAYERS} layers, {millions(plain.teachers[0]):.1f} M parameters, text encoders "
-        f"{millions(*encoders):.1f} M, {SIDE} px, batches of {ours.config.training.batch_size}, {STEPS} steps, "
-        f"{len(TEACHERS)} LoRA teachers and a LoRA student of rank {RANK}\nnetworks in memory while training: ours "
-        f"{millions(shared.transformer, ours.parts.student):.1f} M parameters, plain loop "
-        f"{millions(plain.student, *plain.teachers, *encoders):.1f} M"
+        f"{kind}, batches of {args.batch_size}, {STEPS} steps, {len(plain.teachers)} teachers\n"
+        f"networks in memory while training: ours {millions(*together):.1f} M parameters, plain loop {millions(*own):.1f} M"
     )
 
 
-def main(argv: list[str] | None = None) -> list[Measured]:
+def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--world", action="store_true", help="the picture world's network instead of a small SD3.5")
+    parser.add_argument("--batch-size", type=common.positive, help="8; 64 with --world")
     parser.add_argument("--only-ratio", action="store_true", help="leave the contribution of each idea out")
-    parser.add_argument("--json", help="file to write the figures to")
-    args = parser.parse_args(argv)
-    if min(args.rounds, args.batch_size) < 1:
-        parser.error("--rounds and --batch-size must be at least 1")
+    args = common.arguments(parser).parse_args(argv)
+    args.batch_size = args.batch_size or (64 if args.world else 8)
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
-    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
-    print(f"{name}{threads}, torch {torch.__version__}\n{info()}\n")
-    if device == "cpu":
-        keep_freed_memory()  # as `danceopd train` does; the plain loop has it too
+    keep_freed_memory()  # as `danceopd train` does on a CPU; the plain loop has it too
     with tempfile.TemporaryDirectory() as folder:
-        results = compare(Path(folder), args.rounds, args.batch_size, args.only_ratio, print)
-    print(f"\n{'':<44}{'samples/s':>10}{'time over ours':>26}{'mean loss':>12}")
-    for m in results:
-        ratio = f"{m.ratio[0]:.2f} ({m.ratio[1]:.2f} to {m.ratio[2]:.2f})"
-        print(f"{m.name:<44}{m.samples_per_second:>10.2f}{ratio:>26}{m.loss:>12.6f}")
-    if args.json:
-        rows = [asdict(m) for m in results]
-        values = {"device": name + threads, "torch": torch.__version__, "batch_size": args.batch_size, "rows": rows}
-        Path(args.json).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    return results
+        rows = compare(Path(folder), args)
+    name = f"training update, {'the picture world' if args.world else 'small SD3.5'}"
+    result = common.finish(common.result(name, rows), args)
+    print("\nms of one update by phase (phases are waited for, so that they are no timing of the whole):")
+    for row in rows:
+        print(f"  {row['name']:<44}" + ", ".join(f"{phase} {ms:.0f}" for phase, ms in row["phases"].items()))
+    return result
 
 
 if __name__ == "__main__":
