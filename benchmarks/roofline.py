@@ -209,7 +209,7 @@ def card_of(device: str) -> str | None:
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds: of one evaluation of the batch; settings: as a row's; model: None if its size is not a released one."""
+    """seconds: of one evaluation of the batch; settings: as a row's."""
 
     file: str
     device: str
@@ -219,18 +219,19 @@ class Measured:
 
 
 def read_measured(folder: Path) -> list[Measured]:
-    """What rollout_bench.py and query_bench.py wrote into a folder; other benchmarks' files are passed by.
+    """What rollout_bench.py and query_bench.py wrote of released networks into a folder; the rest is passed by.
 
     Raises UserError for a file that no benchmark wrote.
     """
-    found = []
+    found, models = [], _sizes()[1]
     for file in sorted(folder.glob("*.json")):
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
             benchmark, _, model = result["benchmark"].partition(", ")
-            if result["measured"] and benchmark in MEASURED:
-                kind, device = MEASURED[benchmark], result["device"]["name"]
-                found += [_measured(file.name, kind, NAMES.get(model, model), device, row) for row in result["rows"]]
+            kind, model = MEASURED.get(benchmark), NAMES.get(model, model)
+            if kind and model in models and result["measured"]:
+                device = result["device"]["name"]
+                found += [_measured(file.name, kind, model, device, row) for row in result["rows"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise UserError(
@@ -257,26 +258,24 @@ def _measured(file: str, kind: str, model: str, device: str, row: dict) -> Measu
 def compare(rows: list[dict], measured: Sequence[Measured], cards: Sequence[str]) -> list[str]:
     """Put the best share of the limit that was measured into the rows, and rows behind them for networks that are none
     of theirs; returns what could not be compared, and why."""
-    said, models = {}, _sizes()[1]
+    said = []
     for one in measured:
-        card, model = card_of(one.device), one.settings["model"]
+        card = card_of(one.device)
         if card not in cards:
-            said[f"{one.file}: measured on {one.device}, which is none of {', '.join(cards)}"] = None
-        elif model not in models:
-            said[f"{one.file}: {model} is no released network, so that nothing is computed for it"] = None
-        else:
-            places = [row for row in rows if row["settings"] == one.settings]
-            if not places:
-                rows.append(row_of(f"{model}, measured", one.settings, cards))
-                places = rows[-1:]
-            for row in places:
-                share = row["limits"][card].seconds / one.seconds
-                if share > row["measured"].get(card, {"share_of_limit": 0})["share_of_limit"]:
-                    row["measured"][card] = {
-                        "milliseconds": 1e3 * one.seconds, "share_of_limit": share, "variant": one.variant,
-                        "file": one.file,
-                    }  # fmt: skip
-    return list(said)
+            said.append(f"{one.file}: measured on {one.device}, which is none of {', '.join(cards)}")
+            continue
+        places = [row for row in rows if row["settings"] == one.settings]
+        if not places:
+            rows.append(row_of(f"{one.settings['model']}, measured", one.settings, cards))
+            places = rows[-1:]
+        for row in places:
+            share = row["limits"][card].seconds / one.seconds
+            if share > row["measured"].get(card, {"share_of_limit": 0})["share_of_limit"]:
+                row["measured"][card] = {
+                    "milliseconds": 1e3 * one.seconds, "share_of_limit": share, "variant": one.variant,
+                    "file": one.file,
+                }  # fmt: skip
+    return list(dict.fromkeys(said))
 
 
 # ------------------------------------------------------------------------------------------------------- output
@@ -365,9 +364,12 @@ def main(argv: list[str] | None = None) -> dict:
         parser.error("--batch and --resolution must be at least 1")
     try:
         rows = limits(config_paths(args.configs), args.cards, args.batch, args.resolution)
-        said = compare(rows, read_measured(args.results), args.cards)
+        measured = read_measured(args.results)
+        said = compare(rows, measured, args.cards)
     except UserError as error:
         parser.error(str(error))
+    if not measured:
+        said.append(f"{args.results}: no figures of a released network there, so that nothing is compared")
     print("\n".join([table(rows, args.cards), *said]))
     result = as_json(rows, args.cards)
     if args.json:

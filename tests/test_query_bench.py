@@ -1,15 +1,17 @@
 """benchmarks/query_bench.py at a size where it takes seconds: all of its variants ask the same teachers."""
 
 import json
+from functools import partial
 
 import pytest
 
 pytest.importorskip("diffusers")
 
-from benchmarks import query_bench
+from benchmarks import networks, query_bench
 
 
-def test_every_variant_has_the_same_loss_and_sharing_takes_less_memory(tmp_path, capsys):
+def test_every_variant_has_the_same_loss_and_sharing_takes_less_memory(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(networks, "small_sd3", partial(networks.small_sd3, width=64, layers=2, heads=2))
     file = tmp_path / "figures.json"
     argv = ["--teachers", "1", "3", "--batch", "4", "--resolution", "32", "--rank", "2", "--rounds", "1"]
     result = query_bench.main([*argv, "--json", str(file)])
