@@ -453,7 +453,8 @@ def _sizes(ours: Trainer, plain: Plain, args: argparse.Namespace) -> str:
         own, together = [*own, *plain.encoders], [student, student._shared[0].transformer]
     return (
         f"{kind}, batches of {args.batch_size}, {STEPS} steps, {len(plain.teachers)} teachers\n"
-        f"networks in memory while training: ours {millions(*together):.1f} M parameters, plain loop {millions(*own):.1f} M"
+        f"networks in memory while training: ours {millions(*together):.1f} M parameters, "
+        f"plain loop {millions(*own):.1f} M"
     )
 
 

@@ -18,8 +18,6 @@ which either makes one update; quartiles stand beside it. The second part comput
 import argparse
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +34,8 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import common
 from danceopd.backbones.dit import DiT, DiTConfig
 from danceopd.conditioning import Conditioning
 from danceopd.config import Config, parse_config
@@ -221,15 +221,11 @@ def measure(kind: str, args: argparse.Namespace, ranks: Ranks) -> dict:
             if step > 1:
                 found[name]["seconds"].append(time.perf_counter() - start)
             found[name]["losses"].append(sum(ranks.gather(loss)) / ranks.size)
-    ratios = [a / b for a, b in zip(*(found[name]["seconds"] for name in names), strict=True)]
-    bytes_ratio = found[names[0]]["gathered_bytes"] / found[names[1]]["gathered_bytes"]
     differ = max(abs(a - b) / abs(a) for a, b in zip(*(found[name]["losses"] for name in names), strict=True))
     return {
         "student": kind,
         "parameters": parameters,
         **{name: found[name] for name in names},
-        "bytes_ratio": bytes_ratio,
-        "time_ratios": ratios,
         "largest_difference_of_losses": differ,
     }
 
@@ -259,32 +255,23 @@ def start(kind: str, argv: list[str], ranks: int) -> dict:
         return json.loads(file.read_text(encoding="utf-8"))
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile."""
-    if len(values) == 1:
-        return (values[0],) * 3
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high
-
-
-def table(figures: dict) -> str:
-    trained = figures["parameters"].get("adapter", figures["parameters"]["network"])
-    network = figures["parameters"]["network"]
-    lines = [
-        f"student: {figures['student']}; network {network / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained",
-        f"  {'':14}{'gathered/update':>17}{'all-gathers':>13}{'s/update':>24}{'mean loss':>12}",
+def rows(figures: dict, samples: int) -> list[dict]:
+    """Of one kind of student."""
+    plain, kind = figures["plain loop"], {"student": figures["student"], "M": figures["parameters"]["network"] // 10**6}
+    return [
+        common.row(
+            name,
+            figures[name]["seconds"],
+            settings=kind,
+            samples=samples,
+            over=("plain loop", plain["seconds"]),
+            gathered_MB=figures[name]["gathered_bytes"] / 1e6,
+            all_gathers=sum(figures[name]["all_gathers"].values()),
+            times_fewer_bytes=plain["gathered_bytes"] / figures[name]["gathered_bytes"],
+            loss=sum(figures[name]["losses"]) / len(figures[name]["losses"]),
+        )
+        for name in ("plain loop", "gather once")
     ]
-    for name in ("plain loop", "gather once"):
-        found = figures[name]
-        seconds = "{:.2f} ({:.2f} to {:.2f})".format(*quartiles(found["seconds"]))
-        mb, calls = found["gathered_bytes"] / 1e6, sum(found["all_gathers"].values())
-        lines.append(f"  {name:14}{mb:>14.1f} MB{calls:>13d}{seconds:>24}{statistics.mean(found['losses']):>12.6f}")
-    ratio = "{:.2f} ({:.2f} to {:.2f})".format(*quartiles(figures["time_ratios"]))
-    lines.append(
-        f"  {figures['bytes_ratio']:.1f} x fewer bytes; time, plain over gather once: {ratio}; "
-        f"losses differ by at most {figures['largest_difference_of_losses']:.1e} of them"
-    )
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------- on paper
@@ -349,36 +336,34 @@ def paper_table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ranks", type=int, default=2, help="processes (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=2, help="of each process (%(default)s)")
-    parser.add_argument("--width", type=int, default=1024, help="of the network (%(default)s)")
-    parser.add_argument("--depth", type=int, default=6, help="its blocks (%(default)s)")
+    parser.add_argument("--ranks", type=common.positive, default=2, help="processes (%(default)s)")
+    parser.add_argument("--batch-size", type=common.positive, default=2, help="of each process (%(default)s)")
+    parser.add_argument("--width", type=common.positive, default=1024, help="of the network (%(default)s)")
+    parser.add_argument("--depth", type=common.positive, default=6, help="its blocks (%(default)s)")
     parser.add_argument("--student", nargs="+", choices=STUDENTS, default=STUDENTS)
     parser.add_argument("--only", choices=("measured", "paper"), help="one of the two parts")
-    parser.add_argument("--json", help="file to write the figures to")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if min(args.rounds, args.ranks, args.batch_size, args.width // 64, args.depth) < 1:
-        parser.error("--rounds, --ranks, --batch-size and --depth must be at least 1, --width at least 64")
+    args = common.arguments(parser).parse_args(argv)
+    if args.width < 64:
+        parser.error("--width must be at least 64")
     if args.worker:
         return work(args)
-    machine = f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores, {args.ranks} processes"
-    result = {"machine": machine, "torch": torch.__version__, "rounds": args.rounds, "measured": []}
-    if args.only != "paper":
-        print(f"MEASURED on {machine} of {os.environ['OMP_NUM_THREADS']} thread, torch {torch.__version__}, gloo, "
-              f"float32; {STEPS} rollout steps, K = 1, {args.batch_size} samples a process\n", flush=True)  # fmt: skip
-        forwarded = [
-            f"--{key}={vars(args)[key.replace('-', '_')]}" for key in ("rounds", "batch-size", "width", "depth")
-        ]
-        for kind in args.student:
-            result["measured"].append(start(kind, forwarded, args.ranks))
-            print(table(result["measured"][-1]) + "\n", flush=True)
-    if args.only != "measured":
-        result["computed"] = paper()
-        print(paper_table(result["computed"]))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    students, computed = [], [] if args.only == "measured" else paper()
+    for kind in [] if args.only == "paper" else args.student:
+        own = ("rounds", "batch-size", "width", "depth")
+        forwarded = [f"--{key}={vars(args)[key.replace('-', '_')]}" for key in own]
+        students.append(start(kind, forwarded, args.ranks))
+    lines = [row for figures in students for row in rows(figures, args.ranks * args.batch_size)]
+    result = common.result("ZeRO-3", lines, processes=args.ranks, students=students, computed=computed)
+    result["device"]["threads"] = int(os.environ["OMP_NUM_THREADS"])  # of each process
+    if students:
+        common.finish(result, args)
+        for figures in students:
+            print(
+                f"{figures['student']}: losses differ by at most {figures['largest_difference_of_losses']:.1e} of them"
+            )
+    if computed:
+        print(paper_table(computed))
     return result
 
 
