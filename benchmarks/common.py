@@ -5,7 +5,6 @@ median of the rounds beside its quartiles, and a ratio is taken within each roun
 and a copy reach here, measured in the same run. A benchmark is
 
     args = common.arguments(parser).parse_args(argv)
-    device = common.device()
     times = common.interleaved({"plain": plain, "ours": ours}, args.rounds)
     rows = [common.row(name, times[name], over=("plain", times["plain"])) for name in times]
     return common.finish(common.result("name", rows), args)
@@ -29,8 +28,6 @@ import torch
 from danceopd_kernels import info
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-# ------------------------------------------------------------------------------------------------- the machine
 
 
 def device() -> torch.device:
@@ -57,19 +54,15 @@ def _clocks() -> str:
     """The GPU's clocks now and at most, its power and its limit."""
     query = "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit"
     command = ["nvidia-smi", query, "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+    return "unknown"
 
 
 def _processor() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
-# ------------------------------------------------------------------------------------------------------ timing
 
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
@@ -177,12 +170,9 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 def flops(run: Callable[[], object]) -> int:
     """Of the products and attention in one call, by torch's counter; it sees no fused or compiled kernel's."""
-
-    def attention(query, key, value, *rest, out_shape=None, **options):
-        return sdpa_flop_count(query, key, value)
-
-    on_the_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # unknown to the counter
-    with FlopCounterMode(display=False, custom_mapping=on_the_cpu) as counter:
+    operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to the counter
+    attention = {operation: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         run()
     return counter.get_total_flops()
 
@@ -222,20 +212,10 @@ def share_of_roofline(limit: dict, taken: float, flops: float = 0, moved: float 
 # ----------------------------------------------------------------------------------------------- rows and a result
 
 
-def row(
-    name: str,
-    times: Sequence[float],
-    *,
-    settings: Mapping | None = None,
-    samples: float | None = None,
-    over: tuple[str, Sequence[float]] | None = None,
-    flops: int | None = None,
-    share: float | None = None,
-    peak: int | None = None,
-    **more,
-) -> dict:
-    """One line of a table. times: seconds of each round; samples: that one of them takes; over: (name, times) of what
-    it is compared with, in the same rounds: the ratio is how many times as fast it is. more: further figures."""
+def row(name, times, *, settings=None, samples=None, over=None, flops=None, share=None, peak=None, **more) -> dict:
+    """One line of a table. times: seconds of each round; settings: a mapping; samples: that one call takes; over:
+    (name, times) of what it is compared with, in the same rounds: the ratio is how many times as fast it is; flops,
+    share of the roofline and peak bytes: of one call; more: further figures, each a column."""
     low, middle, high = quartiles(times)
     return {
         "name": name,
@@ -299,16 +279,14 @@ def _cells(row: dict) -> dict[str, str]:
 
 def plot(result: dict, file: Path) -> None:
     """Bars of the rows' medians, with their quartiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = result["rows"]
     labels = [" ".join([r["name"], *(f"{key} {value}" for key, value in r["settings"].items())]) for r in rows]
     times = [r["milliseconds"] for r in rows]
     spread = [[middle - low for low, middle, _ in times], [high - middle for _, middle, high in times]]
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.32 * len(rows)))
+    figure = Figure(figsize=(9, 1.2 + 0.32 * len(rows)))
+    axes = figure.subplots()
     axes.barh(range(len(rows)), [t[1] for t in times], xerr=spread, color="#4a7ebb", capsize=2)
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
@@ -316,7 +294,6 @@ def plot(result: dict, file: Path) -> None:
     axes.set_title(f"{result['benchmark']}, measured on {result['device']['name']}", fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
