@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint bench bench-gpu clean
 
 demo: .venv/installed
 	$(BIN)/danceopd train --config configs/demo.yaml
@@ -17,6 +17,28 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+bench: .venv/installed-test  # at small sizes, on whatever is there
+	$(BIN)/python -m benchmarks.run --suite quick --output bench-results
+	$(BIN)/python -m benchmarks.query_bench --teachers 1 4 --rounds 3 --json bench-results/query.json
+
+# The tests marked gpu, all benchmarks, what SD3.5-medium's size takes against the roofline, and one file to send.
+# What fails is in the folder too, and the rest goes on.
+bench-gpu: .venv/installed-test
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu needs an NVIDIA GPU, and \
+	torch ' + torch.__version__ + ' finds none (nvidia-smi says whether there is one); make bench runs on a CPU')"
+	rm -rf bench-results && mkdir bench-results
+	-nvidia-smi > bench-results/nvidia-smi.txt
+	-$(BIN)/python -m pytest -m gpu -rA 2>&1 | tee bench-results/gpu-tests.txt | tail -n 3
+	-$(BIN)/python -m benchmarks.run --suite all --output bench-results
+	-$(BIN)/python -m benchmarks.query_bench $(call to,query)
+	-$(BIN)/python -m benchmarks.query_bench --model sd35-medium --teachers 4 --rank 128 --batch 4 $(call to,query-sd35)
+	-$(BIN)/python -m benchmarks.rollout_bench --model sd35-medium --batch 1 4 --guidance 1 4.5 $(call to,rollout-sd35)
+	-$(BIN)/python -m benchmarks.roofline --batch 1 4 --results bench-results $(call to,roofline)
+	tar -czf bench-results.tar.gz bench-results
+	@echo "please send bench-results.tar.gz"
+
+to = --json bench-results/$(1).json --plot bench-results/$(1).png | tee bench-results/$(1).txt
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -29,4 +51,4 @@ lint: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build bench-results bench-results.tar.gz *.egg-info

@@ -43,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("plan", help="estimate whether a run fits on so many cards, and how long it takes")
     command.add_argument("--config", type=Path, required=True, help="a YAML file, for example configs/demo.yaml")
     command.add_argument("--gpus", type=int, required=True, help="cards, 8 in a machine")
-    command.add_argument("--gpu", choices=("h100", "a100"), default="h100", help="of 80 GB (%(default)s)")
+    command.add_argument(
+        "--gpu", choices=("h100", "h100-pcie", "a100", "a100-40"), default="h100", help="the card (%(default)s)"
+    )
     command.add_argument("--deepspeed", type=Path, metavar="JSON", help="DeepSpeed's settings: sizes of its buckets")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example training.batch_size=64")
     command.set_defaults(run=run_plan)

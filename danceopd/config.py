@@ -138,7 +138,8 @@ class Training(Section):
 
     cuda_graphs: rollouts take static steps (danceopd.graphs), on CUDA as captured graphs; auto does on CUDA alone.
     compile: torch.compile of each block of the network that rollouts ask. attention_backend: with a `model`, by
-    diffusers' name of it, or auto (danceopd.attention).
+    diffusers' name of it, or auto (danceopd.attention). profile_steps: updates, from the second on, of which torch's
+    profiler writes a trace into the run's folder `profile`.
     """
 
     output_dir: Path
@@ -170,6 +171,7 @@ class Training(Section):
     keep_checkpoints: Positive = 2
     sample_every: Count = 200
     max_nonfinite_steps: Positive = 10
+    profile_steps: Count = 0
 
 
 class Evaluation(Section):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from danceopd.conditioning import Conditioning, Tensors, concatenate, with_length
+from danceopd.profiling import phase
 
 Field = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
@@ -103,6 +104,7 @@ def ask_shared(fields: Sequence[SharedField], which: torch.Tensor, latents, sigm
     return fields[0].ask(latents, sigma, own)
 
 
+@phase("query")
 @torch.no_grad()
 def routed(
     fields: Sequence[Field],
@@ -146,6 +148,7 @@ def _by_network(fields: Sequence[Field]) -> list[list[int]]:
 def soft(fields: Sequence[Field]) -> Field:
     """The mean of the fields: what soft routing asks, whatever the sample's route."""
 
+    @phase("query")
     @torch.no_grad()
     def velocity(latents, sigma, conditioning):
         return torch.stack([field(latents, sigma, conditioning) for field in fields]).mean(0)

@@ -10,6 +10,7 @@ from danceopd_kernels import routed_velocity_mse
 
 from danceopd.draws import Generator, rand, randn
 from danceopd.fields import Field
+from danceopd.profiling import phase
 
 WEIGHTINGS = ("mse", "sigma_sqrt", "logit_normal", "mode", "cosmap", "kl", "clean")
 
@@ -19,6 +20,7 @@ def per_sample(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return value.to(like).view(-1, *(1,) * (like.dim() - 1))
 
 
+@phase("loss")
 def velocity_mse(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each sample, in float32: [B, ...] and [B, ...] -> [B].
 

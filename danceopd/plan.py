@@ -28,7 +28,8 @@ BUCKET, LIVE = 500_000_000, 1_000_000_000
 @dataclass(frozen=True)
 class Card:
     """As published: bytes of memory, dense bf16 operations a second, bytes a second in one direction over NVLink inside
-    a machine, over the card's own network adapter between machines, and to host memory."""
+    a machine, over the card's own network adapter between machines, and to host memory; bytes a second of its memory,
+    and dense FP8 operations a second, None where it does not multiply FP8."""
 
     name: str
     memory: float
@@ -36,11 +37,19 @@ class Card:
     nvlink: float
     network: float
     host: float
+    bandwidth: float
+    fp8: float | None = None
 
 
+# NVIDIA's data sheets "H100 Tensor Core GPU" and "A100 Tensor Core GPU". Their figures with sparsity are halved.
 CARDS = {
-    "h100": Card("H100 SXM 80 GB", 79 * GIB, 989e12, 450e9, 50e9, 64e9),  # NVLink 4, 400 Gb/s, PCIe 5
-    "a100": Card("A100 SXM 80 GB", 79 * GIB, 312e12, 300e9, 25e9, 32e9),  # NVLink 3, 200 Gb/s, PCIe 4
+    # NVLink 4, 400 Gb/s, PCIe 5, HBM3
+    "h100": Card("H100 SXM 80 GB", 79 * GIB, 989e12, 450e9, 50e9, 64e9, 3.35e12, 1979e12),
+    # As a card to plug in, HBM2e; its bridge joins two of them alone, so that a machine of 8 talks over PCIe 5.
+    "h100-pcie": Card("H100 PCIe 80 GB", 79 * GIB, 756e12, 64e9, 50e9, 64e9, 2.0e12, 1513e12),
+    # NVLink 3, 200 Gb/s, PCIe 4, HBM2e
+    "a100": Card("A100 SXM 80 GB", 79 * GIB, 312e12, 300e9, 25e9, 32e9, 2.039e12),
+    "a100-40": Card("A100 SXM 40 GB", 39 * GIB, 312e12, 300e9, 25e9, 32e9, 1.555e12),  # HBM2
 }
 
 

@@ -7,10 +7,12 @@ import torch
 from danceopd.conditioning import Conditioning
 from danceopd.fields import Field
 from danceopd.graphs import StaticField, reached
+from danceopd.profiling import phase
 
 SOLVERS = ("euler", "heun", "ab2")
 
 
+@phase("rollout")
 @torch.no_grad()
 def rollout(
     field: Field,

@@ -14,6 +14,7 @@ import tiny_sd3
 import tiny_z_image
 import torch
 import yaml
+from released import prompt_of
 from safetensors.torch import save_file
 
 import danceopd.data.cache
@@ -44,21 +45,6 @@ FAMILIES = {
     "z": tiny_z_image.save_tiny,
 }
 SIZE = 64  # pixels
-
-
-def prompt_of(family: str, transformer, length: int = 24) -> dict[str, torch.Tensor]:
-    """One sample's encoding, of the shapes that the family's text encoders give."""
-    sizes = transformer.config
-    if family == "z":
-        width = sizes.cap_feat_dim
-    else:
-        width = sizes.joint_attention_dim
-    prompt = {"prompt_embeds": torch.randn(length, width)}
-    if family in ("sd3", "flux", "kontext"):
-        prompt["pooled_prompt_embeds"] = torch.randn(sizes.pooled_projection_dim)
-    if family in ("qwen", "qwen_edit", "z"):
-        prompt["prompt_mask"] = torch.ones(length, dtype=torch.bool)
-    return prompt
 
 
 def write_rows(folder, family: str, transformer, shape, capabilities: dict[str, str]):

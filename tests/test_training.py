@@ -456,3 +456,12 @@ def test_a_disk_without_room_is_found_before_training(raw, monkeypatch):
     with pytest.raises(UserError, match=r"3 checkpoints and the student need .*keep_checkpoints"):
         train(config)
     train(config_of(raw, keep_checkpoints=1))
+
+
+def test_a_trace_has_the_phases_of_the_steps_asked_for(raw):
+    config = config_of(raw, profile_steps=2, sample_every=0)
+    folder = train(parse_config({**config.to_dict(), "evaluation": {"times": 0}}))
+    (trace,) = (folder / "profile").iterdir()
+    names = Counter(event.get("name") for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X")
+    phases = ("route", "rollout", "query", "student", "loss", "backward", "step")
+    assert {name: names[name] for name in phases} == dict.fromkeys(phases, 2)

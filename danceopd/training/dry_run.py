@@ -652,7 +652,7 @@ def operations(student: nn.Module, shape: tuple[int, ...], conditioning: Conditi
 
 
 def _plain_adapted(student: nn.Module, name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    a, b = (student.factors[f"{name.replace('.', '/')}/lora_{side}"] for side in "AB")
+    a, b = student.factors_of(name)
     base = x.new_empty(weight.shape)  # whatever a weight of 8 bits is
     return F.linear(x, base) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 

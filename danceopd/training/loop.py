@@ -27,6 +27,7 @@ from danceopd.graphs import StaticField, always_guided, compile_blocks
 from danceopd.memory import keep_freed_memory
 from danceopd.methods import METHODS, needs
 from danceopd.methods.observed import join
+from danceopd.profiling import phase, traced
 from danceopd.rollout import rollout, sample
 from danceopd.schedule import sigma_grid
 from danceopd.training.engine import Local
@@ -54,6 +55,7 @@ NOT_IDENTITY = (
     "cuda_graphs",
     "compile",
     "attention_backend",
+    "profile_steps",
 )
 
 
@@ -118,6 +120,7 @@ class Trainer:
             factor *= 0.5 * (1 + math.cos(math.pi * self.progress()))
         return training.learning_rate * factor
 
+    @phase("route")
     def draw(self) -> Batch:
         """This rank's part of the step's batch, the same at any number of micro-batches, ranks and interruptions."""
         weights = self.gaps.route_weights(self.weights) if self.config.route == "adaptive" else self.weights
@@ -143,7 +146,8 @@ class Trainer:
             if not torch.is_grad_enabled():
                 return self.engine.rolled(latents, sigma, conditioning)
             self.at(f"the query of step {self.step}")
-            return self.engine.student(latents, sigma, conditioning)
+            with phase("student"):
+                return self.engine.student(latents, sigma, conditioning)
 
         field = as_trained(self.config, self.parts, counted(network, self.spent, "student"))
         if self.static is None:
@@ -196,11 +200,13 @@ class Trainer:
             provided = self.provided(micro, part, progress, generators)
             observed = self.method(field, self.fields, micro, **provided, **self.options)
             self.at(f"the backward of step {self.step}")
-            self.engine.backward(observed.loss.mean() * len(micro) / training.batch_size)
+            with phase("backward"):
+                self.engine.backward(observed.loss.mean() * len(micro) / training.batch_size)
             self.spent["backward"] += 2 * len(observed.velocity)  # a backward costs about two forwards
             seen.append(observed.summary())
         self.at(f"the update of step {self.step}")
-        norm, updated = self.engine.step(rate)
+        with phase("step"):
+            norm, updated = self.engine.step(rate)
         everyone = self.ranks.gather((seen, Counter(self.spent), Counter(TOKENS) - tokens))
         watched = join([summary for summaries, *_ in everyone for summary in summaries])
         for _, spent, _ in everyone:
@@ -388,13 +394,15 @@ class Trainer:
         log, bar = RunLog(folder, self.step, silent=not first), self._bar()
         said: set[str] = set()
         try:
-            with stop_requests(silent=not first) as stop:
+            profiled = training.profile_steps if first else 0
+            with stop_requests(silent=not first) as stop, traced(folder / "profile", profiled) as traced_update:
                 if self.step == 0:
                     self._score(log)
                 while (before := self.progress()) < 1:
                     start = time.monotonic()
                     record = self.update()
                     elapsed = time.monotonic() - start
+                    traced_update()
                     self.seconds += elapsed
                     record["samples_per_second"] = training.batch_size / elapsed
                     drifting = self.health.warnings()

@@ -1,4 +1,6 @@
-"""The sizes of the released transformers that configs/models is for."""
+"""The sizes of the released transformers that configs/models is for, and of what they read."""
+
+import torch
 
 # By the beginning of a name in configs/models: the tiny family that stands for it; the released transformer's
 # configuration, from diffusers' defaults and from memory of the released config.json; its parameters in billions
@@ -35,3 +37,20 @@ CLASSES = {  # of diffusers, by family
     "qwen_edit": "QwenImageTransformer2DModel",
     "z": "ZImageTransformer2DModel",
 }
+
+PROMPT = {"sd3": 333}  # tokens that the pipelines give at most, 512 where nothing is said
+
+
+def prompt_of(family: str, transformer, length: int = 24) -> dict[str, torch.Tensor]:
+    """One sample's encoding, of the shapes that the family's text encoders give."""
+    sizes = transformer.config
+    if family == "z":
+        width = sizes.cap_feat_dim
+    else:
+        width = sizes.joint_attention_dim
+    prompt = {"prompt_embeds": torch.randn(length, width)}
+    if family in ("sd3", "flux", "kontext"):
+        prompt["pooled_prompt_embeds"] = torch.randn(sizes.pooled_projection_dim)
+    if family in ("qwen", "qwen_edit", "z"):
+        prompt["prompt_mask"] = torch.ones(length, dtype=torch.bool)
+    return prompt

@@ -1,0 +1,34 @@
+"""benchmarks/query_bench.py at a size where it takes seconds: all of its variants ask the same teachers."""
+
+import json
+from functools import partial
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+from benchmarks import networks, query_bench
+
+
+def test_every_variant_has_the_same_loss_and_sharing_takes_less_memory(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(networks, "small_sd3", partial(networks.small_sd3, width=64, layers=2, heads=2))
+    file = tmp_path / "figures.json"
+    argv = ["--teachers", "1", "3", "--batch", "4", "--resolution", "32", "--rank", "2", "--rounds", "1"]
+    result = query_bench.main([*argv, "--json", str(file)])
+    assert json.loads(file.read_text())["rows"] == result["rows"]
+    for count in (1, 3):
+        rows = {row["name"]: row for row in result["rows"] if row["settings"]["teachers"] == count}
+        assert list(rows) == list(query_bench.DEFAULT)
+        loss = rows["copies"]["loss"]
+        for name, row in rows.items():
+            assert row["loss"] == pytest.approx(loss, rel=2e-2 if "fp8" in name else 1e-5)
+        assert rows["copies+fp8+fused"]["memory_over_first"] < 0.5
+        assert (rows["shared"]["memory_over_first"] < 1) == (count > 1)
+    assert rows["copies"]["networks_MiB"] == pytest.approx(3 * result["rows"][0]["networks_MiB"])
+    assert "query, sd3: measured on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--variants", "copy"], ["--variants", "fused"], ["--teachers", "0"]])
+def test_mistakes_are_refused(options):
+    with pytest.raises(SystemExit):
+        query_bench.main(options)
