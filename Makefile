@@ -19,7 +19,6 @@ lint: .venv/installed-test
 
 bench: .venv/installed-test  # at small sizes, on whatever is there
 	$(BIN)/python -m benchmarks.run --suite quick --output bench-results
-	$(BIN)/python -m benchmarks.query_bench --teachers 1 4 --rounds 3 --json bench-results/query.json
 
 # The tests marked gpu, all benchmarks, what SD3.5-medium's size takes against the roofline, and one file to send.
 # What fails is in the folder too, and the rest goes on.
@@ -30,7 +29,6 @@ bench-gpu: .venv/installed-test
 	-nvidia-smi > bench-results/nvidia-smi.txt
 	-$(BIN)/python -m pytest -m gpu -rA 2>&1 | tee bench-results/gpu-tests.txt | tail -n 3
 	-$(BIN)/python -m benchmarks.run --suite all --output bench-results
-	-$(BIN)/python -m benchmarks.query_bench $(call to,query)
 	-$(BIN)/python -m benchmarks.query_bench --model sd35-medium --teachers 4 --rank 128 --batch 4 $(call to,query-sd35)
 	-$(BIN)/python -m benchmarks.rollout_bench --model sd35-medium --batch 1 4 --guidance 1 4.5 $(call to,rollout-sd35)
 	-$(BIN)/python -m benchmarks.roofline --batch 1 4 --results bench-results $(call to,roofline)

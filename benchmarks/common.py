@@ -19,15 +19,17 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from unittest import mock
 
 import torch
 from danceopd_kernels import info
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from danceopd.profiling import phase
 
 
 def device() -> torch.device:
@@ -116,7 +118,7 @@ def ratios(over: Sequence[float], times: Sequence[float]) -> tuple[float, float,
 
 
 class Phases:
-    """Splits what runs while it is entered: seconds by phase, each also a range as `marked` makes it.
+    """Splits what runs while it is entered: seconds by phase, each also a range as danceopd.profiling.phase makes it.
 
     places: {phase: [(module or object, name of a function of it)]}. A phase inside another counts as its own alone.
     On a GPU the ends of phases are waited for, so that this is no way to time the whole.
@@ -142,7 +144,7 @@ class Phases:
         start, around = time.perf_counter(), self._open
         self._open = inside = []  # seconds of the phases inside
         try:
-            with marked(name):
+            with phase(name):
                 yield
                 synchronize()
         finally:
@@ -330,19 +332,12 @@ def finish(result: dict, args: argparse.Namespace) -> dict:
     return result
 
 
-@contextmanager
-def marked(name: str) -> Iterator[None]:
-    """A range of this name in torch's profiler, and for nsys and ncu in NVTX."""
-    with record_function(name), torch.cuda.nvtx.range(name) if device().type == "cuda" else nullcontext():
-        yield
-
-
 def profiled(run: Callable[[], object], folder: Path, name: str) -> Path:
     """Write torch's trace of one call as FOLDER/NAME.json, to be opened in Perfetto or chrome://tracing."""
     folder.mkdir(parents=True, exist_ok=True)
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device().type == "cuda" else [])]
     file = folder / f"{''.join(c if c.isalnum() or c in '-_.' else '_' for c in name)}.json"
-    with profile(activities=kinds) as profiler, marked(name):
+    with profile(activities=kinds) as profiler, phase(name):
         run()
         synchronize()
     profiler.export_chrome_trace(str(file))

@@ -29,6 +29,7 @@ SUITE = {
         ["--model", "sd3", "--resolution", "32", "--batch", "2", "--guidance", "4.5", "--variants", "full", "depth"],
     ),
     "rollout-overhead": ("rollout_bench", ["--overhead"], ["--overhead", "--rounds", "2"]),
+    "query": ("query_bench", [], ["--teachers", "4", "--rounds", "3"]),
     "train-world": ("train_bench", ["--world"], ["--world", "--rounds", "1", "--batch-size", "8"]),
     "train": ("train_bench", [], ["--only-ratio", "--rounds", "1", "--batch-size", "2"]),
     "kernels": ("kernel_bench", [], ["--shape", "4", "16", "32", "32", "--dtypes", "float32", "--no-compile"]),
