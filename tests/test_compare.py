@@ -16,7 +16,7 @@ from danceopd.evaluation.compare import (
     Run,
     Scored,
     compare,
-    data_uri,
+    file_uri,
     distinct,
     read_run,
     table,
@@ -28,11 +28,8 @@ from danceopd.evaluation.geneval import read_results, record, write_results
 
 def as_run(name, scores, tag=lambda prompt: "colors"):
     """scores: by (prompt, number)."""
-    pictures = {key: Scored(tag(key[0]), key[0], float(value), "", None) for key, value in scores.items()}
-    records = [
-        {"tag": one.tag, "correct": one.score > 0, "metadata": key[0], "filename": ""} for key, one in pictures.items()
-    ]
-    return Run(name, pictures, records)
+    pictures = {key: Scored(tag(key[0]), key[0], float(value), None) for key, value in scores.items()}
+    return Run(name, pictures)
 
 
 verdicts = st.dictionaries(
@@ -182,7 +179,7 @@ def test_results_of_another_tool_are_compared_where_its_pictures_were_moved(tmp_
     for picture in b.rglob("*.png"):
         picture.unlink()
     (a / "00001" / "samples" / "0000.png").write_bytes(b"no picture")
-    assert data_uri(a / "00001" / "samples" / "0000.png") is None
+    assert file_uri(a / "00001" / "samples" / "0000.png") is None
     runs = distinct([first, read_run(save_run(tmp_path / "c", [[False], [True], [True]]))])
     for picture in (tmp_path / "c").rglob("*.png"):
         picture.unlink()
@@ -194,9 +191,9 @@ def test_results_of_another_tool_are_compared_where_its_pictures_were_moved(tmp_
 def test_large_pictures_are_made_small_in_the_page(tmp_path):
     tiny.picture(0, 1024, 512).save(tmp_path / "large.png")
     tiny.picture(0, 64, 64).save(tmp_path / "small.png")
-    assert data_uri(tmp_path / "large.png").startswith("data:image/jpeg;base64,")
-    assert len(data_uri(tmp_path / "large.png")) < 30_000
-    assert data_uri(tmp_path / "small.png").startswith("data:image/png;base64,")
+    assert file_uri(tmp_path / "large.png").startswith("data:image/jpeg;base64,")
+    assert len(file_uri(tmp_path / "large.png")) < 30_000
+    assert file_uri(tmp_path / "small.png").startswith("data:image/png;base64,")
 
 
 def test_what_cannot_be_compared_is_said(tmp_path, capsys):
@@ -208,7 +205,7 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "give two runs" in refused(a)
-    assert "results.jsonl is not there; danceopd evaluate geneval" in refused(a, tmp_path)
+    assert "there are no results of" in refused(a, tmp_path)
     lines = read_results(a / "results.jsonl")
     for change, message in (
         ({"filename": "grid.png"}, "no number as its name"),
