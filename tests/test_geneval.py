@@ -700,8 +700,8 @@ def test_guidance_and_size_reach_pipelines_that_name_them_otherwise(tmp_path):
     assert [value.shape for value in pixels(tmp_path / "k").values()] == [(32, 32, 3)]
     edit = json.loads((qwen / "model_index.json").read_text()) | {"_class_name": "QwenImageEditPlusPipeline"}
     (qwen / "model_index.json").write_text(json.dumps(edit))
-    with pytest.raises(UserError, match="nothing without a source picture"):
-        draw_pictures(METADATA[:1], tmp_path / "edit", how(qwen))
+    with pytest.raises(UserError, match="cannot draw from a prompt alone; give a text-to-image"):
+        draw_pictures(METADATA[:1], tmp_path / "edit", how(qwen, lora=tmp_path / "is looked at later"))
     assert not (tmp_path / "edit").exists()
     with pytest.raises(UserError, match=r"no model_index\.json"):
         draw_pictures(METADATA[:1], tmp_path / "edit", how(kontext / "vae"))
@@ -740,10 +740,77 @@ def test_one_command_draws_scores_and_sums_up(tmp_path, model, evaluators, small
     assert main(args) == 0
     again = capsys.readouterr().out
     assert "0 pictures drawn, 6 were there" in again
-    assert again.splitlines()[1:] == first.splitlines()[1:]
+    assert "6 pictures scored, 0 were before" in first
+    assert "0 pictures scored, 6 were before" in again
+    assert again.splitlines()[2:] == first.splitlines()[2:]
     looked = [str(x) for x in (tmp_path / "out", "--detector", evaluators[0], "--clip", evaluators[1])]
     assert main(["evaluate", "geneval", *looked, "--results", str(tmp_path / "r.jsonl")]) == 0
     assert read_results(tmp_path / "r.jsonl") == records
+
+
+class Seen:
+    """A detector and the pictures that it looked at; after `limit` of them somebody stops it."""
+
+    def __init__(self, limit=1000):
+        self.pictures, self.limit = 0, limit
+
+    def __call__(self, folder, device, classes):
+        detect = load_detector(folder, device, classes)
+
+        def look(pictures):
+            if self.pictures + len(pictures) > self.limit:
+                raise KeyboardInterrupt
+            self.pictures += len(pictures)
+            return detect(pictures)
+
+        return look
+
+
+def test_scoring_that_is_stopped_goes_on_and_only_what_changed_is_scored_again(
+    tmp_path, evaluators, small, monkeypatch, capsys
+):
+    metadata = [tiny.line(), tiny.line("a red cup", "colors", clause("cup", color="red")), tiny.line("a dog again")]
+    folder, results = tiny.save_pictures(tmp_path / "out", metadata), tmp_path / "scores" / "r.jsonl"
+    kept = tmp_path / "scores" / "r.scored"
+
+    def score(limit=1000, detector=evaluators[0], more=()):
+        """(exit status, pictures looked at)"""
+        seen = Seen(limit)
+        monkeypatch.setattr(geneval_models, "load_detector", seen)
+        args = [folder, "--detector", detector, "--clip", evaluators[1], "--results", results, "--device", "cpu", *more]
+        return main(["evaluate", "geneval", *map(str, args)]), seen.pictures
+
+    assert score(limit=4) == (130, 4)
+    assert not results.exists()
+    assert score() == (0, 2)
+    assert "2 pictures scored, 4 were before" in capsys.readouterr().out
+    resumed = read_results(results)
+    # The same as in one go, and nothing is loaded or looked at again.
+    assert score() == (0, 0)
+    assert read_results(results) == resumed
+    shutil.rmtree(kept)
+    assert score() == (0, 6)
+    assert read_results(results) == resumed
+    # A line that is torn is scored again, and its file is mended.
+    (first, second), torn = (kept / "00001.jsonl").read_text().splitlines(), kept / "00001.jsonl"
+    for text in (f"{first}\n{second[:-9]}", f"{first[:40]}\n{second}\n", f"{first}\n[1]\n\x00"):
+        torn.write_text(text)
+        assert score() == (0, 1)
+        mended = [json.loads(line) for line in torn.read_text().splitlines()]
+        assert [line["key"] for line in mended] == [json.loads(line)["key"] for line in (first, second)]
+    assert [line["correct"] for line in read_results(results)] == [line["correct"] for line in resumed]
+    # So is a picture that was drawn again, all of a prompt that is another, and all for other eyes or options.
+    tiny.picture(99).save(folder / "00002" / "samples" / "0001.png")
+    assert score() == (0, 1)
+    (folder / "00000" / "metadata.jsonl").write_text(json.dumps(tiny.line("a cat", "x", clause("cat"))))
+    assert score() == (0, 2)
+    assert {line["prompt"] for line in read_results(results)[:2]} == {"a cat"}
+    assert score(more=("--max-overlap", "0.5")) == (0, 6)
+    assert score(detector=tiny.save_detector(tmp_path / "other", seed=1)) == (0, 6)
+    # A folder that is moved keeps its scores, under its new name.
+    folder = folder.rename(tmp_path / "moved")
+    assert score(detector=tmp_path / "other") == (0, 0)
+    assert all(line["filename"].startswith(str(folder)) for line in read_results(results))
 
 
 @pytest.mark.slow  # two more processes

@@ -121,7 +121,9 @@ def _read_gedit(file: Path) -> Run:
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}); {AGAIN}") from None
     if not ours:
-        raise UserError(f"{file} holds no scores of single pictures; give results of evaluate geneval or evaluate gedit")
+        raise UserError(
+            f"{file} holds no scores of single pictures; give results of evaluate geneval or evaluate gedit"
+        )
     pictures = {}
     try:
         folder = file.resolve().parents[3] / results["method"]
