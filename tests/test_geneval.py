@@ -316,7 +316,7 @@ def test_wrong_metadata_is_said_with_its_line(tmp_path, change, message):
 
 
 def test_files_that_are_no_metadata_are_said(tmp_path):
-    for text, message in (("{", r":1: not JSON"), ("\n", "is empty")):
+    for text, message in (("{", r":1: not JSON, or torn"), ("\n", "is empty")):
         (tmp_path / "m.jsonl").write_text(text)
         with pytest.raises(UserError, match=message):
             read_metadata(tmp_path / "m.jsonl")
@@ -360,7 +360,7 @@ def test_what_a_folder_lacks_is_said_before_anything_is_scored(tmp_path):
     shutil.rmtree(folder / "00001" / "samples")
     refuses("00001 lack pictures")
     (folder / "00001" / "metadata.jsonl").write_text(json.dumps(metadata[1]) * 2)
-    refuses("00001.metadata.jsonl:1: not JSON")
+    refuses("00001.metadata.jsonl:1: not JSON, or torn")
     (folder / "00001" / "metadata.jsonl").unlink()
     refuses("there is no file .*00001.metadata.jsonl")
     for missing in (tmp_path / "nothing", tmp_path):

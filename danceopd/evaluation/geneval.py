@@ -199,7 +199,7 @@ def read_lines(path: Path) -> list[tuple[str, dict]]:
             try:
                 lines.append((f"{path}:{number}", json.loads(line)))
             except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from None
+                raise UserError(f"{path}:{number}: not JSON, or torn ({error}); make the file again") from None
     if not lines:
         raise UserError(f"{path} is empty")
     return lines

@@ -101,7 +101,7 @@ def contents(path: Path) -> str:
     from danceopd.data.prepare import fingerprint
 
     if not path.exists():
-        raise UserError(f"there is nothing at {path}")
+        raise UserError(f"there is nothing at {path}; give the folder or file of a model")
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -120,7 +120,9 @@ def check_mark(metadata: list[dict], folder: Path, how: Drawing) -> None:
         except ValueError:
             same = False
         if not same:
-            raise UserError(f"{line} is not line {index + 1} of the metadata; draw into another folder")
+            raise UserError(
+                f"{line} is not line {index + 1} of the metadata; draw into another folder, or remove the file if it is torn"
+            )
     path, now = folder / MARK, mark(how)
     if not path.exists():
         if any((place / "samples").is_dir() for place in there):
