@@ -121,7 +121,8 @@ def check_mark(metadata: list[dict], folder: Path, how: Drawing) -> None:
             same = False
         if not same:
             raise UserError(
-                f"{line} is not line {index + 1} of the metadata; draw into another folder, or remove the file if it is torn"
+                f"{line} is not line {index + 1} of the metadata; remove the file if it is torn, or draw into another "
+                "folder"
             )
     path, now = folder / MARK, mark(how)
     if not path.exists():
