@@ -67,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_geneval_arguments(command)
     command.set_defaults(run=run_geneval)
 
-    command = commands.add_parser("compare", help="runs of GenEval, paired by prompt and seed, and their pictures")
+    command = commands.add_parser(
+        "compare", help="runs of GenEval or GEdit-Bench, paired by prompt and seed, and their pictures"
+    )
     add_compare_arguments(command)
     command.set_defaults(run=run_compare)
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from danceopd.evaluation import judge
 from danceopd.evaluation.judge import AGAIN, KEY_VARIABLE, Edit
+
+SMALL = 48 * 48
 
 
 def picture(seed: int, size=(24, 16)) -> Image.Image:
@@ -82,6 +85,7 @@ def good(handler, body, count):
 def serve(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    monkeypatch.setattr(judge, "SHOWN_AREA", SMALL)  # PNGs of 512 x 512 take most of a test's time
     servers = []
 
     def start(behave) -> Server:

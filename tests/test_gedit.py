@@ -1,9 +1,12 @@
 """GEdit-Bench: its rows, edits by real pipelines in the official layout, the averages, and the command."""
 
+import base64
 import csv
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -20,12 +23,13 @@ import torch
 from diffusers import FluxKontextPipeline
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import good, send, serve  # noqa: F401
+from judge_server import answer, good, send, serve  # noqa: F401
 from peft import LoraConfig
 from PIL import Image
 
 from danceopd.cli import main
 from danceopd.errors import UserError
+from danceopd.evaluation.compare import compare, read_run
 from danceopd.evaluation.gedit import (
     KINDS,
     PAPER_KINDS,
@@ -375,6 +379,66 @@ def test_an_edit_without_a_score_is_said_and_left_out(root, drawn, serve, capsys
     assert results["scores"]["en"]["fullset"]["average"] is None
 
 
+def test_two_methods_are_compared_by_their_keys(root, drawn, serve, capsys):  # noqa: F811
+    """The darker an edit is, the higher are its marks; theirs grow brighter from row to row, ours are the other way."""
+
+    def behave(handler, body, count):
+        with Image.open(io.BytesIO(base64.b64decode(body["messages"][0]["content"][-2]["image_url"]["url"][22:]))) as p:
+            mark = 10 - p.getpixel((0, 0))[0] / 25.5
+        answer(handler, json.dumps({"score": [mark, 9]}))
+
+    rows = read_benchmark(root / "benchmark").rows
+    for row, other in zip(rows, reversed(rows), strict=True):
+        place = picture_file(drawn / "ours", row)
+        place.parent.mkdir(parents=True)
+        shutil.copyfile(picture_file(drawn / "theirs", other), place)
+    picture_file(drawn / "ours", rows[0]).rename(picture_file(drawn / "ours", rows[0]).with_suffix(".webp"))
+    url = serve(behave).url
+    for method in ("theirs", "ours"):
+        assert main(command(root, drawn, "--method", method, "--judge-url", url, "--judge-model", "j")) == 0
+    capsys.readouterr()
+    page = drawn / "page.html"
+    by_method = [str(drawn / "theirs"), str(drawn / "ours")]
+    assert main(["compare", *by_method, "-o", str(page)]) == 0
+    printed = capsys.readouterr().out
+    first, second = (read_run(Path(name)) for name in by_method)
+    assert [key for key, _ in first.pictures] == [f"{row.kind}/en/{row.key}" for row in rows]
+    scores = json.loads((drawn / "scores" / "theirs" / "j" / "results.json").read_text())["scores"]["en"]["fullset"]
+    assert first.scores()[0] == pytest.approx(scores["average"]["o"])
+    compared = compare(first, second)
+    assert compared.overall.mean == pytest.approx(0, abs=1e-9)  # the same pictures, at other places
+    assert compared.prompts[0][1] == [("subject-add/en/0000", 0)]
+    assert compared.prompts[0][0] == pytest.approx((10 - 200 / 25.5) - 9)
+    assert "ours - theirs" in printed
+    text = page.read_text()
+    assert text.index("Worst of ours") < text.index("make it red 0") < text.index("Best of ours")
+    assert text.count("<article>") == 6
+    assert text.count("<img ") == 18  # with the sources
+    assert "is not there" not in text
+    assert "mean O" in text
+    # By the judge's folder or its file; without the data set, without the sources.
+    file = drawn / "scores" / "ours" / "j" / "results.json"
+    results = json.loads(file.read_text())
+    file.write_text(json.dumps(results | {"judge": "another", "dataset": str(drawn / "gone")}))
+    assert main(["compare", str(file.parent), by_method[0], "-o", str(page)]) == 0
+    assert "warning: scored by different judges (ours another, theirs http" in capsys.readouterr().out
+    assert page.read_text().count("<img ") == 12
+    for change, said in (
+        ({"benchmark": None}, "holds no scores of single pictures"),
+        ({"rows": [{"key": "a"}]}, "lacks what is compared"),
+        ({"rows": []}, "scores no edit"),
+    ):
+        file.write_text(json.dumps(results | change))
+        assert main(["compare", by_method[0], str(file), "-o", str(page)]) == 2
+        assert said in capsys.readouterr().err
+    file.write_text(json.dumps(results)[:-9])
+    assert main(["compare", *by_method, "-o", str(page)]) == 2
+    assert "is damaged" in capsys.readouterr().err
+    shutil.copytree(file.parent, file.parents[1] / "k")
+    assert main(["compare", *by_method, "-o", str(page)]) == 2
+    assert "several judges scored" in capsys.readouterr().err
+
+
 def test_what_a_user_gets_wrong(root, drawn, serve, capsys, monkeypatch):  # noqa: F811
     server = serve(lambda h, body, count: send(h, 404, {"error": {"message": "no such model"}}))
     wants_key = serve(lambda h, body, count: send(h, 401, {"error": {"message": "who are you"}}))
@@ -403,8 +467,9 @@ def test_what_a_user_gets_wrong(root, drawn, serve, capsys, monkeypatch):  # noq
         assert main(command(root, drawn, *more)) == 2
         assert said in capsys.readouterr().err
     assert not (drawn / "model" / "fullset").exists()
-    text_only = tiny_flux.save_tiny(drawn / "dev", pipeline="FluxPipeline")
-    assert main(command(root, drawn, "--model", str(text_only))) == 2
+    (drawn / "dev").mkdir()
+    (drawn / "dev" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert main(command(root, drawn, "--model", str(drawn / "dev"))) == 2
     assert "draws from text alone" in capsys.readouterr().err
     picture = picture_file(drawn / "theirs", read_benchmark(root / "benchmark").rows[2])
     picture.write_bytes(b"\x89PNG cut")

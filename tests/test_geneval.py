@@ -316,7 +316,7 @@ def test_wrong_metadata_is_said_with_its_line(tmp_path, change, message):
 
 
 def test_files_that_are_no_metadata_are_said(tmp_path):
-    for text, message in (("{", r":1: not JSON"), ("\n", "is empty")):
+    for text, message in (("{", r":1: not JSON, or torn"), ("\n", "is empty")):
         (tmp_path / "m.jsonl").write_text(text)
         with pytest.raises(UserError, match=message):
             read_metadata(tmp_path / "m.jsonl")
@@ -360,7 +360,7 @@ def test_what_a_folder_lacks_is_said_before_anything_is_scored(tmp_path):
     shutil.rmtree(folder / "00001" / "samples")
     refuses("00001 lack pictures")
     (folder / "00001" / "metadata.jsonl").write_text(json.dumps(metadata[1]) * 2)
-    refuses("00001.metadata.jsonl:1: not JSON")
+    refuses("00001.metadata.jsonl:1: not JSON, or torn")
     (folder / "00001" / "metadata.jsonl").unlink()
     refuses("there is no file .*00001.metadata.jsonl")
     for missing in (tmp_path / "nothing", tmp_path):
@@ -529,8 +529,13 @@ def test_folders_that_are_no_detector_are_said(tmp_path, evaluators):
     (coco / "preprocessor_config.json").write_text("{}")
     with pytest.raises(UserError, match="no image_mean"):
         load_detector(coco, "cpu", {"dog"})
-    with pytest.raises(UserError, match="lack"):
+    with pytest.raises(UserError, match="is no CLIP"):
         load_colors(evaluators[0], "cpu")
+    clip = shutil.copytree(evaluators[1], tmp_path / "clip")
+    torch.save({}, clip / "pytorch_model.bin")
+    (clip / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        load_colors(clip, "cpu")
 
 
 def test_the_background_of_an_object_is_painted_and_its_box_cut_out():
@@ -588,22 +593,35 @@ def close(a, b, levels=1):
     return a.keys() == b.keys() and all(np.abs(a[name] - b[name]).max() <= levels for name in a)
 
 
-def test_pictures_are_drawn_in_the_layout_whatever_the_batch_and_again_only_where_one_is_missing(tmp_path, model):
-    folder = tmp_path / "out"
-    assert draw_pictures(METADATA, folder, how(model)) == 8
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """Pictures that were drawn in one go, two at a time."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert draw_pictures(METADATA, folder, how(model, samples=4, batch_size=2)) == 8
+    return folder
+
+
+def of_samples(drawn, number):
+    return {name: value for name, value in drawn.items() if int(name[-8:-4]) < number}
+
+
+def test_pictures_are_drawn_in_the_layout_whatever_the_batch_and_again_only_where_one_is_missing(
+    tmp_path, model, whole
+):
+    folder = shutil.copytree(whole, tmp_path / "out")
     drawn = read_pictures(folder, METADATA, 4)
     assert [p.name for p in drawn[0].pictures.values()] == [f"{i:04d}.png" for i in range(4)]
-    whole = pixels(folder)
+    whole = pixels(whole)
     values = [value.tobytes() for value in whole.values()]
     assert len(set(values)) == 8, "pictures share their noise"
     assert draw_pictures(METADATA, folder, how(model)) == 0
     (folder / "00001" / "samples" / "0002.png").unlink()
     assert draw_pictures(METADATA, folder, how(model, batch_size=1)) == 1
     assert close(pixels(folder), whole)
-    assert draw_pictures(METADATA, tmp_path / "one", how(model, batch_size=1)) == 8
-    assert close(pixels(tmp_path / "one"), whole)
+    assert draw_pictures(METADATA[:1], tmp_path / "four", how(model)) == 4
+    assert close(pixels(tmp_path / "four"), {name: value for name, value in whole.items() if name < "00001"})
     assert draw_pictures(METADATA, tmp_path / "seed", how(model, seed=1, samples=1)) == 2
-    assert not close(pixels(tmp_path / "seed"), {k: v for k, v in whole.items() if k.endswith("0000.png")}, 8)
+    assert not close(pixels(tmp_path / "seed"), of_samples(whole, 1), 8)
 
 
 class Part(Ranks):
@@ -613,14 +631,13 @@ class Part(Ranks):
         return [value]
 
 
-def test_pictures_are_the_same_whichever_rank_draws_them(tmp_path, model):
+def test_pictures_are_the_same_whichever_rank_draws_them(tmp_path, model, whole):
     for rank in (0, 1):
-        assert draw_pictures(METADATA, tmp_path / "ranks", how(model, samples=1), Part(rank, 2)) == 1
-    draw_pictures(METADATA, tmp_path / "one", how(model, samples=1))
-    assert close(pixels(tmp_path / "ranks"), pixels(tmp_path / "one"), 0)
+        assert draw_pictures(METADATA, tmp_path / "ranks", how(model, samples=2), Part(rank, 2)) == 2
+    assert close(pixels(tmp_path / "ranks"), of_samples(pixels(whole), 2), 0)
 
 
-def test_a_run_that_is_stopped_goes_on(tmp_path, model):
+def test_a_run_that_is_stopped_goes_on(tmp_path, model, whole):
     def stopped(items):
         yield items[0]
         raise KeyboardInterrupt
@@ -630,8 +647,7 @@ def test_a_run_that_is_stopped_goes_on(tmp_path, model):
         draw_pictures(METADATA, folder, how(model, samples=2), progress=stopped)
     assert len(pixels(folder)) == 2
     assert draw_pictures(METADATA, folder, how(model, samples=2)) == 2
-    draw_pictures(METADATA, tmp_path / "whole", how(model, samples=2))
-    assert close(pixels(folder), pixels(tmp_path / "whole"), 0)
+    assert close(pixels(folder), of_samples(pixels(whole), 2), 0)
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -700,8 +716,8 @@ def test_guidance_and_size_reach_pipelines_that_name_them_otherwise(tmp_path):
     assert [value.shape for value in pixels(tmp_path / "k").values()] == [(32, 32, 3)]
     edit = json.loads((qwen / "model_index.json").read_text()) | {"_class_name": "QwenImageEditPlusPipeline"}
     (qwen / "model_index.json").write_text(json.dumps(edit))
-    with pytest.raises(UserError, match="nothing without a source picture"):
-        draw_pictures(METADATA[:1], tmp_path / "edit", how(qwen))
+    with pytest.raises(UserError, match="cannot draw from a prompt alone; give a text-to-image"):
+        draw_pictures(METADATA[:1], tmp_path / "edit", how(qwen, lora=tmp_path / "is looked at later"))
     assert not (tmp_path / "edit").exists()
     with pytest.raises(UserError, match=r"no model_index\.json"):
         draw_pictures(METADATA[:1], tmp_path / "edit", how(kontext / "vae"))
@@ -740,10 +756,77 @@ def test_one_command_draws_scores_and_sums_up(tmp_path, model, evaluators, small
     assert main(args) == 0
     again = capsys.readouterr().out
     assert "0 pictures drawn, 6 were there" in again
-    assert again.splitlines()[1:] == first.splitlines()[1:]
+    assert "6 pictures scored, 0 were before" in first
+    assert "0 pictures scored, 6 were before" in again
+    assert again.splitlines()[2:] == first.splitlines()[2:]
     looked = [str(x) for x in (tmp_path / "out", "--detector", evaluators[0], "--clip", evaluators[1])]
     assert main(["evaluate", "geneval", *looked, "--results", str(tmp_path / "r.jsonl")]) == 0
     assert read_results(tmp_path / "r.jsonl") == records
+
+
+class Seen:
+    """A detector and the pictures that it looked at; after `limit` of them somebody stops it."""
+
+    def __init__(self, limit=1000):
+        self.pictures, self.limit = 0, limit
+
+    def __call__(self, folder, device, classes):
+        detect = load_detector(folder, device, classes)
+
+        def look(pictures):
+            if self.pictures + len(pictures) > self.limit:
+                raise KeyboardInterrupt
+            self.pictures += len(pictures)
+            return detect(pictures)
+
+        return look
+
+
+def test_scoring_that_is_stopped_goes_on_and_only_what_changed_is_scored_again(
+    tmp_path, evaluators, small, monkeypatch, capsys
+):
+    metadata = [tiny.line(), tiny.line("a red cup", "colors", clause("cup", color="red")), tiny.line("a dog again")]
+    folder, results = tiny.save_pictures(tmp_path / "out", metadata), tmp_path / "scores" / "r.jsonl"
+    kept = tmp_path / "scores" / "r.scored"
+
+    def score(limit=1000, detector=evaluators[0], more=()):
+        """(exit status, pictures looked at)"""
+        seen = Seen(limit)
+        monkeypatch.setattr(geneval_models, "load_detector", seen)
+        args = [folder, "--detector", detector, "--clip", evaluators[1], "--results", results, "--device", "cpu", *more]
+        return main(["evaluate", "geneval", *map(str, args)]), seen.pictures
+
+    assert score(limit=4) == (130, 4)
+    assert not results.exists()
+    assert score() == (0, 2)
+    assert "2 pictures scored, 4 were before" in capsys.readouterr().out
+    resumed = read_results(results)
+    # The same as in one go, and nothing is loaded or looked at again.
+    assert score() == (0, 0)
+    assert read_results(results) == resumed
+    shutil.rmtree(kept)
+    assert score() == (0, 6)
+    assert read_results(results) == resumed
+    # A line that is torn is scored again, and its file is mended.
+    (first, second), torn = (kept / "00001.jsonl").read_text().splitlines(), kept / "00001.jsonl"
+    for text in (f"{first}\n{second[:-9]}", f"{first[:40]}\n{second}\n", f"{first}\n[1]\n\x00"):
+        torn.write_text(text)
+        assert score() == (0, 1)
+        mended = [json.loads(line) for line in torn.read_text().splitlines()]
+        assert [line["key"] for line in mended] == [json.loads(line)["key"] for line in (first, second)]
+    assert [line["correct"] for line in read_results(results)] == [line["correct"] for line in resumed]
+    # So is a picture that was drawn again, all of a prompt that is another, and all for other eyes or options.
+    tiny.picture(99).save(folder / "00002" / "samples" / "0001.png")
+    assert score() == (0, 1)
+    (folder / "00000" / "metadata.jsonl").write_text(json.dumps(tiny.line("a cat", "x", clause("cat"))))
+    assert score() == (0, 2)
+    assert {line["prompt"] for line in read_results(results)[:2]} == {"a cat"}
+    assert score(more=("--max-overlap", "0.5")) == (0, 6)
+    assert score(detector=tiny.save_detector(tmp_path / "other", seed=1)) == (0, 6)
+    # A folder that is moved keeps its scores, under its new name.
+    folder = folder.rename(tmp_path / "moved")
+    assert score(detector=tmp_path / "other") == (0, 0)
+    assert all(line["filename"].startswith(str(folder)) for line in read_results(results))
 
 
 @pytest.mark.slow  # two more processes

@@ -16,14 +16,15 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from danceopd.cli import main
 from danceopd.errors import UserError
+from danceopd.evaluation.geneval import read_pictures
 from danceopd.evaluation.reward import (
     aesthetic_score,
+    check_prompt,
     clip_score,
     gap_closed,
     hps_score,
     pick_score,
     read_head,
-    read_pictures,
     reward_of,
 )
 
@@ -166,7 +167,7 @@ def test_heads_of_one_layer_of_any_prefix_and_what_is_none(tmp_path):
 def test_a_prompts_reward_is_the_mean_of_its_pictures(tmp_path):
     counts = [1, 3, 2]
     drawn = [[Image.new("RGB", (2, 2), (10 * i + n, 0, 0)) for n in range(count)] for i, count in enumerate(counts)]
-    there = read_pictures(lay_out(tmp_path, PROMPTS, drawn))
+    there = read_pictures(lay_out(tmp_path, PROMPTS, drawn), check=check_prompt)
     asked = []
 
     def red(images, prompts):
@@ -271,19 +272,21 @@ def test_what_a_user_gets_wrong(clip, tmp_path, capsys):
         (folder, ["--clip", str(folder)], "cannot be loaded as CLIPProcessor"),
         (folder, [*head, str(tmp_path / "nowhere.safetensors")], "there is no file"),
         (folder, [*head, str(tmp_path / "wide.safetensors")], "takes 13 features, and the CLIP"),
-        (tmp_path / "nowhere", plain, "holds no pictures as GenEval lays them out"),
+        (tmp_path / "nowhere", plain, "there is no folder"),
+        (tmp_path, plain, "holds no pictures in GenEval's layout"),
         (folder, [*plain, "--base", str(other), "--teacher", str(folder)], "1 differ, such as 00000"),
         (folder, [*plain, "--base", str(folder), "--teacher", str(fewer)], "1 differ, such as 00002"),
     ]
     for at, more, said in cases:
         assert main(["evaluate", "reward", str(at), "--device", "cpu", *more]) == 2
         assert said in capsys.readouterr().err
-    (folder / "00001" / "samples" / "0000.png").write_bytes(b"\x89PNG cut")
-    assert main(["evaluate", "reward", str(folder), "--device", "cpu", *plain]) == 2
-    assert "00001/samples/0000.png" in capsys.readouterr().err
-    (folder / "00001" / "samples" / "0000.png").unlink()
-    assert main(["evaluate", "reward", str(folder), "--device", "cpu", *plain]) == 2
-    assert "has no picture in samples" in capsys.readouterr().err
-    (folder / "00000" / "metadata.jsonl").write_text("[]\n")
-    assert main(["evaluate", "reward", str(folder), "--device", "cpu", *plain]) == 2
-    assert "no line of JSON" in capsys.readouterr().err
+    picture = folder / "00001" / "samples" / "0000.png"
+    for damage, said in (
+        (lambda: picture.write_bytes(b"\x89PNG cut"), f"damaged pictures: {picture}"),
+        (picture.unlink, "00001 lack pictures"),
+        (lambda: (folder / "00000" / "metadata.jsonl").write_text("[]\n"), 'jsonl:1: no text under "prompt"'),
+        (lambda: (folder / "00000" / "metadata.jsonl").write_text('{"prompt": "a'), "jsonl:1: not JSON"),
+    ):
+        damage()
+        assert main(["evaluate", "reward", str(folder), "--device", "cpu", *plain]) == 2
+        assert said in capsys.readouterr().err

@@ -43,7 +43,7 @@ def load(cls: type, path: Path | str, **options):
     """cls.from_pretrained of a folder. Raises UserError if it is not there or cannot be loaded."""
     path = Path(path)
     if not path.is_dir():  # else taken for the name of a repository
-        raise UserError(f"there is no folder {path}; give the folder of a whole diffusers pipeline")
+        raise UserError(f"there is no folder {path}; give the folder of a whole pipeline or model")
     try:
         return cls.from_pretrained(str(path), local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:

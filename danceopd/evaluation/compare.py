@@ -3,9 +3,13 @@
 import base64
 import io
 import json
+import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -13,50 +17,79 @@ from PIL import Image
 
 from danceopd.checkpoint import write_atomic
 from danceopd.errors import UserError
-from danceopd.evaluation.geneval import read_results, summary
+from danceopd.evaluation.geneval import read_results
 
 RESAMPLES, LEVEL = 10_000, 0.95
 FEW = 10  # prompts, of which resamples tell little
 PROMPTS = 12  # shown of the worst, and of the best
 SIDE, SMALL = 256, 128  # pixels: pictures in the page are no larger; smaller ones keep their pixels
 
-Key = tuple[str, int]  # a prompt's metadata, and the number of its picture, which stands for the seed
+Key = tuple[str, int]  # a prompt, or an edit of GEdit-Bench, and the number of its picture, which stands for the seed
+GENEVAL, GEDIT = "GenEval", "GEdit-Bench"
+AGAIN = "run danceopd evaluate gedit again: nothing is drawn or asked twice"
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One picture of a run."""
+    """One picture of a run. right: of a verdict; None where the score is a mark. index: an edit's in its data set."""
 
     tag: str
     prompt: str
     score: float
-    reason: str
     path: Path
+    reason: str = ""
+    right: bool | None = None
+    index: int | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's scored pictures by key. seed: of all its noise, None where what drew them does not say."""
+    """A run's scored pictures by key. seed: of all its noise, None where what drew them does not say; judge, dataset:
+    of GEdit-Bench, whose edits are of the data set's pictures."""
 
     name: str
     pictures: dict[Key, Scored]
-    records: list[dict]
+    benchmark: str = GENEVAL
     seed: int | None = None
+    judge: str | None = None
+    dataset: Path | None = None
+
+    def scores(self) -> tuple[float, dict[str, float]]:
+        """(overall, the mean of each tag); overall is the mean of these."""
+        tags: dict[str, list[float]] = {}
+        for one in self.pictures.values():
+            tags.setdefault(one.tag, []).append(one.score)
+        means = {tag: fmean(scores) for tag, scores in tags.items()}
+        return fmean(means.values()), means
 
 
 def read_run(path: Path) -> Run:
-    """A folder in GenEval's layout with its results.jsonl, or such a file itself, whatever evaluated it.
+    """A run's pictures and scores, whatever evaluated it.
 
-    Raises UserError where there is no such file, and where two of its lines are of the same picture.
+    path: a folder in GenEval's layout with its results.jsonl, or such a file; of GEdit-Bench the folder with a judge's
+    results.json, that file, or the method's folder if one judge alone scored it. Raises UserError where there is no
+    such file, and where two of its lines are of the same picture.
     """
-    file = path / "results.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(
-            f"{file} is not there; danceopd evaluate geneval {path} --detector ... writes it, of the picture world "
-            f"danceopd evaluate CHECKPOINT --pictures {path}"
-        )
-    folder, pictures, records = file.parent, {}, read_results(file)
-    for line in records:
+    if path.is_file():
+        return _read_gedit(path) if path.suffix == ".json" else _read_geneval(path)
+    if (path / "results.jsonl").is_file():
+        return _read_geneval(path / "results.jsonl")
+    if (path / "results.json").is_file():
+        return _read_gedit(path / "results.json")
+    judged = sorted((path.resolve().parent / "scores" / path.resolve().name).glob("*/results.json"))
+    if len(judged) == 1:
+        return _read_gedit(judged[0])
+    if judged:
+        raise UserError(f"several judges scored {path}; give one of {', '.join(str(file.parent) for file in judged)}")
+    raise UserError(
+        f"there are no results of {path}; danceopd evaluate geneval {path} --detector ... writes them, or danceopd "
+        f"evaluate gedit ... --method {path.name}, of the picture world danceopd evaluate CHECKPOINT --pictures {path}"
+    )
+
+
+def _read_geneval(file: Path) -> Run:
+    folder, pictures = file.parent, {}
+    for line in read_results(file):
         named = Path(line["filename"])
         if not named.stem.isdecimal():
             raise UserError(f"{file}: {named} has no number as its name; give GenEval's results")
@@ -67,25 +100,54 @@ def read_run(path: Path) -> Run:
         key = (json.dumps(metadata, sort_keys=True), int(named.stem))
         if key in pictures:
             raise UserError(f"{file} has two lines for picture {named.stem} of the same prompt; remove one")
-        here = folder.joinpath(*named.parts[-3:])
+        here, right = folder.joinpath(*named.parts[-3:]), line["correct"]
         pictures[key] = Scored(
             line["tag"],
             str(line.get("prompt", "")),
-            float(line["correct"]),
-            str(line.get("reason") or ""),
+            float(right),
             here if here.is_file() else named,
+            str(line.get("reason") or ""),
+            right,
         )
-    return Run(_name(file), pictures, records, _seed(folder))
+    name = file.resolve().parent.name + ("" if file.name == "results.jsonl" else f"/{file.stem}")
+    return Run(name, pictures, seed=_seed(folder / "generation.json"))
 
 
-def _name(file: Path) -> str:
-    file = file.resolve()
-    return file.parent.name if file.name == "results.jsonl" else f"{file.parent.name}/{file.stem}"
-
-
-def _seed(folder: Path) -> int | None:
+def _read_gedit(file: Path) -> Run:
+    """The O of each edit, by kind and language, at its place in the layout."""
     try:
-        return json.loads((folder / "generation.json").read_text(encoding="utf-8"))["seed"]
+        results = json.loads(file.read_text(encoding="utf-8"))
+        ours = isinstance(results, dict) and results.get("benchmark") == GEDIT
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); {AGAIN}") from None
+    if not ours:
+        raise UserError(
+            f"{file} holds no scores of single pictures; give results of evaluate geneval or evaluate gedit"
+        )
+    pictures = {}
+    try:
+        folder = file.resolve().parents[3] / results["method"]
+        for row in results["rows"]:
+            sc, pq = min(row["sc"]), min(row["pq"])
+            pictures[f"{row['kind']}/{row['language']}/{row['key']}", 0] = Scored(
+                f"{row['kind']} {row['language']}",
+                row["instruction"],
+                math.sqrt(sc * pq),
+                folder / row["picture"],
+                f"SC {sc:g}, PQ {pq:g}",
+                index=row["index"],
+            )
+        judge, dataset = str(results["judge"]), Path(results["dataset"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{file} lacks what is compared ({error!r}); {AGAIN}") from None
+    if not pictures:
+        raise UserError(f"{file} scores no edit; {AGAIN}")
+    return Run(folder.name, pictures, GEDIT, _seed(folder / "made_by.json"), judge, dataset)
+
+
+def _seed(file: Path) -> int | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["seed"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -121,9 +183,16 @@ def compare(first: Run, other: Run, seed: int = 0) -> Comparison:
     Overall is the mean of the tags' mean differences. The intervals are percentiles of bootstrap resamples of whole
     prompts within each tag, since the pictures of a prompt are alike. Raises UserError where nothing can be paired.
     """
+    if first.benchmark != other.benchmark:
+        raise UserError(
+            f"{first.name} is scored on {first.benchmark} and {other.name} on {other.benchmark}; give runs of one"
+        )
     keys = [key for key in first.pictures if key in other.pictures]
     if not keys:
-        raise UserError(f"{first.name} and {other.name} have no picture of the same prompt and number")
+        raise UserError(
+            f"{first.name} and {other.name} have no picture of the same prompt and number; give runs that were drawn "
+            "for the same prompts"
+        )
     prompts: dict[str, list[Key]] = {}
     for key in keys:
         prompts.setdefault(key[0], []).append(key)
@@ -163,6 +232,10 @@ def warnings_of(runs: list[Run], comparisons: list[Comparison]) -> list[str]:
     if len(set(seeds.values())) > 1:
         drawn = ", ".join(f"{name} {seed}" for name, seed in seeds.items())
         said.append(f"drawn from different seeds ({drawn}): pictures of the same number do not share their noise")
+    judges = {run.name: run.judge for run in runs if run.judge is not None}
+    if len(set(judges.values())) > 1:
+        asked = ", ".join(f"{name} {judge}" for name, judge in judges.items())
+        said.append(f"scored by different judges ({asked}), whose marks cannot be compared; score all with one")
     for run, comparison in zip(runs[1:], comparisons, strict=True):
         if comparison.unpaired:
             said.append(
@@ -175,12 +248,12 @@ def warnings_of(runs: list[Run], comparisons: list[Comparison]) -> list[str]:
 
 def table(runs: list[Run], comparisons: list[Comparison]) -> list[list[str]]:
     """Scores of every run, then each later run's differences to the first with their intervals; a row each."""
-    tags = list(dict.fromkeys(tag for run in runs for tag in summary(run.records)["tags"]))
+    scores = [run.scores() for run in runs]
+    tags = list(dict.fromkeys(tag for _, means in scores for tag in means))
     rows = [["", "overall", *tags]]
-    for run in runs:
-        scores = summary(run.records)
-        cells = [scores["tags"][tag]["score"] if tag in scores["tags"] else None for tag in tags]
-        rows.append([run.name, *("" if cell is None else f"{cell:.3f}" for cell in (scores["overall"], *cells))])
+    for run, (overall, means) in zip(runs, scores, strict=True):
+        cells = [overall, *(means.get(tag) for tag in tags)]
+        rows.append([run.name, *("" if cell is None else f"{cell:.3f}" for cell in cells)])
     for run, comparison in zip(runs[1:], comparisons, strict=True):
         cells = [comparison.overall, *(comparison.tags.get(tag) for tag in tags)]
         rows.append([f"{run.name} - {runs[0].name}", *("" if cell is None else _signed(cell) for cell in cells)])
@@ -197,7 +270,7 @@ def distinct(runs: list[Run]) -> list[Run]:
     for run in runs:
         seen[run.name] += 1
         name = run.name if counts[run.name] == 1 else f"{run.name} ({seen[run.name]})"
-        named.append(Run(name, run.pictures, run.records, run.seed))
+        named.append(replace(run, name=name))
     return named
 
 
@@ -210,12 +283,12 @@ def write_page(path: Path, runs: list[Run], comparisons: list[Comparison]) -> No
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pairs = []
+    pairs, source_of = [], _sources(runs[0])
     for run, comparison in zip(runs[1:], comparisons, strict=True):
         lost = [item for item in comparison.prompts if item[0] < 0][:PROMPTS]
         won = [item for item in reversed(comparison.prompts) if item[0] > 0][:PROMPTS]
         sections = [
-            (title, [_shown(runs[0], run, *item) for item in items])
+            (title, [_shown(runs[0], run, source_of, *item) for item in items])
             for title, items in (("Worst", lost), ("Best", won))
         ]
         pairs.append({"first": runs[0].name, "other": run.name, "sections": sections, "pairs": comparison.pairs})
@@ -224,32 +297,61 @@ def write_page(path: Path, runs: list[Run], comparisons: list[Comparison]) -> No
         warnings=warnings_of(runs, comparisons),
         table=table(runs, comparisons),
         pairs=pairs,
+        benchmark=runs[0].benchmark,
         level=f"{LEVEL:.0%}",
         prompts=PROMPTS,
     )
     write_atomic(path, html.encode())
 
 
-def _shown(first: Run, other: Run, difference: float, keys: list[Key]) -> dict:
-    """A prompt for the page: both runs' pictures, one above the other."""
+def _sources(run: Run) -> Callable[[Key, Scored], Image.Image | None]:
+    """The picture that was edited; None where the data set is not there, or another one is."""
+
+    @cache
+    def data():
+        from danceopd.evaluation.gedit import load_data  # diffusers comes with it, which takes its time
+
+        return load_data(run.dataset).select_columns(["key", "input_image"])
+
+    def source_of(key: Key, scored: Scored) -> Image.Image | None:
+        try:
+            row = data()[scored.index]
+            return row["input_image"].convert("RGB") if key[0].endswith(f"/{row['key']}") else None
+        except Exception:  # on damaged files decoders raise almost anything, and the page does without
+            return None
+
+    return source_of
+
+
+def _shown(first: Run, other: Run, source_of: Callable, difference: float, keys: list[Key]) -> dict:
+    """A prompt for the page: both runs' pictures, one above the other; of an edit the source above both."""
     scored = first.pictures[keys[0]]
     rows = [
         {"name": run.name, "pictures": [_picture(run.pictures[key], key[1]) for key in keys]} for run in (first, other)
     ]
+    if first.dataset:
+        source = source_of(keys[0], scored)
+        uri = source and data_uri(source)
+        rows.insert(0, {"name": "source", "pictures": [{"uri": uri, "verdict": "", "reason": "", "number": 0}]})
     return {"prompt": scored.prompt, "tag": scored.tag, "difference": f"{difference:+.2f}", "rows": rows}
 
 
 def _picture(scored: Scored, number: int) -> dict:
-    return {"uri": data_uri(scored.path), "right": scored.score > 0, "reason": scored.reason, "number": number}
+    verdict = f"{scored.score:.2f}" if scored.right is None else "right" if scored.right else "wrong"
+    return {"uri": file_uri(scored.path), "verdict": verdict, "reason": scored.reason, "number": number}
 
 
-def data_uri(path: Path) -> str | None:
-    """A picture for the page, no larger than SIDE; None where it is not there or cannot be read."""
+def file_uri(path: Path) -> str | None:
+    """A picture's file for the page; None where it is not there or cannot be read."""
     try:
         with Image.open(path) as opened:
-            image = opened.convert("RGB")
+            return data_uri(opened.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
+
+
+def data_uri(image: Image.Image) -> str:
+    """A picture for the page, no larger than SIDE."""
     image.thumbnail((SIDE, SIDE))
     kind, options = ("png", {}) if max(image.size) <= SMALL else ("jpeg", {"quality": 88})
     buffer = io.BytesIO()

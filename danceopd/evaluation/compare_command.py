@@ -11,7 +11,8 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         type=Path,
         nargs="+",
-        help="folders with GenEval's results.jsonl (or such files); the first is compared to",
+        help="GenEval's folders with results.jsonl, or GEdit-Bench's OUTPUT/METHOD or OUTPUT/scores/METHOD/JUDGE; the "
+        "first is what the others are compared to",
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("compare.html"), help="page to write (%(default)s)")
 

@@ -104,7 +104,7 @@ def read_benchmark(
     Raises UserError for a folder that is no such data set, columns that are missing, rows that name no place of the
     layout or the same one twice, and a kind without rows in one of the languages.
     """
-    data = _load(folder)
+    data = load_data(folder)
     if missing := [column for column in COLUMNS if column not in data.column_names]:
         raise UserError(f"{folder} lacks the columns {', '.join(missing)}; it has {', '.join(data.column_names)}")
     if subset == "intersection" and INTERSECTION not in data.column_names:
@@ -134,7 +134,8 @@ def read_benchmark(
     return Benchmark(rows, data)
 
 
-def _load(folder: Path):
+def load_data(folder: Path):
+    """The data set in a folder, its pictures to be decoded. Raises UserError for a folder that is none."""
     try:
         import datasets
     except ModuleNotFoundError:
@@ -388,13 +389,20 @@ def format_summary(summary: dict) -> str:
 
 
 def write_scores(
-    place: Path, folder: Path, rows: Sequence[Row], verdicts: Sequence[Verdict], kinds: Sequence[str], judge: str
+    place: Path,
+    folder: Path,
+    dataset: Path,
+    rows: Sequence[Row],
+    verdicts: Sequence[Verdict],
+    kinds: Sequence[str],
+    judge: str,
 ) -> dict:
     """Write results.json and, for the official calculate_statistics.py, one CSV a kind; returns the results."""
     results = {
         "benchmark": "GEdit-Bench",
         "method": folder.name,
         "judge": judge,
+        "dataset": str(dataset.resolve()),
         "kinds": list(kinds),
         "scores": summarize(rows, verdicts, kinds),
         "unscored": [
@@ -408,6 +416,9 @@ def write_scores(
                 "kind": row.kind,
                 "language": row.language,
                 "intersection": row.intersection,
+                "instruction": row.instruction,
+                "index": row.index,
+                "picture": str(picture_file(folder, row).relative_to(folder)),
                 "sc": list(verdict.sc_marks),
                 "pq": list(verdict.pq_marks),
             }
@@ -503,4 +514,5 @@ def evaluate_gedit(
     if ranks.rank:
         return None
     place = output / "scores" / method / (re.sub(r"[^\w.-]+", "_", judge_name).strip("._") or "judge")
-    return write_scores(place, folder, benchmark.rows, verdicts, kinds, judge.name) | {"place": str(place)}
+    results = write_scores(place, folder, dataset, benchmark.rows, verdicts, kinds, judge.name)
+    return results | {"place": str(place)}

@@ -199,7 +199,7 @@ def read_lines(path: Path) -> list[tuple[str, dict]]:
             try:
                 lines.append((f"{path}:{number}", json.loads(line)))
             except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from None
+                raise UserError(f"{path}:{number}: not JSON, or torn ({error}); make the file again") from None
     if not lines:
         raise UserError(f"{path} is empty")
     return lines
@@ -223,21 +223,23 @@ def prompt_folder(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}"
 
 
-def read_pictures(folder: Path, metadata: list[dict] | None = None, samples: int | None = None) -> list[Drawn]:
+def read_pictures(
+    folder: Path,
+    metadata: list[dict] | None = None,
+    samples: int | None = None,
+    check: Callable[[dict, str], dict] = check_metadata,
+) -> list[Drawn]:
     """The pictures that any tool drew in the benchmark's layout, by prompt: NNNNN/metadata.jsonl, NNNNN/samples/N.png.
 
-    metadata, samples: what must be there, if given. Raises UserError for a folder that holds no such pictures, for a
-    prompt without any, and for pictures that are damaged; the first of each are named.
+    metadata, samples: what must be there, if given; check: of each prompt's line. Raises UserError for a folder that
+    holds no such pictures, for a prompt without any, and for pictures that are damaged; the first of each are named.
     """
+    draw = "draw them by danceopd evaluate geneval --model"
     if not folder.is_dir():
-        raise UserError(
-            f"there is no folder {folder}; give one of pictures in GenEval's layout, or --model to draw them"
-        )
+        raise UserError(f"there is no folder {folder}; give one of pictures in GenEval's layout, or {draw}")
     numbered = sorted((int(p.name), p) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
     if not numbered:
-        raise UserError(
-            f"{folder} holds no pictures in GenEval's layout (00000/samples/0000.png); give --model to draw"
-        )
+        raise UserError(f"{folder} holds no pictures in GenEval's layout (00000/samples/0000.png); {draw}")
     found = []
     for index, place in numbered:
         [(where, line), *more] = read_lines(place / "metadata.jsonl")
@@ -248,7 +250,7 @@ def read_pictures(folder: Path, metadata: list[dict] | None = None, samples: int
         pictures = {int(path.stem): path for path in sorted(paths)}
         if len(pictures) < len(paths):
             raise UserError(f"{at} holds pictures of the same number; two tools drew there: remove those of one")
-        found.append(Drawn(index, check_metadata(line, where), dict(sorted(pictures.items()))))
+        found.append(Drawn(index, check(line, where), dict(sorted(pictures.items()))))
     if metadata is not None:
         _check_prompts(folder, found, metadata)
     if bare := [f"{prompt.index:05d}" for prompt in found if len(prompt.pictures) < (samples or 1)]:

@@ -56,6 +56,7 @@ def draw_pictures(
     left (tqdm fits). Raises UserError for a folder whose pictures something else drew, and for a model or LoRA that
     cannot be loaded.
     """
+    agreed(ranks, check_draws_text, how.model)
     agreed(ranks, check_mark, metadata, folder, how)
     mine = range(ranks.rank, len(metadata), ranks.size)
     left = []
@@ -100,7 +101,7 @@ def contents(path: Path) -> str:
     from danceopd.data.prepare import fingerprint
 
     if not path.exists():
-        raise UserError(f"there is nothing at {path}")
+        raise UserError(f"there is nothing at {path}; give the folder or file of a model")
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -119,7 +120,10 @@ def check_mark(metadata: list[dict], folder: Path, how: Drawing) -> None:
         except ValueError:
             same = False
         if not same:
-            raise UserError(f"{line} is not line {index + 1} of the metadata; draw into another folder")
+            raise UserError(
+                f"{line} is not line {index + 1} of the metadata; remove the file if it is torn, or draw into another "
+                "folder"
+            )
     path, now = folder / MARK, mark(how)
     if not path.exists():
         if any((place / "samples").is_dir() for place in there):
@@ -134,19 +138,25 @@ def check_mark(metadata: list[dict], folder: Path, how: Drawing) -> None:
         raise UserError(f"{folder} holds pictures drawn with another {', '.join(changed)}; draw into another folder")
 
 
+def check_draws_text(model: Path) -> None:
+    """Raises UserError for a folder that is no pipeline, and for one that draws nothing from a prompt alone."""
+    if (name := class_name_of(model)).startswith("QwenImageEdit"):
+        raise UserError(
+            f"{model} is a {name}, which edits pictures and cannot draw from a prompt alone; give a text-to-image "
+            "pipeline, such as Qwen-Image, or score its edits by danceopd evaluate gedit"
+        )
+
+
 def load_pipeline(how: Drawing) -> Callable:
     """draw(prompt, seeds) -> PIL pictures, one a seed; the noise is drawn on the CPU, each picture's by its own seed.
 
-    Raises UserError for a folder that is no pipeline or has none for prompts alone, and for weights that do not fit.
+    Raises UserError for a folder that is no pipeline, and for weights that do not fit.
     """
     from diffusers import DiffusionPipeline
 
     from danceopd.backbones import backbone_of
     from danceopd.backbones.loading import load
 
-    name = class_name_of(how.model)
-    if name == "QwenImageEditPlusPipeline":
-        raise UserError(f"{how.model} is a {name}, which draws nothing without a source picture")
     own = {}
     if how.transformer:
         own["transformer"] = backbone_of(how.model).load_transformer(how.transformer, how.dtype)

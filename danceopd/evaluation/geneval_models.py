@@ -139,6 +139,8 @@ def load_colors(folder: Path, device: torch.device | str) -> NameColors:
     folder: of save_pretrained, with its tokenizer and preprocessor_config.json. Raises UserError for one that is not
     a whole CLIP.
     """
+    if read_json(folder / "config.json").get("model_type") != "clip":
+        raise UserError(f"{folder} is no CLIP; give one such as clip-vit-large-patch14")
     model = load_model(CLIPModel, folder, torch.float32).to(device)
     tokenizer = load(AutoTokenizer, folder)
     # The source resizes by Pillow; where torchvision is installed, transformers would by it.

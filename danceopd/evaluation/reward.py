@@ -3,7 +3,6 @@
 A reward is a function (pictures, prompts) -> [B] float32, the larger the better.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from danceopd.backbones import loading
 from danceopd.data.manifest import decode_picture
 from danceopd.errors import UserError
+from danceopd.evaluation.geneval import Drawn, read_pictures
 
 Reward = Callable[[Sequence[Image.Image], Sequence[str]], torch.Tensor]
 
@@ -135,40 +135,16 @@ def _processor(folder: Path):
 # ------------------------------------------------------------------------------------------------- pictures
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A prompt, and the pictures that were drawn for it."""
-
-    prompt: str
-    pictures: tuple[Path, ...]
-
-
-def read_pictures(folder: Path) -> dict[str, Drawn]:
-    """What lies in a folder of GenEval's layout: 00000/metadata.jsonl with a "prompt", 00000/samples/0000.png.
-
-    By the names of its folders. Raises UserError for a folder without any, and for one that lacks prompt or pictures.
-    """
-    found = {}
-    for metadata in sorted(folder.glob("*/metadata.jsonl")):
-        place = metadata.parent
-        try:
-            prompt = json.loads(metadata.read_text(encoding="utf-8").splitlines()[0])["prompt"]
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(
-                f'{metadata} has no line of JSON with a "prompt" ({error!r}); draw the folder again'
-            ) from None
-        pictures = tuple(sorted(p for p in place.glob("samples/*") if p.suffix in (".png", ".jpg", ".jpeg", ".webp")))
-        if not pictures:
-            raise UserError(f"{place} has no picture in samples; draw the folder again")
-        found[place.name] = Drawn(str(prompt), pictures)
-    if not found:
-        raise UserError(f"{folder} holds no pictures as GenEval lays them out (00000/metadata.jsonl, 00000/samples)")
-    return found
+def check_prompt(metadata: dict, where: str) -> dict:
+    """A prompt's line as it is: the prompt is all that a reward asks for. Raises UserError that begins with `where`."""
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
+        raise UserError(f'{where}: no text under "prompt"; draw the folder again')
+    return metadata
 
 
-def reward_of(drawn: dict[str, Drawn], reward: Reward, batch_size: int = 16, name: str = "reward") -> np.ndarray:
+def reward_of(drawn: list[Drawn], reward: Reward, batch_size: int = 16, name: str = "reward") -> np.ndarray:
     """[prompts] float64: the mean reward of each prompt's pictures. Raises UserError for one that cannot be read."""
-    pairs = [(path, entry.prompt) for entry in drawn.values() for path in entry.pictures]
+    pairs = [(path, entry.metadata["prompt"]) for entry in drawn for path in entry.pictures.values()]
     values: list[torch.Tensor] = []
     for start in tqdm(range(0, len(pairs), batch_size), name, unit="batch"):
         part = pairs[start : start + batch_size]
@@ -176,7 +152,7 @@ def reward_of(drawn: dict[str, Drawn], reward: Reward, batch_size: int = 16, nam
     each = torch.cat(values).double().numpy()
     if not np.isfinite(each).all():
         raise UserError(f"{name} is not finite for {pairs[int(np.argmin(np.isfinite(each)))][0]}; try --dtype float32")
-    ends = np.cumsum([len(entry.pictures) for entry in drawn.values()])
+    ends = np.cumsum([len(entry.pictures) for entry in drawn])
     return np.array([part.mean() for part in np.split(each, ends[:-1])])
 
 
@@ -255,15 +231,14 @@ def evaluate_reward(
     layout. Raises UserError where their prompts are not the same.
     """
     folders = {"base": base, "teacher": teacher, "student": student}
-    drawn = {name: read_pictures(folder) for name, folder in folders.items() if folder is not None}
-    for name, entries in drawn.items():
-        there = drawn["student"]
-        other = [k for k in there.keys() | entries.keys() if k not in there or k not in entries or
-                 there[k].prompt != entries[k].prompt]  # fmt: skip
-        if other:
+    drawn = {name: read_pictures(at, check=check_prompt) for name, at in folders.items() if at is not None}
+    prompts = {name: {entry.index: entry.metadata["prompt"] for entry in entries} for name, entries in drawn.items()}
+    for name, there in prompts.items():
+        both = there.keys() | prompts["student"].keys()
+        if other := [index for index in both if there.get(index) != prompts["student"].get(index)]:
             raise UserError(
                 f"{folders[name]} and {student} were not drawn for the same prompts: {len(other)} differ, such as "
-                f"{min(other)}"
+                f"{min(other):05d}; draw both of one --metadata"
             )
     results = {}
     for reward_name, load in rewards.items():
