@@ -130,9 +130,9 @@ class Phases:
 
     def __enter__(self):
         self._patches = ExitStack()
-        for phase, owner, name in self.places:
+        for part, owner, name in self.places:
             # A context manager made by contextmanager also wraps a function.
-            self._patches.enter_context(mock.patch.object(owner, name, self.phase(phase)(getattr(owner, name))))
+            self._patches.enter_context(mock.patch.object(owner, name, self.phase(part)(getattr(owner, name))))
         return self
 
     def __exit__(self, *raised) -> None:
