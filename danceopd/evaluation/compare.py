@@ -261,7 +261,8 @@ def table(runs: list[Run], comparisons: list[Comparison]) -> list[list[str]]:
 
 
 def _signed(interval: Interval) -> str:
-    return f"{interval.mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+    mean, low, high = (round(value, 3) + 0.0 for value in (interval.mean, interval.low, interval.high))  # no -0.000
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def distinct(runs: list[Run]) -> list[Run]:
