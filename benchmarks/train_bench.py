@@ -183,8 +183,8 @@ def training(folder: Path, batch_size: int) -> dict:
 
 
 def world_trainer(folder: Path, batch_size: int, rollout: dict) -> Trainer:
-    """As configs/demo.yaml has it, but for the optimizer and the number of steps, which are the published ones."""
-    config = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    """configs/demo.yaml with the published method, optimizer and number of steps."""
+    config = yaml.safe_load(DEMO.read_text(encoding="utf-8")) | {"method": "danceopd"}
     config["rollout"] |= rollout
     config["training"] = training(folder, batch_size)
     config = parse_config(config)

@@ -287,7 +287,9 @@ def test_the_embedded_network(tmp_path, capsys):
     assert plan.problems == []
     trainer = Trainer(config, build(config))
     assert plan.parameters["student, trainable"] == sum(p.numel() for p in trainer.parts.student.parameters())
-    for _ in range(10):
+    half = config.training.max_steps // 2  # where the warm start ends
+    for step in (0, 1, 2, 3, 4, half, half + 1, half + 2, half + 3, half + 4):
+        trainer.step = step
         trainer.update()
     assert trainer.evaluations.total() / 10 == pytest.approx(sum(plan.evaluations.values()), rel=0.08)
     states = [s for optimizer in trainer.engine.optimizers for s in optimizer.state.values()]

@@ -130,7 +130,8 @@ def dry_run(config: Config) -> Plan:
 def evaluations_per_step(config: Config) -> dict[str, float] | None:
     """Expected forwards of one sample in an optimizer step, by kind; a backward counts as two.
 
-    For DanceOPD after a warm start, with the capabilities' weights; None for other methods.
+    The mean over a run of DanceOPD, whose warm start rolls nothing out, with the capabilities' weights; None for other
+    methods.
     """
     options = config.method_options()
     if config.method not in ("danceopd", "danceopd_fast"):
@@ -141,18 +142,21 @@ def evaluations_per_step(config: Config) -> dict[str, float] | None:
     # Guidance asks the network twice: with the prompt, and with the empty one.
     own = sum(s * (1 + (c.student_guidance_scale != 1)) for s, c in zip(shares, capabilities, strict=True))
     asked = [1 + (config.sources[c.source].guidance_scale != 1) for c in capabilities]
-    source = sum(asked) if options.get("routing") == "soft" else sum(s * n for s, n in zip(shares, asked, strict=True))
+    routed = sum(s * n for s, n in zip(shares, asked, strict=True))
+    source = sum(asked) if options.get("routing") == "soft" else routed
     steps = expected_depth(config.rollout.num_inference_steps, bias=config.query.bias, k=k)
     if config.rollout.solver == "heun":
         steps *= 2
+    warm = options["warm_start"]
+    queries = warm + (1 - warm) * k
     counts = {
-        "rollout to the deepest state asked": steps * own,
-        "source": k * source,
-        "student, forward": k * own,
-        "student, backward": 2 * k * own,
+        "rollout to the deepest state asked": (1 - warm) * steps * own,
+        "source": warm * routed + (1 - warm) * k * source,
+        "student, forward": queries * own,
+        "student, backward": 2 * queries * own,
     }
     if config.training.gradient_checkpointing:
-        counts["student, forward again"] = k * own
+        counts["student, forward again"] = queries * own
     return {name: config.training.batch_size * count for name, count in counts.items()}
 
 
