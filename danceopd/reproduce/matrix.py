@@ -95,7 +95,7 @@ class Budget:
 
 
 BUDGETS = {
-    "quick": Budget("quick", main=300_000, short=200_000, ablation=100_000, seeds=1),
+    "quick": Budget("quick", main=400_000, short=200_000, ablation=100_000, seeds=1),
     "paper": Budget("paper", main=600_000, short=200_000, ablation=100_000, seeds=3),
 }
 
