@@ -10,8 +10,8 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-test-all: .venv/installed-test  # and what takes minutes
-	$(BIN)/python -m pytest -m ""
+test-all: test  # and then what takes minutes, one after the other: most of it runs several processes
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
