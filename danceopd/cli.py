@@ -424,7 +424,8 @@ def guarded(function, args) -> int:
     try:
         return function(args) or 0
     except KeyboardInterrupt as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, sent to all once one has ended
+        if "RANK" in os.environ:  # a launcher sends it to all once one has ended
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if first:
             print("\nstopped; run the same command again to go on", file=sys.stderr)
         return 143 if isinstance(error, Terminated) else 130

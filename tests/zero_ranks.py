@@ -43,7 +43,7 @@ def install(fault: dict) -> None:
     elif what == "sleep":
         at(fault, lambda: time.sleep(3600))
     elif what == "slow":
-        at({**fault, "place": "rollout"}, lambda: time.sleep(3.0))
+        at({**fault, "place": "rollout"}, lambda: time.sleep(1.0))
     elif what == "missing":  # this rank's machine has not the file
         forget(fault["path"])
     elif what == "without_deepspeed":
