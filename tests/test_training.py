@@ -150,37 +150,39 @@ def test_interrupted_equals_uninterrupted(raw, tmp_path, optimizer):
     assert [r for r in strip if "loss" in r] == [r for r in again if "loss" in r]
 
 
-@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
-def test_killed_process_goes_on_bit_for_bit(raw, tmp_path, sig):
+def test_killed_process_goes_on_bit_for_bit(raw, tmp_path):
     raw["training"].update(max_steps=40, sample_every=0)
     raw["evaluation"]["times"] = 0
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    folder, whole = tmp_path / "run", tmp_path / "whole"
+    whole = tmp_path / "whole"
 
     def start(folder):
         command = [sys.executable, "-m", "danceopd", "train", "--config", str(path)]
         command.append(f"training.output_dir={folder}")
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    uninterrupted, process = start(whole), start(folder)
-    deadline = time.monotonic() + 600
-    while not state.checkpoints(folder / "checkpoints"):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(sig)
-    process.communicate(timeout=600)
-    assert process.returncode == (130 if sig == signal.SIGINT else -signal.SIGKILL)
-    killed_at = newest(folder)["step"]
-    assert 2 <= killed_at < 40
-    again = start(folder)
-    out, err = again.communicate(timeout=600)
-    assert again.returncode == 0, err
-    assert f"going on from step {killed_at}" in out
+    folders = {sig: tmp_path / sig.name for sig in (signal.SIGKILL, signal.SIGINT)}
+    uninterrupted, killed_at, again = start(whole), {}, {}
+    for sig, folder in folders.items():
+        process, deadline = start(folder), time.monotonic() + 600
+        while not state.checkpoints(folder / "checkpoints"):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(sig)
+        process.communicate(timeout=600)
+        assert process.returncode == (130 if sig == signal.SIGINT else -signal.SIGKILL)
+        killed_at[sig] = newest(folder)["step"]
+        assert 2 <= killed_at[sig] < 40
+        again[sig] = start(folder)
     uninterrupted.communicate(timeout=600)
-    assert_same_state(newest(whole), newest(folder))
+    for sig, process in again.items():
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        assert f"going on from step {killed_at[sig]}" in out
+        assert_same_state(newest(whole), newest(folders[sig]))
 
 
 def test_micro_batches_do_not_change_the_update(raw, tmp_path):

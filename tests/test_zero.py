@@ -331,7 +331,7 @@ def test_a_rank_that_hangs_is_named(context, base, tmp_path, what):
     """Asleep in its rollout; or rank 0 stopped, which keeps what the others know."""
     rank = 1 if what == "sleep" else 0
     fault = {"what": what, "rank": rank, "place": "rollout", "step": 3}
-    run = Run(context, tmp_path, base, 2, fault=fault, arguments=["--patience", "12"])
+    run = Run(context, tmp_path, base, 2, fault=fault, arguments=["--patience", "8"])
     deadline = time.monotonic() + 150
     while run.processes[1 - rank].exitcode is None:
         assert time.monotonic() < deadline, run.said()
