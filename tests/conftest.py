@@ -14,3 +14,8 @@ alone = os.environ.get("OMP_NUM_THREADS") != "1" and "PYTEST_XDIST_WORKER" not i
 torch.set_num_threads(2 if alone else 1)
 settings.register_profile("danceopd", deadline=None, max_examples=20, database=None)
 settings.load_profile("danceopd")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest modules first, so that no process is left alone with them at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_zero"))
