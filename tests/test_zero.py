@@ -337,7 +337,7 @@ def test_a_rank_that_hangs_is_named(context, base, tmp_path, what):
         assert time.monotonic() < deadline, run.said()
         time.sleep(0.1)
     run.processes[rank].kill()
-    assert run.wait()[1 - rank] == 4
+    assert run.wait()[1 - rank] == 4, run.said()
     said = run.err(1 - rank)
     assert f"rank {rank} on {socket.gethostname()} " in said
     # What a rank that stopped did since the last look was not told.

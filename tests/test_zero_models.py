@@ -274,7 +274,10 @@ def test_every_stage_and_precision(sd3_place, flux2_place, tmp_path):
     pictures = sorted((tmp_path / "drawn" / "samples").glob("*.png"))
     assert len(pictures) == 3
     for path in pictures:  # the average was put in the student's place for them, and the student back
-        assert path.read_bytes() == (tmp_path / "alone" / "drawn-fp32" / "samples" / path.name).read_bytes()
+        drawn, lone = (
+            np.asarray(Image.open(p), dtype=int) for p in (path, tmp_path / "alone/drawn-fp32/samples" / path.name)
+        )
+        assert abs(drawn - lone).max() <= 1  # weights that differ by rounding
 
 
 def test_no_rank_holds_the_whole_while_a_model_is_built(tmp_path, monkeypatch):

@@ -97,7 +97,8 @@ class Watch:
     """
 
     def __init__(self, ranks: Ranks, patience: float):
-        self.ranks, self.patience, self.passed = ranks, patience, 0
+        self.ranks, self.patience, self.passed, self.place = ranks, patience, 0, ""
+        self.together = False  # whether all have begun
         self.told: dict[int, str] = {}
         self.moved = self.answered = time.monotonic()
         if ranks.size > 1:
@@ -108,7 +109,8 @@ class Watch:
 
     def at(self, place: str) -> None:
         """This rank comes to a place. All ranks come to the same places, in the same order."""
-        self.passed += 1
+        self.together |= self.place.startswith("the update")  # has ended, which it does on no rank without the others
+        self.passed, self.place = self.passed + 1, place
         if self.ranks.size > 1:
             self.store.set(f"watch/{self.ranks.rank}", f"{self.passed} {socket.gethostname()} {place}")
 
@@ -129,7 +131,7 @@ class Watch:
         while True:
             time.sleep(self._pause())
             told, now = self.told, time.monotonic()
-            loading = not told or any(text.startswith("1 ") for text in told.values())
+            loading = not self.together and (not told or any(text.startswith("1 ") for text in told.values()))
             if now - self.moved > patience * (LOADING if loading else 1):
                 print(hung(told, self.patience, now - self.answered < patience), file=sys.stderr, flush=True)
                 os._exit(HUNG)
