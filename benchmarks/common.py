@@ -323,13 +323,18 @@ def positive(text: str) -> int:
 def finish(result: dict, args: argparse.Namespace) -> dict:
     """Print the table, write what was asked for, and return the result."""
     print(f"{heading(result)}\n\n{table(result['rows'])}", flush=True)
-    for file in filter(None, (args.json, args.plot)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(result, args.json)
     if args.plot:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(result, args.plot)
     return result
+
+
+def write(result: dict, file: Path | None) -> None:
+    """Write a result as JSON, if a file was asked for."""
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def profiled(run: Callable[[], object], folder: Path, name: str) -> Path:

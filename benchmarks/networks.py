@@ -3,7 +3,9 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from danceopd.backbones.dit import DiT, DiTConfig
 from danceopd.checkpoint import SHIPPED, load_model
 from danceopd.conditioning import Conditioning, Tensors
 from danceopd.fields import Field
+from danceopd.lora import Lora, target_layers
 
 MODELS = ("world", "sd3", "sd35-medium")
 RESOLUTIONS = {"world": 32, "sd3": 128, "sd35-medium": 1024}  # pixels, if none are asked for
@@ -81,14 +84,11 @@ def _sd3(model: str, resolution: int, device: torch.device, dtype: torch.dtype):
     if model == "sd3":
         transformer = small_sd3(resolution)
     else:
-        sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "backbones"))
-        from released import MODELS as RELEASED
-
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with device:
-                transformer = SD3Transformer2DModel(**RELEASED["sd3.5-medium"][1])
+                transformer = SD3Transformer2DModel(**released().MODELS["sd3.5-medium"][1])
         finally:
             torch.set_default_dtype(default)
     config = transformer.config
@@ -103,3 +103,21 @@ def _sd3(model: str, resolution: int, device: torch.device, dtype: torch.dtype):
         return lambda latents, sigma, conditioning: sd3.velocity(module, latents, sigma, conditioning.prompt)
 
     return transformer, field, (16, resolution // 8, resolution // 8), prompt
+
+
+def random_lora(transformer: nn.Module, rank: int, seed: int) -> Lora:
+    """A LoRA on the layers that SD3's have, which moves the velocity."""
+    from danceopd.backbones import sd3
+
+    generator, lora = torch.Generator().manual_seed(seed), {}
+    for name in target_layers(transformer, sd3.LORA_TARGETS):
+        out, width = transformer.get_submodule(name).weight.shape
+        a = torch.randn(rank, width, generator=generator) / width**0.5
+        lora[name] = (a, 0.1 * torch.randn(out, rank, generator=generator), 1.0)
+    return lora
+
+
+def released() -> ModuleType:
+    """The sizes of the released transformers, which the tests have too: tests/backbones/released.py."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "backbones"))
+    return import_module("released")

@@ -27,7 +27,7 @@ from benchmarks import common, networks
 from danceopd.backbones import sd3
 from danceopd.fields import Field, SharedField, routed
 from danceopd.fp8 import to_fp8
-from danceopd.lora import Lora, SharedBase, merged, target_layers
+from danceopd.lora import Lora, SharedBase, merged
 from danceopd.memory import keep_freed_memory
 
 PLACES, MORE = ("copies", "shared"), ("fp8", "fused")
@@ -40,16 +40,6 @@ def variant(text: str) -> str:
     if place not in PLACES or len(set(more)) != len(more) or not set(more) <= set(MORE):
         raise argparse.ArgumentTypeError(f"{text!r} is not copies or shared, joined by + with some of fp8 and fused")
     return text
-
-
-def random_lora(transformer: torch.nn.Module, rank: int, seed: int) -> Lora:
-    """A LoRA on the layers that SD3's have, which moves the velocity."""
-    generator, lora = torch.Generator().manual_seed(seed), {}
-    for name in target_layers(transformer, sd3.LORA_TARGETS):
-        out, width = transformer.get_submodule(name).weight.shape
-        a = torch.randn(rank, width, generator=generator) / width**0.5
-        lora[name] = (a, 0.1 * torch.randn(out, rank, generator=generator), 1.0)
-    return lora
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ def query_of(teachers: Teachers, route, states, sigma, conditioning, velocity, f
 def measure(network: networks.Network, count: int, batch: int, args, limit: dict, resolution: int) -> list[dict]:
     """The variants of so many teachers, in turn."""
     where, generator = common.device(), torch.Generator().manual_seed(0)
-    loras = [random_lora(network.module, args.rank, seed) for seed in range(count)]
+    loras = [networks.random_lora(network.module, args.rank, seed) for seed in range(count)]
     states, velocity = (torch.randn(batch, *network.shape, generator=generator).to(where) for _ in range(2))
     sigma = (0.05 + 0.9 * torch.rand(batch, generator=generator)).to(where)
     route = (torch.arange(batch) % count)[torch.randperm(batch, generator=generator)].to(where)

@@ -27,6 +27,8 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import common, networks
 from danceopd.backbones import FAMILIES
 from danceopd.conditioning import Conditioning
 from danceopd.config import load_config
@@ -114,18 +116,18 @@ def released(model: str, rank: int | None, edits: bool, resolution: int) -> Work
     """
     import diffusers
 
-    classes, models, prompt_of, lengths = _sizes()
-    family, config, _ = models[model]
+    sizes = networks.released()
+    family, config, _ = sizes.MODELS[model]
     with torch.device("meta"):
-        transformer = getattr(diffusers, classes[family])(**config).eval()
+        transformer = getattr(diffusers, sizes.CLASSES[family])(**config).eval()
     torch.nn.Module.to(transformer, torch.bfloat16)
-    name, backbone = next((n, m) for n, m in _backbones().items() if hasattr(m, classes[family]))
+    name, backbone = next((n, m) for n, m in _backbones().items() if hasattr(m, sizes.CLASSES[family]))
     pixels, divisor = LATENTS[name]
     if resolution % (2 * pixels):
         raise UserError(f"--resolution: {resolution} pixels are no multiple of {2 * pixels}, which {model} needs")
     side = resolution // pixels
     shape = (transformer.config.in_channels // divisor, side, side)
-    prompt = tree_map(lambda x: x[None], prompt_of(family, transformer, lengths.get(family, 512)))
+    prompt = tree_map(lambda x: x[None], sizes.prompt_of(family, transformer, sizes.PROMPT.get(family, 512)))
     prompt = {key: x.bfloat16() if x.is_floating_point() else x for key, x in prompt.items()}
     source = torch.zeros(1, *shape, dtype=torch.bfloat16) if edits else None
 
@@ -147,19 +149,12 @@ def _backbones() -> dict:
     return {family: import_module(f"danceopd.backbones.{family}") for family in FAMILIES}
 
 
-def _sizes():
-    sys.path.insert(0, str(ROOT / "tests" / "backbones"))
-    from released import CLASSES, MODELS, PROMPT, prompt_of
-
-    return CLASSES, MODELS, prompt_of, PROMPT
-
-
 # ------------------------------------------------------------------------------------------------ configurations
 
 
 def model_of(config: Path) -> str:
     """The released transformer that a file of configs/models is for, by its name."""
-    models = _sizes()[1]
+    models = networks.released().MODELS
     found = [model for model in models if config.stem.startswith(f"{model}-")]
     if not found:
         raise UserError(f"{config}: its name begins with no model whose size is known: {', '.join(models)}")
@@ -223,7 +218,7 @@ def read_measured(folder: Path) -> list[Measured]:
 
     Raises UserError for a file that no benchmark wrote.
     """
-    found, models = [], _sizes()[1]
+    found, models = [], networks.released().MODELS
     for file in sorted(folder.glob("*.json")):
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
@@ -352,16 +347,16 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--configs", nargs="+", default=[], help="names in configs/models, or files; all if not given")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="samples of one evaluation (%(default)s)")
-    parser.add_argument("--resolution", type=int, default=1024, help="pixels of a side (%(default)s)")
+    parser.add_argument(
+        "--batch", type=common.positive, nargs="+", default=[1], help="samples of one evaluation (%(default)s)"
+    )
+    parser.add_argument("--resolution", type=common.positive, default=1024, help="pixels of a side (%(default)s)")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of measured JSON files (benchmarks/results)"
     )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--plot", type=Path, help="file to draw them in")
     args = parser.parse_args(argv)
-    if min(*args.batch, args.resolution) < 1:
-        parser.error("--batch and --resolution must be at least 1")
     try:
         rows = limits(config_paths(args.configs), args.cards, args.batch, args.resolution)
         measured = read_measured(args.results)
@@ -372,9 +367,7 @@ def main(argv: list[str] | None = None) -> dict:
         said.append(f"{args.results}: no figures of a released network there, so that nothing is compared")
     print("\n".join([table(rows, args.cards), *said]))
     result = as_json(rows, args.cards)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    common.write(result, args.json)
     if args.plot:
         plot(rows, args.cards, args.plot)
     return result

@@ -58,7 +58,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import danceopd.fields
 import danceopd.methods.danceopd
 from benchmarks import common
-from benchmarks.networks import small_sd3
+from benchmarks.networks import random_lora, small_sd3
 from danceopd.backbones import sd3
 from danceopd.checkpoint import load_model, resolve_weights
 from danceopd.conditioning import Conditioning
@@ -66,7 +66,7 @@ from danceopd.config import parse_config
 from danceopd.data.prepare import prepare
 from danceopd.data.sampler import Batch, Samples, draw_batch, sample_generators
 from danceopd.fields import routed
-from danceopd.lora import SharedBase, load_lora, merged, save_lora, target_layers
+from danceopd.lora import SharedBase, load_lora, merged, save_lora
 from danceopd.memory import keep_freed_memory
 from danceopd.methods.danceopd import danceopd_loss
 from danceopd.methods.observed import Observed
@@ -138,13 +138,7 @@ def save_teachers(model: Path, folder: Path) -> None:
     """A random LoRA for each teacher, as diffusers writes it."""
     transformer = sd3.load_transformer(model)
     for seed, name in enumerate(TEACHERS):
-        generator = torch.Generator().manual_seed(seed)
-        lora = {}
-        for layer in target_layers(transformer, sd3.LORA_TARGETS):
-            out, width = transformer.get_submodule(layer).weight.shape
-            a = torch.randn(RANK, width, generator=generator) / width**0.5
-            lora[layer] = (a, 0.1 * torch.randn(out, RANK, generator=generator), 1.0)
-        save_lora(lora, folder / name, StableDiffusion3Pipeline)
+        save_lora(random_lora(transformer, RANK, seed), folder / name, StableDiffusion3Pipeline)
 
 
 def save_rows(model: Path, folder: Path) -> dict[str, list[str]]:

@@ -35,7 +35,7 @@ from torch.nn.functional import mse_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import common
+from benchmarks import common, networks
 from danceopd.backbones.dit import DiT, DiTConfig
 from danceopd.conditioning import Conditioning
 from danceopd.config import Config, parse_config
@@ -288,19 +288,17 @@ def paper(rank: int = 128) -> list[dict]:
     from danceopd.backbones import FAMILIES
     from danceopd.plan import CARDS, gather_seconds
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "backbones"))
-    from released import CLASSES, MODELS
-
+    sizes = networks.released()
     modules = [import_module(f"danceopd.backbones.{family}") for family in FAMILIES]
     rows, seen = [], set()
-    for model, (family, config, _) in MODELS.items():
+    for model, (family, config, _) in sizes.MODELS.items():
         with torch.device("meta"):
-            transformer = getattr(diffusers, CLASSES[family])(**config)
+            transformer = getattr(diffusers, sizes.CLASSES[family])(**config)
         network = sum(p.numel() for p in transformer.parameters())
-        if (family_of := (CLASSES[family], network)) in seen:
+        if (family_of := (sizes.CLASSES[family], network)) in seen:
             continue  # of the same size
         seen.add(family_of)
-        targets = next(m.LORA_TARGETS for m in modules if hasattr(m, CLASSES[family]))
+        targets = next(m.LORA_TARGETS for m in modules if hasattr(m, sizes.CLASSES[family]))
         linear = [transformer.get_submodule(name) for name in target_layers(transformer, targets, every=False)]
         adapter = sum(rank * (layer.in_features + layer.out_features) for layer in linear)
         for student, plain, ours in (
@@ -356,7 +354,9 @@ def main(argv: list[str] | None = None) -> dict:
     lines = [row for figures in students for row in rows(figures, args.ranks * args.batch_size)]
     result = common.result("ZeRO-3", lines, processes=args.ranks, students=students, computed=computed)
     result["device"]["threads"] = int(os.environ["OMP_NUM_THREADS"])  # of each process
-    if students:
+    if not students:
+        common.write(result | {"measured": False}, args.json)
+    else:
         common.finish(result, args)
         for figures in students:
             print(

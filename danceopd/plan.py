@@ -12,6 +12,7 @@ from itertools import product
 
 from danceopd.config import Config
 from danceopd.training.dry_run import FLOAT, GIB, REPLICA, Plan, dry_run
+from danceopd.training.replica import multiplies_in_bf16
 from danceopd.training.zero import GATHERED
 
 NODE = 8  # cards in a machine
@@ -180,7 +181,7 @@ class Scaled:
 
     def _half(self) -> int:
         """Bytes of an entry that is gathered."""
-        return 2 if self.config.training.precision == "bf16" and not self.config.student.lora else FLOAT
+        return 2 if multiplies_in_bf16(self.config) else FLOAT
 
     def forwards(self, checkpointing: bool) -> float:
         """Forwards of one sample by one rank in a step; a backward counts as two."""

@@ -164,7 +164,7 @@ def test_a_gpu_that_is_too_old_is_refused(monkeypatch):
 # -------------------------------------------------------------------------------------------------- what comes out
 
 
-@pytest.mark.parametrize("name", ["t2i", "global"])
+@pytest.mark.parametrize("name", ["t2i", "global", *slow("edit")])
 def test_a_shipped_source_hardly_moves(name):
     from danceopd.world.sources import STAGES, training_batch
 
@@ -284,7 +284,11 @@ def test_a_mixed_batch_and_the_students_gradients_on_fp8(places):
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [("sd3", torch.float32), *((family, torch.bfloat16) for family in ("sd3", "flux", "klein", "qwen", "z"))],
+    [
+        ("sd3", torch.float32),
+        *((family, torch.bfloat16) for family in ("sd3", "flux", "klein", "qwen", "z")),
+        *(pytest.param(family, torch.float32, marks=pytest.mark.slow) for family in ("flux", "klein", "qwen", "z")),
+    ],
 )
 def test_loaded_tensor_by_tensor_is_converted_whole(places, family, dtype):
     root = places(family)

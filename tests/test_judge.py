@@ -240,11 +240,13 @@ def test_an_unreadable_answer_is_asked_for_again_in_other_words(serve, tmp_path)
     assert len(server.requests) == 4  # kept under the question as it is asked first
 
 
-def test_retry_after_is_waited_for(serve, tmp_path):  # noqa: F811
-    server = serve(first_badly(lambda h: send(h, 429, {}, [("Retry-After", "0.3")])))
+@pytest.mark.parametrize("dated", [False, True])
+def test_retry_after_is_waited_for(serve, tmp_path, dated):  # noqa: F811
+    value = (lambda: formatdate(time.time() + 2, usegmt=True)) if dated else (lambda: "0.4")
+    server = serve(first_badly(lambda h: send(h, 429, {}, [("Retry-After", value())])))
     judge_edits(edits(1), judge_of(server, parallel=1), tmp_path)
     times = [when for *_, when in server.requests]
-    assert 0.25 < times[1] - times[0] < 3
+    assert 0.35 < times[1] - times[0] < 3
 
 
 def test_retry_after_is_a_number_of_seconds_or_a_date():
@@ -303,7 +305,7 @@ def test_what_no_repetition_mends_ends_it_at_once(serve, tmp_path, status, said,
     server = serve(lambda h, body, count: send(h, status, {"error": {"message": said}}, location))
     with pytest.raises(UserError, match=match):
         judge_edits(edits(50), judge_of(server), tmp_path)
-    assert len(server.requests) <= 20
+    assert len(server.requests) <= 4
     assert not other.requests  # a key goes to no other place
     with pytest.raises(UserError, match=match):
         judge_of(server).check()
@@ -365,10 +367,10 @@ def test_the_budget_of_tokens(serve, tmp_path):  # noqa: F811
 
 def test_the_rate_is_kept(serve, tmp_path):  # noqa: F811
     server = serve(good)
-    judge_edits(edits(3), judge_of(server, per_minute=900, parallel=4), tmp_path)
+    judge_edits(edits(3), judge_of(server, per_minute=600, parallel=4), tmp_path)
     times = sorted(when for *_, when in server.requests)
-    assert times[-1] - times[0] > 0.25  # five gaps of 0.067 s
-    assert all(times[i + 3] - times[i] > 0.1 for i in range(3))
+    assert times[-1] - times[0] > 0.45  # five gaps of 0.1 s
+    assert all(times[i + 3] - times[i] > 0.2 for i in range(3))
 
 
 def test_many_questions_are_asked_at_a_time(serve, tmp_path):  # noqa: F811

@@ -72,8 +72,10 @@ def close(a, b):
     assert (a - b).norm() <= 1e-5 * b.norm()
 
 
-@pytest.mark.parametrize("family", ["qwen_edit", "z"])
-@settings(max_examples=3, deadline=None)
+@pytest.mark.parametrize(
+    "family", [f if f in ("qwen_edit", "z") else pytest.param(f, marks=pytest.mark.slow) for f in MADE]
+)
+@settings(max_examples=6, deadline=None)
 @given(LENGTHS, st.sets(st.integers(0, 4)))
 @example([3, 40, 5, 44, 31], {0, 1})
 def test_velocity_and_gradient_are_those_of_padded_and_of_single_samples(students, family, lengths, edits):

@@ -188,10 +188,17 @@ def judge_edits(
     answered is kept, and the same call goes on from there.
     """
     writing, verdicts = threading.Lock(), [Verdict(problem="not asked")] * len(edits)
+    refused: list[UserError] = []
 
     def work(places: Sequence[int]) -> list[Verdict]:
+        if refused:  # what is still in the queue is not asked
+            raise refused[0]
         questions = [q for i in places for q in questions_of(edits[i].instruction, *edits[i].load())]
-        marks = _ask(questions, judge, cache, writing)
+        try:
+            marks = _ask(questions, judge, cache, writing)
+        except UserError as error:
+            refused.append(error)
+            raise
         return [_verdict(*marks[2 * n : 2 * n + 2]) for n in range(len(places))]
 
     batches = [range(i, min(i + judge.batch_size, len(edits))) for i in range(0, len(edits), judge.batch_size)]

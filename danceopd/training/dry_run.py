@@ -472,8 +472,7 @@ def _trained(config: Config, plan: Plan, student: nn.Module) -> None:
         plan.memory["optimizer state"] = state, f"{optimizer}: {state / n:.2g} bytes a parameter"
     plan.memory["average (EMA)"] = FLOAT * n, "as many as the student's"
     if precision := rollout_precision(config):
-        bf16 = config.training.precision == "bf16" and not config.student.lora
-        replica = make_replica(student, torch.device("meta"), bf16, precision)
+        replica = make_replica(student, torch.device("meta"), config)
         plan.memory[REPLICA] = bytes_beside(replica, student), f"of the student, in {precision}"
     if "anchor" in needs(config.method):
         plan.memory["anchor"] = FLOAT * n, "the student as it was, for this method"

@@ -23,10 +23,8 @@ class Local:
 
     def __init__(self, student: nn.Module, config: Config):
         training = config.training
-        self.student, precision = student.train(), rollout_precision(config)
-        bf16 = training.precision == "bf16" and not config.student.lora
-        device = next(student.parameters()).device
-        self.replica = make_replica(student, device, bf16, precision) if precision else None
+        self.student, device = student.train(), next(student.parameters()).device
+        self.replica = make_replica(student, device, config) if rollout_precision(config) else None
         self.rolled = self.resident = student if self.replica is None else self.replica
         self._refresh()
         self.shapes = {name: p.shape for name, p in student.named_parameters()}

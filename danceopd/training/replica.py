@@ -26,17 +26,21 @@ def rollout_precision(config: Config) -> str | None:
     return wanted
 
 
-def make_replica(
-    student: nn.Module, device: torch.device, bf16: bool = False, precision: str | None = None
-) -> nn.Module:
+def multiplies_in_bf16(config: Config) -> bool:
+    """Whether autocast is on around the student; an adapter runs as its base does."""
+    return config.training.precision == "bf16" and not config.student.lora
+
+
+def make_replica(student: nn.Module, device: torch.device, config: Config) -> nn.Module:
     """A copy to be filled through `places`, whose addresses stay.
 
-    student: whose values are not read, but those of the frozen base under an adapter; bf16: it multiplies in bfloat16,
-    so that the weights that autocast casts are stored so; precision: None for the student's own. bf16 stores the same
-    ones and makes the products in it too; fp8 stores the linear layers in the blocks so, from what the student
-    multiplies with, and leaves the rest to bf16. An adapter keeps its float32, on a copy of its base in FP8.
+    student: whose values are not read, but those of the frozen base under an adapter. In the student's own precision
+    the weights that autocast casts to bfloat16 are stored so. rollout_precision: bf16 stores the same ones and makes
+    the products in it too; fp8 stores the linear layers in the blocks so, from what the student multiplies with, and
+    leaves the rest to bf16. An adapter keeps its float32, on a copy of its base in FP8.
     """
-    narrow = multiplied(student) if bf16 or precision == "bf16" else set()
+    precision = rollout_precision(config)
+    narrow = multiplied(student) if multiplies_in_bf16(config) or precision == "bf16" else set()
 
     def shape_of(name: str, p: torch.Tensor) -> torch.Tensor:
         return torch.empty(p.shape, dtype=torch.bfloat16 if name in narrow else torch.float32, device="meta")

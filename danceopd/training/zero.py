@@ -22,7 +22,15 @@ from danceopd.memory import free_bytes, gibibytes
 from danceopd.optimizers import make_optimizers
 from danceopd.training.lockstep import QUERY, ROLLOUT, Asked, Lockstep
 from danceopd.training.ranks import Ranks
-from danceopd.training.replica import Place, bytes_beside, make_replica, multiplied, places, rollout_precision
+from danceopd.training.replica import (
+    Place,
+    bytes_beside,
+    make_replica,
+    multiplied,
+    multiplies_in_bf16,
+    places,
+    rollout_precision,
+)
 from danceopd.training.state import Checkpoint, bounds
 from danceopd.training.twins import without_values
 
@@ -66,7 +74,7 @@ class Zero:
             )
         self.ranks, self.decay, self.updates, self.stage = ranks, training.ema_decay, 0, zero.get("stage", 0)
         self.max_grad_norm = training.max_grad_norm
-        bf16 = training.precision == "bf16" and not config.student.lora  # an adapter runs as its base does
+        bf16 = multiplies_in_bf16(config)
         self.empty = without_values(student)
         self.shapes = {name: p.shape for name, p in self.empty.named_parameters()}
         [optimizer] = make_optimizers(student, "adamw", training.learning_rate, training.weight_decay)
@@ -91,7 +99,7 @@ class Zero:
         self.lockstep.add(self._ask, QUERY)
         precision = rollout_precision(config)
         wanted = precision or (self.stage == 3 and self._fits(training.rollout_on, bf16))
-        self.replica = make_replica(self.empty, self.engine.device, bf16, precision) if wanted else None
+        self.replica = make_replica(self.empty, self.engine.device, config) if wanted else None
         if precision and ranks.rank == 0:
             size = gibibytes(bytes_beside(self.replica, self.empty))
             print(f"rollouts run on a replica in {precision}, gathered once an update: {size} a rank")
