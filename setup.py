@@ -21,6 +21,7 @@ setup(
     package_data={
         "danceopd.world": ["assets/*", "assets/sources/*"],
         "danceopd.evaluation": ["*.j2"],
+        "danceopd.report": ["*.j2"],
         "danceopd.reproduce": ["*.j2"],
     },
     install_requires=[

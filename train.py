@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from danceopd.cli import add_train_arguments, guarded, run_train
+from danceopd.cli.train import add_train_arguments, run_train
+from danceopd.support.exits import guarded
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a student as a configuration says.")

@@ -29,7 +29,7 @@ from danceopd_kernels import info
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from danceopd.profiling import phase
+from danceopd.core.phase import phase
 
 
 def device() -> torch.device:
@@ -118,7 +118,7 @@ def ratios(over: Sequence[float], times: Sequence[float]) -> tuple[float, float,
 
 
 class Phases:
-    """Splits what runs while it is entered: seconds by phase, each also a range as danceopd.profiling.phase makes it.
+    """Splits what runs while it is entered: seconds by phase, each also a range as danceopd.core.phase.phase makes it.
 
     places: {phase: [(module or object, name of a function of it)]}. A phase inside another counts as its own alone.
     On a GPU the ends of phases are waited for, so that this is no way to time the whole.

@@ -21,10 +21,10 @@ import diffusers
 import torch
 from torch import nn
 
-from danceopd.backbones import flux, qwen_image, sd3, z_image
-from danceopd.checkpoint import SHIPPED, load_model, shipped_sources
-from danceopd.fp8 import to_fp8
-from danceopd.schedule import sigma_grid
+from danceopd.core.schedule import sigma_grid
+from danceopd.models.backbones import flux, qwen_image, sd3, z_image
+from danceopd.models.fp8 import to_fp8
+from danceopd.world.files import SHIPPED, load_model, shipped_sources
 from danceopd.world.sources import SHIFT, STAGES, training_batch
 
 STEPS, BINS = 16, ((1.0, 0.9), (0.9, 0.7), (0.7, 0.5), (0.5, 0.0))  # of the noise level, from above

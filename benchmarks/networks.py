@@ -10,11 +10,12 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.checkpoint import SHIPPED, load_model
-from danceopd.conditioning import Conditioning, Tensors
-from danceopd.fields import Field
-from danceopd.lora import Lora, target_layers
+from danceopd.core.conditioning import Conditioning, Tensors
+from danceopd.core.fields import Field
+from danceopd.models.lora_algebra import Lora
+from danceopd.models.shared_base import target_layers
+from danceopd.world.dit import DiT, DiTConfig
+from danceopd.world.files import SHIPPED, load_model
 
 MODELS = ("world", "sd3", "sd35-medium")
 RESOLUTIONS = {"world": 32, "sd3": 128, "sd35-medium": 1024}  # pixels, if none are asked for
@@ -79,7 +80,7 @@ def small_sd3(side: int, width: int = 192, layers: int = 8, heads: int = 4, text
 def _sd3(model: str, resolution: int, device: torch.device, dtype: torch.dtype):
     from diffusers import SD3Transformer2DModel
 
-    from danceopd.backbones import sd3
+    from danceopd.models.backbones import sd3
 
     if model == "sd3":
         transformer = small_sd3(resolution)
@@ -107,7 +108,7 @@ def _sd3(model: str, resolution: int, device: torch.device, dtype: torch.dtype):
 
 def random_lora(transformer: nn.Module, rank: int, seed: int) -> Lora:
     """A LoRA on the layers that SD3's have, which moves the velocity."""
-    from danceopd.backbones import sd3
+    from danceopd.models.backbones import sd3
 
     generator, lora = torch.Generator().manual_seed(seed), {}
     for name in target_layers(transformer, sd3.LORA_TARGETS):

@@ -6,7 +6,7 @@
 
 A query asks each sample of a mixed batch from its own teacher, without gradient, and takes the squared error of a
 student's velocity with its gradient. A variant is "copies", a network for each teacher with its LoRA merged, or
-"shared", all LoRAs on one network (danceopd.lora.SharedBase); either with more of "fp8" (danceopd.fp8) and "fused", the
+"shared", all LoRAs on one network (SharedBase); either with more of "fp8" (models.fp8) and "fused", the
 error in one pass (danceopd_kernels.routed_velocity_mse) and not by plain PyTorch, joined by "+". Ratios are over the
 first variant, with as many teachers, in the same rounds. Networks are random and all variants ask the same samples, so
 that their losses must agree, those in FP8 nearly.
@@ -24,11 +24,12 @@ from danceopd_kernels import routed_velocity_mse
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import common, networks
-from danceopd.backbones import sd3
-from danceopd.fields import Field, SharedField, routed
-from danceopd.fp8 import to_fp8
-from danceopd.lora import Lora, SharedBase, merged
-from danceopd.memory import keep_freed_memory
+from danceopd.core.fields import Field, SharedField, routed
+from danceopd.models.backbones import sd3
+from danceopd.models.fp8 import to_fp8
+from danceopd.models.lora_algebra import Lora, merged
+from danceopd.models.shared_base import SharedBase
+from danceopd.support.memory import keep_freed_memory
 
 PLACES, MORE = ("copies", "shared"), ("fp8", "fused")
 DEFAULT = ("copies", "copies+fused", "shared", "shared+fused", "copies+fp8+fused", "shared+fp8+fused")

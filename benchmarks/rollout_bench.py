@@ -6,7 +6,7 @@
     python benchmarks/rollout_bench.py --overhead                             # the loop's own time alone
 
 A variant is one of "full", of which every sample takes all steps, and "depth", where each stops at its deepest index
-asked (drawn as query.bias low_t does, K = 1), or either with more of "static" (danceopd.graphs: on CUDA captured
+asked (drawn as query.bias low_t does, K = 1), or either with more of "static" (on CUDA captured
 graphs), "compiled", "bf16" and "fp8", joined by "+". All variants of a round integrate the same samples to the same
 depths, which are other ones in each round. A step's time is the batch's over the steps of its deepest sample. FLOPs
 are those of the network as it is, by the number of evaluations; the share of the roofline is of the matrix product
@@ -27,15 +27,17 @@ from torch.utils._pytree import tree_map
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import common, networks
-from danceopd.conditioning import Conditioning
-from danceopd.fields import Field, counted, guided
-from danceopd.fp8 import to_fp8
-from danceopd.graphs import StaticField, always_guided, compile_blocks
-from danceopd.memory import keep_freed_memory
-from danceopd.query import query
-from danceopd.rollout import rollout
-from danceopd.schedule import sigma_grid
-from danceopd.sde import sde_rollout
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import Field, counted, guided
+from danceopd.core.query import query
+from danceopd.core.rollout import rollout
+from danceopd.core.schedule import sigma_grid
+from danceopd.core.sde import sde_rollout
+from danceopd.models.fp8 import to_fp8
+from danceopd.support.memory import keep_freed_memory
+from danceopd.training.rollouts.compiled import compile_blocks
+from danceopd.training.rollouts.kinds import always_guided
+from danceopd.training.rollouts.static import StaticField
 
 STEPS, SHIFT = 16, 3.0
 WORDS = ("full", "depth", "static", "compiled", "bf16", "fp8")

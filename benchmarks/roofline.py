@@ -29,14 +29,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import common, networks
-from danceopd.backbones import FAMILIES
-from danceopd.conditioning import Conditioning
-from danceopd.config import load_config
-from danceopd.errors import UserError
-from danceopd.fp8 import fp8_layers
-from danceopd.lora import LoraStudent, SharedBase, target_layers
-from danceopd.plan import CARDS, Card
-from danceopd.training.dry_run import FLOAT, operations
+from danceopd.config.reading import load_config
+from danceopd.core.conditioning import Conditioning
+from danceopd.models.backbones import FAMILIES
+from danceopd.models.fp8 import fp8_layers
+from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.models.students import LoraStudent
+from danceopd.planning.backward import operations
+from danceopd.planning.cards import CARDS, Card
+from danceopd.planning.memory import FLOAT
+from danceopd.support.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, RESULTS = ROOT / "configs" / "models", ROOT / "benchmarks" / "results"
@@ -146,7 +148,7 @@ def released(model: str, rank: int | None, edits: bool, resolution: int) -> Work
 
 @cache
 def _backbones() -> dict:
-    return {family: import_module(f"danceopd.backbones.{family}") for family in FAMILIES}
+    return {family: import_module(f"danceopd.models.backbones.{family}") for family in FAMILIES}
 
 
 # ------------------------------------------------------------------------------------------------ configurations

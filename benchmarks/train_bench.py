@@ -55,27 +55,31 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import danceopd.fields
-import danceopd.methods.danceopd
+import danceopd.core.fields
+import danceopd.core.methods.danceopd
 from benchmarks import common
 from benchmarks.networks import random_lora, small_sd3
-from danceopd.backbones import sd3
-from danceopd.checkpoint import load_model, resolve_weights
-from danceopd.conditioning import Conditioning
-from danceopd.config import parse_config
+from danceopd.config.reading import parse_config
+from danceopd.core.batch import Batch
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import routed
+from danceopd.core.methods.danceopd import danceopd_loss
+from danceopd.core.objectives import velocity_mse
+from danceopd.core.query import query
+from danceopd.core.randomness import sample_generators
+from danceopd.core.rollout import rollout
+from danceopd.core.watch import Observed
 from danceopd.data.prepare import prepare
-from danceopd.data.sampler import Batch, Samples, draw_batch, sample_generators
-from danceopd.fields import routed
-from danceopd.lora import SharedBase, load_lora, merged, save_lora
-from danceopd.memory import keep_freed_memory
-from danceopd.methods.danceopd import danceopd_loss
-from danceopd.methods.observed import Observed
-from danceopd.objectives import velocity_mse
-from danceopd.query import query
-from danceopd.rollout import rollout
+from danceopd.data.sampler import Samples, draw_batch
+from danceopd.models.backbones import sd3
+from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_files import load_lora, save_lora
+from danceopd.models.shared_base import SharedBase
+from danceopd.support.memory import keep_freed_memory
+from danceopd.training.assembly.build import build
 from danceopd.training.engine import Local
 from danceopd.training.loop import BATCH, QUERY, Trainer
-from danceopd.training.setup import build
+from danceopd.world.files import load_model, resolve_weights
 
 SIDE = 128  # pixels: 64 image tokens beside SD3's 333 of text
 WIDTH, LAYERS, HEADS, RANK = 192, 8, 4, 16
@@ -370,11 +374,11 @@ def split(update: Callable[[], object], places: dict) -> dict[str, float]:
 
 
 def phases_of(trainer: Trainer) -> dict:
-    module, here = danceopd.methods.danceopd, sys.modules[__name__]
+    module, here = danceopd.core.methods.danceopd, sys.modules[__name__]
     return {
         "route, data": [(trainer, "draw")],
         "rollout": [(module, "rollout"), (here, "rollout")],
-        "query": [(danceopd.fields, "routed"), (here, "routed")],
+        "query": [(danceopd.core.fields, "routed"), (here, "routed")],
         "student": [(trainer, "method"), (trainer.engine, "backward")],
         "step": [(trainer.engine, "step")],
     }

@@ -5,7 +5,7 @@
     python benchmarks/zero3_bench.py --only paper           # the computed table alone
 
 The plain loop is DeepSpeed alone (and PEFT, for an adapter): a rollout of all steps on the sharded student, then one
-query with gradient. Ours is danceopd.training.zero.Zero: the weights are gathered once an update into a replica that
+query with gradient. Ours is training.zero.engine.Zero: the weights are gathered once an update into a replica that
 the rollout asks. Both take the same samples, noise and queries, ask the same small teacher, which is not sharded, and
 begin alike, so that their losses must agree. Both roll out all steps; training stops at the queried state.
 
@@ -36,14 +36,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import common, networks
-from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.conditioning import Conditioning
-from danceopd.config import Config, parse_config
-from danceopd.lora import LoraStudent, SharedBase, target_layers
-from danceopd.query import query
-from danceopd.rollout import rollout
-from danceopd.schedule import sigma_grid
-from danceopd.training.ranks import Ranks
+from danceopd.config.reading import parse_config
+from danceopd.config.sections import Config
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.query import query
+from danceopd.core.rollout import rollout
+from danceopd.core.schedule import sigma_grid
+from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.models.students import LoraStudent
+from danceopd.support.ranks import Ranks
+from danceopd.world.dit import DiT, DiTConfig
 
 STEPS, RATE = 16, 1e-4
 RANK = 40  # of the adapter: to the width as 128 is to FLUX.1's
@@ -139,7 +141,7 @@ class Ours:
     """The trainer's engine."""
 
     def __init__(self, student: nn.Module, config: Config, zero: dict, ranks: Ranks):
-        from danceopd.training.zero import Zero
+        from danceopd.training.zero.engine import Zero
 
         self.engine, self.size = Zero(student, config, zero, ranks), ranks.size
         self.student, self.rolled = self.engine.student, self.engine.rolled
@@ -232,7 +234,7 @@ def measure(kind: str, args: argparse.Namespace, ranks: Ranks) -> dict:
 
 def work(args: argparse.Namespace) -> None:
     """What each started process does; rank 0 writes the figures."""
-    from danceopd.training.launch import begin
+    from danceopd.training.zero.launch import begin
 
     ranks, _ = begin(None, "cpu", 300)
     figures = measure(args.student[0], args, ranks)
@@ -285,11 +287,11 @@ def paper(rank: int = 128) -> list[dict]:
     """
     import diffusers
 
-    from danceopd.backbones import FAMILIES
-    from danceopd.plan import CARDS, gather_seconds
+    from danceopd.models.backbones import FAMILIES
+    from danceopd.planning.cards import CARDS, gather_seconds
 
     sizes = networks.released()
-    modules = [import_module(f"danceopd.backbones.{family}") for family in FAMILIES]
+    modules = [import_module(f"danceopd.models.backbones.{family}") for family in FAMILIES]
     rows, seen = [], set()
     for model, (family, config, _) in sizes.MODELS.items():
         with torch.device("meta"):

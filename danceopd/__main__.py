@@ -2,7 +2,7 @@
 
 import sys
 
-from danceopd.cli import main
+from danceopd.cli.parser import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from danceopd.evaluation import judge
-from danceopd.evaluation.judge import AGAIN, KEY_VARIABLE, Edit
+from danceopd.evaluation.gedit import judge
+from danceopd.evaluation.gedit.endpoint import KEY_VARIABLE
+from danceopd.evaluation.gedit.judge import AGAIN, Edit
 
 SMALL = 48 * 48
 

@@ -18,11 +18,11 @@ def main(path: str, settings: str | None = None) -> None:
     import deepspeed.runtime.zero.stage3  # noqa: F401
     import torch
 
-    from danceopd.config import load_config
-    from danceopd.training.launch import begin
+    from danceopd.config.reading import load_config
+    from danceopd.support.ranks import ALONE
+    from danceopd.training.assembly.build import build
     from danceopd.training.loop import Trainer
-    from danceopd.training.ranks import ALONE
-    from danceopd.training.setup import build
+    from danceopd.training.zero.launch import begin
 
     torch.set_num_threads(1)
     file = Path(settings) if settings else None

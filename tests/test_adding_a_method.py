@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from danceopd.config import load_config
-from danceopd.errors import UserError
-from danceopd.methods import METHODS
+from danceopd.config.reading import load_config
+from danceopd.core.methods import METHODS
+from danceopd.support.errors import UserError
+from danceopd.training.assembly.build import build
 from danceopd.training.loop import Trainer
-from danceopd.training.setup import build
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "docs" / "adding-a-method.md").read_text(), re.DOTALL)
@@ -53,9 +53,9 @@ def test_the_message_is_the_real_one(tmp_path):
     overrides = ["method=nudged", "options.shar=1", "training.output_dir=x"]
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from danceopd.methods import METHODS\nfrom nudged import nudged_loss\n"
+        "from danceopd.core.methods import METHODS\nfrom nudged import nudged_loss\n"
         f"{REGISTRATION}"
-        "from danceopd.cli import main\n"
+        "from danceopd.cli.parser import main\n"
         f"sys.exit(main(['train', '--config', 'configs/setting_a.yaml', *{overrides!r}]))\n"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -19,17 +19,17 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from danceopd.backbones import backbone_of, pipeline_class_of
-from danceopd.conditioning import concatenate
-from danceopd.config import parse_config
+from danceopd.config.reading import parse_config
+from danceopd.core.conditioning import concatenate
+from danceopd.core.fields import routed
+from danceopd.core.rollout import rollout_by_route
 from danceopd.data.prepare import fit, prepare
 from danceopd.data.prepared import PreparedData
-from danceopd.errors import UserError
-from danceopd.fields import routed
-from danceopd.lora import SharedBase, target_layers
-from danceopd.rollout import rollout_by_route
+from danceopd.models.backbones import backbone_of, pipeline_class_of
+from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.support.errors import UserError
+from danceopd.training.assembly.build import build
 from danceopd.training.loop import train
-from danceopd.training.setup import build
 
 SIZE = 32  # pixels
 STEPS = 4

@@ -10,13 +10,13 @@ import torch
 import yaml
 from PIL import Image
 
-from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.checkpoint import SHIPPED, save_model
-from danceopd.cli import main
-from danceopd.evaluation.run import evaluate_run
-from danceopd.methods.merge import weight_merge
+from danceopd.cli.parser import main
+from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.edits import KINDS
+from danceopd.world.evaluate import evaluate_run
+from danceopd.world.files import SHIPPED, save_model
 from danceopd.world.prompts import TASKS
+from danceopd.world.weight_merge import weight_merge
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import tiny_geneval as tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danceopd.cli import main
-from danceopd.errors import UserError
+from danceopd.cli.parser import main
 from danceopd.evaluation.compare import (
     Run,
     Scored,
@@ -23,7 +22,8 @@ from danceopd.evaluation.compare import (
     warnings_of,
     write_page,
 )
-from danceopd.evaluation.geneval import read_results, record, write_results
+from danceopd.evaluation.geneval.layout import read_results, record, write_results
+from danceopd.support.errors import UserError
 
 
 def as_run(name, scores, tag=lambda prompt: "colors"):

@@ -5,9 +5,11 @@ import inspect
 import pytest
 import yaml
 
-from danceopd.config import load_config, parse_config
-from danceopd.errors import UserError
-from danceopd.methods import METHODS, PROVIDED, needs, options
+from danceopd.config.methods import options
+from danceopd.config.reading import load_config, parse_config
+from danceopd.core.methods import METHODS
+from danceopd.core.methods.provided import PROVIDED, needs
+from danceopd.support.errors import UserError
 
 DEMO = "configs/demo.yaml"
 

@@ -12,16 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from danceopd.data import manifest as manifest_module
-from danceopd.data.manifest import (
-    ManifestData,
-    check_manifest,
-    decode_picture,
-    fit_square,
-    read_manifest,
-)
-from danceopd.data.world import CAPABILITIES, WorldData, write_world
+from danceopd.data.manifest import check_manifest, read_manifest
+from danceopd.support.pictures import decode_picture
+from danceopd.world.data import CAPABILITIES, WorldData, write_world
 from danceopd.world.detector import detect
 from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS
+from danceopd.world.own_data import ManifestData, fit_square
 
 
 def picture(path, size=(8, 8), color=(255, 0, 0), mode="RGB", **options):

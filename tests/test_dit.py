@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from danceopd import checkpoint
-from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.checkpoint import load_model, save_model
-from danceopd.conditioning import Conditioning
+from danceopd.core.conditioning import Conditioning
+from danceopd.world import files as checkpoint
+from danceopd.world.dit import DiT, DiTConfig
+from danceopd.world.files import load_model, save_model
 
 SMALL = DiTConfig(image_size=16, patch_size=4, width=32, depth=2, heads=2, vocab_size=50, text_length=6)
 

@@ -18,21 +18,25 @@ from released import prompt_of
 from safetensors.torch import save_file
 
 import danceopd.data.cache
-import danceopd.lora
-from danceopd.backbones import backbone_of
-from danceopd.backbones.loading import check_weights
-from danceopd.cli import main
-from danceopd.conditioning import Conditioning
-from danceopd.config import load_config, parse_config
+import danceopd.models.backbones
+import danceopd.models.lora_files
+import danceopd.world.files
+from danceopd.cli.parser import main
+from danceopd.config.reading import load_config, parse_config
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.query import QUERIES, expected_depth, query
 from danceopd.data.cache import Cache, key_of
-from danceopd.errors import UserError
-from danceopd.lora import LoraStudent, SharedBase, load_lora, target_layers
-from danceopd.optimizers import adamw_class, make_optimizers
-from danceopd.query import QUERIES, expected_depth, query
-from danceopd.training.dry_run import dry_run
+from danceopd.models.backbones import backbone_of
+from danceopd.models.loading import check_weights
+from danceopd.models.lora_files import load_lora
+from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.models.students import LoraStudent
+from danceopd.planning.dry_run import dry_run
+from danceopd.support.errors import UserError
+from danceopd.support.optimizers import adamw_class, make_optimizers
+from danceopd.training.assembly.build import build
+from danceopd.training.assembly.networks import student_layers
 from danceopd.training.loop import Trainer
-from danceopd.training.models import student_layers
-from danceopd.training.setup import build
 
 FAMILIES = {
     "sd3": tiny_sd3.save_tiny,
@@ -136,7 +140,7 @@ def refuse_weights(monkeypatch, root):
         return real(path, *args, **kwargs) if "cache" in str(path) else Header(path)
 
     monkeypatch.setattr(safetensors, "safe_open", opened)
-    for module in (danceopd.lora, danceopd.data.cache, danceopd.checkpoint):
+    for module in (danceopd.models.lora_files, danceopd.data.cache, danceopd.world.files):
         monkeypatch.setattr(module, "safe_open", opened)
     monkeypatch.setattr("safetensors.torch.load_file", lambda path, *_, **__: pytest.fail(f"{path} was loaded"))
 
@@ -152,7 +156,7 @@ def test_counts_are_those_of_the_loaded_modules_and_no_weight_is_opened(places, 
     transformer = backbone.load_transformer(root / "model")
     numel = sum(p.numel() for p in transformer.parameters())
     assert plan.parameters["base"] == numel
-    pipeline = danceopd.backbones.pipeline_class_of(root / "model")
+    pipeline = danceopd.models.backbones.pipeline_class_of(root / "model")
     for name in ("one", "two"):
         lora = load_lora(root / f"{name}.safetensors", transformer, pipeline)
         expected = sum(a.numel() + b.numel() for a, b, _ in lora.values())
@@ -372,7 +376,9 @@ def test_gradients_with_checkpointing_are_those_without(places, family):
     for checkpointed in (False, True):
         transformer = backbone.load_transformer(root / "model")
         layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
-        lora = load_lora(root / "one.safetensors", transformer, danceopd.backbones.pipeline_class_of(root / "model"))
+        lora = load_lora(
+            root / "one.safetensors", transformer, danceopd.models.backbones.pipeline_class_of(root / "model")
+        )
         shared = SharedBase(transformer, [lora], guided_velocity(backbone), layers)
         if checkpointed:
             shared.enable_gradient_checkpointing()

@@ -17,19 +17,21 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from safetensors import safe_open
 
-from danceopd.backbones import backbone_of, empty_transformer, pipeline_class_of
-from danceopd.checkpoint import new_folder, write_atomic
-from danceopd.cli import main
-from danceopd.conditioning import Conditioning
-from danceopd.config import parse_config
+from danceopd.cli.parser import main
+from danceopd.config.reading import parse_config
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.rollout import sample
 from danceopd.data.prepare import prepare
-from danceopd.errors import UserError
-from danceopd.export import LAYOUTS, export, hub_id, stored_dtype
-from danceopd.lora import FILES, load_lora, merge_into, save_lora, target_layers
-from danceopd.rollout import sample
+from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
+from danceopd.models.lora_algebra import merge_into
+from danceopd.models.lora_files import FILES, load_lora, save_lora
+from danceopd.models.shared_base import target_layers
+from danceopd.support.errors import UserError
+from danceopd.support.files import new_folder, write_atomic
+from danceopd.tools.export import LAYOUTS, export, hub_id, stored_dtype
+from danceopd.training.assembly.build import build
+from danceopd.training.checkpoints import load_newest
 from danceopd.training.loop import Trainer, train
-from danceopd.training.setup import build
-from danceopd.training.state import load_newest
 
 SIZE, STEPS, PROMPT = 32, 3, "a red cup"
 

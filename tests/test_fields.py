@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from danceopd.conditioning import Conditioning, concatenate
-from danceopd.fields import SharedField, counted, guided, routed
+from danceopd.core.conditioning import Conditioning, concatenate
+from danceopd.core.fields import SharedField, counted, guided, routed
 
 EMPTY = torch.zeros(4, dtype=torch.int64)
 

@@ -15,15 +15,19 @@ from safetensors.torch import load_file, save_file
 from test_dry_run import FAMILIES, SIZE, config_of, write_lora, write_rows
 from torch import nn
 
-from danceopd.backbones import backbone_of, flux, pipeline_class_of
-from danceopd.checkpoint import SHIPPED, load_model
-from danceopd.config import load_config
-from danceopd.errors import UserError
-from danceopd.fields import ask_shared, routed
-from danceopd.fp8 import Fp8Linear, check_fp8, load_fp8, numbers, to_fp8
-from danceopd.lora import SharedBase, load_lora, merged, target_layers
-from danceopd.training.dry_run import count, dry_run, nbytes
-from danceopd.training.setup import build
+from danceopd.config.reading import load_config
+from danceopd.core.fields import ask_shared, routed
+from danceopd.models.backbones import backbone_of, flux, pipeline_class_of
+from danceopd.models.fp8 import Fp8Linear, check_fp8, numbers, to_fp8
+from danceopd.models.fp8_loading import load_fp8
+from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_files import load_lora
+from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.planning.dry_run import dry_run
+from danceopd.planning.memory import count, nbytes
+from danceopd.support.errors import UserError
+from danceopd.training.assembly.build import build
+from danceopd.world.files import SHIPPED, load_model
 
 FP8 = {"training.base_precision": "fp8"}
 

@@ -27,27 +27,15 @@ from judge_server import answer, good, send, serve  # noqa: F401
 from peft import LoraConfig
 from PIL import Image
 
-from danceopd.cli import main
-from danceopd.errors import UserError
+from danceopd.cli.parser import main
 from danceopd.evaluation.compare import compare, read_run
-from danceopd.evaluation.gedit import (
-    KINDS,
-    PAPER_KINDS,
-    Drawing,
-    Row,
-    edit,
-    edit_rows,
-    evaluate_gedit,
-    kinds_of,
-    load_pipeline,
-    picture_file,
-    read_benchmark,
-    seed_of,
-    size_of,
-    summarize,
-)
-from danceopd.evaluation.judge import KEY_VARIABLE, EndpointJudge, Verdict
-from danceopd.training.ranks import Ranks
+from danceopd.evaluation.gedit.benchmark import KINDS, PAPER_KINDS, Row, kinds_of, read_benchmark
+from danceopd.evaluation.gedit.draw import Drawing, edit, edit_rows, load_pipeline, picture_file, seed_of, size_of
+from danceopd.evaluation.gedit.endpoint import KEY_VARIABLE, EndpointJudge
+from danceopd.evaluation.gedit.judge import Verdict
+from danceopd.evaluation.gedit.score import evaluate_gedit, summarize
+from danceopd.support.errors import UserError
+from danceopd.support.ranks import Ranks
 
 datasets = pytest.importorskip("datasets")
 

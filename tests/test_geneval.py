@@ -20,27 +20,15 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 
-from danceopd.cli import main
-from danceopd.errors import UserError
-from danceopd.evaluation import geneval_models
-from danceopd.evaluation.geneval import (
-    CLASSES,
-    COLORS,
-    MAX_OBJECTS,
-    RELATIONS,
-    Found,
-    check_metadata,
-    judge,
-    kept,
-    read_metadata,
-    read_pictures,
-    read_results,
-    relations,
-    summary,
-)
-from danceopd.evaluation.geneval_generate import Drawing, draw_pictures, sample_seed
-from danceopd.evaluation.geneval_models import crop, detector_input, load_colors, load_detector, objects_of
-from danceopd.training.ranks import Ranks
+from danceopd.cli.parser import main
+from danceopd.evaluation.geneval import models as geneval_models
+from danceopd.evaluation.geneval.draw import Drawing, draw_pictures, sample_seed
+from danceopd.evaluation.geneval.layout import check_metadata, read_metadata, read_pictures, read_results
+from danceopd.evaluation.geneval.models import crop, detector_input, load_colors, load_detector, objects_of
+from danceopd.evaluation.geneval.rules import CLASSES, COLORS, MAX_OBJECTS, RELATIONS, Found, judge, kept, relations
+from danceopd.evaluation.geneval.summary import summary
+from danceopd.support.errors import UserError
+from danceopd.support.ranks import Ranks
 
 # ------------------------------------------------------------------------------------------------- the rules
 
@@ -837,7 +825,7 @@ def test_ranks_draw_and_score_what_one_process_does(tmp_path, model, evaluators,
     script = tmp_path / "rank.py"  # the detector sees small pictures there too
     script.write_text(
         "import sys\nfrom danceopd.evaluation import geneval_models as m\nm.SHORT, m.LONG = 96, 160\n"
-        "from danceopd.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+        "from danceopd.cli.parser import main\nsys.exit(main(sys.argv[1:]))\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     done = subprocess.run(

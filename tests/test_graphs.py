@@ -11,28 +11,24 @@ from hypothesis import strategies as st
 from test_dry_run import FAMILIES, prompt_of
 from test_training import config_of, raw  # noqa: F401
 
-from danceopd import graphs
-from danceopd.backbones import backbone_of, flux2
-from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.conditioning import Conditioning
-from danceopd.fields import counted, guided
-from danceopd.graphs import (
-    GraphSafe,
-    NotCapturable,
-    Program,
-    StaticField,
-    always_guided,
-    compile_blocks,
-    constants,
-)
-from danceopd.lora import LoraStudent, SharedBase, target_layers
-from danceopd.query import query
-from danceopd.rollout import rollout
-from danceopd.schedule import sigma_grid
-from danceopd.sde import sde_rollout
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import counted, guided
+from danceopd.core.query import query
+from danceopd.core.rollout import rollout
+from danceopd.core.schedule import sigma_grid
+from danceopd.core.sde import sde_rollout
+from danceopd.models.backbones import backbone_of, flux2
+from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.models.students import FullStudent, LoraStudent
+from danceopd.training.assembly.build import build
 from danceopd.training.loop import Trainer
-from danceopd.training.setup import build
-from danceopd.training.students import FullStudent
+from danceopd.training.rollouts import static as graphs
+from danceopd.training.rollouts.capture import GraphSafe, NotCapturable, constants
+from danceopd.training.rollouts.compiled import compile_blocks
+from danceopd.training.rollouts.kinds import always_guided
+from danceopd.training.rollouts.program import Program
+from danceopd.training.rollouts.static import StaticField
+from danceopd.world.dit import DiT, DiTConfig
 
 EDITS = ("dit", "kontext", "klein", "flux2", "qwen_edit")  # families whose tiny models take source pictures
 SIZE = 64  # pixels
@@ -309,9 +305,9 @@ def test_buffers_stay_where_they_are_and_weights_may_change_in_place(models):
 def caches_of_models():
     import danceopd_kernels.lora
 
-    import danceopd.lora
+    import danceopd.models.lora_layers
 
-    return [danceopd.lora._constant, danceopd_kernels.lora._constant, flux2._position_ids]
+    return [danceopd.models.lora_layers._constant, danceopd_kernels.lora._constant, flux2._position_ids]
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from danceopd.cli import main
+from danceopd.cli.parser import main
 from danceopd.data.huggingface import import_dataset
 from danceopd.data.manifest import check_manifest, read_manifest
-from danceopd.errors import UserError
+from danceopd.support.errors import UserError
 
 datasets = pytest.importorskip("datasets")
 

@@ -22,13 +22,10 @@ from hypothesis import strategies as st
 from judge_server import Server, answer, edits, good, picture, send, serve  # noqa: F401
 from PIL import Image
 
-from danceopd.errors import UserError
-from danceopd.evaluation import judge as judge_module
-from danceopd.evaluation.judge import (
-    KEY_VARIABLE,
+from danceopd.evaluation.gedit import judge as judge_module
+from danceopd.evaluation.gedit.endpoint import KEY_VARIABLE, EndpointJudge
+from danceopd.evaluation.gedit.judge import (
     Edit,
-    EndpointJudge,
-    LocalJudge,
     Question,
     as_shown,
     cache_file,
@@ -37,6 +34,8 @@ from danceopd.evaluation.judge import (
     questions_of,
     read_marks,
 )
+from danceopd.evaluation.gedit.local_judge import LocalJudge
+from danceopd.support.errors import UserError
 
 KEY = "sk-very-secret-0123456789"
 
@@ -394,8 +393,9 @@ KILLED = """
 import sys
 from pathlib import Path
 from judge_server import SMALL, edits
-from danceopd.evaluation import judge
-from danceopd.evaluation.judge import EndpointJudge, judge_edits
+from danceopd.evaluation.gedit import judge
+from danceopd.evaluation.gedit.endpoint import EndpointJudge
+from danceopd.evaluation.gedit.judge import judge_edits
 judge.SHOWN_AREA = SMALL
 judge_edits(edits(8), EndpointJudge(sys.argv[1], "tiny", parallel=2), Path(sys.argv[2]))
 """

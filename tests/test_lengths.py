@@ -13,16 +13,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_backbone_runs import config_of
 
-from danceopd.attention import attention_backend
-from danceopd.backbones import backbone_of, flux2, qwen_image, sd3, z_image
-from danceopd.conditioning import Conditioning
-from danceopd.errors import UserError
-from danceopd.fields import FORWARD, TOKENS, split_by_length, whole_batches
-from danceopd.graphs import Kind, StaticField, _of_kind
-from danceopd.lora import SharedBase
-from danceopd.rollout import rollout
-from danceopd.schedule import sigma_grid
-from danceopd.training.students import FullStudent
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.rollout import rollout
+from danceopd.core.schedule import sigma_grid
+from danceopd.models.attention import attention_backend
+from danceopd.models.backbones import backbone_of, flux2, qwen_image, sd3, z_image
+from danceopd.models.packing import FORWARD, TOKENS, split_by_length, whole_batches
+from danceopd.models.shared_base import SharedBase
+from danceopd.models.students import FullStudent
+from danceopd.support.errors import UserError
+from danceopd.training.rollouts.kinds import Kind, _of_kind
+from danceopd.training.rollouts.static import StaticField
 
 LENGTHS = st.lists(st.integers(1, 48), min_size=1, max_size=5)
 MADE = {

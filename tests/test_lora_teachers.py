@@ -14,12 +14,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from danceopd.backbones import sd3
-from danceopd.conditioning import Conditioning
-from danceopd.errors import UserError
-from danceopd.fields import hard
-from danceopd.lora import SharedBase, combine, load_lora, merged
-from danceopd.memory import keep_freed_memory
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import hard
+from danceopd.models.backbones import sd3
+from danceopd.models.lora_algebra import combine, merged
+from danceopd.models.lora_files import load_lora
+from danceopd.models.shared_base import SharedBase
+from danceopd.support.errors import UserError
+from danceopd.support.memory import keep_freed_memory
 
 SD3 = diffusers.StableDiffusion3Pipeline
 HEADS = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
@@ -366,7 +368,7 @@ class _Dotted:
 
 @torch.no_grad()
 def test_qwen_edit_whose_times_come_twice_is_routed():
-    from danceopd.backbones import qwen_image
+    from danceopd.models.backbones import qwen_image
 
     torch.manual_seed(0)
     config = {**HEADS, "in_channels": 16, "out_channels": 4, "joint_attention_dim": 16, "axes_dims_rope": (4, 2, 2)}
@@ -386,7 +388,7 @@ def test_qwen_edit_whose_times_come_twice_is_routed():
 
 @torch.no_grad()
 def test_z_image_shares_its_layers_but_not_its_embedder_of_joined_tokens():
-    from danceopd.backbones import z_image
+    from danceopd.models.backbones import z_image
 
     torch.manual_seed(0)
     transformer = TINY["z"][1]().eval()

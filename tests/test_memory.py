@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import sys, resource
 import numpy as np
-from danceopd.memory import keep_freed_memory
+from danceopd.support.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for i in range(20):

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.methods.merge import COMBINATIONS, as_lora, lora_merge
+from danceopd.world.dit import DiT, DiTConfig
+from danceopd.world.weight_merge import COMBINATIONS, as_lora, lora_merge
 
 TINY = DiTConfig(width=16, depth=1, heads=2, mlp_ratio=2, text_length=4)
 

@@ -8,13 +8,15 @@ import yaml
 from PIL import Image
 from tiny_sd3 import save_tiny
 
-from danceopd.backbones import empty_transformer, flux, sd3
-from danceopd.cli import main
-from danceopd.conditioning import Conditioning
-from danceopd.errors import UserError
-from danceopd.evaluation.velocity import velocity_error
-from danceopd.lora import SharedBase, load_lora, save_lora, target_layers
-from danceopd.merge_loras import average, merge_loras, read_prompts, targets_of
+from danceopd.cli.parser import main
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.distance import velocity_error
+from danceopd.models.backbones import empty_transformer, flux, sd3
+from danceopd.models.lora_algebra import average
+from danceopd.models.lora_files import load_lora, save_lora
+from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.support.errors import UserError
+from danceopd.tools.merge_loras import merge_loras, read_prompts, targets_of
 
 SD3, STEPS = diffusers.StableDiffusion3Pipeline, 2
 WORDS = ["cup", "car", "cat", "tree", "house", "lamp", "boat", "bird"]

@@ -12,30 +12,31 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.checkpoint import save_model
-from danceopd.conditioning import Conditioning
-from danceopd.config import parse_config
-from danceopd.data.sampler import Batch, sample_generators
-from danceopd.data.world import write_world
-from danceopd.errors import UserError
-from danceopd.fields import counted
-from danceopd.methods import METHODS
-from danceopd.methods.consistency import consistency_loss
-from danceopd.methods.danceopd import danceopd_loss
-from danceopd.methods.danceopd_fast import danceopd_fast_loss
-from danceopd.methods.diffusion_opd import diffusion_opd_loss
-from danceopd.methods.flow_opd import flow_opd_loss
-from danceopd.methods.joint import joint_loss
-from danceopd.methods.off_policy import off_policy_loss
-from danceopd.methods.pooled import Pooled
-from danceopd.methods.score_distillation import DMD, sds_loss
-from danceopd.query import query
-from danceopd.schedule import shift_sigma, sigma_grid
-from danceopd.sde import sde_rollout
+from danceopd.config.reading import parse_config
+from danceopd.core.batch import Batch
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import counted
+from danceopd.core.methods import METHODS
+from danceopd.core.methods.consistency import consistency_loss
+from danceopd.core.methods.danceopd import danceopd_loss
+from danceopd.core.methods.danceopd_fast import danceopd_fast_loss
+from danceopd.core.methods.diffusion_opd import diffusion_opd_loss
+from danceopd.core.methods.flow_opd import flow_opd_loss
+from danceopd.core.methods.joint import joint_loss
+from danceopd.core.methods.off_policy import off_policy_loss
+from danceopd.core.methods.pooled import Pooled
+from danceopd.core.methods.score_distillation import DMD, sds_loss
+from danceopd.core.query import query
+from danceopd.core.randomness import sample_generators
+from danceopd.core.schedule import shift_sigma, sigma_grid
+from danceopd.core.sde import sde_rollout
+from danceopd.support.errors import UserError
+from danceopd.training.assembly.build import build
+from danceopd.training.checkpoints import load_newest, save_state
 from danceopd.training.loop import Trainer
-from danceopd.training.setup import build
-from danceopd.training.state import load_newest, save_state
+from danceopd.world.data import write_world
+from danceopd.world.dit import DiT, DiTConfig
+from danceopd.world.files import save_model
 
 SEED = st.integers(0, 2**40)
 SIGMAS = sigma_grid(6, 3.0)

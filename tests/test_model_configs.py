@@ -13,11 +13,12 @@ import torch
 from released import MODELS
 from test_dry_run import FAMILIES, prompt_of
 
-from danceopd.backbones import backbone_of, meta_transformer
-from danceopd.config import load_config
+from danceopd.config.reading import load_config
 from danceopd.data.cache import Cache, key_of
-from danceopd.lora import target_layers
-from danceopd.training.dry_run import GIB, dry_run
+from danceopd.models.backbones import backbone_of, meta_transformer
+from danceopd.models.shared_base import target_layers
+from danceopd.planning.dry_run import dry_run
+from danceopd.planning.memory import GIB
 
 CONFIGS = Path("configs/models")
 # What one card holds: 24 and 80 GB by their names, less what the estimate leaves out.

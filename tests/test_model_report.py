@@ -16,20 +16,24 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_backbone_runs import save_teacher
 
-import danceopd.evaluation.model_run
+import danceopd.tools.model_report
 import danceopd.training.loop
-from danceopd.backbones import flux2
-from danceopd.cli import main
-from danceopd.config import load_config, parse_config
+from danceopd.cli.parser import main
+from danceopd.config.reading import load_config, parse_config
 from danceopd.data.prepare import prepare
-from danceopd.errors import UserError
-from danceopd.evaluation.model_run import held_out
-from danceopd.evaluation.report import format_markdown, format_table, summary
-from danceopd.lora import load_lora, merged
-from danceopd.training.dry_run import dry_run, grid_evaluations
-from danceopd.training.log import MODEL_SAMPLES, labelled_grid
+from danceopd.models.backbones import flux2
+from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_files import load_lora
+from danceopd.planning.counts import grid_evaluations
+from danceopd.planning.dry_run import dry_run
+from danceopd.report.tables import format_markdown, format_table
+from danceopd.report.words import summary
+from danceopd.support.errors import UserError
+from danceopd.support.pictures import labelled_grid
+from danceopd.tools.model_report import held_out
+from danceopd.training.assembly.build import build
 from danceopd.training.loop import Trainer, train
-from danceopd.training.setup import build
+from danceopd.training.previews import MODEL_SAMPLES
 
 SIZE, STEPS, DRAWN, GUIDANCE = 32, 3, 2, 2.0
 FILE = "pytorch_lora_weights.safetensors"
@@ -190,7 +194,7 @@ def test_a_source_with_nan_is_named_before_the_first_step(place, tmp_path):
 
 
 def test_the_report(run, place, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(danceopd.evaluation.model_run, "SAMPLES", 3)  # a full micro-batch and the rest
+    monkeypatch.setattr(danceopd.tools.model_report, "SAMPLES", 3)  # a full micro-batch and the rest
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     assert main(["report", str(moved)]) == 0

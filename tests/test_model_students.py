@@ -14,22 +14,25 @@ from test_dry_run import config_of as family_config
 from test_model_training import losses
 from torch import nn
 
-from danceopd import weights
-from danceopd.backbones import backbone_of, flux2, sd3
-from danceopd.cli import main
-from danceopd.conditioning import Conditioning
-from danceopd.config import parse_config
+from danceopd.cli.parser import main
+from danceopd.config.reading import parse_config
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.rollout import sample
 from danceopd.data.prepared import PreparedData
-from danceopd.errors import UserError
-from danceopd.export import export, stored_dtype
-from danceopd.lora import load_lora, merged, target_layers
-from danceopd.rollout import sample
-from danceopd.training import students
-from danceopd.training.dry_run import dry_run
+from danceopd.models import weights
+from danceopd.models.backbones import backbone_of, flux2, sd3
+from danceopd.models.lora_algebra import merged, truncated
+from danceopd.models.lora_files import load_lora
+from danceopd.models.saving import save_transformer
+from danceopd.models.shared_base import target_layers
+from danceopd.models.students import FullStudent
+from danceopd.planning.dry_run import dry_run
+from danceopd.support.errors import UserError
+from danceopd.tools.export import export, stored_dtype
+from danceopd.training.assembly import starts as students
+from danceopd.training.assembly.build import build
+from danceopd.training.checkpoints import load_newest
 from danceopd.training.loop import Trainer, train
-from danceopd.training.setup import build
-from danceopd.training.state import load_newest
-from danceopd.training.students import FullStudent, save_transformer, truncated
 
 OWN = {"own": {"weights": "own"}, "other": {"weights": "other"}}
 

@@ -11,16 +11,20 @@ from safetensors.torch import load_file, save_file
 from test_dry_run import FAMILIES, SIZE, config_of, write_lora, write_rows
 from torch import nn
 
-from danceopd.backbones import backbone_of, empty_transformer, loading, pipeline_class_of
-from danceopd.backbones.loading import check_transformer_file, load_transformer_file, stream_blocks
-from danceopd.errors import UserError
-from danceopd.evaluation.model_run import measure_gaps
-from danceopd.fields import ask_shared, routed
-from danceopd.lora import SharedBase, load_lora, merged, target_layers
-from danceopd.training.dry_run import dry_run, nbytes
+from danceopd.core.fields import ask_shared, routed
+from danceopd.models import loading
+from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
+from danceopd.models.loading import check_transformer_file, load_transformer_file, stream_blocks
+from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_files import load_lora
+from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.planning.dry_run import dry_run
+from danceopd.planning.memory import nbytes
+from danceopd.support.errors import UserError
+from danceopd.tools.model_report import measure_gaps
+from danceopd.training.assembly.build import build
+from danceopd.training.checkpoints import load_newest
 from danceopd.training.loop import train
-from danceopd.training.setup import build
-from danceopd.training.state import load_newest
 
 
 @pytest.fixture(scope="module")

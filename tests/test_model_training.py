@@ -12,15 +12,18 @@ from peft import LoraConfig
 from PIL import Image
 from tiny_sd3 import save_tiny
 
-from danceopd.backbones import backbone_of, sd3
-from danceopd.config import parse_config
+from danceopd.config.reading import parse_config
 from danceopd.data.prepare import prepare
 from danceopd.data.prepared import PreparedData
-from danceopd.errors import UserError
-from danceopd.lora import LoraStudent, SharedBase, load_lora, merged, target_layers
-from danceopd.training.dry_run import dry_run
+from danceopd.models.backbones import backbone_of, sd3
+from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_files import load_lora
+from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.models.students import LoraStudent
+from danceopd.planning.dry_run import dry_run
+from danceopd.support.errors import UserError
+from danceopd.training.assembly.build import build
 from danceopd.training.loop import train
-from danceopd.training.setup import build
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 

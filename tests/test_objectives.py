@@ -6,8 +6,8 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from danceopd.conditioning import Conditioning
-from danceopd.objectives import (
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.objectives import (
     WEIGHTINGS,
     consistency,
     flow_matching,

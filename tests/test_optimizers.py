@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from danceopd.optimizers import Muon, orthogonalize
+from danceopd.support.optimizers import Muon, orthogonalize
 
 
 def matrices(*shape, seed=0):

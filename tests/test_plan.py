@@ -10,12 +10,15 @@ import pytest
 import torch
 import yaml
 
-from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.checkpoint import save_model
-from danceopd.cli import main
-from danceopd.config import load_config, parse_config
-from danceopd.plan import CARDS, LEFT, UTILISATION, Setting, gather_seconds, plan
-from danceopd.training.dry_run import GIB, dry_run, operations
+from danceopd.cli.parser import main
+from danceopd.config.reading import load_config, parse_config
+from danceopd.planning.backward import operations
+from danceopd.planning.cards import CARDS, gather_seconds
+from danceopd.planning.cluster import LEFT, UTILISATION, Setting, plan
+from danceopd.planning.dry_run import dry_run
+from danceopd.planning.memory import GIB
+from danceopd.world.dit import DiT, DiTConfig
+from danceopd.world.files import save_model
 
 
 def embedded(folder: Path, width: int, depth: int, **training) -> dict:
@@ -118,7 +121,7 @@ def test_operations_of_a_forward_by_hand():
     conditioning = scaled.plan.operations()
     assert set(conditioning) == {"t2i", "edit"}
     assert conditioning["edit"] > conditioning["t2i"]
-    from danceopd.conditioning import Conditioning
+    from danceopd.core.conditioning import Conditioning
 
     none = Conditioning(torch.zeros(1, text, dtype=torch.int64), None, torch.tensor([False]))
     tokens, pixels, w = 4 + text, 3 * 16**2, width

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from tiny_flux2 import save_tiny
 
-from danceopd.backbones import flux2
 from danceopd.data import prepare as module
 from danceopd.data.cache import Cache, checksum, key_of
-from danceopd.data.prepare import bucket_of, buckets, fingerprint, fit, prepare
+from danceopd.data.prepare import bucket_of, buckets, fit, prepare
 from danceopd.data.prepared import PreparedData, mix
-from danceopd.errors import UserError
+from danceopd.models.backbones import flux2
+from danceopd.models.fingerprint import fingerprint
+from danceopd.support.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danceopd.data.sampler import draw_batch, embedded_samples
-from danceopd.data.world import WorldData
-from danceopd.methods.observed import Observed
-from danceopd.query import BETA, QUERIES, query
-from danceopd.routing import round_robin, route
-from danceopd.tokenizer import tokenize
+from danceopd.core.query import BETA, QUERIES, query
+from danceopd.core.routing import round_robin, route
+from danceopd.core.watch import Observed
+from danceopd.data.sampler import draw_batch
 from danceopd.training.gaps import LIMIT, Gaps
+from danceopd.world.data import WorldData
+from danceopd.world.sampling import embedded_samples
+from danceopd.world.tokenizer import tokenize
 
 
 def generator(seed=0):

@@ -17,15 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from danceopd.backbones import backbone_of, qwen_image
-from danceopd.config import parse_config
+from danceopd.config.reading import parse_config
 from danceopd.data.cache import Cache, key_of
 from danceopd.data.prepare import fit, prepare
 from danceopd.data.prepared import PreparedData, mix
-from danceopd.errors import UserError
-from danceopd.training.dry_run import dry_run
+from danceopd.models.backbones import backbone_of, qwen_image
+from danceopd.planning.dry_run import dry_run
+from danceopd.support.errors import UserError
+from danceopd.training.assembly.build import build
 from danceopd.training.loop import train
-from danceopd.training.setup import build
 
 SIZE = (64, 64)  # pixels, of the pictures' buckets
 WIDE, TALL = (48, 80), (80, 48)

@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from danceopd.evaluation.report import (
-    KINDS,
-    TASKS,
-    format_markdown,
-    format_table,
-    percent,
-    read_log,
-    smooth,
-    write_report,
-)
+from danceopd.report.charts import smooth
+from danceopd.report.names import KINDS, TASKS, percent
+from danceopd.report.page import write_report
+from danceopd.report.tables import format_markdown, format_table
+from danceopd.support.run_log import read_log
 
 SCORES = {
     "base": (0.312, 1.25),

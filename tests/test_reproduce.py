@@ -14,14 +14,14 @@ import pytest
 import torch
 import yaml
 
-from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.checkpoint import save_model
-from danceopd.cli import main
-from danceopd.config import parse_config
-from danceopd.errors import UserError
+from danceopd.cli.parser import main
+from danceopd.config.reading import parse_config
 from danceopd.reproduce import run as driver
 from danceopd.reproduce.matrix import ABLATIONS, BUDGETS, GRID, LEARNING_RATES, METHODS, SETTINGS, Budget, runs
 from danceopd.reproduce.run import Place, adopt, chosen, digest, finished, gather, raw_config, reproduce
+from danceopd.support.errors import UserError
+from danceopd.world.dit import DiT, DiTConfig
+from danceopd.world.files import save_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = Budget("quick", main=1500, short=1500, ablation=1500, seeds=1)
@@ -161,7 +161,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from danceopd.reproduce.matrix import Budget
-from danceopd.reproduce.run import Place, reproduce
+from danceopd.reproduce.run import Place
+from danceopd.reproduce.run import reproduce
 configs, base = map(Path, sys.argv[1:])
 budget = Budget("quick", main=8000, short=8000, ablation=8000, seeds=1)
 reproduce(["C", "E"], budget, Place(configs, base / "work", base / "results"), seeds=1, workers=1)

@@ -14,9 +14,8 @@ from tiny_flux import clip_tokenizer
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from danceopd.cli import main
-from danceopd.errors import UserError
-from danceopd.evaluation.geneval import read_pictures
+from danceopd.cli.parser import main
+from danceopd.evaluation.geneval.layout import read_pictures
 from danceopd.evaluation.reward import (
     aesthetic_score,
     check_prompt,
@@ -27,6 +26,7 @@ from danceopd.evaluation.reward import (
     read_head,
     reward_of,
 )
+from danceopd.support.errors import UserError
 
 WIDTH = 12
 PROMPTS = ["a red cup", "Two dogs, left of a very long sentence about nothing at all " * 4, "x"]

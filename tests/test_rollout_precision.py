@@ -9,19 +9,19 @@ from test_fp8_teachers import places  # noqa: F401
 from test_model_students import place  # noqa: F401
 from test_training import config_of, raw  # noqa: F401
 
-from danceopd.checkpoint import SHIPPED, load_model
-from danceopd.config import load_config
-from danceopd.errors import UserError
-from danceopd.fp8 import Fp8Linear
-from danceopd.graphs import compile_blocks
-from danceopd.plan import Setting, plan
-from danceopd.rollout import rollout
-from danceopd.training.dry_run import dry_run
+from danceopd.config.reading import load_config
+from danceopd.core.rollout import rollout
+from danceopd.models.fp8 import Fp8Linear
+from danceopd.planning.cluster import Setting, plan
+from danceopd.planning.dry_run import dry_run
+from danceopd.support.errors import UserError
+from danceopd.training.assembly.build import build
+from danceopd.training.checkpoints import load_newest, save_state
 from danceopd.training.engine import Local
 from danceopd.training.loop import Trainer
-from danceopd.training.replica import bytes_beside
-from danceopd.training.setup import build
-from danceopd.training.state import load_newest, save_state
+from danceopd.training.rollouts.compiled import compile_blocks
+from danceopd.training.rollouts.replica import bytes_beside
+from danceopd.world.files import SHIPPED, load_model
 
 
 def trainer_of(config):

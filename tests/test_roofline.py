@@ -10,9 +10,9 @@ from torch import nn
 pytest.importorskip("diffusers")
 
 from benchmarks import common, roofline
-from danceopd.conditioning import Conditioning
-from danceopd.errors import UserError
-from danceopd.plan import CARDS, Card
+from danceopd.core.conditioning import Conditioning
+from danceopd.planning.cards import CARDS, Card
+from danceopd.support.errors import UserError
 
 CONFIG = roofline.CONFIGS / "sd3.5-medium-c.yaml"
 PIXELS = 256

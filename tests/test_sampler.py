@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from danceopd.conditioning import Conditioning
+from danceopd.core.conditioning import Conditioning
 from danceopd.data.sampler import Group, Samples, draw_batch
-from danceopd.training.ranks import Ranks
+from danceopd.support.ranks import Ranks
 
 EMPTY = -1
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.conditioning import Conditioning
-from danceopd.fields import counted, guided
-from danceopd.rollout import SOLVERS, rollout, rollout_by_route, sample
-from danceopd.schedule import shift_sigma, sigma_grid
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import counted, guided
+from danceopd.core.rollout import SOLVERS, rollout, rollout_by_route, sample
+from danceopd.core.schedule import shift_sigma, sigma_grid
+from danceopd.world.dit import DiT, DiTConfig
 
 
 def condition(n: int, length: int = 4, source: torch.Tensor | None = None) -> Conditioning:

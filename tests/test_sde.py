@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from danceopd.conditioning import Conditioning
-from danceopd.rollout import rollout
-from danceopd.schedule import sigma_grid
-from danceopd.sde import kl, log_probability, sde_rollout, transition
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.rollout import rollout
+from danceopd.core.schedule import sigma_grid
+from danceopd.core.sde import kl, log_probability, sde_rollout, transition
 
 SIGMAS = sigma_grid(8, 3.0)
 

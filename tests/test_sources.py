@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from danceopd.checkpoint import SHIPPED, load_model
-from danceopd.evaluation.world import Sampler, score_gedit, score_geneval
-from danceopd.schedule import sigma_grid
+from danceopd.core.schedule import sigma_grid
 from danceopd.world import sources
 from danceopd.world.edits import GLOBAL_KINDS, LOCAL_KINDS
+from danceopd.world.files import SHIPPED, load_model
+from danceopd.world.scoring import Sampler, score_gedit, score_geneval
 
 
 @pytest.fixture(scope="module")

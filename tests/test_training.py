@@ -15,16 +15,19 @@ import torch
 import yaml
 from danceopd_kernels import compiled
 
-from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.checkpoint import load_model, save_model
-from danceopd.config import parse_config
-from danceopd.data.sampler import draw_batch, embedded_samples, step_generator
-from danceopd.data.world import WorldData, write_world
-from danceopd.errors import UserError
-from danceopd.training import loop, state
+from danceopd.config.reading import parse_config
+from danceopd.core.randomness import step_generator
+from danceopd.data.sampler import draw_batch
+from danceopd.support.errors import UserError
+from danceopd.training import checkpoints as state
+from danceopd.training import loop
+from danceopd.training.assembly.build import build
 from danceopd.training.health import Health
 from danceopd.training.loop import Trainer, train
-from danceopd.training.setup import build
+from danceopd.world.data import WorldData, write_world
+from danceopd.world.dit import DiT, DiTConfig
+from danceopd.world.files import load_model, save_model
+from danceopd.world.sampling import embedded_samples
 
 TINY = DiTConfig(width=32, depth=1, heads=2, mlp_ratio=2)
 

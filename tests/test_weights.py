@@ -11,12 +11,13 @@ from diffusers import SD3Transformer2DModel
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
-from danceopd import weights
-from danceopd.backbones import empty_transformer, sd3
-from danceopd.errors import UserError
-from danceopd.lora import merge_into
-from danceopd.training.state import bounds
-from danceopd.weights import check_fits, either, mean, of_folder, of_tensors, plus, save_pretrained
+from danceopd.models import weights
+from danceopd.models.backbones import empty_transformer, sd3
+from danceopd.models.lora_algebra import merge_into
+from danceopd.models.saving import save_pretrained
+from danceopd.models.weights import check_fits, either, mean, of_folder, of_tensors, plus
+from danceopd.support.errors import UserError
+from danceopd.training.checkpoints import bounds
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danceopd.backbones.dit import DiTConfig
-from danceopd.tokenizer import load_tokenizer, tokenize
 from danceopd.world.detector import detect
+from danceopd.world.dit import DiTConfig
 from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
 from danceopd.world.prompts import (
     HELD_OUT_COLORS,
@@ -25,6 +24,7 @@ from danceopd.world.prompts import (
 from danceopd.world.scene import Scene, blank, concatenate, render
 from danceopd.world.scores import geneval_correct
 from danceopd.world.sprites import BACKGROUNDS, CLASSES, COLORS, EMPTY, JITTER, STYLES, background_rgb
+from danceopd.world.tokenizer import load_tokenizer, tokenize
 
 SEEDS = st.integers(0, 2**40)
 PAIR = torch.zeros(EMPTY + 1, EMPTY + 1, dtype=torch.bool)

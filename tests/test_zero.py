@@ -20,8 +20,8 @@ import torch
 import yaml
 from test_training import random_network
 
-from danceopd.checkpoint import save_model
-from danceopd.training import state
+from danceopd.training import checkpoints as state
+from danceopd.world.files import save_model
 
 # Importing it takes seconds, which only the ranks need.
 pytestmark = [

@@ -27,7 +27,7 @@ def test_it_counts_the_output_of_every_kind_of_all_gather(tmp_path):
 
 
 def test_a_plain_loop_gathers_six_times_as_much_and_learns_the_same(tmp_path, capsys):
-    pytest.importorskip("diffusers")  # danceopd.lora
+    pytest.importorskip("diffusers")  # danceopd.models.lora_files
     file = tmp_path / "figures.json"
     argv = ["--only", "measured", "--rounds", "1", "--width", "128", "--depth", "2", "--student", "all weights"]
     bench.main([*argv, "--json", str(file)])

@@ -19,9 +19,9 @@ from diffusers import DiffusionPipeline, Flux2Transformer2DModel, SD3Transformer
 from PIL import Image
 from zero_models_ranks import run
 
-from danceopd.backbones import flux2, sd3
 from danceopd.data.prepare import prepare
-from danceopd.export import export
+from danceopd.models.backbones import flux2, sd3
+from danceopd.tools.export import export
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),

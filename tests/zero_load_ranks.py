@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from plan_peak import status
 
-from danceopd.backbones import empty_transformer
-from danceopd.training import launch
-from danceopd.training.sharding import built
-from danceopd.training.state import bounds
-from danceopd.weights import of_folder
+from danceopd.models.backbones import empty_transformer
+from danceopd.models.weights import of_folder
+from danceopd.training.checkpoints import bounds
+from danceopd.training.zero import launch
+from danceopd.training.zero.sharding import built
 
 
 def main(folder):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from danceopd.config import parse_config
+from danceopd.config.reading import parse_config
 from danceopd.data import sampler
-from danceopd.training import launch
 from danceopd.training.loop import train
+from danceopd.training.zero import launch
 
 
 @contextmanager

@@ -17,10 +17,12 @@ import deepspeed
 import torch
 from danceopd_kernels import fp8_quantize_rowwise
 
-from danceopd.cli import main
-from danceopd.fp8 import Fp8Linear
-from danceopd.training import launch, loop, setup, state, students, zero  # noqa: F401 (imported before the fork)
+from danceopd.cli.parser import main
+from danceopd.models.fp8 import Fp8Linear
+from danceopd.training import checkpoints as state
 from danceopd.training.loop import Trainer
+from danceopd.training.zero import engine as zero
+from danceopd.training.zero import launch  # noqa: F401 (imported before the fork)
 
 
 def install(fault: dict) -> None:

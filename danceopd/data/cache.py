@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from danceopd.checkpoint import write_atomic
-from danceopd.errors import UserError
+from danceopd.support.errors import UserError
+from danceopd.support.files import write_atomic
 
 ENTRIES = "entries"  # key of a shard's header
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from danceopd.checkpoint import write_atomic
-from danceopd.errors import UserError
+from danceopd.support.errors import UserError
+from danceopd.support.files import write_atomic
 
 COLUMNS = {  # a manifest's column: the names it is looked for by, the first that is there
     "id": ("id", "uid"),

@@ -13,15 +13,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from danceopd.backbones.loading import class_name_of
-from danceopd.checkpoint import write_atomic
 from danceopd.data.cache import Cache, key_of
-from danceopd.data.manifest import Problem, Row, decode_picture, read_manifest
-from danceopd.errors import UserError
+from danceopd.data.manifest import Problem, Row, read_manifest
+from danceopd.models.fingerprint import fingerprint
+from danceopd.models.loading import class_name_of, multiple_of
+from danceopd.support.errors import UserError
+from danceopd.support.files import write_atomic
+from danceopd.support.pictures import decode_picture
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "processor", "siglip")  # what a pipeline's text encodings depend on
+
 PICTURE_PART = "vae"  # and its latents
-PROBED = 2**20  # bytes of each weight file that its fingerprint reads at both ends
 
 
 @dataclass(frozen=True)
@@ -34,23 +36,6 @@ class Prepared:
     found: int
     problems: list[Problem]
     damaged: list[str]
-
-
-def fingerprint(folder: Path) -> str:
-    """Names a component's files: configurations whole, of weights the size and both ends. Moving it changes nothing."""
-    digest = hashlib.blake2b(digest_size=16)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    if not files:
-        raise UserError(f"no files in {folder}; give the folder of a whole pipeline")
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size} ".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(PROBED))
-            if size > PROBED:
-                file.seek(max(PROBED, size - PROBED))
-                digest.update(file.read(PROBED))
-    return digest.hexdigest()
 
 
 def fingerprints(model: Path) -> dict[str, str]:
@@ -149,7 +134,7 @@ def prepare(
 ) -> Prepared:
     """Encode what a manifest names and is not in the cache yet, and write the rows that training reads.
 
-    model: a pipeline's folder; backbone: the module of its family (danceopd.backbones). Prompts are encoded first, and
+    model: a pipeline's folder; backbone: the module of its family (models.backbones). Prompts are encoded first, and
     their encoders let go before the pictures'. Equal prompts and pictures are encoded once, whatever rows or manifests
     name them; negative_prompts are encoded too, for guidance, and where the text encoder sees the source pictures, with
     those of each row. A row's picture is of the target's shape, else of the first source's, else a square. A row with
@@ -240,18 +225,6 @@ def _write_rows(
         )
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return path
-
-
-def multiple_of(backbone, model: Path) -> int:
-    """What heights and widths are multiples of: the smallest picture that the model takes."""
-    for step in (8, 16, 32):
-        try:
-            backbone.latent_shape(model, step, step)
-        except UserError:
-            continue
-        return step
-    backbone.latent_shape(model, 64, 64)  # says what is wrong, if it is not the size
-    return 64
 
 
 def _check_counts(rows: list[Row], backbone, model: Path) -> tuple[list[Row], list[Problem]]:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from danceopd.conditioning import Conditioning, concatenate
+from danceopd.core.conditioning import Conditioning, concatenate
 from danceopd.data.cache import Cache
-from danceopd.data.manifest import hint
-from danceopd.errors import UserError
+from danceopd.support.errors import UserError
+from danceopd.support.hints import hint
 
 Size = tuple[int, int]  # (height, width) in pixels
+
 Kind = tuple[Size, tuple[Size, ...]]  # of a row: its picture's size, and those of its source pictures in their order
 
 

@@ -1,52 +1,15 @@
 """One update's samples: routes, data rows and noise, as a function of the seed and the step alone."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from danceopd.conditioning import Conditioning, concatenate
-from danceopd.draws import SampleGenerators
-from danceopd.routing import round_robin, route
-from danceopd.tokenizer import tokenize
-from danceopd.training.ranks import Ranks
-
-
-@dataclass
-class Batch:
-    """B samples of any mixture of capabilities: noise [B, ...], their conditioning, route [B] int64.
-
-    clean [B, ...]: the data's own pictures, where a method asks for them; sigmas [N + 1]: as in Group.
-    """
-
-    noise: torch.Tensor
-    conditioning: Conditioning
-    route: torch.Tensor
-    clean: torch.Tensor | None = None
-    sigmas: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.noise)
-
-    def __getitem__(self, index) -> "Batch":
-        clean = None if self.clean is None else self.clean[index]
-        return Batch(self.noise[index], self.conditioning[index], self.route[index], clean, self.sigmas)
-
-    def to(self, device: torch.device | str) -> "Batch":
-        clean = None if self.clean is None else self.clean.to(device)
-        conditioning, route = self.conditioning.to(device), self.route.to(device)
-        return Batch(self.noise.to(device), conditioning, route, clean, self.sigmas)
-
-
-def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """The generator of one step: a resumed run needs no random state but the step number."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + stream)
-
-
-def make_conditioning(prompts: list[str], source: torch.Tensor | None, text_length: int) -> Conditioning:
-    """Tokenize prompts and attach their source pictures [B, 3, H, W] (or None)."""
-    return Conditioning(tokenize(prompts, text_length), source, torch.full((len(prompts),), source is not None))
+from danceopd.core.batch import Batch
+from danceopd.core.conditioning import Conditioning, concatenate
+from danceopd.core.randomness import _number, step_generator
+from danceopd.core.routing import round_robin, route
+from danceopd.support.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -88,16 +51,6 @@ class Samples:
             here = epochs == epoch
             rows[here] = known[1][slots[here] % length].long()
         return rows.tolist()
-
-
-def embedded_samples(data: list, text_length: int, image_size: int) -> Samples:
-    """For the embedded network: pictures of one size, prompts tokenized as they are drawn."""
-
-    def condition(rows, indices, without_prompt):
-        prompts = ["" if empty else p for p, empty in zip(rows.prompts(indices), without_prompt, strict=True)]
-        return make_conditioning(prompts, rows.sources(indices), text_length)
-
-    return Samples([Group(data, (3, image_size, image_size), sum(map(len, data)))], condition)
 
 
 def draw_batch(
@@ -160,14 +113,3 @@ def draw_batch(
     order = torch.cat(position).argsort()
     pictures = torch.cat(clean)[order] if with_clean else None
     return Batch(noise, concatenate(parts)[order], routes, pictures, group.sigmas)
-
-
-def sample_generators(seed: int, stream: int, numbers: list[int]) -> SampleGenerators:
-    """Of samples by their number in the run."""
-    first = _number(seed, stream)
-    return SampleGenerators(first + number for number in numbers)
-
-
-def _number(*parts: int) -> int:
-    """A seed of 56 bits from whole numbers: a slot may be added to it."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")

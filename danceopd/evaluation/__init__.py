@@ -1,0 +1,1 @@
+"""Scores of the pictures of any pipeline."""

@@ -15,17 +15,22 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from danceopd.checkpoint import write_atomic
-from danceopd.errors import UserError
-from danceopd.evaluation.geneval import read_results
+from danceopd.evaluation.geneval.layout import read_results
+from danceopd.support.errors import UserError
+from danceopd.support.files import write_atomic
 
 RESAMPLES, LEVEL = 10_000, 0.95
+
 FEW = 10  # prompts, of which resamples tell little
+
 PROMPTS = 12  # shown of the worst, and of the best
+
 SIDE, SMALL = 256, 128  # pixels: pictures in the page are no larger; smaller ones keep their pixels
 
 Key = tuple[str, int]  # a prompt, or an edit of GEdit-Bench, and the number of its picture, which stands for the seed
+
 GENEVAL, GEDIT = "GenEval", "GEdit-Bench"
+
 AGAIN = "run danceopd evaluate gedit again: nothing is drawn or asked twice"
 
 
@@ -310,7 +315,7 @@ def _sources(run: Run) -> Callable[[Key, Scored], Image.Image | None]:
 
     @cache
     def data():
-        from danceopd.evaluation.gedit import load_data  # diffusers comes with it, which takes its time
+        from danceopd.evaluation.gedit.benchmark import load_data  # diffusers comes with it, which takes its time
 
         return load_data(run.dataset).select_columns(["key", "input_image"])
 

@@ -16,19 +16,16 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from danceopd.backbones import loading
-from danceopd.data.manifest import decode_picture
-from danceopd.errors import UserError
-from danceopd.evaluation.geneval import Drawn, read_pictures
+from danceopd.evaluation.geneval.layout import Drawn, read_pictures
+from danceopd.models import loading
+from danceopd.support.errors import UserError
+from danceopd.support.pictures import decode_picture
 
 Reward = Callable[[Sequence[Image.Image], Sequence[str]], torch.Tensor]
 
 # The layers of the aesthetic predictor on CLIP ViT-L/14 whose name ends in linearMSE: five in a row, and no activation
 # between them; the places left out are dropout.
 LINEAR_MSE = ("0", "2", "4", "6", "7")
-
-
-# ------------------------------------------------------------------------------------------------- models
 
 
 def clip_similarity(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[Reward, float]:
@@ -132,9 +129,6 @@ def _processor(folder: Path):
     return loading.load(CLIPProcessor, folder)
 
 
-# ------------------------------------------------------------------------------------------------- pictures
-
-
 def check_prompt(metadata: dict, where: str) -> dict:
     """A prompt's line as it is: the prompt is all that a reward asks for. Raises UserError that begins with `where`."""
     if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
@@ -161,9 +155,6 @@ def _decode(path: Path) -> Image.Image:
         return decode_picture(path)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: {error}") from None
-
-
-# ------------------------------------------------------------------------------------------------- the gap
 
 
 @dataclass(frozen=True)
@@ -213,9 +204,6 @@ def gap_closed(
 def _share(means: np.ndarray) -> np.ndarray:
     base, teacher, student = means
     return (student - base) / (teacher - base)
-
-
-# ------------------------------------------------------------------------------------------------- the command
 
 
 def evaluate_reward(

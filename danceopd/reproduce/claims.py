@@ -34,9 +34,13 @@ COMPARED = (
     "flow_opd",
     "flow_opd_attached",
 )
+
 FASTER_THAN = ("diffusion_opd", "flow_opd", "flow_opd_attached")
+
 KEPT = 0.98  # of the T2I source's overall
+
 NEAR = 0.02  # of the share of C's gap
+
 BAND = 0.95  # of the other numbers of rollout steps
 
 

@@ -15,6 +15,7 @@ METHODS = {
     "danceopd": {},
     "danceopd_fast": {"method": "danceopd_fast", "rollout.solver": "ab2", "rollout.num_inference_steps": 4},
 }
+
 QUICK = ("joint", "off_policy", "diffusion_opd", "flow_opd", "danceopd")  # weight merge, the sixth, needs no run
 
 # What the grid on validation prompts chose (results/grid.json, `danceopd reproduce grid`).
@@ -24,7 +25,9 @@ LEARNING_RATES = dict.fromkeys(METHODS, 1e-3) | {
     "flow_opd": 3e-5,
     "flow_opd_attached": 3e-5,
 }
+
 GRID = (3e-4, 1e-3, 3e-3)
+
 GRID_MORE = {  # where the best was the lowest
     "off_policy_samples": (1e-4,),
     "diffusion_opd": (1e-4,),
@@ -79,7 +82,9 @@ ABLATIONS = {
         "warm_start": {"options.warm_start": 0.1},
     },
 }
+
 TRAINING_SCALES = (1, 2, 3, 5, 7)  # alpha of setting D
+
 INFERENCE_SCALES = (1, 2, 3, 5, 7)  # beta
 
 

@@ -4,17 +4,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from danceopd.backbones.dit import DiT
-from danceopd.checkpoint import load_model, resolve_weights
-from danceopd.config import Config
-from danceopd.evaluation.run import as_field
-from danceopd.evaluation.world import Sampler, make_sampler, score_gedit, score_geneval
-from danceopd.methods.merge import COMBINATIONS, lora_merge, weight_merge
+from danceopd.config.sections import Config
 from danceopd.reproduce.matrix import INFERENCE_SCALES, TRAINING_SCALES
+from danceopd.world.dit import DiT
 from danceopd.world.edits import GLOBAL_KINDS, LOCAL_KINDS
+from danceopd.world.files import load_model, resolve_weights
+from danceopd.world.scoring import Sampler, as_field, make_sampler, score_gedit, score_geneval
+from danceopd.world.weight_merge import COMBINATIONS, lora_merge, weight_merge
 
 VALIDATION_SEED = 777  # of the prompts that learning rates and merges are tuned on; results are on the evaluation's
+
 WEIGHTS = (0.3, 0.5, 0.7, 1.0)  # of each adapter in a merge
+
 BALANCE = ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0))  # of the first source against the others in a merge of full weights
 
 
@@ -76,9 +77,6 @@ def _style(network, sampler, seed, per_task, per_kind):
 def _edit(kinds, network, sampler, seed, per_task, per_kind, name="gedit_average"):
     row = score_gedit(network, sampler, seed, per_kind, kinds=kinds)
     return {name: row["average"], f"{name}_error": row["standard_error"]}
-
-
-# ------------------------------------------------------------------------------------ rows without training
 
 
 def untrained(setting: str, config: Config) -> Iterator[tuple[str, str, dict]]:

@@ -33,6 +33,9 @@ TABLES = {
         "steps16": (5.751, 0.858),
     },
 }
+
 STYLE_GAP_CLOSED = 0.853
+
 GUIDANCE_BEST = 5.833  # edit average of the best composition of training and inference scale
+
 OVER_GUIDED = (49, 4.015)  # product of the two scales, edit average there

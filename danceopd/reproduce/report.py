@@ -18,9 +18,9 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from danceopd.checkpoint import write_atomic
-from danceopd.evaluation.report import CHART_STYLE, DASH, duration
-from danceopd.evaluation.report import label as plain_label
+from danceopd.report.charts import CHART_STYLE
+from danceopd.report.names import DASH, duration
+from danceopd.report.names import label as plain_label
 from danceopd.reproduce.claims import BAND, COMPARED, KEPT, NEAR, Claim, by_scales, claims, own_guidance
 from danceopd.reproduce.paper import TABLES
 from danceopd.reproduce.results import (
@@ -38,8 +38,10 @@ from danceopd.reproduce.results import (
     rates,
     read,
 )
+from danceopd.support.files import write_atomic
 
 GREY = "#8a8a8a"
+
 COLORS = {
     "danceopd": "#24598f",
     "danceopd_fast": "#c1571b",
@@ -50,6 +52,7 @@ COLORS = {
     "flow_opd": "#a3403f",
     "flow_opd_attached": "#e09a8d",
 }
+
 AXES = {
     "routing": "Routing",
     "query": "Which state is asked",
@@ -370,9 +373,6 @@ def _again(page: Page, files: dict[str, dict]) -> None:
     page.table(f"{note}some files differed from it.", header, lines)
     for machine, names in machines.items():
         page.table(f"Machine of {', '.join(names)}.", ["", ""], [list(fact) for fact in machine])
-
-
-# ------------------------------------------------------------------------------------------------- output
 
 
 def _figure(panels: list[Callable], height: float) -> Figure:

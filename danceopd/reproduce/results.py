@@ -7,11 +7,12 @@ import re
 import statistics
 from pathlib import Path
 
-from danceopd.evaluation.report import DASH
-from danceopd.evaluation.report import label as plain_label
+from danceopd.report.names import DASH
+from danceopd.report.names import label as plain_label
 from danceopd.reproduce.matrix import SETTINGS
 
 GENEVAL, GEDIT = "geneval_overall", "gedit_average"
+
 NAMES = {
     GENEVAL: "GenEval overall",
     GEDIT: "edit average",
@@ -21,6 +22,7 @@ NAMES = {
     "global_average": "global edits",
     "guided_overall": "GenEval overall, guidance 2",
 }
+
 ROWS = {
     "soft": "mean of the sources",
     "mid_t": "mid t",
@@ -38,6 +40,7 @@ ROWS = {
     "merge_weighted": "weighted merge",
     "merge_lora_dare_ties": "LoRA merge, dare_ties",
 }
+
 REPRODUCED, NOT, UNDECIDED, MISSING = "reproduced", "not reproduced", "undecided at this noise", "not run yet"
 
 

@@ -20,19 +20,21 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from danceopd.checkpoint import write_atomic
-from danceopd.config import Config, parse_config
-from danceopd.errors import UserError
-from danceopd.evaluation.report import read_log
-from danceopd.evaluation.run import machine
+from danceopd.config.reading import parse_config
+from danceopd.config.sections import Config
 from danceopd.reproduce.matrix import ABLATIONS, SETTINGS, Budget, Run, runs
 from danceopd.reproduce.measure import VALIDATION_SEED, measure, student, untrained
 from danceopd.reproduce.report import write_report
 from danceopd.reproduce.results import mean_error
+from danceopd.support.errors import UserError
+from danceopd.support.files import write_atomic
+from danceopd.support.run_log import read_log
+from danceopd.training.checkpoints import checkpoints
 from danceopd.training.loop import train
-from danceopd.training.state import checkpoints
+from danceopd.world.evaluate import machine
 
 POLL_SECONDS = 1.0
+
 UNTRAINED = "untrained"
 
 
@@ -43,9 +45,6 @@ class Place:
     configs: Path
     work: Path
     results: Path
-
-
-# ------------------------------------------------------------------------------------------------ one run
 
 
 def raw_config(run: Run, place: Place) -> tuple[dict, list[str]]:
@@ -138,9 +137,6 @@ def commit() -> str:
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-# ------------------------------------------------------------------------------------------------ all runs
-
-
 def reproduce(settings: list[str], budget: Budget, place: Place, seeds: int, workers: int) -> list[Path]:
     """Make every run of the tables that is not made yet, `workers` at a time; write the results after each.
 
@@ -212,9 +208,6 @@ def _start(run: Run, place: Place, workers: int) -> subprocess.Popen:
 def _evaluations(run: Run, place: Place) -> int:
     log = read_log(place.work / run.name / "log.jsonl").training
     return min(log[-1]["network_evaluations"], run.evaluations) if log else 0
-
-
-# ------------------------------------------------------------------------------------------------ results
 
 
 def adopt(todo: list[Run], place: Place) -> None:

@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from danceopd.cli import guarded
 from danceopd.reproduce.matrix import Run
 from danceopd.reproduce.run import Place, make_run
+from danceopd.support.exits import guarded
 
 
 def main(order: str) -> None:

@@ -1,1 +1,1 @@
-"""The training loop and its parts."""
+"""Training: the loop over updates and all that it needs."""

@@ -1,4 +1,4 @@
-"""What holds the student and its optimizer in one process. danceopd.training.zero has the same for many.
+"""What holds the student and its optimizer in one process. danceopd.training.zero.engine has the same for many.
 
 Both have: `student`, asked with gradient; `rolled`, the same weights, asked without; `resident`, the network that
 `rolled` asks, the student or a replica, or None where its forwards gather weights; `backward` and `step`; `averaged`,
@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from danceopd.config import Config
-from danceopd.optimizers import make_optimizers, set_learning_rate
-from danceopd.training.replica import make_replica, places, rollout_precision
-from danceopd.training.state import Checkpoint
+from danceopd.config.sections import Config
+from danceopd.support.optimizers import make_optimizers, set_learning_rate
+from danceopd.training.checkpoints import Checkpoint
+from danceopd.training.rollouts.replica import make_replica, places, rollout_precision
 
 
 class Local:

@@ -2,9 +2,10 @@
 
 import torch
 
-from danceopd.methods.observed import Summary
+from danceopd.core.watch import Summary
 
 MOMENTUM = 0.95
+
 LIMIT = 3.0  # an adaptive route's weight stays within this factor of the configuration's
 
 

@@ -6,13 +6,18 @@ from collections import deque
 
 import torch
 
-from danceopd.methods.observed import Summary
+from danceopd.core.watch import Summary
 
 RATIO_LIMITS = (0.8, 1.25)  # of a norm to the teacher's
+
 MOMENTUM = 0.9
+
 MIN_OBSERVATIONS = 20
+
 GRADIENT_WINDOW = 200
+
 GRADIENT_RECENT = 10
+
 GRADIENT_FACTOR = 5.0
 
 

@@ -1,12 +1,10 @@
 """The training loop: draw, ask the method for its loss, update, watch, log, save."""
 
-import contextlib
 import inspect
 import math
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,47 +14,42 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from danceopd.checkpoint import write_atomic
-from danceopd.config import Config
-from danceopd.data.sampler import Batch, draw_batch, sample_generators
-from danceopd.draws import Generator
-from danceopd.errors import Terminated, UserError
-from danceopd.evaluation.world import make_sampler, score_gedit, score_geneval
-from danceopd.fields import TOKENS, Field, counted, guided
-from danceopd.graphs import StaticField, always_guided, compile_blocks
-from danceopd.memory import keep_freed_memory
-from danceopd.methods import METHODS, needs
-from danceopd.methods.observed import join
-from danceopd.profiling import phase, traced
-from danceopd.rollout import rollout, sample
-from danceopd.schedule import sigma_grid
+from danceopd.config.sections import Config
+from danceopd.core.batch import Batch
+from danceopd.core.fields import Field, counted
+from danceopd.core.methods import METHODS
+from danceopd.core.methods.provided import needs
+from danceopd.core.phase import phase
+from danceopd.core.randomness import Generator, sample_generators
+from danceopd.core.rollout import rollout, sample
+from danceopd.core.schedule import sigma_grid
+from danceopd.core.watch import join
+from danceopd.data.sampler import draw_batch
+from danceopd.models.packing import TOKENS
+from danceopd.support.errors import Terminated, UserError
+from danceopd.support.files import write_atomic
+from danceopd.support.memory import keep_freed_memory
+from danceopd.support.pictures import labelled_grid
+from danceopd.support.ranks import ALONE, Ranks, agreed
+from danceopd.support.run_log import RunLog
+from danceopd.training.asking import as_trained, guidance_scales, in_precision, micro_batches
+from danceopd.training.assembly.build import build
+from danceopd.training.assembly.parts import Parts
+from danceopd.training.assembly.room import check_room
+from danceopd.training.checkpoints import Checkpoint, checkpoints, load_newest, save_state
 from danceopd.training.engine import Local
 from danceopd.training.gaps import Gaps
 from danceopd.training.health import Health
-from danceopd.training.log import MODEL_SAMPLES, PREVIEW_SAMPLES, RunLog, labelled_grid
-from danceopd.training.ranks import ALONE, Ranks, agreed
-from danceopd.training.setup import Parts, build, check_room
-from danceopd.training.state import Checkpoint, checkpoints, load_newest, save_state
+from danceopd.training.previews import MODEL_SAMPLES, PREVIEW_SAMPLES
+from danceopd.training.resume import NOT_IDENTITY, _differences, _without_nothing
+from danceopd.training.rollouts.compiled import compile_blocks
+from danceopd.training.rollouts.kinds import always_guided
+from danceopd.training.rollouts.static import StaticField
+from danceopd.training.stopping import stop_requests
+from danceopd.training.trace import traced
+from danceopd.world.scoring import make_sampler, score_gedit, score_geneval
 
 BATCH, QUERY, PREVIEW = 0, 1, 2  # streams of randomness of one step
-NOT_IDENTITY = (
-    "max_steps",
-    "output_dir",
-    "log_every",
-    "save_every",
-    "keep_checkpoints",
-    "sample_every",
-    "device",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "offload_sources",
-    "shard_sources",
-    "rollout_on",
-    "cuda_graphs",
-    "compile",
-    "attention_backend",
-    "profile_steps",
-)
 
 
 class Trainer:
@@ -97,7 +90,7 @@ class Trainer:
         if settings is None:
             self.engine = Local(parts.student, config)
         else:
-            from danceopd.training.zero import Zero
+            from danceopd.training.zero.engine import Zero
 
             self.engine = Zero(parts.student, config, settings, ranks, parts.lockstep)
         if config.training.compile and self.engine.resident is not None:
@@ -466,81 +459,6 @@ class Trainer:
             if self.ranks.rank == 0:
                 scores = self.quick_scores(network)
                 log.write(self.step, {"network_evaluations": self.evaluations.total(), "evaluation": scores})
-
-
-def micro_batches(config: Config, batch: Batch) -> list[Batch]:
-    """Parts no larger than those of an update, so that where training fits this does too."""
-    size = config.training.batch_size // config.training.gradient_accumulation_steps
-    return [batch[i : i + size] for i in range(0, len(batch), size)]
-
-
-def guidance_scales(config: Config) -> list[float] | None:
-    """The student's own scale for each capability's samples; None where all are 1."""
-    scales = [capability.student_guidance_scale for capability in config.capabilities.values()]
-    return None if all(scale == 1 for scale in scales) else scales
-
-
-def as_trained(config: Config, parts: Parts, network: Field) -> Field:
-    """The student's network, or another in its place, as the field that is trained: in its precision, guided."""
-    velocity = in_precision(config, parts, network)
-    if guidance_scales(config) is None:
-        return velocity
-    return guided(velocity, parts.empty_prompt, combine=parts.combine)
-
-
-def in_precision(config: Config, parts: Parts, network: Field) -> Field:
-    """A network as a field in the student's precision."""
-    bf16 = config.training.precision == "bf16" and not config.model
-
-    def velocity(latents, sigma, conditioning):
-        with torch.autocast(parts.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return network(latents, sigma, conditioning)
-
-    return velocity
-
-
-@contextlib.contextmanager
-def stop_requests(silent: bool = False):
-    """A list that gets an entry at the first Ctrl-C or TERM signal; the second Ctrl-C interrupts at once.
-
-    An update is never torn: a half-applied one would make the resumed run differ.
-    """
-    requests: list[int] = []
-
-    def request(number, _frame):
-        if requests and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        requests.append(number)
-        if not silent and len(requests) == 1:
-            print("\nstopping after this update, with a checkpoint", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield requests
-        return
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requests
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _without_nothing(values: dict) -> dict:
-    """Without keys that hold nothing: a run goes on after a version that has more of them."""
-    kept = {key: _without_nothing(value) if isinstance(value, dict) else value for key, value in values.items()}
-    return {key: value for key, value in kept.items() if value is not None and value != [] and value != {}}
-
-
-def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """The keys that two configurations disagree on."""
-    changed = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changed += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            changed.append(f"{prefix}{key}")
-    return changed
 
 
 def train(

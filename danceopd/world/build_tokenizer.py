@@ -3,9 +3,9 @@
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from danceopd.tokenizer import PATH
 from danceopd.world.edits import KINDS, sample_edits
 from danceopd.world.prompts import draw, draw_tasks, sample_prompts
+from danceopd.world.tokenizer import PATH
 
 
 def main() -> None:

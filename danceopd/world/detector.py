@@ -20,6 +20,7 @@ from danceopd.world.sprites import (
 )
 
 CONFIDENCE_THRESHOLD = 0.3  # GenEval's own; here it means a root mean square error below 0.14
+
 _ERROR_AT_ZERO_CONFIDENCE = 0.2
 
 

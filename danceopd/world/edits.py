@@ -9,8 +9,11 @@ from danceopd.world.scene import CELLS, Scene
 from danceopd.world.sprites import BACKGROUNDS, CLASSES, COLORS, EMPTY, NATURAL, STYLES
 
 LOCAL_KINDS = ("subject-add", "subject-remove", "subject-replace", "color-alter")
+
 GLOBAL_KINDS = ("background-change", "style-change")
+
 KINDS = LOCAL_KINDS + GLOBAL_KINDS
+
 HELD_OUT_KINDS = ("subject-add", "subject-replace", "color-alter")  # those that can bring in a held-out pair
 
 

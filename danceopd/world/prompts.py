@@ -9,12 +9,16 @@ from danceopd.world.scene import CELLS, Scene, blank
 from danceopd.world.sprites import BACKGROUNDS, CLASSES, COLORS, EMPTY, JITTER, NATURAL
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
 PAIR_TASKS = ("two_object", "colors", "position", "color_attr")  # those that a held-out pair can appear in
+
 RELATIONS = ("left of", "right of", "above", "below")
+
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 # Never seen in any training picture: each class lacks one colour, and six pairs of classes never meet.
 HELD_OUT_COLORS = frozenset((name, COLORS[1 + index % (len(COLORS) - 1)]) for index, name in enumerate(CLASSES))
+
 HELD_OUT_PAIRS = frozenset(
     frozenset(pair)
     for pair in (
@@ -26,6 +30,7 @@ HELD_OUT_PAIRS = frozenset(
         ("cat", "boat"),
     )
 )
+
 SPLITS = ("seen", "held_out")
 
 

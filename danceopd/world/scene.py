@@ -7,6 +7,7 @@ import torch
 from danceopd.world.sprites import CELL_SIZE, EMPTY, GRID, IMAGE_SIZE, JITTER, NATURAL, background_rgb, cells
 
 CELLS = GRID * GRID
+
 NO_JITTER = JITTER.index((0, 0))
 
 

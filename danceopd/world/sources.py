@@ -10,19 +10,23 @@ from pathlib import Path
 
 import torch
 
-from danceopd.backbones.dit import DiT, DiTConfig
-from danceopd.checkpoint import SHIPPED, load_model, save_model, shipped_sources, write_atomic
-from danceopd.conditioning import Conditioning
-from danceopd.optimizers import make_optimizers
-from danceopd.schedule import shift_sigma, sigma_grid
-from danceopd.tokenizer import tokenize
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.schedule import shift_sigma, sigma_grid
+from danceopd.support.files import write_atomic
+from danceopd.support.optimizers import make_optimizers
+from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
+from danceopd.world.files import SHIPPED, load_model, save_model, shipped_sources
 from danceopd.world.prompts import draw, draw_tasks, sample_prompts
 from danceopd.world.scene import render
+from danceopd.world.tokenizer import tokenize
 
 SHIFT = 5.0  # of the training noise levels and of every sampler of these networks: layout is decided near noise
+
 EMPTY_PROMPT_SHARE = 0.1
+
 COMPILE_FROM = 200  # steps; a shorter stage is done before compiling pays
+
 # Position is learned slowest and single objects at once, so they get more and less of the data.
 TASK_WEIGHTS = {
     "single_object": 0.5,
@@ -49,6 +53,7 @@ class Stage:
 
 
 TRUNK = "trunk"  # the common ancestor; it does not ship
+
 STAGES = {
     TRUNK: Stage(None, {"t2i": 0.6, "local": 0.26, "global": 0.14}, steps=2000, seed=0, decay=0.0),
     "base": Stage(TRUNK, {"t2i": 0.6, "local": 0.26, "global": 0.14}, steps=500, seed=6, decay=1.0),
@@ -176,7 +181,11 @@ def train_source(name: str, folder: Path, log_every: int = 250) -> Path:
 
 def score_sources(seed: int = 1234, per_task: int = 100, per_kind: int = 100) -> list[dict]:
     """Every shipped network on every task, own or not: name, and each score with its standard error."""
-    from danceopd.evaluation.world import Sampler, score_gedit, score_geneval  # not needed to train
+    from danceopd.world.scoring import (
+        Sampler,  # not needed to train
+        score_gedit,
+        score_geneval,
+    )
 
     sampler, rows = Sampler(sigma_grid(16, SHIFT)), []
     for name in shipped_sources():

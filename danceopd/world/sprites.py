@@ -8,16 +8,25 @@ import torch
 from PIL import Image
 
 CLASSES = ("dog", "cat", "car", "apple", "airplane", "boat", "clock", "cup")
+
 COLORS = ("natural", "red", "green", "blue", "yellow", "purple")
+
 STYLES = ("photo", "sketch")
+
 BACKGROUNDS = ("snow", "sand", "sky", "night")
+
 EMPTY = len(CLASSES)  # the class index of a cell with no object
+
 NATURAL = 0
 
 SPRITE_SIZE = 14
+
 CELL_SIZE = 16
+
 GRID = 2
+
 IMAGE_SIZE = CELL_SIZE * GRID
+
 JITTER = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
 
 _TINTS = {
@@ -27,7 +36,9 @@ _TINTS = {
     "yellow": (0.98, 0.84, 0.08),
     "purple": (0.62, 0.16, 0.78),
 }
+
 _BACKGROUND_RGB = ((0.96, 0.97, 0.98), (0.86, 0.76, 0.58), (0.60, 0.82, 0.94), (0.12, 0.14, 0.28))
+
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 SHEET = Path(__file__).parent / "assets" / "sprites.png"

@@ -11,8 +11,8 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 from tiny_flux import save_tiny
 
-from danceopd.backbones import flux
-from danceopd.errors import UserError
+from danceopd.models.backbones import flux
+from danceopd.support.errors import UserError
 
 PROMPTS, NEGATIVE = ["a red ball on a table", "Blue cube, left of it: 2 dogs!"], ["blurry", ""]
 HEIGHT, WIDTH, STEPS, GUIDANCE = 48, 80, 4, 3.5

@@ -11,9 +11,9 @@ from peft import LoraConfig
 from PIL import Image
 from tiny_flux2 import save_tiny
 
-from danceopd.backbones import flux2
-from danceopd.errors import UserError
-from danceopd.lora import target_layers
+from danceopd.models.backbones import flux2
+from danceopd.models.shared_base import target_layers
+from danceopd.support.errors import UserError
 
 HEIGHT, WIDTH, STEPS = 64, 96, 3
 PROMPTS = ["a red cat", "two blue dogs left of a tree"]

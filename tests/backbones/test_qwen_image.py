@@ -11,8 +11,8 @@ from peft import LoraConfig
 from PIL import Image
 from tiny_qwen_image import save_tiny
 
-from danceopd.backbones import qwen_image
-from danceopd.errors import UserError
+from danceopd.models.backbones import qwen_image
+from danceopd.support.errors import UserError
 
 HEIGHT, WIDTH, STEPS, SCALE = 64, 96, 3, 4.0
 PROMPTS, NEGATIVE = ["a red cat", "two dogs, on a long sofa"], ["", "blurred"]

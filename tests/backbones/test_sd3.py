@@ -10,8 +10,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_sd3 import save_tiny
 
-from danceopd.backbones import sd3
-from danceopd.errors import UserError
+from danceopd.models.backbones import sd3
+from danceopd.support.errors import UserError
 
 PROMPTS = ["a red cube", "Two blue balls, left of a box"]
 HEIGHT, WIDTH, STEPS = 32, 48, 4

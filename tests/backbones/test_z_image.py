@@ -10,8 +10,8 @@ from diffusers.image_processor import VaeImageProcessor
 from peft import LoraConfig
 from tiny_z_image import save_tiny, save_tiny_omni
 
-from danceopd.backbones import z_image
-from danceopd.errors import UserError
+from danceopd.models.backbones import z_image
+from danceopd.support.errors import UserError
 
 HEIGHT, WIDTH, STEPS = 64, 96, 4
 # 28 and 66 tokens: one and three blocks of the transformer's 32.
@@ -57,7 +57,7 @@ def picture(height, width, seed):
 
 
 def sample(folder, latents, prompt, negative=None, alpha=1.0, sources=()):
-    """The Euler loop; alpha as in danceopd.fields.guided."""
+    """The Euler loop; alpha as in danceopd.core.fields.guided."""
     transformer, levels = z_image.load_transformer(folder), z_image.sigmas(folder, STEPS, HEIGHT, WIDTH)
     with torch.no_grad():
         for sigma, following in pairwise(levels):

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_sd3 import _clip_tokenizer, _clip_vocabulary
 from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from danceopd.evaluation.geneval import CLASSES
+from danceopd.evaluation.geneval.rules import CLASSES
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 

@@ -1,0 +1,34 @@
+"""`danceopd compare`: runs on the same prompts and seeds, paired picture by picture."""
+
+import argparse
+from pathlib import Path
+
+from danceopd.support.errors import UserError
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        help="GenEval's folders with results.jsonl, or GEdit-Bench's OUTPUT/METHOD or OUTPUT/scores/METHOD/JUDGE; the "
+        "first is what the others are compared to",
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("compare.html"), help="page to write (%(default)s)")
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    from danceopd.evaluation.compare import compare, distinct, read_run, table, warnings_of, write_page
+
+    if len(args.runs) < 2:
+        raise UserError("give two runs or more; the first is what the others are compared to")
+    runs = distinct([read_run(path) for path in args.runs])
+    comparisons = [compare(runs[0], run) for run in runs[1:]]
+    for warning in warnings_of(runs, comparisons):
+        print(f"warning: {warning}")
+    rows = table(runs, comparisons)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+    write_page(args.output, runs, comparisons)
+    print(f"wrote {args.output}")

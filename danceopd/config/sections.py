@@ -1,0 +1,218 @@
+"""The sections of a configuration, as typed values."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from danceopd.config.methods import options
+from danceopd.core.methods import METHODS
+from danceopd.core.query import QUERIES
+from danceopd.core.rollout import SOLVERS
+from danceopd.core.routing import ROUTES
+from danceopd.support.optimizers import OPTIMIZERS
+
+Positive = Annotated[int, Field(ge=1)]
+
+Count = Annotated[int, Field(ge=0)]
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+Scale = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NewLora(Section):
+    """A student's adapter: alpha / rank times B A beside each target layer; alpha is the rank if not given.
+
+    targets: ends of the layers' names; those of the model's family if not given.
+    """
+
+    rank: Positive = 128
+    alpha: PositiveFloat | None = None
+    targets: list[str] | None = None
+
+
+class Student(Section):
+    """init_from: the name of an embedded network, or a .safetensors file; with a `model`, "base", its transformer,
+    the name of a source, or "merge", the mean of all sources (of networks: guidance is no part of either).
+
+    lora: train an adapter of a `model`'s transformer; all its weights if not given. embedded_guidance: the number that
+    a guidance-distilled `model` takes as an input (FLUX.1 dev and Kontext 3.5, FLUX.2 dev 4), at which the student is
+    trained and then drawn with.
+    """
+
+    init_from: str = "base"
+    lora: NewLora | None = None
+    embedded_guidance: Scale | None = None
+
+
+class LoraFile(Section):
+    """A LoRA in any layout that diffusers converts; scale: of what it changes."""
+
+    path: Path
+    scale: Scale = 1.0
+
+
+class Source(Section):
+    """A frozen teacher. guidance_scale 1 asks its conditional field; any other makes guidance part of the field.
+
+    weights: as a student's init_from; with a `model`, "base" (also if not given), a transformer's or a pipeline's
+    folder, or a transformer in one .safetensors file, under diffusers' names or in a layout that diffusers converts.
+    lora: adapters on its transformer, summed.
+    embedded_guidance: as a student's, the number that this source is asked with. Pipelines of Z-Image count their
+    guidance from 0: their g is the guidance_scale 1 + g.
+    """
+
+    weights: str | None = None
+    lora: list[LoraFile] = []
+    guidance_scale: Scale = 1.0
+    embedded_guidance: Scale | None = None
+
+
+class Data(Section):
+    """Exactly one of `world` (pictures drawn from `seed`, `size` of them) and `manifest` (a user's own file).
+
+    With a `model`: prepared, the rows that `danceopd data prepare` wrote.
+    """
+
+    world: Literal["t2i", "style", "edit", "local", "global"] | None = None
+    size: Positive = 20000
+    seed: Count = 1
+    manifest: Path | None = None
+    prepared: Path | None = None
+    root: Path | None = None
+
+
+class Capability(Section):
+    """One route: `source` supervises the samples of `data`, drawn with probability `weight` / sum of weights.
+
+    task: edit where every sample has a source picture, t2i where none has. capability: the name in the
+    manifest, if it differs from the key here. student_guidance_scale: the student's own scale for these samples.
+    prompt_dropout: the share of prompts left empty, so that guidance can be used on the student.
+    """
+
+    source: str
+    task: Literal["t2i", "edit"]
+    data: Data
+    capability: str | None = None
+    weight: Weight = 1.0
+    student_guidance_scale: Scale = 1.0
+    prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Rollout(Section):
+    """shift: of the noise levels; a `model`'s are those of its scheduler, and shift is not looked at."""
+
+    num_inference_steps: Positive = 16
+    shift: PositiveFloat = 5.0
+    solver: Literal[*SOLVERS] = "euler"
+
+
+class Query(Section):
+    bias: Literal[*QUERIES] = "low_t"
+    k: Positive = 1
+
+
+class Training(Section):
+    """batch_size samples make one update, in micro-batches of batch_size / gradient_accumulation_steps.
+
+    max_network_evaluations ends a run before max_steps: forwards of one sample by any network, a backward counted
+    as two. gradient_checkpointing: with a `model`, the backward computes each block again instead of keeping it.
+    base_precision: of the frozen linear weights in a `model`'s blocks, those of sources too; adapters stay as they
+    are. With fp8 a token's input is rounded too where the device multiplies FP8; the embedded network's sources can
+    have it as well. offload_sources: with a `model`, sources with weights of their own wait in host memory, and a
+    forward brings their blocks to the device one after another, the next while one computes; without effect on a CPU.
+
+    rollout_precision: of a copy of the student that rollouts ask, filled after each update; fp8 as in base_precision.
+    If not given they ask the student itself, or with ZeRO-3 a replica in its own precision. An adapter's base in FP8
+    is the one that sources share where base_precision is fp8 too, else a copy.
+
+    With DeepSpeed: rollout_on: ZeRO-3's rollouts ask a replica of the student that is gathered once an update, or its
+    shards, which every forward gathers. shard_sources: sources with weights of their own lie on all ranks in shards, or
+    on each of them whole. auto looks at the memory that is free.
+
+    cuda_graphs: rollouts take static steps, on CUDA as captured graphs; auto does on CUDA alone.
+    compile: torch.compile of each block of the network that rollouts ask. attention_backend: with a `model`, by
+    diffusers' name of it, or auto (models.attention). profile_steps: updates, from the second on, of which torch's
+    profiler writes a trace into the run's folder `profile`.
+    """
+
+    output_dir: Path
+    seed: Count = 0
+    max_steps: Positive = 1000
+    max_network_evaluations: Positive | None = None
+    batch_size: Positive = 64
+    gradient_accumulation_steps: Positive = 1
+    optimizer: Literal[*OPTIMIZERS] = "adamw"
+    learning_rate: PositiveFloat = 5e-4
+    warmup_steps: Count = 20
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: Weight = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    precision: Literal["fp32", "bf16"] = "fp32"
+    rollout_precision: Literal["bf16", "fp8"] | None = None
+    gradient_checkpointing: bool = False
+    base_precision: Literal["int8", "fp8"] | None = None
+    offload_sources: bool = False
+    rollout_on: Literal["auto", "replica", "shards"] = "auto"
+    shard_sources: Literal["auto"] | bool = "auto"
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    compile: bool = False
+    attention_backend: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: Positive = 5
+    save_every: Positive = 100
+    keep_checkpoints: Positive = 2
+    sample_every: Count = 200
+    max_nonfinite_steps: Positive = 10
+    profile_steps: Count = 0
+
+
+class Evaluation(Section):
+    """Pictures per GenEval task and per edit kind; during the run, `times` evenly spread, one of `quick` each.
+
+    Pictures are drawn in num_inference_steps of `solver`, with the rollout's shift.
+    """
+
+    seed: Count = 1234
+    per_task: Positive = 100
+    per_kind: Positive = 100
+    batch_size: Positive = 128
+    times: Count = 0
+    quick: Positive = 30
+    num_inference_steps: Positive = 16
+    solver: Literal[*SOLVERS] = "euler"
+
+
+class Config(Section):
+    """options: those of the method. route: drawn with the capabilities' weights, in turn, or by weight and gap.
+
+    model: the folder of a diffusers pipeline whose transformer is distilled; the embedded network if not given.
+    """
+
+    model: Path | None = None
+    method: Literal[*METHODS] = "danceopd"
+    options: dict[str, Any] = {}
+    route: Literal[*ROUTES] = "random"
+    student: Student = Student()
+    sources: dict[str, Source] = Field(min_length=1)
+    capabilities: dict[str, Capability] = Field(min_length=1)
+    rollout: Rollout = Rollout()
+    query: Query = Query()
+    training: Training
+    evaluation: Evaluation = Evaluation()
+
+    def to_dict(self) -> dict:
+        """Plain values, as YAML or JSON take them."""
+        return self.model_dump(mode="json")
+
+    def method_options(self) -> dict:
+        """The method's options by keyword, defaults and all."""
+        return options(self.method)(**self.options).model_dump()

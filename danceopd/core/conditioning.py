@@ -1,0 +1,146 @@
+"""What a velocity field is conditioned on."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+Tensors = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Conditioning:
+    """Prompts and source pictures of B samples.
+
+    prompt: what the backbone's text encoder gives, a tensor or a dict of them, each [B, ...]; the embedded network
+    takes int64 tokens [B, L]. Of a dict, prompt_mask [B, L] bool is False after a prompt's end, and prompt_keep the
+    same for prompts to be computed at this very L, whose masks nobody reads on the host. source: the pictures to edit
+    in the space of the latents, one tensor [B, C, h, w] or a tuple of them where there are several references; None if
+    no sample has one. has_source: [B] bool; `source` is ignored where it is False; None if all samples have theirs,
+    where `source` is given, such that nothing has to be read on the device to know it. guidance_scale: [B] float32 or
+    None; read by a field that is guided per sample (core.fields.guided), and by nothing else. adapter: [B] int64 or
+    None; which of several sources a network that answers for all of them is asked for (core.fields.SharedField).
+    embedded_guidance: [B] float32 or None; the number that a guidance-distilled model takes as an input. empty_prompt:
+    like prompt, each sample's own empty prompt, or None where it is one for all: a text encoder that sees the source
+    pictures has another for each.
+    """
+
+    prompt: Tensors
+    source: Tensors | None
+    has_source: torch.Tensor | None
+    guidance_scale: torch.Tensor | None = None
+    adapter: torch.Tensor | None = None
+    embedded_guidance: torch.Tensor | None = None
+    empty_prompt: Tensors | None = None
+
+    def __len__(self) -> int:
+        return len(self._first())
+
+    def _first(self) -> torch.Tensor:
+        return tree_leaves(self.prompt)[0] if self.has_source is None else self.has_source
+
+    def sourced(self) -> bool | None:
+        """Whether all samples have source pictures, or False: none has; None: some have. has_source is read for it."""
+        if self.source is None:
+            return False
+        if self.has_source is None:
+            return True
+        return bool(self.has_source.all()) or (None if self.has_source.any() else False)
+
+    def _map(self, function) -> "Conditioning":
+        values = (getattr(self, f.name) for f in fields(self))
+        return Conditioning(*(None if value is None else tree_map(function, value) for value in values))
+
+    def __getitem__(self, index) -> "Conditioning":
+        """Select samples by slice, mask or index tensor."""
+        return self._map(lambda value: value[index])
+
+    def to(self, device: torch.device | str) -> "Conditioning":
+        return self._map(lambda value: value.to(device))
+
+    def repeat(self, k: int) -> "Conditioning":
+        """Each sample k times in a row: [B] -> [B * k]."""
+        return self._map(lambda value: value.repeat_interleave(k, dim=0))
+
+    def embedding(self, guidance: float | None) -> "Conditioning":
+        """The same samples with one embedded guidance; None is none."""
+        if guidance is None:
+            return replace(self, embedded_guidance=None)
+        return replace(self, embedded_guidance=torch.full((len(self),), guidance, device=self._first().device))
+
+    def without_prompt(self, empty: Tensors) -> "Conditioning":
+        """The same samples with their own empty prompts, else `empty`, one sample's; their source pictures stay."""
+        if self.empty_prompt is not None:
+            return replace(self, prompt=self.empty_prompt, empty_prompt=None)
+        return replace(self, prompt=tree_map(lambda value: value.expand(len(self), *value.shape), empty))
+
+
+def concatenate(parts: list[Conditioning]) -> Conditioning:
+    """Join samples of one picture size, in order; those without a source get a blank one, marked as absent.
+
+    Prompts of different length are filled up with zeros at the end, masks with False, and so are tensors of a prompt's
+    dict that only some parts have. What only some parts have of the optional rest is dropped.
+    """
+    some = next((p.source for p in parts if p.source is not None), None)
+    sources = None
+    if some is not None:
+
+        def blank(part):
+            return tree_map(lambda value: value.new_zeros(len(part), *value.shape[1:]), some)
+
+        pictures = [blank(p) if p.source is None else p.source for p in parts]
+        sources = tree_map(lambda *values: torch.cat(values), *pictures)
+    rest = ([getattr(p, field.name) for p in parts] for field in fields(Conditioning)[3:])
+    return Conditioning(
+        _join_prompts([p.prompt for p in parts]),
+        sources,
+        _join_marks(parts),
+        *(None if any(v is None for v in values) else _join_prompts(values) for values in rest),
+    )
+
+
+def with_length(prompt: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """A prompt that has a prompt_mask, its tensors [B, L, ...] cut or filled up with zeros to another L; a new dict."""
+    old = prompt["prompt_mask"].shape[1]
+
+    def change(value: torch.Tensor) -> torch.Tensor:
+        if value.dim() < 2 or value.shape[1] != old:
+            return value
+        return F.pad(value[:, :length], (0, 0) * (value.dim() - 2) + (0, max(0, length - old)))
+
+    return {name: change(value) for name, value in prompt.items()}
+
+
+def _join_marks(parts: list[Conditioning]) -> torch.Tensor | None:
+    if all(p.has_source is None for p in parts) and len({p.source is None for p in parts}) == 1:
+        return None
+    marks = [
+        torch.full((len(p),), p.source is not None, device=p._first().device) if p.has_source is None else p.has_source
+        for p in parts
+    ]
+    return torch.cat(marks)
+
+
+def _join_prompts(prompts: list[Tensors]) -> Tensors:
+    if isinstance(prompts[0], dict):
+        some = {name: value for prompt in prompts for name, value in prompt.items()}
+        prompts = [
+            {name: prompt[name] if name in prompt else _blank(value, prompt) for name, value in some.items()}
+            for prompt in prompts
+        ]
+    return tree_map(_join, *prompts)
+
+
+def _blank(like: torch.Tensor, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    return like.new_zeros(len(next(iter(prompt.values()))), *like.shape[1:])
+
+
+def _join(*values: torch.Tensor) -> torch.Tensor:
+    """[B_i, L_i, ...] one after the other, each filled up to the longest L; [B_i] as they are."""
+    longest = max((value.shape[1] for value in values if value.dim() > 1), default=0)
+    filled = [
+        F.pad(value, (0, 0) * (value.dim() - 2) + (0, longest - value.shape[1])) if value.dim() > 1 else value
+        for value in values
+    ]
+    return torch.cat(filled)

@@ -1,0 +1,1 @@
+"""GEdit-Bench: its rows, drawing, judging and scoring."""

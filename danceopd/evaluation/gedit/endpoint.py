@@ -1,0 +1,252 @@
+"""A judge behind an HTTP endpoint."""
+
+import base64
+import http.client
+import io
+import json
+import math
+import os
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from email.utils import parsedate_to_datetime
+
+from danceopd.evaluation.gedit.judge import ANSWER_TOKENS, Question, Unanswered
+from danceopd.support.errors import UserError
+
+KEY_VARIABLE = "DANCEOPD_JUDGE_KEY"  # the environment variable of an endpoint's key: on no command line, in no file
+
+MAX_BODY = 2**20  # bytes read of an answer
+
+
+class _Again(Exception):
+    """A request failed in a way that may pass; wait: the seconds that the server asks for, if it does."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A key is sent to the address that was given, and to no other."""
+
+    def redirect_request(self, *args, **kwargs):
+        return None
+
+
+class EndpointJudge:
+    """judge(questions) -> answers: a model behind an OpenAI-compatible endpoint, such as vLLM's.
+
+    url: what clients call the base URL, usually ending in /v1. The key, where one is needed, is read from the
+    environment variable DANCEOPD_JUDGE_KEY. parallel: requests at a time; timeout: seconds for a whole answer; tries:
+    of a request that fails in a way that may pass, after backoff * 1, 2, 4, ... seconds or what the server says, up to
+    max_wait; per_minute: most requests; max_calls, max_tokens: the budget, UserError once it is used up. Raises
+    UserError for a bad address or key.
+    """
+
+    batch_size = 1
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        parallel: int = 8,
+        timeout: float = 120.0,
+        tries: int = 6,
+        backoff: float = 1.0,
+        max_wait: float = 120.0,
+        per_minute: float | None = None,
+        max_calls: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise UserError(f"the judge's address {_without_user(url)!r} is not like http://localhost:8000/v1")
+        if "@" in parts.netloc:
+            raise UserError(f"no password belongs into the judge's address; give a key by {KEY_VARIABLE}")
+        self.url = url.rstrip("/").removesuffix("/chat/completions")
+        self.model, self.name = model, f"{self.url} {model}"
+        self.parallel, self.timeout, self.tries = parallel, timeout, tries
+        self.backoff, self.max_wait, self.per_minute = backoff, max_wait, per_minute
+        self.max_calls, self.max_tokens = max_calls, max_tokens
+        self.calls = self.tokens = 0
+        self.stop = threading.Event()
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not all("!" <= character <= "~" for character in self._key):
+            raise UserError(f"{KEY_VARIABLE} holds a space or a character that no key has; set it again")
+        self._lock, self._next, self._reached = threading.Lock(), 0.0, False
+        self._open = urllib.request.build_opener(_NoRedirect).open
+
+    def __call__(self, questions: Sequence[Question]) -> Iterator[str | Unanswered]:
+        for question in questions:  # each answer is kept before the next is paid for
+            try:
+                yield self._answer(_content(question))
+            except Unanswered as error:
+                yield error
+
+    def check(self) -> None:
+        """Ask for one word. Raises UserError if the address, the model's name or the key is wrong."""
+        try:
+            self._answer([{"type": "text", "text": "Answer with the word ready."}])
+        except Unanswered as error:
+            raise UserError(f"the judge cannot be asked: {error}") from None
+
+    def _answer(self, content: list[dict]) -> str:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": ANSWER_TOKENS,
+        }
+        data, reason = json.dumps(body).encode(), ""
+        for attempt in range(self.tries):
+            try:
+                return self._post(data)
+            except _Again as error:
+                reason, wait = str(error), error.wait
+            if wait is None:
+                wait = min(self.max_wait, self.backoff * 2**attempt * random.uniform(0.5, 1))
+            elif wait > self.max_wait:
+                raise UserError(f"{self.url} asks to wait {wait:.0f} s; run again then, to go on from here ({reason})")
+            if attempt + 1 < self.tries and self.stop.wait(wait):
+                break
+        raise Unanswered(f"{self.url}: {reason}")
+
+    def _post(self, data: bytes) -> str:
+        self._take_turn()
+        headers = {"Content-Type": "application/json", "User-Agent": "danceopd"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(f"{self.url}/chat/completions", data, headers, method="POST")
+        deadline = time.monotonic() + self.timeout
+        try:
+            with self._open(request, timeout=self.timeout) as response:
+                body = _read(response, deadline)
+        except urllib.error.HTTPError as error:
+            with error:
+                self._refuse(error, deadline)
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            never = (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError)
+            if isinstance(reason, never) and not self._reached:
+                raise UserError(f"no judge at {self.url} ({reason}); is it running, and the address right?") from None
+            said = "no answer in time" if isinstance(reason, TimeoutError) else repr(reason)
+            raise _Again(self._without_key(said)) from None
+        self._reached = True
+        try:
+            answer = json.loads(body)
+            text = answer["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+            raise _Again(f"no chat completion: {self._without_key(body[:200].decode(errors='replace'))!r}") from None
+        usage = answer.get("usage")
+        spent = usage.get("total_tokens") if isinstance(usage, dict) else None
+        with self._lock:
+            self.tokens += spent if isinstance(spent, int) else 0
+        if isinstance(text, list):  # of parts
+            text = "".join(part.get("text") or "" for part in text if isinstance(part, dict))
+        return text if isinstance(text, str) else ""
+
+    def _take_turn(self) -> None:
+        """Count a call, and wait until the rate allows it."""
+        with self._lock:
+            used = [
+                f"{spent} {what}"
+                for spent, most, what in (
+                    (self.calls, self.max_calls, "calls"),
+                    (self.tokens, self.max_tokens, "tokens"),
+                )
+                if most is not None and spent >= most
+            ]
+            if used:
+                raise UserError(
+                    f"the judge's budget is used up after {used[0]}; run again to go on with as much: answers are kept"
+                )
+            self.calls += 1
+            now = time.monotonic()
+            turn = max(now, self._next)
+            if self.per_minute:
+                self._next = turn + 60 / self.per_minute
+        if turn > now and self.stop.wait(turn - now):
+            raise Unanswered("stopped")
+
+    def _refuse(self, error: urllib.error.HTTPError, deadline: float) -> None:
+        """Raise what an HTTP error means: wait and try again, give this question up, or stop."""
+        try:
+            said = self._without_key(_message(_read(error, deadline)))
+        except (_Again, OSError, http.client.HTTPException):
+            said = ""
+        reason = f"HTTP {error.code}" + (f": {said}" if said else "")
+        if error.code in (408, 409, 425, 429) or error.code >= 500:
+            raise _Again(reason, _retry_after(error.headers.get("Retry-After"))) from None
+        self._reached = True
+        if error.code in (401, 403):
+            state = "was refused" if self._key else "is not set"
+            raise UserError(f"{self.url} wants a key, and {KEY_VARIABLE} {state} ({reason})") from None
+        if error.code == 404:
+            raise UserError(
+                f"{self.url} has no model {self.model!r}, or is not the base address, usually one in /v1 ({reason})"
+            ) from None
+        if error.code < 400:
+            raise UserError(f"{self.url} redirects elsewhere; give that address itself ({reason})") from None
+        raise Unanswered(f"{self.url}: {reason}") from None
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _without_user(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//***@", url)
+
+
+def _content(question: Question) -> list[dict]:
+    """The parts of an OpenAI message: pictures as PNGs in data URLs, then the text."""
+    parts = []
+    for picture in question.pictures:
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
+    return [*parts, {"type": "text", "text": question.text}]
+
+
+def _read(response, deadline: float) -> bytes:
+    """A body of at most MAX_BODY bytes, whole before the deadline: a socket's own timeout is for each piece of it."""
+    parts, size = [], 0
+    while part := response.read1(2**16):
+        size += len(part)
+        if size > MAX_BODY:
+            raise _Again(f"an answer of more than {MAX_BODY} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _message(body: bytes) -> str:
+    """What an error's body says, in one short line."""
+    try:
+        error = json.loads(body)["error"]
+        text = error["message"] if isinstance(error, dict) else error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = body.decode(errors="replace")
+    return " ".join(str(text).split())[:300]
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header, which holds them or a date."""
+    if not value:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

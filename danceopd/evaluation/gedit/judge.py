@@ -1,0 +1,233 @@
+"""A vision-language model as the judge of edits, after VIEScore (arXiv 2312.14867).
+
+SC (was the instruction followed, was the rest kept) and PQ (is the picture natural and free of flaws) are each the
+smaller of two marks from 0 to 10, and O = sqrt(SC * PQ). The judge answers behind an OpenAI-compatible endpoint, or is
+a model of transformers on this machine.
+"""
+
+import hashlib
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from danceopd.support.errors import UserError
+from danceopd.support.files import write_atomic
+
+ANSWER_TOKENS = 1024  # most of an answer
+LAST = 20_000  # characters of it that are looked through for marks
+IN_A_ROW = 5  # edits without a score, one after another, that end an evaluation
+AGAIN = "\n\nYour last answer could not be read. Give the JSON object alone, with two marks from 0 to 10."
+
+SHOWN_AREA = 512 * 512  # pixels of a picture as the judge sees it: what GEdit-Bench's script shows
+
+ASKED = 3  # times for an answer that can be read
+
+SC_QUESTION = """\
+You are judging how well a picture was edited. The first picture is the original. The second is what came back when
+this was asked for:
+
+<instruction>
+
+Give two marks from 0 to 10.
+1. Instruction: how completely the second picture shows what was asked for. 0 is not at all, 10 is fully and exactly.
+2. Preservation: how much of everything else is as it was in the original. 0 is another picture altogether, 10 is no
+change beyond the request.
+If both pictures look alike, the request was not carried out, and the first mark is 0.
+
+Answer with one JSON object and nothing else, the marks first:
+{"score": [instruction, preservation], "reasoning": "one short sentence"}"""
+
+PQ_QUESTION = """\
+You are judging the quality of a picture that a computer made, whatever it is meant to show.
+
+Give two marks from 0 to 10.
+1. Naturalness: whether light, shadows, proportions and distances fit together. 0 is impossible at first sight, 10 is
+fully convincing.
+2. Cleanness: whether it is free of flaws such as warped shapes, smeared faces, wrong hands or limbs, seams, noise and
+watermarks. 0 is ruined by them, 10 has none.
+
+Answer with one JSON object and nothing else, the marks first:
+{"score": [naturalness, cleanness], "reasoning": "one short sentence"}"""
+
+MARKS = 2  # that each question asks for
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a judge is asked: pictures (RGB), then a text."""
+
+    text: str
+    pictures: tuple[Image.Image, ...]
+
+
+class Unanswered(Exception):
+    """A judge gave no answer to one question; others may have theirs."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The marks of one edit, or why it has none."""
+
+    sc_marks: tuple[float, ...] = ()
+    pq_marks: tuple[float, ...] = ()
+    problem: str | None = None
+
+    @property
+    def sc(self) -> float:
+        return min(self.sc_marks)
+
+    @property
+    def pq(self) -> float:
+        return min(self.pq_marks)
+
+
+def overall(sc: float, pq: float) -> float:
+    """O of one edit: the geometric mean of SC and PQ."""
+    return math.sqrt(sc * pq)
+
+
+def as_shown(picture: Image.Image) -> Image.Image:
+    """A picture as the judge sees it: RGB, of the same shape with about 512 x 512 pixels."""
+    width = math.sqrt(SHOWN_AREA * picture.width / picture.height)
+    height = width * picture.height / picture.width
+    return picture.convert("RGB").resize((max(1, int(width)), max(1, int(height))))
+
+
+def questions_of(instruction: str, source: Image.Image, edited: Image.Image) -> tuple[Question, Question]:
+    """(SC's, PQ's) of an edit: the first sees both pictures, the second the edited one alone."""
+    source, edited = as_shown(source), as_shown(edited)
+    return Question(SC_QUESTION.replace("<instruction>", instruction), (source, edited)), Question(
+        PQ_QUESTION, (edited,)
+    )
+
+
+def read_marks(answer: str) -> tuple[float, ...] | None:
+    """The two marks of an answer, or None where they are missing, not two, or not from 0 to 10.
+
+    The last whole JSON object with a "score" counts, wherever it stands; without one, the last list after the word.
+    """
+    answer, decoder, found = answer[-LAST:], json.JSONDecoder(), None
+    at = answer.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(answer, at)
+        except (ValueError, RecursionError):
+            end = at + 1
+        else:
+            found = value["score"] if isinstance(value, dict) and "score" in value else found
+        at = answer.find("{", end)
+    if found is None:
+        lists = re.findall(r"""score["']?\s*[:=]\s*\[([^\[\]]{0,200})\]""", answer, re.IGNORECASE)
+        found = lists[-1].split(",") if lists else None
+    if not isinstance(found, list) or len(found) != MARKS:
+        return None
+    try:
+        marks = tuple(float(str(mark).strip().strip("\"'").removesuffix("/10")) for mark in found)
+    except ValueError:
+        return None
+    return marks if all(0 <= mark <= 10 for mark in marks) else None
+
+
+def cache_file(folder: Path, judge: str, question: Question) -> Path:
+    """Where the answer to a question lies: a digest of the judge, the text and the pictures' pixels."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (judge, question.text):
+        digest.update(f"{len(part.encode())} ".encode() + part.encode())
+    for picture in question.pictures:
+        digest.update(f"{picture.width} {picture.height} ".encode() + picture.tobytes())
+    name = digest.hexdigest()
+    return folder / name[:2] / f"{name}.json"
+
+
+def read_cached(path: Path) -> tuple[float, ...] | None:
+    """The marks of an answer that was kept; None where there is none, or only a damaged one."""
+    try:
+        return read_marks(json.loads(path.read_text(encoding="utf-8"))["answer"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is judged: load() -> (source, edited), called when its turn comes."""
+
+    instruction: str
+    load: Callable[[], tuple[Image.Image, Image.Image]]
+
+
+def judge_edits(
+    edits: Sequence[Edit], judge, cache: Path, progress: Callable = lambda items, total: items
+) -> list[Verdict]:
+    """One verdict for each edit, in their order; answers that can be read are kept in the folder `cache`.
+
+    judge: an EndpointJudge or LocalJudge. progress(items, total) wraps the verdicts as they come. Raises UserError
+    where the judge cannot be asked at all, its budget is used up, or several edits in a row get no score: what was
+    answered is kept, and the same call goes on from there.
+    """
+    writing, verdicts = threading.Lock(), [Verdict(problem="not asked")] * len(edits)
+    refused: list[UserError] = []
+
+    def work(places: Sequence[int]) -> list[Verdict]:
+        if refused:  # what is still in the queue is not asked
+            raise refused[0]
+        questions = [q for i in places for q in questions_of(edits[i].instruction, *edits[i].load())]
+        try:
+            marks = _ask(questions, judge, cache, writing)
+        except UserError as error:
+            refused.append(error)
+            raise
+        return [_verdict(*marks[2 * n : 2 * n + 2]) for n in range(len(places))]
+
+    batches = [range(i, min(i + judge.batch_size, len(edits))) for i in range(0, len(edits), judge.batch_size)]
+    pool, in_a_row = ThreadPoolExecutor(judge.parallel), 0
+    try:
+        asked = {pool.submit(work, places): places for places in batches}
+        for done in progress(as_completed(asked), len(batches)):
+            for i, verdict in zip(asked[done], done.result(), strict=True):
+                verdicts[i] = verdict
+                in_a_row = in_a_row + 1 if verdict.problem else 0
+                if in_a_row == IN_A_ROW:
+                    raise UserError(f"the judge gave no score for {IN_A_ROW} edits in a row: {verdict.problem}")
+    finally:
+        judge.stop.set()  # nobody waits to try again
+        pool.shutdown(cancel_futures=True)
+        judge.stop.clear()
+    if edits and all(verdict.problem for verdict in verdicts):
+        raise UserError(f"the judge scored none of {len(edits)} edits: {verdicts[-1].problem}")
+    return verdicts
+
+
+def _verdict(sc: tuple[float, ...] | str, pq: tuple[float, ...] | str) -> Verdict:
+    problems = [marks for marks in (sc, pq) if isinstance(marks, str)]
+    return Verdict(problem=problems[0]) if problems else Verdict(sc, pq)
+
+
+def _ask(questions: list[Question], judge, cache: Path, writing: threading.Lock) -> list[tuple[float, ...] | str]:
+    """The marks for each question, or why there are none."""
+    files = [cache_file(cache, judge.name, question) for question in questions]
+    marks: list = [read_cached(file) for file in files]
+    for attempt in range(ASKED):
+        left = [i for i, found in enumerate(marks) if not isinstance(found, tuple)]
+        if not left:
+            break
+        reminder, refused = AGAIN if attempt else "", False
+        answers = judge([Question(questions[i].text + reminder, questions[i].pictures) for i in left])
+        for i, answer in zip(left, answers, strict=True):
+            if isinstance(answer, Unanswered):
+                marks[i], refused = str(answer), True
+                continue
+            marks[i] = read_marks(answer) or f"its answer cannot be read: {answer[:200]!r}"
+            if isinstance(marks[i], tuple):
+                kept = {"judge": judge.name, "question": questions[i].text, "answer": answer}
+                with writing:  # equal questions of two threads have one file
+                    write_atomic(files[i], (json.dumps(kept, ensure_ascii=False, indent=1) + "\n").encode())
+        if refused:
+            break
+    return marks

@@ -1,0 +1,1 @@
+"""GenEval: its rules, its folders, drawing and scoring."""

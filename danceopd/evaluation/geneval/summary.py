@@ -1,0 +1,40 @@
+"""The summary of GenEval's results."""
+
+
+def summary(records: list[dict]) -> dict:
+    """{"overall", "tags": {tag: {"score", "correct", "pictures"}}, "pictures", "prompts", "correct_pictures",
+    "correct_prompts"}: shares from 0 to 1.
+
+    overall is the mean of the tags' shares of right pictures, a prompt is right if any picture of it is; prompts are
+    told apart by their whole metadata.
+    """
+    tags: dict[str, list[bool]] = {}
+    prompts: dict[str, bool] = {}
+    for line in records:
+        tags.setdefault(line["tag"], []).append(line["correct"])
+        prompts[line["metadata"]] = prompts.get(line["metadata"], False) or line["correct"]
+    scores = {t: {"score": sum(v) / len(v), "correct": sum(v), "pictures": len(v)} for t, v in tags.items()}
+    return {
+        "overall": sum(score["score"] for score in scores.values()) / len(scores),
+        "tags": scores,
+        "pictures": len(records),
+        "prompts": len(prompts),
+        "correct_pictures": sum(line["correct"] for line in records) / len(records),
+        "correct_prompts": sum(prompts.values()) / len(prompts),
+    }
+
+
+def format_summary(scores: dict) -> str:
+    """The summary as lines of text."""
+    lines = [
+        f"{tag:16s} {100 * score['score']:6.2f} %   {score['correct']} of {score['pictures']}"
+        for tag, score in scores["tags"].items()
+    ]
+    return "\n".join(
+        [
+            *lines,
+            f"{'overall':16s} {scores['overall']:.5f}    the mean of {len(lines)} tags",
+            f"right: {scores['correct_pictures']:.2%} of {scores['pictures']} pictures; at least one picture of "
+            f"{scores['correct_prompts']:.2%} of {scores['prompts']} prompts",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Diffusers models: families, LoRA, low precision, weights."""

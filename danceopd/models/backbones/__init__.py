@@ -1,0 +1,89 @@
+"""Networks as velocity fields: the embedded one (dit), and one module for each family of diffusers' models.
+
+A family's module has PIPELINES, LORA_TARGETS, PROMPTS_SEE_PICTURES (whether an editing model's text encoder looks at
+the source pictures), PROMPTS_HAVE_MASKS (docs/lengths.md) and MAX_SOURCES (how many of them an editing model takes for
+one sample), and tasks, load_transformer, text_encoder, picture_codec, latent_shape, sigmas and velocity; also combine,
+where its pipelines have their own guidance. danceopd/backbones/sd3.py is the plainest.
+"""
+
+import difflib
+import json
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from danceopd.models.loading import class_name_of, transformer_folder
+from danceopd.support.errors import UserError
+
+FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image")
+
+
+def pipeline_class_of(folder: Path | str) -> type:
+    """diffusers' class of a pipeline's folder, which knows its LoRA layouts. Raises UserError as backbone_of does."""
+    import diffusers
+
+    backbone_of(folder)
+    return getattr(diffusers, class_name_of(folder))
+
+
+def empty_transformer(folder: Path | str):
+    """The transformer of a pipeline's folder, or of its own, on the meta device: layers and shapes, without a weight.
+
+    Raises UserError for a folder without one.
+    """
+    import diffusers
+    import torch
+
+    path = transformer_folder(folder)
+    try:
+        with torch.device("meta"):
+            return diffusers.AutoModel.from_config(str(path), local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: no transformer that diffusers knows: {error}") from None
+
+
+def transformer_class(folder: Path | str, backbone: ModuleType) -> type:
+    """diffusers' class that a transformer's own folder is of, by its configuration.
+
+    Raises UserError for a configuration that is missing, damaged, or of a class that the backbone does not serve.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+    except FileNotFoundError:
+        raise UserError(f"no transformer in {folder}: there is no {path}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again") from None
+    cls = getattr(backbone, str(name), None)  # a backbone's module has the one class that it loads
+    if not hasattr(cls, "from_config"):
+        raise UserError(f"{path}: a {name} is not a transformer of this family")
+    return cls
+
+
+def meta_transformer(folder: Path | str, backbone: ModuleType, dtype):
+    """An empty_transformer of the class that the backbone serves, in this dtype, frozen, in eval mode.
+
+    Raises UserError as transformer_class does.
+    """
+    import torch
+
+    transformer_class(transformer_folder(folder), backbone)
+    return torch.nn.Module.to(empty_transformer(folder), dtype).eval().requires_grad_(False)
+
+
+def backbone_of(folder: Path | str) -> ModuleType:
+    """The module that serves a pipeline's folder, by the class named in its model_index.json.
+
+    Raises UserError if the folder is not a pipeline's, or of a family that none serves.
+    """
+    name = class_name_of(folder)
+    try:
+        modules = {family: import_module(f"danceopd.models.backbones.{family}") for family in FAMILIES}
+    except ModuleNotFoundError as error:
+        raise UserError(f"diffusers' models need {error.name}; pip install 'danceopd[models]'") from None
+    served = {pipeline: module for module in modules.values() for pipeline in module.PIPELINES}
+    if name not in served:
+        near = difflib.get_close_matches(name, served, n=1)
+        hint = f"did you mean a {near[0]}?" if near else f"served are {', '.join(sorted(served))}"
+        raise UserError(f"{folder} is a {name}, which no backbone serves; {hint}")
+    return served[name]

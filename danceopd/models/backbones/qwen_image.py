@@ -1,0 +1,186 @@
+"""Qwen-Image and Qwen-Image-Edit-Plus: diffusers' classes behind this project's conventions.
+
+A folder of either pipeline serves: both hold the same transformer and VAE classes. The Edit-Plus text encoder also
+looks at the source pictures, and the transformer sees each reference's latents after those of the picture it draws.
+"""
+
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from diffusers.models import QwenImageTransformer2DModel
+from diffusers.pipelines.qwenimage import pipeline_qwenimage, pipeline_qwenimage_edit_plus
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
+
+from danceopd.models import loading
+from danceopd.support.errors import UserError
+
+PIPELINES = ("QwenImagePipeline", "QwenImageEditPlusPipeline")
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # those of diffusers' own LoRA script for Qwen-Image
+
+PROMPTS_SEE_PICTURES = True  # where the folder edits
+
+PROMPTS_HAVE_MASKS = True
+
+MAX_SOURCES = float("inf")  # where the folder edits
+
+MAX_PROMPT_TOKENS = 512  # the text-to-image pipeline's default; the editing pipeline does not cut
+
+
+def _pack(latents: torch.Tensor) -> torch.Tensor:
+    """[B, C, h, w] -> [B, h w / 4, 4 C]: 2 x 2 patches as the transformer's tokens."""
+    return QwenImagePipeline._pack_latents(latents, *latents.shape)
+
+
+def _unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of _pack; height and width are the latents'."""
+    return QwenImagePipeline._unpack_latents(tokens, height, width, vae_scale_factor=1)[:, :, 0]
+
+
+def tasks(folder) -> tuple[str, ...]:
+    """("t2i",) or ("t2i", "edit"): a text-to-image folder has no processor that could show its encoder a picture."""
+    return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "QwenImageEditPlusPipeline" else ("t2i",)
+
+
+def load_transformer(folder, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The transformer of a pipeline folder, or of a transformer folder itself, in eval mode.
+
+    Raises UserError if the folder or its weights (safetensors, sharded or not) are missing.
+    """
+    return loading.load_transformer(QwenImageTransformer2DModel, folder, dtype)
+
+
+def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32):
+    """encode(prompts, pictures=None) -> {"prompt_embeds": [n, L, C] in dtype, "prompt_mask": [n, L] bool}, on the CPU.
+
+    pictures: per prompt a list of its source pictures [3, H, W] in [-1, 1], in the order of the references; only an
+    Edit-Plus folder looks at them, each resized to about 384 x 384 pixels of its own shape. Rows are padded at
+    the end with zeros. The encoder counts a picture's tokens as the installed diffusers does: with transformers 5,
+    one after another instead of by row and column, until diffusers' issue 14194 is closed.
+    Raises UserError if the folder is not one of PIPELINES or lacks a part; Edit-Plus needs torchvision installed.
+    """
+    folder, edits = Path(folder), "edit" in tasks(folder)
+    parts = {
+        "text_encoder": loading.load_model(Qwen2_5_VLForConditionalGeneration, folder / "text_encoder", dtype),
+        "tokenizer": loading.load_tokenizer(Qwen2Tokenizer, folder / "tokenizer"),
+    }
+    if edits:
+        parts["processor"] = loading.load(Qwen2VLProcessor, folder / "processor")
+    # The pipeline without the parts that draw: it holds the prompt template and its handling.
+    pipeline = getattr(diffusers, PIPELINES[edits])(scheduler=None, vae=None, transformer=None, **parts).to(device)
+
+    def shown(picture: torch.Tensor):
+        """The picture as 8-bit RGB, at the size at which the pipeline shows it to the text encoder."""
+        area, ratio = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE, picture.shape[2] / picture.shape[1]
+        width, height = pipeline_qwenimage_edit_plus.calculate_dimensions(area, ratio)
+        image = pipeline.image_processor.postprocess(picture[None].float(), output_type="pil")[0]
+        return pipeline.image_processor.resize(image, height, width)
+
+    @torch.no_grad()
+    def encode(prompts: list[str], pictures: list[list[torch.Tensor]] | None = None) -> dict[str, torch.Tensor]:
+        rows = []
+        for index, prompt in enumerate(prompts):  # one by one, as the editing pipeline does: the counts may differ
+            images = [shown(picture) for picture in pictures[index]] if edits and pictures is not None else []
+            options = {"image": images or None} if edits else {}
+            embeds, _ = pipeline.encode_prompt(
+                prompt=[prompt], device=torch.device(device), max_sequence_length=MAX_PROMPT_TOKENS, **options
+            )
+            rows.append(embeds[0].cpu())
+        lengths = torch.tensor([len(row) for row in rows])
+        embeds = pad_sequence(rows, batch_first=True)
+        return {"prompt_embeds": embeds, "prompt_mask": torch.arange(embeds.shape[1]) < lengths[:, None]}
+
+    return encode
+
+
+def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
+    """(encode, decode) between pictures [n, 3, H, W] in [-1, 1] and latents [n, C, h, w] that the transformer takes.
+
+    encode gives the posterior's mode, normalised by the VAE's latents_mean and latents_std. Both work in `dtype` on
+    `device` and give no gradient. Raises UserError if the folder lacks the VAE.
+    """
+    vae = loading.load_model(AutoencoderKLQwenImage, Path(folder) / "vae", dtype).to(device)
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(device, dtype)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(device, dtype)
+
+    @torch.no_grad()
+    def encode(pictures: torch.Tensor) -> torch.Tensor:
+        frames = pictures.to(device, dtype)[:, :, None]  # a video VAE: a picture is a film of one frame
+        return ((vae.encode(frames).latent_dist.mode() - mean) / std)[:, :, 0]
+
+    @torch.no_grad()
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return vae.decode(latents.to(device, dtype)[:, :, None] * std + mean).sample[:, :, 0]
+
+    return encode, decode
+
+
+def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
+    """(C, h, w) of one sample's noise. Raises UserError if a side is no multiple of two latent pixels."""
+    config = loading.read_json(Path(folder) / "vae" / "config.json")
+    scale = 2 ** len(config["temperal_downsample"])
+    if height < 1 or width < 1 or height % (2 * scale) or width % (2 * scale):
+        raise UserError(f"Qwen-Image draws sides that are multiples of {2 * scale} pixels, not {height} x {width}")
+    return config["z_dim"], height // scale, width // scale
+
+
+def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
+    """Noise levels [num_inference_steps + 1] float32 down to 0: the scheduler's, shifted for this picture size.
+
+    Raises UserError where the scheduler has none: a shift_terminal, as Qwen-Image's own has, needs two steps.
+    """
+    _, h, w = latent_shape(folder, height, width)
+    scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")
+    ranges = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
+    mu = pipeline_qwenimage.calculate_shift(h * w // 4, *(scheduler.config.get(*entry) for entry in ranges))
+    least = 2 if scheduler.config.get("shift_terminal") else 1
+    if num_inference_steps < least:
+        raise UserError(f"the scheduler of {folder} has no noise levels for {num_inference_steps} step(s), use {least}")
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), mu=mu)
+    return scheduler.sigmas.float()
+
+
+def velocity(
+    transformer: torch.nn.Module,
+    latents: torch.Tensor,
+    sigma: torch.Tensor,
+    prompt: dict[str, torch.Tensor],
+    sources: tuple[torch.Tensor, ...] = (),
+    guidance: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """noise - data [B, C, h, w] in the latents' dtype, for latents [B, C, h, w] and sigma [B].
+
+    prompt: rows of text_encoder's dict, without a mask where all are of one length; sources: reference latents [B, C,
+    h_i, w_i] in the order in which the text encoder saw them. guidance is ignored: this transformer class has no such
+    input that works.
+    """
+    pictures = (latents, *sources)
+    dtype = loading.input_dtype(transformer)
+    tokens = torch.cat([_pack(picture.to(dtype)) for picture in pictures], dim=1)
+    shapes = [(1, picture.shape[2] // 2, picture.shape[3] // 2) for picture in pictures]
+    predicted = transformer(
+        hidden_states=tokens,
+        timestep=sigma,  # the transformer multiplies it by 1000 itself
+        encoder_hidden_states=prompt["prompt_embeds"].to(dtype),
+        encoder_hidden_states_mask=prompt.get("prompt_mask", prompt.get("prompt_keep")),
+        img_shapes=[shapes] * len(latents),
+        return_dict=False,
+    )[0]
+    height, width = latents.shape[2:]
+    return _unpack(predicted[:, : height * width // 4], height, width).to(latents.dtype)
+
+
+def combine(cond: torch.Tensor, uncond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance as these pipelines sample: each token keeps the norm of its conditional velocity.
+
+    cond, uncond: velocities [B, C, h, w]; scale: a number or [B]. Returns [B, C, h, w].
+    """
+    height, width = cond.shape[2:]
+    cond, uncond = _pack(cond), _pack(uncond)
+    scale = torch.as_tensor(scale, dtype=cond.dtype, device=cond.device).view(-1, 1, 1)
+    mixed = uncond + scale * (cond - uncond)
+    return _unpack(mixed * (cond.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)), height, width)

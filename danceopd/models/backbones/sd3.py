@@ -1,0 +1,169 @@
+"""Stable Diffusion 3 and 3.5 from a diffusers pipeline folder: sigma and velocity as the rest of this package has them.
+
+The transformer takes the picture as it is, [B, C, h, w], and always the same number of text tokens, so there is
+nothing to pack and nothing to mask.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from torch import nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from danceopd.models import loading
+from danceopd.support.errors import UserError
+
+PIPELINES = ("StableDiffusion3Pipeline",)
+
+PROMPTS_SEE_PICTURES = False
+
+PROMPTS_HAVE_MASKS = False
+
+MAX_SOURCES = 0
+
+# Of the joint attention and of the second attention that SD3.5-medium's first blocks have (attn2).
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+T5_LENGTH = 256  # tokens, the pipeline's default max_sequence_length
+
+TIMESTEPS = 1000  # the transformer's time is sigma times this
+
+
+def tasks(folder: str | Path) -> tuple[str, ...]:
+    """("t2i",): the family does not edit. Raises UserError if the folder is of another pipeline."""
+    loading.class_name_of(folder, PIPELINES)
+    return ("t2i",)
+
+
+def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The transformer of a pipeline folder, or of a transformer folder itself, in eval mode on the CPU.
+
+    Raises UserError if it is not there, cannot be read, or lacks weights.
+    """
+    return loading.load_transformer(SD3Transformer2DModel, folder, dtype)
+
+
+def text_encoder(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[..., dict[str, torch.Tensor]]:
+    """Load two CLIPs and the T5 and return encode(prompts), which has one row per prompt, in `dtype` on the CPU.
+
+    "prompt_embeds" [n, L, C]: the CLIPs' tokens, side by side and padded with zeros to T5's width C, then T5's 256;
+    "pooled_prompt_embeds" [n, C']: the CLIPs' pooled vectors. Where model_index.json has null for text_encoder_3
+    the T5 tokens are zeros, as in the pipeline. Raises UserError for what is missing or cannot be read.
+    """
+    folder, clips = Path(folder), []
+    for suffix in ("", "_2"):
+        tokenizer = loading.load_tokenizer(CLIPTokenizer, folder / f"tokenizer{suffix}")
+        model = loading.load_model(CLIPTextModelWithProjection, folder / f"text_encoder{suffix}", dtype)
+        clips.append((tokenizer, model.to(device)))
+    clip_length = clips[0][0].model_max_length  # of both, as in the pipeline
+    width = loading.read_json(folder / "transformer" / "config.json")["joint_attention_dim"]
+    t5 = None
+    if _has_t5(folder):
+        t5_tokenizer = loading.load_tokenizer(T5TokenizerFast, folder / "tokenizer_3")
+        t5 = loading.load_model(T5EncoderModel, folder / "text_encoder_3", dtype).to(device)
+
+    def tokens(tokenizer, prompts, length):
+        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        return tokenizer(prompts, **options).input_ids.to(device)
+
+    @torch.no_grad()
+    def encode(prompts: list[str], pictures: list | None = None) -> dict[str, torch.Tensor]:
+        outputs = [model(tokens(tok, prompts, clip_length), output_hidden_states=True) for tok, model in clips]
+        clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        clip = nn.functional.pad(clip, (0, width - clip.shape[-1]))
+        if t5 is None:
+            long = clip.new_zeros(len(prompts), T5_LENGTH, width)
+        else:
+            long = t5(tokens(t5_tokenizer, prompts, T5_LENGTH))[0]
+        return {
+            "prompt_embeds": torch.cat([clip, long.to(clip.dtype)], dim=1).cpu(),
+            "pooled_prompt_embeds": torch.cat([output.text_embeds for output in outputs], dim=-1).cpu(),
+        }
+
+    return encode
+
+
+def picture_codec(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """(encode, decode) of the VAE, without gradient: pictures [n, 3, H, W] in [-1, 1] <-> latents [n, C, h, w].
+
+    Both answer on `device` in `dtype`; encode takes the mode of the posterior. Raises UserError for a missing VAE.
+    """
+    return loading.picture_codec(folder, device, dtype)
+
+
+def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, ...]:
+    """(C, h, w) of one sample's noise for a picture of height x width pixels.
+
+    Raises UserError if they are no multiple of a patch's pixels or exceed the transformer's position table.
+    """
+    transformer = loading.read_json(Path(folder) / "transformer" / "config.json")
+    factor = 2 ** (len(loading.read_json(Path(folder) / "vae" / "config.json")["block_out_channels"]) - 1)
+    multiple = factor * transformer["patch_size"]
+    largest = multiple * transformer["pos_embed_max_size"]
+    for side in (height, width):
+        if side < 1 or side % multiple or side > largest:
+            raise UserError(
+                f"{folder}: a picture of {height}x{width} does not fit; "
+                f"height and width must be multiples of {multiple}, at most {largest}"
+            )
+    return transformer["in_channels"], height // factor, width // factor
+
+
+def sigmas(folder: str | Path, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
+    """[N + 1] float32, descending to 0: the pipeline's noise levels for a picture of height x width pixels.
+
+    The size matters only where the scheduler's config has use_dynamic_shifting. Raises UserError as latent_shape does.
+    """
+    scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")
+    config, mu = scheduler.config, None
+    if config.use_dynamic_shifting:
+        _, rows, columns = latent_shape(folder, height, width)
+        patch = loading.read_json(Path(folder) / "transformer" / "config.json")["patch_size"]
+        lengths = (config.base_image_seq_len, config.max_image_seq_len)
+        mu = calculate_shift((rows // patch) * (columns // patch), *lengths, config.base_shift, config.max_shift)
+    scheduler.set_timesteps(num_inference_steps, mu=mu)
+    return scheduler.sigmas.float()
+
+
+def velocity(
+    transformer: nn.Module,
+    latents: torch.Tensor,
+    sigma: torch.Tensor,
+    prompt: dict[str, torch.Tensor],
+    sources: tuple[torch.Tensor, ...] = (),
+    guidance: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """noise - data [B, C, h, w] in the latents' dtype, for latents [B, C, h, w] at sigma [B] and the prompts' rows.
+
+    Differentiable in the transformer's parameters. guidance is ignored, no model of this family embeds it.
+    Raises UserError for sources: the family does not edit.
+    """
+    if len(sources):
+        raise UserError("Stable Diffusion 3 takes no source pictures; use a model that edits")
+    dtype = loading.input_dtype(transformer)  # the patch embedding's, which has no adapter of another dtype
+    answer = transformer(
+        hidden_states=latents.to(dtype),
+        timestep=sigma.float() * TIMESTEPS,
+        encoder_hidden_states=prompt["prompt_embeds"].to(dtype),
+        pooled_projections=prompt["pooled_prompt_embeds"].to(dtype),
+        return_dict=False,
+    )[0]
+    return answer.to(latents.dtype)
+
+
+def _has_t5(folder: str | Path) -> bool:
+    """Whether model_index.json names a text_encoder_3; without that file, whether its folder is there."""
+    index, there = Path(folder) / "model_index.json", (Path(folder) / "text_encoder_3").is_dir()
+    if not index.is_file():
+        return there
+    named = loading.read_json(index).get("text_encoder_3", [None, None])[0] is not None
+    if named and not there:
+        raise UserError(f"{folder}: no text_encoder_3 folder; to go without T5 set it to [null, null] in {index.name}")
+    return named

@@ -1,0 +1,85 @@
+"""Frozen transformers in FP8: e4m3 weights with a scale for each row, and inputs with a scale for each token.
+
+The linear layers of the blocks are stored so. Those that modulate (adaLN) take their input, one vector a sample, as it
+is: their weights are a third of some transformers, while their products are next to nothing. Embeddings, norms, biases
+and all that lies outside the blocks stay in their own dtype. docs/fp8.md has the errors that this makes.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from danceopd_kernels import fp8_linear, fp8_quantize_rowwise
+from torch import nn
+
+from danceopd.support.errors import UserError
+
+PART = 2**18  # entries of a weight that are rounded at a time, some of them in float32
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen linear layer: x [..., in] in `dtype` -> [..., out], differentiable in x.
+
+    weight [out, in] float8_e4m3fn, weight_scale [out, 1] float32. On GPUs before sm_89, which do not multiply FP8, and
+    in layers that modulate, x is multiplied as it is; elsewhere it is rounded to FP8 too (danceopd_kernels.fp8_linear).
+    """
+
+    def __init__(self, linear: nn.Linear, modulates: bool):
+        nn.Module.__init__(self)  # without new parameters
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype, self.modulates, self.bias = linear.weight.dtype, modulates, linear.bias
+        like = {"device": linear.weight.device}
+        codes = torch.empty(linear.weight.shape, dtype=torch.float8_e4m3fn, **like)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("weight_scale", torch.empty(self.out_features, 1, **like))
+        if not codes.is_meta:
+            self.fill(linear.weight)
+
+    @torch.no_grad()
+    def fill(self, weight: torch.Tensor) -> None:
+        """Round a weight [out, in] into the place of the old one."""
+        rows = max(1, PART // weight.shape[1])
+        for part, codes, scale in zip(*(t.split(rows) for t in (weight, self.weight, self.weight_scale)), strict=True):
+            for place, value in zip((codes, scale), fp8_quantize_rowwise(part), strict=True):
+                place.copy_(value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.detach()
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        return fp8_linear(x, self.weight, self.weight_scale, bias, weight_only=self.modulates or None)
+
+
+def numbers(weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the codes of a weight stand for."""
+    return (weight.float() * weight_scale).to(dtype)
+
+
+def check_fp8(device: torch.device | None) -> bool:
+    """True. Raises UserError for a GPU that cannot use FP8."""
+    if device is not None and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip or capability < (8, 0):
+            name, number = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+            raise UserError(
+                f"fp8 needs an NVIDIA GPU of compute capability 8.0 or later, {name} has {number}; use int8, or leave "
+                "it out"
+            )
+    return True
+
+
+def fp8_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear, bool]]:
+    """(name, layer, whether it modulates) of the linear layers in a transformer's blocks."""
+    blocks = tuple(f"{name}." for name, child in transformer.named_children() if isinstance(child, nn.ModuleList))
+    for name, module in list(transformer.named_modules()):
+        if isinstance(module, nn.Linear) and name.startswith(blocks):
+            yield name, module, any(part in name for part in ("norm", "mod"))
+
+
+def to_fp8(transformer: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """Store the linear layers of a transformer's blocks in FP8, in place and one by one; returns the transformer.
+
+    device: where each is converted and left, its own if not given. Takes a transformer on the meta device too.
+    """
+    for name, linear, modulates in fp8_layers(transformer):
+        transformer.set_submodule(name, Fp8Linear(linear.to(device), modulates))
+    return transformer

@@ -1,0 +1,76 @@
+"""Loads a transformer in FP8, layer by layer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from danceopd.models.fp8 import Fp8Linear, to_fp8
+from danceopd.support.errors import UserError
+
+
+@torch.no_grad()
+def load_fp8(
+    folder: Path | str,
+    backbone: ModuleType,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    lora: Mapping | None = None,
+) -> nn.Module:
+    """The transformer of a pipeline's folder or of its own in FP8, frozen and in eval mode; the rest of it in dtype.
+
+    It is converted as it is read, tensor by tensor, so that memory holds one file beside it at most. device: where to;
+    the CPU if not given. lora: an adapter to merge into its weights before. The result is that of to_fp8. Raises
+    UserError for a folder that is missing or damaged, of another family, or that lacks weights.
+    """
+    from accelerate import init_empty_weights
+    from accelerate.utils import set_module_tensor_to_device
+
+    from danceopd.models.backbones import transformer_class
+    from danceopd.models.loading import read_json, transformer_folder, weight_files
+    from danceopd.models.lora_algebra import added
+
+    path, lora = transformer_folder(folder), lora or {}
+    cls, device = transformer_class(path, backbone), device or torch.device("cpu")
+    try:
+        with init_empty_weights():
+            network = cls.from_config(read_json(path / "config.json"))
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(dtype)
+        to_fp8(network)
+        layers = {f"{name}.weight": module for name, module in network.named_modules() if isinstance(module, Fp8Linear)}
+        missing = set()
+        for key, value in network.state_dict().items():
+            kept = not value.is_floating_point() or key in layers or key.endswith(".weight_scale")
+            kind = value.dtype if kept else dtype
+            # All places first: between what is read and let go again they would scatter over the memory.
+            place = torch.empty(value.shape, dtype=kind, device=device)
+            set_module_tensor_to_device(network, key, device, value=place, dtype=kind)
+            if not key.endswith(".weight_scale"):
+                missing.add(key)
+        places = network.state_dict()
+        for file in weight_files(path):
+            with safe_open(file, framework="pt") as opened:
+                for key in missing & set(opened.keys()):
+                    value, name = opened.get_tensor(key), key.removesuffix(".weight")
+                    if value.shape != places[key].shape:
+                        raise UserError(
+                            f"{file}: {key} is {list(value.shape)} there and {list(places[key].shape)} in a "
+                            f"{cls.__name__} of this configuration; copy the whole folder again"
+                        )
+                    if key in layers or name in lora:
+                        value = value.to(device, dtype)
+                    if name in lora:
+                        value = added(value, *lora[name])
+                    (layers[key].fill if key in layers else places[key].copy_)(value)
+                    missing.remove(key)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be loaded as {cls.__name__}: {error}") from error
+    if missing:
+        raise UserError(f"{path}: the weights lack {len(missing)} tensors, such as {min(missing)}; copy them again")
+    return network.requires_grad_(False).eval()

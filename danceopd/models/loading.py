@@ -1,0 +1,261 @@
+"""Parts of a diffusers pipeline's folder: never from the network, whole or not at all, errors that name the path."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from danceopd.support.errors import UserError
+
+INSIDE = "model.diffusion_model."  # in front of a transformer's names where a file holds a VAE and encoders beside it
+
+SCALED = re.compile(r"scaled_fp8$|scale_(weight|input)$|(weight|input)_scale$|comfy_quant$")
+
+
+def read_json(path: Path | str) -> dict:
+    """A JSON file of a pipeline. Raises UserError if it is not there or is damaged."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent}; give the folder of a whole diffusers pipeline")
+    if not path.is_file():
+        raise UserError(f"no {path.name} in {path.parent}; give the folder of a whole diffusers pipeline")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again") from None
+
+
+def class_name_of(folder: Path | str, served: tuple[str, ...] = ()) -> str:
+    """The pipeline's class named in a folder's model_index.json.
+
+    Raises UserError if there is none, and if it is not one of `served`, where these are given.
+    """
+    name = read_json(Path(folder) / "model_index.json").get("_class_name")
+    if served and name not in served:
+        raise UserError(f"{folder} holds a {name}, not one of {', '.join(served)}")
+    return str(name)
+
+
+def load(cls: type, path: Path | str, **options):
+    """cls.from_pretrained of a folder. Raises UserError if it is not there or cannot be loaded."""
+    path = Path(path)
+    if not path.is_dir():  # else taken for the name of a repository
+        raise UserError(f"there is no folder {path}; give the folder of a whole pipeline or model")
+    try:
+        return cls.from_pretrained(str(path), local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be loaded as {cls.__name__}: {error}") from error
+
+
+def load_model(cls: type, path: Path | str, dtype: torch.dtype) -> nn.Module:
+    """A model of diffusers or transformers from its folder, in eval mode on the CPU.
+
+    Raises UserError as load does, and for weights of another class of diffusers or with some missing.
+    """
+    path = Path(path)
+    config = read_json(path / "config.json")
+    if config.get("_class_name", cls.__name__) != cls.__name__:
+        raise UserError(f"{path} holds a {config['_class_name']}, not a {cls.__name__}")
+    model, info = load(cls, path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if info["missing_keys"]:  # the libraries only warn, and leave them random
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again")
+    return model.eval()
+
+
+def load_transformer(cls: type, folder: Path | str, dtype: torch.dtype) -> nn.Module:
+    """load_model of a pipeline folder's transformer, or of a transformer folder itself."""
+    return load_model(cls, transformer_folder(folder), dtype)
+
+
+def transformer_folder(folder: Path | str) -> Path:
+    """A pipeline folder's transformer, or a transformer folder itself."""
+    folder = Path(folder)
+    return folder if (folder / "config.json").is_file() else folder / "transformer"
+
+
+def input_dtype(transformer: nn.Module) -> torch.dtype:
+    """What a transformer takes its inputs in: its `takes` where it has one, else the dtype of its first weights.
+
+    One that is trained has it, since a copy of it for rollouts may hold some of its weights in another dtype.
+    """
+    return getattr(transformer, "takes", None) or next(transformer.parameters()).dtype
+
+
+def is_file_name(weights: Path | str) -> bool:
+    """Whether a transformer's weights are meant to be one file, which may be missing, and not a folder."""
+    path = Path(weights)
+    return path.suffix == ".safetensors" or path.is_file()
+
+
+def check_transformer_file(path: Path | str, transformer: nn.Module) -> None:
+    """A transformer of the same architecture lies in a file, by its header alone: every name and shape is there.
+
+    path: a safetensors file under diffusers' names, or in a layout that diffusers converts for the transformer's class;
+    transformer: on any device. Raises UserError for a file that is missing, corrupt, quantized or incomplete, that is
+    of another model, and that holds anything that would be left out.
+    """
+    path, name = Path(path), type(transformer).__name__
+    raw = _tensors(path, header_only=True)
+    expected = {key: tensor.shape for key, tensor in transformer.state_dict().items()}
+    found, left = raw, {}
+    if raw.keys() != expected.keys():
+        rest = dict(raw)  # the converters take out what they use
+        converted = _converted(path, rest, transformer)
+        if len(expected.keys() & converted.keys()) > len(expected.keys() & raw.keys()):
+            found, left = converted, rest
+    missing = [key for key in expected if key not in found]
+    if missing:
+        raise UserError(
+            f"{path}: lacks {len(missing)} of {len(expected)} tensors of this {name}, such as {missing[0]}; it is "
+            "incomplete, of another model, or in a layout that diffusers does not convert"
+        )
+    left = [*left, *(key for key in found if key not in expected)]
+    if left:
+        raise UserError(f"{path}: {len(left)} tensors would be left out, such as {left[0]}; it is of another model")
+    for key, shape in expected.items():
+        if found[key].shape != shape:
+            raise UserError(
+                f"{path}: {key} is {list(found[key].shape)} there and {list(shape)} in the model; it is of another one"
+            )
+
+
+def load_transformer_file(path: Path | str, like: nn.Module, folder: Path | str, dtype: torch.dtype) -> nn.Module:
+    """The transformer of one file, as check_transformer_file takes it, in eval mode on the CPU.
+
+    like: a transformer of the same architecture; folder: its pipeline's or its own, for the configuration. Raises
+    UserError as check_transformer_file does.
+    """
+    check_transformer_file(path, like)
+    config, tensors = str(transformer_folder(folder)), _tensors(Path(path), header_only=False)
+    return type(like).from_single_file(tensors, config=config, local_files_only=True, dtype=dtype)
+
+
+def _tensors(path: Path, header_only: bool) -> dict[str, torch.Tensor]:
+    """A file's tensors, those of the transformer alone where it holds other parts; header_only: on the meta device."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; give a transformer's folder or its safetensors file")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: weights must be a safetensors file; files of other kinds may run code when read")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            keys = list(opened.keys())
+            inside = [key for key in keys if key.startswith(INSIDE)] or keys
+            described = {key: opened.get_slice(key) for key in inside}
+            odd = [k for k in inside if SCALED.search(k) or not described[k].get_dtype().startswith(("F", "BF"))]
+            if odd:
+                raise UserError(
+                    f"{path}: is quantized ({odd[0]}), and diffusers would read its numbers without their scales; take "
+                    "the file in bf16 or fp16"
+                )
+            if header_only:
+                read = {key: torch.empty(entry.get_shape(), device="meta") for key, entry in described.items()}
+            else:
+                read = {key: opened.get_tensor(key) for key in inside}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors, copy it again: {error}") from error
+    return {key.removeprefix(INSIDE): value for key, value in read.items()}
+
+
+def _converted(path: Path, tensors: dict[str, torch.Tensor], transformer: nn.Module) -> dict[str, torch.Tensor]:
+    """diffusers' conversion from the original layout, nothing where it fails; what it uses is taken out of tensors."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    name = type(transformer).__name__
+    if name not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise UserError(f"{path}: diffusers reads no single file as a {name}; give a folder of save_pretrained")
+    try:
+        convert = SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+        return dict(convert(checkpoint=tensors, config=dict(transformer.config)))
+    except Exception:  # of any kind: the converters assume the names that they expect
+        return {}
+
+
+def stream_blocks(network: nn.Module, device: torch.device) -> nn.Module:
+    """Keep a network in host memory; its forward brings one block after another to the device, and takes it back.
+
+    On CUDA the next block is copied from pinned memory while one computes, and the host waits for each block, such that
+    two of them and what lies outside the blocks are there at a time. The same velocity comes out. Returns the network.
+    """
+    from diffusers.hooks import apply_group_offloading
+
+    apply_group_offloading(
+        network.cpu(),
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=device.type == "cuda",
+    )
+    return network
+
+
+def check_weights(folder: Path | str) -> None:
+    """A transformer's or VAE's weights are all there; none is opened. Raises UserError that names the missing ones."""
+    weight_files(folder)
+
+
+def weight_files(folder: Path | str) -> list[Path]:
+    """The files of a transformer's or VAE's weights, which are all there. Raises UserError that names missing ones."""
+    from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+
+    folder = transformer_folder(folder)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = [SAFETENSORS_WEIGHTS_NAME]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({error}); copy it again") from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"no weights {', '.join(missing[:3])}{more} in {folder}; copy the folder again")
+    return [folder / name for name in names]
+
+
+def picture_codec(folder: Path | str, device: torch.device | str, dtype: torch.dtype) -> tuple[Callable, Callable]:
+    """(encode, decode) of a pipeline's AutoencoderKL, without gradient, both on `device` in `dtype`.
+
+    encode: pictures [n, 3, H, W] in [-1, 1] -> latents [n, C, h, w], the mode of the posterior, shifted and scaled;
+    decode: the inverse. Raises UserError for a missing VAE.
+    """
+    from diffusers import AutoencoderKL  # takes its time, and the embedded network's commands read folders too
+
+    vae = load_model(AutoencoderKL, Path(folder) / "vae", dtype).to(device)
+    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode(pictures: torch.Tensor) -> torch.Tensor:
+        return (vae.encode(pictures.to(device, dtype)).latent_dist.mode() - shift) * scale
+
+    @torch.no_grad()
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return vae.decode(latents.to(device, dtype) / scale + shift, return_dict=False)[0].clamp(-1, 1)
+
+    return encode, decode
+
+
+def load_tokenizer(cls: type, path: Path | str):
+    """A tokenizer from its folder. Raises UserError as load does, and for missing files, which would make it empty."""
+    path = Path(path)
+    files = {kind: (path / file).is_file() for kind, file in cls.vocab_files_names.items()}
+    if path.is_dir() and not files.pop("tokenizer_file", False) and not all(files.values()):
+        raise UserError(f"{path}: lacks {' or '.join(cls.vocab_files_names.values())}; copy the whole folder")
+    return load(cls, path)
+
+
+def multiple_of(backbone, model: Path) -> int:
+    """What heights and widths are multiples of: the smallest picture that the model takes."""
+    for step in (8, 16, 32):
+        try:
+            backbone.latent_shape(model, step, step)
+        except UserError:
+            continue
+        return step
+    backbone.latent_shape(model, 64, 64)  # says what is wrong, if it is not the size
+    return 64

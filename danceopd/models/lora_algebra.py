@@ -1,0 +1,73 @@
+"""Sums, means and cuts of LoRAs."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+Lora = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # by module: A [rank, in], B [out, rank], scale
+
+
+def combine(loras: Sequence[Lora]) -> Lora:
+    """Several LoRAs as one, their exact sum: ranks add up, the scales are folded into B where modules are shared."""
+    result = {}
+    for name in dict.fromkeys(name for lora in loras for name in lora):
+        parts = [lora[name] for lora in loras if name in lora]
+        if len(parts) == 1:
+            result[name] = parts[0]
+        else:
+            b = torch.cat([b.float() * scale for _, b, scale in parts], dim=1)
+            result[name] = (torch.cat([a.float() for a, _, _ in parts]), b, 1.0)
+    return result
+
+
+def average(loras: Sequence[Lora]) -> Lora:
+    """The plain mean of what the LoRAs add, exactly: of the sum of their ranks."""
+    return combine([{name: (a, b, scale / len(loras)) for name, (a, b, scale) in lora.items()} for lora in loras])
+
+
+def merged(transformer: nn.Module, lora: Lora) -> nn.Module:
+    """A copy of the transformer whose weights are W + scale B A."""
+    return merge_into(deepcopy(transformer), lora)
+
+
+@torch.no_grad()
+def merge_into(transformer: nn.Module, lora: Lora) -> nn.Module:
+    """Add scale B A to the transformer's own weights, in float32, one layer at a time; returns the transformer."""
+    for name, (a, b, scale) in lora.items():
+        weight = transformer.get_submodule(name).weight
+        weight.copy_(added(weight, a, b, scale))
+    return transformer
+
+
+def added(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """A weight + scale b a, summed in float32, in the weight's dtype."""
+    change = scale * (b.to(weight.device).float() @ a.to(weight.device).float())
+    return (weight.float() + change).to(weight.dtype)
+
+
+def named_factors(lora: Lora, prefix: str = "") -> dict[str, torch.Tensor]:
+    """An adapter's factors by PEFT's names. Scales are folded into B: a file needs no metadata to be read right."""
+    tensors = {}
+    for name, (a, b, scale) in lora.items():
+        tensors[f"{prefix}{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"{prefix}{name}.lora_B.weight"] = (b * scale).contiguous()
+    return tensors
+
+
+def truncated(a: torch.Tensor, b: torch.Tensor, scale: float, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A [r, in], B [out, r]) in float32 whose product B A is the best of rank r <= `rank` of scale b a.
+
+    a [n, in], b [out, n]; with n <= rank themselves, scaled. The SVD is of the n x n product of their triangular
+    parts; r is smaller where the product's rank is.
+    """
+    a, b = a.float(), b.float() * scale
+    if len(a) <= rank:
+        return a, b
+    q_a, r_a = torch.linalg.qr(a.mT)
+    q_b, r_b = torch.linalg.qr(b)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    r = min(rank, int((s > 1e-6 * s[0]).sum()))  # the rest is rounding
+    root = s[:r].sqrt()
+    return (root[:, None] * vh[:r]) @ q_a.mT, q_b @ (u[:, :r] * root)

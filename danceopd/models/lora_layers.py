@@ -1,0 +1,114 @@
+"""Linear layers that add each sample's own adapter."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+
+import torch
+from danceopd_kernels import pack_adapters, routed_lora_linear
+from danceopd_kernels.lora import Adapters, frozen_linear
+from torch import nn
+
+from danceopd.models.eight_bit import as_multiplied
+from danceopd.models.fp8 import Fp8Linear, numbers
+
+
+class _Route:
+    """Which adapter the rows of the forward now running ask; None: the base alone."""
+
+    def __init__(self, stacked: int):
+        self.stacked = stacked
+        self.adapter: torch.Tensor | None = None  # [B] int64, or [1] for all rows
+        self.same = False
+        self.student: nn.Module | None = None  # whose adapter all rows ask instead
+
+    @contextmanager
+    def of(self, adapter: torch.Tensor | None, same: bool, student: nn.Module | None = None) -> Iterator[None]:
+        self.adapter, self.same, self.student = adapter, same, student
+        try:
+            yield
+        finally:
+            self.adapter = self.student = None
+
+    def again(self) -> tuple:
+        """Contexts of a block's forward and of its recomputation in the backward, when this forward is long over."""
+        return nullcontext(), self.of(self.adapter, self.same, self.student)
+
+
+class _RoutedLinear(nn.Linear):
+    """The parameters of a Linear and the adapters of all teachers; the forward takes its samples' from the route."""
+
+    def __init__(self, name: str, linear: nn.Linear, adapters: Sequence[tuple], route: _Route):
+        nn.Module.__init__(self)  # without new parameters
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.name, self.route, fp8 = name, route, isinstance(linear, Fp8Linear)
+        self.dtype = linear.dtype if fp8 else linear.weight.dtype
+        self.modulates = fp8 and linear.modulates
+        self.register_buffer("weight_scale", linear.weight_scale if fp8 else None)
+        self.register_buffer("lora_a", None, persistent=False)  # so it stays in a layer that only the student changes
+        if any(len(a) for a, _, _ in adapters):
+            packed = pack_adapters([(a, b) for a, b, _ in adapters])
+            self.register_buffer("lora_a", packed.a, persistent=False)
+            self.register_buffer("lora_b", packed.b, persistent=False)
+            self.first, self.rank = tuple(packed.first.tolist()), packed.rank
+            self.scale = tuple(scale for _, _, scale in adapters)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        weight, weight_scale = as_multiplied(self.weight), self.weight_scale
+        if self.modulates:  # its input stays as it is
+            weight, weight_scale = numbers(weight, weight_scale, self.dtype), None
+        if self.route.student is not None:
+            return self.route.student.layer(self.name, x.to(self.dtype), weight, self.bias, weight_scale)
+        adapter = self.route.adapter
+        if adapter is None or self.lora_a is None:
+            return frozen_linear(x, weight, self.bias, weight_scale)
+        if self.route.same:
+            rows = x.reshape(1, -1, x.shape[-1])  # whatever its axes mean
+        else:
+            copies, rest = divmod(len(x), len(adapter))
+            if x.dim() < 2 or rest or copies not in (1, self.route.stacked):
+                raise ValueError(
+                    f"{self.name}: the first axis of its input {list(x.shape)} is not the batch of {len(adapter)}, so "
+                    "its rows cannot be routed; ask each teacher alone (field), or leave this layer out of the LoRAs"
+                )
+            adapter = adapter if copies == 1 else adapter.repeat(copies)
+            rows = x.reshape(len(x), -1, x.shape[-1])
+        first = _constant(self.first, torch.int64, x.device)
+        scale = _constant(self.scale, torch.float32, x.device)
+        adapters = Adapters(self.lora_a, self.lora_b, first, scale, self.rank)
+        out = routed_lora_linear(rows.to(self.dtype), weight, self.bias, adapters, adapter, weight_scale=weight_scale)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+
+class _Factors(nn.Module):
+    """One layer's part of a student's adapter: A [rank, in], B [out, rank], what they add times scale.
+
+    A module with a forward of its own, so that its parameters are there while it runs where DeepSpeed shards them.
+    """
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, scale: float):
+        super().__init__()
+        self.lora_A, self.lora_B, self.scale = nn.Parameter(a), nn.Parameter(b), scale
+
+    def forward(self, x, weight, bias=None, weight_scale=None) -> torch.Tensor:
+        first = _constant((0, len(self.lora_A)), torch.int64, x.device)
+        scale = _constant((self.scale,), torch.float32, x.device)
+        adapters = Adapters(self.lora_A, self.lora_B.mT, first, scale, len(self.lora_A))
+        rows = x.reshape(1, -1, x.shape[-1])
+        everyone = _constant((0,), torch.int64, x.device)
+        out = routed_lora_linear(rows, weight, bias, adapters, everyone, weight_scale=weight_scale)
+        return out.reshape(*x.shape[:-1], len(weight))
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "/")
+
+
+@cache
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A small tensor copied to a device once."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)

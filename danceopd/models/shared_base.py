@@ -1,0 +1,125 @@
+"""One frozen transformer that answers for several LoRA sources and the student's adapter."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import Field
+from danceopd.models.fp8 import Fp8Linear, fp8_layers
+from danceopd.models.lora_algebra import Lora
+from danceopd.models.lora_layers import _constant, _Route, _RoutedLinear
+from danceopd.models.packing import by_sources
+from danceopd.support.errors import UserError
+
+
+class SharedBase:
+    """LoRA teachers on one frozen transformer: shared(latents, sigma, conditioning, adapter) -> velocity.
+
+    One forward serves a batch whose samples ask different teachers. The transformer is changed in place: it is frozen,
+    and its layers that a LoRA targets, which keep their parameters, get the adapters of all teachers beside them, in
+    the weight's dtype. velocity: the backbone's; layers: more of them, for a LoraStudent. Raises UserError for a LoRA
+    of another transformer.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        loras: Sequence[Lora],
+        velocity: Callable[..., torch.Tensor],
+        layers: Sequence[str] = (),
+    ):
+        if any(isinstance(module, _RoutedLinear) for module in transformer.modules()):
+            raise ValueError("the transformer is shared already; give all its LoRAs at once")
+        self.transformer, self.count, self._velocity = transformer.requires_grad_(False), len(loras), velocity
+        # With zero_cond_t, Qwen-Image's modulation sees the times of the batch and then as many zeros: 2 B rows.
+        self._route = _Route(2 if getattr(getattr(transformer, "config", None), "zero_cond_t", False) else 1)
+        for name in dict.fromkeys([*(name for lora in loras for name in lora), *layers]):
+            try:
+                linear = transformer.get_submodule(name)
+            except AttributeError:
+                raise UserError(f"{type(transformer).__name__} has no layer {name}, which a LoRA changes") from None
+            dtype = linear.dtype if isinstance(linear, Fp8Linear) else linear.weight.dtype
+            like = {"dtype": dtype, "device": linear.weight.device}
+            # of rank 0 where a teacher leaves the layer as it is
+            none = (torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0), 1.0)
+            parts = [lora.get(name, none) for lora in loras]
+            adapters = [(a.to(**like), b.to(**like), scale) for a, b, scale in parts]
+            transformer.set_submodule(name, _RoutedLinear(name, linear, adapters, self._route))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """A backward computes each block again instead of keeping what the forward had inside it."""
+
+        def run(block, *args):
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=self._route.again)
+
+        self.transformer.enable_gradient_checkpointing(run)
+
+    def in_fp8(self) -> "SharedBase":
+        """A copy with the blocks' linear layers in FP8, for students alone: all its other tensors are this one's."""
+        tensors = (*self.transformer.parameters(), *self.transformer.buffers())
+        copied = deepcopy(self, {id(t): t for t in tensors})
+        for name, linear, modulates in fp8_layers(copied.transformer):
+            narrow = Fp8Linear(linear, modulates)
+            if isinstance(linear, _RoutedLinear):
+                narrow = _RoutedLinear(name, narrow, [], copied._route)
+            copied.transformer.set_submodule(name, narrow)
+        copied.count = 0
+        return copied
+
+    def __call__(self, latents, sigma, conditioning: Conditioning, adapter: torch.Tensor) -> torch.Tensor:
+        """latents [B, ...], sigma [B], adapter [B] int64: the teacher of each sample, -1 for the base alone.
+
+        Where only some samples have source pictures, these and the others are two forwards. Raises ValueError for an
+        adapter of another shape or dtype, on the CPU for one that is not there, and for a layer whose input's first
+        axis is not the batch.
+        """
+        if adapter.shape != (len(latents),) or adapter.dtype != torch.int64:
+            raise ValueError(f"adapter must be int64 [{len(latents)}], got {adapter.dtype} {list(adapter.shape)}")
+        self._check(adapter)
+        return self._ask(latents, sigma, conditioning, adapter.to(latents.device), same=False)
+
+    def field(self, m: int) -> Field:
+        """Teacher m alone, -1 for the base, as a field (latents, sigma, conditioning) -> velocity."""
+        self._check(torch.tensor([m]))
+
+        def velocity(latents, sigma, conditioning):
+            adapter = _constant((m,), torch.int64, latents.device)
+            return self._ask(latents, sigma, conditioning, adapter, same=True)
+
+        return velocity
+
+    def _check(self, adapter: torch.Tensor) -> None:
+        if adapter.device.type == "cpu" and len(adapter) and not -1 <= adapter.min() <= adapter.max() < self.count:
+            raise ValueError(f"adapter must name one of {self.count} teachers, or -1 for the base, got {adapter}")
+
+    def student(self, latents, sigma, conditioning: Conditioning, student: nn.Module) -> torch.Tensor:
+        """The transformer with a student's adapter, differentiable in it."""
+        return self._ask(latents, sigma, conditioning, None, same=True, student=student)
+
+    def _ask(self, latents, sigma, conditioning, adapter, same, student=None):
+        def ask(latents, sigma, conditioning, sources, rows):
+            part = adapter if same or rows is None else adapter[rows]
+            with self._route.of(part, same, student):
+                return self._velocity(
+                    self.transformer, latents, sigma, conditioning.prompt, sources, conditioning.embedded_guidance
+                )
+
+        return by_sources(ask, latents, sigma, conditioning)
+
+
+def target_layers(transformer: nn.Module, targets: Sequence[str], every: bool = True) -> list[str]:
+    """The linear layers whose names end in one of targets, at a dot.
+
+    Raises UserError for a target that none has, or if not `every` one must be found, where none has any.
+    """
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    found = {target: [n for n in linear if n == target or n.endswith(f".{target}")] for target in targets}
+    unmatched = [target for target, names in found.items() if not names]
+    if unmatched and (every or len(unmatched) == len(targets)):
+        ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        raise UserError(f"no linear layer ends in {', '.join(unmatched)}; there are {', '.join(ends)}")
+    return [name for name in linear if any(name in names for names in found.values())]

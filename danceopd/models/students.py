@@ -1,0 +1,120 @@
+"""Students of a diffusers model: an adapter on a shared transformer, or all weights of one."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+
+import torch
+from danceopd_kernels.lora import frozen_linear
+from torch import nn
+
+from danceopd.core.conditioning import Conditioning
+from danceopd.models.lora_algebra import Lora
+from danceopd.models.lora_layers import _Factors, _flat
+from danceopd.models.packing import by_sources
+from danceopd.models.shared_base import SharedBase
+
+
+class LoraStudent(nn.Module):
+    """A trainable adapter on a shared transformer: student(latents, sigma, conditioning) -> velocity.
+
+    Its parameters are the adapter alone, in float32; a deep copy is another adapter on the same transformer. layers:
+    as given to the SharedBase too. A is drawn as PEFT draws it and B is zero, so that it begins as the base; what it
+    adds is scaled by alpha / rank. embedded_guidance: of all its samples, where the transformer takes one.
+    """
+
+    def __init__(
+        self,
+        shared: SharedBase,
+        layers: Sequence[str],
+        rank: int,
+        alpha: float,
+        generator: torch.Generator | None = None,
+        embedded_guidance: float | None = None,
+    ):
+        super().__init__()
+        self.embedded_guidance = embedded_guidance
+        self._shared, self.rank, self.alpha = (shared,), rank, alpha  # in a tuple: no submodule, and no copy
+        self.factors = nn.ModuleDict()
+        for name in layers:
+            linear = shared.transformer.get_submodule(name)
+            bound = linear.in_features**-0.5
+            a = (2 * torch.rand(rank, linear.in_features, generator=generator) - 1) * bound
+            self.factors[_flat(name)] = _Factors(a, torch.zeros(linear.out_features, rank), alpha / rank)
+
+    def __deepcopy__(self, memo) -> "LoraStudent":
+        copied = LoraStudent(self._shared[0], [], self.rank, self.alpha, embedded_guidance=self.embedded_guidance)
+        copied.factors = deepcopy(self.factors, memo)
+        return copied
+
+    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        return self._shared[0].student(latents, sigma, conditioning.embedding(self.embedded_guidance), self)
+
+    def on_fp8(self) -> None:
+        """Go over to a copy of the transformer in FP8."""
+        self._shared = (self._shared[0].in_fp8(),)
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The frozen transformer that the adapter is of."""
+        return self._shared[0].transformer
+
+    def layer(self, name: str, x, weight, bias=None, weight_scale=None) -> torch.Tensor:
+        """One linear layer with its adapter, or without where the student has none there; as frozen_linear."""
+        if _flat(name) not in self.factors:
+            return frozen_linear(x, weight, bias, weight_scale)
+        return self.factors[_flat(name)](x, weight, bias, weight_scale)
+
+    def factors_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A [rank, in] and B [out, rank] of a layer."""
+        own = self.factors[_flat(name)]
+        return own.lora_A, own.lora_B
+
+    def lora(self) -> Lora:
+        """The adapter by module, detached, on the CPU."""
+        return {
+            name.replace("/", "."): (own.lora_A.detach().cpu(), own.lora_B.detach().cpu(), own.scale)
+            for name, own in self.factors.items()
+        }
+
+
+class FullStudent(nn.Module):
+    """A trainable transformer of its own: student(latents, sigma, conditioning) -> velocity, as a LoraStudent.
+
+    transformer: in float32, changed into one that is trained; velocity: the backbone's; embedded_guidance: of all its
+    samples, where the transformer takes one; autocast: the dtype that its products run in, None for the weights' own.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        velocity: Callable[..., torch.Tensor],
+        embedded_guidance: float | None = None,
+        autocast: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.transformer = transformer.requires_grad_(True)
+        transformer.takes = torch.float32
+        self.embedded_guidance, self.autocast, self._velocity = embedded_guidance, autocast, velocity
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The products over tokens in the blocks, without those that modulate: what Muon is for."""
+        lists = [name for name, module in self.transformer.named_children() if isinstance(module, nn.ModuleList)]
+        return nn.ModuleList(
+            module
+            for name, module in self.transformer.named_modules()
+            if isinstance(module, nn.Linear)
+            and name.split(".")[0] in lists
+            and not any(part in name for part in ("norm", "mod"))
+        )
+
+    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        def ask(latents, sigma, conditioning, sources, _):
+            return self._velocity(
+                self.transformer, latents, sigma, conditioning.prompt, sources, conditioning.embedded_guidance
+            )
+
+        autocast = torch.autocast(latents.device.type, self.autocast) if self.autocast else nullcontext()
+        with autocast:
+            return by_sources(ask, latents, sigma, conditioning.embedding(self.embedded_guidance))

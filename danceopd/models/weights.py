@@ -1,0 +1,113 @@
+"""A network's weights, read a piece at a time: by ranks of which none has room for all, and to be written in shards."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from danceopd.models.loading import transformer_folder, weight_files
+from danceopd.models.lora_algebra import Lora
+from danceopd.support.errors import UserError
+
+
+@dataclass(frozen=True)
+class Weights:
+    """shapes: of each tensor, by name; read(name, start, stop): these places of it, flattened, on the CPU."""
+
+    shapes: Mapping[str, torch.Size]
+    read: Callable[[str, int, int], torch.Tensor]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole one."""
+        shape = self.shapes[name]
+        return self.read(name, 0, shape.numel()).reshape(shape)
+
+
+def of_folder(folder: Path | str) -> Weights:
+    """Of a transformer that save_pretrained wrote, or of a pipeline's. Raises UserError for files that are not good."""
+    shapes, places = {}, {}
+    for file in weight_files(transformer_folder(folder)):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    shapes[name], places[name] = torch.Size(opened.get_slice(name).get_shape()), file
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: cannot be read as safetensors, copy it again: {error}") from error
+
+    def read(name: str, start: int, stop: int) -> torch.Tensor:
+        first, last, skipped = _rows(shapes[name], start, stop)
+        with safe_open(places[name], framework="pt") as opened:
+            found = opened.get_slice(name)[first:last] if shapes[name] else opened.get_tensor(name)
+        return found.flatten()[skipped : skipped + stop - start]
+
+    return Weights(shapes, read)
+
+
+def of_tensors(tensors: Mapping[str, torch.Tensor]) -> Weights:
+    """Of tensors in memory."""
+    return Weights(
+        {name: tensor.shape for name, tensor in tensors.items()},
+        lambda name, start, stop: tensors[name].detach().flatten()[start:stop].cpu(),
+    )
+
+
+def either(first: Weights, second: Weights) -> Weights:
+    """The first's, and the second's of what the first has not."""
+    return Weights(
+        {**second.shapes, **first.shapes},
+        lambda name, *places: (first if name in first.shapes else second).read(name, *places),
+    )
+
+
+def plus(weights: Weights, lora: Lora) -> Weights:
+    """W + scale B A, in float32 where a layer has a LoRA."""
+
+    def read(name: str, start: int, stop: int) -> torch.Tensor:
+        found = weights.read(name, start, stop)
+        layer, _, kind = name.rpartition(".")
+        if kind != "weight" or layer not in lora:
+            return found
+        a, b, scale = lora[layer]
+        first, last, skipped = _rows(weights.shapes[name], start, stop)
+        change = scale * (b[first:last].float() @ a.float())
+        return found.float() + change.flatten()[skipped : skipped + stop - start]
+
+    return Weights(weights.shapes, read)
+
+
+def mean(parts: list[tuple[float, Weights]]) -> Weights:
+    """The sum of share times weights, in float32; all of the same shapes."""
+
+    def read(name: str, start: int, stop: int) -> torch.Tensor:
+        return sum(share * weights.read(name, start, stop).float() for share, weights in parts)
+
+    return Weights(parts[0][1].shapes, read)
+
+
+def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
+    """Of each tensor that a network is saved with."""
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def check_fits(weights: Weights, network: nn.Module, where: Path | str) -> None:
+    """Raises UserError where weights are not those of this network (which may be on the meta device)."""
+    expected = shapes_of(network)
+    if missing := sorted(expected.keys() - weights.shapes.keys()):
+        raise UserError(f"{where}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again")
+    for name, shape in expected.items():
+        if weights.shapes[name] != shape:
+            raise UserError(
+                f"{where}: {name} is {list(weights.shapes[name])} in the file and {list(shape)} by config.json; copy "
+                "the folder again"
+            )
+
+
+def _rows(shape: torch.Size, start: int, stop: int) -> tuple[int, int, int]:
+    """(first, last) row of a tensor in which these places of it lie, and the places of the first row before them."""
+    width = shape[1:].numel()
+    first = start // max(1, width)
+    return first, ceil(stop / max(1, width)), start - first * width

@@ -1,0 +1,1 @@
+"""What a run takes, worked out without loading a weight."""

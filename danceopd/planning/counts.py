@@ -1,0 +1,48 @@
+"""Network evaluations of one optimizer step."""
+
+from danceopd.config.sections import Config
+from danceopd.core.query import expected_depth
+from danceopd.training.previews import MODEL_SAMPLES, PREVIEW_SAMPLES
+
+
+def evaluations_per_step(config: Config) -> dict[str, float] | None:
+    """Expected forwards of one sample in an optimizer step, by kind; a backward counts as two.
+
+    The mean over a run of DanceOPD, whose warm start rolls nothing out, with the capabilities' weights; None for other
+    methods.
+    """
+    options = config.method_options()
+    if config.method not in ("danceopd", "danceopd_fast"):
+        return None
+    capabilities, k = list(config.capabilities.values()), config.query.k
+    weights = [1.0 if config.route == "round_robin" else c.weight for c in capabilities]
+    shares = [weight / sum(weights) for weight in weights]
+    # Guidance asks the network twice: with the prompt, and with the empty one.
+    own = sum(s * (1 + (c.student_guidance_scale != 1)) for s, c in zip(shares, capabilities, strict=True))
+    asked = [1 + (config.sources[c.source].guidance_scale != 1) for c in capabilities]
+    routed = sum(s * n for s, n in zip(shares, asked, strict=True))
+    source = sum(asked) if options.get("routing") == "soft" else routed
+    steps = expected_depth(config.rollout.num_inference_steps, bias=config.query.bias, k=k)
+    if config.rollout.solver == "heun":
+        steps *= 2
+    warm = options["warm_start"]
+    queries = warm + (1 - warm) * k
+    counts = {
+        "rollout to the deepest state asked": (1 - warm) * steps * own,
+        "source": warm * routed + (1 - warm) * k * source,
+        "student, forward": queries * own,
+        "student, backward": 2 * queries * own,
+    }
+    if config.training.gradient_checkpointing:
+        counts["student, forward again"] = queries * own
+    return {name: config.training.batch_size * count for name, count in counts.items()}
+
+
+def grid_evaluations(config: Config) -> tuple[int, int]:
+    """(of every sample grid, of the sources' rows once in a run): forwards of one sample."""
+    count = (MODEL_SAMPLES if config.model else PREVIEW_SAMPLES) * config.evaluation.num_inference_steps
+    if config.evaluation.solver == "heun":
+        count = 2 * count - count // config.evaluation.num_inference_steps  # its last step is Euler's
+    own = sum(1 + (c.student_guidance_scale != 1) for c in config.capabilities.values())
+    sources = sum(1 + (config.sources[c.source].guidance_scale != 1) for c in config.capabilities.values())
+    return count * own, count * sources

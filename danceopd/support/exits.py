@@ -1,0 +1,44 @@
+"""Turns what a command raises into a message and an exit status."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+
+from danceopd.support.errors import Terminated, UserError
+
+
+def guarded(function, args) -> int:
+    """Run a command; what a user can mend is printed without a trace. Returns the exit status.
+
+    That is 2 for a UserError, 130 after Ctrl-C and 143 after a TERM signal. Of several ranks one prints; before they
+    have found each other, one of each machine.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    first = rank == 0
+    try:
+        return function(args) or 0
+    except KeyboardInterrupt as error:
+        if "RANK" in os.environ:  # a launcher sends it to all once one has ended
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if first:
+            print("\nstopped; run the same command again to go on", file=sys.stderr)
+        return 143 if isinstance(error, Terminated) else 130
+    except (UserError, OSError) as error:
+        if first:
+            print(f"danceopd: {error}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK") == "0":
+            import torch.distributed as dist
+
+            if not dist.is_initialized():
+                print(f"danceopd: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
+        return 2
+
+
+def _quiet() -> None:
+    """What libraries say while they are imported (parts that nobody asked for and that are missing) helps no user."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("torchao", "torch.utils._pytree", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

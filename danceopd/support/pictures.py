@@ -1,0 +1,97 @@
+"""Reads pictures safely, and writes grids of them."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+CELL = (96, 512)  # least and largest width of a picture in a grid, in pixels
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Pictures in [-1, 1] to uint8, clipped; NaN becomes black."""
+    return ((images.float().nan_to_num(-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def save_grid(path: Path, rows: list[torch.Tensor], scale: int = 3) -> None:
+    """Write rows of pictures [N, 3, H, W] in [-1, 1] as one PNG, enlarged by whole pixels."""
+    lines = [torch.cat(list(to_uint8(row)), dim=2) for row in rows]
+    width = max(line.shape[2] for line in lines)
+    lines = [torch.nn.functional.pad(line, (0, width - line.shape[2]), value=255) for line in lines]
+    image = Image.fromarray(torch.cat(lines, dim=1).permute(1, 2, 0).numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def labelled_grid(
+    rows: Sequence[tuple[str, Sequence[torch.Tensor]]], columns: Sequence[str] = (), least=CELL[0]
+) -> bytes:
+    """A PNG of rows of pictures [3, H, W] in [-1, 1], each row under its label; columns: their names, above all rows.
+
+    Pictures are as wide as the first, at least `least` and at most 512 pixels.
+    """
+    cell = min(max(rows[0][1][0].shape[2], least), CELL[1])
+    line = max(16, cell // 16)
+    font = ImageFont.load_default(line * 0.7)
+    heights = [max(round(cell * p.shape[1] / p.shape[2]) for p in pictures) for _, pictures in rows]
+    top = line if columns else 0
+    image = Image.new("RGB", (cell * max(len(p) for _, p in rows), top + sum(heights) + len(rows) * line), "white")
+    draw = ImageDraw.Draw(image)
+    for i, name in enumerate(columns):
+        draw.text((i * cell + 4, 1), name, "black", font)
+    for (label, pictures), tall in zip(rows, heights, strict=True):
+        draw.text((4, top + 1), label, "dimgray", font)
+        for i, picture in enumerate(pictures):
+            shown = Image.fromarray(to_uint8(picture).permute(1, 2, 0).numpy())
+            size = (cell, round(cell * shown.height / shown.width))
+            enlarged = shown.width < cell  # small pictures by their pixels, large ones smoothly
+            method = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+            image.paste(shown.resize(size, method), (i * cell, top + line))
+        top += line + tall
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# Only plain raster formats: Pillow would hand others (EPS) to an external interpreter.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+MAX_PIXELS = 64_000_000
+
+
+def decode_picture(path: Path) -> Image.Image:
+    """Decode a picture of any mode, turned upright, as 8-bit RGB; transparency becomes white.
+
+    Raises ValueError with the reason if it can't be read to its end or has more than MAX_PIXELS.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not a picture, or damaged (readable are {', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"far over {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller") from error
+    except Exception as error:  # on damaged files decoders raise almost anything
+        raise ValueError(f"can't be decoded ({error}); save it again") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any mode; raises ValueError for pixels whose range isn't known."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of unknown range")
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8 instead of scaling them
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits")
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

@@ -1,0 +1,1 @@
+"""Commands that use the trainer: export, merging LoRAs, the report of a model."""

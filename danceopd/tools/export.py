@@ -1,0 +1,259 @@
+"""A run's student for others: an adapter that diffusers, ComfyUI or kohya's tools load, or a whole transformer."""
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from danceopd.config.reading import load_config
+from danceopd.config.sections import Config
+from danceopd.data.prepared import PreparedData
+from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
+from danceopd.models.loading import class_name_of
+from danceopd.models.lora_algebra import Lora, named_factors
+from danceopd.models.lora_files import FILES, load_lora, save_lora
+from danceopd.models.saving import save_pretrained
+from danceopd.models.weights import check_fits, of_folder, plus
+from danceopd.report.tables import format_markdown
+from danceopd.support.errors import UserError
+from danceopd.support.files import new_folder
+from danceopd.support.run_log import read_log
+
+# The prefix of diffusers' own layer names in a family's layout. Left out is what neither diffusers nor PEFT writes:
+# kohya's files for SD3 and FLUX.2, and ComfyUI's for FLUX.2, name the layers of the original networks and fuse some.
+LAYOUTS = {
+    "comfyui": {
+        "sd3": "transformer",
+        "flux": "transformer",
+        "qwen_image": "diffusion_model",
+        "z_image": "diffusion_model",
+    },
+    "kohya": {"flux": "lora_transformer", "qwen_image": "unet", "z_image": "unet"},  # "unet" becomes "lora_unet"
+}
+
+LAST = 5  # records of the training curve in a model card
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def export(run: Path, output: Path, merge: bool = False, layout: str = "diffusers") -> Path:
+    """Write the student of a run's folder into a new folder, with a model card; returns the file of its weights.
+
+    An adapter that the pipeline's load_lora_weights takes, or with merge the transformer with it, in the dtype of
+    the base's own files, that from_pretrained takes; of a run that trained all weights always the transformer.
+    layout: diffusers, comfyui or kohya. Raises UserError for a run without a student, a base that is no longer there,
+    a layout that the family lacks, and an output that is there.
+    """
+    config = _config_of(run)
+    backbone = backbone_of(config.model)
+    if not config.student.lora:
+        return _export_full(run, output, config, layout)
+    if merge and layout != "diffusers":
+        raise UserError("a merged transformer is written as diffusers does; leave out --layout, or --merge")
+    pipeline_class, empty = pipeline_class_of(config.model), empty_transformer(config.model)
+    lora = load_lora(run / "student", empty, pipeline_class)
+    card = model_card(run, config, merge, layout, type(empty).__name__)
+    with new_folder(output) as folder:
+        if merge:
+            base = config.model / "transformer"
+            save_pretrained(empty, plus(of_folder(base), lora), folder, stored_dtype(base))
+        elif layout == "diffusers":
+            save_lora(lora, folder, pipeline_class)
+        else:
+            family = backbone.__name__.rpartition(".")[2]
+            _write_layout(lora, folder / FILES[1], layout, family, empty, pipeline_class)
+        card.save(folder / "README.md")
+    return output
+
+
+def _export_full(run: Path, output: Path, config: Config, layout: str) -> Path:
+    if layout != "diffusers":
+        raise UserError(f"{run} trained all weights; {layout} is a layout of adapters: leave out --layout")
+    empty, dtype = empty_transformer(run / "student"), stored_dtype(config.model / "transformer")
+    weights = of_folder(run / "student")
+    check_fits(weights, empty, run / "student")
+    card = model_card(run, config, True, layout, type(empty).__name__)
+    with new_folder(output) as folder:
+        save_pretrained(empty, weights, folder, dtype)
+        card.save(folder / "README.md")
+    return output
+
+
+def _config_of(run: Path) -> Config:
+    """The configuration of a run that has something to export."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} holds no run (no config.yaml); give the output_dir of a training")
+    config = load_config(run / "config.yaml")
+    if not config.model:
+        raise UserError(f"{run} trained the embedded network; {run / 'student.safetensors'} is all of it")
+    file = FILES[1] if config.student.lora else SAFE_WEIGHTS_INDEX_NAME
+    if not (run / "student" / file).is_file():
+        raise UserError(f"{run} holds no student/{file} yet; train first: danceopd train --config ...")
+    return config
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What most weights of a transformer's folder are stored in. Raises UserError where none is a float's file."""
+    sizes: Counter = Counter()
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    tensor = file.get_slice(key)
+                    sizes[tensor.get_dtype()] += torch.Size(tensor.get_shape()).numel()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be read as safetensors, copy it again: {error}") from error
+    name = max(sizes, key=sizes.get, default="nothing")
+    if name not in DTYPES:
+        raise UserError(f"{folder} holds {name}, and not {', '.join(DTYPES)} safetensors; give an unquantized model")
+    return DTYPES[name]
+
+
+def _write_layout(lora: Lora, file: Path, layout: str, family: str, empty, pipeline_class: type) -> None:
+    """Write an adapter in another layout, and read it back by diffusers' own converter: it must be the same."""
+    try:
+        prefix = LAYOUTS[layout][family]
+    except KeyError:
+        others = ["diffusers", *(name for name, families in LAYOUTS.items() if family in families)]
+        raise UserError(
+            f"neither diffusers nor PEFT writes the {layout} layout of {family}; use --layout {' or '.join(others)}"
+        ) from None
+    tensors = named_factors(lora, f"{prefix}.")
+    if layout == "kohya":
+        tensors = convert_state_dict_to_kohya(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    refused = f"diffusers does not read this adapter back from the {layout} layout; use --layout diffusers"
+    try:
+        back = load_lora(file, empty, pipeline_class)
+    except UserError as error:
+        raise UserError(f"{refused}: {error}") from None
+    changed = [
+        name
+        for name, (a, b, scale) in lora.items()
+        if name not in back or not (back[name][0].equal(a) and (back[name][1] * back[name][2]).equal(b * scale))
+    ]
+    if changed or len(back) != len(lora):
+        raise UserError(f"{refused}: {', '.join(changed[:3])} would change")
+
+
+def model_card(run: Path, config: Config, merge: bool, layout: str, transformer_class: str) -> ModelCard:
+    """What the student is, how to load it, what it was trained on and with, the end of its curve, its scores."""
+    base, name = hub_id(config.model), class_name_of(config.model)
+    edits = any(capability.task == "edit" for capability in config.capabilities.values())
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="finetune" if merge else "adapter",
+        library_name="diffusers",
+        pipeline_tag="image-to-image" if edits else "text-to-image",
+        tags=["danceopd", "distillation", *([] if merge else ["lora"])],
+    )
+    kind = "transformer" if merge else "LoRA"
+    shown = base or config.model.resolve().name
+    parts = [
+        f"# {shown}: {' + '.join(config.capabilities)}",
+        f"A {kind} of `{shown}`, distilled from {len(config.sources)} sources on the student's own trajectories "
+        f"(method `{config.method}`, [arXiv 2606.27377](https://arxiv.org/abs/2606.27377)).",
+        "## Use",
+        _usage(shown, name, transformer_class, merge, layout),
+        "## Data",
+        _data_table(config),
+        "## Training",
+        _curve(run, config),
+    ]
+    if scores := _scores(run):
+        parts += ["## Scores", scores]
+    settings = yaml.safe_dump(_without_places(config.to_dict()), sort_keys=False, allow_unicode=True)
+    parts += ["## Configuration", f"```yaml\n{settings}```"]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def hub_id(model: Path) -> str | None:
+    """The repository that a pipeline's folder came from, by the hub's cache or its own index; None where none says."""
+    cached = [part for part in model.resolve().parts if part.startswith("models--")]
+    if cached:
+        return cached[-1].removeprefix("models--").replace("--", "/", 1)
+    named = json.loads((model / "model_index.json").read_text(encoding="utf-8")).get("_name_or_path", "")
+    return named if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named) and not Path(named).exists() else None
+
+
+def _usage(base: str, name: str, transformer_class: str, merge: bool, layout: str) -> str:
+    if layout == "kohya":
+        return f"`{FILES[1]}` has kohya's names: for ComfyUI and the trainers that read them, and for diffusers."
+    classes = f"{name}, {transformer_class}" if merge else name
+    lines = ["import torch", f"from diffusers import {classes}", ""]
+    if merge:
+        lines += [
+            f'transformer = {transformer_class}.from_pretrained("THIS_FOLDER", torch_dtype=torch.bfloat16)',
+            f'pipeline = {name}.from_pretrained("{base}", transformer=transformer, torch_dtype=torch.bfloat16)',
+        ]
+    else:
+        lines += [
+            f'pipeline = {name}.from_pretrained("{base}", torch_dtype=torch.bfloat16)',
+            'pipeline.load_lora_weights("THIS_FOLDER")',
+        ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _data_table(config: Config) -> str:
+    """One line a capability: how many rows it has, and who supervises them."""
+    lines = [["capability", "task", "rows", "source", "guidance", "weight"], ["---"] * 6]
+    for name, capability in config.capabilities.items():
+        try:
+            rows = str(len(PreparedData(capability.data.prepared, capability.capability or name)))
+        except UserError:  # moved or deleted since the training
+            rows = "?"
+        source = config.sources[capability.source]
+        of = [_without_places(str(lora.path)) for lora in source.lora] or [_without_places(source.weights or "base")]
+        guidance = f"{source.guidance_scale:g}"
+        lines.append([name, capability.task, rows, " + ".join(of), guidance, f"{capability.weight:g}"])
+    return _table(lines)
+
+
+def _curve(run: Path, config: Config) -> str:
+    """The last losses that were logged, of all samples and by capability."""
+    records = read_log(run / "log.jsonl").training[-LAST:]
+    if not records:
+        return "No losses were logged."
+    names = list(config.capabilities)
+    lines = [["step", "loss", *names], ["---:"] * (2 + len(names))]
+    for record in records:
+        each = [record.get("loss_by_capability", {}).get(name) for name in names]
+        lines.append([str(record["step"]), *("–" if x is None else f"{x:.4g}" for x in (record["loss"], *each))])
+    evaluations = records[-1].get("network_evaluations")
+    spent = f" and {evaluations:,} network evaluations" if evaluations else ""
+    return f"{records[-1]['step']} steps of {config.training.batch_size} samples{spent}.\n\n{_table(lines)}"
+
+
+def _scores(run: Path) -> str | None:
+    path = run / "results.json"
+    if not path.is_file():
+        return None
+    try:
+        return format_markdown(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); write it again by danceopd report, or remove it") from None
+
+
+def _table(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _without_places(value):
+    """A configuration's values with paths cut to their last names: a card tells nothing of whose disk it was."""
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    if isinstance(value, str) and os.sep in value:
+        path = Path(value)
+        return path.parent.name if path.name in FILES else path.name
+    return value

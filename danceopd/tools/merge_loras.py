@@ -1,0 +1,280 @@
+"""Several LoRAs of one model become one of the size of one: distilled by the trainer, from prompts alone."""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from danceopd.config.reading import parse_config
+from danceopd.config.sections import Config
+from danceopd.core.distance import velocity_error
+from danceopd.core.fields import Field, guided
+from danceopd.core.rollout import sample
+from danceopd.data.prepare import prepare
+from danceopd.data.prepared import PreparedData
+from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
+from danceopd.models.lora_algebra import Lora, average
+from danceopd.models.lora_files import FILES, load_lora
+from danceopd.models.precision import PRECISIONS
+from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.support.devices import find_device
+from danceopd.support.errors import UserError
+from danceopd.support.files import write_atomic
+from danceopd.support.hints import hint
+from danceopd.support.pictures import labelled_grid
+from danceopd.training.loop import train
+
+AVERAGE, STUDENT = "weight average", "distilled"
+
+COMPARED = 4  # prompts of each LoRA that errors are measured on
+
+SHOWN = 2  # of them in the grid
+
+DROPOUT = 0.1  # share of empty prompts, so that guidance works on the result
+
+CELL = 160  # least width of a picture in the grid, in pixels
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The adapter's file, the picture that compares it, and {LoRA: {"weight average": error, "distilled": error}}.
+
+    An error is the mean squared difference of velocities from the LoRA's, on the trajectories of the one compared.
+    """
+
+    path: Path
+    grid: Path
+    errors: dict[str, dict[str, float]]
+
+
+def merge_loras(
+    base: Path,
+    loras: Sequence[Path],
+    prompts: Path,
+    output: Path,
+    *,
+    triggers: Sequence[str] = (),
+    rank: int | None = None,
+    steps: int = 1000,
+    resolution: int = 1024,
+    guidance_scale: float = 1.0,
+    work: Path | None = None,
+    overwrite: bool = False,
+    overrides: Sequence[str] = (),
+) -> Merged:
+    """Distil LoRAs of the pipeline in base into one adapter, written to output as diffusers does; a grid beside it.
+
+    prompts: a file of one prompt a line, for all LoRAs with their triggers ("LORA=WORDS") in front, or for one of
+    them as LORA<TAB>PROMPT. A LoRA is called as its file, or as its folder where the file has the usual name. rank:
+    the largest of the LoRAs' if not given; guidance_scale: that LoRAs and result are drawn with, as a model's input
+    where it embeds one; work: what the same call goes on from after an interruption; overrides: of the training's
+    configuration, as key.sub=value. Raises UserError for what is missing or does not fit, before anything is encoded.
+    """
+    if output.suffix != ".safetensors":
+        raise UserError(f"{output} must end in .safetensors: it is the file to write")
+    backbone = backbone_of(base)
+    backbone.latent_shape(base, resolution, resolution)
+    named = name_loras(loras)
+    asked = read_prompts(prompts, list(named), read_triggers(triggers, list(named)))
+    empty = empty_transformer(base)
+    adapters = _load(named, empty, pipeline_class_of(base))
+    manifest, rows = manifest_of(asked)
+    work = work or output.with_suffix(".work")
+    cache = work / "cache"
+    cuda = torch.cuda.is_available()
+    # What diffusers' pipelines call guidance_scale is an input of a model that embeds it, and an operator for others.
+    embeds = getattr(empty.config, "guidance_embeds", False)
+    embedded, scale = (guidance_scale, 1.0) if embeds else (None, guidance_scale)
+    raw = {
+        "model": str(base),
+        "student": {
+            "lora": {
+                "rank": max(len(a) for lora in adapters.values() for a, _, _ in lora.values())
+                if rank is None
+                else rank,
+                "targets": targets_of(adapters.values(), empty),
+            },
+            "embedded_guidance": embedded,
+        },
+        "sources": {
+            name: {"lora": [{"path": str(path)}], "guidance_scale": scale, "embedded_guidance": embedded}
+            for name, path in named.items()
+        },
+        "capabilities": {
+            name: {
+                "source": name,
+                "task": "t2i",
+                "data": {"prepared": str(cache / manifest)},
+                "student_guidance_scale": scale,
+                "prompt_dropout": DROPOUT,
+            }
+            for name in named
+        },
+        "training": {
+            "output_dir": str(work / "run"),
+            "max_steps": steps,
+            "batch_size": 4,
+            "learning_rate": 2e-4,
+            "sample_every": 0,
+            "precision": "bf16" if cuda else "fp32",
+        },
+    }
+    config = parse_config(raw, list(overrides), "this merge")
+    device = find_device(config.training.device)
+    dtype = PRECISIONS[config.training.precision]
+    write_atomic(work / manifest, rows)
+    prepare(work / manifest, base, cache, backbone, resolution=resolution, device=str(device), dtype=dtype, strict=True)
+    student = train(config, overwrite) / "student" / FILES[1]
+    adapters[AVERAGE] = average(list(adapters.values()))
+    adapters[STUDENT] = load_lora(student, empty, pipeline_class_of(base))
+    errors, grid = _compare(config, backbone, adapters, asked, resolution, device)
+    write_atomic(output.with_suffix(".png"), grid)
+    write_atomic(output, student.read_bytes())
+    return Merged(output, output.with_suffix(".png"), errors)
+
+
+def name_loras(paths: Sequence[Path]) -> dict[str, Path]:
+    """{name: path}: a file's name without its ending, or its folder's. Raises UserError for one name of two."""
+    if len(paths) < 2:
+        raise UserError("a merge needs two LoRAs at least; give --lora for each of them")
+    named: dict[str, Path] = {}
+    for path in paths:
+        whole = path.resolve()
+        name = (
+            whole.parent.name if whole.name in FILES else whole.stem if whole.suffix == ".safetensors" else whole.name
+        )
+        if name in named or name in (AVERAGE, STUDENT):
+            raise UserError(f"two LoRAs would be called {name!r}, {path} the second; rename its file or folder")
+        named[name] = path
+    return named
+
+
+def read_triggers(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """{name: words} of "NAME=WORDS". Raises UserError for another form or an unknown name."""
+    triggers = {}
+    for text in given:
+        name, equals, words = text.partition("=")
+        if not equals or not words.strip():
+            raise UserError(f"--trigger {text!r} is not of the form LORA=WORDS")
+        if name not in names:
+            raise UserError(f"--trigger {text!r}: no LoRA {name!r}; {hint(name, names)}")
+        triggers[name] = words.strip()
+    return triggers
+
+
+def read_prompts(path: Path, names: Sequence[str], triggers: dict[str, str]) -> dict[str, list[str]]:
+    """{name: prompts} as they will be asked, each once. Raises UserError that lists the lines that are of no use."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the prompts cannot be read as UTF-8 text: {error}") from None
+    asked: dict[str, dict[str, None]] = {name: {} for name in names}
+    problems = []
+    for number, line in enumerate(lines, 1):
+        name, tab, prompt = line.partition("\t")
+        if not tab:
+            for lora in names if line.strip() else ():
+                asked[lora][f"{triggers.get(lora, '')} {line.strip()}".strip()] = None
+        elif name.strip() not in names:
+            problems.append(f"line {number}: no LoRA {name.strip()!r}; {hint(name.strip(), names)}")
+        elif not prompt.strip():
+            problems.append(f"line {number}: no prompt after {name.strip()!r}")
+        else:
+            asked[name.strip()][prompt.strip()] = None
+    problems += [f"no prompt for {name}" for name, own in asked.items() if not own and not problems]
+    if problems:
+        raise UserError("\n  ".join([f"{path} cannot be used:", *problems]))
+    first, *others = asked.values()
+    shared = set(first).intersection(*others)
+    if shared:
+        print(
+            f"warning: {len(shared)} prompts are asked of every LoRA in the same words, where the result can only be "
+            "their mean; give --trigger, or LORA<TAB>PROMPT",
+            file=sys.stderr,
+        )
+    return {name: list(own) for name, own in asked.items()}
+
+
+def _load(named: dict[str, Path], empty: nn.Module, pipeline_class: type) -> dict[str, Lora]:
+    loaded, problems = {}, []
+    for name, path in named.items():
+        try:
+            loaded[name] = load_lora(path, empty, pipeline_class)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n  ".join(["these LoRAs cannot be merged:", *problems]))
+    return loaded
+
+
+def manifest_of(asked: dict[str, list[str]]) -> tuple[str, bytes]:
+    """(name, content) of the manifest: called after its content, since other prompts are another run."""
+    rows = [
+        {"id": f"{name} {i}", "task": name, "prompt": prompt}
+        for name, own in asked.items()
+        for i, prompt in enumerate(own)
+    ]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return f"prompts-{hashlib.blake2b(data, digest_size=4).hexdigest()}.jsonl", data
+
+
+def targets_of(loras: Iterable[Lora], transformer: nn.Module) -> list[str]:
+    """The student's targets: the layers that any of the LoRAs changes, by their ends in a block where that says it."""
+    names = sorted({name for lora in loras for name in lora})
+    ends = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in names})
+    return ends if set(target_layers(transformer, ends)) == set(names) else names
+
+
+def fields_of(
+    config: Config, backbone: ModuleType, adapters: dict[str, Lora], empty_prompt, device
+) -> dict[str, Field]:
+    """The fields of adapters on one base, guided as the students's are."""
+    transformer = backbone.load_transformer(config.model, PRECISIONS[config.training.precision]).to(device)
+    shared = SharedBase(transformer, list(adapters.values()), backbone.velocity)
+    scale = next(iter(config.capabilities.values())).student_guidance_scale
+    combination = getattr(backbone, "combine", None)
+    return {name: guided(shared.field(i), empty_prompt, scale, combination) for i, name in enumerate(adapters)}
+
+
+def _compare(
+    config: Config,
+    backbone: ModuleType,
+    adapters: dict[str, Lora],
+    asked: dict[str, list[str]],
+    resolution: int,
+    device,
+) -> tuple[dict[str, dict[str, float]], bytes]:
+    """(errors as in Merged, the grid as PNG): a prompt at a time, so that what trains fits here too."""
+    prepared = next(iter(config.capabilities.values())).data.prepared
+    data = {name: PreparedData(prepared, name) for name in asked}
+    empty_prompt = tree_map(lambda value: value.to(device), next(iter(data.values())).empty_prompt())
+    fields = fields_of(config, backbone, adapters, empty_prompt, device)
+    sigmas = backbone.sigmas(config.model, config.rollout.num_inference_steps, resolution, resolution).to(device)
+    shape = backbone.latent_shape(config.model, resolution, resolution)
+    generator = torch.Generator().manual_seed(config.training.seed)
+    errors: dict[str, dict[str, float]] = {}
+    drawn: list[tuple[str, list[torch.Tensor]]] = []
+    for name, rows in data.items():
+        measured: dict[str, list[float]] = {AVERAGE: [], STUDENT: []}
+        for i in range(min(COMPARED, len(rows))):
+            noise = torch.randn(1, *shape, generator=generator).to(device)
+            conditioning = rows.condition([i], [False]).to(device).embedding(config.student.embedded_guidance)
+            for who, found in measured.items():
+                found.append(velocity_error(fields[who], fields[name], noise, conditioning, sigmas))
+            if i < SHOWN:
+                latents = [sample(f, noise, conditioning, sigmas, config.rollout.solver) for f in fields.values()]
+                drawn.append((asked[name][i], latents))
+        errors[name] = {who: sum(found) / len(found) for who, found in measured.items()}
+    columns = list(fields)
+    del fields
+    _, decode = backbone.picture_codec(config.model, device, PRECISIONS[config.training.precision])
+    rows = [(prompt, [decode(x)[0] for x in latents]) for prompt, latents in drawn]
+    return errors, labelled_grid(rows, columns, least=CELL)

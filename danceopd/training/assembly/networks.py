@@ -1,0 +1,146 @@
+"""Loads the networks of a model's run."""
+
+from collections.abc import Callable, Container, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from danceopd.config.sections import Config
+from danceopd.models.backbones import meta_transformer, pipeline_class_of
+from danceopd.models.eight_bit import to_eight_bit
+from danceopd.models.loading import transformer_folder
+from danceopd.models.lora_algebra import Lora
+from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.models.students import FullStudent, LoraStudent
+from danceopd.models.weights import Weights, check_fits
+from danceopd.training.assembly.sources import (
+    Unread,
+    _check_embedded,
+    _load,
+    _own_frozen,
+    _sum,
+    _unread,
+    needs_base,
+    read,
+    source_folder,
+    sources_on_base,
+)
+from danceopd.training.assembly.starts import begin, start_lora, start_weights
+
+
+def load_networks(
+    config: Config,
+    backbone: ModuleType,
+    device: torch.device,
+    attempt: Callable,
+    empty: dict[str, nn.Module],
+    in_shards: Container[str] = (),
+):
+    """(student, {source: (base, adapter) or a transformer}): adapters on one transformer, other weights on the host.
+
+    A student of all weights is a transformer of its own, and the model's is loaded only where a source needs it.
+    empty: of own_networks; in_shards: "student" and "sources" are Unread. Where something cannot be loaded, attempt
+    takes the message and the result is (None, None).
+    """
+    transformer, layers = None, []
+    if needs_base(config):
+        transformer = attempt("model", _load, config, backbone, config.model, device)
+        if transformer is None:
+            return None, None
+    if config.student.lora:
+        layers = attempt("student.lora.targets", student_layers, config, backbone, transformer)
+    pipeline_class = pipeline_class_of(config.model)
+    on_base = sources_on_base(config)
+    loras = {
+        name: attempt(f"sources.{name}.lora", _sum, source, transformer, pipeline_class)
+        for name, source in config.sources.items()
+        if name in on_base
+    }
+    load = _unread if "sources" in in_shards else partial(_own_frozen, device=device)
+    loaded = {}  # by network: of sources of the same weights and adapters there is one
+    for name, network in empty.items():
+        if id(network) not in loaded:
+            source = config.sources[name]
+            loaded[id(network)] = attempt(f"sources.{name}.weights", load, source, config, backbone, network)
+    others = {name: loaded[id(network)] for name, network in empty.items()}
+    own = transformer
+    if not config.student.lora:
+        own = attempt("student.init_from", meta_transformer, start_folder(config), backbone, torch.float32)
+    if own:
+        attempt("student.embedded_guidance", _check_embedded, own, config.student.embedded_guidance)
+    for name, source in config.sources.items():
+        network = empty.get(name) or transformer
+        if network:
+            attempt(f"sources.{name}.embedded_guidance", _check_embedded, network, source.embedded_guidance)
+    if layers is None or own is None or None in loras.values() or None in others.values():
+        return None, None
+    if config.student.lora:
+        start = attempt("student.init_from", start_lora, config, loras, layers)
+    else:
+        start = attempt("student.init_from", _unread_start, config, loras, own, empty)
+        if start and "student" not in in_shards:
+            start = attempt("student.init_from", read, start)
+    if start is None:
+        return None, None
+    shared = None
+    if transformer:
+        if config.training.base_precision == "int8":
+            to_eight_bit(transformer, device)
+        adapters = [lora for lora in loras.values() if lora]
+        shared = SharedBase(transformer.to(device), adapters, backbone.velocity, layers)
+    student = start if isinstance(start, Unread) else make_student(config, backbone, start, device, shared, layers)
+    place = {name: i for i, name in enumerate(name for name, lora in loras.items() if lora)}
+    return student, {name: (shared, place.get(name, -1)) for name in on_base} | others  # -1: the base itself
+
+
+def make_student(
+    config: Config,
+    backbone: ModuleType,
+    start: Lora | nn.Module,
+    device: torch.device,
+    shared: SharedBase | None = None,
+    layers: Sequence[str] = (),
+) -> nn.Module:
+    """The student on its device, as it begins: as an adapter on shared, or as a transformer."""
+    lora, embedded = config.student.lora, config.student.embedded_guidance
+    checkpointing = config.training.gradient_checkpointing
+    if lora is None:
+        if checkpointing:
+            start.enable_gradient_checkpointing()
+        autocast = torch.bfloat16 if config.training.precision == "bf16" else None
+        return FullStudent(start.to(device), backbone.velocity, embedded, autocast)
+    if checkpointing:
+        shared.enable_gradient_checkpointing()
+    generator = torch.Generator().manual_seed(config.training.seed)
+    student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, generator, embedded)
+    begin(student, start)
+    return student.to(device)
+
+
+def start_folder(config: Config) -> Path | str:
+    """The folder with the configuration of the transformer that a student begins as, or that its adapter is of."""
+    source = config.sources.get(config.student.init_from)
+    return config.model if source is None else source_folder(config, source)
+
+
+def student_layers(config: Config, backbone: ModuleType, transformer: nn.Module) -> list[str]:
+    """The layers that the student's adapter changes: the configuration's, or those of the family that are there.
+
+    A family's list is that of its largest model. Raises UserError as target_layers does.
+    """
+    targets = config.student.lora.targets
+    return target_layers(transformer, targets or backbone.LORA_TARGETS, every=bool(targets))
+
+
+def _unread_start(config: Config, loras: dict[str, Lora], empty: nn.Module, others: dict[str, nn.Module]) -> Unread:
+    """What a student of all weights begins as."""
+
+    def own(name: str) -> Weights:
+        return _unread(config.sources[name], config, None, others[name]).weights
+
+    folder, weights = transformer_folder(start_folder(config)), start_weights(config, loras, own)
+    check_fits(weights, empty, folder)
+    return Unread(empty, folder, weights)

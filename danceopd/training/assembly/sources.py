@@ -1,0 +1,190 @@
+"""The frozen sources of a model's run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from danceopd.config.sections import Config, Source
+from danceopd.core.fields import Field, SharedField, guided
+from danceopd.models.backbones import meta_transformer, pipeline_class_of
+from danceopd.models.eight_bit import to_eight_bit
+from danceopd.models.fp8 import to_fp8
+from danceopd.models.fp8_loading import load_fp8
+from danceopd.models.loading import is_file_name, load_transformer_file, stream_blocks, transformer_folder
+from danceopd.models.lora_algebra import Lora, combine, merge_into
+from danceopd.models.lora_files import load_lora
+from danceopd.models.precision import PRECISIONS
+from danceopd.models.shared_base import SharedBase
+from danceopd.models.weights import Weights, check_fits, of_folder, of_tensors, plus
+from danceopd.support.errors import UserError
+from danceopd.support.ranks import ALONE, Ranks
+from danceopd.training.zero.lockstep import Lockstep
+from danceopd.training.zero.sharding import built, in_turn, sharded
+
+
+@dataclass
+class Unread:
+    """A transformer that is to be built, in shards or whole.
+
+    empty: on the meta device; folder: with its configuration; weights: what it will hold.
+    """
+
+    empty: nn.Module
+    folder: Path
+    weights: Weights
+
+
+def own_networks(config: Config, backbone: ModuleType, attempt: Callable) -> dict[str, nn.Module]:
+    """{source of its own weights: its transformer on the meta device}; one network for sources that are the same."""
+    dtype, found, networks = PRECISIONS[config.training.precision], {}, {}
+    for name, source in config.sources.items():
+        if name in sources_on_base(config):
+            continue
+        kind = (source.weights, tuple((lora.path, lora.scale) for lora in source.lora))
+        if kind not in found:
+            folder = source_folder(config, source)
+            found[kind] = attempt(f"sources.{name}.weights", meta_transformer, folder, backbone, dtype)
+        networks[name] = found[kind]
+    return networks
+
+
+def place_sources(
+    config: Config,
+    backbone: ModuleType,
+    device: torch.device,
+    networks: dict,
+    lockstep: Lockstep | None,
+    settings: dict | None,
+) -> dict:
+    """The sources of load_networks as model_fields takes them: transformers of their own as fields without guidance.
+
+    lockstep, settings: of the ranks and DeepSpeed, which keeps them in shards where they are Unread; every rank calls
+    it.
+    """
+    placed = {}
+    for network in networks.values():
+        if isinstance(network, tuple) or id(network) in placed:  # two may be one network
+            continue
+        if isinstance(network, Unread):
+            own = sharded(read(network, lockstep.ranks, settings), settings)
+            placed[id(network)] = in_turn(_field(own, backbone), lockstep)
+        else:
+            placed[id(network)] = _field(_placed(network, config, device), backbone)
+    return {name: placed.get(id(network), network) for name, network in networks.items()}
+
+
+def needs_base(config: Config) -> bool:
+    """Whether a run keeps the model's own transformer, frozen: for its student's adapter or for sources."""
+    return bool(config.student.lora or sources_on_base(config))
+
+
+def source_folder(config: Config, source: Source) -> Path | str:
+    """The folder with the configuration of a source's transformer: a single file is of the model's architecture."""
+    return config.model if source.weights in (None, "base") or is_file_name(source.weights) else source.weights
+
+
+def sources_on_base(config: Config) -> list[str]:
+    """The sources that are the model's own transformer, as it is or with adapters."""
+    return [name for name, source in config.sources.items() if source.weights in (None, "base")]
+
+
+def model_fields(config: Config, combination: Callable | None, fields: dict, empty_prompt) -> list[Field]:
+    """Each route's field, in the order of the capabilities, guided where the configuration says so.
+
+    combination: the model's own guidance, for `guided`. Sources on one transformer are asked in one forward for a
+    mixed batch.
+    """
+    result = []
+    for capability in config.capabilities.values():
+        field, source = fields[capability.source], config.sources[capability.source]
+        scale, embedded = source.guidance_scale, source.embedded_guidance
+        if isinstance(field, tuple):
+            shared, adapter = field
+            ask = guided(_ask(shared), empty_prompt, None, combination)
+            result.append(SharedField(shared, ask, adapter, scale, embedded))
+        else:
+            result.append(guided(_embedding(field, embedded), empty_prompt, scale, combination))
+    return result
+
+
+def _ask(shared: SharedBase) -> Field:
+    return lambda latents, sigma, conditioning: shared(latents, sigma, conditioning, conditioning.adapter)
+
+
+def _sum(source: Source, transformer: nn.Module, pipeline_class: type) -> Lora:
+    """The source's adapters as one; empty for the base itself."""
+    return combine([load_lora(lora.path, transformer, pipeline_class, lora.scale) for lora in source.lora])
+
+
+def _field(network: nn.Module, backbone: ModuleType) -> Field:
+    """A transformer of its own as a field."""
+    return SharedBase(network, [], backbone.velocity).field(-1)
+
+
+def _own_weights(source: Source, config: Config, backbone: ModuleType, empty: nn.Module) -> nn.Module:
+    """A source's own transformer, on the CPU in the dtype of the empty one, with its adapters merged."""
+    if is_file_name(source.weights):
+        network = load_transformer_file(source.weights, empty, config.model, empty.dtype)
+    else:
+        network = backbone.load_transformer(source.weights, empty.dtype)
+    return merge_into(network, _sum(source, network, pipeline_class_of(config.model)))
+
+
+def _unread(source: Source, config: Config, _: ModuleType, empty: nn.Module) -> Unread:
+    """The same, to be built. A single file is read as a whole: diffusers converts its layout so."""
+    if is_file_name(source.weights):
+        found = of_tensors(load_transformer_file(source.weights, empty, config.model, torch.float32).state_dict())
+    else:
+        found = of_folder(source.weights)
+        check_fits(found, empty, source.weights)
+    lora = _sum(source, empty, pipeline_class_of(config.model))
+    return Unread(empty, transformer_folder(source_folder(config, source)), plus(found, lora))
+
+
+def read(network: Unread, ranks: Ranks = ALONE, settings: dict | None = None) -> nn.Module:
+    """The transformer, on the CPU, in eval mode; with DeepSpeed's settings each of the ranks holds a shard of it."""
+    return built(network.folder, network.weights, network.empty.dtype, ranks, settings)
+
+
+def _load(config: Config, backbone: ModuleType, folder, device: torch.device | None, lora: Lora | None = None):
+    """A frozen transformer, an adapter merged into it; in FP8, where it is wanted, on the device."""
+    dtype = PRECISIONS[config.training.precision]
+    if config.training.base_precision == "fp8":
+        return load_fp8(folder, backbone, dtype, device, lora)
+    return merge_into(backbone.load_transformer(folder, dtype), lora or {})
+
+
+def _own_frozen(
+    source: Source, config: Config, backbone: ModuleType, empty: nn.Module, device: torch.device | None
+) -> nn.Module:
+    """A source's own transformer to be asked, with its adapters merged."""
+    fp8, device = config.training.base_precision == "fp8", None if config.training.offload_sources else device
+    if fp8 and not is_file_name(source.weights):
+        lora = _sum(source, empty, pipeline_class_of(config.model))
+        return _load(config, backbone, source.weights, device, lora)
+    network = _own_weights(source, config, backbone, empty)
+    return to_fp8(network, device) if fp8 else network
+
+
+def _placed(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """A source's transformer as it waits to be asked: on the device, or in host memory."""
+    offload = config.training.offload_sources
+    if config.training.base_precision == "int8":
+        to_eight_bit(network, None if offload else device)
+    return stream_blocks(network, device) if offload else network.to(device)
+
+
+def _embedding(field: Field, guidance: float | None) -> Field:
+    return lambda latents, sigma, conditioning: field(latents, sigma, conditioning.embedding(guidance))
+
+
+def _check_embedded(transformer: nn.Module, given: float | None) -> None:
+    takes, name = getattr(transformer.config, "guidance_embeds", False), type(transformer).__name__
+    if takes and given is None:
+        raise UserError(f"this {name} takes its guidance as an input; give the number, such as its pipeline's default")
+    if not takes and given is not None:
+        raise UserError(f"this {name} has no such input; leave it out, and give guidance_scale for guidance")

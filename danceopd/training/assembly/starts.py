@@ -1,0 +1,74 @@
+"""What a model's student begins as."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from danceopd.config.sections import Config
+from danceopd.models.lora_algebra import Lora, average, truncated
+from danceopd.models.students import LoraStudent
+from danceopd.models.weights import Weights, mean, of_folder, plus
+from danceopd.support.errors import UserError
+
+
+def start_weights(config: Config, loras: dict[str, Lora], own: Callable[[str], Weights]) -> Weights:
+    """What the transformer that a full student begins as holds.
+
+    loras: what each source on the model's own transformer adds to it, by its name; own: the weights of any other
+    source. Raises UserError for weights that cannot be loaded, and for a merge of transformers that differ.
+    """
+    start, base = config.student.init_from, of_folder(config.model)
+    if start == "base":
+        return base
+    if start != "merge":
+        return plus(base, loras[start]) if start in loras else own(start)
+    parts = {f"source {name}": (1, own(name)) for name in config.sources if name not in loras}
+    if loras:
+        parts = {"model": (len(loras), plus(base, average(list(loras.values()))))} | parts
+    (first, (_, one)), *others = parts.items()
+    for name, (_, other) in others:
+        check_alike(first, one.shapes, name, other.shapes)
+    return mean([(number / len(config.sources), weights) for number, weights in parts.values()])
+
+
+def check_alike(one: str, shapes: Mapping[str, torch.Size], other: str, others: Mapping[str, torch.Size]) -> None:
+    """Raises UserError where two networks have not the same tensors, so that no mean of them can be taken."""
+    differing = sorted(key for key in shapes.keys() | others.keys() if shapes.get(key) != others.get(key))
+    if differing:
+        raise UserError(
+            f"{one} and {other} differ in shape ({differing[0]} and {len(differing) - 1} more), so that they have no "
+            "mean; begin as base, or as one of them"
+        )
+
+
+def start_lora(config: Config, loras: dict[str, Lora], layers: list[str]) -> Lora:
+    """What a LoRA student on these layers begins as; empty for the base.
+
+    loras: each source's, by its name; one of the base alone is empty. Raises UserError that names the layers which
+    the student does not have.
+    """
+    start = config.student.init_from
+    if start == "base":
+        return {}
+    lora = average(list(loras.values())) if start == "merge" else loras[start]
+    missing = [name for name in lora if name not in layers]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"{start} changes {', '.join(missing[:3])}{more}, which student.lora.targets has not; add the ends of "
+            "these names to the targets, or begin as base"
+        )
+    return lora
+
+
+@torch.no_grad()
+def begin(student: LoraStudent, lora: Lora) -> None:
+    """Make an adapter add what lora adds, as nearly as its rank can: exactly where lora's is no larger.
+
+    What of the rank is not needed stays as it was, random in A and zero in B, so that it can be trained.
+    """
+    for name, factors in lora.items():
+        a, b = truncated(*factors, student.rank)
+        own_a, own_b = student.factors_of(name)
+        own_a[: len(a)] = a.to(own_a)
+        own_b.zero_()[:, : len(a)] = (b * (student.rank / student.alpha)).to(own_b)

@@ -1,0 +1,212 @@
+"""Checkpoints of a run: any number of ranks write them, any other number reads them.
+
+A checkpoint is a folder step-NNNNNNNN of one safetensors file a rank with its slices of all large tensors, one small
+file with the rest, and a manifest with the checksum of each. It is written beside its place and renamed when it is
+whole, so that a process killed at any moment leaves it there or not at all. (DeepSpeed's own are pickles that must be
+converted before another number of ranks reads them.)
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from danceopd.models.weights import Weights
+from danceopd.support.errors import UserError
+from danceopd.support.files import sync
+from danceopd.support.ranks import ALONE, Ranks
+
+PATTERN = "step-*"
+
+MANIFEST, REST = "manifest.json", "rest.pt"
+
+
+def bounds(numel: int, rank: int, size: int) -> tuple[int, int]:
+    """The slice of a flattened tensor that is a rank's: as ZeRO-3 cuts it, equal parts of which the last may lack."""
+    part = math.ceil(numel / size)
+    return min(rank * part, numel), min((rank + 1) * part, numel)
+
+
+def save_state(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, torch.Size],
+    rest: dict,
+    keep: int,
+    ranks: Ranks = ALONE,
+) -> Path:
+    """Write a checkpoint, then remove all but the newest `keep`; every rank calls it.
+
+    tensors: this rank's slices (`bounds`), flat, of the tensors of these `shapes`; rest: tensors and plain values of
+    which rank 0's are written. Raises UserError on every rank where one cannot write (disk full, folder read-only);
+    what was there before stays good.
+    """
+    path, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
+    written = {}
+    try:
+        if ranks.rank == 0:
+            for left in folder.glob(".step-*.tmp"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        trouble = None
+    except OSError as error:
+        trouble = _reason(error)
+    trouble = _first(ranks.gather(trouble), ranks)
+    if not trouble:
+        try:
+            name = f"rank-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
+            sync(temporary / name)
+            written[name] = _checksum(temporary / name)
+            if ranks.rank == 0:
+                torch.save(rest, temporary / REST)
+                sync(temporary / REST)
+                written[REST] = _checksum(temporary / REST)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            trouble = _reason(error)
+        everyone = ranks.gather((written, trouble))
+        trouble = _first([trouble for _, trouble in everyone], ranks)
+        files = {name: value for part, _ in everyone for name, value in part.items()}
+    if not trouble and ranks.rank == 0:
+        try:
+            manifest = {
+                "step": step,
+                "ranks": ranks.size,
+                "files": files,
+                "shapes": {name: list(shape) for name, shape in shapes.items()},
+            }
+            with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
+                json.dump(manifest, file)
+                file.flush()
+                os.fsync(file.fileno())
+            sync(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+            sync(folder)
+        except OSError as error:
+            trouble = _reason(error)
+    trouble = ranks.from_first(trouble)
+    if trouble:
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        older = checkpoints(folder)
+        good = f"the checkpoint {older[-1]} is still good" if older else "there is no earlier checkpoint"
+        raise UserError(
+            f"cannot write {path}: {trouble}; {good}. Make room or choose another training.output_dir, then run the "
+            "same command again"
+        )
+    if ranks.rank == 0:
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    ranks.wait()
+    return path
+
+
+def _first(troubles: list[str | None], ranks: Ranks) -> str | None:
+    """The first rank's trouble, with its number where there are several."""
+    found = ((rank, trouble) for rank, trouble in enumerate(troubles) if trouble)
+    return next((f"rank {rank}: {trouble}" if ranks.size > 1 else trouble for rank, trouble in found), None)
+
+
+def _reason(error: Exception) -> str:
+    """In a line; torch's writer hides the system's error behind one of its own."""
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        error = error.__context__
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def _checksum(path: Path) -> dict:
+    """Of a file: its size and digest."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, "blake2b").hexdigest()}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    return sorted(path for path in folder.glob(PATTERN) if (path / MANIFEST).is_file())
+
+
+class Checkpoint:
+    """A whole checkpoint on the disk. shapes: of the large tensors, by name; rest: the small ones and plain values."""
+
+    def __init__(self, path: Path, manifest: dict):
+        self.path, self.step, self.ranks = path, manifest["step"], manifest["ranks"]
+        self.shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
+        self.rest = torch.load(path / REST, weights_only=True, map_location="cpu")
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """A checkpoint that is known to be whole."""
+        return cls(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Places start to stop of a large tensor, flattened; no more than these are read."""
+        parts = []
+        for rank in range(self.ranks):
+            first, last = bounds(self.shapes[name].numel(), rank, self.ranks)
+            if max(first, start) < min(last, stop):
+                with safe_open(self.path / f"rank-{rank:05d}-of-{self.ranks:05d}.safetensors", framework="pt") as file:
+                    parts.append(file.get_slice(name)[max(first, start) - first : min(last, stop) - first])
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def optimizer_states(self) -> dict[str, dict[str, str]]:
+        """{parameter: {key of its optimizer's state: the large tensor's name}}."""
+        found: dict[str, dict[str, str]] = {}
+        for full in self.shapes:
+            kind, key, name = (*full.split("/", 2), "")[:3]
+            if kind == "optimizer":
+                found.setdefault(name, {})[key] = full
+        return found
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A large tensor, whole."""
+        shape = self.shapes[name]
+        return self.slice(name, 0, shape.numel()).reshape(shape)
+
+
+def load_newest(folder: Path, ranks: Ranks = ALONE) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole (None without any), and a message for each damaged one passed over.
+
+    The ranks share the checking of its files, and agree. Raises UserError if there are checkpoints but none is whole.
+    """
+    messages: list[str] = []
+    for path in reversed(ranks.from_first(checkpoints(folder))):
+        manifest, reason = _checked(path, ranks)
+        if not reason:
+            return Checkpoint(path, manifest), messages
+        messages.append(f"{path} is damaged ({reason}); using the one before it")
+    if messages:
+        raise UserError(
+            f"no checkpoint in {folder} can be read; delete them to start again, or restore one:\n  "
+            + "\n  ".join(m.split(";")[0] for m in messages)
+        )
+    return None, messages
+
+
+def _checked(path: Path, ranks: Ranks) -> tuple[dict, str | None]:
+    """The manifest, and what is wrong with the checkpoint as all ranks see it."""
+    manifest, reason = {}, None
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for i, (name, expected) in enumerate(sorted(manifest["files"].items())):
+            if i % ranks.size == ranks.rank and _checksum(path / name) != expected:
+                reason = f"{name} has not the bytes that were written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return manifest, next((reason for reason in ranks.gather(reason) if reason), None)
+
+
+def of_checkpoint(checkpoint: Checkpoint, prefix: str) -> Weights:
+    """Of a run's checkpoint, those whose names begin so."""
+    return Weights(
+        {n.removeprefix(prefix): shape for n, shape in checkpoint.shapes.items() if n.startswith(prefix)},
+        lambda name, start, stop: checkpoint.slice(prefix + name, start, stop),
+    )

@@ -1,0 +1,1 @@
+"""Rollouts of static steps, captured on CUDA, and replicas of the student that they ask."""

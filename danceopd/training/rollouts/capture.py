@@ -1,0 +1,94 @@
+"""What a captured graph cannot do, and how it is found before the capture."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class NotCapturable(Exception):
+    """Why a step cannot be a graph."""
+
+
+class GraphSafe(TorchDispatchMode):
+    """Raises NotCapturable at the first operation that a captured graph could not repeat, before any is captured.
+
+    That is a value read on the host, a shape that depends on values, host data made into a tensor, and a copy between
+    devices. `before` holds each tensor that was there before and was read: a graph has its address alone, so whoever
+    replays it keeps the tensors, even where the cache that they came from has dropped them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.before: dict[int, torch.Tensor] = {}
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if reason := _refusal(func, args, kwargs, tensors):
+            raise NotCapturable(f"{func} {reason}")
+        out = func(*args, **kwargs)
+        for tensor in tensors:
+            if (key := _storage(tensor)) not in self._made:
+                self.before.setdefault(key, tensor)
+        # An output in the storage of what was there before is a view of it.
+        self._made |= {_storage(value) for value in tree_leaves(out) if isinstance(value, torch.Tensor)} - set(
+            self.before
+        )
+        return out
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # a tensor of several
+        return id(tensor)
+
+
+def _refusal(func, args, kwargs, tensors: list[torch.Tensor]) -> str | None:
+    name, tags = str(func).split(".")[1] if "." in str(func) else str(func), getattr(func, "tags", ())
+    if torch.Tag.data_dependent_output in tags:
+        return "reads a value on the host"
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
+        if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
+            return "selects by a mask, so that a shape depends on values"
+    elif torch.Tag.dynamic_output_shape in tags:
+        return "has a shape that depends on values"
+    if name == "lift_fresh":
+        return "makes host data a tensor"
+    devices = {tensor.device.type for tensor in tensors}
+    if name == "_to_copy" and kwargs.get("device") is not None:
+        devices.add(torch.device(kwargs["device"]).type)
+    if len(devices) > 1:
+        return f"copies between {' and '.join(sorted(devices))}"
+    return None
+
+
+@contextmanager
+def constants(made: dict) -> Iterator[None]:
+    """Numbers and lists that this thread makes tensors of become the same tensor each time, kept in `made`.
+
+    Models make some at every step; a graph could not repeat the copy to the device. The two functions are replaced,
+    since a mode of torch's would have compiled blocks compiled once more.
+    """
+    thread = threading.get_ident()
+
+    def once(make):
+        def tensor(*args, **kwargs):
+            leaves = tree_leaves((args, kwargs))
+            if threading.get_ident() != thread or any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+                return make(*args, **kwargs)
+            key = f"{make.__name__} {args} {kwargs}"
+            if key not in made:
+                made[key] = make(*args, **kwargs)
+            return made[key]
+
+        return tensor
+
+    with mock.patch.multiple(torch, tensor=once(torch.tensor), as_tensor=once(torch.as_tensor)):
+        yield

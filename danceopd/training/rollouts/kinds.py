@@ -1,0 +1,89 @@
+"""Samples that share a static step."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
+
+from danceopd.core.conditioning import Conditioning, Tensors, with_length
+from danceopd.core.fields import Field, guided
+from danceopd.models.packing import picture_tokens
+
+# Prompts that have a mask are cut or filled up to the next multiple, so that not each length is another shape; this
+# one, since Z-Image's transformer fills them up to it by itself, with tokens of its own.
+TEXT = 32
+
+
+class Kind(NamedTuple):
+    """Of samples that share a step: whether they have source pictures and are guided, tokens of their prompts or 0."""
+
+    sourced: bool
+    guided: bool
+    length: int
+
+
+def _flat(conditioning: Conditioning) -> tuple[list[torch.Tensor], TreeSpec]:
+    """Its tensors and their names."""
+    values = {field.name: getattr(conditioning, field.name) for field in fields(Conditioning)}
+    return tree_flatten({name: value for name, value in values.items() if value is not None})
+
+
+def _device(conditioning: Conditioning) -> torch.device:
+    return tree_leaves(conditioning.prompt)[0].device
+
+
+def _of_kind(conditioning: Conditioning, kind: Kind) -> Conditioning:
+    """The same samples, all of one kind, with nothing that the kind does not read."""
+    empty = conditioning.empty_prompt if kind.guided else None
+    return replace(
+        conditioning,
+        prompt=_kept(conditioning.prompt, kind.length),
+        source=conditioning.source if kind.sourced else None,
+        has_source=None,
+        guidance_scale=conditioning.guidance_scale if kind.guided else None,
+        empty_prompt=None if empty is None else _kept(empty),
+    )
+
+
+def _lengths(conditioning: Conditioning) -> torch.Tensor:
+    """[B] int64 on the CPU: tokens of each prompt that has a mask, else 0. Waits for the device."""
+    prompt = conditioning.prompt
+    if _has_lengths(prompt):
+        return prompt["prompt_mask"].sum(1).cpu()
+    return torch.zeros(len(conditioning), dtype=torch.int64)
+
+
+def _has_lengths(prompt: Tensors) -> bool:
+    """Not of prompts in parts, each of which Z-Image's transformer fills up by itself."""
+    return isinstance(prompt, dict) and "prompt_mask" in prompt and "prompt_parts" not in prompt
+
+
+def _filled(length):
+    return -(-length // TEXT) * TEXT
+
+
+def _kept(prompt: Tensors, length: int = 0) -> Tensors:
+    """A prompt that has a mask, cut or filled up to `length` (0: to a multiple of TEXT), which it is to keep."""
+    if not _has_lengths(prompt):
+        return prompt
+    filled = with_length(prompt, length or _filled(prompt["prompt_mask"].shape[1]))
+    filled["prompt_keep"] = filled.pop("prompt_mask")
+    return filled
+
+
+def _tokens(latents, part: Conditioning, kind: Kind, steps: torch.Tensor, lengths: torch.Tensor) -> Counter:
+    """What is computed of samples of a kind in so many steps each, as packing.TOKENS; of prompts, not empty."""
+    if not kind.length:
+        return Counter()
+    sources = part.source if isinstance(part.source, tuple) else () if part.source is None else (part.source,)
+    computed = int(steps.sum()) * (picture_tokens(latents, sources) + kind.length)
+    return Counter(computed=computed, padding=int((steps * (kind.length - lengths)).sum()))
+
+
+def always_guided(field: Field, empty_prompt: Tensors, combine: Callable | None = None) -> Field:
+    """danceopd.core.fields.guided for a step of samples that are all guided: nothing is read on the device."""
+    kept = _kept(tree_map(lambda value: value[None], empty_prompt))
+    return guided(field, tree_map(lambda value: value[0], kept), combine=combine, every=True)

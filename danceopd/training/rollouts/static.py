@@ -1,0 +1,205 @@
+"""Rollouts of static steps: tensors that stay where they are, and on CUDA a captured graph of each number of samples.
+
+A step evaluates the field and moves the latents in place. Noise levels and the mask of active samples are read on the
+device, and what a field would look up there is settled on the host before the first step: samples with and without
+source pictures, guided or not, with prompts of other lengths, go apart, each kind through all of its steps. As samples
+leave, a step shrinks to one of `BUCKETS` sizes; rows up to that size are of samples that have left, and are counted as
+padding. On the CPU the same steps run without graphs.
+"""
+
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import Field
+from danceopd.core.rollout import reached
+from danceopd.models.packing import TOKENS
+from danceopd.training.rollouts.capture import NotCapturable
+from danceopd.training.rollouts.kinds import Kind, _device, _filled, _flat, _lengths, _of_kind, _tokens
+from danceopd.training.rollouts.program import Program
+
+PROGRAMS = 32  # kinds and shapes of samples whose buffers and graphs are kept, the least recently used goes first
+
+
+class StaticField:
+    """A field whose rollouts are static steps; asked by itself it is `field`.
+
+    ask: the same network as a field, for samples without guidance; both: with guidance for all of them
+    (always_guided). networks: whose parameters these read. capture: graphs of the steps, on CUDA.
+    spent: counts evaluations, which no step passes through `field` for: by `name` those of samples under way, as
+    "padding" those of samples that have left. Where a step cannot be captured, `reason` is printed once, and rollouts
+    ask `field`.
+    """
+
+    SOLVERS = ("euler", "ab2")  # Heun's second evaluation is none where a trajectory ends: its steps are not alike
+
+    def __init__(
+        self,
+        field: Field,
+        ask: Field,
+        both: Field | None = None,
+        networks: Sequence[nn.Module] = (),
+        capture: bool = False,
+        spent: Counter | None = None,
+        name: str = "student",
+    ):
+        self.field, self.ask, self.both, self.networks, self.name = field, ask, both, networks, name
+        self.spent = Counter() if spent is None else spent
+        self.programs: OrderedDict[str, Program] = OrderedDict()
+        self.reason: str | None = None
+        self._constants: dict = {}
+        self._addresses: tuple = ()
+        self._stream = torch.cuda.Stream() if capture else None
+        self._pool = torch.cuda.graph_pool_handle() if capture else None
+
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        return self.field(latents, sigma, conditioning)
+
+    def rollout(
+        self,
+        noise: torch.Tensor,
+        conditioning: Conditioning,
+        sigmas: torch.Tensor,
+        until: torch.Tensor,
+        solver: str,
+        start: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """The states [B, K, ...] float32 of danceopd.core.rollout.rollout; None where a step cannot be static.
+
+        Each sample steps from its own start, so that none waits for another to come along.
+        """
+        if solver not in self.SOLVERS or self.reason:
+            return None
+        steps, spent, tokens, lengths = until.amax(1) - start, Counter(), Counter(), _lengths(conditioning)
+        sigmas = sigmas.to(noise.device)
+        states = noise.float()[:, None].repeat(1, until.shape[1], *(1,) * (noise.dim() - 1))
+        try:
+            for kind, rows in self._kinds(conditioning, lengths):
+                rows = rows[steps[rows].argsort(descending=True, stable=True)]
+                rows = rows[steps[rows] > 0]
+                if len(rows):
+                    there, guided = rows.to(noise.device), kind.guided
+                    part = _of_kind(conditioning[there], kind)
+                    program = self._program(noise[there], part, guided, len(noise), solver)
+                    spent += self._integrate(program, sigmas, start[rows], until[rows], states, there, 1 + guided)
+                    tokens += _tokens(noise, part, kind, steps[rows], lengths[rows])
+        except NotCapturable as error:
+            self._give_up(error)
+            return None
+        self.spent.update(spent)
+        TOKENS.update(tokens)
+        return states
+
+    def _integrate(self, program: Program, sigmas, start, until, states, there, cost: int) -> Counter:
+        """All steps of the samples in a program, the deepest first; their states go into the rows `there` of states."""
+        device, steps = sigmas.device, until.amax(1) - start
+        number = torch.arange(int(steps[0]))[:, None]
+        under_way = number < steps
+        index = (start + number.minimum(steps - 1)).to(device)  # a sample that has left stays at its last step
+        sigma, next_sigma = sigmas[index], sigmas[index + 1]
+        half = (next_sigma - sigma) / (sigma - sigmas[(index - 1).clamp(min=0)]) / 2
+        # A trajectory's first step has no velocity before it and is Euler's.
+        half = half.where((under_way & (number > 0)).to(device), 0)
+        numbers, active = torch.stack([sigma, next_sigma, half], 1), under_way.to(device)
+        places = reached(until - start[:, None], len(number), device)
+        now, going, spent = program.numbers[:, : len(steps)], program.active[: len(steps)], Counter()
+        for i, n in enumerate(under_way.sum(1).tolist()):
+            now.copy_(numbers[i])
+            going.copy_(active[i])
+            size = program.size(n)
+            self._step(program, size)
+            spent[self.name] += cost * n
+            spent["padding"] += cost * (size - n)
+            row, k = places[i + 1]
+            if len(row):
+                states[there[row], k] = program.z[row]
+        return spent
+
+    def fixed(self, conditioning: Conditioning) -> Field:
+        """The velocity of these samples without gradient: a field that its caller gives no other conditioning."""
+        lengths = _lengths(conditioning)
+        kinds = [
+            (kind, lengths[own], own.to(_device(conditioning))) for kind, own in self._kinds(conditioning, lengths)
+        ]
+        parts = [_of_kind(conditioning[own], kind) for kind, _, own in kinds]
+        programs: list[Program] = []
+
+        def velocity(latents, sigma, _):
+            if self.reason:
+                return self.field(latents, sigma, conditioning)
+            result, spent, tokens = torch.empty_like(latents), Counter(), Counter()
+            try:
+                for i, (kind, length, own) in enumerate(kinds):
+                    guided = kind.guided
+                    if i == len(programs):
+                        programs.append(self._program(latents[own], parts[i], guided, len(latents), None))
+                    program, n = programs[i], len(own)
+                    program.z[:n].copy_(latents[own])
+                    program.numbers[0, :n].copy_(sigma[own])
+                    size = program.size(n)
+                    self._step(program, size)
+                    result[own] = program.velocity[:n].to(result.dtype)
+                    spent[self.name] += (1 + guided) * n
+                    spent["padding"] += (1 + guided) * (size - n)
+                    tokens += _tokens(latents, parts[i], kind, torch.ones(n, dtype=torch.int64), length)
+            except NotCapturable as error:
+                self._give_up(error)
+                return self.field(latents, sigma, conditioning)
+            self.spent.update(spent)
+            TOKENS.update(tokens)
+            return result
+
+        return velocity
+
+    def _kinds(self, conditioning: Conditioning, lengths: torch.Tensor) -> list[tuple["Kind", torch.Tensor]]:
+        """(each kind there is, the numbers of its samples on the CPU)."""
+        n = len(conditioning)
+        sourced, guided = conditioning.sourced(), torch.zeros(n, dtype=torch.bool)
+        has = conditioning.has_source.cpu() if sourced is None else torch.full((n,), sourced)
+        if self.both is not None:
+            guided = conditioning.guidance_scale.cpu() != 1
+        kinds = [Kind(*kind) for kind in zip(has.tolist(), guided.tolist(), _filled(lengths).tolist(), strict=True)]
+        places = {kind: torch.tensor([i for i, own in enumerate(kinds) if own == kind]) for kind in sorted(set(kinds))}
+        return list(places.items())
+
+    def _program(self, z, conditioning, guided: bool, capacity: int, solver: str | None) -> Program:
+        """The program of such samples, filled with these."""
+        self._check_addresses()
+        leaves, spec = _flat(conditioning)
+        shapes = [(value.shape[1:], value.dtype) for value in (z, *leaves)]
+        key = f"{solver} {guided} {shapes} {spec}"
+        program = self.programs.get(key)
+        if program is None or program.capacity < len(z):
+            field = self.both if guided else self.ask
+            program = self.programs[key] = Program(field, z, conditioning, capacity, solver)
+        self.programs.move_to_end(key)
+        while len(self.programs) > PROGRAMS:
+            self.programs.popitem(last=False)
+        program.fill(z, conditioning)
+        return program
+
+    def _step(self, program: Program, size: int) -> None:
+        if self._stream is None:
+            program.step(size)
+            return
+        if size not in program.graphs:
+            program.capture(size, self._constants, self._stream, self._pool)
+        program.graphs[size][0].replay()
+
+    def _check_addresses(self) -> None:
+        """A graph reads where the weights were as it was captured: drop all graphs where one has moved since."""
+        if self._stream is not None:
+            now = tuple(t.data_ptr() for n in self.networks for t in (*n.parameters(), *n.buffers()))
+            if now != self._addresses:
+                for program in self.programs.values():
+                    program.graphs.clear()
+                self._addresses = now
+
+    def _give_up(self, error: NotCapturable) -> None:
+        self.reason = str(error)
+        self.programs.clear()
+        print(f"rollouts run without CUDA graphs: {self.reason}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""A student and sources that are sharded over several ranks."""

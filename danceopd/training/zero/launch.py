@@ -1,0 +1,217 @@
+"""A run in the processes that deepspeed or torchrun started: they find each other, and one that hangs is named."""
+
+import contextlib
+import difflib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+
+from danceopd.support.errors import UserError
+from danceopd.support.ranks import ALONE, Ranks
+from danceopd.training.zero.settings import read_deepspeed
+
+HUNG = 4  # exit status
+
+LOADING = 4  # times the patience: what the start of a run may take, and what a collective waits
+
+DEFAULT = {"zero_optimization": {"stage": 3}}  # DeepSpeed's settings where several ranks were started without any
+
+
+def begin(deepspeed_config: Path | None, device: str, patience: float) -> tuple[Ranks, dict | None]:
+    """(this process among those that were started, DeepSpeed's settings): (ALONE, None) for one without settings.
+
+    device: of the configuration; patience: seconds after which a rank that does nothing counts as hung.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 and deepspeed_config is None:
+        return ALONE, None
+    settings = DEFAULT if deepspeed_config is None else read_deepspeed(deepspeed_config)
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    try:
+        import deepspeed
+    except ModuleNotFoundError:
+        raise UserError("several processes need DeepSpeed; pip install 'danceopd[deepspeed]'") from None
+    deepspeed.utils.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
+    if deepspeed_config is not None:
+        _check(settings, deepspeed_config)
+    # Its sums in shared memory must be compiled first, and where a rank dies the others spin there for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Who hangs is named by the watch; the collectives of the others must not give up before.
+    waiting = timedelta(seconds=LOADING * patience)
+    try:
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=waiting, verbose=False)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        place, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
+        raise UserError(
+            f"the ranks cannot find each other at {place}: {reason} If another run has this port, give the launcher "
+            "another --master_port"
+        ) from None
+    return Ranks(dist.get_rank(), dist.get_world_size()), settings
+
+
+def guard(ranks: Ranks, folder: Path, function: Callable, *args):
+    """function(*args); where it fails, its traceback goes to this rank's own file, in `ranks` of the run's folder."""
+    try:
+        return function(*args)
+    except BaseException as error:
+        if ranks.size > 1 and not isinstance(error, KeyboardInterrupt):
+            path = folder / "ranks" / f"rank-{ranks.rank:05d}.log"
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(traceback.format_exc(), encoding="utf-8")
+            if not isinstance(error, UserError):
+                said = f"rank {ranks.rank} on {socket.gethostname()} failed; see {path}: {error}\n"
+                print(said, end="", file=sys.stderr, flush=True)  # in one piece among the others'
+                if ranks.rank:
+                    raise SystemExit(1) from None
+        raise
+
+
+class Watch:
+    """Where each rank is, told to all; threads of each name those that stay behind and end the run.
+
+    patience: seconds without any rank's moving; the start may take longer. The threads also ask this rank to stop, as
+    a TERM signal does, where the launcher is gone: deepspeed's passes no signal on.
+    """
+
+    def __init__(self, ranks: Ranks, patience: float):
+        self.ranks, self.patience, self.passed, self.place = ranks, patience, 0, ""
+        self.together = False  # whether all have begun
+        self.told: dict[int, str] = {}
+        self.moved = self.answered = time.monotonic()
+        if ranks.size > 1:
+            self.store = dist.distributed_c10d._get_default_store()
+            self.at("the start")
+            for work in (self._ask, self._judge):
+                threading.Thread(target=work, daemon=True).start()
+
+    def at(self, place: str) -> None:
+        """This rank comes to a place. All ranks come to the same places, in the same order."""
+        self.together |= self.place.startswith("the update")  # has ended, which it does on no rank without the others
+        self.passed, self.place = self.passed + 1, place
+        if self.ranks.size > 1:
+            self.store.set(f"watch/{self.ranks.rank}", f"{self.passed} {socket.gethostname()} {place}")
+
+    def _ask(self) -> None:
+        """Keep what the ranks tell. The answer never comes where the process that keeps it has stopped."""
+        keys = [f"watch/{rank}" for rank in range(self.ranks.size)]
+        with contextlib.suppress(RuntimeError, ValueError):  # that process has ended
+            while True:
+                told = {rank: self.store.get(key).decode() for rank, key in enumerate(keys) if self.store.check([key])}
+                self.answered = time.monotonic()
+                if told != self.told:
+                    self.moved, self.told = self.answered, told  # in this order: the judge looks in between
+                time.sleep(self._pause())
+
+    def _judge(self) -> None:
+        patience = self.patience + min(5 * self.ranks.rank, 60)  # the first that is alive speaks
+        launchers, asked = _launchers(), False
+        while True:
+            time.sleep(self._pause())
+            told, now = self.told, time.monotonic()
+            loading = not self.together and (not told or any(text.startswith("1 ") for text in told.values()))
+            if now - self.moved > patience * (LOADING if loading else 1):
+                print(hung(told, self.patience, now - self.answered < patience), file=sys.stderr, flush=True)
+                os._exit(HUNG)
+            if not asked and any(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in launchers):
+                asked = True
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def _pause(self) -> float:
+        return min(1.0, self.patience / 10)
+
+
+def _launchers() -> list[psutil.Process]:
+    """The processes that a launcher is: torchrun's one, or deepspeed's two."""
+    found, words = [], ("torchrun", "torch.distributed", "deepspeed.launcher.launch")
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents()[:2]:
+            if not any(word in " ".join(process.cmdline()) for word in words):
+                break
+            found.append(process)
+            words = ("deepspeed",) if "deepspeed.launcher.launch" in process.cmdline() else ()
+    return found
+
+
+def hung(told: dict[int, str], patience: float, answers: bool) -> str:
+    """Which ranks are furthest behind.
+
+    told: by rank "number host place"; answers: whether rank 0, that keeps it, does.
+    """
+    numbers = {rank: int(text.split()[0]) for rank, text in told.items()}
+    behind = [rank for rank, number in numbers.items() if number == min(numbers.values())] if answers else [0]
+    lines = [f"no rank has moved for {patience:g} s:"]
+    for rank in behind:
+        _, host, place = told.get(rank, "0 another host the start").split(" ", 2)
+        lines.append(f"rank {rank} on {host} {'hangs' if answers else 'does not answer; it was last seen'} in {place}")
+    ahead = sorted({told[rank].split(" ", 2)[2] for rank in told if rank not in behind})
+    if ahead and answers:
+        lines.append(f"the others wait in {', '.join(ahead)}")
+    return "\n  ".join(lines) + "\nrun the same command again to go on from the newest checkpoint"
+
+
+class _Asked(dict):
+    """A configuration that notes which of its keys are looked for."""
+
+    def __init__(self, values: dict):
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __copy__(self):
+        copied = _Asked(self)
+        copied.asked = self.asked
+        return copied
+
+
+def _check(settings: dict, path: Path) -> None:
+    """Raises UserError for settings that DeepSpeed refuses, or never looks at: it passes over a misspelt section."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    asked = _Asked({**settings, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1})
+    try:
+        DeepSpeedConfig(asked)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise UserError(f"{path}: DeepSpeed refuses {'; '.join(problems)}") from None
+    except (DeepSpeedConfigError, ValueError, TypeError, KeyError, AssertionError) as error:
+        raise UserError(f"{path}: DeepSpeed refuses it: {str(error).splitlines()[0]}") from None
+    for key in settings:
+        if key not in asked.asked:
+            near = difflib.get_close_matches(key, asked.asked, 1)
+            raise UserError(f"{path}: DeepSpeed has no {key}" + (f"; did you mean {near[0]}?" if near else ""))

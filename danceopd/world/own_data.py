@@ -1,0 +1,115 @@
+"""A user's own pictures for the embedded network."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from danceopd.data.manifest import Row, _first, read_manifest
+from danceopd.support.errors import UserError
+from danceopd.support.hints import hint
+from danceopd.support.pictures import decode_picture
+
+CACHE_BYTES = 256 * 2**20  # of decoded pictures that each data set keeps
+
+
+def fit_square(image: Image.Image, size: int) -> Image.Image:
+    """The middle square, resized to size x size; a picture of that size already comes back as it is."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def load_picture(path: Path, size: int) -> torch.Tensor:
+    """One picture as a field takes it: [3, size, size] float32 in [-1, 1]. Raises UserError if it can't be read."""
+    if not path.is_file():
+        raise UserError(f"no picture at {path}")
+    try:
+        image = fit_square(decode_picture(path), size)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    return _pixels(image) / 127.5 - 1
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    """[3, S, S] uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class ManifestData:
+    """The rows of one capability in a manifest; pictures are decoded when asked for.
+
+    Raises what read_manifest does, and UserError if the manifest has problems or no row of the
+    capability, or if only some of its rows have a source picture, or one has several.
+    """
+
+    def __init__(self, path: str | Path, capability: str, image_size: int, root: str | Path | None = None) -> None:
+        self.path, self.capability, self.image_size = Path(path), capability, image_size
+        rows, problems = read_manifest(path, root)
+        if problems:
+            raise UserError(f"{path} has {len(problems)} problem(s): {_first(problems, '; ')}")
+        self.rows = [row for row in rows if row.capability == capability]
+        if not self.rows:
+            raise UserError(
+                f"{path} has no rows of {capability!r}; {hint(capability, {row.capability for row in rows})}"
+            )
+        if several := [row.line for row in self.rows if len(row.source_images) > 1]:
+            raise UserError(
+                f"{self.path}: {len(several)} rows of {self.capability!r} have several source pictures "
+                f"(line {_first(several, ', ')}); the embedded network takes one"
+            )
+        self.has_source = self._all_or_none("source_image")
+        self._cache: dict[Path, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def prompts(self, indices: list[int]) -> list[str]:
+        return [self.rows[i].prompt for i in indices]
+
+    def sources(self, indices: list[int]) -> torch.Tensor | None:
+        """[n, 3, S, S] float32 in [-1, 1], or None without sources; UserError for a damaged picture."""
+        return self._pictures("source_image", indices) if self.has_source else None
+
+    def targets(self, indices: list[int]) -> torch.Tensor | None:
+        """[n, 3, S, S] float32 in [-1, 1], or None without targets; UserError for a damaged picture.
+
+        On-policy training asks for none, so only here is it an error that some rows have one and some not.
+        """
+        return self._pictures("target_image", indices) if self._all_or_none("target_image") else None
+
+    def _all_or_none(self, column: str) -> bool:
+        """Whether the rows have this picture; raises UserError where some have it and some don't."""
+        without = [row.line for row in self.rows if self._path(row, column) is None]
+        if without and len(without) < len(self.rows):
+            raise UserError(
+                f"{self.path}: {len(without)} of {len(self.rows)} rows of {self.capability!r} have no "
+                f"{column} (line {_first(without, ', ')}); give all of them one, or none"
+            )
+        return not without
+
+    def _pictures(self, column: str, indices: list[int]) -> torch.Tensor:
+        batch = torch.empty(len(indices), 3, self.image_size, self.image_size)
+        for place, index in enumerate(indices):
+            batch[place] = self._load(self.rows[index], column)
+        return batch / 127.5 - 1
+
+    @staticmethod
+    def _path(row: Row, column: str) -> Path | None:
+        return next(iter(row.source_images), None) if column == "source_image" else row.target_image
+
+    def _load(self, row: Row, column: str) -> torch.Tensor:
+        """One picture as [3, S, S] uint8, from memory if it was kept there."""
+        path = self._path(row, column)
+        if path in self._cache:
+            return self._cache[path]
+        try:
+            image = fit_square(decode_picture(path), self.image_size)
+        except ValueError as error:
+            raise UserError(f"{self.path}, line {row.line}: {column} {path}: {error}") from error
+        pixels = _pixels(image)
+        if (len(self._cache) + 1) * pixels.numel() <= CACHE_BYTES:
+            self._cache[path] = pixels
+        return pixels
