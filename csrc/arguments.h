@@ -32,12 +32,19 @@ class Values {
     }
 
     void addresses(const char* name, const void* (&into)[MAX_TEACHERS]) const {
+        int64_t numbers[MAX_TEACHERS];
+        integers(name, numbers);
+        for (int m = 0; m < MAX_TEACHERS; ++m) into[m] = reinterpret_cast<const void*>(numbers[m]);
+    }
+
+    // A list of at most MAX_TEACHERS; what is missing is 0.
+    void integers(const char* name, int64_t (&into)[MAX_TEACHERS]) const {
         int m = 0;
         for (const pybind11::handle one : values_[name].cast<pybind11::list>()) {
             if (m == MAX_TEACHERS) throw std::invalid_argument("too many teachers");
-            into[m++] = reinterpret_cast<const void*>(one.cast<uintptr_t>());
+            into[m++] = one.cast<int64_t>();
         }
-        while (m < MAX_TEACHERS) into[m++] = nullptr;
+        while (m < MAX_TEACHERS) into[m++] = 0;
     }
 
   private:
@@ -50,9 +57,13 @@ inline RoutedVelocityMse read(const pybind11::dict& values, RoutedVelocityMse*) 
     p.student = v.address<void>("student");
     v.addresses("teachers", p.teachers);
     v.addresses("uncond", p.uncond);
+    v.integers("rows", p.rows);
+    v.integers("uncond_rows", p.uncond_rows);
     p.guided = v.number<bool>("guided");
+    p.norms = v.number<bool>("norms");
     p.route = v.address<int64_t>("route");
     p.row = v.address<int64_t>("row");
+    p.uncond_row = v.address<int64_t>("uncond_row");
     p.guidance_scale = v.address<float>("guidance_scale");
     p.factor = v.address<float>("factor");
     p.mask = v.address<uint8_t>("mask");

@@ -36,5 +36,5 @@ def _plain(value):
     if isinstance(value, torch.Tensor):
         return value.data_ptr()
     if isinstance(value, list | tuple):
-        return [tensor.data_ptr() for tensor in value]
+        return [_plain(one) for one in value]
     return 0 if value is None else value
