@@ -35,9 +35,8 @@ def consistency(
     if len(inside):
         nearer, level = goal[inside], after[inside]
         goal[inside] = nearer - per_sample(level, nearer) * ema(nearer, level, batch.conditioning[inside])
-    return replace(
-        q, weight=q.sigma.square(), match=to_goal, rest={"goal": (q.states - goal) / per_sample(q.sigma, goal)}
-    )
+    rest = {"goal": (q.states - goal) / per_sample(q.sigma, goal)}
+    return replace(q, weight=q.sigma.square(), match=to_goal, rest=rest)
 
 
 def to_goal(velocity: torch.Tensor, q: Questions) -> Matched:

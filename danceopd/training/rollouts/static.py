@@ -27,17 +27,20 @@ from danceopd.training.rollouts.program import Program
 PROGRAMS = 32  # kinds and shapes of samples whose buffers and graphs are kept, the least recently used goes first
 
 
-MOST_ROWS = 2**31
-
-
 class StaticField:
     """A field whose rollouts are static steps; asked by itself it is `field`.
 
-    ask: the same network as a field, for samples without guidance; both: with guidance for all of them
-    (always_guided). networks: whose parameters these read. capture: graphs of the steps, on CUDA.
-    rows: how many a step takes at most. spent: counts evaluations, which no step passes through `field` for: by `name` those of samples under way, as
-    "padding" those of samples that have left. Where a step cannot be captured, `reason` is printed once, and rollouts
-    ask `field`.
+    Args:
+        field: The field that is asked where no static steps are.
+        ask: The same network as a field, for samples without guidance.
+        both: With guidance for all of them (always_guided).
+        networks: Whose parameters these read.
+        capture: Makes graphs of the steps, on CUDA. Where a step cannot be captured, `reason` is printed once, and
+            rollouts ask `field`.
+        spent: Counts evaluations, which no step passes through `field` for: by `name` those of samples under way, as
+            "padding" those of samples that have left.
+        name: See spent.
+        rows: How many rows a step takes at most.
     """
 
     SOLVERS = ("euler", "ab2")  # Heun's second evaluation is none where a trajectory ends: its steps are not alike
@@ -54,7 +57,7 @@ class StaticField:
         rows: Rows | None = None,
     ):
         self.field, self.ask, self.both, self.networks, self.name = field, ask, both, networks, name
-        self.rows = rows or Rows(MOST_ROWS)
+        self.rows = rows or Rows(sys.maxsize)
         self.spent = Counter() if spent is None else spent
         self.programs: OrderedDict[str, Program] = OrderedDict()
         self.reason: str | None = None
