@@ -14,7 +14,8 @@ struct RoutedVelocityMse {
     const void* student;               // [samples, elements]
     const void* teachers[MAX_TEACHERS];  // each [its rows, elements]
     const void* uncond[MAX_TEACHERS];    // the same; may be the very same tensors
-    int64_t rows[MAX_TEACHERS];        // of each teacher's tensor: read on the device alone, the host was checked
+    int count;                         // of teachers
+    int64_t rows[MAX_TEACHERS];        // of each teacher's tensor
     int64_t uncond_rows[MAX_TEACHERS];
     bool guided;                       // without, uncond is not looked at
     bool norms;                        // whether the squares of velocity and target are summed too

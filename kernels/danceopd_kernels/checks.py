@@ -36,17 +36,25 @@ def tensor(
         raise TypeError(f"{name} must be a tensor, got {_kind(value)}")
     if value.layout != torch.strided or value.is_nested:
         raise ValueError(f"{name} must be an ordinary dense tensor, got {value.layout}")
-    right = dtype is None or (value.dtype in dtype if isinstance(dtype, tuple) else value.dtype == dtype)
-    if shape is not None and (right := right and value.dim() == len(shape)):
-        right = all(not isinstance(n, int) or n == m for n, m in zip(shape, value.shape, strict=True))
-    if not right or (like is not None and value.device != like.device):
-        dtypes = dtype if isinstance(dtype, tuple) else () if dtype is None else (dtype,)
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        sizes = "" if shape is None else f" [{', '.join('any' if n is None else str(n) for n in shape)}]"
-        place = "" if like is None else f" on {like.device}"
-        got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-        raise ValueError(f"{name} must be {(wanted + sizes).strip() or 'a tensor'}{place}, got {got}")
-    return value
+    if (
+        (dtype is None or (value.dtype in dtype if isinstance(dtype, tuple) else value.dtype == dtype))
+        and (like is None or value.device == like.device)
+        and (shape is None or fits(value.shape, shape))
+    ):
+        return value
+    dtypes = dtype if isinstance(dtype, tuple) else () if dtype is None else (dtype,)
+    wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    sizes = "" if shape is None else f" [{', '.join('any' if n is None else str(n) for n in shape)}]"
+    place = "" if like is None else f" on {like.device}"
+    got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    raise ValueError(f"{name} must be {(wanted + sizes).strip() or 'a tensor'}{place}, got {got}")
+
+
+def fits(sizes: torch.Size, shape: tuple[int | str | None, ...]) -> bool:
+    """Returns whether the sizes are those of shape, as tensor takes it."""
+    if sizes[1:] == shape[1:] and (not isinstance(shape[0], int) or sizes[0] == shape[0]):  # most often; the quickest
+        return True
+    return len(sizes) == len(shape) and all(n == m or not isinstance(n, int) for n, m in zip(shape, sizes, strict=True))
 
 
 def number(name: str, value) -> float:
@@ -70,7 +78,7 @@ def per_sample(name: str, value, like: torch.Tensor) -> torch.Tensor | None:
     """
     if value is None:
         return None
-    samples, dtype = len(like), torch.promote_types(like.dtype, torch.float32)
+    samples, dtype = like.shape[0], torch.promote_types(like.dtype, torch.float32)
     if not isinstance(value, torch.Tensor):
         if isinstance(value, list | tuple):
             raise TypeError(f"{name} must be a number or a tensor [{samples}], got {_kind(value)}")
@@ -78,7 +86,8 @@ def per_sample(name: str, value, like: torch.Tensor) -> torch.Tensor | None:
     tensor(name, value, dtype=(*FLOATS, torch.float64), like=like)
     if value.shape not in ((samples,), (1,), ()):
         raise ValueError(f"{name} must be a number or [{samples}], got {list(value.shape)}")
-    return value.detach().to(dtype).expand(samples).contiguous()
+    value = value.detach().to(dtype)
+    return (value if value.shape == (samples,) else value.expand(samples)).contiguous()
 
 
 def index(name: str, value, samples: int, like: torch.Tensor) -> torch.Tensor:
@@ -86,20 +95,21 @@ def index(name: str, value, samples: int, like: torch.Tensor) -> torch.Tensor:
     return tensor(name, value, dtype=torch.int64, shape=(samples,), like=like).contiguous()
 
 
-def tensors(name: str, value, most: int) -> list[torch.Tensor]:
-    """Returns a list or tuple of 1 to most tensors as a list.
+def rows(name: str, value, like: torch.Tensor, most: int) -> list[torch.Tensor]:
+    """Returns a tensor, or a list or tuple of 1 to most, as a list: each [n, ...], otherwise as like is, contiguous.
 
     Raises:
-        TypeError: It is neither, or holds something else.
-        ValueError: It holds more, or none.
+        TypeError: It is something else, or holds something else.
+        ValueError: It holds more, or none, or what does not fit.
     """
-    if not isinstance(value, list | tuple):
+    if isinstance(value, torch.Tensor):
+        value = [value]
+    elif not isinstance(value, list | tuple):
         raise TypeError(f"{name} must be a tensor or a list of tensors, got {_kind(value)}")
     if not 1 <= len(value) <= most:
-        raise ValueError(f"{name} must be 1 to {most}, got {len(value)}")
-    for i, one in enumerate(value):
-        tensor(f"{name}[{i}]", one)
-    return list(value)
+        raise ValueError(f"{name} must be 1 to {most} tensors, got {len(value)}")
+    shape = ("rows", *like.shape[1:])
+    return [tensor(name, one, dtype=like.dtype, shape=shape, like=like).detach().contiguous() for one in value]
 
 
 def flag(name: str, value) -> bool:

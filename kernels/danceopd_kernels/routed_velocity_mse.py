@@ -157,11 +157,11 @@ def block_of(elements: int) -> tuple[int, int]:
 def run_triton(
     student, teachers, route, row, uncond, uncond_row, guidance_scale, factor, mask, norms, gradient
 ) -> torch.Tensor:
-    """Fill gradient; return each sample's sum of squared errors, with norms of velocity and target too: [1 or 3, B]."""
+    """Fill gradient; return each sample's sum of squared errors [B]; with norms [3, B], of velocity and target too."""
     b, n = len(student), student[0].numel()
     block, warps = block_of(n)
     chunks = triton.cdiv(n, block)
-    partial = torch.empty(3 if norms else 1, b, chunks, dtype=torch.float32, device=student.device)
+    partial = torch.empty(*[3] * norms, b, chunks, dtype=torch.float32, device=student.device)
     sides = [teachers + [student] * (MAX_TEACHERS - len(teachers)), uncond + [student] * (MAX_TEACHERS - len(uncond))]
     sizes = [[len(t) for t in side] + [0] * (MAX_TEACHERS - len(side)) for side in (teachers, uncond)]
     _kernel[(b, chunks)](
@@ -188,7 +188,7 @@ def run_triton(
         BLOCK=block,
         num_warps=warps,
     )
-    return partial.sum(2)
+    return partial.sum(2 if norms else 1)
 
 
 def configurations() -> list:
@@ -232,8 +232,8 @@ def run_compiled(
     backend, student, teachers, route, row, uncond, uncond_row, guidance_scale, factor, mask, norms, gradient
 ) -> torch.Tensor:
     """As run_triton, by the compiled kernels of the host or the device."""
-    b, n = len(student), student[0].numel()
-    sums = torch.empty(3 if norms else 1, b, compiled.chunks(backend, n), dtype=torch.float32, device=student.device)
+    b, n = student.shape[0], student.numel() // student.shape[0]
+    sums = torch.empty(*[3] * norms, b, compiled.chunks(backend, n), dtype=torch.float32, device=student.device)
     compiled.call(
         backend,
         "routed_velocity_mse",
@@ -242,8 +242,8 @@ def run_compiled(
         student=student,
         teachers=teachers,
         uncond=uncond,
-        rows=[len(t) for t in teachers],
-        uncond_rows=[len(t) for t in uncond],
+        rows=[t.shape[0] for t in teachers],
+        uncond_rows=[t.shape[0] for t in uncond],
         guided=bool(uncond),
         norms=norms,
         route=route,
@@ -258,7 +258,7 @@ def run_compiled(
         samples=b,
         elements=n,
     )
-    return sums.sum(2)
+    return sums.sum(2 if norms else 1)
 
 
 # ---------------------------------------------------------------------------------------------- operation
@@ -275,23 +275,20 @@ class Matched(NamedTuple):
 
 def packed_index(route: torch.Tensor, teachers: int) -> torch.Tensor:
     """[B] int64: the row of each sample in its own teacher's tensor, found without a host sync; -1 for other routes."""
+    if teachers == 1:
+        return torch.arange(route.shape[0], device=route.device)
     hot = route[:, None] == torch.arange(teachers, device=route.device)
     return (hot.long().cumsum(0) * hot).sum(1) - 1
 
 
 def _check_rows(teachers, route, row, uncond, uncond_row) -> None:
-    """Raise ValueError for a sample whose row is not there. Reads the values: on the host alone."""
-    count = len(teachers)
+    """Raise ValueError for a sample whose row is not there, as csrc/arguments.h does: reads the values, on the host."""
     low, high = route.aminmax()
-    if low < 0 or high >= count:
-        raise ValueError(f"route must be from 0 to {count - 1}, got {int(low)} to {int(high)}")
-    if row is None:
-        held, asked = [len(t) for t in teachers], torch.bincount(route, minlength=count).tolist()
-        if held != asked:
-            raise ValueError(f"the teachers hold {held} samples, the route asks for {asked}")
-    uncond_row = row if uncond_row is None else uncond_row
+    if low < 0 or high >= len(teachers):
+        i = int(((route < 0) | (route >= len(teachers))).nonzero()[0])
+        raise ValueError(f"route of sample {i} is {int(route[i])}, of {len(teachers)} teachers")
     for name, tensors, rows in (("row", teachers, row), ("uncond_row", uncond, uncond_row)):
-        if not tensors or rows is None:
+        if not tensors:
             continue
         held = len(tensors[0]) if len(tensors) == 1 else torch.tensor([len(t) for t in tensors])[route]
         wrong = (rows < 0) | (rows >= held)
@@ -304,29 +301,29 @@ def _check_rows(teachers, route, row, uncond, uncond_row) -> None:
 def _loss_and_gradient(
     student, teachers, route, row, uncond, uncond_row, guidance_scale, weight, mask, share, norms, backend
 ):
-    """Each sample's loss times share [B]; its gradient with respect to the student; error and norms [3, B], or [0].
+    """Each sample's loss times share [B]; its gradient with respect to the student; error and norms [3, B], or None.
 
     teachers, uncond: lists; an uncond of one tensor is every teacher's. row None: the host counts. The gradient is in
     the student's dtype, or in float32 for float16, which would lose one as small as a mean's.
     """
-    if student.device.type == "cpu":
+    if backend == "triton" and student.device.type == "cpu":  # interpreted; the compiled kernels check for themselves
         _check_rows(teachers, route, row, uncond, uncond_row)
     if len(uncond) == 1:
         uncond = uncond * len(teachers)
-    elements = student[0].numel()
+    elements = student.numel() // student.shape[0]
     if mask is None:
         count = elements
     else:
         count = mask.flatten(1).sum(1).clamp(min=1) * float(elements // mask[0].numel())
     if weight is None and mask is None:
-        each = torch.full((len(student),), share / count, device=student.device)
+        each = torch.full((student.shape[0],), share / count, device=student.device)
     else:
         each = share / count if weight is None else weight * (share / count)
     gradient = torch.empty_like(student, dtype=torch.float32 if student.dtype == torch.float16 else None)
     args = (student, teachers, route, row, uncond, uncond_row, guidance_scale, 2 * each, mask, norms, gradient)
     sums = run_triton(*args) if backend == "triton" else run_compiled(backend, *args)
-    watched = torch.stack([sums[0] / count, *sums[1:].sqrt()]) if norms else sums.new_empty(0)
-    return sums[0] * each, gradient, watched
+    watched = torch.stack([sums[0] / count, *sums[1:].sqrt()]) if norms else None
+    return (sums[0] if norms else sums) * each, gradient, watched
 
 
 def _scaled(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -357,7 +354,8 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, student, *rest):
         loss, gradient, watched = _loss_and_gradient(student, *rest)
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(watched)
+        if watched is not None:
+            ctx.mark_non_differentiable(watched)
         ctx.dtype = student.dtype
         return loss, watched
 
@@ -383,9 +381,10 @@ def _operation(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """_loss_and_gradient as an operator, for torch.compile."""
-    return _loss_and_gradient(
+    loss, gradient, watched = _loss_and_gradient(
         student, teachers, route, row, uncond, uncond_row, guidance_scale, weight, mask, share, norms, backend
     )
+    return loss, gradient, loss.new_empty(0) if watched is None else watched
 
 
 @_operation.register_fake
@@ -508,18 +507,9 @@ def routed_velocity_mse(
 
 def _as_lists(student, teachers, route, row, uncond, uncond_row):
     """Teachers and uncond as lists, contiguous, none for no uncond; route; rows, None where the host is to count."""
-    b, packed = len(student), isinstance(teachers, torch.Tensor)
-    sides = [[teachers] if packed else checks.tensors("teachers", teachers, MAX_TEACHERS)]
-    alone = isinstance(uncond, torch.Tensor)
-    if uncond is not None:
-        sides.append([uncond] if alone else checks.tensors("uncond", uncond, MAX_TEACHERS))
-        if not alone and (packed or len(uncond) != len(teachers)):
-            raise ValueError(f"a list of {len(uncond)} uncond needs a list of as many teachers")
-    elif uncond_row is not None:
-        raise ValueError("uncond_row needs uncond")
-    for name, side in zip(("teachers", "uncond"), sides, strict=False):
-        for t in side:
-            checks.tensor(name, t, dtype=student.dtype, shape=("rows", *student.shape[1:]), like=student)
+    b, packed, alone = student.shape[0], isinstance(teachers, torch.Tensor), isinstance(uncond, torch.Tensor)
+    teachers = checks.rows("teachers", teachers, student, MAX_TEACHERS)
+    held = [t.shape[0] for t in teachers]
     route, row, uncond_row = (
         None if value is None else checks.index(name, value, b, student)
         for name, value in (("route", route), ("row", row), ("uncond_row", uncond_row))
@@ -529,28 +519,30 @@ def _as_lists(student, teachers, route, row, uncond, uncond_row):
             raise ValueError("a route is for a list of teachers; of one tensor row alone says what each sample takes")
         if route.device.type == "cpu" and not torch.compiler.is_compiling() and route.min() < 0:
             raise ValueError(f"route must not be negative, got {int(route.min())}")
-    if route is None and len(sides[0]) > 1:
-        raise ValueError(f"a list of {len(sides[0])} teachers needs a route")
-    if row is None:
-        _check_held("teachers", sides[0], b)
-    if uncond is not None and uncond_row is None:
-        if alone and not packed:
-            _check_held("uncond, one tensor beside a list of teachers,", sides[1], b)
+    if route is None and len(teachers) > 1:
+        raise ValueError(f"a list of {len(teachers)} teachers needs a route")
+    if row is None and sum(held) != b:
+        raise ValueError(f"the teachers hold {held} samples, the student {b}; or say by row which each sample takes")
+    if uncond is None:
+        if uncond_row is not None:
+            raise ValueError("uncond_row needs uncond")
+        uncond = []
+    else:
+        uncond = checks.rows("uncond", uncond, student, MAX_TEACHERS)
+        free = [t.shape[0] for t in uncond]
+        if not alone and (packed or len(uncond) != len(teachers)):
+            raise ValueError(f"a list of {len(uncond)} uncond needs a list of as many teachers")
+        if uncond_row is None and alone and not packed:
+            if free != [b]:
+                raise ValueError(f"uncond holds {free} samples, the student {b}; or say by uncond_row which each takes")
             uncond_row = torch.arange(b, device=student.device)
-        elif row is None and [len(t) for t in sides[1]] != [len(t) for t in sides[0]]:
-            raise ValueError(f"teachers hold {[len(t) for t in sides[0]]} samples, uncond {[len(t) for t in sides[1]]}")
-    if packed and row is None:
-        row = torch.arange(b, device=student.device) if route is None else packed_rows(route)
+        elif uncond_row is None and row is None and free != held:
+            raise ValueError(f"uncond hold {free} samples, the teachers {held}")
+    if packed and row is None and route is not None:
+        row = packed_rows(route)
     if packed or route is None:
         route = torch.zeros(b, dtype=torch.int64, device=student.device)
-    teachers, uncond = ([t.detach().contiguous() for t in side] for side in (*sides, [])[:2])
     return teachers, route, row, uncond, uncond_row
-
-
-def _check_held(name: str, tensors: list[torch.Tensor], samples: int) -> None:
-    held = sum(len(t) for t in tensors)
-    if held != samples:
-        raise ValueError(f"{name} hold {held} samples, the student {samples}; or say by row which each sample takes")
 
 
 def _checked_mask(mask: torch.Tensor | None, student: torch.Tensor) -> torch.Tensor | None:

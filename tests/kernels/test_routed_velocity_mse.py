@@ -369,8 +369,8 @@ def test_the_operator_is_well_formed():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"teachers": [torch.zeros(1, 3, 5)] * 2}, ValueError, "hold 2 samples, the student 3"),
-        ({"teachers": [torch.zeros(2, 3, 5), torch.zeros(1, 3, 5)]}, ValueError, "asks for"),
+        ({"teachers": [torch.zeros(1, 3, 5)] * 2}, ValueError, r"hold \[1, 1\] samples, the student 3"),
+        ({"teachers": [torch.zeros(2, 3, 5), torch.zeros(1, 3, 5)]}, ValueError, "row of sample"),
         ({"teachers": [torch.zeros(1, 3, 5), torch.zeros(2, 3, 4)]}, ValueError, r"teachers must be .*\[rows, 3, 5\]"),
         ({"teachers": [torch.zeros(1, 3, 5), torch.zeros(2, 3, 5).half()]}, ValueError, "teachers must be float32"),
         ({"teachers": [torch.zeros(0, 3, 5)] * 9}, ValueError, "1 to 8"),
@@ -385,8 +385,8 @@ def test_the_operator_is_well_formed():
         ({"guidance_scale": 2.0}, ValueError, "needs both"),
         ({"uncond": [torch.zeros(1, 3, 5), torch.zeros(2, 3, 5)]}, ValueError, "needs both"),
         ({"uncond": [torch.zeros(3, 3, 5)], "guidance_scale": 2.0}, ValueError, "as many teachers"),
-        ({"uncond": [torch.zeros(2, 3, 5), torch.zeros(1, 3, 5)], "guidance_scale": 2.0}, ValueError, "uncond \\[2, 1"),
-        ({"uncond": torch.zeros(2, 3, 5), "guidance_scale": 2.0}, ValueError, "hold 2 samples"),
+        ({"uncond": [torch.zeros(2, 3, 5), torch.zeros(1, 3, 5)], "guidance_scale": 2.0}, ValueError, "uncond hold .2, 1"),
+        ({"uncond": torch.zeros(2, 3, 5), "guidance_scale": 2.0}, ValueError, "holds .2. samples"),
         ({"uncond_row": torch.tensor([0, 1, 2])}, ValueError, "needs uncond"),
         ({"weight": torch.ones(2)}, ValueError, "weight must be"),
         ({"weight": torch.ones(3, dtype=torch.int64)}, ValueError, "weight must be"),
