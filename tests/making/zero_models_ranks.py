@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from danceopd.api import builder_of, distill
 from danceopd.config.reading import parse_config
 from danceopd.data import sampler
 from danceopd.training.loop import train
@@ -42,8 +43,9 @@ def run(job, ranks=None, settings=None):
     torch.manual_seed(0)
     with routes(job.get("routes")):
         if ranks is None:
-            return train(parse_config(job["config"]))
-        return train(parse_config(job["config"]), False, ranks, settings)
+            return distill(job["config"])
+        config = parse_config(job["config"])
+        return train(config, builder_of(config), False, ranks, settings)
 
 
 def main():

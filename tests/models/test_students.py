@@ -14,6 +14,7 @@ from test_dry_run import SIZE, places, prompt_of, write_lora, write_rows  # noqa
 from test_dry_run import config_of as family_config
 from torch import nn
 
+from danceopd.api import distill
 from danceopd.cli.parser import main
 from danceopd.config.reading import parse_config
 from danceopd.core.conditioning import Conditioning
@@ -32,7 +33,8 @@ from danceopd.tools.export import export, stored_dtype
 from danceopd.training.assembly import starts as students
 from danceopd.training.assembly.build import build
 from danceopd.training.checkpoints import load_newest
-from danceopd.training.loop import Trainer, train
+from danceopd.training.loop import Trainer
+from danceopd.training.resume import go_on
 
 OWN = {"own": {"weights": "own"}, "other": {"weights": "other"}}
 
@@ -109,7 +111,7 @@ def close(a, b, tolerance=1e-5):
 def full_run(place, tmp_path_factory):
     sources = {"own": {"weights": "own"}}
     config = config_of(place, tmp_path_factory.mktemp("full") / "run", sources, learning_rate=5e-3)
-    return train(config), config
+    return distill(config), config
 
 
 @torch.no_grad()
@@ -119,7 +121,7 @@ def test_end_to_end(full_run, place, tmp_path):
     assert len(curve) == 10
     assert sum(curve[-3:]) < 0.5 * sum(curve[:3])
     trainer = Trainer(config, build(config))
-    trainer.load(load_newest(run / "checkpoints")[0])
+    go_on(trainer, load_newest(run / "checkpoints")[0])
     prompt = sd3.text_encoder(place / "model")(["a red cup"])
     noise = torch.randn(1, *sd3.latent_shape(place / "model", SIZE, SIZE), generator=torch.Generator().manual_seed(3))
     sigmas = sd3.sigmas(place / "model", 3, SIZE, SIZE)
@@ -160,9 +162,9 @@ def test_a_students_folder_is_a_source_and_a_half_base_makes_a_half_export(full_
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "gradient_checkpointing": True, "optimizer": "muon"}])
 def test_resumed_is_uninterrupted(place, tmp_path, changes):
-    whole = train(config_of(place, tmp_path / "whole", max_steps=3, **changes))
-    train(config_of(place, tmp_path / "parts", max_steps=2, **changes))
-    parts = train(config_of(place, tmp_path / "parts", max_steps=3, **changes))
+    whole = distill(config_of(place, tmp_path / "whole", max_steps=3, **changes))
+    distill(config_of(place, tmp_path / "parts", max_steps=2, **changes))
+    parts = distill(config_of(place, tmp_path / "parts", max_steps=3, **changes))
     a, b = (load_newest(folder / "checkpoints")[0] for folder in (whole, parts))
     assert a.step == b.step == 3
     assert a.shapes == b.shapes

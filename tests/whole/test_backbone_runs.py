@@ -19,6 +19,7 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from danceopd.api import distill
 from danceopd.config.reading import parse_config
 from danceopd.core.conditioning import concatenate
 from danceopd.core.fields import routed
@@ -29,7 +30,6 @@ from danceopd.models.backbones import backbone_of, pipeline_class_of
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.support.errors import UserError
 from danceopd.training.assembly.build import build
-from danceopd.training.loop import train
 
 SIZE = 32  # pixels
 STEPS = 4
@@ -131,7 +131,7 @@ def distance(config, transformer):
     depth = torch.tensor([[1, 3]] * 6)
     states, sigma = rollout_by_route(parts.fields, route, noise, batch, group.sigmas, depth)
     states, sigma, batch, route = states.flatten(0, 1), sigma.flatten(), batch.repeat(2), route.repeat_interleave(2)
-    wanted = routed(parts.fields, route, states, sigma, batch)
+    wanted = routed(parts.fields, route, states, sigma, batch).target()
     given = SharedBase(transformer, [], backbone.velocity).field(-1)
     return (given(states, sigma, batch.embedding(config.student.embedded_guidance)) - wanted).square().mean()
 
@@ -139,7 +139,7 @@ def distance(config, transformer):
 def test_end_to_end(place, tmp_path):
     family, root = place
     config = config_of(family, root, tmp_path / "run")
-    folder = train(config)
+    folder = distill(config)
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
     assert len(losses) == 20

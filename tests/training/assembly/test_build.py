@@ -12,6 +12,7 @@ from peft import LoraConfig
 from PIL import Image
 from tiny_sd3 import save_tiny
 
+from danceopd.api import distill
 from danceopd.config.reading import parse_config
 from danceopd.data.prepare import prepare
 from danceopd.data.prepared import PreparedData
@@ -23,7 +24,6 @@ from danceopd.models.students import LoraStudent
 from danceopd.planning.dry_run import dry_run
 from danceopd.support.errors import UserError
 from danceopd.training.assembly.build import build
-from danceopd.training.loop import train
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -98,7 +98,7 @@ def losses(folder):
 
 
 def test_end_to_end(place, tmp_path):
-    folder = train(config_of(place, tmp_path / "run"))
+    folder = distill(config_of(place, tmp_path / "run"))
     curve = losses(folder)
     assert len(curve) == 20
     assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
@@ -126,14 +126,14 @@ def test_training_reads_only_the_cache(place, tmp_path):
     for part in (copy / "vae").glob("*.safetensors"):
         part.unlink()
     config = config_of(place, tmp_path / "run", max_steps=2)
-    train(config.model_copy(update={"model": copy}))
+    distill(config.model_copy(update={"model": copy}))
     assert len(losses(tmp_path / "run")) == 2
 
 
 def test_resumed_is_uninterrupted(place, tmp_path):
-    whole = train(config_of(place, tmp_path / "whole", max_steps=4))
-    train(config_of(place, tmp_path / "parts", max_steps=2))
-    parts = train(config_of(place, tmp_path / "parts", max_steps=4))
+    whole = distill(config_of(place, tmp_path / "whole", max_steps=4))
+    distill(config_of(place, tmp_path / "parts", max_steps=2))
+    parts = distill(config_of(place, tmp_path / "parts", max_steps=4))
     name = "student/pytorch_lora_weights.safetensors"
     assert (whole / name).read_bytes() == (parts / name).read_bytes()
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from test_dry_run import FAMILIES, SIZE, config_of, write_lora, write_rows
 from torch import nn
 
-from danceopd.core.fields import ask_shared, routed
+from danceopd.api import distill
+from danceopd.core.fields import routed
 from danceopd.models import loading
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.loading import check_transformer_file, load_transformer_file, stream_blocks
@@ -24,7 +25,6 @@ from danceopd.support.errors import UserError
 from danceopd.tools.model_report import measure_gaps
 from danceopd.training.assembly.build import build
 from danceopd.training.checkpoints import load_newest
-from danceopd.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +425,7 @@ def test_training_with_a_streamed_teacher_and_what_it_takes(places, tmp_path):
     for offload in (False, True):
         folder = str(tmp_path / f"run{offload}")
         options = {**changes, "training.output_dir": folder, "training.offload_sources": offload}
-        runs[offload] = train(teacher(root, root / "other", **options))
+        runs[offload] = distill(teacher(root, root / "other", **options))
     name = "student/pytorch_lora_weights.safetensors"
     assert (runs[False] / name).read_bytes() == (runs[True] / name).read_bytes()
     plan = dry_run(teacher(root, root / "other", **{"training.offload_sources": True}))
@@ -445,7 +445,7 @@ def test_a_teacher_that_no_sample_asks_is_not_asked(places):
 
     expected = parts.fields[0](*question)
     torch.testing.assert_close(
-        routed([parts.fields[0], refuse], torch.zeros(3, dtype=torch.int64), *question), expected
+        routed([parts.fields[0], refuse], torch.zeros(3, dtype=torch.int64), *question).target(), expected.float()
     )
     with pytest.raises(AssertionError, match="asked"):
         routed([parts.fields[0], refuse], torch.tensor([0, 1, 0]), *question)
@@ -555,13 +555,13 @@ def learn_and_resume(root, tmp_path, **options):
     options |= {f"sources.{n}.lora": [{"path": str(root / f"{n}.safetensors"), "scale": 20}] for n in ("one", "two")}
     runs = [tmp_path / "whole", tmp_path / "again"]
     configs = [config_of(root, **options, **{"training.output_dir": str(folder)}) for folder in runs]
-    train(configs[0])
+    distill(configs[0])
     _, gaps = measure_gaps(runs[0], configs[0])
     before, after = (sum(gap[when] for gap in gaps.values()) for when in ("before", "after"))
     assert after < 0.9 * before
     (runs[1] / "checkpoints").mkdir(parents=True)
     shutil.copytree(*(run / "checkpoints" / "step-00000016" for run in runs))
-    train(configs[1])
+    distill(configs[1])
     name = "student/pytorch_lora_weights.safetensors"
     assert (runs[1] / name).read_bytes() == (runs[0] / name).read_bytes()
     return configs[0]
@@ -635,8 +635,8 @@ def test_sources_on_one_base_are_each_asked_with_their_own_number(places):
     )
     assert parts.fields[0].network is parts.fields[1].network
     route = torch.tensor([0, 1, 0])
-    mixed = routed(parts.fields, route, latents, sigma, conditioning)
-    together = ask_shared(parts.fields, route, latents, sigma, conditioning)
+    mixed = routed(parts.fields, route, latents, sigma, conditioning).target()
+    together = torch.stack([parts.fields[m](latents, sigma, conditioning)[i].float() for i, m in enumerate(route)])
     torch.testing.assert_close(mixed, together, rtol=1e-4, atol=1e-5)
     backbone = backbone_of(root / "model")
     transformer, answers = backbone.load_transformer(root / "model"), {}

@@ -1,0 +1,50 @@
+"""The trainer from Python: what `danceopd train` does."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from danceopd.config.reading import load_config, parse_config
+from danceopd.config.sections import Config
+from danceopd.training.loop import Build, train
+
+
+def distill(
+    config: Config | dict | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    callbacks: Sequence[Callable[[dict], object]] = (),
+) -> Path:
+    """Trains a student as a configuration says, going on from the newest checkpoint of its folder if there is one.
+
+    Args:
+        config: A YAML file, its values, or a checked configuration.
+        overrides: ``key.sub=value``, as on the command line.
+        overwrite: Starts again where a finished or another run lies.
+        callbacks: Each is given every update's record: ``step``, ``loss``, ``loss_by_capability``, ``gradient_norm``,
+            ``learning_rate``, ``network_evaluations``, ``skipped`` and ``samples_per_second``.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        UserError: For anything that can be mended, with every mistake of the configuration by its key.
+
+    Example:
+        >>> losses = []
+        >>> folder = distill("configs/demo.yaml", ["training.max_steps=5"], callbacks=[lambda r: losses.append(r["loss"])])
+    """
+    if isinstance(config, str | Path):
+        config = load_config(config, list(overrides))
+    elif isinstance(config, dict):
+        config = parse_config(config, list(overrides))
+    elif overrides:
+        config = parse_config(config.to_dict(), list(overrides))
+    return train(config, builder_of(config), overwrite, callbacks=callbacks)
+
+
+def builder_of(config: Config) -> Build:
+    """Chooses what puts a run's parts together: a model's, or the embedded network's."""
+    from danceopd.training.assembly.build import build
+
+    return build
