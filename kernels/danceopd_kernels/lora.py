@@ -465,7 +465,7 @@ def routed_lora_linear(
             raise ValueError("packed adapters hold their scale; give it to pack_adapters")
     else:
         adapters = pack_adapters(adapters, scale)
-    _check(x, weight, bias, weight_scale, adapters, route)
+    routes = _check(x, weight, bias, weight_scale, adapters, route)
     flat = x if x.dim() == 3 else x[:, None]
     if choose(x, backend, DTYPES) == "triton":
         fixed = [None if t is None else t.detach().contiguous() for t in (weight, bias, weight_scale)]
@@ -474,15 +474,15 @@ def routed_lora_linear(
         out = _Triton.apply(flat.contiguous(), *fixed, a, b, *rest)
     else:
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, adapters.a, adapters.b))
-        host = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if host and (not gradient or len(set(route.tolist())) == 1):
-            out = on_host(flat, weight, bias, adapters, route.tolist(), gradient, weight_scale)
+        if routes and (not gradient or len(set(routes)) == 1):
+            out = on_host(flat, weight, bias, adapters, routes, gradient, weight_scale)
         else:
             out = reference(flat, weight, bias, adapters, route, weight_scale)
     return out if x.dim() == 3 else out[:, 0]
 
 
-def _check(x, weight, bias, weight_scale, adapters, route) -> None:
+def _check(x, weight, bias, weight_scale, adapters, route) -> list[int] | None:
+    """The routes, where they can be read without waiting: on the host."""
     checks.tensor("x", x, dtype=(*DTYPES, torch.float64))
     if x.dim() not in (2, 3) or not x.numel():
         raise ValueError(f"x must be [B, N, in] or [B, in] and not empty, got {list(x.shape)}")
@@ -502,7 +502,9 @@ def _check(x, weight, bias, weight_scale, adapters, route) -> None:
     ).shape[0]
     checks.tensor("the adapters' first", adapters.first, dtype=torch.int64, shape=(count + 1,), like=x)
     checks.tensor("route", route, dtype=torch.int64, shape=x.shape[:1], like=x)
-    if route.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = route.aminmax()
-        if low < -1 or high >= count:
-            raise ValueError(f"route must name one of {count} adapters, or -1 for none, got {int(low)} to {int(high)}")
+    if route.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    routes = route.tolist()
+    if not -1 <= min(routes) <= max(routes) < count:
+        raise ValueError(f"route must name one of {count} adapters, or -1 for none, got {min(routes)} to {max(routes)}")
+    return routes
