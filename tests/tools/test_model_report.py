@@ -4,23 +4,19 @@ import errno
 import itertools
 import json
 import shutil
-from functools import partial
 
-import numpy as np
 import pytest
-import tiny_flux2
 import torch
 import yaml
 from diffusers import Flux2KleinPipeline
+from model_runs import teachers_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_backbone_runs import save_teacher
 
 import danceopd.tools.model_report
 import danceopd.training.loop
 from danceopd.cli.parser import main
 from danceopd.config.reading import load_config, parse_config
-from danceopd.data.prepare import prepare
 from danceopd.models.backbones import flux2
 from danceopd.models.lora_algebra import merged
 from danceopd.models.lora_files import load_lora
@@ -40,59 +36,39 @@ FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(prepared_places):
     """A klein, two LoRAs, and prepared rows: the first draws, the second edits."""
-    root, rng, rows = tmp_path_factory.mktemp("report"), np.random.default_rng(0), []
-    model = tiny_flux2.save_tiny(root / "model")
-    for m, name in enumerate(("one", "two")):
-        save_teacher(model, root / name, seed=m)
-    for i in range(6):
-        row = {"id": str(i), "task": ("one", "two")[i % 2], "prompt": f"a picture of {'cups ' * i}"}
-        if i % 2:
-            Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(root / f"{i}.png")
-            row["source_image"] = f"{i}.png"
-        rows.append(row)
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    short = partial(Flux2KleinPipeline._get_qwen3_prompt_embeds, max_sequence_length=64)  # not 512: most of the time
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Flux2KleinPipeline, "_get_qwen3_prompt_embeds", short)
-        prepare(root / "rows.jsonl", model, root / "cache", flux2, resolution=SIZE)
-    return root
+    return prepared_places("klein")
 
 
 def config_of(place, folder, **training):
-    prepared = {"prepared": str(place / "cache" / "rows.jsonl")}
-    return {
-        "model": str(place / "model"),
-        "student": {"lora": {"rank": 4}},
-        "sources": {"one": {"lora": [{"path": str(place / "one")}]}, "two": {"lora": [{"path": str(place / "two")}]}},
-        "capabilities": {
-            "one": {"source": "one", "task": "t2i", "data": prepared},
-            "two": {"source": "two", "task": "edit", "data": prepared, "student_guidance_scale": GUIDANCE},
-        },
-        "rollout": {"num_inference_steps": STEPS},
-        "evaluation": {"num_inference_steps": DRAWN},
-        "training": {
-            "output_dir": str(folder),
-            "device": "cpu",
-            "max_steps": 5,
-            "batch_size": 2,
-            "learning_rate": 5e-2,
-            "warmup_steps": 1,
-            "ema_decay": 0.2,
-            "log_every": 1,
-            "sample_every": 3,
-            **training,
-        },
+    """As plain values."""
+    training = {
+        "device": "cpu",
+        "max_steps": 5,
+        "batch_size": 2,
+        "learning_rate": 5e-2,
+        "ema_decay": 0.2,
+        "sample_every": 3,
+        **training,
     }
+    changes = {
+        "capabilities.two.task": "edit",
+        "capabilities.two.student_guidance_scale": GUIDANCE,
+        "rollout.num_inference_steps": STEPS,
+        "evaluation.num_inference_steps": DRAWN,
+        **{f"training.{key}": value for key, value in training.items()},
+    }
+    return teachers_config(place, folder, guidance=1.0, **changes).to_dict()
 
 
 @pytest.fixture(scope="module")
-def run(place):
+def run(place, tmp_path_factory):
     """A finished run, by the command line."""
-    (place / "config.yaml").write_text(yaml.safe_dump(config_of(place, place / "run")))
-    assert main(["train", "--config", str(place / "config.yaml")]) == 0
-    return place / "run"
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config_of(place, folder / "run")))
+    assert main(["train", "--config", str(folder / "config.yaml")]) == 0
+    return folder / "run"
 
 
 def by_hand(transformer, batch, guidance=1.0, empty=None):
