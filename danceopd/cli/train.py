@@ -31,13 +31,14 @@ def run_train(args: argparse.Namespace) -> int | None:
         plan = dry_run(load_config(args.config, args.overrides))
         print(plan.text())
         return 2 if plan.problems else 0
+    from danceopd.training.assembly.build import build
     from danceopd.training.loop import train
     from danceopd.training.zero.launch import Watch, begin, guard
 
     config = load_config(args.config, args.overrides)
     ranks, settings = begin(args.deepspeed, config.training.device, args.patience)
     watch = Watch(ranks, args.patience)
-    folder = guard(ranks, config.training.output_dir, train, config, args.overwrite, ranks, settings, watch.at)
+    folder = guard(ranks, config.training.output_dir, train, config, build, args.overwrite, ranks, settings, watch.at)
     if ranks.rank:
         return
     print(f"student: {folder / ('student' if config.model else 'student.safetensors')}")

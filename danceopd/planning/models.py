@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from danceopd.config.sections import Config
-from danceopd.core.methods.provided import needs
+from danceopd.core.methods import needs
 from danceopd.models.backbones import meta_transformer
 from danceopd.models.eight_bit import check_eight_bit, to_eight_bit
 from danceopd.models.fp8 import to_fp8

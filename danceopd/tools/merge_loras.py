@@ -30,6 +30,7 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.hints import hint
 from danceopd.support.pictures import labelled_grid
+from danceopd.training.assembly.build import build
 from danceopd.training.loop import train
 
 AVERAGE, STUDENT = "weight average", "distilled"
@@ -132,7 +133,7 @@ def merge_loras(
     dtype = PRECISIONS[config.training.precision]
     write_atomic(work / manifest, rows)
     prepare(work / manifest, base, cache, backbone, resolution=resolution, device=str(device), dtype=dtype, strict=True)
-    student = train(config, overwrite) / "student" / FILES[1]
+    student = train(config, build, overwrite) / "student" / FILES[1]
     adapters[AVERAGE] = average(list(adapters.values()))
     adapters[STUDENT] = load_lora(student, empty, pipeline_class_of(base))
     errors, grid = _compare(config, backbone, adapters, asked, resolution, device)

@@ -151,3 +151,12 @@ def score_row(
 def as_field(network: DiT, guidance_scale: float = 1.0) -> Field:
     """A network as the field that is sampled, guided if its scale is not 1."""
     return guided(network, tokenize([""], network.config.text_length)[0], guidance_scale)
+
+
+def quick_scores(field: Field, config: Config, network: DiTConfig, device: torch.device) -> dict:
+    """Scores a network on a small set, for the curves: {"geneval_overall", "gedit_average"}."""
+    sampler, seed, count = make_sampler(config, network, device), config.evaluation.seed + 7, config.evaluation.quick
+    return {
+        "geneval_overall": score_geneval(field, sampler, seed, count)["overall"],
+        "gedit_average": score_gedit(field, sampler, seed, count)["average"],
+    }

@@ -8,8 +8,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from danceopd.config.sections import Config
-from danceopd.core.fields import guided
-from danceopd.core.methods.provided import needs
+from danceopd.core.fields import Field, guided
+from danceopd.core.methods import needs
 from danceopd.models.eight_bit import check_eight_bit
 from danceopd.models.fp8 import check_fp8, to_fp8
 from danceopd.models.twins import without_values
@@ -23,6 +23,7 @@ from danceopd.training.zero.lockstep import Lockstep
 from danceopd.world.build import _load, load_data
 from danceopd.world.files import save_model
 from danceopd.world.sampling import embedded_samples
+from danceopd.world.scoring import quick_scores
 from danceopd.world.tokenizer import tokenize
 
 
@@ -79,7 +80,10 @@ def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) ->
     def save(checkpoint: Checkpoint, folder: Path) -> None:
         save_model(_average(shell, checkpoint), folder / "student.safetensors")
 
-    return Parts(student.to(device), fields, samples, anchor, empty_prompt, device, save)
+    def score(network: Field) -> dict:
+        return quick_scores(network, config, shell.config, device)
+
+    return Parts(student.to(device), fields, samples, anchor, empty_prompt, device, save, score=score)
 
 
 def _build_model(

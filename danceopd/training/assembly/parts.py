@@ -24,7 +24,7 @@ class Parts:
     anchor: the student as it was before training, frozen, where the method asks for it; save: writes a checkpoint's
     averaged student into a folder, as others load it; combine: the model's own guidance, for `guided`. Of a model also
     drawing_sigmas: noise levels of a finished picture by the latents' shape; load_decoder: loads what decodes latents.
-    lockstep: of the sources that ranks share.
+    lockstep: of the sources that ranks share. score: scores a network for the curves, where a run's pictures can be.
     """
 
     student: nn.Module
@@ -38,6 +38,7 @@ class Parts:
     drawing_sigmas: dict[tuple[int, ...], torch.Tensor] | None = None
     load_decoder: Callable[[], Callable] | None = None
     lockstep: Lockstep | None = None
+    score: Callable[[Field], dict] | None = None
 
 
 def _average(shell: nn.Module, checkpoint: Checkpoint) -> nn.Module:
