@@ -22,6 +22,7 @@ from danceopd.models.lora_algebra import merged
 from danceopd.models.lora_files import load_lora
 from danceopd.planning.counts import grid_evaluations
 from danceopd.planning.dry_run import dry_run
+from danceopd.report.names import percent
 from danceopd.report.tables import format_markdown, format_table
 from danceopd.report.words import summary
 from danceopd.support.errors import UserError
@@ -184,23 +185,18 @@ def test_the_report(run, place, capsys, tmp_path, monkeypatch):
         assert gap["source"] == name
         assert gap["after"] < gap["before"]
         assert gap["closed"] == pytest.approx(1 - gap["after"] / gap["before"])
-        assert f"{100 * gap['closed']:.0f}"[:1] in out
+        assert percent(gap["closed"]) in out
         assert len(gap["by_sigma"]["after"]) == STEPS
         assert sum(gap["by_sigma"]["after"]) / STEPS == pytest.approx(gap["after"], rel=1e-4)
     check_the_error_before(results["gaps"]["one"], load_config(moved / "config.yaml"), place)
     page = (moved / "report.html").read_text()
     assert "data:image/jpeg;base64" in page
-    for words in ("Gap closed", "Gradient norm", "Samples per second", "Loss by capability", "Network evaluations"):
-        assert words in page
-    assert "step 5" in page
+    assert all(percent(gap["closed"]) in page for gap in results["gaps"].values())
+    assert "<svg" in page
     card = moved.parent / "card"
     assert main(["export", str(moved), "-o", str(card)]) == 0
-    line = next(
-        x
-        for x in (card / "README.md").read_text().splitlines()
-        if x.startswith("| one | one | 0") or "| one | one |" in x
-    )
-    assert line.endswith(f"{int(results['gaps']['one']['closed'] * 1000) / 10:.1f} % |")
+    (line,) = (x for x in (card / "README.md").read_text().splitlines() if x.startswith("| one | one |"))
+    assert line.endswith(f"| {percent(results['gaps']['one']['closed'])} |")
 
 
 def check_the_error_before(gap, config, place):
@@ -240,5 +236,5 @@ def test_a_student_that_began_as_its_source():
     results = {"rows": [], "gaps": {"keep": kept | {"relative": 0.034}, "style|x": style | {"relative": 0.02}}}
     assert format_table(results).splitlines()[2].split()[-1] == "–"
     assert "| style\\|x | s | 0.5 | 0.01 ± 0.001 | 2 % | 98.0 % |" in format_markdown(results)
-    assert "closed 98.0 % for style|x." in summary(results)
-    assert "For keep it began as its source, and its error is now 3.4 %" in summary(results)
+    for figure in ("98.0 %", "3.4 %"):
+        assert figure in summary(results)
