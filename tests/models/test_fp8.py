@@ -10,9 +10,9 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from model_runs import config_of
 from released import CLASSES, MODELS
 from safetensors.torch import load_file, save_file
-from test_dry_run import FAMILIES, SIZE, config_of, write_lora, write_rows
 from torch import nn
 
 from danceopd.config.reading import load_config
@@ -22,7 +22,7 @@ from danceopd.models.fp8 import Fp8Linear, check_fp8, numbers, to_fp8
 from danceopd.models.fp8_loading import load_fp8
 from danceopd.models.lora_algebra import merged
 from danceopd.models.lora_files import load_lora
-from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.models.shared_base import SharedBase
 from danceopd.planning.dry_run import dry_run
 from danceopd.planning.memory import count, nbytes
 from danceopd.support.errors import UserError
@@ -35,32 +35,6 @@ FP8 = {"training.base_precision": "fp8"}
 def slow(*values):
     """Of make test-all: what another value covers in the default run."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """place(family) -> a folder with model, the shards of another transformer, two LoRAs, prepared rows."""
-    made = {}
-
-    def place(family):
-        if family not in made:
-            root = tmp_path_factory.mktemp(family)
-            backbone = backbone_of(FAMILIES[family](root / "model"))
-            transformer = backbone.load_transformer(root / "model")
-            layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
-            for name in ("one", "two"):
-                write_lora(root / f"{name}.safetensors", transformer, layers, 2)
-            shape = backbone.latent_shape(root / "model", SIZE, SIZE)
-            write_rows(root / "cache", family, transformer, shape, {"one": "t2i", "two": "t2i"})
-            generator = torch.Generator().manual_seed(5)
-            for parameter in transformer.parameters():
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-            transformer.save_pretrained(root / "other", max_shard_size="40KB")
-            save_file(transformer.state_dict(), root / "other.safetensors")
-            made[family] = root
-        return made[family]
-
-    return place
 
 
 def asked(config):

@@ -9,9 +9,9 @@ import tiny_flux2
 import tiny_sd3
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from test_build import losses
-from test_dry_run import SIZE, places, prompt_of, write_lora, write_rows  # noqa: F401
-from test_dry_run import config_of as family_config
+from model_runs import SIZE, losses, write_lora, write_rows
+from model_runs import config_of as family_config
+from released import prompt_of
 from torch import nn
 
 from danceopd.api import distill
@@ -20,17 +20,17 @@ from danceopd.config.reading import parse_config
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.rollout import sample
 from danceopd.data.prepared import PreparedData
-from danceopd.models import weights
+from danceopd.models import saving
 from danceopd.models.backbones import backbone_of, flux2, sd3
 from danceopd.models.lora_algebra import merged, truncated
 from danceopd.models.lora_files import load_lora
 from danceopd.models.saving import save_transformer
 from danceopd.models.shared_base import target_layers
 from danceopd.models.students import FullStudent
+from danceopd.models.weights import of_tensors
 from danceopd.planning.dry_run import dry_run
 from danceopd.support.errors import UserError
 from danceopd.tools.export import export, stored_dtype
-from danceopd.training.assembly import starts as students
 from danceopd.training.assembly.build import build
 from danceopd.training.checkpoints import load_newest
 from danceopd.training.loop import Trainer
@@ -211,7 +211,7 @@ def test_checkpointing_changes_no_gradient_and_bf16_runs_in_bf16(place, tmp_path
 
 
 @pytest.mark.parametrize("family", ["flux", "klein", "qwen", "z"])
-def test_every_family_is_trained_in_bf16(places, family):  # noqa: F811
+def test_every_family_is_trained_in_bf16(places, family):
     """An answer near float32's, a gradient for all that the picture depends on, and a plan."""
     root = places(family)
     backbone = backbone_of(root / "model")
@@ -278,7 +278,7 @@ def test_a_process_that_dies_leaves_the_old_or_the_new_one(place, tmp_path, monk
     """Killed before each step of writing that changes the folder."""
     old, new = sd3.load_transformer(place / "own"), sd3.load_transformer(place / "other")
     folder = tmp_path / "student"
-    monkeypatch.setattr(weights, "SHARD", 80_000)  # bytes: several
+    monkeypatch.setattr(saving, "SHARD", 80_000)  # bytes: several
 
     class Killed(BaseException):
         pass
@@ -292,16 +292,16 @@ def test_a_process_that_dies_leaves_the_old_or_the_new_one(place, tmp_path, monk
 
         return step
 
-    steps = [(students.os, "replace"), (students, "write_atomic"), (students.shutil, "rmtree")]
+    steps = [(saving.os, "replace"), (saving, "write_atomic"), (saving.shutil, "rmtree")]
     outcomes = set()
     for number in range(60):
-        save_transformer(old, weights.of_tensors(old.state_dict()), folder)
+        save_transformer(old, of_tensors(old.state_dict()), folder)
         left = [None] * number
         with monkeypatch.context() as patched:
             for module, name in steps:
                 patched.setattr(module, name, dying(getattr(module, name), left))
             try:
-                save_transformer(new, weights.of_tensors(new.state_dict()), folder)
+                save_transformer(new, of_tensors(new.state_dict()), folder)
                 whole = True
             except Killed:
                 whole = False

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from danceopd_kernels import compiled
+from world_runs import TINY, config_of, random_network
 
 from danceopd.api import distill
 from danceopd.config.reading import parse_config
@@ -29,51 +30,8 @@ from danceopd.training.health import Health
 from danceopd.training.loop import Trainer
 from danceopd.training.resume import go_on
 from danceopd.world.data import WorldData, write_world
-from danceopd.world.dit import DiT, DiTConfig
-from danceopd.world.files import load_model, save_model
+from danceopd.world.files import load_model
 from danceopd.world.sampling import embedded_samples
-
-TINY = DiTConfig(width=32, depth=1, heads=2, mlp_ratio=2)
-
-
-def random_network(seed: int) -> DiT:
-    """A network whose every parameter counts: the zero-initialised ones are drawn too."""
-    torch.manual_seed(seed)
-    network = DiT(TINY)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return network.eval()
-
-
-@pytest.fixture
-def raw(tmp_path):
-    """A small run with two sources, as plain values."""
-    for seed, name in enumerate(("base", "one", "two")):
-        save_model(random_network(seed), tmp_path / f"{name}.safetensors")
-    return {
-        "student": {"init_from": str(tmp_path / "base.safetensors")},
-        "sources": {name: {"weights": str(tmp_path / f"{name}.safetensors")} for name in ("one", "two")},
-        "capabilities": {
-            "t2i": {"source": "one", "task": "t2i", "data": {"world": "t2i", "size": 50}},
-            "edit": {"source": "two", "task": "edit", "data": {"world": "edit", "size": 50}},
-        },
-        "rollout": {"num_inference_steps": 4},
-        "training": {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 6,
-            "batch_size": 8,
-            "save_every": 2,
-            "sample_every": 4,
-            "log_every": 1,
-        },
-        "evaluation": {"times": 2, "quick": 1, "num_inference_steps": 4},
-    }
-
-
-def config_of(raw, **training):
-    return parse_config({**raw, "training": {**raw["training"], **training}})
 
 
 def tensors(value, prefix=""):
