@@ -25,8 +25,9 @@ from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.planning.dry_run import dry_run
 from danceopd.planning.memory import count, nbytes
+from danceopd.planning.models import examine
 from danceopd.support.errors import UserError
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.world.files import SHIPPED, load_model
 
 FP8 = {"training.base_precision": "fp8"}
@@ -65,7 +66,7 @@ def places(tmp_path_factory):
 
 def asked(config):
     """(parts, (latents, sigma, conditioning) of three samples)."""
-    parts = build(config)
+    parts = build_model(config)
     group = parts.samples.groups[0]
     latents = torch.randn(3, *group.shape, generator=torch.Generator().manual_seed(1))
     return parts, (latents, torch.tensor([0.9, 0.5, 0.1]), group.data[0].condition([0, 1, 2], [False] * 3))
@@ -195,10 +196,10 @@ def test_the_picture_worlds_sources_in_fp8(tmp_path):
     plain, narrow = (
         load_config("configs/demo.yaml", [*changes, *extra]) for extra in ([], ["training.base_precision=fp8"])
     )
-    parts = build(narrow)
+    parts = build_model(narrow)
     assert [len(fp8_names(network)) for network in parts.fields] == [25, 25]
     assert not fp8_names(parts.student)
-    plans = dry_run(plain), dry_run(narrow)
+    plans = dry_run(plain, examine), dry_run(narrow, examine)
     assert [plan.problems for plan in plans] == [[], []]
     assert plans[1].memory["source weights"][0] == sum(map(nbytes, parts.fields))
     assert plans[1].memory["source weights"][0] < 0.55 * plans[0].memory["source weights"][0]
@@ -223,7 +224,7 @@ def test_a_run_on_fp8(places, family):
         assert 0 < relative(field(*question), expected(*question)) < 0.2  # random and tiny
     shared = parts.student._shared[0]
     torch.testing.assert_close(parts.student(*question), shared.field(-1)(*question))
-    plan = dry_run(config_of(root, **changes, **FP8))
+    plan = dry_run(config_of(root, **changes, **FP8), examine)
     assert plan.problems == []
     adapters = sum(b.nbytes for name, b in shared.transformer.named_buffers() if name.endswith(("lora_a", "lora_b")))
     assert plan.memory["base weights"][0] == nbytes(shared.transformer) - adapters

@@ -187,8 +187,7 @@ def asked_for(folders, tmp_path):
 
     def attends(backbone, name, device="cpu", precision="bf16"):
         config = config_of("sd3", of[backbone].parent, tmp_path / "run")
-        training = config.training.model_copy(update={"attention_backend": name, "precision": precision})
-        return attention_backend(config.model_copy(update={"training": training}), backbone, torch.device(device))
+        return attention_backend(name, config.model, precision == "bf16", backbone, torch.device(device))
 
     return attends
 
@@ -196,7 +195,7 @@ def asked_for(folders, tmp_path):
 def test_backends(asked_for):
     assert asked_for(sd3, "auto") == asked_for(qwen_image, "auto", "cuda") == asked_for(z_image, "native") == "native"
     assert asked_for(qwen_image, "_native_math") == "_native_math"
-    for name, message in {"flesh": "did you mean flash", "nothing like it": "there are auto"}.items():
+    for name, message in {"flesh": "did you mean 'flash'", "nothing like it": "valid are "}.items():
         with pytest.raises(UserError, match=message):
             asked_for(qwen_image, name)
     assert asked_for(flux2, "auto") == "native"

@@ -26,12 +26,13 @@ from danceopd.models.lora_algebra import merged
 from danceopd.models.lora_files import load_lora
 from danceopd.planning.counts import grid_evaluations
 from danceopd.planning.dry_run import dry_run
+from danceopd.planning.models import examine
 from danceopd.report.tables import format_markdown, format_table
 from danceopd.report.words import summary
 from danceopd.support.errors import UserError
 from danceopd.support.pictures import labelled_grid
 from danceopd.tools.model_report import held_out
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import Trainer, train
 from danceopd.training.previews import MODEL_SAMPLES
 
@@ -56,7 +57,7 @@ def place(tmp_path_factory):
     short = partial(Flux2KleinPipeline._get_qwen3_prompt_embeds, max_sequence_length=64)  # not 512: most of the time
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Flux2KleinPipeline, "_get_qwen3_prompt_embeds", short)
-        prepare(root / "rows.jsonl", model, root / "cache", flux2, resolution=SIZE)
+        prepare(root / "rows.jsonl", model, root / "cache", resolution=SIZE)
     return root
 
 
@@ -118,7 +119,7 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
         return labelled_grid(rows, *args, **kwargs)
 
     monkeypatch.setattr(danceopd.training.loop, "labelled_grid", spy)
-    trainer = Trainer(*(lambda c: (c, build(c)))(parse_config(config_of(place, tmp_path))))
+    trainer = Trainer(*(lambda c: (c, build_model(c)))(parse_config(config_of(place, tmp_path))))
     before, asked = trainer.evaluations.total(), []
 
     def velocity(transformer, latents, *rest):
@@ -163,10 +164,10 @@ def test_without_a_vae_it_is_said_at_the_start(place, tmp_path):
     raw = config_of(place, tmp_path / "run") | {"model": str(tmp_path / "model")}
     message = r"training\.sample_every: sample grids are decoded by the VAE, but no weights"
     with pytest.raises(UserError, match=message):
-        build(parse_config(raw))
-    assert [p for p in dry_run(parse_config(raw)).problems if p.startswith("training.sample_every")]
+        build_model(parse_config(raw))
+    assert [p for p in dry_run(parse_config(raw), examine).problems if p.startswith("training.sample_every")]
     raw["training"]["sample_every"] = 0
-    assert dry_run(parse_config(raw)).problems == []
+    assert dry_run(parse_config(raw), examine).problems == []
 
 
 def test_a_grid_that_fails_ends_no_run(place, tmp_path, monkeypatch, capsys):
@@ -174,7 +175,7 @@ def test_a_grid_that_fails_ends_no_run(place, tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Trainer, "sample_grid", full)
-    folder = train(parse_config(config_of(place, tmp_path / "run", max_steps=2, sample_every=1)))
+    folder = train(parse_config(config_of(place, tmp_path / "run", max_steps=2, sample_every=1)), build_model)
     assert "no sample grid: [Errno 28] No space left on device" in capsys.readouterr().err
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "warning" in record] == [1, 2]
@@ -189,7 +190,7 @@ def test_a_source_with_nan_is_named_before_the_first_step(place, tmp_path):
     raw = config_of(place, tmp_path / "run")
     raw["sources"]["two"]["lora"] = [{"path": str(tmp_path / "bad")}]
     with pytest.raises(UserError, match=r"sources\.two: .*not finite"):
-        train(parse_config(raw))
+        train(parse_config(raw), build_model)
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
@@ -229,7 +230,7 @@ def test_the_report(run, place, capsys, tmp_path, monkeypatch):
 
 def check_the_error_before(gap, config, place):
     """It is the base's own, worked out with plain transformers."""
-    batch = held_out(config, build(config), 0)
+    batch = held_out(config, build_model(config), 0)
     base = flux2.load_transformer(place / "model")
     teacher = merged(base, load_lora(place / "one", base, Flux2KleinPipeline))
     levels, z, errors = flux2.sigmas(place / "model", STEPS, SIZE, SIZE), batch.noise, []

@@ -21,8 +21,9 @@ from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
 from danceopd.planning.dry_run import dry_run
+from danceopd.planning.models import examine
 from danceopd.support.errors import UserError
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import train
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -60,7 +61,7 @@ def place(tmp_path_factory):
         Image.fromarray(pixels).save(root / f"{i}.png")
         rows.append({"id": str(i), "task": task, "prompt": f"a picture of {i} cups", "target_image": f"{i}.png"})
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(root / "rows.jsonl", model, root / "cache", sd3, resolution=32)
+    prepare(root / "rows.jsonl", model, root / "cache", resolution=32)
     return root
 
 
@@ -98,7 +99,7 @@ def losses(folder):
 
 
 def test_end_to_end(place, tmp_path):
-    folder = train(config_of(place, tmp_path / "run"))
+    folder = train(config_of(place, tmp_path / "run"), build_model)
     curve = losses(folder)
     assert len(curve) == 20
     assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
@@ -126,20 +127,20 @@ def test_training_reads_only_the_cache(place, tmp_path):
     for part in (copy / "vae").glob("*.safetensors"):
         part.unlink()
     config = config_of(place, tmp_path / "run", max_steps=2)
-    train(config.model_copy(update={"model": copy}))
+    train(config.model_copy(update={"model": copy}), build_model)
     assert len(losses(tmp_path / "run")) == 2
 
 
 def test_resumed_is_uninterrupted(place, tmp_path):
-    whole = train(config_of(place, tmp_path / "whole", max_steps=4))
-    train(config_of(place, tmp_path / "parts", max_steps=2))
-    parts = train(config_of(place, tmp_path / "parts", max_steps=4))
+    whole = train(config_of(place, tmp_path / "whole", max_steps=4), build_model)
+    train(config_of(place, tmp_path / "parts", max_steps=2), build_model)
+    parts = train(config_of(place, tmp_path / "parts", max_steps=4), build_model)
     name = "student/pytorch_lora_weights.safetensors"
     assert (whole / name).read_bytes() == (parts / name).read_bytes()
 
 
 def test_teachers_on_one_base_are_the_merged_ones(place, tmp_path):
-    parts = build(config_of(place, tmp_path / "run"))
+    parts = build_model(config_of(place, tmp_path / "run"))
     rows = parts.samples.groups[0].data[0]
     conditioning = rows.condition([0, 1], [False, False])
     latents, sigma = torch.randn(2, 4, 4, 4), torch.tensor([0.8, 0.3])
@@ -185,16 +186,16 @@ def test_everything_missing_is_listed_at_once(place, tmp_path):
     raw["capabilities"]["one"]["data"]["prepared"] = str(tmp_path / "nothing.jsonl")
     raw["capabilities"]["two"]["task"] = "edit"
     with pytest.raises(UserError, match=r"one\.data\.prepared: no prepared rows[\s\S]*two.*task is edit"):
-        build(parse_config(raw))
+        build_model(parse_config(raw))
     raw = config.to_dict()
     raw["sources"]["one"]["lora"] = [{"path": str(tmp_path / "gone.safetensors")}]
     raw["student"]["lora"]["targets"] = ["to_qq"]
     with pytest.raises(UserError, match=r"targets: no linear layer ends in to_qq[\s\S]*one\.lora: .*gone"):
-        build(parse_config(raw))
+        build_model(parse_config(raw))
     raw = config.to_dict()
     raw["model"] = str(tmp_path)
     with pytest.raises(UserError, match=r"no model_index\.json"):
-        build(parse_config(raw))
+        build_model(parse_config(raw))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_what_does_not_go_together(place, tmp_path, change, message):
 def test_the_family_of_a_folder(place, tmp_path):
     assert backbone_of(place / "model") is sd3
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipelin"}))
-    with pytest.raises(UserError, match="did you mean a StableDiffusion3Pipeline"):
+    with pytest.raises(UserError, match="did you mean 'StableDiffusion3Pipeline'"):
         backbone_of(tmp_path)
 
 
@@ -222,14 +223,14 @@ def test_a_method_that_learns_from_pictures_needs_them(place, tmp_path):
     rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
     lacking = tmp_path / "rows.jsonl"
     lacking.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "target_image"}) + "\n" for r in rows))
-    prepare(lacking, place / "model", tmp_path / "cache", sd3, resolution=32)
+    prepare(lacking, place / "model", tmp_path / "cache", resolution=32)
     raw = config_of(place, tmp_path / "run").to_dict()
     for capability in raw["capabilities"].values():
         capability["data"]["prepared"] = str(tmp_path / "cache" / "rows.jsonl")
-    build(parse_config(raw))
+    build_model(parse_config(raw))
     config = parse_config({**raw, "method": "joint"})
     said = "capabilities.one.data.prepared: the method learns from finished pictures, but 4 of its 4 rows have no"
-    assert any(problem.startswith(said) for problem in dry_run(config).problems)
+    assert any(problem.startswith(said) for problem in dry_run(config, examine).problems)
     with pytest.raises(UserError) as error:
-        build(config)
+        build_model(config)
     assert said in str(error.value)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from danceopd.data.cache import Cache, key_of
 from danceopd.data.manifest import Problem, Row, read_manifest
+from danceopd.models.backbones import backbone_of
 from danceopd.models.fingerprint import fingerprint
 from danceopd.models.loading import class_name_of, multiple_of
 from danceopd.support.errors import UserError
@@ -119,7 +120,6 @@ def prepare(
     manifest: Path,
     model: Path,
     folder: Path,
-    backbone,
     *,
     resolution: int = 1024,
     root: Path | None = None,
@@ -134,13 +134,14 @@ def prepare(
 ) -> Prepared:
     """Encode what a manifest names and is not in the cache yet, and write the rows that training reads.
 
-    model: a pipeline's folder; backbone: the module of its family (models.backbones). Prompts are encoded first, and
+    model: a pipeline's folder. Prompts are encoded first, and
     their encoders let go before the pictures'. Equal prompts and pictures are encoded once, whatever rows or manifests
     name them; negative_prompts are encoded too, for guidance, and where the text encoder sees the source pictures, with
     those of each row. A row's picture is of the target's shape, else of the first source's, else a square. A row with
     more source pictures than the model takes is a problem. strict: stop at problems instead of leaving rows out.
     Raises UserError for a manifest, model or cache of no use, and with strict for any problem.
     """
+    backbone = backbone_of(model)
     rows, problems = read_manifest(manifest, root, needs_source=needs_source)
     sizes = buckets(resolution, multiple_of(backbone, model))
     rows, too_many = _check_counts(rows, backbone, model)

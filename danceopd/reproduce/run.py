@@ -26,12 +26,13 @@ from danceopd.reproduce.matrix import ABLATIONS, SETTINGS, Budget, Run, runs
 from danceopd.reproduce.measure import VALIDATION_SEED, measure, student, untrained
 from danceopd.reproduce.report import write_report
 from danceopd.reproduce.results import mean_error
+from danceopd.support.devices import machine
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.run_log import read_log
 from danceopd.training.checkpoints import checkpoints
 from danceopd.training.loop import train
-from danceopd.world.evaluate import machine
+from danceopd.world.build import build
 
 POLL_SECONDS = 1.0
 
@@ -88,7 +89,7 @@ def make_run(run: Run, place: Place) -> dict:
         ours = digest(run, place)
         other = _begun(folder) != ours  # what an earlier version or budget left there is not gone on with
         write_atomic(folder / "digest", ours.encode())
-        train(config, overwrite=other)
+        train(config, build, overwrite=other)
         seed = VALIDATION_SEED if run.setting == "grid" else None
         log = read_log(folder / "log.jsonl")
         curve = [

@@ -28,8 +28,9 @@ from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
-from danceopd.support.hints import hint
+from danceopd.support.hints import did_you_mean
 from danceopd.support.pictures import labelled_grid
+from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import train
 
 AVERAGE, STUDENT = "weight average", "distilled"
@@ -131,8 +132,8 @@ def merge_loras(
     device = find_device(config.training.device)
     dtype = PRECISIONS[config.training.precision]
     write_atomic(work / manifest, rows)
-    prepare(work / manifest, base, cache, backbone, resolution=resolution, device=str(device), dtype=dtype, strict=True)
-    student = train(config, overwrite) / "student" / FILES[1]
+    prepare(work / manifest, base, cache, resolution=resolution, device=str(device), dtype=dtype, strict=True)
+    student = train(config, build_model, overwrite) / "student" / FILES[1]
     adapters[AVERAGE] = average(list(adapters.values()))
     adapters[STUDENT] = load_lora(student, empty, pipeline_class_of(base))
     errors, grid = _compare(config, backbone, adapters, asked, resolution, device)
@@ -165,7 +166,7 @@ def read_triggers(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
         if not equals or not words.strip():
             raise UserError(f"--trigger {text!r} is not of the form LORA=WORDS")
         if name not in names:
-            raise UserError(f"--trigger {text!r}: no LoRA {name!r}; {hint(name, names)}")
+            raise UserError(f"--trigger {text!r}: no LoRA {name!r}{did_you_mean(name, names)}")
         triggers[name] = words.strip()
     return triggers
 
@@ -184,7 +185,7 @@ def read_prompts(path: Path, names: Sequence[str], triggers: dict[str, str]) -> 
             for lora in names if line.strip() else ():
                 asked[lora][f"{triggers.get(lora, '')} {line.strip()}".strip()] = None
         elif name.strip() not in names:
-            problems.append(f"line {number}: no LoRA {name.strip()!r}; {hint(name.strip(), names)}")
+            problems.append(f"line {number}: no LoRA {name.strip()!r}{did_you_mean(name.strip(), names)}")
         elif not prompt.strip():
             problems.append(f"line {number}: no prompt after {name.strip()!r}")
         else:

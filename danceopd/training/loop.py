@@ -33,7 +33,6 @@ from danceopd.support.pictures import labelled_grid
 from danceopd.support.ranks import ALONE, Ranks, agreed
 from danceopd.support.run_log import RunLog
 from danceopd.training.asking import as_trained, guidance_scales, in_precision, micro_batches
-from danceopd.training.assembly.build import build
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.assembly.room import check_room
 from danceopd.training.checkpoints import Checkpoint, checkpoints, load_newest, save_state
@@ -47,7 +46,6 @@ from danceopd.training.rollouts.kinds import always_guided
 from danceopd.training.rollouts.static import StaticField
 from danceopd.training.stopping import stop_requests
 from danceopd.training.trace import traced
-from danceopd.world.scoring import make_sampler, score_gedit, score_geneval
 
 BATCH, QUERY, PREVIEW = 0, 1, 2  # streams of randomness of one step
 
@@ -313,16 +311,6 @@ class Trainer:
             tqdm.write(f"warning at step {self.step}: {warning}", file=sys.stderr)
             log.write(self.step, {"warning": warning})
 
-    def quick_scores(self, network: Field) -> dict:
-        """A network's two scores on a small set, for the curves."""
-        evaluation = self.config.evaluation
-        sampler = make_sampler(self.config, self.parts.student.config, self.device)
-        field, seed = network, evaluation.seed + 7
-        return {
-            "geneval_overall": score_geneval(field, sampler, seed, evaluation.quick)["overall"],
-            "gedit_average": score_gedit(field, sampler, seed, evaluation.quick)["average"],
-        }
-
     # --- state ----------------------------------------------------------------------------------------
 
     def identity(self) -> dict:
@@ -457,12 +445,13 @@ class Trainer:
         self.at(f"the scores of step {self.step}")
         with self.engine.averaged() as network:
             if self.ranks.rank == 0:
-                scores = self.quick_scores(network)
+                scores = self.parts.score(network)
                 log.write(self.step, {"network_evaluations": self.evaluations.total(), "evaluation": scores})
 
 
 def train(
     config: Config,
+    build: Callable[..., Parts],
     overwrite: bool = False,
     ranks: Ranks = ALONE,
     settings: dict | None = None,
@@ -470,8 +459,9 @@ def train(
 ) -> Path:
     """Run the training of a configuration, going on from its newest checkpoint if there is one.
 
-    ranks, settings, at: as of a Trainer; every rank calls it. Returns the folder of the run. Raises UserError for
-    anything a user can mend, before the first step wherever possible.
+    build: puts the parts together, by (config, ranks, settings): training.assembly.build.build_model or
+    world.build.build. ranks, settings, at: as of a Trainer; every rank calls it. Returns the folder of the run. Raises
+    UserError for anything a user can mend, before the first step wherever possible.
     """
     torch.manual_seed(config.training.seed)
     if (ranks.size > 1 and inspect.isclass(METHODS[config.method])) or (settings and "ema" in needs(config.method)):
