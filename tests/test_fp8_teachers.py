@@ -20,7 +20,7 @@ from danceopd.core.fields import ask_shared, routed
 from danceopd.models.backbones import backbone_of, flux, pipeline_class_of
 from danceopd.models.fp8 import Fp8Linear, check_fp8, numbers, to_fp8
 from danceopd.models.fp8_loading import load_fp8
-from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.planning.dry_run import dry_run
@@ -245,7 +245,7 @@ def test_adapters_on_an_fp8_base_are_not_rounded(places):
         if isinstance(module, Fp8Linear):
             module.modulates = True  # none of them rounds its input
     loras = [load_lora(root / f"{name}.safetensors", base, pipeline, 20.0) for name in ("one", "two")]
-    plain = [merged(opened(base), lora) for lora in loras]
+    plain = [merge_into(opened(base), lora) for lora in loras]
     _, question = asked(config_of(root))
     shared = SharedBase(base, loras, backbone.velocity)
     route = torch.tensor([1, 0, 1])
@@ -319,7 +319,7 @@ def test_an_adapter_is_merged_before_the_rounding(places):
     other = backbone.load_transformer(root / "other")
     lora = load_lora(root / "one.safetensors", other, pipeline_class_of(root / "model"), 3.0)
     loaded = load_fp8(root / "other", backbone, torch.float32, lora=lora)
-    want, without = to_fp8(merged(other, lora)), to_fp8(copy.deepcopy(other))
+    want, without = to_fp8(merge_into(copy.deepcopy(other), lora)), to_fp8(copy.deepcopy(other))
     for name in lora:
         layers = [network.get_submodule(name) for network in (loaded, want, without)]
         got, expected, plain = (numbers(layer.weight, layer.weight_scale, torch.float32) for layer in layers)

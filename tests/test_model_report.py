@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import shutil
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -22,7 +23,7 @@ from danceopd.cli.parser import main
 from danceopd.config.reading import load_config, parse_config
 from danceopd.data.prepare import prepare
 from danceopd.models.backbones import flux2
-from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora
 from danceopd.planning.counts import grid_evaluations
 from danceopd.planning.dry_run import dry_run
@@ -139,7 +140,7 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
     for m, name in enumerate(("one", "two")):
         batch = trainer._preview(m, MODEL_SAMPLES)
         batch.model = place / "model"
-        teacher = merged(base, load_lora(place / name, base, Flux2KleinPipeline))
+        teacher = merge_into(deepcopy(base), load_lora(place / name, base, Flux2KleinPipeline))
         expected = decode(by_hand(teacher, batch))
         torch.testing.assert_close(torch.stack(rows[f"{name}: its source {name}"]), expected, atol=2e-3, rtol=0)
         empty = {k: v.expand(MODEL_SAMPLES, *v.shape) for k, v in trainer.parts.empty_prompt.items()}
@@ -232,7 +233,7 @@ def check_the_error_before(gap, config, place):
     """It is the base's own, worked out with plain transformers."""
     batch = held_out(config, build_model(config), 0)
     base = flux2.load_transformer(place / "model")
-    teacher = merged(base, load_lora(place / "one", base, Flux2KleinPipeline))
+    teacher = merge_into(deepcopy(base), load_lora(place / "one", base, Flux2KleinPipeline))
     levels, z, errors = flux2.sigmas(place / "model", STEPS, SIZE, SIZE), batch.noise, []
     with torch.no_grad():
         for now, then in itertools.pairwise(levels):

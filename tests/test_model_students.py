@@ -21,7 +21,7 @@ from danceopd.core.rollout import sample
 from danceopd.data.prepared import PreparedData
 from danceopd.models import weights
 from danceopd.models.backbones import backbone_of, flux2, sd3
-from danceopd.models.lora_algebra import merged, truncated
+from danceopd.models.lora_algebra import merge_into, truncated
 from danceopd.models.lora_files import load_lora
 from danceopd.models.saving import save_transformer
 from danceopd.models.shared_base import target_layers
@@ -333,7 +333,9 @@ def test_it_begins_as_its_source(place, tmp_path, start, lora):
         transformer = sd3.load_transformer(place / "model")
         loras = [load_lora(place / f"{n}.safetensors", transformer, StableDiffusion3Pipeline) for n in ("one", "two")]
         halves = [{name: (a, b, scale / 2) for name, (a, b, scale) in lora.items()} for lora in loras]
-        expected = sd3.velocity(merged(merged(transformer, halves[0]), halves[1]), *x[:2], x[2].prompt)
+        expected = sd3.velocity(
+            merge_into(merge_into(copy.deepcopy(transformer), halves[0]), halves[1]), *x[:2], x[2].prompt
+        )
     else:
         expected = parts.fields[["one", "two"].index(start)](*x)
     close(parts.student(*x), expected)
@@ -385,7 +387,7 @@ def test_full_students_from_weights(place, tmp_path):
     student = build_model(config).student
     base = sd3.load_transformer(place / "model")
     lora = load_lora(place / "one.safetensors", base, StableDiffusion3Pipeline, 2.0)
-    networks = [base, merged(base, lora), *(sd3.load_transformer(place / name) for name in OWN)]
+    networks = [base, merge_into(copy.deepcopy(base), lora), *(sd3.load_transformer(place / name) for name in OWN)]
     values = [dict(network.named_parameters()) for network in networks]
     for name, parameter in student.transformer.named_parameters():
         close(parameter, sum(v[name] for v in values) / 4)

@@ -15,7 +15,7 @@ from danceopd.core.fields import ask_shared, routed
 from danceopd.models import loading
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.loading import check_transformer_file, load_transformer_file, stream_blocks
-from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.planning.dry_run import dry_run
@@ -96,7 +96,9 @@ def test_adapters_of_a_teacher_with_weights_of_its_own(places):
     assert dry_run(config, examine).problems == []
     parts, question = asked(root, config)
     other = backbone_of(root / "model").load_transformer(root / "other")
-    expected = velocity_of(root, merged(other, load_lora(lora, other, pipeline_class_of(root / "model"))), question)
+    expected = velocity_of(
+        root, merge_into(copy.deepcopy(other), load_lora(lora, other, pipeline_class_of(root / "model"))), question
+    )
     torch.testing.assert_close(parts.fields[1](*question), expected)
 
 
@@ -642,8 +644,9 @@ def test_sources_on_one_base_are_each_asked_with_their_own_number(places):
     backbone = backbone_of(root / "model")
     transformer, answers = backbone.load_transformer(root / "model"), {}
     for name in ("one", "two"):
-        adapted = merged(
-            transformer, load_lora(root / f"{name}.safetensors", transformer, pipeline_class_of(root / "model"))
+        adapted = merge_into(
+            copy.deepcopy(transformer),
+            load_lora(root / f"{name}.safetensors", transformer, pipeline_class_of(root / "model")),
         )
         for number in (1.5, 6.0):
             with torch.no_grad():

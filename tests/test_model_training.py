@@ -16,7 +16,7 @@ from danceopd.config.reading import parse_config
 from danceopd.data.prepare import prepare
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, sd3
-from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
@@ -111,7 +111,9 @@ def test_end_to_end(place, tmp_path):
     assert np.abs(after - before).max() > 1e-3
     # What diffusers draws with the file is what the student itself draws.
     transformer = sd3.load_transformer(place / "model")
-    adapted = merged(transformer, load_lora(folder / "student", transformer, StableDiffusion3Pipeline))
+    adapted = merge_into(
+        copy.deepcopy(transformer), load_lora(folder / "student", transformer, StableDiffusion3Pipeline)
+    )
     latents, sigma = torch.randn(2, 4, 4, 4), torch.tensor([0.9, 0.4])
     prompt = sd3.text_encoder(place / "model")(["a cup", "two"])
     theirs = sd3.velocity(pipeline.transformer, latents, sigma, prompt)
@@ -146,7 +148,7 @@ def test_teachers_on_one_base_are_the_merged_ones(place, tmp_path):
     latents, sigma = torch.randn(2, 4, 4, 4), torch.tensor([0.8, 0.3])
     transformer = sd3.load_transformer(place / "model")
     for name, field, scale in zip(("one", "two"), parts.fields, (1.0, 2.0), strict=True):
-        alone = merged(transformer, load_lora(place / name, transformer, StableDiffusion3Pipeline))
+        alone = merge_into(copy.deepcopy(transformer), load_lora(place / name, transformer, StableDiffusion3Pipeline))
         cond = sd3.velocity(alone, latents, sigma, conditioning.prompt)
         empty = {key: value[None].expand(2, *value.shape) for key, value in rows.empty_prompt().items()}
         uncond = sd3.velocity(alone, latents, sigma, empty)
@@ -175,7 +177,7 @@ def test_a_student_begins_as_the_base_and_its_copy_is_its_own(place):
     reached = [name for name, value in student.named_parameters() if value.grad is not None and value.grad.any()]
     assert len(reached) > 0.8 * len(list(student.parameters()))  # the last block's text stream goes nowhere
     assert all(parameter.grad is None for parameter in transformer.parameters())
-    merged_student = merged(sd3.load_transformer(place / "model"), student.lora())
+    merged_student = merge_into(sd3.load_transformer(place / "model"), student.lora())
     expected = sd3.velocity(merged_student, latents, sigma, conditioning.prompt)
     torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-5)
 
