@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -31,13 +32,22 @@ class Values {
         return values_[name].cast<T>();
     }
 
-    void addresses(const char* name, const void* (&into)[MAX_TEACHERS]) const {
+    int addresses(const char* name, const void* (&into)[MAX_TEACHERS]) const {
+        int64_t numbers[MAX_TEACHERS];
+        const int count = integers(name, numbers);
+        for (int m = 0; m < MAX_TEACHERS; ++m) into[m] = reinterpret_cast<const void*>(numbers[m]);
+        return count;
+    }
+
+    // How many a list holds, at most MAX_TEACHERS; what is missing becomes 0.
+    int integers(const char* name, int64_t (&into)[MAX_TEACHERS]) const {
         int m = 0;
         for (const pybind11::handle one : values_[name].cast<pybind11::list>()) {
             if (m == MAX_TEACHERS) throw std::invalid_argument("too many teachers");
-            into[m++] = reinterpret_cast<const void*>(one.cast<uintptr_t>());
+            into[m++] = one.cast<int64_t>();
         }
-        while (m < MAX_TEACHERS) into[m++] = nullptr;
+        for (int rest = m; rest < MAX_TEACHERS; ++rest) into[rest] = 0;
+        return m;
     }
 
   private:
@@ -48,11 +58,15 @@ inline RoutedVelocityMse read(const pybind11::dict& values, RoutedVelocityMse*) 
     const Values v(values);
     RoutedVelocityMse p{};
     p.student = v.address<void>("student");
-    v.addresses("teachers", p.teachers);
+    p.count = v.addresses("teachers", p.teachers);
     v.addresses("uncond", p.uncond);
+    v.integers("rows", p.rows);
+    v.integers("uncond_rows", p.uncond_rows);
     p.guided = v.number<bool>("guided");
+    p.norms = v.number<bool>("norms");
     p.route = v.address<int64_t>("route");
     p.row = v.address<int64_t>("row");
+    p.uncond_row = v.address<int64_t>("uncond_row");
     p.guidance_scale = v.address<float>("guidance_scale");
     p.factor = v.address<float>("factor");
     p.mask = v.address<uint8_t>("mask");
@@ -63,6 +77,30 @@ inline RoutedVelocityMse read(const pybind11::dict& values, RoutedVelocityMse*) 
     p.elements = v.number<int64_t>("elements");
     return p;
 }
+
+// Throws where a sample's row is not there; reads the host's memory.
+inline void check(const RoutedVelocityMse& p) {
+    const auto in_words = [](auto... part) {
+        std::ostringstream words;
+        (words << ... << part);
+        return std::invalid_argument(words.str());
+    };
+    int64_t asked[MAX_TEACHERS] = {};
+    for (int64_t i = 0; i < p.samples; ++i) {
+        const int64_t m = p.route[i];
+        if (m < 0 || m >= p.count) throw in_words("route of sample ", i, " is ", m, ", of ", p.count, " teachers");
+        const int64_t row = p.row ? p.row[i] : asked[m]++;
+        const int64_t uncond_row = p.uncond_row ? p.uncond_row[i] : row;
+        if (row < 0 || row >= p.rows[m])
+            throw in_words("row of sample ", i, " is ", row, ", of a tensor that holds ", p.rows[m], " rows");
+        if (p.guided && (uncond_row < 0 || uncond_row >= p.uncond_rows[m]))
+            throw in_words("uncond_row of sample ", i, " is ", uncond_row, ", of a tensor that holds ", p.uncond_rows[m],
+                           " rows");
+    }
+}
+
+template <class Problem>
+void check(const Problem&) {}
 
 inline Step read(const pybind11::dict& values, Step*) {
     const Values v(values);

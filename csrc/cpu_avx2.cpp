@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 #include "cpu.h"

@@ -28,6 +28,7 @@ __device__ __forceinline__ void store(T* x, const Pack<T, V>& value) {
 __device__ float block_sum(float value) {
     __shared__ float warps[THREADS / 32];
     for (int lane = 16; lane; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
+    __syncthreads();  // thread 0 may still read the sums of the call before
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
     __syncthreads();
     float sum = 0;
@@ -42,34 +43,49 @@ __device__ float block_sum(float value) {
                  end = (blockIdx.x + 1) * CHUNK < (elements) ? (blockIdx.x + 1) * CHUNK : (elements);          \
          j < end; j += THREADS * V)
 
-template <class T, int V, bool GUIDED, bool MASKED>
+template <class T, int V, bool GUIDED, bool MASKED, bool NORMS>
 __global__ void __launch_bounds__(THREADS) routed_kernel(const RoutedVelocityMse p) {
-    const int64_t sample = blockIdx.y, teacher = p.route[sample];
-    const int64_t here = sample * p.elements, there = p.row[sample] * p.elements;
+    const int64_t sample = blockIdx.y, teacher = p.route[sample], here = sample * p.elements;
     const void *cond = p.teachers[0], *uncond = p.uncond[0];
+    int64_t rows = teacher == 0 ? p.rows[0] : 0, uncond_rows = p.uncond_rows[0];
 #pragma unroll
     for (int m = 1; m < MAX_TEACHERS; ++m)  // no indexing, which would put the addresses on the stack
-        if (teacher == m) cond = p.teachers[m], uncond = p.uncond[m];
+        if (teacher == m) cond = p.teachers[m], uncond = p.uncond[m], rows = p.rows[m], uncond_rows = p.uncond_rows[m];
+    int64_t row = p.row[sample], uncond_row = GUIDED ? p.uncond_row[sample] : 0;
+    // A row that is not there is not read, and its sample's loss and gradient are NaN.
+    const bool there = row >= 0 && row < rows && (!GUIDED || (uncond_row >= 0 && uncond_row < uncond_rows));
+    if (!there) cond = uncond = p.student, row = uncond_row = sample;
+    row *= p.elements, uncond_row *= p.elements;
     const float scale = GUIDED ? p.guidance_scale[sample] : 1.f, factor = p.factor[sample];
     const uint32_t inner = MASKED ? static_cast<uint32_t>(p.inner) : 1;
     const uint8_t* mask = MASKED ? p.mask + sample * (static_cast<uint32_t>(p.elements) / inner) : nullptr;
-    float sum = 0;
+    float sum = 0, velocities = 0, targets = 0;
     FOR_EACH_PACK(j, p.elements) {
         const auto v = load<T, V>(static_cast<const T*>(p.student) + here + j);
-        const auto c = load<T, V>(static_cast<const T*>(cond) + there + j);
-        const auto u = GUIDED ? load<T, V>(static_cast<const T*>(uncond) + there + j) : c;
-        Pack<T, V> gradient;
+        const auto c = load<T, V>(static_cast<const T*>(cond) + row + j);
+        const auto u = GUIDED ? load<T, V>(static_cast<const T*>(uncond) + uncond_row + j) : c;
+        Pack<GradientOf<T>, V> gradient;
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-            float error = to_float(v.entry[i]) - guided_velocity<GUIDED>(to_float(c.entry[i]), to_float(u.entry[i]), scale);
-            if (MASKED && !mask[static_cast<uint32_t>(j + i) / inner]) error = 0.f;
+            const float velocity = to_float(v.entry[i]);
+            float target = guided_velocity<GUIDED>(to_float(c.entry[i]), to_float(u.entry[i]), scale);
+            if (!there) target = NAN;
+            const bool kept = !MASKED || mask[static_cast<uint32_t>(j + i) / inner];
+            const float error = kept ? velocity - target : 0.f;
             sum += error * error;
-            gradient.entry[i] = from_float<T>(factor * error);
+            if (NORMS && kept) velocities += velocity * velocity, targets += target * target;
+            gradient.entry[i] = from_float<GradientOf<T>>(factor * error);
         }
-        store<T, V>(static_cast<T*>(p.gradient) + here + j, gradient);
+        store<GradientOf<T>, V>(static_cast<GradientOf<T>*>(p.gradient) + here + j, gradient);
     }
+    const int64_t at = sample * gridDim.x + blockIdx.x, plane = static_cast<int64_t>(gridDim.y) * gridDim.x;
     sum = block_sum(sum);
-    if (threadIdx.x == 0) p.sums[sample * gridDim.x + blockIdx.x] = sum;
+    if (threadIdx.x == 0) p.sums[at] = sum;
+    if (NORMS) {
+        velocities = block_sum(velocities);
+        targets = block_sum(targets);
+        if (threadIdx.x == 0) p.sums[plane + at] = velocities, p.sums[2 * plane + at] = targets;
+    }
 }
 
 template <class T, int V, bool GUIDED, bool HEUN>
@@ -125,12 +141,17 @@ bool wide(int64_t elements, Address... addresses) {
     return elements * sizeof(T) % 16 == 0 && (aligned(addresses) && ...);
 }
 
+template <class T, int V, bool NORMS>
+void launch_routed(const RoutedVelocityMse& p, dim3 grid, cudaStream_t stream) {
+    if (p.guided && p.mask) routed_kernel<T, V, true, true, NORMS><<<grid, THREADS, 0, stream>>>(p);
+    else if (p.guided) routed_kernel<T, V, true, false, NORMS><<<grid, THREADS, 0, stream>>>(p);
+    else if (p.mask) routed_kernel<T, V, false, true, NORMS><<<grid, THREADS, 0, stream>>>(p);
+    else routed_kernel<T, V, false, false, NORMS><<<grid, THREADS, 0, stream>>>(p);
+}
+
 template <class T, int V>
 void launch(const RoutedVelocityMse& p, dim3 grid, cudaStream_t stream) {
-    if (p.guided && p.mask) routed_kernel<T, V, true, true><<<grid, THREADS, 0, stream>>>(p);
-    else if (p.guided) routed_kernel<T, V, true, false><<<grid, THREADS, 0, stream>>>(p);
-    else if (p.mask) routed_kernel<T, V, false, true><<<grid, THREADS, 0, stream>>>(p);
-    else routed_kernel<T, V, false, false><<<grid, THREADS, 0, stream>>>(p);
+    p.norms ? launch_routed<T, V, true>(p, grid, stream) : launch_routed<T, V, false>(p, grid, stream);
 }
 
 template <class T, int V>

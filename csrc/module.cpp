@@ -45,6 +45,7 @@ auto launcher(void (*const CpuKernels::*kernel)(const Problem&, Format, int)) {
     return [kernel](const std::string& dtype, const pybind11::dict& values, int threads) {
         const Problem problem = read(values, static_cast<Problem*>(nullptr));
         const Format format = format_of(dtype);
+        check(problem);
         pybind11::gil_scoped_release release;
         (kernels->*kernel)(problem, format, threads);
     };

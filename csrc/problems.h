@@ -1,6 +1,8 @@
 // What the kernels work on: plain addresses, of host memory in cpu.inc and of device memory in cuda.cu.
 #pragma once
 
+#include <type_traits>
+
 #include "common.h"
 
 namespace danceopd {
@@ -10,17 +12,22 @@ constexpr int MAX_TEACHERS = 8;
 // One entry for each sample unless it is said otherwise; pointers that are not used are null.
 struct RoutedVelocityMse {
     const void* student;               // [samples, elements]
-    const void* teachers[MAX_TEACHERS];  // each [its samples, elements]
-    const void* uncond[MAX_TEACHERS];    // the same
+    const void* teachers[MAX_TEACHERS];  // each [its rows, elements]
+    const void* uncond[MAX_TEACHERS];    // the same; may be the very same tensors
+    int count;                         // of teachers
+    int64_t rows[MAX_TEACHERS];        // of each teacher's tensor
+    int64_t uncond_rows[MAX_TEACHERS];
     bool guided;                       // without, uncond is not looked at
+    bool norms;                        // whether the squares of velocity and target are summed too
     const int64_t* route;
     const int64_t* row;                // of the sample in its teacher's tensor; null on the host, which counts
+    const int64_t* uncond_row;         // in its uncond's; null on the host: as row
     const float* guidance_scale;
     const float* factor;               // of the gradient: 2 weight / count
     const uint8_t* mask;               // [samples, elements / inner], or null
     int64_t inner;                     // elements that one entry of the mask covers
-    void* gradient;                    // [samples, elements]
-    float* sums;                       // [samples, chunks], of squared errors
+    void* gradient;                    // [samples, elements], in GradientOf the student's format
+    float* sums;                       // [1 or 3, samples, chunks]: of squared errors; of velocity's and target's squares
     int64_t samples, elements;
 };
 
@@ -55,6 +62,10 @@ struct Quantize {
     float* row_scale;                  // [rows]
     int64_t rows, columns;
 };
+
+// float16 would lose small gradients, and overflow with large weights, before they are scaled by what comes after.
+template <class T>
+using GradientOf = std::conditional_t<std::is_same<T, float16>::value, float, T>;
 
 constexpr int64_t CHUNK = 8192;  // elements of one piece of work
 

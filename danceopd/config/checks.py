@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from danceopd.config.methods import options
 from danceopd.config.sections import Config, Section
-from danceopd.core.methods.provided import OWN_ROLLOUT
+from danceopd.core.methods import OWN_ROLLOUT
 from danceopd.support.hints import did_you_mean
 
 

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from danceopd.config.methods import options
 from danceopd.core.methods import METHODS
 from danceopd.core.query import QUERIES
-from danceopd.core.rollout import SOLVERS
 from danceopd.core.routing import ROUTES
+from danceopd.core.solver import SOLVERS
 from danceopd.support.optimizers import OPTIMIZERS
 
 Positive = Annotated[int, Field(ge=1)]
@@ -120,7 +120,9 @@ class Query(Section):
 
 
 class Training(Section):
-    """batch_size samples make one update, in micro-batches of batch_size / gradient_accumulation_steps.
+    """batch_size samples make one update: they are rolled out and the sources asked at once, without gradient, and the
+    student is matched in gradient_accumulation_steps micro-batches. rollout_batch_size: rows of a forward without
+    gradient; auto is the whole local batch where it fits, and either is halved, with a warning, when memory runs out.
 
     max_network_evaluations ends a run before max_steps: forwards of one sample by any network, a backward counted
     as two. gradient_checkpointing: with a `model`, the backward computes each block again instead of keeping it.
@@ -149,6 +151,7 @@ class Training(Section):
     max_network_evaluations: Positive | None = None
     batch_size: Positive = 64
     gradient_accumulation_steps: Positive = 1
+    rollout_batch_size: Literal["auto"] | Positive = "auto"
     optimizer: Literal[*OPTIMIZERS] = "adamw"
     learning_rate: PositiveFloat = 5e-4
     warmup_steps: Count = 20

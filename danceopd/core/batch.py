@@ -9,9 +9,14 @@ from danceopd.core.conditioning import Conditioning
 
 @dataclass
 class Batch:
-    """B samples of any mixture of capabilities: noise [B, ...], their conditioning, route [B] int64.
+    """B samples of any mixture of capabilities.
 
-    clean [B, ...]: the data's own pictures, where a method asks for them; sigmas [N + 1]: as in Group.
+    Args:
+        noise: Float tensor [B, ...], the states at sigma = 1, in the shape of the student's latents.
+        conditioning: The prompts and source pictures of the samples.
+        route: int64 tensor [B] on the CPU: the number of the source that supervises each sample.
+        clean: Float tensor [B, ...], the data's own pictures, for the methods that learn from them.
+        sigmas: float32 tensor [N + 1], the noise levels of this batch's rollout where they depend on its picture size.
     """
 
     noise: torch.Tensor
@@ -28,6 +33,6 @@ class Batch:
         return Batch(self.noise[index], self.conditioning[index], self.route[index], clean, self.sigmas)
 
     def to(self, device: torch.device | str) -> "Batch":
-        clean = None if self.clean is None else self.clean.to(device)
-        conditioning, route = self.conditioning.to(device), self.route.to(device)
-        return Batch(self.noise.to(device), conditioning, route, clean, self.sigmas)
+        """Copies everything but the routes, which the host reads, to a device."""
+        clean, sigmas = (None if value is None else value.to(device) for value in (self.clean, self.sigmas))
+        return Batch(self.noise.to(device), self.conditioning.to(device), self.route, clean, sigmas)

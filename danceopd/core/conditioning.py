@@ -37,6 +37,10 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self._first())
 
+    @property
+    def device(self) -> torch.device:
+        return self._first().device
+
     def _first(self) -> torch.Tensor:
         return tree_leaves(self.prompt)[0] if self.has_source is None else self.has_source
 

@@ -7,9 +7,8 @@ import math
 
 import torch
 from danceopd_kernels import routed_velocity_mse
+from danceopd_kernels.routed_velocity_mse import Matched
 
-from danceopd.core.fields import Field
-from danceopd.core.phase import phase
 from danceopd.core.randomness import Generator, rand, randn
 
 WEIGHTINGS = ("mse", "sigma_sqrt", "logit_normal", "mode", "cosmap", "kl", "clean")
@@ -20,12 +19,53 @@ def per_sample(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return value.to(like).view(-1, *(1,) * (like.dim() - 1))
 
 
-@phase("loss")
-def velocity_mse(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample, in float32: [B, ...] and [B, ...] -> [B].
+def velocity_loss(velocity: torch.Tensor, questions) -> Matched:
+    """Compares the student's velocities with the sources' by the weighted squared error, in one pass.
 
-    No gradient reaches the target. Loss and gradient come from one pass (danceopd_kernels, operation 1); the
-    environment's DANCEOPD_KERNELS=torch gives plain PyTorch. Raises ValueError if the shapes differ.
+    Each query's own answer is gathered by its route, guided, compared, weighted and summed in float32, and the gradient
+    is made along the way; the target is never written (danceopd_kernels, operation 1). The environment's
+    ``DANCEOPD_KERNELS=torch`` gives plain PyTorch.
+
+        loss = weight * mean((v - (u + guidance_scale (c - u)))^2)
+
+    Args:
+        velocity: Float tensor [Q, ...], the student's, with gradient.
+        questions: Q `Questions`; read are their answers and weights.
+
+    Returns:
+        The weighted loss [Q] with gradient, and without the mean squared error and the norms of both velocities [Q].
+
+    Raises:
+        ValueError: If the velocities differ in shape.
+    """
+    dtype = torch.promote_types(velocity.dtype, questions.answers.velocities[0].dtype)
+    answers = questions.answers.to(dtype)
+    return routed_velocity_mse(
+        velocity.to(dtype),
+        answers.velocities,
+        answers.network,
+        row=answers.row,
+        uncond=None if answers.guidance_scale is None else answers.velocities,
+        uncond_row=answers.uncond_row,
+        guidance_scale=answers.guidance_scale,
+        weight=questions.weight,
+        reduction="none",
+        norms=True,
+    )
+
+
+def velocity_mse(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Works out the mean squared error of each sample, in float32.
+
+    Args:
+        velocity: Float tensor [B, ...].
+        target: Float tensor [B, ...]; no gradient reaches it.
+
+    Returns:
+        float32 tensor [B].
+
+    Raises:
+        ValueError: If the shapes differ.
     """
     if velocity.shape != target.shape:
         raise ValueError(f"velocity {tuple(velocity.shape)} and target {tuple(target.shape)} differ in shape")
@@ -74,48 +114,38 @@ def mode_density(sigma: torch.Tensor, scale: float = 1.29) -> torch.Tensor:
     return 1 / slope.abs()
 
 
-def flow_matching(student: Field, clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, conditioning):
-    """The ordinary loss on data, sigma^2 ||v_theta - (noise - clean)||^2: ([B] loss, velocity, target, states).
-
-    The factor makes it the error of the clean estimate, as the embedded sources were trained.
-    """
+def noised(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Brings pictures to noise levels: z = (1 - sigma) clean + sigma noise, [B, ...] at sigma [B]."""
     s = per_sample(sigma, clean)
-    states, target = (1 - s) * clean + s * noise, noise - clean
-    velocity = student(states, sigma, conditioning)
-    return velocity_mse(s * velocity, s * target), velocity, target, states
+    return (1 - s) * clean + s * noise
 
 
 def renoised(clean: torch.Tensor, generator: Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Clean estimates brought back to fresh noise levels, uniform in [0.02, 0.98]: states, sigma [B], noise."""
+    """Brings clean estimates [B, ...] back to fresh noise levels, uniform in [0.02, 0.98].
+
+    Returns:
+        The states [B, ...], their sigma [B] and the noise [B, ...].
+    """
     sigma = (0.02 + 0.96 * rand(generator, len(clean))).to(clean)
     noise = randn(generator, *clean.shape).to(clean)
-    s = per_sample(sigma, clean)
-    return (1 - s) * clean + s * noise, sigma, noise
+    return noised(clean, noise, sigma), sigma, noise
 
 
-def score_distillation(clean, real, other, data, sigma) -> torch.Tensor:
-    """Half the squared distance of the clean estimate to itself moved by sigma (other - real): [B].
+def distillation_move(real: torch.Tensor, other: torch.Tensor, data: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Works out where score distillation moves a clean estimate: sigma (other - real) / mean |sigma (real - data)|.
 
-    Its gradient is that move's opposite. At the renoised estimate and its sigma [B], real is the teacher's
-    velocity, data is noise - clean, and other is data (SDS, arXiv 2209.14988) or the fake-score network's
-    velocity (DMD, arXiv 2311.18828). As in DMD the move is divided by the mean distance of the estimate to the
-    teacher's, so that noise levels weigh alike.
+    As in DMD it is divided by the mean distance of the estimate to the source's, so that noise levels weigh alike.
+
+    Args:
+        real: Float tensor [B, ...], the source's velocity at the renoised estimate.
+        other: Float tensor [B, ...]: `data` (SDS, arXiv 2209.14988) or the velocity of the network that follows the
+            student (DMD, arXiv 2311.18828).
+        data: Float tensor [B, ...], noise - estimate.
+        sigma: Float tensor [B], the noise level.
+
+    Returns:
+        Float tensor [B, ...].
     """
-    s = per_sample(sigma, clean)
-    distance = (s * (real - data.detach())).flatten(1).abs().mean(1).clamp(min=1e-3)
-    return velocity_mse(clean, clean.detach() - s * (real - other) / per_sample(distance, clean)) / 2
-
-
-def consistency(velocity, ema: Field, states, sigma, next_sigma, conditioning, target) -> torch.Tensor:
-    """The student's clean estimate against its average's one step nearer the data, on the teacher's flow: [B].
-
-    At the last step that state is the data, and so the estimate itself (arXiv 2303.01469).
-    """
-    clean = states - per_sample(sigma, states) * velocity
-    with torch.no_grad():
-        goal = states + per_sample(next_sigma - sigma, states) * target
-        inside = (next_sigma > 0).nonzero()[:, 0]
-        if len(inside):
-            nearer, level = goal[inside], next_sigma[inside]
-            goal[inside] = nearer - per_sample(level, states) * ema(nearer, level, conditioning[inside])
-    return velocity_mse(clean, goal)
+    s = per_sample(sigma, real)
+    distance = (s * (real - data)).flatten(1).abs().mean(1).clamp(min=1e-3)
+    return s * (other - real) / per_sample(distance, real)

@@ -1,51 +1,62 @@
-"""What is watched of an update's queries."""
+"""What is watched of an update."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from danceopd_kernels.routed_velocity_mse import Matched
+
+from danceopd.core.questions import Questions
 
 
 @dataclass
-class Observed:
-    """loss [B] with gradient and its samples' route [B] int64; the rest is for the watch, without gradient.
+class Watched:
+    """Q queries about B samples, on the CPU.
 
-    One entry a query, those of a sample in a row: states, velocity and target [Q, ...], and depth [Q] int64, the
-    trajectory index, or None where states lie off the rollout's noise levels.
+    Args:
+        samples: B.
+        loss: float32 tensor [Q], the weighted losses.
+        route: int64 tensor [Q], the source of each query.
+        depth: int64 tensor [Q], its trajectory index; -1 off the rollout's noise levels.
+        error: float32 tensor [Q], mean squared error of the student's velocity.
+        velocity_norm: float32 tensor [Q], the norm of the student's velocity.
+        target_norm: float32 tensor [Q], the norm of the source's.
+        state_norm: float32 tensor [Q], the norm of the state.
     """
 
+    samples: int
     loss: torch.Tensor
     route: torch.Tensor
-    depth: torch.Tensor | None
-    states: torch.Tensor
-    velocity: torch.Tensor
-    target: torch.Tensor
-
-    def summary(self) -> "Summary":
-        """What is watched, without the tensors themselves."""
-        norms = [x.detach().float().flatten(1).norm(dim=1).cpu() for x in (self.velocity, self.target, self.states)]
-        error = (self.velocity - self.target).detach().double().square().flatten(1).mean(1).cpu()
-        depth = None if self.depth is None else self.depth.cpu()
-        return Summary(self.loss.detach().cpu(), self.route.cpu(), depth, *norms, error)
-
-
-@dataclass
-class Summary:
-    """Of B samples on the CPU: loss [B], route [B] and, one entry a query, depth [Q] or None, norms, squared error."""
-
-    loss: torch.Tensor
-    route: torch.Tensor
-    depth: torch.Tensor | None
+    depth: torch.Tensor
+    error: torch.Tensor
     velocity_norm: torch.Tensor
     target_norm: torch.Tensor
     state_norm: torch.Tensor
-    error: torch.Tensor
 
-    def query_route(self) -> torch.Tensor:
-        """The route of each query [Q]."""
-        return self.route.repeat_interleave(len(self.error) // len(self.route))
+    def mean_loss(self, route: int | None = None) -> float | None:
+        """Takes the mean over the samples of a source, or of all; every sample has equally many queries."""
+        own = self.loss if route is None else self.loss[self.route == route]
+        if not len(own):
+            return None
+        return float(own.double().mean()) * len(self.loss) / self.samples
 
 
-def join(parts: list[Summary]) -> Summary:
-    """Micro-batches of one update, of all ranks, in the order of their samples."""
-    values = ([getattr(part, f.name) for part in parts] for f in fields(Summary))
-    return Summary(*(None if any(v is None for v in column) else torch.cat(column) for column in values))
+def watched(questions: Questions, parts: Sequence[Matched], samples: int) -> Watched:
+    """Collects what is watched of questions that were matched in parts, by one copy to the host.
+
+    Args:
+        questions: Q of them.
+        parts: What their matching gave, in their order.
+        samples: The number of samples of the batch.
+    """
+    depth = torch.full((len(questions),), -1) if questions.depth is None else questions.depth
+    norms = questions.states.flatten(1).norm(dim=1).float()
+    columns = [torch.cat([part[i].detach().float() for part in parts]) for i in range(4)]
+    loss, error, velocity, target, state = torch.stack([*columns, norms]).cpu()
+    return Watched(samples, loss, questions.query_route(), depth, error, velocity, target, state)
+
+
+def join(parts: Sequence[Watched]) -> Watched:
+    """Puts together what the ranks watched, in their order."""
+    columns = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Watched)[1:]}
+    return Watched(sum(part.samples for part in parts), **columns)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from danceopd.config.sections import Config
-from danceopd.core.methods.provided import needs
+from danceopd.core.methods import needs
 from danceopd.models.eight_bit import stored
 from danceopd.support.memory import format_bytes
 from danceopd.support.optimizers import Muon, make_optimizers

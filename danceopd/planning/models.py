@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from danceopd.config.sections import Config
-from danceopd.core.methods.provided import needs
+from danceopd.core.methods import needs
 from danceopd.data.sampler import Samples
 from danceopd.models.backbones import backbone_of, meta_transformer, pipeline_class_of
 from danceopd.models.blocks import blocks

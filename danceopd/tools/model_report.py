@@ -13,13 +13,14 @@ from danceopd.config.reading import read_run_config
 from danceopd.config.sections import Config
 from danceopd.core.batch import Batch
 from danceopd.core.distance import velocity_errors
+from danceopd.core.fields import within
 from danceopd.data.sampler import draw_batch
 from danceopd.report.page import write_report
 from danceopd.support.devices import machine
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.run_log import read_log
-from danceopd.training.asking import as_trained, guidance_scales, micro_batches
+from danceopd.training.asking import Rows, as_student, guidance_scales, in_parts
 from danceopd.training.assembly.build import build_model
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.checkpoints import load_newest
@@ -78,18 +79,17 @@ def measure_gaps(folder: Path, config: Config, progress: Callable = lambda items
     parts.student.eval()
     names = list(config.capabilities)
     batches = {name: held_out(config, parts, m) for m, name in enumerate(names)}
-    field, found = as_trained(config, parts, parts.student), {}
+    # As many rows at a time as an update's backward takes, so that where training fits this does too.
+    rows = Rows(max(1, config.training.batch_size // config.training.gradient_accumulation_steps))
+    field, found = as_student(config, parts, in_parts(parts.student, rows)), {}
+    sources = [within(source, lambda network: in_parts(network, rows)) for source in parts.fields]
     for who, m in progress([(who, m) for who in ("before", "after") for m in range(len(names))]):
         if who == "after" and m == 0:
             with torch.no_grad():
                 for name, p in parts.student.named_parameters():
                     p.copy_(checkpoint.tensor(f"ema/{name}"))
         batch = batches[names[m]]
-        measured = [
-            velocity_errors(field, parts.fields[m], part.noise, part.conditioning, part.sigmas)
-            for part in micro_batches(config, batch)
-        ]
-        found[who, names[m]] = [torch.cat(values) for values in zip(*measured, strict=True)]
+        found[who, names[m]] = velocity_errors(field, sources[m], batch.noise, batch.conditioning, batch.sigmas)
     return checkpoint.step, {
         name: gap(config.capabilities[name].source, batches[name].sigmas, found["before", name], found["after", name])
         for name in names

@@ -1,7 +1,8 @@
 """What holds the student and its optimizer in one process. danceopd.training.zero.engine has the same for many.
 
 Both have: `student`, asked with gradient; `rolled`, the same weights, asked without; `resident`, the network that
-`rolled` asks, the student or a replica, or None where its forwards gather weights; `backward` and `step`; `averaged`,
+`rolled` asks, the student or a replica, or None where its forwards gather weights; `finish`, `backward` and `step`;
+`averaged`,
 the running mean of the student as a network to draw with; and `tensors`, `rest` and `load` for checkpoints.
 """
 
@@ -32,6 +33,9 @@ class Local:
         decay = torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema_decay)
         self.ema = torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=decay).eval()
         self.optimizers = make_optimizers(student, training.optimizer, training.learning_rate, training.weight_decay)
+
+    def finish(self) -> None:
+        """Is called once nobody asks without gradient any more in an update."""
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one of an update's micro-batches; loss: its share of the mean over the batch."""

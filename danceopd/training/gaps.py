@@ -2,7 +2,7 @@
 
 import torch
 
-from danceopd.core.watch import Summary
+from danceopd.core.watch import Watched
 
 MOMENTUM = 0.95
 
@@ -16,11 +16,11 @@ class Gaps:
         self.capability = torch.zeros(capabilities, dtype=torch.float64)
         self.index = torch.zeros(num_inference_steps, dtype=torch.float64)
 
-    def update(self, seen: Summary) -> None:
-        """Take in one step's queries."""
-        self._average(self.capability, seen.query_route(), seen.error)
-        if seen.depth is not None:
-            self._average(self.index, seen.depth, seen.error)
+    def update(self, seen: Watched) -> None:
+        """Takes in one update's queries."""
+        error, on_grid = seen.error.double(), seen.depth >= 0
+        self._average(self.capability, seen.route, error)
+        self._average(self.index, seen.depth[on_grid], error[on_grid])
 
     @staticmethod
     def _average(table: torch.Tensor, key: torch.Tensor, error: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Watches for silent collapse: norms against the teacher's, and the gradient's running quantiles."""
+"""Watches for silent collapse: norms of velocities and states, and the gradient's running quantiles."""
 
 import math
 import statistics
@@ -6,9 +6,9 @@ from collections import deque
 
 import torch
 
-from danceopd.core.watch import Summary
+from danceopd.core.watch import Watched
 
-RATIO_LIMITS = (0.8, 1.25)  # of a norm to the teacher's
+RATIO_LIMITS = (0.8, 1.25)  # of a norm to what it is held against
 
 MOMENTUM = 0.9
 
@@ -22,29 +22,38 @@ GRADIENT_FACTOR = 5.0
 
 
 class Health:
-    """Running ratios of norms by (capability, trajectory index), the teachers' state norms as reference.
+    """Running ratios of norms by (capability, trajectory index).
 
-    reference: {capability: [N + 1] mean state norm of its teacher's own rollouts, by trajectory index}.
+    The student's velocity is held against its source's, and a state of its rollouts against the mean of the first
+    `MIN_OBSERVATIONS` of the run there, so that nothing has to be asked before the first update.
+
+    Args:
+        names: The capabilities, in the order of the routes.
+        sigmas: float32 tensor [N + 1], the noise levels of the rollout.
     """
 
-    def __init__(self, names: list[str], sigmas: torch.Tensor, reference: dict[str, torch.Tensor]):
-        self.names, self.sigmas, self.reference = names, sigmas.tolist(), reference
+    def __init__(self, names: list[str], sigmas: torch.Tensor):
+        self.names, self.sigmas = names, sigmas.tolist()
         self.velocity: dict[str, list[float]] = {}
         self.state: dict[str, list[float]] = {}
+        self.first: dict[str, list[float]] = {}  # sum and number of the state norms that the run began with
         self.gradients: deque[float] = deque(maxlen=GRADIENT_WINDOW)
 
-    def update(self, seen: Summary, gradient_norm: float) -> None:
-        """Take in one step's queries and gradient norm."""
+    def update(self, seen: Watched, gradient_norm: float) -> None:
+        """Takes in one update's queries and gradient norm."""
         if math.isfinite(gradient_norm):
             self.gradients.append(gradient_norm)
-        if seen.depth is None:
-            return
-        columns = (seen.query_route(), seen.depth, seen.velocity_norm, seen.target_norm, seen.state_norm)
+        columns = (seen.route, seen.depth, seen.velocity_norm, seen.target_norm, seen.state_norm)
         for m, i, v, t, s in zip(*(column.tolist() for column in columns), strict=True):
-            name = self.names[m]
-            key = f"{name}/{i}"
+            if i < 0:
+                continue
+            key = f"{self.names[m]}/{i}"
             self._average(self.velocity, key, v / max(t, 1e-12))
-            self._average(self.state, key, s / max(float(self.reference[name][i]), 1e-12))
+            total, count = self.first.setdefault(key, [0.0, 0])
+            if count < MIN_OBSERVATIONS:
+                self.first[key] = [total + s, count + 1]
+            else:
+                self._average(self.state, key, s / max(total / count, 1e-12))
 
     def _average(self, table: dict[str, list[float]], key: str, value: float) -> None:
         mean, count = table.get(key, (value, 0))
@@ -77,7 +86,8 @@ class Health:
                 if count >= MIN_OBSERVATIONS and not low <= mean <= high:
                     name, _, index = key.rpartition("/")
                     at = f"{what} norm of {name} at sigma {self.sigmas[int(index)]:.2f}"
-                    found[at] = f"the student's {at} is {mean:.2f} times its source's"
+                    than = "its source's" if what == "velocity" else "what it was in the first updates"
+                    found[at] = f"the student's {at} is {mean:.2f} times {than}"
         if len(self.gradients) >= MIN_OBSERVATIONS:
             # The median of the last few, since a single spike is no drift.
             recent = statistics.median(list(self.gradients)[-GRADIENT_RECENT:])
@@ -87,8 +97,8 @@ class Health:
         return found
 
     def state_dict(self) -> dict:
-        return {"velocity": self.velocity, "state": self.state, "gradients": list(self.gradients)}
+        return {"velocity": self.velocity, "state": self.state, "first": self.first, "gradients": list(self.gradients)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.velocity, self.state = state["velocity"], state["state"]
+        self.velocity, self.state, self.first = state["velocity"], state["state"], state["first"]
         self.gradients.extend(state["gradients"])

@@ -1,4 +1,11 @@
-"""Compares a run's configuration with the one that a checkpoint was made by."""
+"""What a checkpoint keeps beside the large tensors, and which of a configuration must stay the same to go on."""
+
+import inspect
+
+from danceopd.config.sections import Config
+from danceopd.core.methods import METHODS
+from danceopd.support.errors import UserError
+from danceopd.training.checkpoints import Checkpoint
 
 NOT_IDENTITY = (
     "max_steps",
@@ -9,6 +16,7 @@ NOT_IDENTITY = (
     "sample_every",
     "device",
     "gradient_accumulation_steps",
+    "rollout_batch_size",
     "gradient_checkpointing",
     "offload_sources",
     "shard_sources",
@@ -20,14 +28,57 @@ NOT_IDENTITY = (
 )
 
 
-def _without_nothing(values: dict) -> dict:
-    """Without keys that hold nothing: a run goes on after a version that has more of them."""
-    kept = {key: _without_nothing(value) if isinstance(value, dict) else value for key, value in values.items()}
+def identity(config: Config) -> dict:
+    """Takes the part of a configuration that a resumed run must share."""
+    values = config.to_dict()
+    values.pop("evaluation")
+    values["training"] = {k: v for k, v in values["training"].items() if k not in NOT_IDENTITY}
+    return values
+
+
+def state_of(trainer) -> dict:
+    """Collects what a checkpoint of a `Trainer` keeps beside the large tensors."""
+    return {
+        "step": trainer.step,
+        "engine": trainer.engine.rest(),
+        "health": trainer.health.state_dict(),
+        "gaps": trainer.gaps.state_dict(),
+        "method": trainer.method.state_dict() if inspect.isclass(METHODS[trainer.config.method]) else {},
+        "evaluations": dict(trainer.evaluations),
+        "seconds": trainer.seconds,
+        "skipped": [trainer.skipped, trainer.skipped_in_a_row],
+        "identity": identity(trainer.config),
+    }
+
+
+def go_on(trainer, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint's state into a `Trainer`. Raises UserError for one of another configuration."""
+    state, config = checkpoint.rest, trainer.config
+    saved, ours = _given(state["identity"]), _given(identity(config))
+    if saved != ours:
+        raise UserError(
+            f"{config.training.output_dir} holds a run with another configuration "
+            f"({', '.join(_differences(saved, ours))}); choose another training.output_dir, or give --overwrite to "
+            "start again there"
+        )
+    trainer.engine.load(checkpoint)
+    trainer.health.load_state_dict(state["health"])
+    trainer.gaps.load_state_dict(state["gaps"])
+    if state["method"]:
+        trainer.method.load_state_dict(state["method"])
+    trainer.evaluations.update(state["evaluations"])
+    trainer.step, trainer.seconds = state["step"], state["seconds"]
+    trainer.skipped, trainer.skipped_in_a_row = state["skipped"]
+
+
+def _given(values: dict) -> dict:
+    """Leaves out keys that hold nothing: a run goes on after a version that has more of them."""
+    kept = {key: _given(value) if isinstance(value, dict) else value for key, value in values.items()}
     return {key: value for key, value in kept.items() if value is not None and value != [] and value != {}}
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """The keys that two configurations disagree on."""
+    """Lists the keys that two configurations disagree on."""
     changed = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from danceopd.config.sections import Capability, Config
 from danceopd.core.fields import Field, guided
-from danceopd.core.methods.provided import needs
+from danceopd.core.methods import needs
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.twins import without_values
 from danceopd.support.errors import UserError

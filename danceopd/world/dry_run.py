@@ -6,7 +6,7 @@ import torch
 
 from danceopd.config.sections import Config
 from danceopd.core.conditioning import Conditioning
-from danceopd.core.methods.provided import needs
+from danceopd.core.methods import needs
 from danceopd.models.fp8 import to_fp8
 from danceopd.planning.backward import kept_for_backward, operations
 from danceopd.planning.memory import FLOAT, Findings, add_activations, add_rollout_states, add_student, count, nbytes

@@ -35,6 +35,6 @@ def call(backend: str, kernel: str, dtype: torch.dtype, device: torch.device, **
 def _plain(value):
     if isinstance(value, torch.Tensor):
         return value.data_ptr()
-    if isinstance(value, list | tuple):
-        return [tensor.data_ptr() for tensor in value]
+    if isinstance(value, list):
+        return [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in value]
     return 0 if value is None else value

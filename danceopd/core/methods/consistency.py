@@ -1,32 +1,48 @@
 """DanceOPD's route, rollout and query with a consistency objective in place of the velocity's error."""
 
+from dataclasses import replace
+
 import torch
+from danceopd_kernels.routed_velocity_mse import Matched
 
 from danceopd.core.batch import Batch
-from danceopd.core.fields import Field, routed
-from danceopd.core.objectives import consistency
-from danceopd.core.query import query
+from danceopd.core.fields import Answers, Field
+from danceopd.core.methods.danceopd import danceopd
+from danceopd.core.objectives import per_sample, velocity_loss
+from danceopd.core.questions import Questions
 from danceopd.core.randomness import Generator
-from danceopd.core.rollout import rollout
-from danceopd.core.watch import Observed
 
 
-def consistency_loss(
+def consistency(
     student: Field,
     sources: list[Field],
     batch: Batch,
     *,
     sigmas: torch.Tensor,
-    solver: str,
-    bias: str,
     ema: Field,
     generator: Generator,
-) -> Observed:
-    """The loss of B samples, one query each; ema: the student's average, asked one step nearer the data."""
-    depth = query(len(batch), len(sigmas) - 1, generator, bias=bias)
-    states, sigma = rollout(student, batch.noise, batch.conditioning, sigmas, depth, solver)
-    states, sigma, depth = states[:, 0], sigma[:, 0], depth[:, 0]
-    target = routed(sources, batch.route, states, sigma, batch.conditioning)
-    velocity = student(states, sigma, batch.conditioning)
-    loss = consistency(velocity, ema, states, sigma, sigmas[depth + 1], batch.conditioning, target)
-    return Observed(loss, batch.route, depth, states, velocity.detach(), target)
+    solver: str = "euler",
+    bias: str = "low_t",
+) -> Questions:
+    """Asks for the clean estimate of the student's average, one step nearer the data on the source's flow.
+
+    At the last step that state is the data, and so the estimate itself (arXiv 2303.01469).
+    """
+    q = danceopd(student, sources, batch, sigmas=sigmas, generator=generator, solver=solver, bias=bias)
+    after = sigmas.to(q.sigma.device)[q.depth.to(q.sigma.device) + 1]
+    goal = q.states + per_sample(after - q.sigma, q.states) * q.answers.target()
+    inside = (after > 0).nonzero()[:, 0]
+    if len(inside):
+        nearer, level = goal[inside], after[inside]
+        goal[inside] = nearer - per_sample(level, nearer) * ema(nearer, level, batch.conditioning[inside])
+    rest = {"goal": (q.states - goal) / per_sample(q.sigma, goal)}
+    return replace(q, weight=q.sigma.square(), match=to_goal, rest=rest)
+
+
+def to_goal(velocity: torch.Tensor, q: Questions) -> Matched:
+    """Takes the squared error of the clean estimate z - sigma v from its goal: sigma^2 times that of velocities.
+
+    What is watched is the velocity against the source's, as everywhere.
+    """
+    goal = replace(q, answers=Answers.of(q.rest["goal"]))
+    return velocity_loss(velocity.detach(), q)._replace(loss=velocity_loss(velocity, goal).loss)

@@ -1,17 +1,61 @@
-"""The DanceOPD update: roll out, query, match."""
+"""The DanceOPD update: route, roll out, query, match."""
 
 from typing import Literal
 
 import torch
 
 from danceopd.core.batch import Batch
-from danceopd.core.fields import Field, hard, soft
-from danceopd.core.methods.options import Share
-from danceopd.core.objectives import WEIGHTINGS, velocity_mse, weighting
+from danceopd.core.fields import Field
+from danceopd.core.objectives import WEIGHTINGS
 from danceopd.core.query import query
+from danceopd.core.questions import Questions, matched, on_rollout
 from danceopd.core.randomness import Generator
 from danceopd.core.rollout import rollout, rollout_by_route
-from danceopd.core.watch import Observed
+
+
+def danceopd(
+    student: Field,
+    sources: list[Field],
+    batch: Batch,
+    *,
+    sigmas: torch.Tensor,
+    generator: Generator,
+    solver: str = "euler",
+    bias: str = "low_t",
+    k: int = 1,
+    gap: torch.Tensor | None = None,
+    progress: float = 1.0,
+    objective: Literal[*WEIGHTINGS] = "mse",
+    routing: Literal["hard", "soft"] = "hard",
+    warm_start: float = 0.0,
+) -> Questions:
+    """Rolls the student out and asks each sample's own source at k states of its trajectory, without gradient.
+
+    Args:
+        student: The field to roll out.
+        sources: The field of each route.
+        batch: B routed samples.
+        sigmas: float32 tensor [N + 1], the noise levels of the rollout.
+        generator: Of the batch's randomness.
+        solver: As in `rollout`.
+        bias: As in `query`.
+        k: Queries a sample.
+        gap: As in `query`.
+        progress: The share of the run that is done.
+        objective: The weight of each squared error, as in `weighting`.
+        routing: ``hard``, each sample's own source, or ``soft``, the mean of all.
+        warm_start: The share of the run that rolls out the sources instead of the student.
+
+    Returns:
+        B k questions; each weighs 1 / k.
+    """
+    depth = query(len(batch), len(sigmas) - 1, generator, bias=bias, k=k, gap=gap)  # trajectory indices asked
+    if progress < warm_start:
+        states, sigma = rollout_by_route(sources, batch.route, batch.noise, batch.conditioning, sigmas, depth, solver)
+    else:
+        states, sigma = rollout(student, batch.noise, batch.conditioning, sigmas, depth, solver)
+    share = 1 / depth.shape[1]
+    return on_rollout(sources, batch, depth, states, sigma, sigmas, objective=objective, share=share, routing=routing)
 
 
 def danceopd_loss(
@@ -20,32 +64,32 @@ def danceopd_loss(
     batch: Batch,
     *,
     sigmas: torch.Tensor,
-    solver: str,
-    bias: str,
-    k: int,
     generator: Generator,
-    gap: torch.Tensor | None = None,
-    progress: float = 1.0,
-    objective: Literal[*WEIGHTINGS] = "mse",
-    routing: Literal["hard", "soft"] = "hard",
-    warm_start: Share = 0.0,
-) -> Observed:
-    """The loss of B routed samples (see `Batch`), each the mean over its k queried states.
+    solver: str = "euler",
+    bias: str = "low_t",
+    k: int = 1,
+) -> torch.Tensor:
+    """Works out the DanceOPD loss of a batch, to be descended.
 
-    sigmas [N + 1]: the rollout's noise levels; solver, bias, k and gap as in `rollout` and `query`. objective:
-    the weight of the squared error. routing: each sample's own source, or the mean of all. warm_start: the share
-    of the run (progress goes from 0 to 1) that rolls out the sources instead of the student.
+        L = mean over samples of || v_student(z, sigma, c) - v_route(z, sigma, c) ||^2 / d,  z = stop_gradient(rollout)
+
+    Args:
+        student: The field to train; it is rolled out without gradient and then asked once with it.
+        sources: The frozen field of each route.
+        batch: B routed samples.
+        sigmas: float32 tensor [N + 1], the noise levels of the rollout, such as `sigma_grid` makes.
+        generator: Of the update's randomness.
+        solver: As in `rollout`.
+        bias: As in `query`.
+        k: Queries a sample.
+
+    Returns:
+        A scalar float32 tensor with gradient.
+
+    Example:
+        >>> loss = danceopd_loss(student, sources, batch, sigmas=sigma_grid(16, shift=3.0), generator=g)
+        >>> loss.backward()
     """
-    depth = query(len(batch), len(sigmas) - 1, generator, bias=bias, k=k, gap=gap)  # trajectory indices asked
-    if progress < warm_start:
-        states, sigma = rollout_by_route(sources, batch.route, batch.noise, batch.conditioning, sigmas, depth, solver)
-    else:
-        states, sigma = rollout(student, batch.noise, batch.conditioning, sigmas, depth, solver)  # no gradient
-    states, sigma = states.flatten(0, 1), sigma.flatten()
-    conditioning, route = batch.conditioning.repeat(k), batch.route.repeat_interleave(k)
-    source = hard(sources, route) if routing == "hard" else soft(sources)
-    target = source(states, sigma, conditioning)  # no gradient; each sample's own field
-    velocity = student(states, sigma, conditioning)
-    weight = weighting(objective, sigma, sigmas[depth.flatten() + 1])
-    loss = (weight * velocity_mse(velocity, target)).view(-1, k).mean(1)
-    return Observed(loss, batch.route, depth.flatten(), states, velocity.detach(), target)
+    with torch.no_grad():
+        questions = danceopd(student, sources, batch, sigmas=sigmas, generator=generator, solver=solver, bias=bias, k=k)
+    return matched(student, questions).loss.sum() / len(batch)

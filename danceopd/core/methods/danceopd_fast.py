@@ -4,14 +4,13 @@ import torch
 
 from danceopd.core.batch import Batch
 from danceopd.core.fields import Field
-from danceopd.core.methods.danceopd import danceopd_loss
-from danceopd.core.methods.off_policy import off_policy_loss
-from danceopd.core.methods.options import Share
+from danceopd.core.methods.danceopd import danceopd
+from danceopd.core.methods.off_policy import off_policy
+from danceopd.core.questions import Questions
 from danceopd.core.randomness import Generator
-from danceopd.core.watch import Observed
 
 
-def danceopd_fast_loss(
+def danceopd_fast(
     student: Field,
     sources: list[Field],
     batch: Batch,
@@ -19,15 +18,15 @@ def danceopd_fast_loss(
     clean: torch.Tensor,
     sigmas: torch.Tensor,
     shift: float,
-    solver: str,
-    bias: str,
-    k: int,
     generator: Generator,
+    solver: str = "euler",
+    bias: str = "low_t",
+    k: int = 1,
     progress: float = 1.0,
-    warm_start: Share = 0.5,
-) -> Observed:
-    """The loss of B routed samples; warm_start: the share of the run that is off-policy."""
+    warm_start: float = 0.5,
+) -> Questions:
+    """Asks off the policy for the first share `warm_start` of the run, and as `danceopd` from then on."""
     common = {"sigmas": sigmas, "solver": solver, "generator": generator}
     if progress < warm_start:
-        return off_policy_loss(student, sources, batch, clean=clean, shift=shift, **common)
-    return danceopd_loss(student, sources, batch, bias=bias, k=k, **common)
+        return off_policy(student, sources, batch, clean=clean, shift=shift, **common)
+    return danceopd(student, sources, batch, bias=bias, k=k, **common)

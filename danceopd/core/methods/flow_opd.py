@@ -1,17 +1,19 @@
 """Flow-OPD (arXiv 2605.08063): policy gradient on SDE rollouts, the negative per-step KL to the source as reward."""
 
+from functools import partial
+
 import torch
+from danceopd_kernels.routed_velocity_mse import Matched
 
 from danceopd.core.batch import Batch
 from danceopd.core.fields import Field, routed
-from danceopd.core.methods.options import GroupSize, Positive, Weight
+from danceopd.core.objectives import velocity_mse
+from danceopd.core.questions import Questions
 from danceopd.core.randomness import Generator
 from danceopd.core.sde import kl, log_probability, sde_rollout, transition
-from danceopd.core.watch import Observed
-from danceopd.support.errors import UserError
 
 
-def flow_opd_loss(
+def flow_opd(
     student: Field,
     sources: list[Field],
     batch: Batch,
@@ -19,46 +21,92 @@ def flow_opd_loss(
     sigmas: torch.Tensor,
     anchor: Field,
     generator: Generator,
-    noise_level: Positive = 0.7,
-    group_size: GroupSize = 16,
-    max_advantage: Positive = 5.0,
-    clip_range: Positive = 1e-4,
-    anchor_weight: Weight = 0.0,
+    noise_level: float = 0.7,
+    group_size: int = 16,
+    max_advantage: float = 5.0,
+    clip_range: float = 1e-4,
+    anchor_weight: float = 0.0,
     detach_advantage: bool = True,
-) -> Observed:
-    """The clipped policy loss of B samples: B / group_size prompts, group_size SDE rollouts of each; mean over steps.
+) -> Questions:
+    """Rolls out groups of one prompt stochastically, and asks the routed source at every state.
 
-    The reward of a step is minus its KL to the same step by the routed source; its advantage is normalised over
-    the group and clipped. detach_advantage False keeps the reward's gradient, as the released code does: what it
-    then descends is the distillation loss itself, over the group's deviation. anchor_weight: of the per-step KL to
-    the untrained student.
-    Raises UserError if group_size does not divide B.
+    The reward of a step is minus its KL to the same step by the source; its advantage is normalised over the group and
+    clipped. The group's mean and deviation carry no gradient, so they are worked out here, from the velocities that
+    the rollout asked.
+
+    Args:
+        student, sources, batch, sigmas, generator: As in `danceopd`; each `group_size` samples in a row take the
+            prompt and route of their first.
+        anchor: The untrained student.
+        noise_level: a of the transition's deviation.
+        group_size: SDE rollouts of one prompt.
+        max_advantage: The advantage is clipped to +- this.
+        clip_range: The ratio of probabilities is clipped to 1 +- this.
+        anchor_weight: Of the per-step KL to the untrained student.
+        detach_advantage: False keeps the reward's gradient, as the released code does: what it then descends is the
+            distillation loss itself, over the group's deviation.
+
+    Returns:
+        B N questions; each weighs 1 / N.
+
+    Raises:
+        ValueError: If group_size does not divide B.
     """
     if len(batch) % group_size:
-        raise UserError(f"options.group_size: {group_size} does not divide the {len(batch)} samples of a micro-batch")
-    prompt = torch.arange(len(batch) // group_size).repeat_interleave(group_size)
-    conditioning, prompt_route = batch.conditioning[prompt], batch.route[prompt]
-    steps = len(sigmas) - 1
-    states, old = sde_rollout(student, batch.noise, conditioning, sigmas, noise_level, generator)
-    z, following = states[:, :-1].flatten(0, 1), states[:, 1:].flatten(0, 1)
-    depth = torch.arange(steps).repeat(len(batch))
-    conditioning, route = conditioning.repeat(steps), prompt_route.repeat_interleave(steps)
-    target = routed(sources, route, z, sigmas[depth], conditioning)
-    velocity = student(z, sigmas[depth], conditioning)
+        raise ValueError(f"group_size {group_size} does not divide {len(batch)} samples")
+    steps, first = len(sigmas) - 1, torch.arange(len(batch)) // group_size * group_size
+    conditioning = batch.conditioning[first.to(batch.noise.device)]
+    states, velocity, old = sde_rollout(student, batch.noise, conditioning, sigmas, noise_level, generator)
+    z, after, velocity = (x.flatten(0, 1) for x in (states[:, :-1], states[:, 1:], velocity))
+    depth, sample = torch.arange(steps).repeat(len(batch)), first.repeat_interleave(steps)
+    sigma = sigmas.to(z.device)[depth.to(z.device)]
+    answers = routed(sources, batch.route[sample], z, sigma, batch.conditioning, sample)
 
     mean, deviation = transition(velocity, z, depth, sigmas, noise_level)
-    reward = -kl(mean, transition(target, z, depth, sigmas, noise_level)[0], deviation)
-    grouped = reward.view(-1, group_size, steps)
-    group = grouped.detach()  # its statistics never carry a gradient, or what the rewards carry would cancel
-    advantage = (grouped - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-6)
-    advantage = advantage.clamp(-max_advantage, max_advantage).flatten()
-    if detach_advantage:
-        advantage = advantage.detach()
-    ratio = torch.exp(log_probability(following, mean, deviation) - old.flatten())
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+    wanted = transition(answers.target(), z, depth, sigmas, noise_level)[0]
+    reward = -kl(mean, wanted, deviation).view(-1, group_size, steps)
+    centre, spread = reward.mean(1, keepdim=True), reward.std(1, keepdim=True) + 1e-6
+    rest = {"after": after, "old": old.flatten()}
+    rest |= {"centre": centre.expand_as(reward).flatten(), "spread": spread.expand_as(reward).flatten()}
+    rest["reward"] = reward.flatten()
     if anchor_weight:
-        with torch.no_grad():
-            kept = transition(anchor(z, sigmas[depth], conditioning), z, depth, sigmas, noise_level)[0]
-        loss = loss + anchor_weight * kl(mean, kept, deviation)
-    return Observed(loss.view(-1, steps).mean(1), prompt_route, depth, z, velocity.detach(), target)
+        kept = anchor(z, sigma, batch.conditioning[sample.to(z.device)])
+        rest["kept"] = transition(kept, z, depth, sigmas, noise_level)[0]
+    match = partial(
+        clipped_policy,
+        sigmas=sigmas,
+        noise_level=noise_level,
+        max_advantage=max_advantage,
+        clip_range=clip_range,
+        anchor_weight=anchor_weight,
+        detach_advantage=detach_advantage,
+    )
+    weight = torch.full((len(z),), 1 / steps, device=z.device)
+    return Questions(z, sigma, batch.conditioning, batch.route, sample, answers, weight, depth, match, rest)
+
+
+def clipped_policy(
+    velocity: torch.Tensor,
+    q: Questions,
+    *,
+    sigmas: torch.Tensor,
+    noise_level: float,
+    max_advantage: float,
+    clip_range: float,
+    anchor_weight: float,
+    detach_advantage: bool,
+) -> Matched:
+    """Takes the clipped policy loss of each step, max(-A r, -A clip(r)), r the ratio of its probabilities."""
+    target = q.answers.target()
+    mean, deviation = transition(velocity, q.states, q.depth, sigmas, noise_level)
+    reward = q.rest["reward"]
+    if not detach_advantage:
+        reward = -kl(mean, transition(target, q.states, q.depth, sigmas, noise_level)[0], deviation)
+    advantage = ((reward - q.rest["centre"]) / q.rest["spread"]).clamp(-max_advantage, max_advantage)
+    ratio = torch.exp(log_probability(q.rest["after"], mean, deviation) - q.rest["old"])
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+    if anchor_weight:
+        loss = loss + anchor_weight * kl(mean, q.rest["kept"], deviation)
+    seen = velocity.detach().to(target.dtype)
+    norms = (seen.flatten(1).norm(dim=1), target.flatten(1).norm(dim=1))
+    return Matched(loss * q.weight, velocity_mse(seen, target), *norms)

@@ -3,17 +3,22 @@
 import torch
 
 from danceopd.core.batch import Batch
-from danceopd.core.fields import Field
-from danceopd.core.objectives import flow_matching
+from danceopd.core.fields import Answers, Field
+from danceopd.core.objectives import noised
+from danceopd.core.questions import Questions
 from danceopd.core.randomness import Generator, rand
 from danceopd.core.schedule import shift_sigma
-from danceopd.core.watch import Observed
 
 
-def joint_loss(
+def joint(
     student: Field, sources: list[Field], batch: Batch, *, clean: torch.Tensor, shift: float, generator: Generator
-) -> Observed:
-    """The loss of B samples on their own clean pictures [B, ...], at noise levels with the rollout's shift."""
+) -> Questions:
+    """Asks at noised pictures of the data, whose own velocity noise - clean is the answer.
+
+    Noise levels have the rollout's shift. The weight sigma^2 makes it the error of the clean estimate, as the embedded
+    sources were trained.
+    """
     sigma = shift_sigma(rand(generator, len(batch)), shift).clamp(min=1e-3).to(clean)
-    loss, velocity, target, states = flow_matching(student, clean, batch.noise, sigma, batch.conditioning)
-    return Observed(loss, batch.route, None, states, velocity.detach(), target)
+    states, sample = noised(clean, batch.noise, sigma), torch.arange(len(batch))
+    answers = Answers.of(batch.noise - clean)
+    return Questions(states, sigma, batch.conditioning, batch.route, sample, answers, sigma.square())

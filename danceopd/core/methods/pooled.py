@@ -6,13 +6,11 @@ import torch
 
 from danceopd.core.batch import Batch
 from danceopd.core.conditioning import Conditioning, concatenate
-from danceopd.core.fields import Field, routed
-from danceopd.core.methods.options import Count
-from danceopd.core.objectives import velocity_mse
+from danceopd.core.fields import Field
 from danceopd.core.query import query
+from danceopd.core.questions import Questions, on_rollout
 from danceopd.core.randomness import Generator
 from danceopd.core.rollout import rollout
-from danceopd.core.watch import Observed
 
 
 class Pooled:
@@ -23,8 +21,8 @@ class Pooled:
     """
 
     def __init__(self, student: torch.nn.Module):
-        # By micro-batch: trajectories at the states they have reached, that index [n], the indices still to ask [n, v].
-        self.waiting: dict[int, list[tuple[Batch, torch.Tensor, torch.Tensor]]] = {}
+        # Trajectories at the states they have reached, that index [n], and the indices still to ask [n, v].
+        self.waiting: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []
 
     def __call__(
         self,
@@ -33,47 +31,40 @@ class Pooled:
         batch: Batch,
         *,
         sigmas: torch.Tensor,
-        solver: str,
-        bias: str,
         generator: Generator,
+        solver: str = "euler",
+        bias: str = "low_t",
         gap: torch.Tensor | None = None,
-        part: int = 0,
-        visits: Count = 2,
-    ) -> Observed:
-        """The loss of B samples (up to a multiple of visits) once the pool is full, of fewer before.
-
-        part: the number of the micro-batch, so that no trajectory is asked twice in one update.
-        """
+        visits: int = 2,
+    ) -> Questions:
+        """Asks each trajectory under way once: B questions (up to a multiple of visits), fewer in the first updates."""
         fresh = batch[: -(-len(batch) // visits)]
-        depth = query(len(fresh), len(sigmas) - 1, generator, bias=bias, k=visits, gap=gap).sort(1).values
-        older = [(old.to(batch.noise.device), *rest) for old, *rest in self.waiting.get(part, ())]
+        depth = query(len(fresh), len(sigmas) - 1, generator, bias=bias, k=visits, gap=gap)
+        older = [(old.to(batch.noise.device), *rest) for old, *rest in self.waiting]
         groups = [(fresh, torch.zeros(len(fresh), dtype=torch.int64), depth), *older]
         noise, route = (torch.cat([getattr(g[0], name) for g in groups]) for name in ("noise", "route"))
-        conditioning = concatenate([g[0].conditioning for g in groups])
+        asked = Batch(noise, concatenate([g[0].conditioning for g in groups]), route)
         start, until = torch.cat([g[1] for g in groups]), torch.cat([g[2][:, 0] for g in groups])
-        states, sigma = rollout(student, noise, conditioning, sigmas, until[:, None], solver, start)
-        states, sigma = states[:, 0], sigma[:, 0]
-        target = routed(sources, route, states, sigma, conditioning)
-        velocity = student(states, sigma, conditioning)
-        first, waiting = 0, []
+        states, sigma = rollout(student, noise, asked.conditioning, sigmas, until[:, None], solver, start)
+        first, self.waiting = 0, []
         for old, _, left in groups:
             own = slice(first, first := first + len(old))
             if left.shape[1] > 1:
-                waiting.append((Batch(states[own], conditioning[own], route[own]), until[own], left[:, 1:]))
-        self.waiting[part] = waiting
-        return Observed(velocity_mse(velocity, target), route, until, states, velocity.detach(), target)
+                rest = Batch(states[own, 0], asked.conditioning[own], route[own])
+                self.waiting.append((rest, until[own], left[:, 1:]))
+        # The mean over the queries there are, as over a full pool's.
+        share = len(batch) / len(asked)
+        return on_rollout(sources, asked, until[:, None], states, sigma, sigmas, share=share)
 
     def state_dict(self) -> dict:
         return {
-            part: [
+            "waiting": [
                 [batch.noise, batch.route, [getattr(batch.conditioning, f.name) for f in fields(Conditioning)], *rest]
-                for batch, *rest in groups
+                for batch, *rest in self.waiting
             ]
-            for part, groups in self.waiting.items()
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.waiting = {
-            part: [(Batch(noise, Conditioning(*values), route), *rest) for noise, route, values, *rest in groups]
-            for part, groups in state.items()
-        }
+        self.waiting = [
+            (Batch(noise, Conditioning(*values), route), *rest) for noise, route, values, *rest in state["waiting"]
+        ]

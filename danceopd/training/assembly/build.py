@@ -6,7 +6,7 @@ from pathlib import Path
 from torch.utils._pytree import tree_map
 
 from danceopd.config.sections import Config
-from danceopd.core.methods.provided import needs
+from danceopd.core.methods import needs
 from danceopd.models.attention import attention_backend
 from danceopd.models.backbones import backbone_of, pipeline_class_of
 from danceopd.models.lora_files import save_lora

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 
 from danceopd.config.sections import Config
-from danceopd.core.methods.provided import needs
+from danceopd.core.methods import needs
 from danceopd.data.prepare import check_encoders, fingerprints
 from danceopd.data.prepared import PreparedData, mix
 from danceopd.data.sampler import Group, Samples

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,5 +89,9 @@ def constants(made: dict) -> Iterator[None]:
 
         return tensor
 
-    with mock.patch.multiple(torch, tensor=once(torch.tensor), as_tensor=once(torch.as_tensor)):
+    before = torch.tensor, torch.as_tensor
+    torch.tensor, torch.as_tensor = map(once, before)
+    try:
         yield
+    finally:
+        torch.tensor, torch.as_tensor = before

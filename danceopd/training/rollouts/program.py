@@ -7,6 +7,7 @@ from danceopd_kernels import euler_step_
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.fields import Field
+from danceopd.core.solver import extrapolate
 from danceopd.training.rollouts.capture import GraphSafe, NotCapturable, constants
 from danceopd.training.rollouts.kinds import _flat
 
@@ -64,7 +65,7 @@ class Program:
             out.copy_(velocity)
             return
         if self.solver == "ab2":
-            extrapolated = velocity + half * (velocity - previous)
+            extrapolated = extrapolate(velocity, previous, half)
             previous.copy_(velocity)
             velocity = extrapolated
         euler_step_(z, velocity.contiguous(), sigma, next_sigma, active=active)
@@ -83,7 +84,9 @@ class Program:
                 # Threads of NCCL and of data loaders may go on meanwhile.
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     self.step(n)
-        except RuntimeError as error:  # CUDA's, an exhausted memory too
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # CUDA's
             raise NotCapturable(str(error).strip().splitlines()[0]) from error
         finally:
             torch.cuda.current_stream().wait_stream(stream)

@@ -16,8 +16,10 @@ from torch import nn
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.fields import Field
-from danceopd.core.rollout import reached
+from danceopd.core.rollout import rows_by_index
+from danceopd.core.solver import half_ratio
 from danceopd.models.packing import TOKENS
+from danceopd.training.asking import Rows
 from danceopd.training.rollouts.capture import NotCapturable
 from danceopd.training.rollouts.kinds import Kind, _device, _filled, _flat, _lengths, _of_kind, _tokens
 from danceopd.training.rollouts.program import Program
@@ -28,11 +30,17 @@ PROGRAMS = 32  # kinds and shapes of samples whose buffers and graphs are kept, 
 class StaticField:
     """A field whose rollouts are static steps; asked by itself it is `field`.
 
-    ask: the same network as a field, for samples without guidance; both: with guidance for all of them
-    (always_guided). networks: whose parameters these read. capture: graphs of the steps, on CUDA.
-    spent: counts evaluations, which no step passes through `field` for: by `name` those of samples under way, as
-    "padding" those of samples that have left. Where a step cannot be captured, `reason` is printed once, and rollouts
-    ask `field`.
+    Args:
+        field: The field that is asked where no static steps are.
+        ask: The same network as a field, for samples without guidance.
+        both: With guidance for all of them (always_guided).
+        networks: Whose parameters these read.
+        capture: Makes graphs of the steps, on CUDA. Where a step cannot be captured, `reason` is printed once, and
+            rollouts ask `field`.
+        spent: Counts evaluations, which no step passes through `field` for: by `name` those of samples under way, as
+            "padding" those of samples that have left.
+        name: See spent.
+        rows: How many rows a step takes at most.
     """
 
     SOLVERS = ("euler", "ab2")  # Heun's second evaluation is none where a trajectory ends: its steps are not alike
@@ -46,8 +54,10 @@ class StaticField:
         capture: bool = False,
         spent: Counter | None = None,
         name: str = "student",
+        rows: Rows | None = None,
     ):
         self.field, self.ask, self.both, self.networks, self.name = field, ask, both, networks, name
+        self.rows = rows or Rows(sys.maxsize)
         self.spent = Counter() if spent is None else spent
         self.programs: OrderedDict[str, Program] = OrderedDict()
         self.reason: str | None = None
@@ -80,13 +90,17 @@ class StaticField:
         try:
             for kind, rows in self._kinds(conditioning, lengths):
                 rows = rows[steps[rows].argsort(descending=True, stable=True)]
-                rows = rows[steps[rows] > 0]
-                if len(rows):
-                    there, guided = rows.to(noise.device), kind.guided
+                capacity = min(self.rows.rows, len(noise))
+                for own in rows[steps[rows] > 0].split(capacity):
+                    there, guided = own.to(noise.device), kind.guided
                     part = _of_kind(conditioning[there], kind)
-                    program = self._program(noise[there], part, guided, len(noise), solver)
-                    spent += self._integrate(program, sigmas, start[rows], until[rows], states, there, 1 + guided)
-                    tokens += _tokens(noise, part, kind, steps[rows], lengths[rows])
+                    program = self._program(noise[there], part, guided, capacity, solver)
+                    spent += self._integrate(program, sigmas, start[own], until[own], states, there, 1 + guided)
+                    tokens += _tokens(noise, part, kind, steps[own], lengths[own])
+        except torch.OutOfMemoryError as error:
+            self.programs.clear()
+            self.rows.halve(capacity, error)
+            return self.rollout(noise, conditioning, sigmas, until, solver, start)
         except NotCapturable as error:
             self._give_up(error)
             return None
@@ -101,11 +115,11 @@ class StaticField:
         under_way = number < steps
         index = (start + number.minimum(steps - 1)).to(device)  # a sample that has left stays at its last step
         sigma, next_sigma = sigmas[index], sigmas[index + 1]
-        half = (next_sigma - sigma) / (sigma - sigmas[(index - 1).clamp(min=0)]) / 2
+        half = half_ratio(sigmas[(index - 1).clamp(min=0)], sigma, next_sigma)
         # A trajectory's first step has no velocity before it and is Euler's.
         half = half.where((under_way & (number > 0)).to(device), 0)
         numbers, active = torch.stack([sigma, next_sigma, half], 1), under_way.to(device)
-        places = reached(until - start[:, None], len(number), device)
+        reached = rows_by_index(until - start[:, None], len(number), device)
         now, going, spent = program.numbers[:, : len(steps)], program.active[: len(steps)], Counter()
         for i, n in enumerate(under_way.sum(1).tolist()):
             now.copy_(numbers[i])
@@ -114,7 +128,7 @@ class StaticField:
             self._step(program, size)
             spent[self.name] += cost * n
             spent["padding"] += cost * (size - n)
-            row, k = places[i + 1]
+            row, k = reached[i + 1]
             if len(row):
                 states[there[row], k] = program.z[row]
         return spent
@@ -129,7 +143,7 @@ class StaticField:
         programs: list[Program] = []
 
         def velocity(latents, sigma, _):
-            if self.reason:
+            if self.reason or len(latents) > self.rows.rows:
                 return self.field(latents, sigma, conditioning)
             result, spent, tokens = torch.empty_like(latents), Counter(), Counter()
             try:

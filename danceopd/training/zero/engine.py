@@ -108,9 +108,12 @@ class Zero:
     def _ask(self, asked: Sequence[Asked]) -> Sequence[torch.Tensor]:
         return self.engine(*(value for one in asked for value in one))
 
+    def finish(self) -> None:
+        """Goes on once no rank asks without gradient any more in this update."""
+        self.lockstep.finish()
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one of an update's micro-batches; loss: its share of the mean over the global batch."""
-        self.lockstep.finish()
         # DeepSpeed divides by the number of micro-batches and averages over the ranks.
         self.engine.backward(loss * (self.engine.gradient_accumulation_steps() * self.ranks.size))
         if not self.engine.is_gradient_accumulation_boundary():

@@ -411,7 +411,7 @@ def test_an_evaluation_that_is_killed_goes_on_from_its_answers(serve, tmp_path):
         good(handler, body, count)
 
     server = serve(behave)
-    paths = [str(Path(__file__).parent), *sys.path]
+    paths = [str(Path(__file__).parents[2] / "making"), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     process = subprocess.Popen([sys.executable, "-c", KILLED, server.url, str(tmp_path)], env=environment)
     assert enough.wait(120)

@@ -9,9 +9,9 @@ import tiny_flux2
 import tiny_sd3
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from test_build import losses
 from test_dry_run import SIZE, places, prompt_of, write_lora, write_rows  # noqa: F401
 from test_dry_run import config_of as family_config
-from test_model_training import losses
 from torch import nn
 
 from danceopd.cli.parser import main

@@ -13,7 +13,7 @@ from danceopd.support.errors import UserError
 from danceopd.training.loop import Trainer
 from danceopd.world.build import build
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "docs" / "adding-a-method.md").read_text(), re.DOTALL)
 CODE, REGISTRATION = [text for kind, text in BLOCKS if kind == "python"]
 COMMAND, MESSAGE = [text for kind, text in BLOCKS if not kind]

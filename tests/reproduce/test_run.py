@@ -23,7 +23,7 @@ from danceopd.support.errors import UserError
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.files import save_model
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = Budget("quick", main=1500, short=1500, ablation=1500, seeds=1)
 
 

@@ -344,5 +344,5 @@ def test_the_chosen_rate_is_the_best():
 
 
 def test_the_matrix_uses_the_rates_that_the_grid_chose():
-    grid = tables_of(read(Path(__file__).parents[1] / "results"))["grid"]
+    grid = tables_of(read(Path(__file__).parents[2] / "results"))["grid"]
     assert {method: chosen_rate(rows) for method, rows in rates(grid).items()} == LEARNING_RATES

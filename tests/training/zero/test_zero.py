@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from test_training import random_network
+from zero_fork import as_rank
 
 from danceopd.training import checkpoints as state
 from danceopd.world.files import save_model
@@ -29,11 +30,12 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[3]
+MAKING = ROOT / "tests" / "making"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
-    "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent / "kernels"), str(HERE)]),
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(MAKING)]),
 }
 STEPS = 20
 
@@ -44,7 +46,7 @@ def context():
     kept = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["zero_ranks", "test_zero"])
+    found.set_forkserver_preload(["zero_ranks", "zero_fork"])
     yield found
     for name, value in kept.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -81,13 +83,6 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def as_rank(*arguments):
-    """What a forked process does; there the module is imported already."""
-    import zero_ranks
-
-    zero_ranks.forked(*arguments)
 
 
 class Run:
@@ -446,8 +441,8 @@ class Launched:
             "deepspeed": ["--num_gpus", "2", "--master_port", str(free_port())],
             "torchrun": ["--standalone", "--nproc-per-node", "2"],
         }[launcher]
-        script = HERE / "zero_ranks.py" if fault else HERE.parent / "train.py"
-        settings = HERE.parent / "configs" / "deepspeed" / "zero3.json"
+        script = MAKING / "zero_ranks.py" if fault else ROOT / "train.py"
+        settings = ROOT / "configs" / "deepspeed" / "zero3.json"
         given = [
             "--config",
             folder / "config.yaml",

@@ -8,10 +8,10 @@ from copy import deepcopy
 import diffusers
 import pytest
 import torch
-from backbones.tiny_sd3 import save_tiny
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from tiny_sd3 import save_tiny
 from torch import nn
 
 from danceopd.core.conditioning import Conditioning

@@ -174,15 +174,15 @@ def test_what_is_missing_is_said(capsys):
 
 
 def peak(folder: Path, config: dict, ranks: int, settings: dict | None) -> int:
-    """Bytes that a run of real processes takes at most, as tests/plan_peak.py measures them."""
+    """Bytes that a run of real processes takes at most, as tests/making/plan_peak.py measures them."""
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    argv = [str(Path(__file__).with_name("plan_peak.py")), str(folder / "config.yaml")]
+    argv = [str(Path(__file__).parents[1] / "making" / "plan_peak.py"), str(folder / "config.yaml")]
     if settings:
         (folder / "zero.json").write_text(json.dumps(settings))
         argv.append(str(folder / "zero.json"))
     if ranks > 1:
         argv = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *argv]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # what is freed goes back, so that the peak is what is in use

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
+from danceopd.core.methods.score_distillation import DMD, sds_loss
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -25,7 +26,6 @@ from danceopd.core.methods.flow_opd import flow_opd_loss
 from danceopd.core.methods.joint import joint_loss
 from danceopd.core.methods.off_policy import off_policy_loss
 from danceopd.core.methods.pooled import Pooled
-from danceopd.core.methods.score_distillation import DMD, sds_loss
 from danceopd.core.query import query
 from danceopd.core.randomness import sample_generators
 from danceopd.core.schedule import shift_sigma, sigma_grid

@@ -1,12 +1,12 @@
 """Rollouts on a copy of the student in bf16 or FP8: what it holds, how near its states are, resumed and planned."""
 
 import pytest
-import test_fp8_teachers
-import test_model_students
+import test_fp8
+import test_students
 import torch
 from danceopd_kernels import fp8_quantize_rowwise
-from test_fp8_teachers import places  # noqa: F401
-from test_model_students import place  # noqa: F401
+from test_fp8 import places  # noqa: F401
+from test_students import place  # noqa: F401
 from test_training import config_of, raw  # noqa: F401
 
 from danceopd.cli.train import builder_of, examiner_of
@@ -150,7 +150,7 @@ def test_static_steps_and_compiled_blocks_ask_the_copy(raw, monkeypatch, compile
 
 @pytest.mark.parametrize(("precision", "wanted"), [("fp32", "bf16"), ("bf16", "fp8")])
 def test_a_models_student_of_all_weights(place, tmp_path, precision, wanted):  # noqa: F811
-    config = test_model_students.config_of(
+    config = test_students.config_of(
         place, tmp_path / "run", {"own": {"weights": "own"}}, precision=precision, rollout_precision=wanted
     )
     trainer = trainer_of(config)
@@ -170,7 +170,7 @@ def test_an_adapter_on_a_copy_of_its_base_in_fp8(places, family):  # noqa: F811
     changes = {"training.rollout_precision": "fp8", "training.learning_rate": 0.05}
     if family == "flux":
         changes |= {f"{key}.embedded_guidance": 3.5 for key in ("student", "sources.one", "sources.two")}
-    config = test_fp8_teachers.config_of(places(family), **changes)
+    config = test_fp8.config_of(places(family), **changes)
     trainer = trainer_of(config)
     engine = trainer.engine
     before = addresses(engine.replica.transformer)
@@ -200,7 +200,7 @@ def test_an_adapter_on_a_copy_of_its_base_in_fp8(places, family):  # noqa: F811
 
 def test_an_adapters_base_in_fp8_is_shared(places):  # noqa: F811
     changes = {"training.rollout_precision": "fp8", "training.base_precision": "fp8"}
-    config = test_fp8_teachers.config_of(places("sd3"), **changes)
+    config = test_fp8.config_of(places("sd3"), **changes)
     trainer = trainer_of(config)
     assert trainer.engine.replica is None
     assert trainer.engine.resident is trainer.engine.student
@@ -250,4 +250,4 @@ def test_mistakes_are_named(said):
 )
 def test_an_adapters_precision_is_its_bases(tmp_path, wanted, changes, said):
     with pytest.raises(UserError, match=said):
-        test_fp8_teachers.config_of(tmp_path, **changes, **{"training.rollout_precision": wanted})
+        test_fp8.config_of(tmp_path, **changes, **{"training.rollout_precision": wanted})

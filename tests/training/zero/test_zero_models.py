@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_model_training
+import test_build
 import tiny_flux2
 import tiny_sd3
 import torch
@@ -27,7 +27,8 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[3]
+MAKING = ROOT / "tests" / "making"
 STEPS = 5
 T2I, EDIT, NOBODY = 0, 1, 2
 # By slot; the first half of a batch is rank 0's.
@@ -48,17 +49,17 @@ def launch(folder, jobs, size=2, seconds=300):
 
 
 def started(folder, script, argument, size=2, seconds=300):
-    """What each of the ranks said that run a script of this folder."""
+    """What each of the ranks said that run a script of tests/making."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    paths = os.pathsep.join(map(str, (HERE.parent, HERE.parent / "kernels", HERE, HERE / "backbones")))
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", MAKING, ROOT / "tests" / "backbones")))
     common = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": paths}
     common |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
     processes, logs = [], [folder / f"rank-{rank}.txt" for rank in range(size)]
     for rank, log in enumerate(logs):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
-        command = [sys.executable, str(HERE / script), str(argument)]
+        command = [sys.executable, str(MAKING / script), str(argument)]
         with open(log, "w") as file:
             processes.append(
                 subprocess.Popen(command, env=os.environ | common | own, stdout=file, stderr=subprocess.STDOUT)
@@ -139,7 +140,7 @@ def sd3_place(tmp_path_factory):
     root = tmp_path_factory.mktemp("sd3")
     model = tiny_sd3.save_tiny(root / "model")
     for m, name in enumerate(("one", "two")):
-        test_model_training.save_teacher(model, root / name, seed=m)
+        test_build.save_teacher(model, root / name, seed=m)
     rng, rows = np.random.default_rng(0), []
     for i, task in enumerate(["one", "two"] * 4):
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / f"{i}.png")
@@ -150,7 +151,7 @@ def sd3_place(tmp_path_factory):
 
 
 def lora(root, folder, **training):
-    raw = test_model_training.config_of(root, folder, **training_of(folder, learning_rate=2e-2, **training)).to_dict()
+    raw = test_build.config_of(root, folder, **training_of(folder, learning_rate=2e-2, **training)).to_dict()
     return raw
 
 

@@ -7,8 +7,7 @@ import yaml
 
 from danceopd.config.methods import options
 from danceopd.config.reading import load_config, parse_config
-from danceopd.core.methods import METHODS
-from danceopd.core.methods.provided import PROVIDED, needs
+from danceopd.core.methods import METHODS, PROVIDED, needs
 from danceopd.support.errors import UserError
 
 DEMO = "configs/demo.yaml"

@@ -1,0 +1,47 @@
+"""The steps of the solvers of dz = v d sigma, and nothing else."""
+
+import torch
+
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import Field
+
+SOLVERS = ("euler", "heun", "ab2")
+
+
+def half_ratio(before: torch.Tensor, sigma: torch.Tensor, next_sigma: torch.Tensor) -> torch.Tensor:
+    """Works out half the ratio of a step from sigma to next_sigma to the one before it, which began at `before`."""
+    return (next_sigma - sigma) / (sigma - before) / 2
+
+
+def extrapolate(velocity: torch.Tensor, previous: torch.Tensor, half: torch.Tensor | float) -> torch.Tensor:
+    """Takes the two-step Adams-Bashforth velocity v + half (v - previous); half = 0 is Euler's."""
+    return velocity + half * (velocity - previous)
+
+
+def step(
+    field: Field,
+    z: torch.Tensor,
+    conditioning: Conditioning,
+    sigma: torch.Tensor,
+    next_sigma: torch.Tensor,
+    solver: str = "euler",
+) -> torch.Tensor:
+    """Makes one step of Euler's or Heun's solver.
+
+    Args:
+        field: The field to integrate.
+        z: float32 tensor [B, ...], the states at sigma.
+        conditioning: Of the B samples.
+        sigma: float32 scalar tensor, the noise level of all of them.
+        next_sigma: float32 scalar tensor, the noise level to go to.
+        solver: ``euler``, ``heun``; ``ab2`` takes Euler's step, as its first is.
+
+    Returns:
+        float32 tensor [B, ...], the states at next_sigma.
+    """
+    dt = next_sigma - sigma
+    velocity = field(z, sigma.expand(len(z)), conditioning).to(z.dtype)
+    if solver != "heun" or next_sigma == 0:  # no field is defined at sigma 0
+        return z + dt * velocity
+    end = field(z + dt * velocity, next_sigma.expand(len(z)), conditioning).to(z.dtype)
+    return z + dt * (velocity + end) / 2

@@ -1,0 +1,54 @@
+"""What a run says while it trains: the bar, the log, and warnings once each."""
+
+import sys
+
+from tqdm import tqdm
+
+from danceopd.config.sections import Config
+from danceopd.support.run_log import RunLog
+
+
+class Progress:
+    """The bar in the terminal and the log in the run's folder; a context that closes both.
+
+    Args:
+        config: The run's.
+        step: The update that it goes on from.
+        silent: Neither prints nor writes, as all ranks but one.
+    """
+
+    def __init__(self, config: Config, step: int, silent: bool = False):
+        training = config.training
+        self.log, self.log_every, self.silent = RunLog(training.output_dir, step, silent), training.log_every, silent
+        self.bar = tqdm(
+            total=training.max_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=silent,
+        )
+        self.said: set[str] = set()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        self.log.close()
+
+    def show(self, step: int, record: dict, drifting: dict[str, str], done: float) -> None:
+        """Takes in one update: its record, what drifts now by a short name, and the share of the run that is done."""
+        text = f"loss {record['loss']:.4f}, {record['samples_per_second']:.0f} samples/s"
+        if record["skipped"]:
+            text += f", {record['skipped']} skipped"
+        if drifting:
+            text += f", {len(drifting)} drifting: {min(drifting)}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if step % self.log_every == 0 or done == 1:
+            self.log.write(step, record)
+        for name in drifting.keys() - self.said if not self.silent else ():
+            self.said.add(name)
+            tqdm.write(f"warning at step {step}: {drifting[name]}", file=sys.stderr)
+            self.log.write(step, {"warning": drifting[name]})

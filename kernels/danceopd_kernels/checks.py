@@ -1,0 +1,127 @@
+"""Checks of arguments, for every operation: what reaches a kernel as an address has passed here.
+
+Each raises TypeError for what is no tensor or no number, and ValueError for one that does not fit, and names it.
+"""
+
+import math
+from numbers import Real
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def tensor(
+    name: str,
+    value,
+    *,
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
+    shape: tuple[int | str | None, ...] | None = None,
+    like: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns the value if it is a plain tensor that fits.
+
+    Args:
+        name: What the message calls it.
+        value: Anything.
+        dtype: The dtype, or those that will do.
+        shape: The size of each axis; None or a letter, which the message shows, for any.
+        like: A tensor on whose device it must be.
+
+    Raises:
+        TypeError: It is no tensor.
+        ValueError: Its dtype, shape, device or layout does not fit.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {_kind(value)}")
+    if value.layout != torch.strided or value.is_nested:
+        raise ValueError(f"{name} must be an ordinary dense tensor, got {value.layout}")
+    if (
+        (dtype is None or (value.dtype in dtype if isinstance(dtype, tuple) else value.dtype == dtype))
+        and (like is None or value.device == like.device)
+        and (shape is None or fits(value.shape, shape))
+    ):
+        return value
+    dtypes = dtype if isinstance(dtype, tuple) else () if dtype is None else (dtype,)
+    wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    sizes = "" if shape is None else f" [{', '.join('any' if n is None else str(n) for n in shape)}]"
+    place = "" if like is None else f" on {like.device}"
+    got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    raise ValueError(f"{name} must be {(wanted + sizes).strip() or 'a tensor'}{place}, got {got}")
+
+
+def fits(sizes: torch.Size, shape: tuple[int | str | None, ...]) -> bool:
+    """Returns whether the sizes are those of shape, as tensor takes it."""
+    if sizes[1:] == shape[1:] and (not isinstance(shape[0], int) or sizes[0] == shape[0]):  # most often; the quickest
+        return True
+    return len(sizes) == len(shape) and all(n == m or not isinstance(n, int) for n, m in zip(shape, sizes, strict=True))
+
+
+def number(name: str, value) -> float:
+    """Returns the value as a float; TypeError for what is no real number, True and False among them."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    return float(value)
+
+
+def per_sample(name: str, value, like: torch.Tensor) -> torch.Tensor | None:
+    """Returns one number for each sample of like, [B]: float32, or float64 for a like in float64; None stays None.
+
+    Args:
+        name: What the message calls it.
+        value: A number, or a floating-point tensor of one entry or [B].
+        like: [B, ...].
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: Its dtype, shape or device does not fit.
+    """
+    if value is None:
+        return None
+    samples, dtype = like.shape[0], torch.promote_types(like.dtype, torch.float32)
+    if not isinstance(value, torch.Tensor):
+        if isinstance(value, list | tuple):
+            raise TypeError(f"{name} must be a number or a tensor [{samples}], got {_kind(value)}")
+        return torch.full((samples,), number(name, value), dtype=dtype, device=like.device)  # nothing is copied there
+    tensor(name, value, dtype=(*FLOATS, torch.float64), like=like)
+    if value.shape not in ((samples,), (1,), ()):
+        raise ValueError(f"{name} must be a number or [{samples}], got {list(value.shape)}")
+    value = value.detach().to(dtype)
+    return (value if value.shape == (samples,) else value.expand(samples)).contiguous()
+
+
+def index(name: str, value, samples: int, like: torch.Tensor) -> torch.Tensor:
+    """Returns an index for each sample, int64 [samples], contiguous; its values are not looked at."""
+    return tensor(name, value, dtype=torch.int64, shape=(samples,), like=like).contiguous()
+
+
+def rows(name: str, value, like: torch.Tensor, most: int) -> list[torch.Tensor]:
+    """Returns a tensor, or a list or tuple of 1 to most, as a list: each [n, ...], otherwise as like is, contiguous.
+
+    Raises:
+        TypeError: It is something else, or holds something else.
+        ValueError: It holds more, or none, or what does not fit.
+    """
+    if isinstance(value, torch.Tensor):
+        value = [value]
+    elif not isinstance(value, list | tuple):
+        raise TypeError(f"{name} must be a tensor or a list of tensors, got {_kind(value)}")
+    if not 1 <= len(value) <= most:
+        raise ValueError(f"{name} must be 1 to {most} tensors, got {len(value)}")
+    shape = ("rows", *like.shape[1:])
+    return [tensor(name, one, dtype=like.dtype, shape=shape, like=like).detach().contiguous() for one in value]
+
+
+def flag(name: str, value) -> bool:
+    """Returns the value if it is True or False; TypeError for anything else."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_kind(value)}")
+    return value
+
+
+def _kind(value) -> str:
+    if value is None:
+        return "None"
+    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        return f"the number {value}"
+    return f"a {type(value).__name__}"
