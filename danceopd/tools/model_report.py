@@ -1,7 +1,5 @@
 """The report of a run on a diffusers model: its log, its sample grid, and how far the student is from each source."""
 
-import base64
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ from danceopd.report.page import write_report
 from danceopd.support.devices import machine
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.pages import data_uri
 from danceopd.support.run_log import read_log
 from danceopd.training.asking import Rows, as_student, guidance_scales, in_parts
 from danceopd.training.assembly.build import build_model
@@ -132,8 +131,6 @@ def newest_grid(folder: Path) -> dict | None:
         except OSError:
             continue
         image.thumbnail((WIDTH, 4 * WIDTH))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=90)
-        uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        uri = data_uri(image, "jpeg", quality=90)
         return {"step": int(path.stem.removeprefix("step-")), "uri": uri, "width": image.width}
     return None
