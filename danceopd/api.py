@@ -31,8 +31,8 @@ def distill(
         UserError: For anything that can be mended, with every mistake of the configuration by its key.
 
     Example:
-        >>> losses = []
-        >>> folder = distill("configs/demo.yaml", ["training.max_steps=5"], callbacks=[lambda r: losses.append(r["loss"])])
+        >>> records = []
+        >>> folder = distill("configs/demo.yaml", ["training.max_steps=5"], callbacks=[records.append])
     """
     if isinstance(config, str | Path):
         config = load_config(config, list(overrides))
@@ -44,7 +44,20 @@ def distill(
 
 
 def builder_of(config: Config) -> Build:
-    """Chooses what puts a run's parts together: a model's, or the embedded network's."""
-    from danceopd.training.assembly.build import build
+    """Returns what puts a run's parts together: the model's builder, or the embedded network's."""
+    if config.model:
+        from danceopd.training.assembly.build import build_model  # imports diffusers, which takes its time
+
+        return build_model
+    from danceopd.world.build import build
 
     return build
+
+
+def examiner_of(config: Config) -> Callable:
+    """Returns what a dry run looks at networks and data with: the model's examiner, or the embedded network's."""
+    if config.model:
+        from danceopd.planning.models import examine  # imports diffusers, which takes its time
+    else:
+        from danceopd.world.dry_run import examine
+    return examine

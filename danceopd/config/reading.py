@@ -1,6 +1,5 @@
 """Reads a configuration from YAML, with overrides."""
 
-import difflib
 from pathlib import Path
 
 import yaml
@@ -9,26 +8,51 @@ from pydantic import ValidationError
 from danceopd.config.checks import _cross_check, _explain
 from danceopd.config.sections import Config
 from danceopd.support.errors import UserError
+from danceopd.support.hints import did_you_mean
 
 
 def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
-    """Read a YAML file, apply `key.sub=value` overrides, and check everything that needs no file.
+    """Reads a YAML file, applies overrides, and checks everything that needs no other file.
 
-    Raises UserError that lists every mistake with its key, and for an unknown key the nearest valid one.
+    Args:
+        path: The file.
+        overrides: `key.sub=value`, each value as YAML.
+
+    Raises:
+        UserError: Lists every mistake with its key, and for an unknown key the nearest valid one.
     """
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.y*ml")], n=1)
-        raise UserError(f"no configuration at {path}" + (f"; did you mean {near[0]}?" if near else "")) from None
+        raise UserError(f"no configuration at {path}{did_you_mean(path, path.parent.glob('*.y*ml'), '')}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     return parse_config(raw, overrides, str(path))
 
 
+def read_run_config(folder: Path) -> Config:
+    """Reads the configuration that a training wrote into its folder.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} holds no run (no config.yaml); give the output_dir of a training")
+    return load_config(folder / "config.yaml")
+
+
 def parse_config(raw: dict, overrides: list[str] = (), name: str = "configuration") -> Config:
-    """Check a configuration given as plain values. Raises UserError as load_config does."""
+    """Checks a configuration given as plain values.
+
+    Args:
+        raw: A mapping of keys to values; the overrides are written into it.
+        overrides: As for load_config.
+        name: What messages call it.
+
+    Raises:
+        UserError: As load_config does.
+    """
     if not isinstance(raw, dict):
         raise UserError(f"{name} must be a mapping of keys to values, found {type(raw).__name__}")
     for override in overrides:

@@ -1,7 +1,5 @@
-"""Runs on the same prompts and seeds, compared picture by picture: paired differences, and a page to look at."""
+"""Compares runs on the same prompts and seeds picture by picture: paired differences, and a page to look at."""
 
-import base64
-import io
 import json
 import math
 from collections import Counter
@@ -12,12 +10,12 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from danceopd.evaluation.geneval.layout import read_results
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.pages import data_uri, render
 
 RESAMPLES, LEVEL = 10_000, 0.95
 
@@ -36,7 +34,17 @@ AGAIN = "run danceopd evaluate gedit again: nothing is drawn or asked twice"
 
 @dataclass(frozen=True)
 class Scored:
-    """One picture of a run. right: of a verdict; None where the score is a mark. index: an edit's in its data set."""
+    """One picture of a run.
+
+    Attributes:
+        tag: What scores are averaged by: GenEval's tag, or an edit's kind and language.
+        prompt: Its text.
+        score: 0 or 1 by a verdict, or a mark.
+        path: The picture.
+        reason: Why it has this score.
+        right: The verdict; None where the score is a mark.
+        index: An edit's place in its data set.
+    """
 
     tag: str
     prompt: str
@@ -49,8 +57,16 @@ class Scored:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's scored pictures by key. seed: of all its noise, None where what drew them does not say; judge, dataset:
-    of GEdit-Bench, whose edits are of the data set's pictures."""
+    """A run's scored pictures.
+
+    Attributes:
+        name: The folder's.
+        pictures: By key.
+        benchmark: GENEVAL or GEDIT.
+        seed: Of all its noise; None where what drew the pictures does not say.
+        judge: What scored the edits.
+        dataset: Where the pictures that were edited are.
+    """
 
     name: str
     pictures: dict[Key, Scored]
@@ -60,7 +76,7 @@ class Run:
     dataset: Path | None = None
 
     def scores(self) -> tuple[float, dict[str, float]]:
-        """(overall, the mean of each tag); overall is the mean of these."""
+        """Returns (overall, the mean of each tag); overall is the mean of these."""
         tags: dict[str, list[float]] = {}
         for one in self.pictures.values():
             tags.setdefault(one.tag, []).append(one.score)
@@ -69,11 +85,14 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """A run's pictures and scores, whatever evaluated it.
+    """Reads a run's pictures and scores, whatever evaluated it.
 
-    path: a folder in GenEval's layout with its results.jsonl, or such a file; of GEdit-Bench the folder with a judge's
-    results.json, that file, or the method's folder if one judge alone scored it. Raises UserError where there is no
-    such file, and where two of its lines are of the same picture.
+    Args:
+        path: A folder in GenEval's layout with its results.jsonl, or such a file; of GEdit-Bench the folder with a
+            judge's results.json, that file, or the method's folder if one judge alone scored it.
+
+    Raises:
+        UserError: There is no such file, or two of its lines are of the same picture.
     """
     if path.is_file():
         return _read_gedit(path) if path.suffix == ".json" else _read_geneval(path)
@@ -168,10 +187,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of a run to the first: differences (run - first) by tag and overall, and the prompts from worst to best.
+    """A run against the first: differences (run - first), and the prompts from worst to best.
 
-    prompts: (difference, the keys of its pairs); pairs: how many pictures were paired; unpaired: and how many, of
-    both runs, were not; fewest: prompts of a tag.
+    Attributes:
+        overall: The mean of the tags' mean differences.
+        tags: The mean difference of each tag.
+        prompts: (difference, the keys of its pairs), sorted.
+        pairs: How many pictures were paired.
+        unpaired: How many, of both runs, were not.
+        fewest: Number of prompts of the smallest tag.
     """
 
     overall: Interval
@@ -183,10 +207,17 @@ class Comparison:
 
 
 def compare(first: Run, other: Run, seed: int = 0) -> Comparison:
-    """Pictures of the same prompt and number, one from each run.
+    """Compares pictures of the same prompt and number, one from each run.
 
-    Overall is the mean of the tags' mean differences. The intervals are percentiles of bootstrap resamples of whole
-    prompts within each tag, since the pictures of a prompt are alike. Raises UserError where nothing can be paired.
+    The intervals are percentiles of bootstrap resamples of whole prompts within each tag, since the pictures of a
+    prompt are alike.
+
+    Args:
+        first, other: The runs.
+        seed: Of the resamples.
+
+    Raises:
+        UserError: The runs are of different benchmarks, or nothing can be paired.
     """
     if first.benchmark != other.benchmark:
         raise UserError(
@@ -231,7 +262,7 @@ def _interval(mean: float, resampled: np.ndarray) -> Interval:
 
 
 def warnings_of(runs: list[Run], comparisons: list[Comparison]) -> list[str]:
-    """What a reader of the comparison must know."""
+    """Lists what a reader of the comparison must know."""
     said = []
     seeds = {run.name: run.seed for run in runs if run.seed is not None}
     if len(set(seeds.values())) > 1:
@@ -281,14 +312,7 @@ def distinct(runs: list[Run]) -> list[Run]:
 
 
 def write_page(path: Path, runs: list[Run], comparisons: list[Comparison]) -> None:
-    """One HTML file with everything in it: the table, and of each later run the worst and the best prompts."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    """Writes one HTML file with everything in it: the table, and of each later run the worst and the best prompts."""
     pairs, source_of = [], _sources(runs[0])
     for run, comparison in zip(runs[1:], comparisons, strict=True):
         lost = [item for item in comparison.prompts if item[0] < 0][:PROMPTS]
@@ -298,7 +322,8 @@ def write_page(path: Path, runs: list[Run], comparisons: list[Comparison]) -> No
             for title, items in (("Worst", lost), ("Best", won))
         ]
         pairs.append({"first": runs[0].name, "other": run.name, "sections": sections, "pairs": comparison.pairs})
-    html = environment.get_template("compare.html.j2").render(
+    html = render(
+        Path(__file__).with_name("compare.html.j2"),
         runs=[run.name for run in runs],
         warnings=warnings_of(runs, comparisons),
         table=table(runs, comparisons),
@@ -337,7 +362,7 @@ def _shown(first: Run, other: Run, source_of: Callable, difference: float, keys:
     ]
     if first.dataset:
         source = source_of(keys[0], scored)
-        uri = source and data_uri(source)
+        uri = source and small_uri(source)
         rows.insert(0, {"name": "source", "pictures": [{"uri": uri, "verdict": "", "reason": "", "number": 0}]})
     return {"prompt": scored.prompt, "tag": scored.tag, "difference": f"{difference:+.2f}", "rows": rows}
 
@@ -348,18 +373,15 @@ def _picture(scored: Scored, number: int) -> dict:
 
 
 def file_uri(path: Path) -> str | None:
-    """A picture's file for the page; None where it is not there or cannot be read."""
+    """Reads a picture's file for the page; None where it is not there or cannot be read."""
     try:
         with Image.open(path) as opened:
-            return data_uri(opened.convert("RGB"))
+            return small_uri(opened.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
-def data_uri(image: Image.Image) -> str:
-    """A picture for the page, no larger than SIDE."""
+def small_uri(image: Image.Image) -> str:
+    """Returns a picture for the page, no larger than SIDE."""
     image.thumbnail((SIDE, SIDE))
-    kind, options = ("png", {}) if max(image.size) <= SMALL else ("jpeg", {"quality": 88})
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(image) if max(image.size) <= SMALL else data_uri(image, "jpeg", quality=88)

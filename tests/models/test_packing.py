@@ -188,7 +188,7 @@ def asked_for(folders):
 def test_backends(asked_for):
     assert asked_for(sd3, "auto") == asked_for(qwen_image, "auto", "cuda") == asked_for(z_image, "native") == "native"
     assert asked_for(qwen_image, "_native_math") == "_native_math"
-    for name, message in {"flesh": "did you mean flash", "nothing like it": "there are auto"}.items():
+    for name, message in {"flesh": "did you mean 'flash'", "nothing like it": "valid are "}.items():
         with pytest.raises(UserError, match=message):
             asked_for(qwen_image, name)
     assert asked_for(flux2, "auto") == "native"

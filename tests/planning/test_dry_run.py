@@ -17,6 +17,7 @@ import danceopd.data.cache
 import danceopd.models.backbones
 import danceopd.models.lora_files
 import danceopd.world.files
+from danceopd.api import builder_of, examiner_of
 from danceopd.cli.parser import main
 from danceopd.config.reading import load_config, parse_config
 from danceopd.core.conditioning import Conditioning
@@ -26,14 +27,21 @@ from danceopd.models.loading import check_weights
 from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
-from danceopd.planning.dry_run import dry_run
+from danceopd.planning import dry_run as planning
 from danceopd.support.errors import UserError
 from danceopd.support.optimizers import adamw_class, make_optimizers
-from danceopd.training.assembly.build import build
 from danceopd.training.assembly.networks import student_layers
 from danceopd.training.loop import Trainer
 
 # ------------------------------------------------------------------------------------------------- counting
+
+
+def build(config):
+    return builder_of(config)(config)
+
+
+def dry_run(config):
+    return planning.dry_run(config, examiner_of(config))
 
 
 def refuse_weights(monkeypatch, root):

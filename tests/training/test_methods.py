@@ -23,10 +23,10 @@ from danceopd.core.methods.danceopd import danceopd
 from danceopd.core.query import query
 from danceopd.core.randomness import sample_generators
 from danceopd.support.errors import UserError
-from danceopd.training.assembly.build import build
 from danceopd.training.checkpoints import load_newest, save_state
 from danceopd.training.loop import Trainer
 from danceopd.training.resume import go_on, state_of
+from danceopd.world.build import build
 from danceopd.world.data import write_world
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.files import save_model

@@ -25,10 +25,10 @@ from danceopd.data.sampler import draw_batch
 from danceopd.support.errors import UserError
 from danceopd.training import checkpoints as state
 from danceopd.training import loop
-from danceopd.training.assembly.build import build
 from danceopd.training.health import Health
 from danceopd.training.loop import Trainer
 from danceopd.training.resume import go_on
+from danceopd.world.build import build
 from danceopd.world.data import WorldData, write_world
 from danceopd.world.files import load_model
 from danceopd.world.sampling import embedded_samples

@@ -1,6 +1,5 @@
-"""GenEval's files: metadata, pictures and results."""
+"""Reads and writes GenEval's files: metadata, pictures and results."""
 
-import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from PIL import Image
 from danceopd.evaluation.geneval.rules import CLASSES, CLAUSE, COLORS, RELATIONS, SAMPLE, Objects
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.hints import did_you_mean
 
 
 def check_metadata(metadata: dict, where: str) -> dict:
-    """A prompt's line as it is. Raises UserError that begins with `where` for one that the rules cannot read."""
+    """Checks a prompt's line and returns it; a UserError that begins with `where` if the rules cannot read it."""
 
     def need(holds: bool, problem: str) -> None:
         if not holds:
@@ -22,8 +22,8 @@ def check_metadata(metadata: dict, where: str) -> dict:
 
     need(isinstance(metadata, dict), "not a JSON object; give GenEval's evaluation_metadata.jsonl")
     for key in ("tag", "prompt", "include"):
-        near = difflib.get_close_matches(key, metadata, 1)
-        need(key in metadata, f"no {key!r}" + (f", but {near[0]!r}" if near else "") + "; see GenEval's metadata")
+        hint = did_you_mean(key, metadata, "; see GenEval's metadata")
+        need(key in metadata, f"no {key!r}{hint}")
     for key in ("tag", "prompt"):
         need(isinstance(metadata[key], str), f"{key!r} must be a text")
     need(bool(metadata["include"]) or bool(metadata.get("exclude")), "asks for nothing: 'include' is empty")
@@ -34,9 +34,9 @@ def check_metadata(metadata: dict, where: str) -> dict:
             at = f"{key}[{place}]"
             extra = sorted(set(clause) - (CLAUSE if key == "include" else {"class", "count"}))
             need(not extra, f"{at} has an unknown key {extra[0] if extra else ''!r}")
-            near = difflib.get_close_matches(str(clause.get("class")), CLASSES, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; the classes are COCO's, by GenEval's names"
-            need(clause.get("class") in CLASSES, f"{at} asks for the class {clause.get('class')!r}{hint}")
+            name = clause.get("class")
+            hint = did_you_mean(name, CLASSES, "; the classes are COCO's, by GenEval's names")
+            need(name in CLASSES, f"{at} asks for the class {name!r}{hint}")
             count = clause.get("count")
             need(isinstance(count, int) and not isinstance(count, bool) and count >= 1, f"{at} needs a count from 1 on")
             color = clause.get("color", COLORS[0])
@@ -54,7 +54,7 @@ def check_metadata(metadata: dict, where: str) -> dict:
 
 
 def read_lines(path: Path) -> list[tuple[str, dict]]:
-    """(where it stands, the object) of every line of a JSONL file. Raises UserError for what is none."""
+    """Reads a JSONL file: (where it stands, the object) of every line; a UserError for what is none."""
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     lines = []
@@ -74,7 +74,7 @@ def read_lines(path: Path) -> list[tuple[str, dict]]:
 
 
 def read_metadata(path: Path) -> list[dict]:
-    """The prompts of the benchmark's evaluation_metadata.jsonl. Raises UserError that names the line."""
+    """Reads the prompts of the benchmark's evaluation_metadata.jsonl; a UserError that names the line."""
     return [check_metadata(metadata, where) for where, metadata in read_lines(path)]
 
 
@@ -88,6 +88,7 @@ class Drawn:
 
 
 def prompt_folder(folder: Path, index: int) -> Path:
+    """Returns the folder of a prompt by its place in the metadata."""
     return folder / f"{index:05d}"
 
 
@@ -97,10 +98,19 @@ def read_pictures(
     samples: int | None = None,
     check: Callable[[dict, str], dict] = check_metadata,
 ) -> list[Drawn]:
-    """The pictures that any tool drew in the benchmark's layout, by prompt: NNNNN/metadata.jsonl, NNNNN/samples/N.png.
+    """Finds the pictures that any tool drew in the benchmark's layout: NNNNN/metadata.jsonl, NNNNN/samples/N.png.
 
-    metadata, samples: what must be there, if given; check: of each prompt's line. Raises UserError for a folder that
-    holds no such pictures, for a prompt without any, and for pictures that are damaged; the first of each are named.
+    Args:
+        folder: Where they are.
+        metadata: The prompts that must be there, if given.
+        samples: Pictures that each prompt must have, if given.
+        check: Checks each prompt's line.
+
+    Returns:
+        The prompts with their pictures.
+
+    Raises:
+        UserError: The folder holds no such pictures, a prompt has none, or pictures are damaged; the first are named.
     """
     draw = "draw them by danceopd evaluate geneval --model"
     if not folder.is_dir():
@@ -150,7 +160,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def record(path: Path, metadata: dict, objects: Objects, correct: bool, reason: str) -> dict:
-    """A picture's line of the results, of the fields that the source writes."""
+    """Returns a picture's line of the results, with the fields that the source writes."""
     boxes = {name: [[*one.box, one.confidence] for one in found] for name, found in objects.items() if found}
     return {
         "filename": str(path),
@@ -164,11 +174,12 @@ def record(path: Path, metadata: dict, objects: Objects, correct: bool, reason: 
 
 
 def write_results(path: Path, records: list[dict]) -> None:
+    """Writes the lines of a results file, atomically."""
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in records).encode())
 
 
 def read_results(path: Path) -> list[dict]:
-    """The lines of a results file, ours or the source's. Raises UserError that names a line without what is needed."""
+    """Reads the lines of a results file, ours or the source's; a UserError names a line without what is needed."""
     records = []
     for where, line in read_lines(path):
         if not isinstance(line, dict) or not isinstance(line.get("correct"), bool):
