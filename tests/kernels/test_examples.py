@@ -37,12 +37,6 @@ def load(path: Path):
     return module
 
 
-def test_there_are_three_of_40_lines_at_most():
-    lines = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES}
-    assert sorted(lines) == ["diffusers_sd3_lora", "flow_matching_loop", "plain_loop"]
-    assert max(lines.values()) <= 40, lines
-
-
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_the_same_losses_with_and_without_the_kernels(path, capsys, monkeypatch):
     monkeypatch.delenv("DANCEOPD_KERNELS", raising=False)
