@@ -299,12 +299,6 @@ def test_a_backend_that_cannot_run():
         routed_lora_linear(**changed(), backend="cpu")
 
 
-def test_configurations_are_the_launchers():
-    pytest.importorskip("triton")
-    names = [c.name for c in lora.configurations()]
-    assert len(names) == len(set(names)) == 18
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", BOUND)
