@@ -47,9 +47,9 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     """Adds to the findings what the networks and the prepared rows of a model's run take and lack.
 
     Args:
-        config: the configuration; its `model` names the pipeline's folder.
-        findings: what is found is added to it, as far as the files allow.
-        device: where the run will compute, None where it is not there.
+        config: The configuration; its `model` names the pipeline's folder.
+        findings: What is found is added to it, as far as the files allow.
+        device: Where the run will compute, None where it is not there.
     """
     attempt = findings.attempt
     backbone = attempt("model", backbone_of, config.model)

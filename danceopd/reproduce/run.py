@@ -41,7 +41,13 @@ UNTRAINED = "untrained"
 
 @dataclass(frozen=True)
 class Place:
-    """configs: folder of the settings' files; work: of the runs; results: of what is kept."""
+    """Where a reproduction reads and writes.
+
+    Attributes:
+        configs: Folder of the settings' files.
+        work: Folder of the runs.
+        results: Folder of what is kept.
+    """
 
     configs: Path
     work: Path
@@ -49,7 +55,7 @@ class Place:
 
 
 def raw_config(run: Run, place: Place) -> tuple[dict, list[str]]:
-    """A run's configuration as plain values, and the overrides that make it the run's own.
+    """Returns a run's configuration as plain values, and the overrides that make it the run's own.
 
     Raises UserError if the settings' files are not there.
     """
@@ -72,7 +78,11 @@ def digest(run: Run, place: Place) -> str:
 
 
 def make_run(run: Run, place: Place) -> dict:
-    """Train and measure one run, going on where it stopped; {"seed", "digest", metrics, cost, "curve", "commit"}."""
+    """Trains and measures one run, going on where it stopped.
+
+    Returns:
+        {"seed", "digest", metrics, cost, "curve", "commit"}.
+    """
     folder = place.work / run.name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -113,12 +123,15 @@ def make_run(run: Run, place: Place) -> dict:
 
 
 def _begun(folder: Path) -> str | None:
-    """The digest of the run whose checkpoints a folder holds."""
+    """Returns the digest of the run whose checkpoints a folder holds."""
     return (folder / "digest").read_text() if (folder / "digest").is_file() else None
 
 
 def finished(run: Run, place: Place) -> dict | None:
-    """The result of a run made before, from its folder; None if there is none, or it was of another configuration."""
+    """Reads the result of a run made before, from its folder.
+
+    None if there is none, or it was of another configuration.
+    """
     try:
         result = json.loads((place.work / run.name / "result.json").read_text())
     except (OSError, ValueError):
@@ -127,7 +140,7 @@ def finished(run: Run, place: Place) -> dict | None:
 
 
 def commit() -> str:
-    """The commit of the code that runs, with "+" where files differ from it; "unknown" outside a repository."""
+    """Returns the commit of the code that runs, with "+" where files differ from it; "unknown" outside a repository."""
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here)]
@@ -139,10 +152,21 @@ def commit() -> str:
 
 
 def reproduce(settings: list[str], budget: Budget, place: Place, seeds: int, workers: int) -> list[Path]:
-    """Make every run of the tables that is not made yet, `workers` at a time; write the results after each.
+    """Makes every run of the tables that is not made yet, and writes the results after each.
 
-    Returns the files written. Raises UserError if a run fails, naming its log; KeyboardInterrupt after Ctrl-C,
-    with a checkpoint of each run at hand.
+    Args:
+        settings: The tables.
+        budget: Network evaluations of each run.
+        place: Where to.
+        seeds: Trainings of each row.
+        workers: Runs at a time.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: A run failed; its log is named.
+        KeyboardInterrupt: After Ctrl-C, with a checkpoint of each run at hand.
     """
     todo = [run for setting in settings for run in (*untrained_run(setting), *runs(setting, budget, seeds))]
     for needed in [run.after for run in todo if run.after]:
@@ -212,7 +236,7 @@ def _evaluations(run: Run, place: Place) -> int:
 
 
 def adopt(todo: list[Run], place: Place) -> None:
-    """Take over results that the results files hold already, so that a finished run needs no folder."""
+    """Takes over results that the results files hold already, so that a finished run needs no folder."""
     for setting in {run.setting for run in todo}:
         table = _table(setting, place)
         by_digest = {result["digest"]: result for row in table.get("rows", ()) for result in row.get("runs", ())}
@@ -226,13 +250,13 @@ def adopt(todo: list[Run], place: Place) -> None:
 
 
 def _table(setting: str, place: Place) -> dict:
-    """The results file as it is, empty if there is none."""
+    """Returns the results file as it is, empty if there is none."""
     path = place.results / f"{setting}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def gather(setting: str, budget: Budget, place: Place, seeds: int) -> None:
-    """Write results/<setting>.json from the runs that are finished."""
+    """Writes results/<setting>.json from the runs that are finished."""
     without = [finished(run, place) for run in untrained_run(setting)]
     rows = [row for result in without if result for row in result["rows"]]
     grouped: dict[str, list[tuple[Run, dict]]] = {}
@@ -262,7 +286,7 @@ def gather(setting: str, budget: Budget, place: Place, seeds: int) -> None:
 
 
 def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str | None = None) -> dict:
-    """One line of a table: each metric's mean, standard error over the seeds (else over pictures) and values."""
+    """Makes one line of a table: each metric's mean, standard error over the seeds (else over pictures) and values."""
     row = {"method": name, "kind": kind} | ({"axis": axis} if axis else {})
     row["seeds"] = [result["seed"] for result in results] if run else []
     plain = {"seed", "digest", "network_evaluations", "updates", "seconds", "curve", "commit", "chosen"}
@@ -290,7 +314,7 @@ def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str |
 
 
 def untrained_run(setting: str) -> list[Run]:
-    """The one run that measures a table's base, sources and merges; none for tables without."""
+    """Returns the one run that measures a table's base, sources and merges; none for tables without."""
     if setting in ("ablations", "grid"):
         return []
     return [Run(setting, UNTRAINED, 0, f"setting_{setting.lower()}.yaml")]
@@ -302,7 +326,7 @@ def _untrained_rows(setting: str, config: Config) -> list[dict]:
 
 
 def _before_rows(before: list[Run], place: Place) -> list[dict]:
-    """Setting A's students, on setting F's metrics: what there was before the new capability."""
+    """Measures setting A's students by setting F's metrics: what there was before the new capability."""
     results = []
     for run in before:
         path = place.work / "F" / "before" / f"seed{run.seed}.json"
@@ -320,7 +344,7 @@ def _before_rows(before: list[Run], place: Place) -> list[dict]:
 
 
 def chosen(settings: str) -> list[str]:
-    """The tables that an argument names. Raises UserError for an unknown one."""
+    """Returns the tables that an argument names; a UserError for an unknown one."""
     if settings == "all":
         return list(SETTINGS)
     if settings not in SETTINGS:

@@ -1,4 +1,4 @@
-"""The process of one run; started by danceopd.reproduce.run."""
+"""Runs one training in a process of its own; danceopd.reproduce.run starts it."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ from danceopd.support.exits import guarded
 
 
 def main(order: str) -> None:
+    """Makes the run that an order, as JSON, describes."""
     values = json.loads(order)
     make_run(Run(**values["run"]), Place(**{key: Path(path) for key, path in values["place"].items()}))
 

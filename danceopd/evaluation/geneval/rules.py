@@ -72,7 +72,10 @@ def kept(found: list[Found], tag: str, max_overlap: float = 1.0) -> list[Found]:
 
 
 def overlap(a: tuple, b: tuple) -> float:
-    """Returns two boxes' intersection over their union; a box of pixels x0 to x1 is x1 - x0 + 1 wide, as the source's."""
+    """Returns two boxes' intersection over their union.
+
+    A box of pixels x0 to x1 is x1 - x0 + 1 wide, as in the source.
+    """
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a, b
 
     def area(x0, y0, x1, y1):
@@ -84,7 +87,7 @@ def overlap(a: tuple, b: tuple) -> float:
 
 
 def relations(a: tuple, b: tuple) -> list[str]:
-    """Where box a is from box b: none, one or two of RELATIONS.
+    """Returns where box a is from box b: none, one or two of RELATIONS.
 
     The offset of the centres, shortened along each axis by a tenth of both boxes' sizes and divided by the whole
     offset's length, must be beyond a half. In float32, as detectors' boxes are in the source.
@@ -130,7 +133,7 @@ def judge(metadata: dict, objects: Objects, colors_of: ColorsOf) -> tuple[bool, 
 
 
 def _unmet(clause: dict, chosen: list[Found], groups: list, colors_of: ColorsOf) -> str | None:
-    """What an `include` clause lacks."""
+    """Returns what an `include` clause lacks."""
     name, count = clause["class"], clause["count"]
     if len(chosen) < count:
         return f"{name}: {count} asked, {len(chosen)} found"
