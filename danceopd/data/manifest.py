@@ -1,7 +1,7 @@
 """A user's own data: a manifest (JSONL or CSV) of prompts and picture files, checked line by line.
 
 Columns: id (or uid), task (or capability), prompt, source_image, target_image; others are ignored. Every row needs
-a task and a prompt. A row without an id goes by its line. source_image is a path or, for several reference pictures,
+a task and a prompt. A row without an id goes by its line. source_image is a path or, for several source pictures,
 a list of them in their order; a CSV cell holds that list as JSON: ["a.png", "b.png"]. Picture paths are relative to the
 manifest's folder, or to the `root` given, and may not leave it: a shared manifest must not read its reader's files.
 """

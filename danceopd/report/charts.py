@@ -100,7 +100,7 @@ def _draw_losses(ax, title: str, curves: dict[str, tuple[np.ndarray, np.ndarray]
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_title(title)
-    ax.set_xlabel("optimizer step")
+    ax.set_xlabel("update")
     if len(curves) > 1:
         ax.legend()
 
@@ -125,7 +125,7 @@ def _draw_curve(ax, title: str, x: np.ndarray, y: np.ndarray):
     ax.plot(x, smooth(y), color=_INK)
     ax.set_ylim(0, None)
     ax.set_title(title)
-    ax.set_xlabel("optimizer step")
+    ax.set_xlabel("update")
 
 
 def _effort_chart(log: Log) -> Markup | None:
@@ -138,7 +138,7 @@ def _effort_chart(log: Log) -> Markup | None:
     return _chart("effort", panels) if panels else None
 
 
-def _draw_gap(ax, name: str, by_sigma: dict):
+def _draw_error(ax, name: str, by_sigma: dict):
     for who, color in (("before", _GREY), ("after", _BLUE)):
         ax.plot(by_sigma["sigma"], by_sigma[who], color=color, marker="o", markersize=3, label=who)
     ax.set_ylim(0, None)
@@ -148,13 +148,13 @@ def _draw_gap(ax, name: str, by_sigma: dict):
     ax.legend()
 
 
-def _gap_charts(results: dict) -> list[Markup]:
+def _error_charts(results: dict) -> list[Markup]:
     """Draws the velocity error over noise levels, a panel for each capability, three in a row."""
     panels = [
-        lambda ax, name=name, gap=gap: _draw_gap(ax, name, gap["by_sigma"])
-        for name, gap in (results.get("gaps") or {}).items()
+        lambda ax, name=name, error=error: _draw_error(ax, name, error["by_sigma"])
+        for name, error in (results.get("velocity_errors") or {}).items()
     ]
-    return [_chart(f"gap{i}", panels[i : i + 3]) for i in range(0, len(panels), 3)]
+    return [_chart(f"error{i}", panels[i : i + 3]) for i in range(0, len(panels), 3)]
 
 
 def _draw_score(ax, title: str, x: np.ndarray, y: np.ndarray, color: str, source: str, level, bar, x_label):
@@ -177,7 +177,7 @@ def _draw_score(ax, title: str, x: np.ndarray, y: np.ndarray, color: str, source
 def _score_chart(log: Log, results: dict) -> Markup | None:
     """Draws both scores over network evaluations, with the source's level and its bar; None without a score."""
     counted = all(_number(record, "network_evaluations") is not None for record in log.evaluations)
-    x, x_label = ("network_evaluations", "network evaluations") if counted else ("step", "optimizer step")
+    x, x_label = ("network_evaluations", "network evaluations") if counted else ("step", "update")
     panels = []
     for key, path, title, color, source, level, form in (
         ("t2i", "geneval_overall", "GenEval overall", _BLUE, T2I_SOURCE, ("geneval", "overall"), _GENEVAL),
@@ -210,7 +210,7 @@ def _draw_health(ax, key: str, curves: dict[str, tuple[np.ndarray, np.ndarray]])
         low, high = ax.get_ylim()
         ax.set_ylim(min(low, 0.9), max(high, 1.1))
     ax.set_title(label(key))
-    ax.set_xlabel("optimizer step")
+    ax.set_xlabel("update")
     ax.legend(fontsize=8.5, ncols=1 if len(curves) < 5 else 2)
 
 

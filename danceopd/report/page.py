@@ -13,7 +13,7 @@ import yaml
 from danceopd.report.charts import (
     _curve,
     _effort_chart,
-    _gap_charts,
+    _error_charts,
     _health_chart,
     _loss_chart,
     _score_chart,
@@ -23,7 +23,7 @@ from danceopd.report.names import _number, duration, label
 from danceopd.report.tables import (
     _bar_title,
     _bars,
-    _gap_cells,
+    _error_cells,
     _held_out_columns,
     _kind_columns,
     _main_columns,
@@ -111,7 +111,7 @@ def _run_facts(results: dict, log: Log) -> list[tuple[str, str]]:
     if results.get("seed") is not None:
         facts.append(("Seed", str(results["seed"])))
     if log.training:
-        facts.append(("Optimizer steps", f"{log.training[-1]['step']:,}"))
+        facts.append(("Updates", f"{log.training[-1]['step']:,}"))
     if (seconds := _number(results, "seconds")) is not None:
         facts.append(("Training time", duration(seconds)))
     if (evaluations := _number(results, "network_evaluations")) is not None:
@@ -144,9 +144,9 @@ def render_report(run_name: str, results: dict, log: Log, pictures: dict) -> str
         scores=_score_chart(log, results),
         effort=_effort_chart(log),
         health=_health_chart(log),
-        gaps=_gap_cells(results),
-        gap_charts=_gap_charts(results),
-        gap_samples=max((gap["samples"] for gap in (results.get("gaps") or {}).values()), default=0),
+        errors=_error_cells(results),
+        error_charts=_error_charts(results),
+        error_samples=max((error["samples"] for error in (results.get("velocity_errors") or {}).values()), default=0),
         samples=pictures.get("samples"),
         t2i=_grid(pictures.get("t2i") or {}, "prompts", "correct"),
         edit=_grid(pictures.get("edit") or {}, "instructions", "scores"),

@@ -165,19 +165,21 @@ def _plain_cells(results: dict) -> list[list[str]]:
     return lines
 
 
-GAP_TITLES = ("Capability", "Source", "Error before", "Error after", "Relative error", "Gap closed")
+ERROR_TITLES = ("Capability", "Source", "Error before", "Error after", "Relative error", "Error closed")
 
 
-def _gap_cells(results: dict) -> list[list[str]]:
+def _error_cells(results: dict) -> list[list[str]]:
     """Returns a header, and a line for each capability: how far the student was and is from its source; or nothing."""
     lines = []
-    for name, gap in (results.get("gaps") or {}).items():
-        error = _number(gap, "standard_error")
-        after = _short(_number(gap, "after")) + (f" ± {_short(error)}" if error is not None else "")
-        relative, closed = _number(gap, "relative"), _number(gap, "closed")
+    for name, measured in (results.get("velocity_errors") or {}).items():
+        error = _number(measured, "standard_error")
+        after = _short(_number(measured, "after")) + (f" ± {_short(error)}" if error is not None else "")
+        relative, closed = _number(measured, "relative"), _number(measured, "closed")
         share = DASH if relative is None else f"{100 * relative:.2g} %"
-        lines.append([name, str(gap["source"]), _short(_number(gap, "before")), after, share, percent(closed)])
-    return [list(GAP_TITLES), *lines] if lines else []
+        lines.append(
+            [name, str(measured["source"]), _short(_number(measured, "before")), after, share, percent(closed)]
+        )
+    return [list(ERROR_TITLES), *lines] if lines else []
 
 
 def _short(value: float | None) -> str:
@@ -186,7 +188,7 @@ def _short(value: float | None) -> str:
 
 def format_table(results: dict) -> str:
     """Writes the main table for a terminal: aligned columns, a rule under the header, no line break at the end."""
-    lines = _plain_cells(results) if results.get("rows") else _gap_cells(results)
+    lines = _plain_cells(results) if results.get("rows") else _error_cells(results)
     if not lines:
         return "nothing was measured"
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -203,7 +205,7 @@ def format_markdown(results: dict) -> str:
     A model's run has the velocity errors from each source in its place.
     """
     if not results.get("rows"):
-        head, *lines = _gap_cells(results) or [["nothing was measured"]]
+        head, *lines = _error_cells(results) or [["nothing was measured"]]
         lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
     header, *_ = _plain_cells(results)

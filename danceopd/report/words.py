@@ -7,8 +7,8 @@ from danceopd.support.run_log import Log
 
 def summary(results: dict) -> str:
     """Writes one paragraph of plain text: what the student reaches of each source, at what cost."""
-    if "gaps" in results:
-        return _gap_summary(results)
+    if "velocity_errors" in results:
+        return _error_summary(results)
     student = _row(results, results.get("student", "danceopd"))
     if student is None:
         return "The results hold no row of the student."
@@ -32,17 +32,17 @@ def summary(results: dict) -> str:
     return " ".join([sentence, *_verdict(results, student)])
 
 
-def _gap_summary(results: dict) -> str:
+def _error_summary(results: dict) -> str:
     """Says how much of a model's distance to each source is gone, at what cost."""
-    name, gaps = label(results.get("student", "danceopd")), results["gaps"]
-    if not gaps:
+    name, errors = label(results.get("student", "danceopd")), results["velocity_errors"]
+    if not errors:
         return f"{name} was trained{_cost(results)}; its distance from the sources was not measured."
-    closed = [f"{percent(g['closed'])} for {name}" for name, g in gaps.items() if _number(g, "closed") is not None]
+    closed = [f"{percent(e['closed'])} for {name}" for name, e in errors.items() if _number(e, "closed") is not None]
     kept = [
-        f"For {name} it began as its source, and its error is now {100 * gap['relative']:.2g} % of the mean square of "
-        "the source’s velocity."
-        for name, gap in gaps.items()
-        if _number(gap, "closed") is None
+        f"For {name} it began as its source, and its error is now {100 * error['relative']:.2g} % of the mean square "
+        "of the source’s velocity."
+        for name, error in errors.items()
+        if _number(error, "closed") is None
     ]
     of = "Of the distance between the untrained student’s velocity and its source’s, measured as squared error"
     parts = [f"{of}, {name} has closed {_and(closed)}{_cost(results)}."] if closed else []

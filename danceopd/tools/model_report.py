@@ -47,15 +47,15 @@ def evaluate_model_run(folder: Path, progress: Callable = lambda items: items) -
         UserError: The folder holds no run.
     """
     config = read_run_config(folder)
-    log, gaps, warnings, step = read_log(folder / "log.jsonl"), {}, [], None
+    log, errors, warnings, step = read_log(folder / "log.jsonl"), {}, [], None
     try:
-        step, gaps = measure_gaps(folder, config, progress)
+        step, errors = measure_errors(folder, config, progress)
     except UserError as error:
         warnings.append(f"velocity errors were not measured: {error}")
     last = log.training[-1] if log.training else {}
     results = {
         "rows": [],
-        "gaps": gaps,
+        "velocity_errors": errors,
         "step": last.get("step") if step is None else step,
         "student": config.method,
         "seconds": last.get("seconds"),
@@ -70,7 +70,7 @@ def evaluate_model_run(folder: Path, progress: Callable = lambda items: items) -
     return results
 
 
-def measure_gaps(folder: Path, config: Config, progress: Callable = lambda items: items) -> tuple[int, dict]:
+def measure_errors(folder: Path, config: Config, progress: Callable = lambda items: items) -> tuple[int, dict]:
     """Measures the student's velocity errors before training and those of its newest average.
 
     An error is the mean squared difference from the capability's own source, on noise that no update drew, at every
@@ -82,9 +82,9 @@ def measure_gaps(folder: Path, config: Config, progress: Callable = lambda items
         progress: Wraps the list of what is measured.
 
     Returns:
-        The update of the average, and {capability: its gap}: source, samples, before, after, standard_error (of after,
-        over samples), closed (1 - after / before; None where the student began as its source), relative (after, to the
-        mean square of the source's velocity), by_sigma.
+        The update of the average, and {capability: its figures}: source, samples, before, after, standard_error (of
+        after, over samples), closed (1 - after / before; None where the student began as its source), relative (after,
+        to the mean square of the source's velocity), by_sigma.
 
     Raises:
         UserError: Something is no longer there.
@@ -111,7 +111,9 @@ def measure_gaps(folder: Path, config: Config, progress: Callable = lambda items
         batch = batches[names[m]]
         found[who, names[m]] = velocity_errors(field, sources[m], batch.noise, batch.conditioning, batch.sigmas)
     return checkpoint.step, {
-        name: gap(config.capabilities[name].source, batches[name].sigmas, found["before", name], found["after", name])
+        name: error_figures(
+            config.capabilities[name].source, batches[name].sigmas, found["before", name], found["after", name]
+        )
         for name in names
     }
 
@@ -123,8 +125,8 @@ def held_out(config: Config, parts: Parts, m: int) -> Batch:
     return batch.to(parts.device)
 
 
-def gap(source: str, sigmas: torch.Tensor, before: list[torch.Tensor], after: list[torch.Tensor]) -> dict:
-    """Works out one capability's figures of measure_gaps from (errors [B, N], powers [B, N]) before and after."""
+def error_figures(source: str, sigmas: torch.Tensor, before: list[torch.Tensor], after: list[torch.Tensor]) -> dict:
+    """Works out one capability's figures of measure_errors from (errors [B, N], powers [B, N]) before and after."""
     (first, _), (last, power) = before, after
     start, end = float(first.mean()), float(last.mean())
     return {
