@@ -124,6 +124,7 @@ class Names:
         return key_of("latents", self.picture_model, self.seen[path].digest, str(self.seen[path].size))
 
 
+# Long: a third of it says what its arguments are.
 def prepare(
     manifest: Path,
     model: Path,

@@ -151,6 +151,7 @@ def commit() -> str:
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+# Long: a third of it says what its arguments are.
 def reproduce(settings: list[str], budget: Budget, folders: Folders, seeds: int, workers: int) -> list[Path]:
     """Makes every run of the tables that is not made yet, and writes the results after each.
 

@@ -60,6 +60,7 @@ class Merged:
     errors: dict[str, dict[str, float]]
 
 
+# Long: a third of it says what its arguments are.
 def merge_loras(
     base: Path,
     loras: Sequence[Path],

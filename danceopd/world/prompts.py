@@ -103,6 +103,7 @@ def draw_tasks(n: int, weights: dict[str, float] | None, generator: torch.Genera
     return torch.multinomial(share, n, replacement=True, generator=generator)
 
 
+# Long: everything is drawn in one order, on which the shipped networks' data depend.
 def sample_prompts(
     tasks: torch.Tensor, generator: torch.Generator, *, split: str = "seen", style: int = 0
 ) -> tuple[list[Prompt], Scene]:

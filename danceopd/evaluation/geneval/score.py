@@ -18,6 +18,7 @@ from danceopd.support.files import write_atomic
 from danceopd.support.ranks import ALONE, Ranks, agreed
 
 
+# Long: a third of it says what its arguments are.
 def score_folder(
     folder: Path,
     results: Path,

@@ -31,6 +31,7 @@ from danceopd.training.assembly.sources import (
 from danceopd.training.assembly.starts import begin, start_lora, start_weights
 
 
+# Long: each problem is noted, and the rest is still looked at.
 def load_networks(
     config: Config,
     backbone: ModuleType,
