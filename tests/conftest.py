@@ -5,6 +5,7 @@ Without a GPU Triton interprets its kernels.
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -19,3 +20,37 @@ settings.load_profile("danceopd")
 def pytest_collection_modifyitems(items):
     """The longest modules first, so that no process is left alone with them at the end."""
     items.sort(key=lambda item: "zero" not in item.path.parts)
+
+
+def _kept(tmp_path_factory, write):
+    """A function of a family that writes its folder when it is first asked for."""
+    made = {}
+
+    def place(family):
+        if family not in made:
+            made[family] = write(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return place
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory):
+    """places(family): a folder with model, two LoRA files, weights of another transformer, rows of random encodings.
+
+    All tests of a process share it, so none may change it; model_runs.write_place says what it holds.
+    """
+    from model_runs import write_place  # seconds to import, which most tests need not
+
+    return _kept(tmp_path_factory, write_place)
+
+
+@pytest.fixture(scope="session")
+def prepared_places(tmp_path_factory):
+    """prepared_places(family): a folder with model, two teachers written by diffusers, rows that the model encoded.
+
+    All tests of a process share it, so none may change it; model_runs.prepare_place says what it holds.
+    """
+    from model_runs import prepare_place
+
+    return _kept(tmp_path_factory, prepare_place)

@@ -1,4 +1,4 @@
-"""User manifests and the picture world as training data."""
+"""Manifests: every mistake named with its line, and pictures of any kind read."""
 
 import csv
 import io
@@ -6,34 +6,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from manifests import good, jsonl, picture
 from PIL import Image, PngImagePlugin
 
-from danceopd.data import manifest as manifest_module
 from danceopd.data.manifest import check_manifest, read_manifest
+from danceopd.support import pictures
 from danceopd.support.pictures import decode_picture
-from danceopd.world.data import CAPABILITIES, WorldData, write_world
-from danceopd.world.detector import detect
-from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS
-from danceopd.world.own_data import ManifestData, fit_square
-
-
-def picture(path, size=(8, 8), color=(255, 0, 0), mode="RGB", **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, color).save(path, **options)
-    return path
-
-
-def jsonl(path, records):
-    lines = (item if isinstance(item, str) else json.dumps(item) for item in records)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def good(**changes):
-    return {"task": "t2i", "prompt": "a dog", "target_image": "a.png", **changes}
 
 
 @pytest.fixture
@@ -126,7 +104,7 @@ def test_damaged_pictures(folder, monkeypatch):
     Image.fromarray(np.full((4, 4), 70_000, dtype=np.int32)).save(folder / "deep.tiff")
     assert "16 bits" in message_of(folder, good(source_image="deep.tiff"))
     picture(folder / "big.png", size=(30, 10))
-    monkeypatch.setattr(manifest_module, "MAX_PIXELS", 299)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 299)
     assert "30 x 10" in message_of(folder, good(source_image="big.png"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert "far over" in message_of(folder, good(source_image="big.png"))
@@ -307,163 +285,3 @@ def test_text_in_a_picture_is_harmless(tmp_path):
     path = picture(tmp_path / "p.png", pnginfo=info)
     with pytest.raises(ValueError, match=r"decoded|not a picture"):
         decode_picture(path)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 40), st.integers(0, 2**32 - 1))
-def test_any_size_becomes_a_square(tmp_path_factory, width, height, size, seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    folder = tmp_path_factory.mktemp("any")
-    Image.fromarray(pixels).save(folder / "a.png")
-    result = ManifestData(jsonl(folder / "m.jsonl", [good()]), "t2i", size).targets([0])
-    assert result.shape == (1, 3, size, size)
-    assert result.dtype == torch.float32
-    assert result.abs().max() <= 1
-    if width == height == size:
-        assert torch.equal(result[0], torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40), st.integers(0, 255))
-def test_one_colour_stays_that_colour(width, height, size, value):
-    result = fit_square(Image.new("RGB", (width, height), (value, 0, 255)), size)
-    assert result.getcolors() == [(size * size, (value, 0, 255))]
-
-
-def test_the_middle_is_kept_as_it_is():
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 40, 3), dtype=np.uint8)
-    assert np.array_equal(np.asarray(fit_square(Image.fromarray(pixels), 16)), pixels[:, 12:28])
-
-
-def test_manifest_data(folder):
-    picture(folder / "b.png", (30, 20), (0, 0, 255))
-    records = [
-        good(prompt="one"),
-        good(task="edit", prompt="two", source_image="a.png", target_image="b.png"),
-        good(prompt="three", target_image="b.png"),
-        good(task="style", target_image=None),
-    ]
-    path = jsonl(folder / "m.jsonl", records)
-    data = ManifestData(path, "t2i", 16)
-    assert len(data) == 2
-    assert data.prompts([1, 0, 1]) == ["three", "one", "three"]
-    assert not data.has_source
-    assert data.sources([0]) is None
-    targets = data.targets([1, 0, 1])
-    assert targets[:, :, 3, 3].tolist() == [[-1, -1, 1], [1, -1, -1], [-1, -1, 1]]
-    assert torch.equal(data.targets([1, 0, 1]), targets)  # the second time from memory
-    assert data.targets([]).shape == (0, 3, 16, 16)
-    edit = ManifestData(path, "edit", 16)
-    assert edit.has_source
-    assert edit.sources([0])[0, :, 0, 0].tolist() == [1, -1, -1]
-    assert ManifestData(path, "style", 16).targets([0]) is None
-    with pytest.raises(ValueError, match=r"no rows of 'edits'.*edit, style, t2i.*mean 'edit'"):
-        ManifestData(path, "edits", 16)
-
-
-def test_mixtures_of_pictures_are_refused(folder):
-    path = jsonl(folder / "m.jsonl", [good(source_image=["a.png"]), good(source_image=["a.png", "a.png"])])
-    with pytest.raises(
-        ValueError, match=r"1 rows .*several source pictures \(line 2\); the embedded network takes one"
-    ):
-        ManifestData(path, "t2i", 8)
-    path = jsonl(folder / "m.jsonl", [good(source_image="a.png")] + [good()] * 7)
-    with pytest.raises(ValueError, match=r"7 of 8 .*source_image \(line 2, 3, 4, 5, 6, and 2 more\)"):
-        ManifestData(path, "t2i", 8)
-    data = ManifestData(jsonl(path, [good(), good(target_image=None)]), "t2i", 8)
-    with pytest.raises(ValueError, match=r"target_image \(line 2\)"):
-        data.targets([0])
-
-
-def test_problems_stop_training(folder):
-    path = jsonl(folder / "m.jsonl", [good(), "oops"])
-    with pytest.raises(ValueError, match=r"1 problem.*line 2: not JSON"):
-        ManifestData(path, "t2i", 8)
-    jsonl(path, [good(), good(target_image="cut.png")])
-    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:40])
-    data = ManifestData(path, "t2i", 8)
-    data.targets([0])
-    with pytest.raises(ValueError, match=r"m\.jsonl, line 2: target_image .*cut\.png"):
-        data.targets([0, 1])
-
-
-def test_memory_for_pictures_is_limited(folder, monkeypatch):
-    monkeypatch.setattr(manifest_module, "CACHE_BYTES", 3 * 8 * 8)
-    picture(folder / "b.png", color=(0, 255, 0))
-    data = ManifestData(jsonl(folder / "m.jsonl", [good(), good(target_image="b.png")]), "t2i", 8)
-    for _ in range(2):
-        assert data.targets([0, 1])[:, 0, 0, 0].tolist() == [1, -1]
-    assert len(data._cache) == 1
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("split", ["seen", "held_out"])
-def test_world_data(capability, split):
-    data, again, other = (WorldData(capability, 64, seed, split) for seed in (3, 3, 4))
-    index = [5, 0, 63, 5]
-    assert len(data) == 64
-    assert data.prompts(index) == again.prompts(index)
-    assert data.prompts(list(range(64))) != other.prompts(list(range(64)))
-    targets = data.targets(index)
-    assert targets.shape == (4, 3, 32, 32)
-    assert targets.dtype == torch.float32
-    assert torch.equal(targets, again.targets(index))
-    assert torch.equal(targets[0], targets[3])
-    assert data.has_source == (capability in ("edit", "local", "global"))
-    assert (data.sources(index) is not None) == data.has_source
-    if data.has_source:
-        assert torch.equal(data.sources(index), again.sources(index))
-        assert (data.sources(index) != targets).flatten(1).any(1).all()  # every edit changes something
-
-
-def test_world_capabilities_differ():
-    index = list(range(100))
-    verbs = {
-        capability: {text.split()[0] for text in WorldData(capability, 100, 0).prompts(index)}
-        for capability in ("local", "global", "edit")
-    }
-    assert verbs["local"] == {"add", "remove", "replace", "make"}
-    assert verbs["global"] == {"change", "turn"}
-    assert verbs["edit"] == verbs["local"] | verbs["global"]
-    assert (len(LOCAL_KINDS), len(GLOBAL_KINDS)) == (4, 2)
-    assert len(KINDS) == 6
-    assert all(text.startswith("a sketch of") for text in WorldData("style", 9, 0).prompts(list(range(9))))
-    assert detect(WorldData("style", 9, 0).targets(list(range(9)))).scene.style.eq(1).all()
-
-
-def test_world_refuses():
-    with pytest.raises(ValueError, match=r"'styles'.*did you mean 'style'"):
-        WorldData("styles", 4, 0)
-    with pytest.raises(ValueError, match=r"'heldout'.*did you mean 'held_out'"):
-        WorldData("t2i", 4, 0, "heldout")
-    with pytest.raises(ValueError, match="0 samples"):
-        WorldData("t2i", 0, 0)
-
-
-def test_world_round_trip(tmp_path):
-    path = write_world(tmp_path / "world", ["t2i", "edit"], size=12, seed=7)
-    assert path == tmp_path / "world" / "manifest.jsonl"
-    assert check_manifest(path, needs_source=["edit"]) == []
-    index = list(range(12))
-    for capability in ("t2i", "edit"):
-        data, read = WorldData(capability, 12, 7), ManifestData(path, capability, 32)
-        assert len(read) == len(data)
-        assert read.prompts(index) == data.prompts(index)
-        assert read.has_source == data.has_source
-        torch.testing.assert_close(read.targets(index), data.targets(index), atol=1 / 255 + 1e-6, rtol=0)
-    torch.testing.assert_close(read.sources(index), data.sources(index), atol=1 / 255 + 1e-6, rtol=0)
-    with pytest.raises(FileExistsError, match="there already"):
-        write_world(tmp_path / "world", ["t2i"], size=1, seed=0)
-    with pytest.raises(ValueError, match="no capability"):
-        write_world(tmp_path / "other", ["t2i", "paint"], size=1, seed=0)
-    assert not (tmp_path / "other").exists()
-
-
-def test_a_broken_write_leaves_no_manifest(tmp_path, monkeypatch):
-    def fail(*_args, **_kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_world(tmp_path, ["t2i"], size=1, seed=0)
-    assert not (tmp_path / "manifest.jsonl").exists()

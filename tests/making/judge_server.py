@@ -6,11 +6,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from danceopd.evaluation.gedit import judge
-from danceopd.evaluation.gedit.endpoint import KEY_VARIABLE
 from danceopd.evaluation.gedit.judge import AGAIN, Edit
 
 SMALL = 48 * 48
@@ -80,19 +77,3 @@ def marks_of(body) -> str:
 
 def good(handler, body, count):
     answer(handler, marks_of(body))
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    monkeypatch.setattr(judge, "SHOWN_AREA", SMALL)  # PNGs of 512 x 512 take most of a test's time
-    servers = []
-
-    def start(behave) -> Server:
-        servers.append(Server(behave))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()

@@ -1,28 +1,28 @@
 """FP8 for frozen networks: what is stored, what comes out, how it is loaded, and adapters upon it."""
 
-import copy
 import ctypes
 import gc
 import re
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from model_runs import config_of
 from released import CLASSES, MODELS
 from safetensors.torch import load_file, save_file
-from test_dry_run import FAMILIES, SIZE, config_of, write_lora, write_rows
 from torch import nn
 
 from danceopd.config.reading import load_config
-from danceopd.core.fields import ask_shared, routed
+from danceopd.core.fields import routed
 from danceopd.models.backbones import backbone_of, flux, pipeline_class_of
 from danceopd.models.fp8 import Fp8Linear, check_fp8, numbers, to_fp8
 from danceopd.models.fp8_loading import load_fp8
 from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora
-from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.models.shared_base import SharedBase
 from danceopd.planning.dry_run import dry_run
 from danceopd.planning.memory import count, nbytes
 from danceopd.planning.models import examine
@@ -36,32 +36,6 @@ FP8 = {"training.base_precision": "fp8"}
 def slow(*values):
     """Of make test-all: what another value covers in the default run."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """place(family) -> a folder with model, the shards of another transformer, two LoRAs, prepared rows."""
-    made = {}
-
-    def place(family):
-        if family not in made:
-            root = tmp_path_factory.mktemp(family)
-            backbone = backbone_of(FAMILIES[family](root / "model"))
-            transformer = backbone.load_transformer(root / "model")
-            layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
-            for name in ("one", "two"):
-                write_lora(root / f"{name}.safetensors", transformer, layers, 2)
-            shape = backbone.latent_shape(root / "model", SIZE, SIZE)
-            write_rows(root / "cache", family, transformer, shape, {"one": "t2i", "two": "t2i"})
-            generator = torch.Generator().manual_seed(5)
-            for parameter in transformer.parameters():
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-            transformer.save_pretrained(root / "other", max_shard_size="40KB")
-            save_file(transformer.state_dict(), root / "other.safetensors")
-            made[family] = root
-        return made[family]
-
-    return place
 
 
 def asked(config):
@@ -78,7 +52,7 @@ def fp8_names(network):
 
 def opened(network):
     """A copy whose FP8 layers are plain ones with the numbers that the codes stand for."""
-    network = copy.deepcopy(network)
+    network = deepcopy(network)
     for name, layer in list(network.named_modules()):
         if isinstance(layer, Fp8Linear):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=layer.dtype)
@@ -174,7 +148,7 @@ def test_a_shipped_source_hardly_moves(name):
     from danceopd.world.sources import STAGES, training_batch
 
     network = load_model(SHIPPED / f"{name}.safetensors").requires_grad_(False)
-    narrow = to_fp8(copy.deepcopy(network))
+    narrow = to_fp8(deepcopy(network))
     clean, conditioning = training_batch(
         {"t2i": "t2i"}.get(name, "global"),
         32,
@@ -260,7 +234,8 @@ def test_a_mixed_batch_and_the_students_gradients_on_fp8(places):
     root = places("z")
     parts, question = asked(config_of(root, **FP8))
     route = torch.tensor([0, 1, 0])
-    mixed, together = (how(parts.fields, route, *question) for how in (routed, ask_shared))
+    mixed = routed(parts.fields, route, *question).target()
+    together = torch.stack([parts.fields[m](*question)[i].float() for i, m in enumerate(route)])
     torch.testing.assert_close(mixed, together, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         for value in parts.student.parameters():
@@ -319,7 +294,7 @@ def test_an_adapter_is_merged_before_the_rounding(places):
     other = backbone.load_transformer(root / "other")
     lora = load_lora(root / "one.safetensors", other, pipeline_class_of(root / "model"), 3.0)
     loaded = load_fp8(root / "other", backbone, torch.float32, lora=lora)
-    want, without = to_fp8(merge_into(copy.deepcopy(other), lora)), to_fp8(copy.deepcopy(other))
+    want, without = to_fp8(merge_into(deepcopy(other), lora)), to_fp8(deepcopy(other))
     for name in lora:
         layers = [network.get_submodule(name) for network in (loaded, want, without)]
         got, expected, plain = (numbers(layer.weight, layer.weight_scale, torch.float32) for layer in layers)

@@ -1,8 +1,6 @@
 """LoRA teachers: files of each layout give diffusers' own weights, a shared batch each merged model's velocity."""
 
 import json
-import statistics
-import time
 from copy import deepcopy
 
 import diffusers
@@ -21,7 +19,6 @@ from danceopd.models.lora_algebra import combine, merge_into
 from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase
 from danceopd.support.errors import UserError
-from danceopd.support.memory import keep_freed_memory
 
 SD3 = diffusers.StableDiffusion3Pipeline
 HEADS = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
@@ -549,45 +546,3 @@ def test_alphas_and_a_configuration_together_are_an_error(tmp_path):
     save_file(load_file(file) | {f"{QUERY}.alpha": torch.ones(())}, file, metadata=metadata)
     with pytest.raises(UserError, match=r"has alphas .* and a PEFT configuration too"):
         load_lora(tmp_path, small_sd3(), SD3)
-
-
-# -------------------------------------------------------------------------------------------------- speed
-
-
-@torch.no_grad()
-def speed(each: int, rounds: int = 15, rank: int = 8, width: int = 256, layers: int = 8, size: int = 32):
-    """(seconds of the shared mixed batch, of the 4 merged teachers one after another): medians, taken in turns."""
-    transformer = small_sd3(width=width, layers=layers)
-    loras = [random_lora(transformer, sd3.LORA_TARGETS, rank, seed) for seed in range(4)]
-    models = [merge_into(deepcopy(transformer), lora) for lora in loras]
-    shared = SharedBase(transformer, loras, sd3.velocity)
-    adapter = torch.arange(4).repeat_interleave(each)
-    (latents, sigma), conditioning = batch(4 * each, size), prompts(4 * each, length=32)
-    rows = [slice(m * each, (m + 1) * each) for m in range(4)]
-
-    def one():
-        return shared(latents, sigma, conditioning, adapter)
-
-    def other():
-        each_model = zip(models, rows, strict=True)
-        return torch.cat([sd3.velocity(t, latents[r], sigma[r], conditioning[r].prompt) for t, r in each_model])
-
-    close(one(), other())
-    seconds = [], []
-    for _ in range(rounds):
-        for way, taken in zip((one, other), seconds, strict=True):
-            start = time.perf_counter()
-            way()
-            taken.append(time.perf_counter() - start)
-    return tuple(statistics.median(taken) for taken in seconds)
-
-
-@pytest.mark.slow
-def test_speed_of_a_mixed_batch(request):
-    if "slow" not in request.config.option.markexpr:
-        pytest.skip("ask for it with -m slow")
-    keep_freed_memory()  # as training does
-    for size in (8, 16, 32):
-        for each in (1, 4):
-            shared, alone = speed(each, size=size)
-            print(f"{size} x {size}, {each} a teacher: {shared:.3f} s, merged {alone:.3f} s: {shared / alone:.2f}")

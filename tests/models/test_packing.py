@@ -4,14 +4,10 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-import tiny_flux2
-import tiny_qwen_image
-import tiny_sd3
-import tiny_z_image
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_backbone_runs import config_of
+from model_runs import FAMILIES, config_of
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.rollout import rollout
@@ -26,26 +22,22 @@ from danceopd.training.rollouts.kinds import Kind, _of_kind
 from danceopd.training.rollouts.static import StaticField
 
 LENGTHS = st.lists(st.integers(1, 48), min_size=1, max_size=5)
-MADE = {
-    "qwen": tiny_qwen_image.save_tiny,
-    "qwen_edit": lambda folder: tiny_qwen_image.save_tiny(folder, edit=True),
-    "z": tiny_z_image.save_tiny,
-}
+MADE = ("qwen", "qwen_edit", "z")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """{family: a tiny pipeline's folder}."""
-    return {family: save(tmp_path_factory.mktemp(family) / "model") for family, save in MADE.items()}
+    return {family: FAMILIES[family](tmp_path_factory.mktemp(family) / "model") for family in (*MADE, "sd3", "klein")}
 
 
 @pytest.fixture(scope="module")
 def students(folders):
     """{family: a student of all weights}, drawn at random."""
     made = {}
-    for family, folder in folders.items():
-        backbone = backbone_of(folder)
-        made[family] = FullStudent(backbone.load_transformer(folder), backbone.velocity)
+    for family in MADE:
+        backbone = backbone_of(folders[family])
+        made[family] = FullStudent(backbone.load_transformer(folders[family]), backbone.velocity)
     return made
 
 
@@ -176,18 +168,19 @@ def test_static_steps_count_their_padding_too(students, family):
 
 
 @pytest.fixture
-def asked_for(folders, tmp_path):
+def asked_for(folders):
     """attends(backbone, backend, device, precision), of a tiny SD3 folder or one that dispatches."""
     of = {
-        flux2: tiny_flux2.save_tiny(tmp_path / "flux2" / "model"),
-        sd3: tiny_sd3.save_tiny(tmp_path / "sd3" / "model"),
+        flux2: folders["klein"],
+        sd3: folders["sd3"],
         qwen_image: folders["qwen"],
         z_image: folders["z"],
     }
 
     def attends(backbone, name, device="cpu", precision="bf16"):
-        config = config_of("sd3", of[backbone].parent, tmp_path / "run")
-        return attention_backend(name, config.model, precision == "bf16", backbone, torch.device(device))
+        config = config_of(of[backbone].parent)
+        training = config.training.model_copy(update={"attention_backend": name, "precision": precision})
+        return attention_backend(config.model_copy(update={"training": training}), backbone, torch.device(device))
 
     return attends
 

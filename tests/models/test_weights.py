@@ -11,7 +11,7 @@ from diffusers import SD3Transformer2DModel
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
-from danceopd.models import weights
+from danceopd.models import saving
 from danceopd.models.backbones import empty_transformer, sd3
 from danceopd.models.lora_algebra import merge_into
 from danceopd.models.saving import save_pretrained
@@ -58,7 +58,7 @@ def test_a_lora_and_a_mean_are_what_they_are_on_networks(place):
 
 @pytest.mark.parametrize("shard", ["5GB", 80_000])
 def test_what_is_written_is_what_save_pretrained_writes(place, tmp_path, monkeypatch, shard):
-    monkeypatch.setattr(weights, "SHARD", shard)
+    monkeypatch.setattr(saving, "SHARD", shard)
     network = sd3.load_transformer(place / "model")
     sd3.load_transformer(place / "model", torch.bfloat16).save_pretrained(tmp_path / "theirs", max_shard_size=shard)
     save_pretrained(

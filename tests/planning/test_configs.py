@@ -10,8 +10,8 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from released import MODELS
-from test_dry_run import FAMILIES, prompt_of
+from model_runs import FAMILIES
+from released import MODELS, prompt_of
 
 from danceopd.config.reading import load_config
 from danceopd.data.cache import Cache, key_of

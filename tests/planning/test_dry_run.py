@@ -7,13 +7,9 @@ from importlib.util import find_spec
 
 import pytest
 import safetensors
-import tiny_flux
-import tiny_flux2
-import tiny_qwen_image
-import tiny_sd3
-import tiny_z_image
 import torch
 import yaml
+from model_runs import FAMILIES, SIZE, config_of
 from released import prompt_of
 from safetensors.torch import save_file
 
@@ -21,12 +17,11 @@ import danceopd.data.cache
 import danceopd.models.backbones
 import danceopd.models.lora_files
 import danceopd.world.files
+from danceopd.api import builder_of, examiner_of
 from danceopd.cli.parser import main
-from danceopd.cli.train import builder_of, examiner_of
 from danceopd.config.reading import load_config, parse_config
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.query import QUERIES, expected_depth, query
-from danceopd.data.cache import Cache, key_of
 from danceopd.models.backbones import backbone_of
 from danceopd.models.loading import check_weights
 from danceopd.models.lora_files import load_lora
@@ -38,17 +33,7 @@ from danceopd.support.optimizers import adamw_class, make_optimizers
 from danceopd.training.assembly.networks import student_layers
 from danceopd.training.loop import Trainer
 
-FAMILIES = {
-    "sd3": tiny_sd3.save_tiny,
-    "flux": lambda folder: tiny_flux.save_tiny(folder, pipeline="FluxPipeline"),
-    "kontext": tiny_flux.save_tiny,
-    "klein": tiny_flux2.save_tiny,
-    "flux2": lambda folder: tiny_flux2.save_tiny(folder, dev=True),
-    "qwen": tiny_qwen_image.save_tiny,
-    "qwen_edit": lambda folder: tiny_qwen_image.save_tiny(folder, edit=True),
-    "z": tiny_z_image.save_tiny,
-}
-SIZE = 64  # pixels
+# ------------------------------------------------------------------------------------------------- counting
 
 
 def build(config):
@@ -57,72 +42,6 @@ def build(config):
 
 def dry_run(config):
     return planning.dry_run(config, examiner_of(config))
-
-
-def write_rows(folder, family: str, transformer, shape, capabilities: dict[str, str]):
-    """Prepared rows of each capability {name: task} as `danceopd data prepare` writes them, of random encodings."""
-    cache, prompt, picture = Cache(folder), key_of("prompt"), key_of("picture")
-    cache.write({prompt: prompt_of(family, transformer), picture: {"latents": torch.randn(*shape)}})
-    lines = [{"model": "m", "negative_prompts": {"": prompt}}]
-    for name, task in capabilities.items():
-        sources = [picture] if task == "edit" else []
-        row = {"capability": name, "prompt": prompt, "sources": sources, "target": None, "size": [SIZE, SIZE]}
-        row["source_sizes"] = [[SIZE, SIZE] for _ in sources]
-        lines += [{"id": str(i), **row} for i in range(3)]
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def write_lora(path, transformer, layers, rank: int):
-    """A LoRA in PEFT's layout."""
-    tensors = {}
-    for name in layers:
-        linear = transformer.get_submodule(name)
-        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, linear.in_features) * 0.1
-        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(linear.out_features, rank) * 0.1
-    save_file(tensors, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """place(family) -> a folder with model, two LoRAs of ranks 2 and 3, and prepared rows of one and two."""
-    made = {}
-
-    def place(family):
-        if family not in made:
-            root = tmp_path_factory.mktemp(family)
-            model = FAMILIES[family](root / "model")
-            backbone = backbone_of(model)
-            transformer = backbone.load_transformer(model)
-            layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
-            for rank, name in ((2, "one"), (3, "two")):
-                write_lora(root / f"{name}.safetensors", transformer, layers[rank:], rank)
-            shape = backbone.latent_shape(model, SIZE, SIZE)
-            write_rows(root / "cache", family, transformer, shape, {"one": "t2i", "two": "t2i"})
-            made[family] = root
-        return made[family]
-
-    return place
-
-
-def config_of(root, **changes):
-    raw = {
-        "model": str(root / "model"),
-        "student": {"lora": {"rank": 4}},
-        "sources": {name: {"lora": [{"path": str(root / f"{name}.safetensors")}]} for name in ("one", "two")},
-        "capabilities": {
-            name: {"source": name, "task": "t2i", "data": {"prepared": str(root / "cache" / "rows.jsonl")}}
-            for name in ("one", "two")
-        },
-        "rollout": {"num_inference_steps": 4},
-        "training": {"output_dir": str(root / "run"), "batch_size": 4, "sample_every": 0},
-    }
-    return parse_config(raw, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
-
-
-# ------------------------------------------------------------------------------------------------- counting
 
 
 def refuse_weights(monkeypatch, root):

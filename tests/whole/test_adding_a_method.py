@@ -28,11 +28,6 @@ def example():
     del METHODS["nudged"]
 
 
-def test_the_method_is_short(example):
-    assert len(CODE.splitlines()) <= 60
-    assert len(REGISTRATION.splitlines()) == 1
-
-
 def test_it_trains_with_its_option_and_counts(example, tmp_path):
     config = load_config(
         ROOT / "configs" / "setting_a.yaml",

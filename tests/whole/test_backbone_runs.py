@@ -8,117 +8,57 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_flux
-import tiny_flux2
-import tiny_qwen_image
-import tiny_sd3
-import tiny_z_image
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
+from model_runs import EDITING, PREPARED_SIZE, losses, teachers_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from danceopd.api import distill
 from danceopd.config.reading import parse_config
 from danceopd.core.conditioning import concatenate
 from danceopd.core.fields import routed
 from danceopd.core.rollout import rollout_by_route
-from danceopd.data.prepare import fit, prepare
+from danceopd.data.prepare import fit
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, pipeline_class_of
-from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.models.shared_base import SharedBase
 from danceopd.support.errors import UserError
 from danceopd.training.assembly.build import build_model
-from danceopd.training.loop import train
 
-SIZE = 32  # pixels
+SIZE = PREPARED_SIZE
 STEPS = 4
 EMBEDDED = 3.5
 
-# How each family's folder is written, and how its pipeline is asked to draw (or to edit) without guidance.
+# How each family's pipeline is asked to draw (or to edit) without guidance.
 UNGUIDED, KONTEXT = {"guidance_scale": 1.0}, {"max_area": SIZE**2, "_auto_resize": False}
-FAMILIES = {
-    "sd35": (tiny_sd3.save_tiny, UNGUIDED),
-    "flux_dev": (lambda folder: tiny_flux.save_tiny(folder, pipeline="FluxPipeline"), {"guidance_scale": EMBEDDED}),
-    "kontext": (tiny_flux.save_tiny, {"guidance_scale": EMBEDDED, **KONTEXT}),
-    "flux2_klein": (tiny_flux2.save_tiny, UNGUIDED),
-    "qwen_image": (tiny_qwen_image.save_tiny, {"true_cfg_scale": 1.0}),
-    "qwen_image_edit": (lambda folder: tiny_qwen_image.save_tiny(folder, edit=True), {"true_cfg_scale": 1.0}),
-    "z_image": (tiny_z_image.save_tiny, {"guidance_scale": 0.0}),
-    "z_image_omni": (tiny_z_image.save_tiny_omni, {"guidance_scale": 0.0}),
+DRAWING = {
+    "sd3": UNGUIDED,
+    "flux": {"guidance_scale": EMBEDDED},
+    "kontext": {"guidance_scale": EMBEDDED, **KONTEXT},
+    "klein": UNGUIDED,
+    "qwen": {"true_cfg_scale": 1.0},
+    "qwen_edit": {"true_cfg_scale": 1.0},
+    "z": {"guidance_scale": 0.0},
+    "z_omni": {"guidance_scale": 0.0},
 }
-EDITS = {"kontext", "flux2_klein", "qwen_image_edit", "z_image_omni"}
-DISTILLED = {"flux_dev", "kontext"}
-NEEDS_PICTURE = {"qwen_image_edit"}  # a pipeline that does not draw without one
+DISTILLED = {"flux", "kontext"}
+NEEDS_PICTURE = {"qwen_edit"}  # a pipeline that does not draw without one
 
 
-def save_teacher(model, folder, seed):
-    """A random LoRA that is far from the base, written by diffusers; those of all seeds have something in common."""
-    pipeline = DiffusionPipeline.from_pretrained(model)
-    transformer = pipeline.transformer
-    layers = target_layers(transformer, backbone_of(model).LORA_TARGETS)
-    torch.manual_seed(0)
-    transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers))
-    common, own = torch.Generator().manual_seed(10), torch.Generator().manual_seed(seed)
-    for name, value in transformer.named_parameters():
-        if "lora_B" in name:
-            value.data = 2 * torch.randn(value.shape, generator=common) + 0.5 * torch.randn(value.shape, generator=own)
-    factors = {
-        name.replace(".default", ""): value for name, value in transformer.state_dict().items() if "lora_" in name
-    }
-    pipeline.save_lora_weights(folder, transformer_lora_layers=factors)
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def place(request, tmp_path_factory):
+@pytest.fixture(params=DRAWING)
+def place(request, prepared_places):
     """(family, folder): a model, two LoRAs, and prepared rows of two capabilities, the second of edits if it edits."""
-    family, root = request.param, tmp_path_factory.mktemp(request.param)
-    model = FAMILIES[family][0](root / "model")
-    rng, rows = np.random.default_rng(0), []
-    for m, name in enumerate(("one", "two")):
-        save_teacher(model, root / name, seed=m)
-    for i in range(6):
-        row = {"id": str(i), "task": ("one", "two")[i % 2], "prompt": f"a picture of {'cups ' * i}"}
-        if family in EDITS and i % 2:
-            pixels = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / f"{i}.png")
-            row["source_image"] = f"{i}.png"
-        rows.append(row)
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(root / "rows.jsonl", model, root / "cache", resolution=SIZE)
-    yield family, root
-    shutil.rmtree(root)
+    return request.param, prepared_places(request.param)
 
 
-def config_of(family, root, folder, **sections):
-    embedded = {"embedded_guidance": EMBEDDED} if family in DISTILLED else {}
-    tasks = {"one": "t2i", "two": "edit" if family in EDITS else "t2i"}
-    raw = {
-        "model": str(root / "model"),
-        "student": {"lora": {"rank": 4}, **embedded},
-        "sources": {
-            "one": {"lora": [{"path": str(root / "one")}], **embedded},
-            "two": {"lora": [{"path": str(root / "two")}], "guidance_scale": 1.5, **embedded},
-        },
-        "capabilities": {
-            name: {"source": name, "task": task, "data": {"prepared": str(root / "cache" / "rows.jsonl")}}
-            for name, task in tasks.items()
-        },
-        "rollout": {"num_inference_steps": STEPS},
-        "training": {
-            "output_dir": str(folder),
-            "device": "cpu",
-            "max_steps": 20,
-            "batch_size": 6,
-            "learning_rate": 5e-2,
-            "lr_schedule": "cosine",
-            "warmup_steps": 1,
-            "ema_decay": 0.5,
-            "log_every": 1,
-            "sample_every": 0,
-        },
-    }
-    return parse_config(raw | sections)
+def config_of(family, root, folder):
+    changes = {"capabilities.two.task": "edit" if family in EDITING else "t2i", "rollout.num_inference_steps": STEPS}
+    if family in DISTILLED:
+        changes |= {f"{key}.embedded_guidance": EMBEDDED for key in ("student", "sources.one", "sources.two")}
+    training = {"device": "cpu", "batch_size": 6, "learning_rate": 5e-2, "lr_schedule": "cosine"}
+    changes |= {f"training.{key}": value for key, value in training.items()}
+    return teachers_config(root, folder, guidance=1.5, **changes)
 
 
 @torch.no_grad()
@@ -131,7 +71,7 @@ def distance(config, transformer):
     depth = torch.tensor([[1, 3]] * 6)
     states, sigma = rollout_by_route(parts.fields, route, noise, batch, group.sigmas, depth)
     states, sigma, batch, route = states.flatten(0, 1), sigma.flatten(), batch.repeat(2), route.repeat_interleave(2)
-    wanted = routed(parts.fields, route, states, sigma, batch)
+    wanted = routed(parts.fields, route, states, sigma, batch).target()
     given = SharedBase(transformer, [], backbone.velocity).field(-1)
     return (given(states, sigma, batch.embedding(config.student.embedded_guidance)) - wanted).square().mean()
 
@@ -139,22 +79,22 @@ def distance(config, transformer):
 def test_end_to_end(place, tmp_path):
     family, root = place
     config = config_of(family, root, tmp_path / "run")
-    folder = train(config, build_model)
+    folder = distill(config)
+    curve = losses(folder)
+    assert len(curve) == 20
+    assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    losses = [record["loss"] for record in records if "loss" in record]
-    assert len(losses) == 20
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     asked = [set(record["loss_by_capability"]) for record in records if "loss" in record]
     assert {"one", "two"} in asked  # mixed in one batch
 
     pipeline = DiffusionPipeline.from_pretrained(root / "model")
     pipeline.set_progress_bar_config(disable=True)
-    if family == "z_image_omni":
+    if family == "z_omni":
         pipeline.vae.to(torch.bfloat16)  # as which the pipeline encodes references, whatever its own dtype
-    pictures = [Image.open(root / "1.png").convert("RGB").resize((64, 64))] if family in EDITS else []
+    pictures = [Image.open(root / "1.png").convert("RGB").resize((64, 64))] if family in EDITING else []
 
     def draw(**options):
-        options |= FAMILIES[family][1] | {"num_inference_steps": STEPS, "height": SIZE, "width": SIZE}
+        options |= DRAWING[family] | {"num_inference_steps": STEPS, "height": SIZE, "width": SIZE}
         return pipeline(prompt="a cup", generator=torch.Generator().manual_seed(0), output_type="np", **options).images
 
     asked = ([{}] if family not in NEEDS_PICTURE else []) + [{"image": pictures}] * bool(pictures)
@@ -177,7 +117,7 @@ def test_an_edit_needs_a_model_that_edits_and_a_distilled_one_its_number(place, 
     said = "takes its guidance as an input; give the number" if family in DISTILLED else "has no such input"
     with pytest.raises(UserError, match=rf"student\.embedded_guidance: .*{said}[\s\S]*sources\.one\.embedded_guid"):
         build_model(parse_config(raw))
-    if family not in EDITS:
+    if family not in EDITING:
         raw["capabilities"]["two"]["task"] = "edit"
         with pytest.raises(UserError, match=rf"two\.task: edit, but a {pipeline_class_of(root / 'model').__name__}"):
             build_model(parse_config(raw))
@@ -202,7 +142,7 @@ def test_empty_prompts_see_the_picture_where_prompts_do(place):
     family, root = place
     one, two = (PreparedData(root / "cache" / "rows.jsonl", name) for name in ("one", "two"))
     batch = concatenate([one.condition([0, 1], [False, True]), two.condition([0, 1], [False, True])])
-    if family not in ("qwen_image_edit", "z_image_omni"):
+    if family not in ("qwen_edit", "z_omni"):
         assert batch.empty_prompt is None
         return
     encode = backbone_of(root / "model").text_encoder(root / "model")

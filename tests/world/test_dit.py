@@ -1,13 +1,13 @@
 """The embedded network as a field, and its weights on disk."""
 
 import errno
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from danceopd.core.conditioning import Conditioning
-from danceopd.world import files as checkpoint
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.files import load_model, save_model
 
@@ -187,7 +187,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call, existed):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, call, full)
+        patch.setattr(os, call, full)
         with pytest.raises(OSError, match="No space left"):
             save_model(second, path)
     assert list(tmp_path.iterdir()) == ([path] if existed else [])

@@ -72,10 +72,7 @@ def kept(found: list[Found], tag: str, max_overlap: float = 1.0) -> list[Found]:
 
 
 def overlap(a: tuple, b: tuple) -> float:
-    """Returns two boxes' intersection over their union.
-
-    A box of pixels x0 to x1 is x1 - x0 + 1 wide, as in the source.
-    """
+    """Returns two boxes' intersection over their union; a box of pixels x0 to x1 is x1 - x0 + 1 wide, as GenEval's."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a, b
 
     def area(x0, y0, x1, y1):

@@ -23,7 +23,7 @@ import torch
 from diffusers import FluxKontextPipeline
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import answer, good, send, serve  # noqa: F401
+from judge_server import answer, good, send
 from peft import LoraConfig
 from PIL import Image
 
@@ -306,7 +306,7 @@ def command(root, output, *more) -> list[str]:
     return ["evaluate", "gedit", str(root / "benchmark"), "-o", str(output), "--device", "cpu", *more]
 
 
-def test_one_command_edits_and_scores(root, tmp_path, serve, capsys):  # noqa: F811
+def test_one_command_edits_and_scores(root, tmp_path, serve, capsys):
     server = serve(good)
     model = ["--model", str(root / "model"), "--lora", str(root / "run" / "student"), "--dtype", "float32"]
     size = ["--resolution", str(SIZE), "--num-inference-steps", "1"]
@@ -342,7 +342,7 @@ def test_one_command_edits_and_scores(root, tmp_path, serve, capsys):  # noqa: F
     assert "(lora, dtype)" in capsys.readouterr().err
 
 
-def test_pictures_of_another_tool_are_scored(root, drawn, serve, capsys):  # noqa: F811
+def test_pictures_of_another_tool_are_scored(root, drawn, serve, capsys):
     server = serve(good)
     judge = ["--method", "theirs", "--judge-url", server.url, "--judge-model", "j"]
     assert main(command(root, drawn, *judge)) == 0
@@ -351,7 +351,7 @@ def test_pictures_of_another_tool_are_scored(root, drawn, serve, capsys):  # noq
     assert "made by another tool" in capsys.readouterr().err
 
 
-def test_an_edit_without_a_score_is_said_and_left_out(root, drawn, serve, capsys):  # noqa: F811
+def test_an_edit_without_a_score_is_said_and_left_out(root, drawn, serve, capsys):
     def behave(handler, body, count):
         if "make it red 4" in body["messages"][0]["content"][-1]["text"]:
             send(handler, 400, {"error": {"message": "not this one"}})
@@ -368,7 +368,7 @@ def test_an_edit_without_a_score_is_said_and_left_out(root, drawn, serve, capsys
     assert results["scores"]["en"]["fullset"]["average"] is None
 
 
-def test_two_methods_are_compared_by_their_keys(root, drawn, serve, capsys):  # noqa: F811
+def test_two_methods_are_compared_by_their_keys(root, drawn, serve, capsys):
     """The darker an edit is, the higher are its marks; theirs grow brighter from row to row, ours are the other way."""
 
     def behave(handler, body, count):
@@ -428,7 +428,7 @@ def test_two_methods_are_compared_by_their_keys(root, drawn, serve, capsys):  # 
     assert "several judges scored" in capsys.readouterr().err
 
 
-def test_what_a_user_gets_wrong(root, drawn, serve, capsys, monkeypatch):  # noqa: F811
+def test_what_a_user_gets_wrong(root, drawn, serve, capsys, monkeypatch):
     server = serve(lambda h, body, count: send(h, 404, {"error": {"message": "no such model"}}))
     wants_key = serve(lambda h, body, count: send(h, 401, {"error": {"message": "who are you"}}))
     judge = ["--judge-url", server.url, "--judge-model", "j"]
@@ -473,7 +473,7 @@ def test_evaluate_still_takes_a_checkpoint(capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_in_two_processes(root, tmp_path, serve):  # noqa: F811
+def test_a_killed_run_goes_on_in_two_processes(root, tmp_path, serve):
     """The command is killed while it draws, and torchrun's two ranks draw and ask the rest."""
     server = serve(good)
     model = ["--model", str(root / "model"), "--resolution", str(SIZE), "--num-inference-steps", "1"]

@@ -19,11 +19,11 @@ import tiny_qwen_image
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import Server, answer, edits, good, picture, send, serve  # noqa: F401
+from judge_server import Server, answer, edits, good, picture, send
 from PIL import Image
 
 from danceopd.evaluation.gedit import judge as judge_module
-from danceopd.evaluation.gedit.endpoint import KEY_VARIABLE, EndpointJudge
+from danceopd.evaluation.gedit.endpoint import KEY_VARIABLE, EndpointJudge, _retry_after
 from danceopd.evaluation.gedit.judge import (
     Edit,
     Question,
@@ -103,7 +103,7 @@ def test_the_judge_sees_pictures_of_one_area_and_their_own_shape(size):
 # ------------------------------------------------------------------------------------------------- a good server
 
 
-def test_every_edit_gets_both_questions_and_the_smaller_of_two_marks(serve, tmp_path, monkeypatch):  # noqa: F811
+def test_every_edit_gets_both_questions_and_the_smaller_of_two_marks(serve, tmp_path, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     server = serve(good)
     verdicts = judge_edits(edits(3), judge_of(server), tmp_path)
@@ -128,7 +128,7 @@ def test_every_edit_gets_both_questions_and_the_smaller_of_two_marks(serve, tmp_
         assert np.array_equal(sent, meant)
 
 
-def test_a_rerun_costs_nothing_and_another_picture_question_or_judge_is_asked(serve, tmp_path):  # noqa: F811
+def test_a_rerun_costs_nothing_and_another_picture_question_or_judge_is_asked(serve, tmp_path):
     server = serve(good)
     first = judge_edits(edits(3), judge_of(server), tmp_path)
     again = judge_edits(edits(3), judge_of(server, max_calls=1), tmp_path)
@@ -141,7 +141,7 @@ def test_a_rerun_costs_nothing_and_another_picture_question_or_judge_is_asked(se
     assert len(server.requests) == 9
 
 
-def test_a_damaged_answer_in_the_cache_is_asked_again(serve, tmp_path):  # noqa: F811
+def test_a_damaged_answer_in_the_cache_is_asked_again(serve, tmp_path):
     server = serve(good)
     first = judge_edits(edits(1), judge_of(server), tmp_path)
     for file, data in zip(sorted(tmp_path.glob("*/*.json")), (b"", b'{"answer": [1]}'), strict=True):
@@ -221,7 +221,7 @@ def huge(handler):
         pytest.param(lambda h: answer(h, None), id="no-content"),
     ],
 )
-def test_what_may_pass_is_tried_again(serve, tmp_path, bad):  # noqa: F811
+def test_what_may_pass_is_tried_again(serve, tmp_path, bad):
     wanted = judge_edits(edits(1), judge_of(serve(good)), tmp_path / "good")
     server = serve(first_badly(bad, bad))
     began = time.monotonic()
@@ -230,7 +230,7 @@ def test_what_may_pass_is_tried_again(serve, tmp_path, bad):  # noqa: F811
     assert time.monotonic() - began < 5
 
 
-def test_an_unreadable_answer_is_asked_for_again_in_other_words(serve, tmp_path):  # noqa: F811
+def test_an_unreadable_answer_is_asked_for_again_in_other_words(serve, tmp_path):
     server = serve(first_badly(lambda h: answer(h, "Nice."), lambda h: answer(h, "Nice.")))
     judge_edits(edits(1), judge_of(server, parallel=1), tmp_path)
     texts = [body["messages"][0]["content"][-1]["text"] for _, _, body, _ in server.requests]
@@ -240,7 +240,7 @@ def test_an_unreadable_answer_is_asked_for_again_in_other_words(serve, tmp_path)
 
 
 @pytest.mark.parametrize("dated", [False, True])
-def test_retry_after_is_waited_for(serve, tmp_path, dated):  # noqa: F811
+def test_retry_after_is_waited_for(serve, tmp_path, dated):
     value = (lambda: formatdate(time.time() + 2, usegmt=True)) if dated else (lambda: "0.4")
     server = serve(first_badly(lambda h: send(h, 429, {}, [("Retry-After", value())])))
     judge_edits(edits(1), judge_of(server, parallel=1), tmp_path)
@@ -249,19 +249,19 @@ def test_retry_after_is_waited_for(serve, tmp_path, dated):  # noqa: F811
 
 
 def test_retry_after_is_a_number_of_seconds_or_a_date():
-    assert judge_module._retry_after("1.5") == 1.5
-    assert 50 < judge_module._retry_after(formatdate(time.time() + 60, usegmt=True)) <= 60
-    assert judge_module._retry_after(formatdate(time.time() - 60, usegmt=True)) == 0
-    assert [judge_module._retry_after(value) for value in (None, "", "soon", "nan")] == [None] * 4
+    assert _retry_after("1.5") == 1.5
+    assert 50 < _retry_after(formatdate(time.time() + 60, usegmt=True)) <= 60
+    assert _retry_after(formatdate(time.time() - 60, usegmt=True)) == 0
+    assert [_retry_after(value) for value in (None, "", "soon", "nan")] == [None] * 4
 
 
-def test_a_wait_that_is_too_long_ends_it_and_says_so(serve, tmp_path):  # noqa: F811
+def test_a_wait_that_is_too_long_ends_it_and_says_so(serve, tmp_path):
     server = serve(lambda h, body, count: send(h, 429, {}, [("Retry-After", "3600")]))
     with pytest.raises(UserError, match="asks to wait 3600 s"):
         judge_edits(edits(4), judge_of(server), tmp_path)
 
 
-def test_one_edit_that_is_refused_leaves_the_others_their_scores(serve, tmp_path):  # noqa: F811
+def test_one_edit_that_is_refused_leaves_the_others_their_scores(serve, tmp_path):
     def behave(handler, body, count):
         if "instruction 1" in body["messages"][0]["content"][-1]["text"]:
             send(handler, 400, {"error": {"message": "content policy"}})
@@ -275,7 +275,7 @@ def test_one_edit_that_is_refused_leaves_the_others_their_scores(serve, tmp_path
     assert "content policy" in verdicts[1].problem
 
 
-def test_a_judge_that_never_gives_marks_is_given_up_soon(serve, tmp_path):  # noqa: F811
+def test_a_judge_that_never_gives_marks_is_given_up_soon(serve, tmp_path):
     server = serve(lambda h, body, count: answer(h, "Lovely!"))
     with pytest.raises(UserError, match=r"5 edits in a row.*cannot be read: 'Lovely!'"):
         judge_edits(edits(200), judge_of(server), tmp_path)
@@ -284,7 +284,7 @@ def test_a_judge_that_never_gives_marks_is_given_up_soon(serve, tmp_path):  # no
         judge_edits(edits(2), judge_of(server), tmp_path)
 
 
-def test_a_server_that_only_fails_is_given_up(serve, tmp_path):  # noqa: F811
+def test_a_server_that_only_fails_is_given_up(serve, tmp_path):
     server = serve(lambda h, body, count: send(h, 500, {"error": {"message": "CUDA out of memory"}}))
     with pytest.raises(UserError, match="HTTP 500: CUDA out of memory"):
         judge_edits(edits(2), judge_of(server, tries=2), tmp_path)
@@ -298,7 +298,7 @@ def test_a_server_that_only_fails_is_given_up(serve, tmp_path):  # noqa: F811
         (301, "", "redirects elsewhere"),
     ],
 )
-def test_what_no_repetition_mends_ends_it_at_once(serve, tmp_path, status, said, match):  # noqa: F811
+def test_what_no_repetition_mends_ends_it_at_once(serve, tmp_path, status, said, match):
     other = serve(good)
     location = [("Location", other.url + "/chat/completions")]
     server = serve(lambda h, body, count: send(h, status, {"error": {"message": said}}, location))
@@ -310,7 +310,7 @@ def test_what_no_repetition_mends_ends_it_at_once(serve, tmp_path, status, said,
         judge_of(server).check()
 
 
-def test_an_address_that_is_none(serve):  # noqa: F811
+def test_an_address_that_is_none(serve):
     for url in ("localhost:8000/v1", "ftp://host/v1", "http:///v1", "file:///etc/passwd", "http://host/v1?key=1"):
         with pytest.raises(UserError, match="is not like http://localhost:8000/v1"):
             EndpointJudge(url, "tiny")
@@ -323,7 +323,7 @@ def test_an_address_that_is_none(serve):  # noqa: F811
         EndpointJudge(server.url, "tiny").check()
 
 
-def test_the_key_is_in_no_error_and_no_file(serve, tmp_path, monkeypatch, capfd):  # noqa: F811
+def test_the_key_is_in_no_error_and_no_file(serve, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     said = {"error": {"message": f"Incorrect API key provided: {KEY}"}}
     for status in (401, 400, 500):
@@ -345,7 +345,7 @@ def test_the_key_is_in_no_error_and_no_file(serve, tmp_path, monkeypatch, capfd)
 # ------------------------------------------------------------------------------------------------- limits
 
 
-def test_the_budget_of_calls_ends_it_and_the_next_call_goes_on(serve, tmp_path):  # noqa: F811
+def test_the_budget_of_calls_ends_it_and_the_next_call_goes_on(serve, tmp_path):
     server = serve(good)
     with pytest.raises(UserError, match="budget is used up after 5 calls"):
         judge_edits(edits(6), judge_of(server, max_calls=5), tmp_path)
@@ -357,14 +357,14 @@ def test_the_budget_of_calls_ends_it_and_the_next_call_goes_on(serve, tmp_path):
     assert verdicts == judge_edits(edits(6), judge_of(serve(good)), tmp_path / "other")
 
 
-def test_the_budget_of_tokens(serve, tmp_path):  # noqa: F811
+def test_the_budget_of_tokens(serve, tmp_path):
     server = serve(good)
     with pytest.raises(UserError, match="budget is used up after 300 tokens"):
         judge_edits(edits(6), judge_of(server, max_tokens=300, parallel=1), tmp_path)
     assert len(server.requests) == 3
 
 
-def test_the_rate_is_kept(serve, tmp_path):  # noqa: F811
+def test_the_rate_is_kept(serve, tmp_path):
     server = serve(good)
     judge_edits(edits(3), judge_of(server, per_minute=600, parallel=4), tmp_path)
     times = sorted(when for *_, when in server.requests)
@@ -372,7 +372,7 @@ def test_the_rate_is_kept(serve, tmp_path):  # noqa: F811
     assert all(times[i + 3] - times[i] > 0.2 for i in range(3))
 
 
-def test_many_questions_are_asked_at_a_time(serve, tmp_path):  # noqa: F811
+def test_many_questions_are_asked_at_a_time(serve, tmp_path):
     waiting, most, lock = 0, 0, threading.Lock()
 
     def behave(handler, body, count):
@@ -394,14 +394,14 @@ import sys
 from pathlib import Path
 from judge_server import SMALL, edits
 from danceopd.evaluation.gedit import judge
-from danceopd.evaluation.gedit.endpoint import EndpointJudge
+from danceopd.evaluation.gedit.endpoint import EndpointJudge, _retry_after
 from danceopd.evaluation.gedit.judge import judge_edits
 judge.SHOWN_AREA = SMALL
 judge_edits(edits(8), EndpointJudge(sys.argv[1], "tiny", parallel=2), Path(sys.argv[2]))
 """
 
 
-def test_an_evaluation_that_is_killed_goes_on_from_its_answers(serve, tmp_path):  # noqa: F811
+def test_an_evaluation_that_is_killed_goes_on_from_its_answers(serve, tmp_path):
     enough = threading.Event()
 
     def behave(handler, body, count):

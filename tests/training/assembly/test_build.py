@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from peft import LoraConfig
-from PIL import Image
-from tiny_sd3 import save_tiny
+from model_runs import losses, teachers_config
 
+from danceopd.api import distill
 from danceopd.config.reading import parse_config
 from danceopd.data.prepare import prepare
 from danceopd.data.prepared import PreparedData
@@ -24,82 +23,19 @@ from danceopd.planning.dry_run import dry_run
 from danceopd.planning.models import examine
 from danceopd.support.errors import UserError
 from danceopd.training.assembly.build import build_model
-from danceopd.training.loop import train
-
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def save_teacher(model, folder, seed, rank=2):
-    """A random LoRA that is far from the base, written by diffusers."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(model)
-    torch.manual_seed(seed)  # of the adapter's first factor
-    pipeline.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in pipeline.transformer.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
-    layers = {
-        name.replace(".default", ""): value
-        for name, value in pipeline.transformer.state_dict().items()
-        if "lora_" in name
-    }
-    pipeline.save_lora_weights(folder, transformer_lora_layers=layers)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A model, two LoRAs, and prepared rows of two capabilities."""
-    root = tmp_path_factory.mktemp("run")
-    model = save_tiny(root / "model")
-    for m, name in enumerate(("one", "two")):
-        save_teacher(model, root / name, seed=m)
-    rng = np.random.default_rng(0)
-    rows = []
-    for i, task in enumerate(["one", "two"] * 4):
-        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / f"{i}.png")
-        rows.append({"id": str(i), "task": task, "prompt": f"a picture of {i} cups", "target_image": f"{i}.png"})
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(root / "rows.jsonl", model, root / "cache", resolution=32)
-    return root
+@pytest.fixture
+def place(prepared_places):
+    return prepared_places("sd3")
 
 
 def config_of(place, folder, **training):
-    raw = {
-        "model": str(place / "model"),
-        "student": {"lora": {"rank": 4}},
-        "sources": {
-            "one": {"lora": [{"path": str(place / "one")}]},
-            "two": {"lora": [{"path": str(place / "two")}], "guidance_scale": 2.0},
-        },
-        "capabilities": {
-            name: {"source": name, "task": "t2i", "data": {"prepared": str(place / "cache" / "rows.jsonl")}}
-            for name in ("one", "two")
-        },
-        "rollout": {"num_inference_steps": 4},
-        "training": {
-            "output_dir": str(folder),
-            "max_steps": 20,
-            "batch_size": 8,
-            "learning_rate": 2e-2,
-            "warmup_steps": 1,
-            "ema_decay": 0.5,
-            "log_every": 1,
-            "sample_every": 0,
-            **training,
-        },
-    }
-    return parse_config(raw)
-
-
-def losses(folder):
-    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if "loss" in record]
+    return teachers_config(place, folder, **{f"training.{key}": value for key, value in training.items()})
 
 
 def test_end_to_end(place, tmp_path):
-    folder = train(config_of(place, tmp_path / "run"), build_model)
+    folder = distill(config_of(place, tmp_path / "run"))
     curve = losses(folder)
     assert len(curve) == 20
     assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
@@ -129,14 +65,14 @@ def test_training_reads_only_the_cache(place, tmp_path):
     for part in (copy / "vae").glob("*.safetensors"):
         part.unlink()
     config = config_of(place, tmp_path / "run", max_steps=2)
-    train(config.model_copy(update={"model": copy}), build_model)
+    distill(config.model_copy(update={"model": copy}))
     assert len(losses(tmp_path / "run")) == 2
 
 
 def test_resumed_is_uninterrupted(place, tmp_path):
-    whole = train(config_of(place, tmp_path / "whole", max_steps=4), build_model)
-    train(config_of(place, tmp_path / "parts", max_steps=2), build_model)
-    parts = train(config_of(place, tmp_path / "parts", max_steps=4), build_model)
+    whole = distill(config_of(place, tmp_path / "whole", max_steps=4))
+    distill(config_of(place, tmp_path / "parts", max_steps=2))
+    parts = distill(config_of(place, tmp_path / "parts", max_steps=4))
     name = "student/pytorch_lora_weights.safetensors"
     assert (whole / name).read_bytes() == (parts / name).read_bytes()
 
@@ -231,7 +167,7 @@ def test_a_method_that_learns_from_pictures_needs_them(place, tmp_path):
         capability["data"]["prepared"] = str(tmp_path / "cache" / "rows.jsonl")
     build_model(parse_config(raw))
     config = parse_config({**raw, "method": "joint"})
-    said = "capabilities.one.data.prepared: the method learns from finished pictures, but 4 of its 4 rows have no"
+    said = "capabilities.one.data.prepared: the method learns from finished pictures, but 3 of its 3 rows have no"
     assert any(problem.startswith(said) for problem in dry_run(config, examine).problems)
     with pytest.raises(UserError) as error:
         build_model(config)

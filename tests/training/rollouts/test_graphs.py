@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_dry_run import FAMILIES, prompt_of
-from test_training import config_of, raw  # noqa: F401
+from model_runs import FAMILIES
+from released import prompt_of
+from world_runs import config_of
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.fields import counted, guided
@@ -401,7 +402,7 @@ def test_host_data_becomes_a_tensor_once():
 
 
 @pytest.mark.parametrize("method", [{"query": {"k": 4}}, {"method": "flow_opd", "options": {"group_size": 4}}])
-def test_a_run_of_static_steps_is_one_without(raw, method):  # noqa: F811
+def test_a_run_of_static_steps_is_one_without(raw, method):
     raw["capabilities"]["edit"]["student_guidance_scale"] = 2.0
     found = {}
     for wanted in (False, True):

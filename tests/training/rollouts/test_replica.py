@@ -1,15 +1,12 @@
 """Rollouts on a copy of the student in bf16 or FP8: what it holds, how near its states are, resumed and planned."""
 
 import pytest
-import test_fp8
-import test_students
 import torch
 from danceopd_kernels import fp8_quantize_rowwise
-from test_fp8 import places  # noqa: F401
-from test_students import place  # noqa: F401
-from test_training import config_of, raw  # noqa: F401
+from model_runs import config_of as model_config
+from world_runs import config_of
 
-from danceopd.cli.train import builder_of, examiner_of
+from danceopd.api import builder_of, examiner_of
 from danceopd.config.reading import load_config
 from danceopd.core.rollout import rollout
 from danceopd.models.fp8 import Fp8Linear
@@ -19,6 +16,7 @@ from danceopd.support.errors import UserError
 from danceopd.training.checkpoints import load_newest, save_state
 from danceopd.training.engine import Local
 from danceopd.training.loop import Trainer
+from danceopd.training.resume import go_on, state_of
 from danceopd.training.rollouts.compiled import compile_blocks
 from danceopd.training.rollouts.replica import bytes_beside
 from danceopd.world.files import SHIPPED, load_model
@@ -69,7 +67,7 @@ CASES = [("fp32", "bf16"), ("fp32", "fp8"), ("bf16", "bf16"), ("bf16", "fp8")]
 
 
 @pytest.mark.parametrize(("precision", "wanted"), CASES)
-def test_the_copy_is_the_rounded_student_after_every_update(raw, precision, wanted):  # noqa: F811
+def test_the_copy_is_the_rounded_student_after_every_update(raw, precision, wanted):
     """Where it was, so that graphs captured once stay valid; an update that is skipped changes nothing."""
     trainer = trainer_of(config_of(raw, precision=precision, rollout_precision=wanted))
     engine = trainer.engine
@@ -92,21 +90,21 @@ def test_states_are_near_the_students_own(tmp_path, wanted, error):
     changes += ["capabilities.t2i.data.size=8", "capabilities.edit.data.size=8"]
     trainer = trainer_of(load_config("configs/demo.yaml", changes))
     with torch.no_grad():
-        found, expected = (states(trainer, f, 15) for f in (trainer.student_field(), trainer.engine.student))
+        found, expected = (states(trainer, f, 15) for f in (trainer.student, trainer.engine.student))
     distance = furthest(found, expected)
     assert distance == 0 if wanted is None else 0 < distance < error
     assert (trainer.engine.resident is trainer.engine.student) == (wanted is None)
 
 
-def test_bf16_on_bf16_is_what_autocast_computes(raw):  # noqa: F811
+def test_bf16_on_bf16_is_what_autocast_computes(raw):
     trainer = trainer_of(config_of(raw, precision="bf16", rollout_precision="bf16"))
     plain = trainer_of(config_of(raw, precision="bf16"))
     with torch.no_grad():
-        assert torch.equal(*(states(t, t.student_field()) for t in (trainer, plain)))
+        assert torch.equal(*(states(t, t.student) for t in (trainer, plain)))
     assert trainer.update()["loss"] == plain.update()["loss"]
 
 
-def test_the_query_runs_on_the_student(raw):  # noqa: F811
+def test_the_query_runs_on_the_student(raw):
     trainer = trainer_of(config_of(raw, rollout_precision="fp8"))
     asked = []
     trainer.engine.student.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
@@ -118,29 +116,29 @@ def test_the_query_runs_on_the_student(raw):  # noqa: F811
 
 
 @pytest.mark.parametrize("wanted", ["bf16", "fp8"])
-def test_resumed_is_uninterrupted(raw, tmp_path, wanted):  # noqa: F811
+def test_resumed_is_uninterrupted(raw, tmp_path, wanted):
     config = config_of(raw, rollout_precision=wanted, cuda_graphs=True)  # static steps on the copy
     whole, resumed = trainer_of(config), trainer_of(config)
     whole.update()
-    save_state(tmp_path, whole.step, *whole.engine.tensors(), whole.rest(), 1)
-    resumed.load(load_newest(tmp_path)[0])
+    save_state(tmp_path, whole.step, *whole.engine.tensors(), state_of(whole), 1)
+    go_on(resumed, load_newest(tmp_path)[0])
     for _ in range(2):
         assert whole.update() == resumed.update()
     for trainer in (whole, resumed):
         check_copy(trainer.engine, wanted)
     other = trainer_of(config_of(raw))
     with pytest.raises(UserError, match=r"another configuration \(training.rollout_precision\)"):
-        other.load(load_newest(tmp_path)[0])
+        go_on(other, load_newest(tmp_path)[0])
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_static_steps_and_compiled_blocks_ask_the_copy(raw, monkeypatch, compiled):  # noqa: F811
+def test_static_steps_and_compiled_blocks_ask_the_copy(raw, monkeypatch, compiled):
     """The same loss as asked step by step and not compiled."""
     monkeypatch.setattr("danceopd.training.loop.compile_blocks", lambda network: compile_blocks(network, "eager"))
     plain = trainer_of(config_of(raw, rollout_precision="fp8"))
     trainer = trainer_of(config_of(raw, rollout_precision="fp8", cuda_graphs=True, compile=compiled))
     assert trainer.update()["loss"] == pytest.approx(plain.update()["loss"], rel=1e-4)
-    assert trainer.static.networks == [trainer.engine.replica]
+    assert trainer.student.networks == [trainer.engine.replica]
     assert bool(trainer.engine.replica.blocks[0]._compiled_call_impl) == compiled
     assert not trainer.engine.student.blocks[0]._compiled_call_impl
 
@@ -149,15 +147,24 @@ def test_static_steps_and_compiled_blocks_ask_the_copy(raw, monkeypatch, compile
 
 
 @pytest.mark.parametrize(("precision", "wanted"), [("fp32", "bf16"), ("bf16", "fp8")])
-def test_a_models_student_of_all_weights(place, tmp_path, precision, wanted):  # noqa: F811
-    config = test_students.config_of(
-        place, tmp_path / "run", {"own": {"weights": "own"}}, precision=precision, rollout_precision=wanted
+def test_a_models_student_of_all_weights(places, precision, wanted):
+    root = places("sd3")
+    own = {
+        name: {"source": "own", "task": "t2i", "data": {"prepared": str(root / "cache" / "rows.jsonl")}}
+        for name in ("one", "two")
+    }
+    config = model_config(
+        root,
+        student={},
+        sources={"own": {"weights": str(root / "other")}},
+        capabilities=own,
+        **{"training.precision": precision, "training.rollout_precision": wanted},
     )
     trainer = trainer_of(config)
     trainer.update()
     check_copy(trainer.engine, wanted, precision == "bf16")
     with torch.no_grad():
-        found, expected = (states(trainer, f, 3) for f in (trainer.student_field(), trainer.engine.student))
+        found, expected = (states(trainer, f, 3) for f in (trainer.student, trainer.engine.student))
     assert 0 < furthest(found, expected) < 0.1  # random and tiny
     assert dry_run(config).memory["replica for rollouts"][0] == bytes_beside(
         trainer.engine.replica, trainer.engine.student
@@ -165,12 +172,12 @@ def test_a_models_student_of_all_weights(place, tmp_path, precision, wanted):  #
 
 
 @pytest.mark.parametrize("family", ["flux", "z"])
-def test_an_adapter_on_a_copy_of_its_base_in_fp8(places, family):  # noqa: F811
+def test_an_adapter_on_a_copy_of_its_base_in_fp8(places, family):
     """Sources keep the plain base, and the copy holds nothing twice but codes, scales and the adapter."""
     changes = {"training.rollout_precision": "fp8", "training.learning_rate": 0.05}
     if family == "flux":
         changes |= {f"{key}.embedded_guidance": 3.5 for key in ("student", "sources.one", "sources.two")}
-    config = test_fp8.config_of(places(family), **changes)
+    config = model_config(places(family), **changes)
     trainer = trainer_of(config)
     engine = trainer.engine
     before = addresses(engine.replica.transformer)
@@ -190,7 +197,7 @@ def test_an_adapter_on_a_copy_of_its_base_in_fp8(places, family):  # noqa: F811
         assert layer.bias is plain[name].bias
     assert addresses(engine.replica.transformer) == before
     with torch.no_grad():
-        found, expected = (states(trainer, f, 4) for f in (trainer.student_field(), engine.student))
+        found, expected = (states(trainer, f, 4) for f in (trainer.student, engine.student))
     assert 0 < furthest(found, expected) < 0.1
     own = sum(layer.weight.nbytes + layer.weight_scale.nbytes for _, layer in layers)
     own += sum(p.nbytes for p in engine.student.parameters())
@@ -198,9 +205,9 @@ def test_an_adapter_on_a_copy_of_its_base_in_fp8(places, family):  # noqa: F811
     assert dry_run(config).memory["replica for rollouts"][0] == own
 
 
-def test_an_adapters_base_in_fp8_is_shared(places):  # noqa: F811
+def test_an_adapters_base_in_fp8_is_shared(places):
     changes = {"training.rollout_precision": "fp8", "training.base_precision": "fp8"}
-    config = test_fp8.config_of(places("sd3"), **changes)
+    config = model_config(places("sd3"), **changes)
     trainer = trainer_of(config)
     assert trainer.engine.replica is None
     assert trainer.engine.resident is trainer.engine.student
@@ -250,4 +257,4 @@ def test_mistakes_are_named(said):
 )
 def test_an_adapters_precision_is_its_bases(tmp_path, wanted, changes, said):
     with pytest.raises(UserError, match=said):
-        test_fp8.config_of(tmp_path, **changes, **{"training.rollout_precision": wanted})
+        model_config(tmp_path, **changes, **{"training.rollout_precision": wanted})

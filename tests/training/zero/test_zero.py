@@ -18,11 +18,10 @@ import psutil
 import pytest
 import torch
 import yaml
-from test_training import random_network
+from world_runs import write_networks
 from zero_fork import as_rank
 
 from danceopd.training import checkpoints as state
-from danceopd.world.files import save_model
 
 # Importing it takes seconds, which only the ranks need.
 pytestmark = [
@@ -56,8 +55,7 @@ def context():
 def base(tmp_path_factory):
     """A small run with two sources, as plain values."""
     folder = tmp_path_factory.mktemp("networks")
-    for seed, name in enumerate(("base", "one", "two")):
-        save_model(random_network(seed), folder / f"{name}.safetensors")
+    write_networks(folder)
     return {
         "student": {"init_from": str(folder / "base.safetensors")},
         "sources": {name: {"weights": str(folder / f"{name}.safetensors")} for name in ("one", "two")},

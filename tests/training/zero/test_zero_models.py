@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_build
 import tiny_flux2
-import tiny_sd3
 import torch
 from diffusers import DiffusionPipeline, Flux2Transformer2DModel, SD3Transformer2DModel
+from model_runs import teachers_config
 from PIL import Image
 from zero_models_ranks import run
 
@@ -135,24 +134,14 @@ def full(root, folder, **training):
     }
 
 
-@pytest.fixture(scope="module")
-def sd3_place(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sd3")
-    model = tiny_sd3.save_tiny(root / "model")
-    for m, name in enumerate(("one", "two")):
-        test_build.save_teacher(model, root / name, seed=m)
-    rng, rows = np.random.default_rng(0), []
-    for i, task in enumerate(["one", "two"] * 4):
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / f"{i}.png")
-        rows.append({"id": str(i), "task": task, "prompt": f"a picture of {i} cups", "target_image": f"{i}.png"})
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(root / "rows.jsonl", model, root / "cache", resolution=32)
-    return root
+@pytest.fixture
+def sd3_place(prepared_places):
+    return prepared_places("sd3")
 
 
 def lora(root, folder, **training):
-    raw = test_build.config_of(root, folder, **training_of(folder, learning_rate=2e-2, **training)).to_dict()
-    return raw
+    training = training_of(folder, learning_rate=2e-2, **training)
+    return teachers_config(root, folder, **{f"training.{key}": value for key, value in training.items()}).to_dict()
 
 
 def stage(number, **zero):
