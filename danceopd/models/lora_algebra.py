@@ -8,7 +8,7 @@ from torch import nn
 Lora = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # by module: A [rank, in], B [out, rank], scale
 
 
-def combine(loras: Sequence[Lora]) -> Lora:
+def sum_loras(loras: Sequence[Lora]) -> Lora:
     """Returns several LoRAs as one, their exact sum: ranks add up, and scales are folded into B where modules are
     shared.
     """
@@ -25,7 +25,7 @@ def combine(loras: Sequence[Lora]) -> Lora:
 
 def average(loras: Sequence[Lora]) -> Lora:
     """Returns the mean of what the LoRAs add, exactly: its rank is the sum of theirs."""
-    return combine([{name: (a, b, scale / len(loras)) for name, (a, b, scale) in lora.items()} for lora in loras])
+    return sum_loras([{name: (a, b, scale / len(loras)) for name, (a, b, scale) in lora.items()} for lora in loras])
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from danceopd.models.blocks import blocks
 from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.loading import check_transformer_file, check_weights, is_file_name
-from danceopd.models.lora_algebra import combine
+from danceopd.models.lora_algebra import sum_loras
 from danceopd.models.lora_files import load_lora, lora_parameters
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase
@@ -221,7 +221,7 @@ def _cut_layers(config: Config, transformer: nn.Module, layers: list[str]) -> in
         if config.student.init_from not in (name, "merge"):
             continue
         try:
-            loras[name] = combine([load_lora(x.path, transformer, pipeline_class, 1.0, True) for x in source.lora])
+            loras[name] = sum_loras([load_lora(x.path, transformer, pipeline_class, 1.0, True) for x in source.lora])
         except (UserError, RuntimeError):  # said of the source, where it is a problem
             return 0
     return sum(len(a) > config.student.lora.rank for a, _, _ in start_lora(config, loras, layers).values())

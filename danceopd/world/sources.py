@@ -18,8 +18,8 @@ from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
 from danceopd.world.files import SHIPPED, load_model, save_model, shipped_sources
 from danceopd.world.prompts import draw, draw_tasks, sample_prompts
+from danceopd.world.sampling import make_conditioning
 from danceopd.world.scene import render
-from danceopd.world.tokenizer import tokenize
 
 SHIFT = 5.0  # of the training noise levels and of every sampler of these networks: layout is decided near noise
 
@@ -92,8 +92,7 @@ def training_batch(
     texts = [prompt.text for prompt in prompts]
     for i in (torch.rand(n, generator=generator) < EMPTY_PROMPT_SHARE).nonzero()[:, 0].tolist():
         texts[i] = ""
-    has_source = torch.full((n,), source is not None)
-    return render(scene), Conditioning(tokenize(texts, text_length), source, has_source)
+    return render(scene), make_conditioning(texts, source, text_length)
 
 
 def batches(stage: Stage, text_length: int, first_step: int) -> Iterator[tuple[torch.Tensor, Conditioning]]:

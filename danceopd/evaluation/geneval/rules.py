@@ -99,8 +99,8 @@ def relations(a: tuple, b: tuple) -> list[str]:
     return [name for name, holds in zip(RELATIONS, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5), strict=True) if holds]
 
 
-def judge(metadata: dict, objects: Objects, colors_of: ColorsOf) -> tuple[bool, str]:
-    """Judges one picture.
+def check_picture(metadata: dict, objects: Objects, colors_of: ColorsOf) -> tuple[bool, str]:
+    """Checks whether one picture is what its prompt asks.
 
     Each `include` clause looks at the `count` most confident objects of its class alone: enough of them must be there,
     have the colour, and all stand in the relation to all objects of an earlier clause, which must have held itself.

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from danceopd.evaluation.geneval import models
 from danceopd.evaluation.geneval.layout import read_pictures, record, write_results
-from danceopd.evaluation.geneval.rules import judge, kept
+from danceopd.evaluation.geneval.rules import check_picture, kept
 from danceopd.models.fingerprint import fingerprint
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
@@ -135,6 +135,6 @@ def score_pictures(
     lines = []
     for path, picture, found in zip(paths, pictures, detect(pictures), strict=True):
         objects = {name: kept(found[name], metadata["tag"], max_overlap) for name in found}
-        correct, reason = judge(metadata, objects, partial(name_colors, picture) if name_colors else None)
+        correct, reason = check_picture(metadata, objects, partial(name_colors, picture) if name_colors else None)
         lines.append(record(path, metadata, objects, correct, reason))
     return lines

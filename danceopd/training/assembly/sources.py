@@ -15,7 +15,7 @@ from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.fp8_loading import load_fp8
 from danceopd.models.loading import is_file_name, load_transformer_file, stream_blocks, transformer_folder
-from danceopd.models.lora_algebra import Lora, combine, merge_into
+from danceopd.models.lora_algebra import Lora, merge_into, sum_loras
 from danceopd.models.lora_files import load_lora
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase
@@ -136,7 +136,7 @@ def _ask(shared: SharedBase) -> Field:
 
 def _sum(source: Source, transformer: nn.Module, pipeline_class: type) -> Lora:
     """Reads the source's adapters as one; empty for the base itself."""
-    return combine([load_lora(lora.path, transformer, pipeline_class, lora.scale) for lora in source.lora])
+    return sum_loras([load_lora(lora.path, transformer, pipeline_class, lora.scale) for lora in source.lora])
 
 
 def _field(network: nn.Module, backbone: ModuleType) -> Field:
