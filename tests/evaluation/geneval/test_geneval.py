@@ -25,7 +25,16 @@ from danceopd.evaluation.geneval import models as geneval_models
 from danceopd.evaluation.geneval.draw import Drawing, draw_pictures, sample_seed
 from danceopd.evaluation.geneval.layout import check_metadata, read_metadata, read_pictures, read_results
 from danceopd.evaluation.geneval.models import crop, detector_input, load_colors, load_detector, objects_of
-from danceopd.evaluation.geneval.rules import CLASSES, COLORS, MAX_OBJECTS, RELATIONS, Found, judge, kept, relations
+from danceopd.evaluation.geneval.rules import (
+    CLASSES,
+    COLORS,
+    MAX_OBJECTS,
+    RELATIONS,
+    Found,
+    check_picture,
+    kept,
+    relations,
+)
 from danceopd.evaluation.geneval.summary import summary
 from danceopd.support.errors import UserError
 from danceopd.support.ranks import Ranks
@@ -47,7 +56,7 @@ def no_colors(name, objects):
 
 
 def verdict(objects, *include, exclude=(), colors_of=no_colors):
-    return judge({"include": list(include), "exclude": list(exclude)}, objects, colors_of)[0]
+    return check_picture({"include": list(include), "exclude": list(exclude)}, objects, colors_of)[0]
 
 
 def clause(name, count=1, **more):
@@ -176,10 +185,10 @@ def test_the_reason_names_everything_that_is_wrong():
         "include": [clause("dog", 2), clause("cat", position=["left of", 0]), clause("cup", color="red")],
         "exclude": [clause("dog", 1)],
     }
-    correct, reason = judge(metadata, objects, no_colors)
+    correct, reason = check_picture(metadata, objects, no_colors)
     assert not correct
     assert [text.split(":")[0] for text in reason.splitlines()] == ["dog", "cat", "cup", "dog"]
-    assert judge({"include": [clause("dog")]}, objects, no_colors) == (True, "")
+    assert check_picture({"include": [clause("dog")]}, objects, no_colors) == (True, "")
 
 
 NAMES = ("dog", "cat", "cup")
