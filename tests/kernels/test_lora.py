@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("danceopd_kernels")
 
-from danceopd_kernels import fp8_linear, fp8_quantize_rowwise, lora
+from danceopd_kernels import fp8_linear, fp8_quantize_rowwise
 from danceopd_kernels.lora import pack_adapters, routed_lora_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
