@@ -169,6 +169,7 @@ if has_triton():
             a, b = a.to(tl.float32), b.to(tl.float32)
         return tl.dot(a, b, total, input_precision=PRECISION)
 
+    # Long: one kernel, which nothing may be called from without a price.
     @triton.jit
     def _kernel(
         hidden, shift, scale, weight, bias,  # student
@@ -464,6 +465,7 @@ def _backward(ctx, upstream, *_):
 _operation.register_autograd(_backward, setup_context=_keep)
 
 
+# Long: half of it says what the arguments are.
 def fused_output_head_mse(
     student: Head,
     teachers: Head | Sequence[Head],
