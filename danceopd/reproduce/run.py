@@ -91,6 +91,8 @@ def make_run(run: Run, folders: Folders) -> dict:
         if result:
             return result
         raw, overrides = raw_config(run, folders)
+        if run.overrides.get("method") == "joint":
+            del raw["rollout"]["num_inference_steps"]  # the setting's own, of which joint training reads nothing
         config = parse_config(raw, [*overrides, f"training.output_dir={json.dumps(str(folder))}"], run.config)
         if run.row == UNTRAINED:
             result = {"digest": digest(run, folders), "rows": _untrained_rows(run.setting, config)}
