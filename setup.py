@@ -22,7 +22,6 @@ setup(
         "danceopd.world": ["assets/*", "assets/sources/*"],
         "danceopd.evaluation": ["*.j2"],
         "danceopd.report": ["*.j2"],
-        "danceopd.reproduce": ["*.j2"],
     },
     install_requires=[
         "torch>=2.6",

@@ -23,6 +23,7 @@ from torch import nn
 
 from danceopd.core.schedule import sigma_grid
 from danceopd.models.backbones import flux, qwen_image, sd3, z_image
+from danceopd.models.blocks import block_lists
 from danceopd.models.fp8 import to_fp8
 from danceopd.world.files import SHIPPED, load_model, shipped_sources
 from danceopd.world.sources import SHIFT, STAGES, training_batch
@@ -50,8 +51,7 @@ def compare(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
 
 
 def parts_of(network: nn.Module) -> dict[str, nn.Module]:
-    lists = [(name, child) for name, child in network.named_children() if isinstance(child, nn.ModuleList)]
-    return {f"{name}.{i}": block for name, child in lists for i, block in enumerate(child)}
+    return {f"{name}.{i}": block for name, blocks in block_lists(network).items() for i, block in enumerate(blocks)}
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from benchmarks import common, networks
 from danceopd.core.fields import Field, SharedField, routed
 from danceopd.models.backbones import sd3
 from danceopd.models.fp8 import to_fp8
-from danceopd.models.lora_algebra import Lora, merged
+from danceopd.models.lora_algebra import Lora, merge_into
 from danceopd.models.shared_base import SharedBase
 from danceopd.support.memory import keep_freed_memory
 
@@ -54,7 +54,7 @@ class Teachers:
 def teachers_of(network: networks.Network, loras: list[Lora], words: list[str]) -> Teachers:
     """The teachers of a variant, on networks of their own."""
     if words[0] == "copies":
-        modules = [merged(network.module, lora) for lora in loras]
+        modules = [merge_into(copy.deepcopy(network.module), lora) for lora in loras]
     else:
         modules = [copy.deepcopy(network.module)]
     if "fp8" in words:

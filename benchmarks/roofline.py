@@ -32,7 +32,7 @@ from benchmarks import common, networks
 from danceopd.config.reading import load_config
 from danceopd.core.conditioning import Conditioning
 from danceopd.models.backbones import FAMILIES
-from danceopd.models.fp8 import fp8_layers
+from danceopd.models.blocks import block_layers
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
 from danceopd.planning.backward import operations
@@ -96,7 +96,7 @@ def work_of(ask, transformer: torch.nn.Module, shape: Sequence[int], conditionin
     ask: the network as a field; transformer: whose blocks' linear layers FP8 would store; shape, conditioning: of one
     sample; extra: bytes of weights beside the transformer's own.
     """
-    layers, narrow = list(fp8_layers(transformer)), {}
+    layers, narrow = list(block_layers(transformer)), {}
     for name, layer, modulates in layers:
         if not modulates:  # once a forward; a forward that is tried again counts once
             layer.register_forward_hook(

@@ -72,7 +72,7 @@ from danceopd.core.watch import Observed
 from danceopd.data.prepare import prepare
 from danceopd.data.sampler import Samples, draw_batch
 from danceopd.models.backbones import sd3
-from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora, save_lora
 from danceopd.models.shared_base import SharedBase
 from danceopd.support.memory import keep_freed_memory
@@ -322,7 +322,9 @@ def switches(model: Path, folder: Path, prompts: dict[str, list[str]], ours: Tra
     """By name: what takes one idea out of a trainer."""
     encode = sd3.text_encoder(model, ours.device)
     base = sd3.load_transformer(model)
-    networks = [merged(base, load_lora(folder / name, base, StableDiffusion3Pipeline)) for name in ours.names]
+    networks = [
+        merge_into(copy.deepcopy(base), load_lora(folder / name, base, StableDiffusion3Pipeline)) for name in ours.names
+    ]
     copies = [SharedBase(network.to(ours.device), [], sd3.velocity).field(-1) for network in networks]
 
     def one_sample(trainer):

@@ -1,8 +1,8 @@
-"""python -m danceopd."""
+"""python -m danceopd: the same as `danceopd`."""
 
 import sys
 
-from danceopd.cli.parser import main
+from danceopd.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

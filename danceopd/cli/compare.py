@@ -3,10 +3,18 @@
 import argparse
 from pathlib import Path
 
+from danceopd.cli.arguments import add_command
 from danceopd.support.errors import UserError
 
 
-def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+def add_compare(commands) -> None:
+    """Adds `danceopd compare`."""
+    parser = add_command(
+        commands,
+        "compare",
+        run_compare,
+        "runs of GenEval or GEdit-Bench, paired by prompt and seed, and their pictures",
+    )
     parser.add_argument(
         "runs",
         type=Path,
@@ -18,6 +26,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> None:
+    """Prints the paired differences and writes the page."""
     from danceopd.evaluation.compare import compare, distinct, read_run, table, warnings_of, write_page
 
     if len(args.runs) < 2:

@@ -1,11 +1,58 @@
-"""danceopd data."""
+"""`danceopd data`: checks, prepares, imports and writes training data."""
 
 import argparse
+from pathlib import Path
 
+from danceopd.cli.arguments import add_command, add_device
 from danceopd.support.errors import UserError
 
 
-def run_data_check(args: argparse.Namespace) -> int:
+def add_data(commands) -> None:
+    """Adds `danceopd data` with its actions."""
+    parser = commands.add_parser("data", help="check a manifest, or write the picture world as one")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    check = add_command(actions, "check", run_check, "list every problem of a manifest and its pictures, by line")
+    check.add_argument(
+        "manifest", type=Path, help="JSONL or CSV: id, task, prompt, source_image (or a list), target_image"
+    )
+    _add_rows(check)
+
+    prepare = add_command(
+        actions, "prepare", run_prepare, "encode a manifest's prompts and pictures once, for training"
+    )
+    prepare.add_argument("manifest", type=Path)
+    prepare.add_argument("--model", type=Path, required=True, help="a diffusers pipeline's folder: its encoders")
+    prepare.add_argument("--cache", type=Path, required=True, help="folder of encodings; manifests may share it")
+    prepare.add_argument("--resolution", type=int, default=1024, help="pictures of its square in pixels (%(default)s)")
+    _add_rows(prepare)
+    prepare.add_argument("--batch-size", type=int, default=8)
+    prepare.add_argument("--workers", type=int, default=4, help="threads that read pictures (%(default)s)")
+    add_device(prepare)
+    prepare.add_argument("--strict", action="store_true", help="stop at problems instead of leaving rows out")
+
+    imported = add_command(
+        actions, "import", run_import, "write a Hugging Face data set on disk as pictures and a manifest"
+    )
+    imported.add_argument("folder", type=Path, help="written by save_to_disk")
+    imported.add_argument("out", type=Path)
+    imported.add_argument("--split", default="train", help="of several (%(default)s)")
+    imported.add_argument("--task", help="of every row, where the data set has no such column")
+
+    world = add_command(actions, "world", run_world, "write pictures of the world as PNGs with a manifest")
+    world.add_argument("folder", type=Path)
+    world.add_argument("--size", type=int, default=1000, help="samples per capability (%(default)s)")
+    world.add_argument("--seed", type=int, default=0)
+    world.add_argument("--capabilities", nargs="+", default=["t2i", "edit"])
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", type=Path, help="the folder of the pictures (the manifest's own without)")
+    parser.add_argument("--needs-source", nargs="*", default=(), metavar="TASK", help="tasks that must have sources")
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Prints every problem of a manifest; returns 1 where there is one."""
     from danceopd.data.manifest import check_manifest
 
     problems = check_manifest(args.manifest, args.root, tuple(args.needs_source))
@@ -15,11 +62,11 @@ def run_data_check(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def run_data_prepare(args: argparse.Namespace) -> None:
+def run_prepare(args: argparse.Namespace) -> None:
+    """Encodes a manifest's prompts and pictures."""
     import torch
 
     from danceopd.data.prepare import prepare
-    from danceopd.models.backbones import backbone_of
     from danceopd.support.devices import find_device
 
     if min(args.resolution, args.batch_size, args.workers) < 1:
@@ -28,7 +75,6 @@ def run_data_prepare(args: argparse.Namespace) -> None:
         args.manifest,
         args.model,
         args.cache,
-        backbone_of(args.model),
         resolution=args.resolution,
         root=args.root,
         needs_source=args.needs_source,
@@ -45,8 +91,16 @@ def run_data_prepare(args: argparse.Namespace) -> None:
     print(f"{done.rows} rows in {done.path}: {done.made} entries encoded, {done.found} found")
 
 
-def run_data_import(args: argparse.Namespace) -> None:
+def run_import(args: argparse.Namespace) -> None:
+    """Writes a data set as pictures and a manifest."""
     from danceopd.data.huggingface import import_dataset
 
     path, count = import_dataset(args.folder, args.out, args.split, args.task)
     print(f"{count} rows: {path}")
+
+
+def run_world(args: argparse.Namespace) -> None:
+    """Writes the picture world as pictures and a manifest."""
+    from danceopd.world.data import write_world
+
+    print(f"wrote {write_world(args.folder, args.capabilities, args.size, args.seed)}")

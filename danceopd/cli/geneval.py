@@ -1,10 +1,11 @@
-"""`danceopd evaluate geneval`: draw the benchmark's pictures, score them, or sum up results that are there."""
+"""`danceopd evaluate geneval`: draws the benchmark's pictures, scores them, or sums up results that are there."""
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from danceopd.evaluation.geneval.score import _progress, score_folder
+from danceopd.cli.arguments import add_command, add_device, add_pipeline
 from danceopd.support.errors import UserError
 
 DESCRIPTION = """GenEval (github.com/djghosh13/geneval): with --model its pictures are drawn into FOLDER, with
@@ -18,84 +19,108 @@ EPILOG = """examples:
 """
 
 
-def add_geneval_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def add_geneval(commands) -> None:
+    """Adds `danceopd evaluate geneval`."""
+    parser = add_command(
+        commands,
+        "evaluate geneval",
+        run_geneval,
+        "GenEval of a diffusers model, or of pictures that are there",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", type=Path, nargs="?", help="pictures in GenEval's layout: 00000/samples/0000.png")
     parser.add_argument(
         "--results", type=Path, help="where results go (FOLDER/results.jsonl), or of no FOLDER come from"
     )
     parser.add_argument("--metadata", type=Path, help="GenEval's evaluation_metadata.jsonl: what is drawn, or was")
-    parser.add_argument("--model", type=Path, help="the diffusers pipeline's folder that draws")
-    parser.add_argument("--transformer", type=Path, help="a folder of another transformer for it, as of export --merge")
-    parser.add_argument("--lora", type=Path, help="a LoRA for it, as of export")
+    add_pipeline(parser)
     parser.add_argument("--samples", type=int, default=4, help="pictures of a prompt (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    parser.add_argument("--num-inference-steps", type=int, help="(the pipeline's own)")
-    parser.add_argument("--guidance-scale", type=float, help="(the pipeline's own)")
-    parser.add_argument("--resolution", type=int, help="sides of the pictures in pixels (the pipeline's own)")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures at a time (%(default)s)")
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of the pipeline"
-    )
+    parser.add_argument("--resolution", type=int, help="sides of the pictures in pixels (the pipeline's own)")
     parser.add_argument(
         "--offload", action="store_true", help="for a pipeline that does not fit the card: a part at a time"
     )
     parser.add_argument("--detector", type=Path, help="a Mask2Former's folder, trained on COCO's instances: scores")
     parser.add_argument("--clip", type=Path, help="a CLIP's folder: names the colours of what was found")
     parser.add_argument("--max-overlap", type=float, default=1.0, help="of two boxes of a class (%(default)g: any)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_device(parser)
 
 
 def run_geneval(args: argparse.Namespace) -> None:
-    import torch
-
-    from danceopd.evaluation.geneval.draw import Drawing, draw_pictures
+    """Draws, scores or sums up, as the arguments say."""
     from danceopd.evaluation.geneval.layout import read_metadata, read_results
     from danceopd.evaluation.geneval.summary import format_summary, summary
-    from danceopd.support.devices import find_device
-    from danceopd.support.ranks import agreed, torchruns
+    from danceopd.support.devices import find_own_device
+    from danceopd.support.ranks import torchruns
 
     _check(args)
     if args.folder is None:
         print(format_summary(summary(read_results(args.results))))
         return
     metadata = read_metadata(args.metadata) if args.metadata else None
-    ranks, device = torchruns(), find_device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    elif args.offload:
+    ranks, device = torchruns(), find_own_device(args.device)
+    if device.type != "cuda" and args.offload:
         raise UserError("--offload is for a CUDA device; leave it out")
     if args.model:
-        how = Drawing(
-            model=args.model,
-            transformer=args.transformer,
-            lora=args.lora,
-            samples=args.samples,
-            seed=args.seed,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            resolution=args.resolution,
-            batch_size=args.batch_size,
-            device=device,
-            dtype=getattr(torch, args.dtype),
-            offload=args.offload,
-        )
-        drawn = agreed(ranks, draw_pictures, metadata, args.folder, how, ranks, _progress("drawing"))
-        drawn = sum(ranks.gather(drawn))
-        if ranks.rank == 0:
-            print(f"{drawn} pictures drawn, {len(metadata) * args.samples - drawn} were there: {args.folder}")
+        _draw(args, metadata, ranks, device)
     if args.detector:
+        from danceopd.evaluation.geneval.score import score_folder  # imports transformers, which takes its time
+
         results = args.results or args.folder / "results.jsonl"
-        records = score_folder(args, metadata, results, ranks, device)
+        records = score_folder(
+            args.folder,
+            results,
+            args.detector,
+            args.clip,
+            metadata=metadata,
+            samples=args.samples if args.model else None,
+            max_overlap=args.max_overlap,
+            device=device,
+            ranks=ranks,
+            progress=_progress("scoring"),
+        )
         if ranks.rank == 0:
             print(f"{format_summary(summary(records))}\nwrote {results}")
     elif ranks.rank == 0:
         print(f"next: danceopd evaluate geneval {args.folder} --detector MASK2FORMER --clip CLIP")
 
 
+def _draw(args: argparse.Namespace, metadata: list[dict], ranks, device) -> None:
+    import torch
+
+    from danceopd.evaluation.geneval.draw import Drawing, draw_pictures
+    from danceopd.support.ranks import agreed
+
+    how = Drawing(
+        model=args.model,
+        transformer=args.transformer,
+        lora=args.lora,
+        samples=args.samples,
+        seed=args.seed,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        resolution=args.resolution,
+        batch_size=args.batch_size,
+        device=device,
+        dtype=getattr(torch, args.dtype),
+        offload=args.offload,
+    )
+    drawn = agreed(ranks, draw_pictures, metadata, args.folder, how, ranks, _progress("drawing"))
+    drawn = sum(ranks.gather(drawn))
+    if ranks.rank == 0:
+        print(f"{drawn} pictures drawn, {len(metadata) * args.samples - drawn} were there: {args.folder}")
+
+
+def _progress(what: str) -> Callable:
+    from tqdm import tqdm
+
+    return lambda items: tqdm(items, desc=what, disable=os.environ.get("RANK", "0") != "0")
+
+
 def _check(args: argparse.Namespace) -> None:
-    """Raises UserError for what says too little or contradicts itself."""
+    """Raises UserError for arguments that say too little or contradict each other."""
     if args.folder is None:
         if args.model or args.detector or args.results is None:
             raise UserError("give the FOLDER of the pictures, or --results FILE alone to sum up results")

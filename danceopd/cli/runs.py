@@ -1,20 +1,79 @@
-"""Commands on the folder of a run."""
+"""Commands on runs: `danceopd report`, `export`, `merge-loras` and `reproduce`."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
+from danceopd.cli.arguments import add_command, add_overrides
 from danceopd.support.errors import UserError
 
 
+def add_report(commands) -> None:
+    """Adds `danceopd report`."""
+    parser = add_command(
+        commands, "report", run_report, "score a run, or measure a model's gaps; write results.json and report.html"
+    )
+    parser.add_argument("folder", type=Path, help="the output_dir of a training")
+
+
+def add_export(commands) -> None:
+    """Adds `danceopd export`."""
+    parser = add_command(
+        commands, "export", run_export, "write a run's student as diffusers, ComfyUI or kohya's tools load it"
+    )
+    parser.add_argument("folder", type=Path, help="the output_dir of a training on a diffusers model")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--merge", action="store_true", help="the whole transformer, with the adapter in its weights")
+    parser.add_argument(
+        "--layout", default="diffusers", choices=("diffusers", "comfyui", "kohya"), help="(%(default)s)"
+    )
+
+
+def add_merge_loras(commands) -> None:
+    """Adds `danceopd merge-loras`."""
+    parser = add_command(commands, "merge-loras", run_merge_loras, "distil several LoRAs into one, from prompts alone")
+    parser.add_argument("--base", type=Path, required=True, help="the diffusers pipeline's folder of all LoRAs")
+    parser.add_argument("--lora", type=Path, action="append", required=True, help="a LoRA; give it for each of them")
+    parser.add_argument("--prompts", type=Path, required=True, help="a prompt, or LORA<TAB>prompt, a line")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument("--trigger", action="append", default=[], metavar="LORA=WORDS", help="in front of its prompts")
+    parser.add_argument("--rank", type=int, help="of the result (the largest of the LoRAs')")
+    parser.add_argument("--steps", type=int, default=1000, help="updates (%(default)s)")
+    parser.add_argument("--resolution", type=int, default=1024, help="sides of the pictures (%(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="that all are drawn with (%(default)s)")
+    parser.add_argument("--work", type=Path, help="folder of the encoded prompts and the run (OUTPUT.work)")
+    parser.add_argument("--overwrite", action="store_true", help="start again where another run lies")
+    add_overrides(parser, "training.batch_size=8")
+
+
+def add_reproduce(commands) -> None:
+    """Adds `danceopd reproduce`."""
+    parser = add_command(
+        commands, "reproduce", run_reproduce, "make the paper's tables and ablations on the picture world"
+    )
+    parser.add_argument("setting", help="A, B, C, D, E, F, ablations, grid (learning rates) or all")
+    parser.add_argument("--budget", choices=("quick", "paper"), default="quick", help="(%(default)s)")
+    parser.add_argument("--seeds", type=int, help="trainings of each row (quick 1, paper 3)")
+    parser.add_argument("--workers", type=int, help="runs at a time (as many as there are cores)")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="the settings' files (%(default)s)")
+    parser.add_argument("--work", type=Path, help="folder of the runs (runs/reproduce/BUDGET)")
+    parser.add_argument("--results", type=Path, help="folder of the tables (results; quick: WORK/results)")
+    parser.add_argument("--again", action="store_true", help="make finished runs anew")
+
+
 def run_report(args: argparse.Namespace) -> None:
+    """Scores a run, or measures how far a model's student is from its sources, and writes the report."""
     from tqdm import tqdm
 
+    from danceopd.config.reading import read_run_config
     from danceopd.report.tables import format_table
-    from danceopd.world.evaluate import evaluate_run
 
-    results = evaluate_run(args.folder, lambda rows: tqdm(rows, desc="evaluating", unit="part"))
+    if read_run_config(args.folder).model:
+        from danceopd.tools.model_report import evaluate_model_run as evaluate  # imports diffusers: takes its time
+    else:
+        from danceopd.world.evaluate import evaluate_run as evaluate
+    results = evaluate(args.folder, lambda rows: tqdm(rows, desc="evaluating", unit="part"))
     for warning in results["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(format_table(results))
@@ -22,12 +81,14 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
+    """Writes a run's student for other tools."""
     from danceopd.tools.export import export
 
     print(f"wrote {export(args.folder, args.output, args.merge, args.layout)}")
 
 
 def run_merge_loras(args: argparse.Namespace) -> None:
+    """Distils several LoRAs into one and prints how near it is to each."""
     from danceopd.tools.merge_loras import merge_loras
 
     merged = merge_loras(
@@ -51,6 +112,7 @@ def run_merge_loras(args: argparse.Namespace) -> None:
 
 
 def run_reproduce(args: argparse.Namespace) -> None:
+    """Makes the runs of the tables that are not made yet, and writes the tables."""
     import shutil
 
     from danceopd.reproduce.matrix import BUDGETS

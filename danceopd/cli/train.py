@@ -1,13 +1,19 @@
-"""danceopd train and plan."""
+"""`danceopd train` and `danceopd plan`."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
+from danceopd.cli.arguments import add_command, add_config, add_overrides
+from danceopd.config.reading import load_config
+from danceopd.config.sections import Config
 from danceopd.support.errors import UserError
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="a YAML file, for example configs/demo.yaml")
+def add_train(commands) -> None:
+    """Adds `danceopd train`."""
+    parser = add_command(commands, "train", run_train, "train a student as a configuration says")
+    add_config(parser)
     parser.add_argument("--overwrite", action="store_true", help="start again where a finished or other run lies")
     parser.add_argument(
         "--dry-run", action="store_true", help="load no weight: check files, count parameters, memory and evaluations"
@@ -19,26 +25,58 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--patience", type=float, default=900, metavar="SECONDS", help="until a process counts as hung (%(default)g)"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example training.max_steps=4")
+    add_overrides(parser, "training.max_steps=4")
+
+
+def add_plan(commands) -> None:
+    """Adds `danceopd plan`."""
+    parser = add_command(
+        commands, "plan", run_plan, "estimate whether a run fits on so many cards, and how long it takes"
+    )
+    add_config(parser)
+    parser.add_argument("--gpus", type=int, required=True, help="cards, 8 in a machine")
+    parser.add_argument(
+        "--gpu", choices=("h100", "h100-pcie", "a100", "a100-40"), default="h100", help="the card (%(default)s)"
+    )
+    parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="DeepSpeed's settings: sizes of its buckets")
+    add_overrides(parser, "training.batch_size=64")
+
+
+def builder_of(config: Config) -> Callable:
+    """Returns what puts a run's parts together: the model's builder, or the embedded network's."""
+    if config.model:
+        from danceopd.training.assembly.build import build_model  # imports diffusers, which takes its time
+
+        return build_model
+    from danceopd.world.build import build
+
+    return build
+
+
+def examiner_of(config: Config) -> Callable:
+    """Returns what a dry run looks at networks and data with: the model's examiner, or the embedded network's."""
+    if config.model:
+        from danceopd.planning.models import examine  # imports diffusers, which takes its time
+    else:
+        from danceopd.world.dry_run import examine
+    return examine
 
 
 def run_train(args: argparse.Namespace) -> int | None:
-    from danceopd.config.reading import load_config
-
+    """Trains, or with --dry-run says what a training takes; returns 2 where it cannot start."""
+    config = load_config(args.config, args.overrides)
     if args.dry_run:
         from danceopd.planning.dry_run import dry_run
 
-        plan = dry_run(load_config(args.config, args.overrides))
-        print(plan.text())
-        return 2 if plan.problems else 0
-    from danceopd.training.assembly.build import build
+        findings = dry_run(config, examiner_of(config))
+        print(findings.text())
+        return 2 if findings.problems else 0
     from danceopd.training.loop import train
     from danceopd.training.zero.launch import Watch, begin, guard
 
-    config = load_config(args.config, args.overrides)
     ranks, settings = begin(args.deepspeed, config.training.device, args.patience)
-    watch = Watch(ranks, args.patience)
-    folder = guard(ranks, config.training.output_dir, train, config, build, args.overwrite, ranks, settings, watch.at)
+    watch, folder, build = Watch(ranks, args.patience), config.training.output_dir, builder_of(config)
+    guard(ranks, folder, train, config, build, args.overwrite, ranks, settings, watch.at)
     if ranks.rank:
         return
     print(f"student: {folder / ('student' if config.model else 'student.safetensors')}")
@@ -48,13 +86,14 @@ def run_train(args: argparse.Namespace) -> int | None:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    from danceopd.config.reading import load_config
+    """Prints the plan; returns 2 where the run cannot start."""
     from danceopd.planning.cluster import plan
     from danceopd.training.zero.settings import read_deepspeed
 
     if args.gpus < 1:
         raise UserError("--gpus must be at least 1")
     settings = read_deepspeed(args.deepspeed) if args.deepspeed else None
-    planned = plan(load_config(args.config, args.overrides), args.gpus, args.gpu, settings)
+    config = load_config(args.config, args.overrides)
+    planned = plan(config, examiner_of(config), args.gpus, args.gpu, settings)
     print(planned.text())
-    return 2 if planned.plan.problems else 0
+    return 2 if planned.findings.problems else 0

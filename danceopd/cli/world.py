@@ -1,42 +1,64 @@
-"""Commands on the embedded network."""
+"""Commands on the embedded networks: `danceopd evaluate`, `sample` and `sources`."""
 
 import argparse
 import json
 from pathlib import Path
 
+from danceopd.cli.arguments import add_command, add_sampling
 from danceopd.support.errors import UserError
 
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-inference-steps", type=int, default=16, help="solver steps (%(default)s)")
-    parser.add_argument("--shift", type=float, default=5.0, help="shift of the noise levels (%(default)s)")
-    parser.add_argument("--solver", choices=("euler", "heun", "ab2"), default="euler")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is without guidance (%(default)s)")
+CHECKPOINT = "a .safetensors file, or the name of an embedded network"
 
 
-def _field_and_sampler(args: argparse.Namespace):
-    from danceopd.core.schedule import sigma_grid
-    from danceopd.world.files import load_model, resolve_weights
-    from danceopd.world.scoring import Sampler, as_field
+def add_evaluate(commands) -> None:
+    """Adds `danceopd evaluate`."""
+    parser = add_command(commands, "evaluate", run_evaluate, "score any checkpoint on the picture world")
+    parser.add_argument("checkpoint", help=CHECKPOINT)
+    parser.add_argument("--json", type=Path, help="write the row there")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of prompts, placements and noise (%(default)s)")
+    parser.add_argument("--name", help="the row's name (the file's name without)")
+    parser.add_argument("--per-task", type=int, default=100, help="pictures per GenEval task (%(default)s)")
+    parser.add_argument("--per-kind", type=int, default=100, help="pictures per edit kind (%(default)s)")
+    parser.add_argument("--pictures", type=Path, help="keep GenEval's pictures in this new folder, for compare")
+    add_sampling(parser)
 
-    network = load_model(resolve_weights(args.checkpoint))
-    try:
-        sigmas = sigma_grid(args.num_inference_steps, args.shift)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    size = network.config
-    sampler = Sampler(sigmas, args.solver, text_length=size.text_length, image_size=size.image_size)
-    return as_field(network, args.guidance_scale), sampler
+
+def add_sample(commands) -> None:
+    """Adds `danceopd sample`."""
+    parser = add_command(commands, "sample", run_sample, "draw or edit pictures with a checkpoint")
+    parser.add_argument("checkpoint", help=CHECKPOINT)
+    parser.add_argument("prompts", nargs="+", help='for example "a photo of two cats", or "add a red cup"')
+    parser.add_argument("--source", type=Path, help="the picture to edit, of any size")
+    parser.add_argument("-o", "--output", type=Path, default=Path("sample.png"), help="PNG to write (%(default)s)")
+    parser.add_argument("--count", type=int, default=4, help="pictures per prompt (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (%(default)s)")
+    add_sampling(parser)
+
+
+def add_sources(commands) -> None:
+    """Adds `danceopd sources`."""
+    parser = add_command(commands, "sources", run_sources, "list the embedded networks, or train them again")
+    parser.add_argument("action", nargs="?", choices=("list", "train", "card"), default="list")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these networks only")
+    parser.add_argument("--folder", type=Path, default=Path("runs/sources"), help="where to train (%(default)s)")
+
+
+def _load(args: argparse.Namespace):
+    """Loads the checkpoint as a field, and makes the sampler that the arguments describe."""
+    from danceopd.world.scoring import load_field
+
+    return load_field(args.checkpoint, args.num_inference_steps, args.shift, args.solver, args.guidance_scale)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
+    """Scores a checkpoint and prints its row."""
     from danceopd.report.tables import format_table
     from danceopd.support.files import write_atomic
     from danceopd.world.scoring import score_row
 
     if args.per_task < 1 or args.per_kind < 1:
         raise UserError("--per-task and --per-kind must be at least 1")
-    field, sampler = _field_and_sampler(args)
+    field, sampler = _load(args)
     name = args.name or Path(args.checkpoint).stem
     row = score_row(name, field, sampler, args.seed, args.per_task, args.per_kind, pictures=args.pictures)
     print(format_table({"rows": [row]}))
@@ -46,42 +68,36 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def run_sample(args: argparse.Namespace) -> None:
-    import torch
-
+    """Draws or edits pictures and writes them as one PNG."""
     from danceopd.support.pictures import save_grid
     from danceopd.world.own_data import load_picture
 
-    field, sampler = _field_and_sampler(args)
-    source = None
+    field, sampler = _load(args)
+    picture = None
     if args.source:
-        source = load_picture(args.source, sampler.image_size).expand(args.count, -1, -1, -1)
-    rows = [] if source is None else [source]
+        picture = load_picture(args.source, sampler.image_size).expand(args.count, -1, -1, -1)
+    rows = [] if picture is None else [picture]
     for prompt in args.prompts:
-        rows.append(sampler(field, [prompt] * args.count, source, args.seed))
-    save_grid(args.output, [torch.as_tensor(row) for row in rows], scale=6)
+        rows.append(sampler(field, [prompt] * args.count, picture, args.seed))
+    save_grid(args.output, rows, scale=6)
     print(f"wrote {args.output}")
 
 
 def run_sources(args: argparse.Namespace) -> None:
+    """Lists the embedded networks, trains them again, or writes their model card."""
+    from danceopd.support.hints import did_you_mean
     from danceopd.world import sources
     from danceopd.world.files import SHIPPED, shipped_sources
 
-    unknown = set(args.only or ()) - set(sources.STAGES)
-    if unknown:
-        raise UserError(f"no source {sorted(unknown)}; there are {', '.join(sources.STAGES)}")
-    names = args.only or list(sources.STAGES)
+    for name in args.only or ():
+        if name not in sources.STAGES:
+            raise UserError(f"no source {name!r}{did_you_mean(name, sources.STAGES)}")
     if args.action == "list":
         print("\n".join(f"{name:8s} {SHIPPED / name}.safetensors" for name in shipped_sources()))
         print(f"scores and how they were trained: {SHIPPED / 'README.md'}")
     elif args.action == "train":
         args.folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
+        for name in args.only or sources.STAGES:
             print(f"wrote {sources.train_source(name, args.folder)}")
     else:
         print(f"wrote {sources.write_card(args.folder)}")
-
-
-def run_data_world(args: argparse.Namespace) -> None:
-    from danceopd.world.data import write_world
-
-    print(f"wrote {write_world(args.folder, args.capabilities, args.size, args.seed)}")

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from danceopd.config.methods import options
 from danceopd.config.sections import Config, Section
 from danceopd.core.methods import OWN_ROLLOUT
-from danceopd.support.hints import nearest
+from danceopd.support.hints import did_you_mean
 
 
 def _section_at(location: tuple) -> dict:
@@ -27,12 +27,12 @@ def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") 
     key = prefix + ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         valid = _section_at(error["loc"]) if valid is None else valid
-        return f"{key}: unknown key{nearest(error['loc'][-1], valid) if valid else '; this method has none'}"
+        return f"{key}: unknown key{did_you_mean(error['loc'][-1], valid) if valid else '; this method has none'}"
     if error["type"] == "missing":
         return f"{key}: required, but not given"
     if error["type"] == "literal_error":
         valid = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        return f"{key}: {error['input']!r} is not valid{nearest(error['input'], valid)}"
+        return f"{key}: {error['input']!r} is not valid{did_you_mean(error['input'], valid)}"
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
 
 
@@ -60,7 +60,8 @@ def _check_start(config: Config) -> list[str]:
     """What a model's student cannot begin as."""
     start, key = config.student.init_from, "student.init_from"
     if start not in ("base", "merge", *config.sources):
-        return [f"{key}: no source {start!r}, nor base or merge{nearest(start, ['base', 'merge', *config.sources])}"]
+        near = did_you_mean(start, ["base", "merge", *config.sources])
+        return [f"{key}: no source {start!r}, nor base or merge{near}"]
     if start == "merge" and "merge" in config.sources:
         return [f"{key}: merge is the mean of all sources, but one of them has this name too; give it another"]
     if config.student.lora and start != "base":
@@ -107,7 +108,7 @@ def _cross_check(config: Config) -> list[str]:
         problems += [_explain(e, options(config.method).model_fields, "options.") for e in error.errors()]
     for name, capability in config.capabilities.items():
         if capability.source not in config.sources:
-            near = nearest(capability.source, config.sources)
+            near = did_you_mean(capability.source, config.sources)
             problems.append(f"capabilities.{name}.source: no source {capability.source!r}{near}")
         data = capability.data
         given = [key for key in ("world", "manifest", "prepared") if getattr(data, key) is not None]

@@ -1,6 +1,5 @@
 """Reads a configuration from YAML, with overrides."""
 
-import difflib
 from pathlib import Path
 
 import yaml
@@ -9,6 +8,7 @@ from pydantic import ValidationError
 from danceopd.config.checks import _cross_check, _explain
 from danceopd.config.sections import Config
 from danceopd.support.errors import UserError
+from danceopd.support.hints import did_you_mean
 
 
 def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
@@ -20,11 +20,21 @@ def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.y*ml")], n=1)
-        raise UserError(f"no configuration at {path}" + (f"; did you mean {near[0]}?" if near else "")) from None
+        raise UserError(f"no configuration at {path}{did_you_mean(path, path.parent.glob('*.y*ml'), '')}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     return parse_config(raw, overrides, str(path))
+
+
+def read_run_config(folder: Path) -> Config:
+    """Reads the configuration that a training wrote into its folder.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} holds no run (no config.yaml); give the output_dir of a training")
+    return load_config(folder / "config.yaml")
 
 
 def parse_config(raw: dict, overrides: list[str] = (), name: str = "configuration") -> Config:

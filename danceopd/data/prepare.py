@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from danceopd.data.cache import Cache, key_of
 from danceopd.data.manifest import Problem, Row, read_manifest
+from danceopd.models.backbones import backbone_of
 from danceopd.models.fingerprint import fingerprint
 from danceopd.models.loading import class_name_of, multiple_of
 from danceopd.support.errors import UserError
@@ -119,7 +120,6 @@ def prepare(
     manifest: Path,
     model: Path,
     folder: Path,
-    backbone,
     *,
     resolution: int = 1024,
     root: Path | None = None,
@@ -132,15 +132,33 @@ def prepare(
     dtype: torch.dtype = torch.float32,
     strict: bool = False,
 ) -> Prepared:
-    """Encode what a manifest names and is not in the cache yet, and write the rows that training reads.
+    """Encodes what a manifest names and is not in the cache yet, and writes the rows that training reads.
 
-    model: a pipeline's folder; backbone: the module of its family (models.backbones). Prompts are encoded first, and
-    their encoders let go before the pictures'. Equal prompts and pictures are encoded once, whatever rows or manifests
-    name them; negative_prompts are encoded too, for guidance, and where the text encoder sees the source pictures, with
-    those of each row. A row's picture is of the target's shape, else of the first source's, else a square. A row with
-    more source pictures than the model takes is a problem. strict: stop at problems instead of leaving rows out.
-    Raises UserError for a manifest, model or cache of no use, and with strict for any problem.
+    Prompts are encoded first, and their encoders let go before the pictures'. Equal prompts and pictures are encoded
+    once, whatever rows or manifests name them. A row's picture is of the target's shape, else of the first source's,
+    else a square. A row with more source pictures than the model takes is a problem.
+
+    Args:
+        manifest: JSONL or CSV, as data.manifest reads it.
+        model: the folder of a diffusers pipeline: its encoders.
+        folder: the cache; manifests may share it.
+        resolution: a picture has about resolution^2 pixels.
+        root: the folder that picture paths start from; the manifest's own if not given.
+        needs_source: capabilities whose rows must have a source picture.
+        negative_prompts: encoded too, for guidance; where the text encoder sees the source pictures, with each row's.
+        batch_size: prompts or pictures that are encoded at a time.
+        entries_per_shard: after so many a shard of the cache is written, which a killed process leaves behind.
+        workers: threads that read pictures.
+        device, dtype: of the encoders.
+        strict: whether to stop at problems instead of leaving rows out.
+
+    Returns:
+        Where the rows are, and what came of them.
+
+    Raises:
+        UserError: the manifest, model or cache is of no use; with strict, any problem.
     """
+    backbone = backbone_of(model)
     rows, problems = read_manifest(manifest, root, needs_source=needs_source)
     sizes = buckets(resolution, multiple_of(backbone, model))
     rows, too_many = _check_counts(rows, backbone, model)
@@ -161,6 +179,7 @@ def prepare(
         backbone.PROMPTS_SEE_PICTURES and "edit" in backbone.tasks(model),
     )
     cache = Cache(folder)
+    run = partial(_encode, cache=cache, batch_size=batch_size, entries_per_shard=entries_per_shard)
     prompts = {names.prompt(row.prompt, row.source_images): (row.prompt, row.source_images) for row in rows}
     shown = {row.source_images for row in rows} if names.prompts_see_pictures else set()
     for sources in sorted({(), *shown}):
@@ -168,34 +187,43 @@ def prepare(
     pictures = {names.picture(path): path for path in sorted(seen)}
     new_prompts = {key: value for key, value in prompts.items() if not cache.sound(key)}
     new_pictures = {key: path for key, path in pictures.items() if not cache.sound(key)}
-    run = partial(_encode, cache=cache, batch_size=batch_size, entries_per_shard=entries_per_shard)
     if new_prompts:
-        encoder = backbone.text_encoder(model, device, dtype)
-
-        def encode_prompts(keys):
-            chosen = [new_prompts[key] for key in keys]
-            shown = [[fit(decode_picture(path), seen[path].size) for path in sources] for _, sources in chosen]
-            encoded = encoder([prompt for prompt, _ in chosen], shown if names.prompts_see_pictures else None)
-            return [{name: value[i].cpu() for name, value in encoded.items()} for i in range(len(keys))]
-
-        run(list(new_prompts), encode_prompts, name="prompts")
-        del encoder, encode_prompts
+        run(list(new_prompts), _prompt_encoder(backbone, model, device, dtype, new_prompts, names), name="prompts")
     if new_pictures:
-        codec, _ = backbone.picture_codec(model, device, dtype)
-
-        def encode_pictures(keys):
-            paths = [new_pictures[key] for key in keys]
-            with ThreadPoolExecutor(workers) as pool:
-                stack = list(pool.map(lambda path: fit(decode_picture(path), seen[path].size), paths))
-            return [{"latents": value.cpu()} for value in codec(torch.stack(stack))]
-
+        encode = _picture_encoder(backbone, model, device, dtype, new_pictures, seen, workers)
         for size in sorted({seen[path].size for path in new_pictures.values()}):  # one batch is of one size
             group = [key for key, path in new_pictures.items() if seen[path].size == size]
-            run(group, encode_pictures, name=f"pictures {size[0]} x {size[1]}")
+            run(group, encode, name=f"pictures {size[0]} x {size[1]}")
     made = len(new_prompts) + len(new_pictures)
     head = {"model": str(model), "encoders": encoders}
     path = _write_rows(folder / f"{manifest.stem}.jsonl", rows, names, head, negative_prompts, resolution)
     return Prepared(path, len(rows), made, len(prompts) + len(pictures) - made, problems, cache.damaged)
+
+
+def _prompt_encoder(backbone, model: Path, device, dtype, prompts: dict, names: Names) -> Callable:
+    """Loads the text encoder; returns what encodes keys of `prompts`, {key: (prompt, source pictures)}."""
+    encoder = backbone.text_encoder(model, device, dtype)
+
+    def encode(keys):
+        chosen = [prompts[key] for key in keys]
+        shown = [[fit(decode_picture(path), names.seen[path].size) for path in sources] for _, sources in chosen]
+        encoded = encoder([prompt for prompt, _ in chosen], shown if names.prompts_see_pictures else None)
+        return [{name: value[i].cpu() for name, value in encoded.items()} for i in range(len(keys))]
+
+    return encode
+
+
+def _picture_encoder(backbone, model: Path, device, dtype, pictures: dict, seen: dict, workers: int) -> Callable:
+    """Loads the VAE; returns what encodes keys of `pictures`, {key: path}, all of one size."""
+    codec, _ = backbone.picture_codec(model, device, dtype)
+
+    def encode(keys):
+        paths = [pictures[key] for key in keys]
+        with ThreadPoolExecutor(workers) as pool:
+            stack = list(pool.map(lambda path: fit(decode_picture(path), seen[path].size), paths))
+        return [{"latents": value.cpu()} for value in codec(torch.stack(stack))]
+
+    return encode
 
 
 def _write_rows(

@@ -11,7 +11,7 @@ import torch
 from danceopd.core.conditioning import Conditioning, concatenate
 from danceopd.data.cache import Cache
 from danceopd.support.errors import UserError
-from danceopd.support.hints import hint
+from danceopd.support.hints import did_you_mean
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -41,8 +41,8 @@ class PreparedData:
                 f"{self.path} is damaged or of an older version ({error}); run `danceopd data prepare` again"
             ) from None
         if not self.rows:
-            known = hint(capability, {row["capability"] for row in rows})
-            raise UserError(f"{self.path} has no rows of {capability!r}; {known}")
+            known = did_you_mean(capability, {row["capability"] for row in rows})
+            raise UserError(f"{self.path} has no rows of {capability!r}{known}")
         self.kinds = Counter({kind: len(rows) for kind, rows in self._by_kind.items()})
         without = sum(count for (_, sources), count in self.kinds.items() if not sources)
         if 0 < without < len(self.rows):

@@ -1,7 +1,5 @@
 """Runs on the same prompts and seeds, compared picture by picture: paired differences, and a page to look at."""
 
-import base64
-import io
 import json
 import math
 from collections import Counter
@@ -12,12 +10,12 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from danceopd.evaluation.geneval.layout import read_results
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.pages import data_uri, render
 
 RESAMPLES, LEVEL = 10_000, 0.95
 
@@ -282,13 +280,6 @@ def distinct(runs: list[Run]) -> list[Run]:
 
 def write_page(path: Path, runs: list[Run], comparisons: list[Comparison]) -> None:
     """One HTML file with everything in it: the table, and of each later run the worst and the best prompts."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     pairs, source_of = [], _sources(runs[0])
     for run, comparison in zip(runs[1:], comparisons, strict=True):
         lost = [item for item in comparison.prompts if item[0] < 0][:PROMPTS]
@@ -298,7 +289,8 @@ def write_page(path: Path, runs: list[Run], comparisons: list[Comparison]) -> No
             for title, items in (("Worst", lost), ("Best", won))
         ]
         pairs.append({"first": runs[0].name, "other": run.name, "sections": sections, "pairs": comparison.pairs})
-    html = environment.get_template("compare.html.j2").render(
+    html = render(
+        Path(__file__).with_name("compare.html.j2"),
         runs=[run.name for run in runs],
         warnings=warnings_of(runs, comparisons),
         table=table(runs, comparisons),
@@ -337,7 +329,7 @@ def _shown(first: Run, other: Run, source_of: Callable, difference: float, keys:
     ]
     if first.dataset:
         source = source_of(keys[0], scored)
-        uri = source and data_uri(source)
+        uri = source and small_uri(source)
         rows.insert(0, {"name": "source", "pictures": [{"uri": uri, "verdict": "", "reason": "", "number": 0}]})
     return {"prompt": scored.prompt, "tag": scored.tag, "difference": f"{difference:+.2f}", "rows": rows}
 
@@ -351,15 +343,12 @@ def file_uri(path: Path) -> str | None:
     """A picture's file for the page; None where it is not there or cannot be read."""
     try:
         with Image.open(path) as opened:
-            return data_uri(opened.convert("RGB"))
+            return small_uri(opened.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
-def data_uri(image: Image.Image) -> str:
-    """A picture for the page, no larger than SIDE."""
+def small_uri(image: Image.Image) -> str:
+    """Returns a picture for the page, no larger than SIDE."""
     image.thumbnail((SIDE, SIDE))
-    kind, options = ("png", {}) if max(image.size) <= SMALL else ("jpeg", {"quality": 88})
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(image) if max(image.size) <= SMALL else data_uri(image, "jpeg", quality=88)

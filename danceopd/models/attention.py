@@ -1,14 +1,14 @@
-"""Which kernel attends: the names of diffusers' own dispatcher, checked before anything is computed."""
+"""Chooses the kernel of attention, by the names of diffusers' dispatcher, before anything is computed."""
 
-import difflib
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from diffusers.models import attention_dispatch as dispatch
 
-from danceopd.config.sections import Config
 from danceopd.models.backbones import empty_transformer
 from danceopd.support.errors import UserError
+from danceopd.support.hints import did_you_mean
 
 HOPPER = 9  # compute capability from which flash-attn 3 runs
 
@@ -21,28 +21,31 @@ INSTALLS = {
 }
 
 
-def attention_backend(config: Config, backbone: ModuleType, device: torch.device) -> str:
-    """diffusers' name of the backend that a model's run attends with, by training.attention_backend.
+def attention_backend(name: str, model: Path, half: bool, backbone: ModuleType, device: torch.device) -> str:
+    """Finds diffusers' name of the kernel that a model's transformers attend with.
 
-    auto is flash-attn where it is installed, on CUDA, for an adapter on bf16 weights of a family whose prompts have no
-    mask, else torch's own. Raises UserError for a name that is none, a backend that is not installed, of CUDA alone,
-    for half precision alone or that takes no masks where the family's prompts have one, and for a transformer that asks
-    no dispatcher.
+    Args:
+        name: the kernel that is wanted, by diffusers' name, or "auto": flash-attn where it is installed, on CUDA, in
+            half precision and for a family whose prompts have no mask, else torch's own.
+        model: the pipeline's folder.
+        half: whether attention's inputs are in half precision.
+        backbone: the module of the model's family.
+        device: where the run computes.
+
+    Raises:
+        UserError: diffusers has no kernel of this name, it is not installed, it runs on CUDA or in half precision
+            alone, it takes no masks where the family's prompts have one, or the transformer asks no dispatcher.
     """
-    name, masked = config.training.attention_backend, backbone.PROMPTS_HAVE_MASKS
-    # A student of all weights is in float32: autocast casts for torch's attention, and for no other.
-    half = config.training.precision == "bf16" and config.student.lora is not None
+    masked = backbone.PROMPTS_HAVE_MASKS
     if name == "native" or (name == "auto" and (masked or device.type != "cuda" or not half)):
         return "native"
-    transformer = empty_transformer(config.model)
+    transformer = empty_transformer(model)
     asks = any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in transformer.modules())
     if name == "auto":
         return _best(device) if asks else "native"
     known = [backend.value for backend in dispatch._AttentionBackendRegistry.list_backends()]
     if name not in known:
-        near = difflib.get_close_matches(name, ["auto", *known], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are auto, {', '.join(known)}"
-        raise UserError(f"diffusers has no attention backend {name!r}; {hint}")
+        raise UserError(f"diffusers has no attention backend {name!r}{did_you_mean(name, ['auto', *known])}")
     if not asks:
         raise UserError(f"{type(transformer).__name__} attends by torch's own kernels alone; give auto or native")
     of_cuda = any(part in name for part in ("flash", "sage", "aiter"))

@@ -7,6 +7,7 @@ Of torchao's two formats this is the nearer one: on tiny SD3 and FLUX transforme
 import torch
 from torch import nn
 
+from danceopd.models.blocks import block_layers
 from danceopd.support.errors import UserError
 
 
@@ -28,11 +29,11 @@ def to_eight_bit(transformer: nn.Module, device: torch.device | None = None) -> 
     """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    blocks = tuple(f"{name}." for name, child in transformer.named_children() if isinstance(child, nn.ModuleList))
+    inside = {name for name, _, _ in block_layers(transformer)}
     quantize_(
         transformer,
         Int8WeightOnlyConfig(set_inductor_config=False),
-        filter_fn=lambda module, name: isinstance(module, nn.Linear) and name.startswith(blocks),
+        filter_fn=lambda module, name: name in inside,
         device=device,
     )
     return transformer

@@ -5,12 +5,11 @@ is: their weights are a third of some transformers, while their products are nex
 and all that lies outside the blocks stay in their own dtype. docs/fp8.md has the errors that this makes.
 """
 
-from collections.abc import Iterator
-
 import torch
 from danceopd_kernels import fp8_linear, fp8_quantize_rowwise
 from torch import nn
 
+from danceopd.models.blocks import block_layers
 from danceopd.support.errors import UserError
 
 PART = 2**18  # entries of a weight that are rounded at a time, some of them in float32
@@ -67,19 +66,11 @@ def check_fp8(device: torch.device | None) -> bool:
     return True
 
 
-def fp8_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear, bool]]:
-    """(name, layer, whether it modulates) of the linear layers in a transformer's blocks."""
-    blocks = tuple(f"{name}." for name, child in transformer.named_children() if isinstance(child, nn.ModuleList))
-    for name, module in list(transformer.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith(blocks):
-            yield name, module, any(part in name for part in ("norm", "mod"))
-
-
 def to_fp8(transformer: nn.Module, device: torch.device | None = None) -> nn.Module:
     """Store the linear layers of a transformer's blocks in FP8, in place and one by one; returns the transformer.
 
     device: where each is converted and left, its own if not given. Takes a transformer on the meta device too.
     """
-    for name, linear, modulates in fp8_layers(transformer):
+    for name, linear, modulates in block_layers(transformer):
         transformer.set_submodule(name, Fp8Linear(linear.to(device), modulates))
     return transformer

@@ -1,14 +1,18 @@
 """Loads a transformer in FP8, layer by layer."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from danceopd.models.backbones import transformer_class
 from danceopd.models.fp8 import Fp8Linear, to_fp8
+from danceopd.models.loading import read_json, transformer_folder, weight_files
+from danceopd.models.lora_algebra import Lora, added
 from danceopd.support.errors import UserError
 
 
@@ -18,40 +22,30 @@ def load_fp8(
     backbone: ModuleType,
     dtype: torch.dtype,
     device: torch.device | None = None,
-    lora: Mapping | None = None,
+    lora: Lora | None = None,
 ) -> nn.Module:
-    """The transformer of a pipeline's folder or of its own in FP8, frozen and in eval mode; the rest of it in dtype.
+    """Loads a transformer as to_fp8 would make it, with one file of its weights beside it in memory at most.
 
-    It is converted as it is read, tensor by tensor, so that memory holds one file beside it at most. device: where to;
-    the CPU if not given. lora: an adapter to merge into its weights before. The result is that of to_fp8. Raises
-    UserError for a folder that is missing or damaged, of another family, or that lacks weights.
+    Args:
+        folder: a pipeline's, or a transformer's own.
+        backbone: the module of the model's family.
+        dtype: of what is not in FP8.
+        device: where it is put; the CPU if not given.
+        lora: an adapter that is merged into the weights before they are rounded.
+
+    Returns:
+        The transformer, frozen and in eval mode.
+
+    Raises:
+        UserError: the folder is missing or damaged, of another family, or lacks weights.
     """
-    from accelerate import init_empty_weights
-    from accelerate.utils import set_module_tensor_to_device
-
-    from danceopd.models.backbones import transformer_class
-    from danceopd.models.loading import read_json, transformer_folder, weight_files
-    from danceopd.models.lora_algebra import added
-
     path, lora = transformer_folder(folder), lora or {}
     cls, device = transformer_class(path, backbone), device or torch.device("cpu")
     try:
-        with init_empty_weights():
-            network = cls.from_config(read_json(path / "config.json"))
-        for parameter in network.parameters():
-            parameter.data = parameter.data.to(dtype)
-        to_fp8(network)
+        network = _unfilled(cls, path, dtype, device)
         layers = {f"{name}.weight": module for name, module in network.named_modules() if isinstance(module, Fp8Linear)}
-        missing = set()
-        for key, value in network.state_dict().items():
-            kept = not value.is_floating_point() or key in layers or key.endswith(".weight_scale")
-            kind = value.dtype if kept else dtype
-            # All places first: between what is read and let go again they would scatter over the memory.
-            place = torch.empty(value.shape, dtype=kind, device=device)
-            set_module_tensor_to_device(network, key, device, value=place, dtype=kind)
-            if not key.endswith(".weight_scale"):
-                missing.add(key)
         places = network.state_dict()
+        missing = {key for key in places if not key.endswith(".weight_scale")}
         for file in weight_files(path):
             with safe_open(file, framework="pt") as opened:
                 for key in missing & set(opened.keys()):
@@ -74,3 +68,22 @@ def load_fp8(
     if missing:
         raise UserError(f"{path}: the weights lack {len(missing)} tensors, such as {min(missing)}; copy them again")
     return network.requires_grad_(False).eval()
+
+
+def _unfilled(cls: type, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Makes a transformer in FP8 whose tensors have their places on the device, but no values yet.
+
+    All places come first: between what is read and let go again they would scatter over the memory.
+    """
+    with init_empty_weights():
+        network = cls.from_config(read_json(folder / "config.json"))
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    to_fp8(network)
+    codes = {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, Fp8Linear)}
+    for key, value in network.state_dict().items():
+        kept = not value.is_floating_point() or key in codes or key.endswith(".weight_scale")
+        kind = value.dtype if kept else dtype
+        place = torch.empty(value.shape, dtype=kind, device=device)
+        set_module_tensor_to_device(network, key, device, value=place, dtype=kind)
+    return network

@@ -1,7 +1,6 @@
 """Sums, means and cuts of LoRAs."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 
 import torch
 from torch import nn
@@ -25,11 +24,6 @@ def combine(loras: Sequence[Lora]) -> Lora:
 def average(loras: Sequence[Lora]) -> Lora:
     """The plain mean of what the LoRAs add, exactly: of the sum of their ranks."""
     return combine([{name: (a, b, scale / len(loras)) for name, (a, b, scale) in lora.items()} for lora in loras])
-
-
-def merged(transformer: nn.Module, lora: Lora) -> nn.Module:
-    """A copy of the transformer whose weights are W + scale B A."""
-    return merge_into(deepcopy(transformer), lora)
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.fields import Field
-from danceopd.models.fp8 import Fp8Linear, fp8_layers
+from danceopd.models.blocks import block_layers
+from danceopd.models.fp8 import Fp8Linear
 from danceopd.models.lora_algebra import Lora
 from danceopd.models.lora_layers import _constant, _Route, _RoutedLinear
 from danceopd.models.packing import by_sources
@@ -62,7 +63,7 @@ class SharedBase:
         """A copy with the blocks' linear layers in FP8, for students alone: all its other tensors are this one's."""
         tensors = (*self.transformer.parameters(), *self.transformer.buffers())
         copied = deepcopy(self, {id(t): t for t in tensors})
-        for name, linear, modulates in fp8_layers(copied.transformer):
+        for name, linear, modulates in block_layers(copied.transformer):
             narrow = Fp8Linear(linear, modulates)
             if isinstance(linear, _RoutedLinear):
                 narrow = _RoutedLinear(name, narrow, [], copied._route)

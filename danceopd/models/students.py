@@ -9,6 +9,7 @@ from danceopd_kernels.lora import frozen_linear
 from torch import nn
 
 from danceopd.core.conditioning import Conditioning
+from danceopd.models.blocks import block_layers
 from danceopd.models.lora_algebra import Lora
 from danceopd.models.lora_layers import _Factors, _flat
 from danceopd.models.packing import by_sources
@@ -99,15 +100,8 @@ class FullStudent(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The products over tokens in the blocks, without those that modulate: what Muon is for."""
-        lists = [name for name, module in self.transformer.named_children() if isinstance(module, nn.ModuleList)]
-        return nn.ModuleList(
-            module
-            for name, module in self.transformer.named_modules()
-            if isinstance(module, nn.Linear)
-            and name.split(".")[0] in lists
-            and not any(part in name for part in ("norm", "mod"))
-        )
+        """The linear layers over tokens in the blocks, without those that modulate: Muon trains these."""
+        return nn.ModuleList(layer for _, layer, modulates in block_layers(self.transformer) if not modulates)
 
     def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         def ask(latents, sigma, conditioning, sources, _):

@@ -189,6 +189,7 @@ def _adapted(student: nn.Module, name: str, x: torch.Tensor, weight: torch.Tenso
     return _Adapted.apply(x, weight, *student.factors_of(name))
 
 
-def _bytes_of(conditioning: Conditioning) -> int:
+def conditioning_bytes(conditioning: Conditioning) -> int:
+    """Returns the bytes of a conditioning's prompts and source pictures."""
     return sum(tensor.nbytes for tensor in tree_flatten((conditioning.prompt, conditioning.source))[0]
                if isinstance(tensor, torch.Tensor))  # fmt: skip

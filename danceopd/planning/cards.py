@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from danceopd.planning.memory import GIB
+from danceopd.support.memory import GIB
 
 NODE = 8  # cards in a machine
 

@@ -1,4 +1,4 @@
-"""`danceopd plan`: will a run fit on so many cards, and how long will its steps take. All of it is an estimate.
+"""Estimates whether a run fits on so many cards, and how long its updates take: `danceopd plan`.
 
 Memory begins with what the dry run finds for one process (danceopd.planning.dry_run) and splits it as DeepSpeed and
 the engine of ZeRO do. Times are operations over a stated share of the card's peak, and bytes over stated speeds;
@@ -12,8 +12,9 @@ from itertools import product
 
 from danceopd.config.sections import Config
 from danceopd.planning.cards import CARDS, NODE, Card, gather_seconds
-from danceopd.planning.dry_run import dry_run
-from danceopd.planning.memory import FLOAT, GIB, REPLICA, Plan
+from danceopd.planning.dry_run import Examine, dry_run
+from danceopd.planning.memory import FLOAT, REPLICA, Findings
+from danceopd.support.memory import GIB, format_bytes
 from danceopd.training.rollouts.replica import multiplies_in_bf16
 from danceopd.training.zero.engine import GATHERED
 
@@ -34,8 +35,15 @@ BUCKET, LIVE = 500_000_000, 1_000_000_000
 
 @dataclass(frozen=True)
 class Setting:
-    """stage: of ZeRO; offload: what lies in host memory, "" nothing, "optimizer" its states, the average and the
-    float32 weights, "all" the shards of the weights too; sharded: the frozen networks are split over the ranks."""
+    """A way to spread a run over its cards.
+
+    Attributes:
+        stage: ZeRO's, 0 to 3.
+        offload: what lies in host memory: "" nothing; "optimizer" its states, the average and the float32 weights;
+            "all" the shards of the weights too.
+        checkpointing: whether the backward computes blocks again.
+        sharded: whether the frozen networks are split over the ranks.
+    """
 
     stage: int
     offload: str = ""
@@ -50,7 +58,7 @@ class Setting:
 
 @dataclass
 class Estimate:
-    """Of one rank: bytes on the card and in host memory, and seconds of a step, each by term."""
+    """What one rank takes in a setting: bytes on the card and in host memory, and seconds of an update, by term."""
 
     setting: Setting
     device: dict[str, float] = field(default_factory=dict)
@@ -65,29 +73,39 @@ class Estimate:
 
 
 @dataclass
-class Scaled:
-    """A run on `gpus` cards. plan: the dry run of what one rank computes; operations: of a forward of one sample."""
+class Plan:
+    """A run on several cards, and what it takes in each setting.
+
+    Attributes:
+        config: the configuration of one rank's share of the batch.
+        findings: the dry run of what one rank computes.
+        gpus: number of cards, 8 in a machine.
+        card: what they are.
+        bucket, live: DeepSpeed's sizes, in entries: a bucket of gradients, and the gathered weights kept at a time.
+        operations: floating-point operations of a forward of one sample; None where they are not known.
+        notes: lines about what the estimate does not show.
+    """
 
     config: Config
-    plan: Plan
+    findings: Findings
     gpus: int
     card: Card
     bucket: int = BUCKET
     live: int = LIVE
     operations: float | None = None
-    said: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def trained(self) -> int:
-        return self.plan.parameters["student, trainable"]
+        return self.findings.parameters["student, trainable"]
 
     def settings(self) -> Iterator[Setting]:
-        """All that can be chosen from, the simplest first."""
-        checkpointing = (False, True) if self.plan.activations and self.plan.activations[1] is not None else (False,)
-        frozen = (
-            (False, True) if self.gpus > 1 and any(self.plan.memory.get(name, (0,))[0] for name in FROZEN) else (False,)
-        )
-        for stage, check, offload, sharded in product(STAGES, checkpointing, ("", "optimizer", "all"), frozen):
+        """Yields all settings that can be chosen, the simplest first."""
+        activations, memory = self.findings.activations, self.findings.memory
+        checkpointing = (False, True) if activations and activations[1] is not None else (False,)
+        frozen = self.gpus > 1 and any(memory.get(name, (0,))[0] for name in FROZEN)
+        shardings = (False, True) if frozen else (False,)
+        for stage, check, offload, sharded in product(STAGES, checkpointing, ("", "optimizer", "all"), shardings):
             if (
                 (stage < 3 and (offload == "all" or sharded))
                 or (stage == 0 and offload)
@@ -102,13 +120,13 @@ class Scaled:
     def estimate(self, setting: Setting) -> Estimate:
         found = Estimate(setting)
         self._memory(found)
-        if self.operations and self.plan.evaluations:
+        if self.operations and self.findings.evaluations:
             self._time(found)
         return found
 
     def _memory(self, found: Estimate) -> None:
-        """As DeepSpeed and Zero hold it: the average is always split."""
-        setting, plan, n, gpus = found.setting, self.plan, self.trained, self.gpus
+        """Adds the bytes as DeepSpeed and training.zero.engine hold them: the average is always split."""
+        setting, findings, n, gpus = found.setting, self.findings, self.trained, self.gpus
         stage, device, host = setting.stage, found.device, found.host
         share, half = n / gpus, self._half()
         kept = host if setting.offload else device
@@ -122,44 +140,44 @@ class Scaled:
         # A step makes the flat gradient of its part from the parameters' own.
         grads = n if stage < 2 else share
         (device if stage < 2 else kept)["gradient"] = FLOAT * (grads + (share if stage else 0))
-        kept["optimizer state"] = plan.memory["optimizer state"][0] / gpus ** bool(stage)
+        kept["optimizer state"] = findings.memory["optimizer state"][0] / gpus ** bool(stage)
         kept["average (EMA)"] = FLOAT * share
         if stage == 3:
-            device[REPLICA] = plan.memory[REPLICA][0] if REPLICA in plan.memory else half * n
+            device[REPLICA] = findings.memory[REPLICA][0] if REPLICA in findings.memory else half * n
             device["gathered at a time"] = half * min(n, self.live)
             # Of the update: AdamW's two of its part's size, then what a part of the replica is gathered into and from.
             update = 0 if setting.offload else 2 * FLOAT * share
             device["working space of the update"] = max(update, half * min(n, GATHERED) * (1 + 1 / gpus))
         if stage > 1:
             device["buckets of gradients"] = half * self.bucket
-        for name, (size, _) in plan.memory.items():
+        for name, (size, _) in findings.memory.items():
             if name in device or name in host or name in ("gradient", "optimizer state"):
                 continue
             if name.startswith("student in ") and stage == 3:
                 continue  # gathered in that dtype
             if name == "activations for the backward":
-                size = plan.activations[setting.checkpointing]
+                size = findings.activations[setting.checkpointing]
             elif name in FROZEN and setting.sharded:
                 live = min(size, self.live * half)
                 size = size / gpus + live
             device[name] = size
-        for name, (size, _) in plan.host.items():
+        for name, (size, _) in findings.host.items():
             host[name] = size
 
     def _half(self) -> int:
-        """Bytes of an entry that is gathered."""
+        """Returns the bytes of an entry that is gathered."""
         return 2 if multiplies_in_bf16(self.config) else FLOAT
 
     def forwards(self, checkpointing: bool) -> float:
-        """Forwards of one sample by one rank in a step; a backward counts as two."""
-        counts = dict(self.plan.evaluations)
+        """Returns the forwards of one sample by one rank in an update; a backward counts as two."""
+        counts = dict(self.findings.evaluations)
         again = counts.pop("student, forward again", None)
         if checkpointing:
             counts["again"] = again if again is not None else counts["student, forward"]
         return sum(counts.values())
 
     def gathers(self) -> int:
-        """Times that a step gathers the student's weights at stage 3: two for each query, one for the replica."""
+        """Returns how often an update gathers the student's weights at stage 3: two a micro-batch, one a replica."""
         return 2 * self.config.training.gradient_accumulation_steps + 1
 
     def _time(self, found: Estimate) -> None:
@@ -173,7 +191,7 @@ class Scaled:
         elif gpus > 1:  # a reduction, and a gather of what it gives or of the new weights
             seconds["gradients"] = 2 * gather_seconds(FLOAT * n, gpus, card)
         if setting.sharded:
-            frozen = sum(self.plan.memory[name][0] for name in FROZEN if name in self.plan.memory)
+            frozen = sum(self.findings.memory[name][0] for name in FROZEN if name in self.findings.memory)
             asked = self.config.rollout.num_inference_steps + 3 if self.config.student.lora else 1
             seconds["gathering frozen networks"] = parts * asked * gather_seconds(frozen, gpus, card)
         if setting.offload:  # AdamW reads or writes seven numbers of float32 for each parameter
@@ -182,7 +200,7 @@ class Scaled:
             seconds["weights from host memory"] = self.gathers() * half * n / gpus / card.host
 
     def fitting(self) -> list[Estimate]:
-        """What fits, the fastest first; of equals the simplest."""
+        """Returns what fits, the fastest first; of equals the simplest."""
         found = [self.estimate(setting) for setting in self.settings()]
         return sorted((e for e in found if e.bytes() + LEFT <= self.card.memory), key=lambda e: round(e.time(), 4))
 
@@ -190,100 +208,104 @@ class Scaled:
         return "\n".join(_text(self))
 
 
-def plan(config: Config, gpus: int, card: str, deepspeed: dict | None = None) -> Scaled:
-    """What a configuration takes on so many cards; deepspeed: its settings, whose sizes of buckets are used.
+def plan(config: Config, examine: Examine, gpus: int, card: str, deepspeed: dict | None = None) -> Plan:
+    """Estimates what a configuration takes on so many cards, without loading a weight.
 
-    Loads no weight. What is missing stands in the plan's problems, as for a dry run.
+    Args:
+        config: the run's configuration.
+        examine: looks at the networks and the data, as for `planning.dry_run.dry_run`.
+        gpus: number of cards, 8 in a machine.
+        card: key of the card in CARDS.
+        deepspeed: DeepSpeed's settings, whose sizes of buckets are used.
+
+    Returns:
+        The plan; what is missing stands in its findings' problems.
     """
-    training, said = config.training, []
+    training, notes = config.training, []
     each = math.ceil(training.batch_size / gpus / training.gradient_accumulation_steps)
     if training.batch_size < gpus * training.gradient_accumulation_steps:
-        said.append(
+        notes.append(
             f"training.batch_size: {training.batch_size} samples are fewer than {gpus} cards x "
             f"{training.gradient_accumulation_steps} micro-batches, so that some have none; the time is that of a card "
             f"with {each * training.gradient_accumulation_steps}"
         )
     if training.optimizer != "adamw" and gpus > 1:
-        said.append(f"training.optimizer: {training.optimizer} runs in one process; with DeepSpeed use adamw")
+        notes.append(f"training.optimizer: {training.optimizer} runs in one process; with DeepSpeed use adamw")
     own = training.model_copy(update={"batch_size": each * training.gradient_accumulation_steps})
     one = config.model_copy(update={"training": own})
-    found = dry_run(one)
+    found = dry_run(one, examine)
     zero = (deepspeed or {}).get("zero_optimization", {})
     bucket = int(float(zero.get("reduce_bucket_size", BUCKET)))
     live = int(float(zero.get("stage3_max_live_parameters", LIVE)))
-    scaled = Scaled(one, found, gpus, CARDS[card], bucket, live, said=said)
+    planned = Plan(one, found, gpus, CARDS[card], bucket, live, notes=notes)
     if found.operations:
         weights = {name: c.weight for name, c in config.capabilities.items()}
         counts = found.operations()
-        scaled.operations = sum(counts[name] * w for name, w in weights.items()) / sum(weights.values())
-    return scaled
+        planned.operations = sum(counts[name] * w for name, w in weights.items()) / sum(weights.values())
+    return planned
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
-
-
-def _text(scaled: Scaled) -> Iterator[str]:
-    found, card, gpus = scaled.plan, scaled.card, scaled.gpus
+def _text(planned: Plan) -> Iterator[str]:
+    found, card, gpus = planned.findings, planned.card, planned.gpus
     yield f"AN ESTIMATE, nothing of it measured: {gpus} x {card.name}"
-    yield from (f"  {line}" for line in scaled.said)
+    yield from (f"  {line}" for line in planned.notes)
     if "student, trainable" not in found.parameters:
         yield "no estimate without the network's configuration"
     else:
         yield ""
-        yield from _memory_table(scaled)
+        yield from _memory_table(planned)
         yield ""
-        yield from _time_lines(scaled)
+        yield from _time_lines(planned)
         yield ""
-        yield from _choice(scaled)
+        yield from _choice(planned)
     if found.problems:
         yield "\nthis run cannot start here:"
         yield from (f"  {problem}" for problem in found.problems)
 
 
-def _memory_table(scaled: Scaled) -> Iterator[str]:
-    stages = STAGES if scaled.gpus > 1 else (0,)
-    columns = [scaled.estimate(scaled.own_setting(stage)) for stage in stages]
+def _memory_table(planned: Plan) -> Iterator[str]:
+    stages = STAGES if planned.gpus > 1 else (0,)
+    columns = [planned.estimate(planned.own_setting(stage)) for stage in stages]
     names = list(dict.fromkeys(name for e in columns for name in e.device))
-    each = scaled.config.training.batch_size // scaled.config.training.gradient_accumulation_steps
+    each = planned.config.training.batch_size // planned.config.training.gradient_accumulation_steps
     yield (
         f"memory of one rank in GiB, {each} samples in a forward"
         + " " * 4
         + "".join(f"{f'ZeRO {s}':>10}" for s in stages)
     )
     for name in names:
-        cells = [_gib(e.device[name]) if name in e.device else "-" for e in columns]
+        cells = [f"{e.device[name] / GIB:.2f}" if name in e.device else "-" for e in columns]
         yield f"  {name:44}" + "".join(f"{cell:>10}" for cell in cells)
-    yield f"  {'total':44}" + "".join(f"{_gib(e.bytes()):>10}" for e in columns)
-    fits = ["fits" if e.bytes() + LEFT <= scaled.card.memory else "too large" for e in columns]
-    yield f"  {f'on {scaled.card.memory / GIB:.0f} GiB, of which {LEFT / GIB:.0f} are left':44}" + "".join(
+    yield f"  {'total':44}" + "".join(f"{f'{e.bytes() / GIB:.2f}':>10}" for e in columns)
+    fits = ["fits" if e.bytes() + LEFT <= planned.card.memory else "too large" for e in columns]
+    yield f"  {f'on {planned.card.memory / GIB:.0f} GiB, of which {LEFT / GIB:.0f} are left':44}" + "".join(
         f"{cell:>10}" for cell in fits
     )
-    sharded = replace(scaled.own_setting(3), sharded=True)
-    if sharded in scaled.settings():
+    sharded = replace(planned.own_setting(3), sharded=True)
+    if sharded in planned.settings():
         yield (
             f"  {'total with the frozen networks sharded':44}"
             + " " * 30
-            + f"{_gib(scaled.estimate(sharded).bytes()):>10}"
+            + f"{f'{planned.estimate(sharded).bytes() / GIB:.2f}':>10}"
         )
-    if not scaled.plan.activations:
+    if not planned.findings.activations:
         yield "  at least: without activations, which need prepared rows and the transformer"
 
 
-def _time_lines(scaled: Scaled) -> Iterator[str]:
-    card = scaled.card
-    if not scaled.operations or not scaled.plan.evaluations:
+def _time_lines(planned: Plan) -> Iterator[str]:
+    card = planned.card
+    if not planned.operations or not planned.findings.evaluations:
         missing = (
             "the network and its rows"
-            if scaled.plan.evaluations
+            if planned.findings.evaluations
             else "this method, whose evaluations are not worked out"
         )
         yield f"no time without {missing}"
         return
-    rows, each = scaled.config.training.batch_size, scaled.operations / 1e12
-    forwards = scaled.forwards(scaled.config.training.gradient_checkpointing)
+    rows, each = planned.config.training.batch_size, planned.operations / 1e12
+    forwards = planned.forwards(planned.config.training.gradient_checkpointing)
     peak = f"{UTILISATION:.0%} of {card.operations / 1e12:.0f} dense bf16 TFLOPS"
-    yield f"one step: {forwards:.1f} network evaluations of a rank for its {rows} samples, {each:.3g} TFLOP each:"
+    yield f"one update: {forwards:.1f} network evaluations of a rank for its {rows} samples, {each:.3g} TFLOP each:"
     yield f"  {forwards * each:.4g} TFLOP, at {peak}"
     yield (
         f"  links in one direction: NVLink {card.nvlink / 1e9:.0f} GB/s a card in a machine of {NODE}, "
@@ -291,24 +313,24 @@ def _time_lines(scaled: Scaled) -> Iterator[str]:
     )
 
 
-def _choice(scaled: Scaled) -> Iterator[str]:
-    fitting = scaled.fitting()
+def _choice(planned: Plan) -> Iterator[str]:
+    fitting = planned.fitting()
     if not fitting:
-        least = min(map(scaled.estimate, scaled.settings()), key=Estimate.bytes)
-        yield f"nothing fits; the least is {_gib(least.bytes())} GiB with {least.setting.text()}"
+        least = min(map(planned.estimate, planned.settings()), key=Estimate.bytes)
+        yield f"nothing fits; the least is {format_bytes(least.bytes())} with {least.setting.text()}"
         yield "  a smaller training.batch_size, more gradient_accumulation_steps, student.lora or more cards take less"
         return
     cheapest = fitting[0]
-    host = _gib(sum(cheapest.host.values()))
+    host = format_bytes(sum(cheapest.host.values()))
     yield f"cheapest setting that fits: {cheapest.setting.text()}"
-    yield f"  {_gib(cheapest.bytes())} GiB of the card, {host} GiB of host memory a rank"
+    yield f"  {format_bytes(cheapest.bytes())} of the card, {host} of host memory a rank"
     if cheapest.seconds:
-        steps = scaled.config.training.max_steps
+        steps = planned.config.training.max_steps
         parts = ", ".join(f"{name} {value:.3g}" for name, value in cheapest.seconds.items())
-        yield f"  {cheapest.time():.3g} s a step ({parts}); {steps} steps: {steps * cheapest.time() / 3600:.2g} h"
+        yield f"  {cheapest.time():.3g} s an update ({parts}); {steps} updates: {steps * cheapest.time() / 3600:.2g} h"
     seen = {cheapest.setting.stage}
     for other in fitting[1:]:
         if other.setting.stage not in seen:
             seen.add(other.setting.stage)
-            time = f", {other.time():.3g} s a step" if other.seconds else ""
-            yield f"  also: {other.setting.text()}: {_gib(other.bytes())} GiB{time}"
+            time = f", {other.time():.3g} s an update" if other.seconds else ""
+            yield f"  also: {other.setting.text()}: {format_bytes(other.bytes())}{time}"

@@ -1,4 +1,4 @@
-"""What a run takes and what it lacks, without loading a weight: `danceopd train --dry-run`.
+"""Finds out what a run takes and what it lacks, without loading a weight: `danceopd train --dry-run`.
 
 Networks are built on the meta device from their configurations; of files only configurations, headers, prepared
 rows and both ends of the encoders' files are read. What the backward keeps is seen on a forward there, through the code
@@ -6,40 +6,56 @@ that trains.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from danceopd.config.sections import Config
+from danceopd.models.eight_bit import check_eight_bit
 from danceopd.models.fp8 import check_fp8
 from danceopd.planning.counts import evaluations_per_step, grid_evaluations
-from danceopd.planning.memory import Plan
-from danceopd.planning.models import _model
+from danceopd.planning.memory import Findings
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.optimizers import adamw_class
-from danceopd.world.dry_run import _embedded
+
+Examine = Callable[[Config, Findings, torch.device | None], None]
 
 
-def dry_run(config: Config) -> Plan:
-    """Find out all that a run takes and all that it lacks; nothing is written."""
-    plan = Plan()
-    device = plan.attempt("training.device", find_device, config.training.device)
-    if config.training.base_precision == "fp8":
-        plan.attempt("training.base_precision", check_fp8, device)
-    if config.training.rollout_precision == "fp8":
-        plan.attempt("training.rollout_precision", check_fp8, device)
-    plan.attempt("training.output_dir", _check_folder, config.training.output_dir)
-    plan.attempt("training.optimizer", adamw_class, config.training.optimizer)
-    if config.model:
-        _model(config, plan, device)
-    else:
-        _embedded(config, plan)
-    plan.evaluations = evaluations_per_step(config)
-    plan.grid = grid_evaluations(config) if config.training.sample_every else None
-    return plan
+def dry_run(config: Config, examine: Examine) -> Findings:
+    """Finds out all that a run takes and all that it lacks; nothing is written.
+
+    Args:
+        config: the run's configuration.
+        examine: `examine(config, findings, device)` fills in what concerns networks and data: planning.models.examine
+            for a diffusers model, world.dry_run.examine for the embedded network.
+
+    Returns:
+        What was found; what is wrong stands in its `problems`.
+    """
+    findings, training = Findings(), config.training
+    device = findings.attempt("training.device", find_device, training.device)
+    if training.base_precision == "fp8":
+        findings.attempt("training.base_precision", check_fp8, device)
+    elif training.base_precision:
+        findings.attempt("training.base_precision", check_eight_bit)
+    if training.rollout_precision == "fp8":
+        findings.attempt("training.rollout_precision", check_fp8, device)
+    findings.attempt("training.output_dir", check_writable, training.output_dir)
+    findings.attempt("training.optimizer", adamw_class, training.optimizer)
+    examine(config, findings, device)
+    findings.evaluations = evaluations_per_step(config)
+    findings.grid = grid_evaluations(config) if training.sample_every else None
+    return findings
 
 
-def _check_folder(folder: Path) -> None:
-    """The nearest folder that is there can be written; nothing is made."""
+def check_writable(folder: Path) -> None:
+    """Checks that a folder could be made and written, by the nearest one that is there; nothing is made.
+
+    Raises:
+        UserError: it could not.
+    """
     folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

@@ -1,4 +1,4 @@
-"""The memory of one rank, by term."""
+"""What a dry run finds, and how the memory of one rank adds up."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,10 +9,9 @@ from torch import nn
 from danceopd.config.sections import Config
 from danceopd.core.methods import needs
 from danceopd.models.eight_bit import stored
+from danceopd.support.memory import format_bytes
 from danceopd.support.optimizers import Muon, make_optimizers
 from danceopd.training.rollouts.replica import bytes_beside, make_replica, rollout_precision
-
-GIB = 2**30
 
 FLOAT = 4  # bytes of a trainable parameter, its gradient, its average, and of one state of AdamW
 
@@ -20,15 +19,21 @@ REPLICA = "replica for rollouts"
 
 
 @dataclass
-class Plan:
-    """What was found. Each part is filled in as far as the files allow; problems: "key: what is wrong".
+class Findings:
+    """What a dry run found, as far as the files allow.
 
-    found: lines about files; parameters: by network; memory: bytes of one rank by term, and how they come about;
-    host: bytes that wait in host memory, in the same way;
-    activations: bytes that the backward keeps, without and with gradient checkpointing (None where a network has
-    none); evaluations: of one optimizer step by kind, None for a method whose are not worked out; grid: of a sample
-    grid, and of its sources' rows once; operations: works out the floating-point operations of a forward of one sample,
-    by capability.
+    Attributes:
+        problems: what keeps the run from starting, each as "key: message".
+        found: lines about files.
+        parameters: number of parameters by network.
+        memory: bytes of one rank by term, and how they come about.
+        host: bytes that wait in host memory, in the same way.
+        activations: bytes that the backward keeps, without and with gradient checkpointing (None where a network
+            cannot); None where they are not known.
+        evaluations: network evaluations of one update by what they are for; None for a method where they are not
+            worked out.
+        grid: network evaluations of a sample grid, and once in a run of its sources' rows.
+        operations: works out the floating-point operations of a forward of one sample, by capability.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -42,35 +47,35 @@ class Plan:
     operations: Callable[[], dict[str, int]] | None = None
 
     def attempt(self, key: str, function: Callable, *args):
-        """function(*args), or None and a problem."""
+        """Returns function(*args), or None after noting under the key what a user can mend."""
         try:
             return function(*args)
         except (ValueError, OSError) as error:
             self.problems.append(f"{key}: {error}")
 
     def total_memory(self) -> float:
-        """Bytes of one rank, as far as they are known."""
+        """Returns the bytes of one rank, as far as they are known."""
         return sum(size for size, _ in self.memory.values())
 
     def text(self) -> str:
-        """The whole as it is printed."""
+        """Returns the whole as it is printed."""
         lines = list(self.found)
         if self.parameters:
             lines += ["", "parameters"]
             lines += [f"  {name:34s} {count:>18,d}" for name, count in self.parameters.items()]
         if self.memory:
             lines += ["", "memory of one rank, an estimate (each rank holds all of it)"]
-            lines += [f"  {name:34s} {_size(size):>12s}   {how}" for name, (size, how) in self.memory.items()]
+            lines += [f"  {name:34s} {format_bytes(size):>12s}   {how}" for name, (size, how) in self.memory.items()]
             unknown = (
                 ""
                 if self.activations
                 else "   at least: without activations, which need prepared rows and the transformer"
             )
-            lines.append(f"  {'total':34s} {_size(self.total_memory()):>12s}{unknown}")
+            lines.append(f"  {'total':34s} {format_bytes(self.total_memory()):>12s}{unknown}")
             for name, (size, how) in self.host.items():
-                lines.append(f"  {name + ', in host memory':34s} {_size(size):>12s}   {how}")
+                lines.append(f"  {name + ', in host memory':34s} {format_bytes(size):>12s}   {how}")
             lines.append("  (not counted: the CUDA context, kernels' workspace and fragmentation; leave 2 GiB)")
-        lines += ["", "network evaluations of one optimizer step, expected (forwards of one sample; a backward is two)"]
+        lines += ["", "network evaluations of one update, expected (forwards of one sample; a backward is two)"]
         if self.evaluations is None:
             lines.append("  not worked out for this method")
         else:
@@ -84,57 +89,55 @@ class Plan:
 
 
 def count(network: nn.Module) -> int:
-    """Its parameters."""
+    """Returns the number of a network's parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def nbytes(network: nn.Module) -> int:
-    """Bytes of its parameters and buffers."""
+    """Returns the bytes of a network's parameters and buffers."""
     return sum(part.nbytes for tensor in (*network.parameters(), *network.buffers()) for part in stored(tensor))
 
 
-def _size(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.2f} MiB"
-
-
 def micro_batch(config: Config) -> int:
+    """Returns the number of samples in a micro-batch of one process."""
     return config.training.batch_size // config.training.gradient_accumulation_steps
 
 
-def _trained(config: Config, plan: Plan, student: nn.Module) -> None:
-    """The student's parameters and what training keeps of each, all in float32 unless said."""
+def add_student(config: Config, findings: Findings, student: nn.Module) -> None:
+    """Adds the student's parameters and what training keeps of each, in float32 unless the term says otherwise."""
     n, optimizer = count(student), config.training.optimizer
-    plan.parameters["student, trainable"] = n
-    plan.memory["student"] = FLOAT * n, f"{n:,} trainable x 4 bytes, float32"
-    plan.memory["gradient"] = FLOAT * n, "as many"
+    findings.parameters["student, trainable"] = n
+    findings.memory["student"] = FLOAT * n, f"{n:,} trainable x 4 bytes, float32"
+    findings.memory["gradient"] = FLOAT * n, "as many"
     if optimizer == "adamw_8bit":
-        plan.memory["optimizer state"] = 2 * n, "AdamW: 2 of 1 byte each"
+        findings.memory["optimizer state"] = 2 * n, "AdamW: 2 of 1 byte each"
     else:
         made = make_optimizers(student, optimizer, config.training.learning_rate, config.training.weight_decay)
         groups = [(o, sum(p.numel() for group in o.param_groups for p in group["params"])) for o in made]
         state = FLOAT * sum(number * (1 if isinstance(o, Muon) else 2) for o, number in groups)
-        plan.memory["optimizer state"] = state, f"{optimizer}: {state / n:.2g} bytes a parameter"
-    plan.memory["average (EMA)"] = FLOAT * n, "as many as the student's"
+        findings.memory["optimizer state"] = state, f"{optimizer}: {state / n:.2g} bytes a parameter"
+    findings.memory["average (EMA)"] = FLOAT * n, "as many as the student's"
     if precision := rollout_precision(config):
         replica = make_replica(student, torch.device("meta"), config)
-        plan.memory[REPLICA] = bytes_beside(replica, student), f"of the student, in {precision}"
+        findings.memory[REPLICA] = bytes_beside(replica, student), f"of the student, in {precision}"
     if "anchor" in needs(config.method):
-        plan.memory["anchor"] = FLOAT * n, "the student as it was, for this method"
+        findings.memory["anchor"] = FLOAT * n, "the student as it was, for this method"
 
 
-def _add_activations(config: Config, plan: Plan, plain: float, checkpointed: float | None) -> None:
+def add_activations(config: Config, findings: Findings, plain: float, checkpointed: float | None) -> None:
+    """Adds what the backward keeps, from the bytes of one sample without and with gradient checkpointing."""
     guided = any(c.student_guidance_scale != 1 for c in config.capabilities.values())
     rows = micro_batch(config) * config.query.k * (2 if guided else 1)
-    plan.activations = plain * rows, None if checkpointed is None else checkpointed * rows
-    size, other = plan.activations
-    text = "" if other is None else f"; {_size(other)} with gradient checkpointing"
+    findings.activations = plain * rows, None if checkpointed is None else checkpointed * rows
+    size, other = findings.activations
+    text = "" if other is None else f"; {format_bytes(other)} with gradient checkpointing"
     if config.training.gradient_checkpointing:
-        size, text = other, f", gradient checkpointing; {_size(size)} without it"
-    plan.memory["activations for the backward"] = size, f"{rows} samples in a forward{text}"
+        size, text = other, f", gradient checkpointing; {format_bytes(size)} without it"
+    findings.memory["activations for the backward"] = size, f"{rows} samples in a forward{text}"
 
 
-def _add_states(config: Config, plan: Plan, latents: int) -> None:
-    """latents: bytes of one sample's in float32."""
+def add_rollout_states(config: Config, findings: Findings, latents: int) -> None:
+    """Adds the states of a rollout; latents: bytes of one sample's latents in float32."""
     micro, k = micro_batch(config), config.query.k
     states = micro * latents * (k + 3)
-    plan.memory["rollout states"] = states, f"{micro} samples x ({k} asked + state, velocity, step) in float32"
+    findings.memory["rollout states"] = states, f"{micro} samples x ({k} asked + state, velocity, step) in float32"

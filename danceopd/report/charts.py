@@ -1,6 +1,5 @@
 """The charts of a report."""
 
-import base64
 import io
 import itertools
 import math
@@ -16,6 +15,7 @@ from PIL import Image
 
 from danceopd.report.names import EDIT_SOURCE, T2I_SOURCE, _number, label
 from danceopd.report.tables import _GEDIT, _GENEVAL, _bars, _row
+from danceopd.support.pages import data_uri
 from danceopd.support.run_log import Log
 
 _BLUE, _ORANGE, _INK, _GREY = "#24598f", "#c1571b", "#1b1b1b", "#8a8a8a"
@@ -234,10 +234,9 @@ def _health_chart(log: Log) -> Markup | None:
     return _chart("health", panels) if panels else None
 
 
-def data_uri(picture: torch.Tensor) -> str:
-    """A [3, H, W] uint8 picture as a PNG data URI. Raises ValueError for another shape or type."""
+def tensor_uri(picture: torch.Tensor) -> str:
+    """Returns a [3, H, W] uint8 picture as a PNG data URI. Raises ValueError for another shape or type."""
     if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
         raise ValueError(f"expected a [3, H, W] uint8 picture, got {list(picture.shape)} {picture.dtype}")
-    buffer = io.BytesIO()
-    Image.fromarray(picture.cpu().permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image = Image.fromarray(picture.cpu().permute(1, 2, 0).contiguous().numpy())
+    return data_uri(image, optimize=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from danceopd.report.charts import (
     _curve,
@@ -18,7 +17,7 @@ from danceopd.report.charts import (
     _health_chart,
     _loss_chart,
     _score_chart,
-    data_uri,
+    tensor_uri,
 )
 from danceopd.report.names import _number, duration, label
 from danceopd.report.tables import (
@@ -33,6 +32,7 @@ from danceopd.report.tables import (
 )
 from danceopd.report.words import _warnings, summary
 from danceopd.support.files import write_atomic
+from danceopd.support.pages import render
 from danceopd.support.run_log import Log, read_log
 
 
@@ -40,7 +40,7 @@ def _uris(what: str, pictures: torch.Tensor, n: int) -> list[str]:
     """n pictures [n, 3, H, W] uint8 as data URIs. Raises ValueError where there are not n."""
     if len(pictures) != n:
         raise ValueError(f"{what}: expected {n} pictures, got {len(pictures)}")
-    return [data_uri(picture) for picture in pictures]
+    return [tensor_uri(picture) for picture in pictures]
 
 
 def _marks(what: str, marks: Sequence | None, n: int) -> list:
@@ -84,7 +84,7 @@ def _filmstrip(strips: list[dict]) -> list[dict]:
     return [
         {
             "prompt": strip["prompt"],
-            "source": None if strip.get("source") is None else data_uri(strip["source"]),
+            "source": None if strip.get("source") is None else tensor_uri(strip["source"]),
             "frames": [
                 {"uri": uri, "sigma": f"{float(sigma):.2f}", "queried": i == strip.get("queried")}
                 for i, (uri, sigma) in enumerate(
@@ -127,15 +127,9 @@ def _run_facts(results: dict, log: Log) -> list[tuple[str, str]]:
 
 def render_report(run_name: str, results: dict, log: Log, pictures: dict) -> str:
     """The page's HTML. Raises ValueError for pictures that do not match their prompts or are not uint8."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     bars = _bars(results)
-    return environment.get_template("report.html.j2").render(
+    return render(
+        Path(__file__).with_name("report.html.j2"),
         run_name=run_name,
         summary=re.sub(r"(\d) (?=%|(?:s|min|h)\b)", "\\1\N{NO-BREAK SPACE}", summary(results)),
         student=label(results.get("student", "danceopd")),

@@ -1,11 +1,9 @@
-"""results/REPORT.md and results/report.html: the paper's tables beside ours, its claims, every ablation as a plot.
+"""Writes results/REPORT.md: the paper's tables beside ours, its claims, and every ablation as a plot.
 
-Both pages are made of the same blocks; what has not been run yet is left out or said to be missing.
+What has not been run yet is left out or said to be missing.
 """
 
 import io
-import itertools
-import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,8 +11,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
@@ -31,12 +27,12 @@ from danceopd.reproduce.results import (
     NOT,
     REPRODUCED,
     UNDECIDED,
-    _by_name,
     chosen_rate,
     figure,
     label,
     rates,
     read,
+    tables_of,
 )
 from danceopd.support.files import write_atomic
 
@@ -67,27 +63,36 @@ AXES = {
 
 @dataclass
 class Page:
-    """Blocks in order: ("heading", level, text), ("text", text), ("table", caption, header, rows), ("plot", ...)."""
+    """A page of markdown as it grows: its lines, and its plots by the name of their file."""
 
-    blocks: list[tuple] = field(default_factory=list)
+    lines: list[str] = field(default_factory=lambda: ["# The paper's claims on the picture world", ""])
+    plots: dict[str, Figure] = field(default_factory=dict)
 
     def heading(self, text: str, level: int = 2) -> None:
-        self.blocks.append(("heading", level, text))
+        self.text("#" * level + " " + text)
 
     def text(self, text: str) -> None:
-        self.blocks.append(("text", text))
+        self.lines += [text, ""]
 
     def table(self, caption: str, header: list[str], rows: list[list[str]]) -> None:
-        if rows:
-            self.blocks.append(("table", caption, header, rows))
+        if not rows:
+            return
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+        self.lines += [caption, ""] if caption else []
+        self.lines += ["| " + " | ".join(cells[0]) + " |", "|" + " --- |" * len(header)]
+        self.lines += ["| " + " | ".join(row) + " |" for row in cells[1:]] + [""]
 
     def plot(self, name: str, caption: str, panels: list[Callable], height: float = 3.6) -> None:
-        self.blocks.append(("plot", name, caption, _figure(panels, height)))
+        self.plots[name] = _figure(panels, height)
+        self.lines += [f"![{caption}](plots/{name}.png)", "", caption, ""]
+
+    def markdown(self) -> str:
+        return "\n".join(self.lines)
 
 
 def build(files: dict[str, dict]) -> Page:
-    """The whole report, of the results files by table."""
-    tables = {name: _by_name(file) for name, file in files.items()}
+    """Builds the report from the results files by table."""
+    tables = tables_of(files)
     page = Page()
     _claims(page, claims(tables))
     for setting, title in (("A", "Setting A: text-to-image and edit"), ("B", "Setting B: local and global edit")):
@@ -389,72 +394,15 @@ def _figure(panels: list[Callable], height: float) -> Figure:
     return made
 
 
-def _saved(made: Figure, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(CHART_STYLE):
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else None
-        made.savefig(buffer, format=kind, dpi=110, metadata=metadata)
-    return buffer.getvalue()
-
-
-def to_markdown(page: Page) -> str:
-    lines = ["# The paper's claims on the picture world", ""]
-    for kind, *rest in page.blocks:
-        if kind == "heading":
-            lines += ["#" * rest[0] + " " + rest[1], ""]
-        elif kind == "text":
-            lines += [rest[0], ""]
-        elif kind == "plot":
-            lines += [f"![{rest[1]}](plots/{rest[0]}.png)", "", rest[1], ""]
-        else:
-            caption, header, rows = rest
-            cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-            lines += [caption, ""] if caption else []
-            lines += ["| " + " | ".join(cells[0]) + " |", "|" + " --- |" * len(header)]
-            lines += ["| " + " | ".join(row) + " |" for row in cells[1:]] + [""]
-    return "\n".join(lines)
-
-
-def _markup(text: str) -> Markup:
-    """**bold**, `code` and smaller errors, and nothing else."""
-    html = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text)))
-    html = re.sub(r"`(.+?)`", r"<code>\1</code>", html)
-    return Markup(re.sub(r" (± \d+(?:\.\d+)?)", r'<span class="error"> \1</span>', html))
-
-
-def to_html(page: Page) -> str:
-    blocks = []
-    for kind, *rest in page.blocks:
-        if kind == "plot":
-            svg = _saved(rest[2], "svg").decode()
-            svg = svg[svg.index("<svg") :]
-            for before in (' id="', 'href="#', "url(#"):
-                svg = svg.replace(before, f"{before}{rest[0]}-")
-            blocks.append((kind, Markup(svg), rest[1]))
-        else:
-            blocks.append((kind, *rest))
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["markup"] = _markup
-    return environment.get_template("report.html.j2").render(
-        blocks=blocks, next_table=itertools.count(1).__next__, next_figure=itertools.count(1).__next__
-    )
-
-
 def write_report(folder: Path) -> list[Path]:
-    """Write REPORT.md, report.html and plots/*.png beside the results files of a folder; return their paths."""
+    """Writes REPORT.md and plots/*.png beside the results files of a folder; returns their paths."""
     page = build(read(folder))
-    written = [folder / "REPORT.md", folder / "report.html"]
-    for kind, *rest in page.blocks:
-        if kind == "plot":
-            written.append(folder / "plots" / f"{rest[0]}.png")
-            write_atomic(written[-1], _saved(rest[2], "png"))
-    write_atomic(written[0], to_markdown(page).encode())
-    write_atomic(written[1], to_html(page).encode())
+    written = [folder / "REPORT.md"]
+    for name, made in page.plots.items():
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(CHART_STYLE):
+            made.savefig(buffer, format="png", dpi=110)
+        written.append(folder / "plots" / f"{name}.png")
+        write_atomic(written[-1], buffer.getvalue())
+    write_atomic(written[0], page.markdown().encode())
     return written

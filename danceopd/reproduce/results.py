@@ -1,4 +1,4 @@
-"""Reading the results files: a row's figures, differences by seed and their verdicts, curves, learning rates."""
+"""Reads the results files: a row's figures, differences by seed and their verdicts, curves, learning rates."""
 
 import itertools
 import json
@@ -60,18 +60,14 @@ def label(name: str) -> str:
 
 
 def read(folder: Path) -> dict[str, dict]:
-    """{table: its results file} of those that are there."""
+    """Reads {table: its results file} of those that are there."""
     paths = {name: folder / f"{name}.json" for name in SETTINGS}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
-def load(folder: Path) -> dict[str, dict[str, dict]]:
-    """{table: {row: ...}} of the results files that are there."""
-    return {name: _by_name(file) for name, file in read(folder).items()}
-
-
-def _by_name(file: dict) -> dict[str, dict]:
-    return {row["method"]: row for row in file.get("rows", ())}
+def tables_of(files: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """Returns {table: {row's name: row}} of results files by table."""
+    return {name: {row["method"]: row for row in file.get("rows", ())} for name, file in files.items()}
 
 
 def mean(row: dict | None, metric: str) -> float | None:

@@ -26,13 +26,13 @@ from danceopd.reproduce.matrix import ABLATIONS, SETTINGS, Budget, Run, runs
 from danceopd.reproduce.measure import VALIDATION_SEED, measure, student, untrained
 from danceopd.reproduce.report import write_report
 from danceopd.reproduce.results import mean_error
+from danceopd.support.devices import machine
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.run_log import read_log
-from danceopd.training.assembly.build import build
 from danceopd.training.checkpoints import checkpoints
 from danceopd.training.loop import train
-from danceopd.world.evaluate import machine
+from danceopd.world.build import build
 
 POLL_SECONDS = 1.0
 

@@ -36,7 +36,7 @@ def guarded(function, args) -> int:
         return 2
 
 
-def _quiet() -> None:
+def quieten() -> None:
     """What libraries say while they are imported (parts that nobody asked for and that are missing) helps no user."""
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")

@@ -4,15 +4,18 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(word: str, valid) -> str:
-    """ "; did you mean x?", or the valid words where none is near."""
-    valid = sorted(str(v) for v in valid)
-    near = difflib.get_close_matches(str(word), valid, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(valid)}"
+def did_you_mean(word: object, valid: Iterable, otherwise: str | None = None) -> str:
+    """Ends a message about a word that is not valid.
 
+    Args:
+        word: what was given.
+        valid: what could have been.
+        otherwise: what is said where none of them is near; a list of them all if not given.
 
-def hint(name: str, known: Iterable[str]) -> str:
-    """ "known: edit, t2i; did you mean edit?" for the error about an unknown name."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"known: {', '.join(known)}" + (f"; did you mean {near[0]!r}?" if near else "")
+    Returns:
+        "; did you mean 'edit'?", or "; valid are edit, t2i".
+    """
+    words = sorted(map(str, valid))
+    if near := difflib.get_close_matches(str(word), words, n=1, cutoff=0.5):
+        return f"; did you mean {near[0]!r}?"
+    return f"; valid are {', '.join(words)}" if otherwise is None else otherwise

@@ -1,18 +1,23 @@
-"""The host's memory allocator, and how much memory is free for each rank."""
+"""The host's memory allocator, how much memory is free for each rank, and how sizes are written."""
 
 import ctypes
 import os
 
 import torch
 
+GIB = 2**30  # bytes
+
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees, for the next tensor; whether the C library can (glibc's does).
+    """Lets this process keep what it frees, for the next tensor.
 
     Without it each tensor of some MiB is asked of the kernel anew, which clears its pages: of a forward of 16 samples
     on two cores that took a seventh of the time. The process then holds on to the most that it ever needed.
+
+    Returns:
+        Whether the C library can do so; glibc can.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -23,7 +28,7 @@ def keep_freed_memory() -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the device, or this rank's share of the host's."""
+    """Returns the free memory of a CUDA device, or this rank's share of the host's, in bytes."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -32,5 +37,6 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def gibibytes(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def format_bytes(count: float) -> str:
+    """Writes a number of bytes: "1.50 GiB", and "1.50 MiB" below a GiB."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.2f} MiB"

@@ -1,12 +1,11 @@
 """Writes and reads the log of a run."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
-
-from danceopd.report.names import _number
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ def read_log(path: Path) -> Log:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or _number(record, "step") is None:
+        step = record.get("step") if isinstance(record, dict) else None
+        if isinstance(step, bool) or not isinstance(step, int | float) or not math.isfinite(step):
             unreadable += i < len(lines) - 1
             continue
         for kind in kinds.keys() & record.keys():

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from danceopd.config.reading import load_config
+from danceopd.config.reading import read_run_config
 from danceopd.config.sections import Config
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
@@ -90,9 +90,7 @@ def _export_full(run: Path, output: Path, config: Config, layout: str) -> Path:
 
 def _config_of(run: Path) -> Config:
     """The configuration of a run that has something to export."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} holds no run (no config.yaml); give the output_dir of a training")
-    config = load_config(run / "config.yaml")
+    config = read_run_config(run)
     if not config.model:
         raise UserError(f"{run} trained the embedded network; {run / 'student.safetensors'} is all of it")
     file = FILES[1] if config.student.lora else SAFE_WEIGHTS_INDEX_NAME

@@ -28,9 +28,9 @@ from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
-from danceopd.support.hints import hint
+from danceopd.support.hints import did_you_mean
 from danceopd.support.pictures import labelled_grid
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import train
 
 AVERAGE, STUDENT = "weight average", "distilled"
@@ -71,13 +71,28 @@ def merge_loras(
     overwrite: bool = False,
     overrides: Sequence[str] = (),
 ) -> Merged:
-    """Distil LoRAs of the pipeline in base into one adapter, written to output as diffusers does; a grid beside it.
+    """Distils LoRAs of one pipeline into one adapter, written as diffusers does, with a grid of pictures beside it.
 
-    prompts: a file of one prompt a line, for all LoRAs with their triggers ("LORA=WORDS") in front, or for one of
-    them as LORA<TAB>PROMPT. A LoRA is called as its file, or as its folder where the file has the usual name. rank:
-    the largest of the LoRAs' if not given; guidance_scale: that LoRAs and result are drawn with, as a model's input
-    where it embeds one; work: what the same call goes on from after an interruption; overrides: of the training's
-    configuration, as key.sub=value. Raises UserError for what is missing or does not fit, before anything is encoded.
+    Args:
+        base: the pipeline's folder.
+        loras: two LoRAs or more. Each is called as its file, or as its folder where the file has the usual name.
+        prompts: a file of one prompt a line, for all LoRAs with their triggers in front, or for one of them as
+            LORA<TAB>PROMPT.
+        output: the .safetensors file to write.
+        triggers: "LORA=WORDS", put in front of the LoRA's prompts.
+        rank: of the result; the largest of the LoRAs' if not given.
+        steps: number of updates.
+        resolution: sides of the pictures in pixels.
+        guidance_scale: that LoRAs and result are drawn with; a model's input where it embeds one.
+        work: folder of the encoded prompts and the run, which the same call goes on from after an interruption.
+        overwrite: whether to start again where another run lies.
+        overrides: of the training's configuration, as key.sub=value.
+
+    Returns:
+        Where the adapter and the grid are, and how far it is from each LoRA.
+
+    Raises:
+        UserError: something is missing or does not fit; said before anything is encoded.
     """
     if output.suffix != ".safetensors":
         raise UserError(f"{output} must end in .safetensors: it is the file to write")
@@ -90,17 +105,43 @@ def merge_loras(
     manifest, rows = manifest_of(asked)
     work = work or output.with_suffix(".work")
     cache = work / "cache"
+    raw = _configuration(base, named, adapters, empty, work, manifest, rank, steps, guidance_scale)
+    config = parse_config(raw, list(overrides), "this merge")
+    device = find_device(config.training.device)
+    dtype = PRECISIONS[config.training.precision]
+    write_atomic(work / manifest, rows)
+    prepare(work / manifest, base, cache, resolution=resolution, device=str(device), dtype=dtype, strict=True)
+    student = train(config, build_model, overwrite) / "student" / FILES[1]
+    adapters[AVERAGE] = average(list(adapters.values()))
+    adapters[STUDENT] = load_lora(student, empty, pipeline_class_of(base))
+    errors, grid = _compare(config, backbone, adapters, asked, resolution, device)
+    write_atomic(output.with_suffix(".png"), grid)
+    write_atomic(output, student.read_bytes())
+    return Merged(output, output.with_suffix(".png"), errors)
+
+
+def _configuration(
+    base: Path,
+    named: dict[str, Path],
+    adapters: dict[str, Lora],
+    empty: nn.Module,
+    work: Path,
+    manifest: str,
+    rank: int | None,
+    steps: int,
+    guidance_scale: float,
+) -> dict:
+    """Returns the configuration of the training as plain values: each LoRA is a source and a capability."""
     cuda = torch.cuda.is_available()
     # What diffusers' pipelines call guidance_scale is an input of a model that embeds it, and an operator for others.
     embeds = getattr(empty.config, "guidance_embeds", False)
     embedded, scale = (guidance_scale, 1.0) if embeds else (None, guidance_scale)
-    raw = {
+    largest = max(len(a) for lora in adapters.values() for a, _, _ in lora.values())
+    return {
         "model": str(base),
         "student": {
             "lora": {
-                "rank": max(len(a) for lora in adapters.values() for a, _, _ in lora.values())
-                if rank is None
-                else rank,
+                "rank": largest if rank is None else rank,
                 "targets": targets_of(adapters.values(), empty),
             },
             "embedded_guidance": embedded,
@@ -113,7 +154,7 @@ def merge_loras(
             name: {
                 "source": name,
                 "task": "t2i",
-                "data": {"prepared": str(cache / manifest)},
+                "data": {"prepared": str(work / "cache" / manifest)},
                 "student_guidance_scale": scale,
                 "prompt_dropout": DROPOUT,
             }
@@ -128,18 +169,6 @@ def merge_loras(
             "precision": "bf16" if cuda else "fp32",
         },
     }
-    config = parse_config(raw, list(overrides), "this merge")
-    device = find_device(config.training.device)
-    dtype = PRECISIONS[config.training.precision]
-    write_atomic(work / manifest, rows)
-    prepare(work / manifest, base, cache, backbone, resolution=resolution, device=str(device), dtype=dtype, strict=True)
-    student = train(config, build, overwrite) / "student" / FILES[1]
-    adapters[AVERAGE] = average(list(adapters.values()))
-    adapters[STUDENT] = load_lora(student, empty, pipeline_class_of(base))
-    errors, grid = _compare(config, backbone, adapters, asked, resolution, device)
-    write_atomic(output.with_suffix(".png"), grid)
-    write_atomic(output, student.read_bytes())
-    return Merged(output, output.with_suffix(".png"), errors)
 
 
 def name_loras(paths: Sequence[Path]) -> dict[str, Path]:
@@ -166,7 +195,7 @@ def read_triggers(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
         if not equals or not words.strip():
             raise UserError(f"--trigger {text!r} is not of the form LORA=WORDS")
         if name not in names:
-            raise UserError(f"--trigger {text!r}: no LoRA {name!r}; {hint(name, names)}")
+            raise UserError(f"--trigger {text!r}: no LoRA {name!r}{did_you_mean(name, names)}")
         triggers[name] = words.strip()
     return triggers
 
@@ -185,7 +214,7 @@ def read_prompts(path: Path, names: Sequence[str], triggers: dict[str, str]) -> 
             for lora in names if line.strip() else ():
                 asked[lora][f"{triggers.get(lora, '')} {line.strip()}".strip()] = None
         elif name.strip() not in names:
-            problems.append(f"line {number}: no LoRA {name.strip()!r}; {hint(name.strip(), names)}")
+            problems.append(f"line {number}: no LoRA {name.strip()!r}{did_you_mean(name.strip(), names)}")
         elif not prompt.strip():
             problems.append(f"line {number}: no prompt after {name.strip()!r}")
         else:

@@ -1,7 +1,5 @@
 """The report of a run on a diffusers model: its log, its sample grid, and how far the student is from each source."""
 
-import base64
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,17 +7,20 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from danceopd.config.reading import read_run_config
 from danceopd.config.sections import Config
 from danceopd.core.batch import Batch
 from danceopd.core.distance import velocity_errors
 from danceopd.core.fields import within
 from danceopd.data.sampler import draw_batch
 from danceopd.report.page import write_report
+from danceopd.support.devices import machine
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.pages import data_uri
 from danceopd.support.run_log import read_log
 from danceopd.training.asking import Rows, as_student, guidance_scales, in_parts
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.checkpoints import load_newest
 
@@ -30,11 +31,12 @@ SAMPLES = 8  # of each capability
 WIDTH = 2048  # most pixels across of the sample grid in the page
 
 
-def evaluate_model_run(folder: Path, config: Config, machine: dict, progress: Callable = lambda items: items) -> dict:
+def evaluate_model_run(folder: Path, progress: Callable = lambda items: items) -> dict:
     """Write folder/results.json and report.html of a model's run, and return the results.
 
     Where the networks or the data are no longer there, the page is made without the velocity errors, and says so.
     """
+    config = read_run_config(folder)
     log, gaps, warnings, step = read_log(folder / "log.jsonl"), {}, [], None
     try:
         step, gaps = measure_gaps(folder, config, progress)
@@ -48,7 +50,7 @@ def evaluate_model_run(folder: Path, config: Config, machine: dict, progress: Ca
         "student": config.method,
         "seconds": last.get("seconds"),
         "network_evaluations": last.get("network_evaluations"),
-        "machine": machine,
+        "machine": machine(),
         "config": config.to_dict(),
         "seed": config.training.seed,
         "warnings": warnings,
@@ -72,7 +74,7 @@ def measure_gaps(folder: Path, config: Config, progress: Callable = lambda items
     checkpoint, _ = load_newest(folder / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{folder / 'checkpoints'} holds no checkpoint; train first: danceopd train --config ...")
-    parts = build(config)
+    parts = build_model(config)
     parts.student.eval()
     names = list(config.capabilities)
     batches = {name: held_out(config, parts, m) for m, name in enumerate(names)}
@@ -129,8 +131,6 @@ def newest_grid(folder: Path) -> dict | None:
         except OSError:
             continue
         image.thumbnail((WIDTH, 4 * WIDTH))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=90)
-        uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        uri = data_uri(image, "jpeg", quality=90)
         return {"step": int(path.stem.removeprefix("step-")), "uri": uri, "width": image.width}
     return None

@@ -7,7 +7,7 @@ import torch
 from danceopd.config.sections import Config
 from danceopd.core.fields import Field, guided
 from danceopd.models.footprint import forward_bytes
-from danceopd.support.memory import free_bytes, gibibytes
+from danceopd.support.memory import format_bytes, free_bytes
 
 SHARE = 0.8  # of the memory that is free, which forwards without gradient may take
 
@@ -83,7 +83,7 @@ def choose_rows(wanted: int | str, samples: int, ask_one, device: torch.device, 
     one = forward_bytes(ask_one)
     rows = rows_that_fit(samples, one, device, reserved)
     if rows < samples:
-        print(f"rollouts and queries take {rows} of {samples} rows at a time: {gibibytes(one)} each")
+        print(f"rollouts and queries take {rows} of {samples} rows at a time: {format_bytes(one)} each")
     return Rows(rows)
 
 

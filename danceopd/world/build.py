@@ -1,18 +1,101 @@
-"""Puts a run of the embedded network together."""
+"""Puts a run of the embedded network together before its first step; everything that is missing is listed at once."""
 
+import copy
+from pathlib import Path
+
+from danceopd.config.sections import Capability, Config
+from danceopd.core.fields import Field, guided
+from danceopd.core.methods import needs
+from danceopd.models.fp8 import to_fp8
+from danceopd.models.twins import without_values
 from danceopd.support.errors import UserError
+from danceopd.support.ranks import ALONE, Ranks
+from danceopd.training.assembly.parts import Parts, Problems, averaged_student
+from danceopd.training.assembly.room import check_machine
+from danceopd.training.checkpoints import Checkpoint
 from danceopd.world.data import WorldData
 from danceopd.world.dit import DiT
-from danceopd.world.files import load_model, resolve_weights
+from danceopd.world.files import load_model, resolve_weights, save_model
 from danceopd.world.own_data import ManifestData
+from danceopd.world.sampling import embedded_samples
+from danceopd.world.scoring import make_sampler, score_gedit, score_geneval
+from danceopd.world.tokenizer import tokenize
 
 
-def _load(weights: str) -> DiT:
+def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) -> Parts:
+    """Loads the student, the sources and the data of a run on the embedded network.
+
+    Args:
+        config: the configuration, without a `model`.
+        ranks, settings: taken as `training.assembly.build.build_model` takes them; each rank holds all of this.
+
+    Returns:
+        The parts of the run.
+
+    Raises:
+        UserError: lists every file, row or device that is missing or does not fit.
+    """
+    problems = Problems()
+    attempt = problems.attempt
+    device = check_machine(config, attempt)
+    student = attempt("student.init_from", load_network, config.student.init_from)
+    networks = {
+        name: attempt(f"sources.{name}.weights", load_network, source.weights)
+        for name, source in config.sources.items()
+    }
+    image_size = student.config.image_size if student else 32
+    for name, network in networks.items():
+        if network and student and network.config != student.config:
+            problems.append(
+                f"sources.{name}.weights: its network {network.config} is not the student's {student.config}"
+            )
+    with_clean = "clean" in needs(config.method)
+    data = [
+        attempt(f"capabilities.{name}.data", load_data, name, capability, image_size, with_clean)
+        for name, capability in config.capabilities.items()
+    ]
+    problems.stop()
+    empty_prompt = tokenize([""], student.config.text_length)[0].to(device)
+    if config.training.base_precision == "fp8":
+        networks = {name: to_fp8(network, device) for name, network in networks.items()}
+    fields = []
+    for capability in config.capabilities.values():
+        network = networks[capability.source].to(device).requires_grad_(False)
+        fields.append(guided(network, empty_prompt, config.sources[capability.source].guidance_scale))
+    anchor = copy.deepcopy(student).to(device).requires_grad_(False) if "anchor" in needs(config.method) else None
+    samples = embedded_samples(data, student.config.text_length, image_size)
+    without, sampler = without_values(student), make_sampler(config, student.config, device)
+
+    def save(checkpoint: Checkpoint, folder: Path) -> None:
+        save_model(averaged_student(without, checkpoint), folder / "student.safetensors")
+
+    def score(field: Field) -> dict[str, float]:
+        seed, pictures = config.evaluation.seed + 7, config.evaluation.quick
+        return {
+            "geneval_overall": score_geneval(field, sampler, seed, pictures)["overall"],
+            "gedit_average": score_gedit(field, sampler, seed, pictures)["average"],
+        }
+
+    return Parts(student.to(device), fields, samples, anchor, empty_prompt, device, save, score=score)
+
+
+def load_network(weights: str) -> DiT:
+    """Loads an embedded network by its name or its file."""
     return load_model(resolve_weights(weights))
 
 
-def load_data(name: str, capability, image_size: int, with_clean: bool):
-    """The rows of a capability of the embedded network. Raises UserError for rows that do not fit it."""
+def load_data(name: str, capability: Capability, image_size: int, with_clean: bool) -> WorldData | ManifestData:
+    """Reads the rows of a capability.
+
+    Args:
+        name: the capability's key in the configuration.
+        capability: its section there.
+        image_size: sides of the network's pictures in pixels.
+        with_clean: whether the method learns from finished pictures.
+
+    Raises:
+        UserError: the rows do not fit the capability's task or the method.
+    """
     data = capability.data
     if data.world:
         return WorldData(data.world, data.size, data.seed)

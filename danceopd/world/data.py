@@ -9,7 +9,7 @@ from PIL import Image
 
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
-from danceopd.support.hints import hint
+from danceopd.support.hints import did_you_mean
 from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
 from danceopd.world.prompts import PAIR_TASKS, SPLITS, draw, draw_tasks, sample_prompts
 from danceopd.world.scene import Scene, render
@@ -31,9 +31,9 @@ class WorldData:
 
     def __init__(self, capability: str, size: int, seed: int, split: str = "seen") -> None:
         if capability not in CAPABILITIES:
-            raise UserError(f"the world has no capability {capability!r}; {hint(capability, CAPABILITIES)}")
+            raise UserError(f"the world has no capability {capability!r}{did_you_mean(capability, CAPABILITIES)}")
         if split not in SPLITS:
-            raise UserError(f"the world has no split {split!r}; {hint(split, SPLITS)}")
+            raise UserError(f"the world has no split {split!r}{did_you_mean(split, SPLITS)}")
         if size < 1:
             raise UserError(f"a data set of {size} samples is of no use; ask for 1 at least")
         self.capability = capability

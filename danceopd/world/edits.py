@@ -98,17 +98,14 @@ def sample_edits(
     altered = is_kind["color-alter"]
     result.colors[row[altered], subject[altered]] = new_color[altered]
 
+    columns = (kinds, group[:, 0], group[:, 2], color[:, 2], new_color, result.background, result.style, subject)
+    return _instructions(columns), source, result
+
+
+def _instructions(columns: tuple[torch.Tensor, ...]) -> list[Edit]:
+    """Writes the instructions of edits from [B] columns: kind, old class, new class, its tint, the altered colour, the
+    new background, the new style, and the cell of the object talked about."""
     edits = []
-    columns = (
-        kinds,
-        group[:, 0],
-        group[:, 2],
-        color[:, 2],
-        new_color,
-        result.background,
-        result.style,
-        subject,
-    )
     for kind, old, new, tint, paint, background, style, cell in zip(*(c.tolist() for c in columns), strict=True):
         name = KINDS[kind]
         text = {
@@ -121,7 +118,7 @@ def sample_edits(
         }[name]
         target = -1 if name == "subject-add" or name in GLOBAL_KINDS else cell
         edits.append(Edit(text, name, target))
-    return edits, source, result
+    return edits
 
 
 def _alternative_tint(cls: torch.Tensor, current: torch.Tensor, split: str, generator: torch.Generator) -> torch.Tensor:

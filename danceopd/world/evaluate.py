@@ -1,14 +1,11 @@
 """Evaluates a finished run: every row of its table, the pictures to look at, results.json and report.html."""
 
 import json
-import os
-import platform
 from pathlib import Path
 
-import psutil
 import torch
 
-from danceopd.config.reading import load_config
+from danceopd.config.reading import read_run_config
 from danceopd.config.sections import Config
 from danceopd.core.fields import Field
 from danceopd.core.query import query
@@ -16,6 +13,7 @@ from danceopd.core.randomness import step_generator
 from danceopd.core.rollout import rollout
 from danceopd.core.schedule import sigma_grid
 from danceopd.report.page import write_report
+from danceopd.support.devices import machine
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pictures import to_uint8
@@ -43,29 +41,6 @@ def contestants(config: Config, student: DiT) -> dict[str, Field]:
     fields["weight_merge"] = as_field(weight_merge(list(sources.values())))
     fields[config.method] = as_field(student)
     return fields
-
-
-def machine() -> dict:
-    """What this ran on."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor() or platform.machine(),
-    )
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def draw_pictures(fields: dict[str, Field], config: Config, network: DiT) -> dict:
@@ -122,13 +97,7 @@ def evaluate_run(folder: Path, progress=lambda items: items) -> dict:
     A model's run is not scored: its student's distance from each source is measured. progress wraps the list of what
     is done while it is worked through (tqdm fits). Raises UserError if the folder holds no run.
     """
-    if not (folder / "config.yaml").exists():
-        raise UserError(f"{folder} holds no run (no config.yaml); give the output_dir of a training")
-    config = load_config(folder / "config.yaml")
-    if config.model:
-        from danceopd.tools.model_report import evaluate_model_run  # imports diffusers, which takes its time
-
-        return evaluate_model_run(folder, config, machine(), progress)
+    config = read_run_config(folder)
     if not (folder / "student.safetensors").exists():
         raise UserError(f"{folder} holds no student.safetensors; train first: danceopd train --config ...")
     network = load_model(folder / "student.safetensors")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from danceopd.data.manifest import Row, _first, read_manifest
 from danceopd.support.errors import UserError
-from danceopd.support.hints import hint
+from danceopd.support.hints import did_you_mean
 from danceopd.support.pictures import decode_picture
 
 CACHE_BYTES = 256 * 2**20  # of decoded pictures that each data set keeps
@@ -52,9 +52,8 @@ class ManifestData:
             raise UserError(f"{path} has {len(problems)} problem(s): {_first(problems, '; ')}")
         self.rows = [row for row in rows if row.capability == capability]
         if not self.rows:
-            raise UserError(
-                f"{path} has no rows of {capability!r}; {hint(capability, {row.capability for row in rows})}"
-            )
+            known = did_you_mean(capability, {row.capability for row in rows})
+            raise UserError(f"{path} has no rows of {capability!r}{known}")
         if several := [row.line for row in self.rows if len(row.source_images) > 1]:
             raise UserError(
                 f"{self.path}: {len(several)} rows of {self.capability!r} have several source pictures "

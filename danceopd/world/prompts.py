@@ -158,9 +158,14 @@ def sample_prompts(
     scene.objects = torch.where(take_first, a[:, None], torch.where(take_second, b[:, None], EMPTY))
     scene.colors = torch.where(take_first, a_color[:, None], torch.where(take_second, b_color[:, None], NATURAL))
 
+    return _texts((tasks, a, a_color, b, b_color, copies, relation), style), scene
+
+
+def _texts(columns: tuple[torch.Tensor, ...], style: int) -> list[Prompt]:
+    """Writes prompts from [B] columns: task, first class and colour, second class and colour, number of the first, and
+    the relation of the first to the second."""
     prompts = []
     lead = "a photo of" if style == 0 else "a sketch of"
-    columns = (tasks, a, a_color, b, b_color, copies, relation)
     for task, a_, ak, b_, bk, copies_, rel in zip(*(c.tolist() for c in columns), strict=True):
         name = TASKS[task]
         objects = ((a_, ak), (b_, bk)) if name in ("two_object", "position", "color_attr") else ((a_, ak),)
@@ -172,4 +177,4 @@ def sample_prompts(
             words = " and ".join(describe(*item) for item in objects)
         rel = rel if name == "position" else -1
         prompts.append(Prompt(f"{lead} {words}", name, objects, copies_, rel))
-    return prompts, scene
+    return prompts

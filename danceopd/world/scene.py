@@ -40,11 +40,6 @@ class Scene:
         return self.objects != EMPTY
 
 
-def concatenate(scenes: list[Scene]) -> Scene:
-    """Join batches of scenes, in order."""
-    return Scene(**{f.name: torch.cat([getattr(s, f.name) for s in scenes]) for f in fields(Scene)})
-
-
 def blank(n: int, background: torch.Tensor | None = None) -> Scene:
     """n empty pictures in the photo style, sprites centred; backgrounds as given or all the first."""
     zeros = torch.zeros(n, dtype=torch.int64)

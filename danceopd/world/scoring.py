@@ -10,9 +10,11 @@ from danceopd.core.fields import Field, guided
 from danceopd.core.rollout import sample
 from danceopd.core.schedule import sigma_grid
 from danceopd.evaluation.statistics import standard_error
+from danceopd.support.errors import UserError
 from danceopd.world.detector import detect
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.edits import HELD_OUT_KINDS, KINDS, Edit, sample_edits
+from danceopd.world.files import load_model, resolve_weights
 from danceopd.world.layout import write_pictures
 from danceopd.world.prompts import PAIR_TASKS, TASKS, Prompt, sample_prompts
 from danceopd.world.sampling import make_conditioning
@@ -149,14 +151,24 @@ def score_row(
 
 
 def as_field(network: DiT, guidance_scale: float = 1.0) -> Field:
-    """A network as the field that is sampled, guided if its scale is not 1."""
+    """Returns a network as the field that is sampled, guided if its scale is not 1."""
     return guided(network, tokenize([""], network.config.text_length)[0], guidance_scale)
 
 
-def quick_scores(field: Field, config: Config, network: DiTConfig, device: torch.device) -> dict:
-    """Scores a network on a small set, for the curves: {"geneval_overall", "gedit_average"}."""
-    sampler, seed, count = make_sampler(config, network, device), config.evaluation.seed + 7, config.evaluation.quick
-    return {
-        "geneval_overall": score_geneval(field, sampler, seed, count)["overall"],
-        "gedit_average": score_gedit(field, sampler, seed, count)["average"],
-    }
+def load_field(
+    weights: str, num_inference_steps: int, shift: float, solver: str, guidance_scale: float
+) -> tuple[Field, Sampler]:
+    """Loads an embedded network, by its name or its file, as a field with the sampler that draws with it.
+
+    Raises:
+        UserError: the file is damaged, or the number of steps or the shift is of no use.
+        FileNotFoundError: there is no such network.
+    """
+    network = load_model(resolve_weights(weights))
+    try:
+        sigmas = sigma_grid(num_inference_steps, shift)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    size = network.config
+    sampler = Sampler(sigmas, solver, text_length=size.text_length, image_size=size.image_size)
+    return as_field(network, guidance_scale), sampler

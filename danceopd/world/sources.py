@@ -1,4 +1,4 @@
-"""The recipe of the embedded sources: one base and five specialists, by ordinary flow matching on the world."""
+"""Trains the embedded networks: one base and five specialists, by ordinary flow matching on the world."""
 
 import io
 import json
@@ -117,7 +117,7 @@ def rate(step: int, stage: Stage) -> float:
 
 
 def train_source(name: str, folder: Path, log_every: int = 250) -> Path:
-    """Train one stage of the recipe, resuming from folder/name.pt, and write folder/name.safetensors (EMA, fp16)."""
+    """Trains one stage of the recipe, going on from folder/name.pt; returns folder/name.safetensors (EMA, fp16)."""
     stage = STAGES[name]
     torch.manual_seed(stage.seed)
     if stage.start_from:
@@ -165,27 +165,23 @@ def train_source(name: str, folder: Path, log_every: int = 250) -> Path:
             )
             losses = []
         if step % 500 == 0 or step == stage.steps:
-            state = {
-                "model": model.state_dict(),
-                "ema": ema.state_dict(),
-                "optims": [optim.state_dict() for optim in optims],
-                "step": step,
-                "seconds": seconds,
-            }
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write_atomic(state_path, buffer.getvalue())
+            _save_state(state_path, model, ema, optims, step, seconds)
             save_model(ema.module, folder / f"{name}.safetensors", torch.float16)
     return folder / f"{name}.safetensors"
 
 
+def _save_state(path: Path, model: DiT, ema, optims: list, step: int, seconds: float) -> None:
+    """Writes all that a stage goes on from."""
+    optimizers = [optim.state_dict() for optim in optims]
+    state = {"model": model.state_dict(), "ema": ema.state_dict(), "optims": optimizers, "step": step}
+    buffer = io.BytesIO()
+    torch.save({**state, "seconds": seconds}, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
 def score_sources(seed: int = 1234, per_task: int = 100, per_kind: int = 100) -> list[dict]:
     """Every shipped network on every task, own or not: name, and each score with its standard error."""
-    from danceopd.world.scoring import (
-        Sampler,  # not needed to train
-        score_gedit,
-        score_geneval,
-    )
+    from danceopd.world.scoring import Sampler, score_gedit, score_geneval  # not needed to train
 
     sampler, rows = Sampler(sigma_grid(16, SHIFT)), []
     for name in shipped_sources():
@@ -235,7 +231,7 @@ def write_card(folder: Path) -> Path:
 CARD = """# The embedded networks
 
 A base and five specialists for the picture world (32 x 32 px), each a small diffusion transformer with
-{parameters:.2f} M parameters (`danceopd/backbones/dit.py`) in half precision. They exist to show and test
+{parameters:.2f} M parameters (`danceopd/world/dit.py`) in half precision. They exist to show and test
 distillation; they draw nothing but the objects, colours and backgrounds of the picture world.
 
 ## Scores

@@ -68,7 +68,7 @@ def test_round_trip_through_yaml():
 
 
 def test_missing_file_names_the_nearest():
-    with pytest.raises(UserError, match=r"did you mean configs/demo\.yaml"):
+    with pytest.raises(UserError, match=r"did you mean 'configs/demo\.yaml'"):
         load_config("configs/dmo.yaml")
 
 

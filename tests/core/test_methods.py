@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
+from danceopd.core.methods.score_distillation import DMD, sds_loss
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -25,15 +26,14 @@ from danceopd.core.methods.flow_opd import flow_opd_loss
 from danceopd.core.methods.joint import joint_loss
 from danceopd.core.methods.off_policy import off_policy_loss
 from danceopd.core.methods.pooled import Pooled
-from danceopd.core.methods.score_distillation import DMD, sds_loss
 from danceopd.core.query import query
 from danceopd.core.randomness import sample_generators
 from danceopd.core.schedule import shift_sigma, sigma_grid
 from danceopd.core.sde import sde_rollout
 from danceopd.support.errors import UserError
-from danceopd.training.assembly.build import build
 from danceopd.training.checkpoints import load_newest, save_state
 from danceopd.training.loop import Trainer
+from danceopd.world.build import build
 from danceopd.world.data import write_world
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.files import save_model
@@ -1026,9 +1026,8 @@ def test_a_run_learns_its_gaps(networks, tmp_path):
 
 
 @pytest.mark.parametrize(("times", "at"), [(0, []), (1, [0, 5]), (3, [0, 2, 3, 5]), (5, [0, 1, 2, 3, 4, 5])])
-def test_network_evaluations_end_a_run_and_pace_it(networks, tmp_path, monkeypatch, times, at):
+def test_network_evaluations_end_a_run_and_pace_it(networks, tmp_path, times, at):
     """Joint training costs 3 B an update: 100 are spent in the fifth. Scores at the start, and then evenly spread."""
-    monkeypatch.setattr(Trainer, "quick_scores", lambda self, network: {"geneval_overall": 0.5})
     training = {"max_steps": 1000, "max_network_evaluations": 100, "lr_schedule": "cosine", "log_every": 1}
     config = config_of(
         networks,
@@ -1037,7 +1036,9 @@ def test_network_evaluations_end_a_run_and_pace_it(networks, tmp_path, monkeypat
         training={**training, "sample_every": 0},
         evaluation={"times": times},
     )
-    Trainer(config, build(config)).run()
+    parts = build(config)
+    parts.score = lambda field: {"geneval_overall": 0.5}
+    Trainer(config, parts).run()
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [record for record in log if "loss" in record]
     assert [r["network_evaluations"] for r in losses] == [24, 48, 72, 96, 120]

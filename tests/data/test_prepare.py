@@ -40,7 +40,7 @@ def manifest(tmp_path):
 
 
 def run(manifest, model, tmp_path, **options):
-    return prepare(manifest, model, tmp_path / "cache", flux2, **{"resolution": 64, "batch_size": 2, **options})
+    return prepare(manifest, model, tmp_path / "cache", **{"resolution": 64, "batch_size": 2, **options})
 
 
 def records(prepared):

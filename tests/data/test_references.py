@@ -23,8 +23,9 @@ from danceopd.data.prepare import fit, prepare
 from danceopd.data.prepared import PreparedData, mix
 from danceopd.models.backbones import backbone_of, qwen_image
 from danceopd.planning.dry_run import dry_run
+from danceopd.planning.models import examine
 from danceopd.support.errors import UserError
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import train
 
 SIZE = (64, 64)  # pixels, of the pictures' buckets
@@ -54,7 +55,7 @@ def place(tmp_path_factory):
     sources = [["square"], ["square", "wide"], ["square", "wide"], ["wide", "square"]]
     rows = [row("t2i")] * 3 + [row("edit", *names, target="square") for names in sources]
     manifest = write_manifest(root, [*rows, row("t2i", target="wide"), row("edit", "square", target="tall")])
-    done = prepare(manifest, model, root / "cache", backbone_of(model), resolution=64)
+    done = prepare(manifest, model, root / "cache", resolution=64)
     assert (done.rows, done.problems) == (9, [])
     return root
 
@@ -74,21 +75,21 @@ def config_of(root, folder, **changes):
 
 def test_rows_of_one_and_two_references_train_in_batches_of_one_kind(place, tmp_path, capsys):
     config = config_of(place, tmp_path / "run")
-    samples = build(config).samples
+    samples = build_model(config).samples
     square, wide = (16, 4, 4), (16, 3, 5)
     assert {group.source_shapes: ([len(data) for data in group.data], group.rows) for group in samples.groups} == {
         (square,): ([3, 1], 1 + 3 / 4),
         (square, wide): ([3, 2], 2 + 3 / 2),
         (wide, square): ([3, 1], 1 + 3 / 4),
     }
-    folder = train(config)
+    folder = train(config, build_model)
     out = capsys.readouterr().out
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
     assert len(losses) == 6
     assert all(math.isfinite(loss) and loss > 0 for loss in losses)
     assert {"t2i", "edit"} in [set(record["loss_by_capability"]) for record in records if "loss" in record]
-    found = dry_run(config).found
+    found = dry_run(config, examine).found
     assert "t2i: 3 rows" in " ".join(found)
     assert "edit: 4 rows" in " ".join(found)
     for line in (
@@ -113,7 +114,7 @@ def test_a_text_encoder_that_sees_pictures_sees_all_of_a_row(tmp_path):
     model = tiny_qwen_image.save_tiny(tmp_path / "model", edit=True)
     rows = [row("edit", "square"), row("edit", "square", "wide"), row("edit", "wide", "square"), row("t2i")]
     manifest = write_manifest(tmp_path, [{**each, "prompt": "join them"} for each in rows])
-    done = prepare(manifest, model, tmp_path / "cache", qwen_image, resolution=64)
+    done = prepare(manifest, model, tmp_path / "cache", resolution=64)
     assert done.problems == []
     # Of each row the prompt and the empty one with its pictures; a t2i row's empty one is the negative prompt itself.
     assert done.made == 8 + 2
@@ -148,13 +149,13 @@ def test_a_text_encoder_that_sees_pictures_sees_all_of_a_row(tmp_path):
 def test_more_references_than_the_model_takes_are_a_rows_problem(tmp_path, save, most, said):
     model = save(tmp_path / "model")
     manifest = write_manifest(tmp_path, [row("t2i"), row("edit", "square"), row("edit", "square", "wide")])
-    done = prepare(manifest, model, tmp_path / "cache", backbone_of(model), resolution=64)
+    done = prepare(manifest, model, tmp_path / "cache", resolution=64)
     assert done.rows == 1 + most
     assert [problem.line for problem in done.problems] == [2, 3][most:]
     for problem, words in zip(done.problems, said, strict=True):
         assert words in str(problem)
     with pytest.raises(UserError, match="line 3: 2 source pictures"):
-        prepare(manifest, model, tmp_path / "cache", backbone_of(model), resolution=64, strict=True)
+        prepare(manifest, model, tmp_path / "cache", resolution=64, strict=True)
 
 
 # ------------------------------------------------------------------------------------------- encoders compared
@@ -174,24 +175,24 @@ def test_rows_of_other_encoders_are_refused(place, tmp_path):
     model, config = copied(place, tmp_path, seed=1)
     said = rf"edit\.data\.prepared: .* another text_encoder and vae than {model} .*prepare` again with --model {model}"
     with pytest.raises(UserError, match=said):
-        build(config)
-    assert any(re.search(said, problem) for problem in dry_run(config).problems)
+        build_model(config)
+    assert any(re.search(said, problem) for problem in dry_run(config, examine).problems)
     shutil.rmtree(model / "text_encoder")
     with pytest.raises(UserError, match="another vae than"):
-        build(config)
+        build_model(config)
 
 
 def test_only_encoders_that_are_there_are_compared(place, tmp_path):
     model, config = copied(place, tmp_path)  # in another place they are the same
-    build(config)
+    build_model(config)
     for path in (model / "text_encoder").glob("*.safetensors"):
         path.unlink()  # its configuration stays
     shutil.rmtree(model / "tokenizer")
-    build(config)
+    build_model(config)
     for path in (model / "vae").glob("*.safetensors"):
         path.unlink()
-    build(config)
-    assert dry_run(config).problems == []
+    build_model(config)
+    assert dry_run(config, examine).problems == []
 
 
 # --------------------------------------------------------------------------------------------- which rows mix

@@ -20,9 +20,9 @@ def main(path: str, settings: str | None = None) -> None:
 
     from danceopd.config.reading import load_config
     from danceopd.support.ranks import ALONE
-    from danceopd.training.assembly.build import build
     from danceopd.training.loop import Trainer
     from danceopd.training.zero.launch import begin
+    from danceopd.world.build import build
 
     torch.set_num_threads(1)
     file = Path(settings) if settings else None

@@ -10,6 +10,7 @@ import torch
 
 from danceopd.config.reading import parse_config
 from danceopd.data import sampler
+from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import train
 from danceopd.training.zero import launch
 
@@ -42,8 +43,8 @@ def run(job, ranks=None, settings=None):
     torch.manual_seed(0)
     with routes(job.get("routes")):
         if ranks is None:
-            return train(parse_config(job["config"]))
-        return train(parse_config(job["config"]), False, ranks, settings)
+            return train(parse_config(job["config"]), build_model)
+        return train(parse_config(job["config"]), build_model, False, ranks, settings)
 
 
 def main():

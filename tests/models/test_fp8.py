@@ -20,13 +20,14 @@ from danceopd.core.fields import ask_shared, routed
 from danceopd.models.backbones import backbone_of, flux, pipeline_class_of
 from danceopd.models.fp8 import Fp8Linear, check_fp8, numbers, to_fp8
 from danceopd.models.fp8_loading import load_fp8
-from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase
 from danceopd.planning.dry_run import dry_run
 from danceopd.planning.memory import count, nbytes
+from danceopd.planning.models import examine
 from danceopd.support.errors import UserError
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.world.files import SHIPPED, load_model
 
 FP8 = {"training.base_precision": "fp8"}
@@ -39,7 +40,7 @@ def slow(*values):
 
 def asked(config):
     """(parts, (latents, sigma, conditioning) of three samples)."""
-    parts = build(config)
+    parts = build_model(config)
     group = parts.samples.groups[0]
     latents = torch.randn(3, *group.shape, generator=torch.Generator().manual_seed(1))
     return parts, (latents, torch.tensor([0.9, 0.5, 0.1]), group.data[0].condition([0, 1, 2], [False] * 3))
@@ -169,10 +170,10 @@ def test_the_picture_worlds_sources_in_fp8(tmp_path):
     plain, narrow = (
         load_config("configs/demo.yaml", [*changes, *extra]) for extra in ([], ["training.base_precision=fp8"])
     )
-    parts = build(narrow)
+    parts = build_model(narrow)
     assert [len(fp8_names(network)) for network in parts.fields] == [25, 25]
     assert not fp8_names(parts.student)
-    plans = dry_run(plain), dry_run(narrow)
+    plans = dry_run(plain, examine), dry_run(narrow, examine)
     assert [plan.problems for plan in plans] == [[], []]
     assert plans[1].memory["source weights"][0] == sum(map(nbytes, parts.fields))
     assert plans[1].memory["source weights"][0] < 0.55 * plans[0].memory["source weights"][0]
@@ -197,7 +198,7 @@ def test_a_run_on_fp8(places, family):
         assert 0 < relative(field(*question), expected(*question)) < 0.2  # random and tiny
     shared = parts.student._shared[0]
     torch.testing.assert_close(parts.student(*question), shared.field(-1)(*question))
-    plan = dry_run(config_of(root, **changes, **FP8))
+    plan = dry_run(config_of(root, **changes, **FP8), examine)
     assert plan.problems == []
     adapters = sum(b.nbytes for name, b in shared.transformer.named_buffers() if name.endswith(("lora_a", "lora_b")))
     assert plan.memory["base weights"][0] == nbytes(shared.transformer) - adapters
@@ -218,7 +219,7 @@ def test_adapters_on_an_fp8_base_are_not_rounded(places):
         if isinstance(module, Fp8Linear):
             module.modulates = True  # none of them rounds its input
     loras = [load_lora(root / f"{name}.safetensors", base, pipeline, 20.0) for name in ("one", "two")]
-    plain = [merged(opened(base), lora) for lora in loras]
+    plain = [merge_into(opened(base), lora) for lora in loras]
     _, question = asked(config_of(root))
     shared = SharedBase(base, loras, backbone.velocity)
     route = torch.tensor([1, 0, 1])
@@ -292,7 +293,7 @@ def test_an_adapter_is_merged_before_the_rounding(places):
     other = backbone.load_transformer(root / "other")
     lora = load_lora(root / "one.safetensors", other, pipeline_class_of(root / "model"), 3.0)
     loaded = load_fp8(root / "other", backbone, torch.float32, lora=lora)
-    want, without = to_fp8(merged(other, lora)), to_fp8(copy.deepcopy(other))
+    want, without = to_fp8(merge_into(copy.deepcopy(other), lora)), to_fp8(copy.deepcopy(other))
     for name in lora:
         layers = [network.get_submodule(name) for network in (loaded, want, without)]
         got, expected, plain = (numbers(layer.weight, layer.weight_scale, torch.float32) for layer in layers)

@@ -15,7 +15,7 @@ from torch import nn
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.fields import hard
 from danceopd.models.backbones import sd3
-from danceopd.models.lora_algebra import combine, merged
+from danceopd.models.lora_algebra import combine, merge_into
 from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase
 from danceopd.support.errors import UserError
@@ -212,7 +212,7 @@ def test_a_peft_folder_gives_the_weights_that_peft_gives_it(rslora, tmp_path):
     model.save_pretrained(tmp_path / "lora")
     expected = dict(model.merge_and_unload().named_parameters())
     for path in (tmp_path / "lora", tmp_path / "lora" / "adapter_model.safetensors"):
-        result = merged(small_sd3(), load_lora(path, small_sd3(), SD3))
+        result = merge_into(small_sd3(), load_lora(path, small_sd3(), SD3))
         for name, parameter in result.named_parameters():
             close(parameter, expected[name])
 
@@ -252,7 +252,7 @@ def test_combined_loras_are_their_sum():
     two = random_lora(transformer, ("to_q", "to_v"), 3, 2, scale=-1.5)
     both = combine([one, two])
     assert both.keys() == one.keys() | two.keys()
-    once, twice = merged(transformer, both), merged(merged(transformer, one), two)
+    once, twice = merge_into(deepcopy(transformer), both), merge_into(merge_into(deepcopy(transformer), one), two)
     for got, expected in zip(once.parameters(), twice.parameters(), strict=True):
         close(got, expected)
 
@@ -276,7 +276,7 @@ def four(transformer):
 def test_a_mixed_batch_equals_each_merged_model_alone():
     transformer = small_sd3()
     loras = four(transformer)
-    models = [merged(transformer, lora) for lora in loras] + [deepcopy(transformer)]
+    models = [merge_into(deepcopy(transformer), lora) for lora in loras] + [deepcopy(transformer)]
     parameters = dict(transformer.named_parameters())
     shared = SharedBase(transformer, loras, sd3.velocity)
     assert {n: p.data_ptr() for n, p in transformer.named_parameters()} == {
@@ -372,7 +372,7 @@ def test_qwen_edit_whose_times_come_twice_is_routed():
     transformer = diffusers.QwenImageTransformer2DModel(**config, zero_cond_t=True).eval()
     ends = [("img_mod.1", "timestep_embedder.linear_1"), ("to_q", "txt_mod.1"), ("img_in", "norm_out.linear")]
     loras = [random_lora(transformer, e, 2, m) for m, e in enumerate(ends)]
-    models = [merged(transformer, lora) for lora in loras]
+    models = [merge_into(deepcopy(transformer), lora) for lora in loras]
     shared = SharedBase(transformer, loras, qwen_image.velocity)
     (latents, sigma), adapter = batch(3), torch.tensor([1, 0, 2])
     prompt = {"prompt_embeds": torch.randn(3, 5, 16), "prompt_mask": torch.ones(3, 5, dtype=torch.bool)}
@@ -393,9 +393,9 @@ def test_z_image_shares_its_layers_but_not_its_embedder_of_joined_tokens():
         parameter.data = torch.randn_like(parameter) * 0.2
     base = deepcopy(transformer)
     layers = [random_lora(transformer, e, 2, m) for m, e in enumerate([("to_q", "w2"), ("to_v", "adaLN_modulation.0")])]
-    models = [merged(transformer, lora) for lora in layers]
+    models = [merge_into(deepcopy(transformer), lora) for lora in layers]
     embedder = random_lora(transformer, ("all_x_embedder.2-1",), 2, 3)
-    alone = merged(transformer, embedder)
+    alone = merge_into(deepcopy(transformer), embedder)
     shared = SharedBase(transformer, [*layers, embedder], z_image.velocity)
     (latents, sigma), adapter = batch(2), torch.tensor([1, 0])
     prompt = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from model_runs import FAMILIES, config_of
+from model_runs import FAMILIES
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.rollout import rollout
@@ -178,9 +178,8 @@ def asked_for(folders):
     }
 
     def attends(backbone, name, device="cpu", precision="bf16"):
-        config = config_of(of[backbone].parent)
-        training = config.training.model_copy(update={"attention_backend": name, "precision": precision})
-        return attention_backend(config.model_copy(update={"training": training}), backbone, torch.device(device))
+        model = of[backbone]
+        return attention_backend(name, model, precision == "bf16", backbone, torch.device(device))
 
     return attends
 
@@ -188,7 +187,7 @@ def asked_for(folders):
 def test_backends(asked_for):
     assert asked_for(sd3, "auto") == asked_for(qwen_image, "auto", "cuda") == asked_for(z_image, "native") == "native"
     assert asked_for(qwen_image, "_native_math") == "_native_math"
-    for name, message in {"flesh": "did you mean flash", "nothing like it": "there are auto"}.items():
+    for name, message in {"flesh": "did you mean 'flash'", "nothing like it": "valid are "}.items():
         with pytest.raises(UserError, match=message):
             asked_for(qwen_image, name)
     assert asked_for(flux2, "auto") == "native"

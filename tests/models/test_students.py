@@ -21,16 +21,17 @@ from danceopd.core.rollout import sample
 from danceopd.data.prepared import PreparedData
 from danceopd.models import saving
 from danceopd.models.backbones import backbone_of, flux2, sd3
-from danceopd.models.lora_algebra import merged, truncated
+from danceopd.models.lora_algebra import merge_into, truncated
 from danceopd.models.lora_files import load_lora
 from danceopd.models.saving import save_transformer
 from danceopd.models.shared_base import target_layers
 from danceopd.models.students import FullStudent
 from danceopd.models.weights import of_tensors
 from danceopd.planning.dry_run import dry_run
+from danceopd.planning.models import examine
 from danceopd.support.errors import UserError
 from danceopd.tools.export import export, stored_dtype
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.training.checkpoints import load_newest
 from danceopd.training.loop import Trainer, train
 
@@ -109,7 +110,7 @@ def close(a, b, tolerance=1e-5):
 def full_run(place, tmp_path_factory):
     sources = {"own": {"weights": "own"}}
     config = config_of(place, tmp_path_factory.mktemp("full") / "run", sources, learning_rate=5e-3)
-    return train(config), config
+    return train(config, build_model), config
 
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ def test_end_to_end(full_run, place, tmp_path):
     curve = losses(run)
     assert len(curve) == 10
     assert sum(curve[-3:]) < 0.5 * sum(curve[:3])
-    trainer = Trainer(config, build(config))
+    trainer = Trainer(config, build_model(config))
     trainer.load(load_newest(run / "checkpoints")[0])
     prompt = sd3.text_encoder(place / "model")(["a red cup"])
     noise = torch.randn(1, *sd3.latent_shape(place / "model", SIZE, SIZE), generator=torch.Generator().manual_seed(3))
@@ -146,7 +147,7 @@ def test_end_to_end(full_run, place, tmp_path):
 def test_a_students_folder_is_a_source_and_a_half_base_makes_a_half_export(full_run, place, tmp_path):
     run, _ = full_run
     sources = {"before": {"weights": str(run / "student")}, "one": {"lora": [{"path": "one.safetensors"}]}}
-    parts = build(config_of(place, tmp_path / "next", sources, {"init_from": "before"}))
+    parts = build_model(config_of(place, tmp_path / "next", sources, {"init_from": "before"}))
     x = asked(place)
     close(parts.student(*x), parts.fields[0](*x))
     half = tmp_path / "half"
@@ -160,9 +161,9 @@ def test_a_students_folder_is_a_source_and_a_half_base_makes_a_half_export(full_
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "gradient_checkpointing": True, "optimizer": "muon"}])
 def test_resumed_is_uninterrupted(place, tmp_path, changes):
-    whole = train(config_of(place, tmp_path / "whole", max_steps=3, **changes))
-    train(config_of(place, tmp_path / "parts", max_steps=2, **changes))
-    parts = train(config_of(place, tmp_path / "parts", max_steps=3, **changes))
+    whole = train(config_of(place, tmp_path / "whole", max_steps=3, **changes), build_model)
+    train(config_of(place, tmp_path / "parts", max_steps=2, **changes), build_model)
+    parts = train(config_of(place, tmp_path / "parts", max_steps=3, **changes), build_model)
     a, b = (load_newest(folder / "checkpoints")[0] for folder in (whole, parts))
     assert a.step == b.step == 3
     assert a.shapes == b.shapes
@@ -177,7 +178,7 @@ def test_resumed_is_uninterrupted(place, tmp_path, changes):
 
 
 def test_its_copy_is_its_own_and_the_teachers_stay(place, tmp_path):
-    parts, x = build(config_of(place, tmp_path)), asked(place)
+    parts, x = build_model(config_of(place, tmp_path)), asked(place)
     base = sd3.velocity(sd3.load_transformer(place / "model"), *x[:2], x[2].prompt).detach()
     teachers = [field(*x) for field in parts.fields]
     close(parts.student(*x), base)
@@ -195,11 +196,11 @@ def test_its_copy_is_its_own_and_the_teachers_stay(place, tmp_path):
 def test_checkpointing_changes_no_gradient_and_bf16_runs_in_bf16(place, tmp_path):
     x, grads = asked(place), []
     for options in ({}, {"gradient_checkpointing": True}):
-        student = build(config_of(place, tmp_path, **options)).student.train()
+        student = build_model(config_of(place, tmp_path, **options)).student.train()
         student(*x).square().mean().backward()
         grads.append([p.grad for p in student.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    half = build(config_of(place, tmp_path, precision="bf16")).student
+    half = build_model(config_of(place, tmp_path, precision="bf16")).student
     seen = []
     half.transformer.transformer_blocks[0].attn.to_q.register_forward_hook(lambda *args: seen.append(args[2].dtype))
     answer, exact = half(*x), student(*x)
@@ -233,7 +234,7 @@ def test_every_family_is_trained_in_bf16(places, family):
         list(half.parameters())
     )
     changes = {"student": {}, "training.precision": "bf16", "training.gradient_checkpointing": True}
-    plan = dry_run(family_config(root, **changes))
+    plan = dry_run(family_config(root, **changes), examine)
     assert plan.problems == []
     assert 0 < plan.activations[1] < plan.activations[0]
 
@@ -261,15 +262,15 @@ def test_the_base_is_kept_only_for_who_needs_it(place, tmp_path, monkeypatch):
     loaded, real = [], sd3.load_transformer
     monkeypatch.setattr(sd3, "load_transformer", lambda f, d=torch.float32: loaded.append((str(f), d)) or real(f, d))
     config = config_of(place, tmp_path, OWN, {"init_from": "own"}, precision="bf16")
-    parts = build(config)
+    parts = build_model(config)
     own, other = str(place / "own"), str(place / "other")
     assert loaded == [(own, torch.bfloat16), (other, torch.bfloat16)]  # the student is read from own's files
-    plan = dry_run(config)
+    plan = dry_run(config, examine)
     assert "base" not in plan.parameters
     assert "base weights" not in plan.memory
     assert plan.problems == []
     assert len(parts.fields) == 2
-    assert "base weights" in dry_run(config_of(place, tmp_path)).memory
+    assert "base weights" in dry_run(config_of(place, tmp_path), examine).memory
 
 
 def test_a_process_that_dies_leaves_the_old_or_the_new_one(place, tmp_path, monkeypatch):
@@ -326,13 +327,15 @@ def test_it_begins_as_its_source(place, tmp_path, start, lora):
     """Of rank 5 an adapter holds the mean of ranks 2 and 3 exactly."""
     student = {"init_from": start, **({"lora": lora} if lora else {})}
     config = config_of(place, tmp_path, student=student)
-    assert dry_run(config).problems == []
-    parts, x = build(config), asked(place)
+    assert dry_run(config, examine).problems == []
+    parts, x = build_model(config), asked(place)
     if start == "merge":
         transformer = sd3.load_transformer(place / "model")
         loras = [load_lora(place / f"{n}.safetensors", transformer, StableDiffusion3Pipeline) for n in ("one", "two")]
         halves = [{name: (a, b, scale / 2) for name, (a, b, scale) in lora.items()} for lora in loras]
-        expected = sd3.velocity(merged(merged(transformer, halves[0]), halves[1]), *x[:2], x[2].prompt)
+        expected = sd3.velocity(
+            merge_into(merge_into(copy.deepcopy(transformer), halves[0]), halves[1]), *x[:2], x[2].prompt
+        )
     else:
         expected = parts.fields[["one", "two"].index(start)](*x)
     close(parts.student(*x), expected)
@@ -341,7 +344,7 @@ def test_it_begins_as_its_source(place, tmp_path, start, lora):
 
 
 def test_what_is_left_of_the_rank_can_be_trained(place, tmp_path):
-    student = build(config_of(place, tmp_path, student={"init_from": "one", "lora": {"rank": 5}})).student
+    student = build_model(config_of(place, tmp_path, student={"init_from": "one", "lora": {"rank": 5}})).student
     a, b = student.factors_of("transformer_blocks.0.attn.to_q")
     assert b[:, :2].all()
     assert not b[:, 2:].any()
@@ -353,9 +356,9 @@ def test_what_is_left_of_the_rank_can_be_trained(place, tmp_path):
 
 def test_a_smaller_rank_takes_the_best_of_it(place, tmp_path):
     config = config_of(place, tmp_path, student={"init_from": "two", "lora": {"rank": 2, "alpha": 3.0}})
-    plan = dry_run(config)
+    plan = dry_run(config, examine)
     assert any(line.startswith("student: begins as two, cut to rank 2 in") for line in plan.found)
-    lora = build(config).student.lora()
+    lora = build_model(config).student.lora()
     transformer = sd3.load_transformer(place / "model")
     theirs = load_lora(place / "two.safetensors", transformer, StableDiffusion3Pipeline)
     for name, (a, b, scale) in theirs.items():
@@ -376,15 +379,15 @@ def test_truncation_by_the_small_product(repeats):
 
 def test_full_students_from_weights(place, tmp_path):
     x = asked(place)
-    parts = build(config_of(place, tmp_path, OWN, {"init_from": "other"}))
+    parts = build_model(config_of(place, tmp_path, OWN, {"init_from": "other"}))
     close(parts.student(*x), parts.fields[1](*x))
     sources = {**OWN, "plain": {}, "one": {"lora": [{"path": "one.safetensors", "scale": 2.0}]}}
     config = config_of(place, tmp_path, sources, {"init_from": "merge"})
-    assert dry_run(config).problems == []
-    student = build(config).student
+    assert dry_run(config, examine).problems == []
+    student = build_model(config).student
     base = sd3.load_transformer(place / "model")
     lora = load_lora(place / "one.safetensors", base, StableDiffusion3Pipeline, 2.0)
-    networks = [base, merged(base, lora), *(sd3.load_transformer(place / name) for name in OWN)]
+    networks = [base, merge_into(copy.deepcopy(base), lora), *(sd3.load_transformer(place / name) for name in OWN)]
     values = [dict(network.named_parameters()) for network in networks]
     for name, parameter in student.transformer.named_parameters():
         close(parameter, sum(v[name] for v in values) / 4)
@@ -414,8 +417,8 @@ def test_layers_that_the_student_has_not_are_named(place, tmp_path):
     config = config_of(place, tmp_path, student={"init_from": "two", "lora": {"rank": 4, "targets": ["to_q"]}})
     message = r"student\.init_from: two changes transformer_blocks\.0\.attn\.to_out\.0.* which student\.lora\.targets"
     with pytest.raises(UserError, match=message):
-        build(config)
-    assert [p for p in dry_run(config).problems if p.startswith("student.init_from: two changes")]
+        build_model(config)
+    assert [p for p in dry_run(config, examine).problems if p.startswith("student.init_from: two changes")]
 
 
 def test_transformers_that_differ_have_no_mean(place, tmp_path):
@@ -424,15 +427,15 @@ def test_transformers_that_differ_have_no_mean(place, tmp_path):
     config = config_of(place, tmp_path / "run", sources, {"init_from": "merge"})
     message = r"student\.init_from: source own and source deep differ in shape \(.*begin as base"
     with pytest.raises(UserError, match=message):
-        build(config)
-    assert len(dry_run(config).problems) == 1
+        build_model(config)
+    assert len(dry_run(config, examine).problems) == 1
 
 
 def test_missing_weights_are_named(place, tmp_path):
     config = config_of(place, tmp_path / "run", {"own": {"weights": "gone"}}, {"init_from": "own"})
     with pytest.raises(UserError, match=r"sources\.own\.weights: [\s\S]*gone"):
-        build(config)
-    assert any(p.startswith("sources.own.weights: ") for p in dry_run(config).problems)
+        build_model(config)
+    assert any(p.startswith("sources.own.weights: ") for p in dry_run(config, examine).problems)
 
 
 # --------------------------------------------------------------------------------------------------- dry run
@@ -441,7 +444,7 @@ def test_missing_weights_are_named(place, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_plan_counts_a_full_student(place, tmp_path, precision):
     config = config_of(place, tmp_path / "run", precision=precision)
-    plan = dry_run(config)
+    plan = dry_run(config, examine)
     assert plan.problems == []
     numel = sum(p.numel() for p in sd3.load_transformer(place / "model").parameters())
     assert plan.parameters["student, trainable"] == plan.parameters["base"] == numel
@@ -449,7 +452,7 @@ def test_the_plan_counts_a_full_student(place, tmp_path, precision):
     assert sizes["student"] == sizes["gradient"] == sizes["average (EMA)"] == sizes["optimizer state"] / 2 == 4 * numel
     assert sizes.get("student in bfloat16") == (2 * numel if precision == "bf16" else None)
     # What a real forward keeps, but for its parameters and their casts: of plain PyTorch here, of fused kernels there.
-    student, x = build(config).student, asked(place)
+    student, x = build_model(config).student, asked(place)
     fixed = {p.untyped_storage()._cdata for p in student.parameters()}
     shapes = {p.shape for p in student.parameters()} | {p.mT.shape for p in student.parameters() if p.dim() == 2}
     seen, alive = {}, []
@@ -468,7 +471,7 @@ def test_the_plan_counts_a_full_student(place, tmp_path, precision):
 
 
 def test_muon_is_for_the_products_over_tokens(place, tmp_path):
-    trainer = Trainer(config := config_of(place, tmp_path, optimizer="muon"), build(config_of(place, tmp_path)))
+    trainer = Trainer(config := config_of(place, tmp_path, optimizer="muon"), build_model(config_of(place, tmp_path)))
     muon, adamw = trainer.engine.optimizers
     names = {id(p): name for name, p in trainer.parts.student.transformer.named_parameters()}
     chosen = [names[id(p)] for group in muon.param_groups for p in group["params"]]
@@ -477,7 +480,7 @@ def test_muon_is_for_the_products_over_tokens(place, tmp_path):
     assert all(isinstance(trained.get_submodule(n.rpartition(".")[0]), nn.Linear) for n in chosen)
     assert not any("norm" in name or "embed" in name for name in chosen)
     assert len(chosen) + sum(len(g["params"]) for g in adamw.param_groups) == len(names)
-    plan = dry_run(config)
+    plan = dry_run(config, examine)
     state = 4 * sum(p.numel() for g in muon.param_groups for p in g["params"])
     rest = 8 * sum(p.numel() for g in adamw.param_groups for p in g["params"])
     assert plan.memory["optimizer state"][0] == state + rest

@@ -16,8 +16,9 @@ from danceopd.planning.backward import operations
 from danceopd.planning.cards import CARDS, gather_seconds
 from danceopd.planning.cluster import LEFT, UTILISATION, Setting, plan
 from danceopd.planning.dry_run import dry_run
-from danceopd.planning.memory import GIB
+from danceopd.support.memory import GIB
 from danceopd.world.dit import DiT, DiTConfig
+from danceopd.world.dry_run import examine
 from danceopd.world.files import save_model
 
 
@@ -37,9 +38,11 @@ def embedded(folder: Path, width: int, depth: int, **training) -> dict:
 def large(n: float, **changes):
     """A plan of the demo, as if its network had n parameters."""
     scaled = plan(
-        load_config("configs/demo.yaml", ["training.optimizer=adamw"]), **({"gpus": 64, "card": "h100"} | changes)
+        load_config("configs/demo.yaml", ["training.optimizer=adamw"]),
+        examine,
+        **({"gpus": 64, "card": "h100"} | changes),
     )
-    ratio, found = n / scaled.trained, scaled.plan
+    ratio, found = n / scaled.trained, scaled.findings
     found.parameters["student, trainable"] = int(n)
     for name in ("student", "gradient", "optimizer state", "average (EMA)", "source weights"):
         found.memory[name] = found.memory[name][0] * ratio, ""
@@ -52,8 +55,8 @@ def large(n: float, **changes):
 
 def test_one_process_is_the_dry_run():
     config = load_config("configs/demo.yaml")
-    found = plan(config, 1, "h100")
-    assert found.estimate(Setting(0)).bytes() == pytest.approx(dry_run(config).total_memory())
+    found = plan(config, examine, 1, "h100")
+    assert found.estimate(Setting(0)).bytes() == pytest.approx(dry_run(config, examine).total_memory())
     assert [s.stage for s in found.settings()].count(1) == 0
 
 
@@ -117,8 +120,8 @@ def test_operations_of_a_forward_by_hand():
     config = DiTConfig(width=width, depth=depth, text_length=text)
     with torch.device("meta"):
         network = DiT(config)
-    scaled = plan(load_config("configs/demo.yaml"), 1, "h100")
-    conditioning = scaled.plan.operations()
+    scaled = plan(load_config("configs/demo.yaml"), examine, 1, "h100")
+    conditioning = scaled.findings.operations()
     assert set(conditioning) == {"t2i", "edit"}
     assert conditioning["edit"] > conditioning["t2i"]
     from danceopd.core.conditioning import Conditioning
@@ -136,7 +139,7 @@ def test_time_is_operations_over_the_stated_share_of_the_peak():
     estimate = scaled.estimate(Setting(0))
     expected = scaled.forwards(False) * scaled.operations / (UTILISATION * 989e12)
     assert estimate.seconds["network evaluations"] == pytest.approx(expected)
-    assert plan(load_config("configs/demo.yaml"), 8, "a100").card.operations == 312e12
+    assert plan(load_config("configs/demo.yaml"), examine, 8, "a100").card.operations == 312e12
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -198,7 +201,7 @@ def test_the_estimate_is_what_a_run_takes_within_15_percent(tmp_path, ranks):
     zero = {"stage": 3, "reduce_bucket_size": n // 10, "stage3_max_live_parameters": n // 10}
     zero |= {"stage3_max_reuse_distance": n // 10, "stage3_prefetch_bucket_size": n // 20}
     settings = {"zero_optimization": zero} if ranks > 1 else None
-    scaled = plan(parse_config(config), ranks, "h100", settings)
+    scaled = plan(parse_config(config), examine, ranks, "h100", settings)
     estimate = scaled.estimate(Setting(3 if ranks > 1 else 0)).bytes()
     measured = peak(tmp_path, config, ranks, settings)
     print(f"{ranks} processes: estimate {estimate / GIB:.2f} GiB, measured {measured / GIB:.2f} GiB")

@@ -18,7 +18,8 @@ from danceopd.data.cache import Cache, key_of
 from danceopd.models.backbones import backbone_of, meta_transformer
 from danceopd.models.shared_base import target_layers
 from danceopd.planning.dry_run import dry_run
-from danceopd.planning.memory import GIB
+from danceopd.planning.models import examine
+from danceopd.support.memory import GIB
 
 CONFIGS = Path("configs/models")
 # What one card holds: 24 and 80 GB by their names, less what the estimate leaves out.
@@ -122,7 +123,7 @@ def finish(root: Path, family: str, size: int, rank: int, length: int) -> None:
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_model_configuration_passes_the_dry_run(tiny, config):
     root = tiny(MODELS[model_of(config)][0])
-    plan = dry_run(load_config(config, overrides(config, root)))
+    plan = dry_run(load_config(config, overrides(config, root)), examine)
     libraries = ("training.optimizer: adamw_8bit needs", "training.base_precision: int8 needs")
     assert [problem for problem in plan.problems if not problem.startswith(libraries)] == []
     assert plan.activations
@@ -134,7 +135,7 @@ def test_every_other_configuration_passes_it_too(config, tmp_path):
     changes = [f"training.output_dir={tmp_path}"]
     if config.stem == "setting_f":  # its student is another run's
         changes += ["student.init_from=t2i", "sources.self.weights=t2i"]
-    assert dry_run(load_config(config, changes)).problems == []
+    assert dry_run(load_config(config, changes), examine).problems == []
 
 
 AT_REAL_SIZE = [
@@ -149,7 +150,7 @@ def test_it_fits_its_card_at_the_real_size(real, config):
     loaded = load_config(config, [*overrides(config, real(model)), *part])
     if loaded.training.base_precision:
         pytest.importorskip("torchao")
-    plan = dry_run(loaded)
+    plan = dry_run(loaded, examine)
     if said := re.search(r"One rank takes (\d+) GiB", config.read_text()):
         assert int(said[1]) == round(plan.total_memory() / GIB)
     assert bool(said) == (loaded.student.lora is None)

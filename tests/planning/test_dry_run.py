@@ -18,6 +18,7 @@ import danceopd.models.backbones
 import danceopd.models.lora_files
 import danceopd.world.files
 from danceopd.cli.parser import main
+from danceopd.cli.train import builder_of, examiner_of
 from danceopd.config.reading import load_config, parse_config
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.query import QUERIES, expected_depth, query
@@ -26,12 +27,20 @@ from danceopd.models.loading import check_weights
 from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
-from danceopd.planning.dry_run import dry_run
+from danceopd.planning import dry_run as planning
 from danceopd.support.errors import UserError
 from danceopd.support.optimizers import adamw_class, make_optimizers
-from danceopd.training.assembly.build import build
 from danceopd.training.assembly.networks import student_layers
 from danceopd.training.loop import Trainer
+
+
+def build(config):
+    return builder_of(config)(config)
+
+
+def dry_run(config):
+    return planning.dry_run(config, examiner_of(config))
+
 
 # ------------------------------------------------------------------------------------------------- counting
 

@@ -29,7 +29,7 @@ from danceopd.models.shared_base import target_layers
 from danceopd.support.errors import UserError
 from danceopd.support.files import new_folder, write_atomic
 from danceopd.tools.export import LAYOUTS, export, hub_id, stored_dtype
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.training.checkpoints import load_newest
 from danceopd.training.loop import Trainer, train
 
@@ -39,7 +39,7 @@ SIZE, STEPS, PROMPT = 32, 3, "a red cup"
 def train_tiny(root, save, **pipeline):
     """A run of a few updates whose student is far from the base."""
     model = save(root / "model", **pipeline)
-    backbone, pipeline_class = backbone_of(model), pipeline_class_of(model)
+    pipeline_class = pipeline_class_of(model)
     teacher = pipeline_class.from_pretrained(model)
     teacher.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "add_k_proj"]))
     state = {k.replace(".default", ""): v for k, v in teacher.transformer.state_dict().items() if "lora_" in k}
@@ -48,7 +48,7 @@ def train_tiny(root, save, **pipeline):
     teacher.save_lora_weights(root / "teacher", transformer_lora_layers=state)
     rows = [{"id": str(i), "task": "style", "prompt": f"{PROMPT} {i}"} for i in range(3)]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepared = prepare(root / "rows.jsonl", model, root / "cache", backbone, resolution=SIZE)
+    prepared = prepare(root / "rows.jsonl", model, root / "cache", resolution=SIZE)
     config = parse_config(
         {
             "model": str(model),
@@ -68,7 +68,7 @@ def train_tiny(root, save, **pipeline):
             },
         }
     )
-    return train(config), config
+    return train(config, build_model), config
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def flux_run(tmp_path_factory):
 @torch.no_grad()
 def student_picture(config, noise):
     """[H, W, 3] in [0, 1]: the student of the newest checkpoint, in our own sampler."""
-    backbone, parts = backbone_of(config.model), build(config)
+    backbone, parts = backbone_of(config.model), build_model(config)
     trainer = Trainer(config, parts)
     trainer.load(load_newest(config.training.output_dir / "checkpoints")[0])
     prompt = backbone.text_encoder(config.model)([PROMPT])

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -18,17 +19,18 @@ import danceopd.training.loop
 from danceopd.cli.parser import main
 from danceopd.config.reading import load_config, parse_config
 from danceopd.models.backbones import flux2
-from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora
 from danceopd.planning.counts import grid_evaluations
 from danceopd.planning.dry_run import dry_run
+from danceopd.planning.models import examine
 from danceopd.report.names import percent
 from danceopd.report.tables import format_markdown, format_table
 from danceopd.report.words import summary
 from danceopd.support.errors import UserError
 from danceopd.support.pictures import labelled_grid
 from danceopd.tools.model_report import held_out
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import Trainer, train
 from danceopd.training.previews import MODEL_SAMPLES
 
@@ -95,7 +97,7 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
         return labelled_grid(rows, *args, **kwargs)
 
     monkeypatch.setattr(danceopd.training.loop, "labelled_grid", spy)
-    trainer = Trainer(*(lambda c: (c, build(c)))(parse_config(config_of(place, tmp_path))))
+    trainer = Trainer(*(lambda c: (c, build_model(c)))(parse_config(config_of(place, tmp_path))))
     before, asked = trainer.evaluations.total(), []
 
     def velocity(transformer, latents, *rest):
@@ -115,7 +117,7 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
     for m, name in enumerate(("one", "two")):
         batch = trainer._preview(m, MODEL_SAMPLES)
         batch.model = place / "model"
-        teacher = merged(base, load_lora(place / name, base, Flux2KleinPipeline))
+        teacher = merge_into(deepcopy(base), load_lora(place / name, base, Flux2KleinPipeline))
         expected = decode(by_hand(teacher, batch))
         torch.testing.assert_close(torch.stack(rows[f"{name}: its source {name}"]), expected, atol=2e-3, rtol=0)
         empty = {k: v.expand(MODEL_SAMPLES, *v.shape) for k, v in trainer.parts.empty_prompt.items()}
@@ -140,10 +142,10 @@ def test_without_a_vae_it_is_said_at_the_start(place, tmp_path):
     raw = config_of(place, tmp_path / "run") | {"model": str(tmp_path / "model")}
     message = r"training\.sample_every: sample grids are decoded by the VAE, but no weights"
     with pytest.raises(UserError, match=message):
-        build(parse_config(raw))
-    assert [p for p in dry_run(parse_config(raw)).problems if p.startswith("training.sample_every")]
+        build_model(parse_config(raw))
+    assert [p for p in dry_run(parse_config(raw), examine).problems if p.startswith("training.sample_every")]
     raw["training"]["sample_every"] = 0
-    assert dry_run(parse_config(raw)).problems == []
+    assert dry_run(parse_config(raw), examine).problems == []
 
 
 def test_a_grid_that_fails_ends_no_run(place, tmp_path, monkeypatch, capsys):
@@ -151,7 +153,7 @@ def test_a_grid_that_fails_ends_no_run(place, tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Trainer, "sample_grid", full)
-    folder = train(parse_config(config_of(place, tmp_path / "run", max_steps=2, sample_every=1)))
+    folder = train(parse_config(config_of(place, tmp_path / "run", max_steps=2, sample_every=1)), build_model)
     assert "no sample grid: [Errno 28] No space left on device" in capsys.readouterr().err
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "warning" in record] == [1, 2]
@@ -166,7 +168,7 @@ def test_a_source_with_nan_is_named_before_the_first_step(place, tmp_path):
     raw = config_of(place, tmp_path / "run")
     raw["sources"]["two"]["lora"] = [{"path": str(tmp_path / "bad")}]
     with pytest.raises(UserError, match=r"sources\.two: .*not finite"):
-        train(parse_config(raw))
+        train(parse_config(raw), build_model)
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
@@ -201,9 +203,9 @@ def test_the_report(run, place, capsys, tmp_path, monkeypatch):
 
 def check_the_error_before(gap, config, place):
     """It is the base's own, worked out with plain transformers."""
-    batch = held_out(config, build(config), 0)
+    batch = held_out(config, build_model(config), 0)
     base = flux2.load_transformer(place / "model")
-    teacher = merged(base, load_lora(place / "one", base, Flux2KleinPipeline))
+    teacher = merge_into(deepcopy(base), load_lora(place / "one", base, Flux2KleinPipeline))
     levels, z, errors = flux2.sigmas(place / "model", STEPS, SIZE, SIZE), batch.noise, []
     with torch.no_grad():
         for now, then in itertools.pairwise(levels):

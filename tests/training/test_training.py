@@ -22,9 +22,9 @@ from danceopd.data.sampler import draw_batch
 from danceopd.support.errors import UserError
 from danceopd.training import checkpoints as state
 from danceopd.training import loop
-from danceopd.training.assembly.build import build
 from danceopd.training.health import Health
 from danceopd.training.loop import Trainer, train
+from danceopd.world.build import build
 from danceopd.world.data import WorldData, write_world
 from danceopd.world.files import load_model
 from danceopd.world.sampling import embedded_samples
@@ -64,7 +64,7 @@ def records(folder):
 
 
 def test_a_run_writes_what_it_promises(raw, tmp_path):
-    folder = train(config_of(raw))
+    folder = train(config_of(raw), build)
     log = records(folder)
     losses = [r for r in log if "loss" in r]
     assert [r["step"] for r in losses] == [1, 2, 3, 4, 5, 6]
@@ -86,7 +86,7 @@ def test_a_run_writes_what_it_promises(raw, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_interrupted_equals_uninterrupted(raw, tmp_path, optimizer):
     raw["training"]["optimizer"] = optimizer
-    whole = train(config_of(raw, output_dir=str(tmp_path / "whole"), lr_schedule="cosine"))
+    whole = train(config_of(raw, output_dir=str(tmp_path / "whole"), lr_schedule="cosine"), build)
     half = config_of(raw, lr_schedule="cosine")
 
     class Stop(Exception):
@@ -103,7 +103,7 @@ def test_interrupted_equals_uninterrupted(raw, tmp_path, optimizer):
     trainer.update = stop_at_three
     with pytest.raises(Stop):
         trainer.run()
-    folder = train(half)
+    folder = train(half, build)
     assert_same_state(newest(whole), newest(folder))
     assert [r["step"] for r in records(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
     strip = [{k: v for k, v in r.items() if k not in ("seconds", "samples_per_second")} for r in records(whole)]
@@ -147,8 +147,8 @@ def test_killed_process_goes_on_bit_for_bit(raw, tmp_path):
 
 
 def test_micro_batches_do_not_change_the_update(raw, tmp_path):
-    one = newest(train(config_of(raw, output_dir=str(tmp_path / "one"))))
-    four = newest(train(config_of(raw, output_dir=str(tmp_path / "four"), gradient_accumulation_steps=4)))
+    one = newest(train(config_of(raw, output_dir=str(tmp_path / "one")), build))
+    four = newest(train(config_of(raw, output_dir=str(tmp_path / "four"), gradient_accumulation_steps=4), build))
     for key, value in one["student"].items():
         torch.testing.assert_close(four["student"][key], value, atol=2e-5, rtol=2e-4)
 
@@ -166,7 +166,7 @@ def test_a_run_with_the_kernels_is_one_without(raw, tmp_path, monkeypatch):
     states = []
     for backend in ("", "torch"):
         monkeypatch.setenv("DANCEOPD_KERNELS", backend)
-        states.append(train(config_of(raw, output_dir=str(tmp_path / f"run{backend}"))))
+        states.append(train(config_of(raw, output_dir=str(tmp_path / f"run{backend}")), build))
     assert used == ({"cpu": 6, "torch": 6} if compiled.module("cpu") else {"torch": 12})
     for a, b in zip(*map(records, states), strict=True):
         if "loss" in a:
@@ -181,16 +181,16 @@ def test_student_of_one_teacher_converges_to_it(raw):
     raw["capabilities"]["edit"]["source"] = "one"
     config = config_of(raw, max_steps=100, batch_size=16, learning_rate=3e-3, sample_every=0, ema_decay=0.5)
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"times": 0})})
-    losses = [r["loss"] for r in records(train(config)) if "loss" in r]
+    losses = [r["loss"] for r in records(train(config, build)) if "loss" in r]
     assert sum(losses[-10:]) < 0.25 * sum(losses[:3]) * 10 / 3
 
 
 def test_another_configuration_is_refused_and_overwrite_starts_again(raw):
-    train(config_of(raw))
+    train(config_of(raw), build)
     changed = config_of(raw, learning_rate=1e-3)
     with pytest.raises(UserError, match=r"training\.learning_rate"):
-        train(changed)
-    folder = train(changed, overwrite=True)
+        train(changed, build)
+    folder = train(changed, build, overwrite=True)
     assert newest(folder)["step"] == 6
     assert [r["step"] for r in records(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
@@ -223,25 +223,25 @@ def spoil(path, how):
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 @pytest.mark.parametrize("name", ["rank-00000-of-00001.safetensors", "rest.pt", "manifest.json"])
 def test_a_damaged_checkpoint_is_passed_over(raw, capsys, name, how):
-    folder = train(config_of(raw, sample_every=0))
+    folder = train(config_of(raw, sample_every=0), build)
     last = state.checkpoints(folder / "checkpoints")[-1]
     spoil(last / name, how)
-    train(config_of(raw, max_steps=7, sample_every=0))
+    train(config_of(raw, max_steps=7, sample_every=0), build)
     out = capsys.readouterr().out
     assert (f"{last} is damaged" in out) == ((name, how) != ("manifest.json", "gone"))  # then it was never whole
     assert "going on from step 4" in out
 
 
 def test_no_checkpoint_that_is_whole(raw):
-    folder = train(config_of(raw))
+    folder = train(config_of(raw), build)
     for path in state.checkpoints(folder / "checkpoints"):
         spoil(path / "rest.pt", "cut")
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
-        train(config_of(raw, max_steps=8))
+        train(config_of(raw, max_steps=8), build)
 
 
 def test_full_disk_keeps_the_previous_checkpoint(raw, monkeypatch):
-    folder = train(config_of(raw))
+    folder = train(config_of(raw), build)
     before = newest(folder)
 
     real = os.replace
@@ -253,7 +253,7 @@ def test_full_disk_keeps_the_previous_checkpoint(raw, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=r"No space left on device.*step-00000006 is still good"):
-        train(config_of(raw, max_steps=8))
+        train(config_of(raw, max_steps=8), build)
     monkeypatch.undo()
     assert_same_state(before, newest(folder))
     assert not list((folder / "checkpoints").glob(".*tmp"))
@@ -280,7 +280,7 @@ def test_unwritable_folder_is_found_before_training(raw, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")
     with pytest.raises(UserError, match=r"training\.output_dir: cannot write"):
-        train(config_of(raw, output_dir=str(blocker / "run")))
+        train(config_of(raw, output_dir=str(blocker / "run")), build)
 
 
 def test_everything_missing_is_listed_at_once(raw, tmp_path):
@@ -288,7 +288,7 @@ def test_everything_missing_is_listed_at_once(raw, tmp_path):
     raw["sources"]["one"]["weights"] = str(tmp_path / "nowhere.safetensors")
     raw["capabilities"]["t2i"]["data"] = {"manifest": str(tmp_path / "none.jsonl")}
     with pytest.raises(UserError) as error:
-        train(config_of(raw))
+        train(config_of(raw), build)
     for key in ("student.init_from", "sources.one.weights", "capabilities.t2i.data"):
         assert key in str(error.value)
 
@@ -307,10 +307,10 @@ def test_edit_route_without_sources_is_an_error(raw, tmp_path):
 
 def test_a_manifest_trains_as_the_world_does(raw, tmp_path):
     manifest = write_world(tmp_path / "data", ["t2i", "edit"], 50, 1)
-    world = newest(train(config_of(raw, output_dir=str(tmp_path / "world"), max_steps=3)))
+    world = newest(train(config_of(raw, output_dir=str(tmp_path / "world"), max_steps=3), build))
     for name in ("t2i", "edit"):
         raw["capabilities"][name]["data"] = {"manifest": str(manifest)}
-    mine = newest(train(config_of(raw, max_steps=3)))
+    mine = newest(train(config_of(raw, max_steps=3), build))
     for key, value in world["student"].items():  # pictures on disk are rounded to 8 bits
         torch.testing.assert_close(mine["student"][key], value, atol=5e-3, rtol=0)
 
@@ -341,7 +341,7 @@ def test_non_finite_updates_are_skipped_counted_and_stop(raw, monkeypatch):
     assert record["skipped"] == 2
     calls[0], bad = 0, set(range(100))
     with pytest.raises(UserError, match="3 updates in a row"):
-        train(config_of(raw, output_dir=raw["training"]["output_dir"] + "2", max_nonfinite_steps=3))
+        train(config_of(raw, output_dir=raw["training"]["output_dir"] + "2", max_nonfinite_steps=3), build)
     assert newest(type(trainer.config.training.output_dir)(raw["training"]["output_dir"] + "2"))["step"] == 3
 
 
@@ -388,7 +388,7 @@ def test_collapse_is_warned_about(raw):
 
 
 def test_bf16_trains(raw):
-    losses = [r["loss"] for r in records(train(config_of(raw, precision="bf16", max_steps=2))) if "loss" in r]
+    losses = [r["loss"] for r in records(train(config_of(raw, precision="bf16", max_steps=2), build)) if "loss" in r]
     assert len(losses) == 2
     assert all(0 < loss < 1e3 for loss in losses)
 
@@ -417,13 +417,13 @@ def test_a_disk_without_room_is_found_before_training(raw, monkeypatch):
     usage = shutil.disk_usage(config.training.output_dir.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**24 + 3 * needed))
     with pytest.raises(UserError, match=r"3 checkpoints and the student need .*keep_checkpoints"):
-        train(config)
-    train(config_of(raw, keep_checkpoints=1))
+        train(config, build)
+    train(config_of(raw, keep_checkpoints=1), build)
 
 
 def test_a_trace_has_the_phases_of_the_steps_asked_for(raw):
     config = config_of(raw, profile_steps=2, sample_every=0)
-    folder = train(parse_config({**config.to_dict(), "evaluation": {"times": 0}}))
+    folder = train(parse_config({**config.to_dict(), "evaluation": {"times": 0}}), build)
     (trace,) = (folder / "profile").iterdir()
     names = Counter(event.get("name") for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X")
     phases = ("route", "rollout", "query", "student", "loss", "backward", "step")

@@ -10,8 +10,8 @@ import pytest
 from danceopd.config.reading import load_config
 from danceopd.core.methods import METHODS
 from danceopd.support.errors import UserError
-from danceopd.training.assembly.build import build
 from danceopd.training.loop import Trainer
+from danceopd.world.build import build
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "docs" / "adding-a-method.md").read_text(), re.DOTALL)

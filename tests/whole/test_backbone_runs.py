@@ -23,7 +23,7 @@ from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, pipeline_class_of
 from danceopd.models.shared_base import SharedBase
 from danceopd.support.errors import UserError
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import train
 
 SIZE = PREPARED_SIZE
@@ -64,7 +64,7 @@ def config_of(family, root, folder):
 @torch.no_grad()
 def distance(config, transformer):
     """Mean square of a transformer's velocity less that of each capability's own source, at states of the sources."""
-    parts, backbone = build(config), backbone_of(config.model)
+    parts, backbone = build_model(config), backbone_of(config.model)
     group, route = parts.samples.groups[0], torch.tensor([0, 0, 0, 1, 1, 1])
     batch = concatenate([data.condition([0, 1, 2], [False] * 3) for data in group.data])
     noise = torch.randn(6, *group.shape, generator=torch.Generator().manual_seed(0))
@@ -79,7 +79,7 @@ def distance(config, transformer):
 def test_end_to_end(place, tmp_path):
     family, root = place
     config = config_of(family, root, tmp_path / "run")
-    folder = train(config)
+    folder = train(config, build_model)
     curve = losses(folder)
     assert len(curve) == 20
     assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
@@ -116,11 +116,11 @@ def test_an_edit_needs_a_model_that_edits_and_a_distilled_one_its_number(place, 
     raw["sources"]["one"]["embedded_guidance"] = raw["student"]["embedded_guidance"]
     said = "takes its guidance as an input; give the number" if family in DISTILLED else "has no such input"
     with pytest.raises(UserError, match=rf"student\.embedded_guidance: .*{said}[\s\S]*sources\.one\.embedded_guid"):
-        build(parse_config(raw))
+        build_model(parse_config(raw))
     if family not in EDITING:
         raw["capabilities"]["two"]["task"] = "edit"
         with pytest.raises(UserError, match=rf"two\.task: edit, but a {pipeline_class_of(root / 'model').__name__}"):
-            build(parse_config(raw))
+            build_model(parse_config(raw))
 
 
 def test_missing_weights_are_refused(place, tmp_path):

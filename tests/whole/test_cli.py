@@ -114,7 +114,7 @@ def test_sample_draws_and_edits(tiny, tmp_path):
         (["evaluate", "nowhere.safetensors"], "nor an embedded network"),
         (["evaluate", "base", "--per-task", "0"], "at least 1"),
         (["sample", "base", "a dog", "--source", "nowhere.png"], "no picture at nowhere.png"),
-        (["sources", "train", "--only", "nothing"], "no source ['nothing']"),
+        (["sources", "train", "--only", "nothing"], "no source 'nothing'"),
         (["data", "check", "nowhere.jsonl"], "nowhere.jsonl"),
         (["sample", "base", "a dog", "--num-inference-steps", "0"], "must be at least 1"),
     ],

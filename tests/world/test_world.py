@@ -21,7 +21,7 @@ from danceopd.world.prompts import (
     draw_tasks,
     sample_prompts,
 )
-from danceopd.world.scene import Scene, blank, concatenate, render
+from danceopd.world.scene import Scene, blank, render
 from danceopd.world.scores import geneval_correct
 from danceopd.world.sprites import BACKGROUNDS, CLASSES, COLORS, EMPTY, JITTER, STYLES, background_rgb
 from danceopd.world.tokenizer import load_tokenizer, tokenize
@@ -159,9 +159,11 @@ def test_one_spoiled_cell_spoils_no_other(cell):
     assert torch.equal(seen.scene.colors[:, others], scene.colors[:, others])
 
 
-def test_scenes_select_and_join():
+def test_a_part_and_a_copy_of_a_scene():
     scene = random_scene(7)
-    assert same_scene(concatenate([scene[:3], scene[3:]]), scene)
+    for index in (slice(2, 5), torch.tensor([2, 3, 4])):
+        assert same_scene(scene[index].clone(), scene[2:5])
+        assert torch.equal(render(scene[index]), render(scene)[2:5])
     copy = scene.clone()
     copy.objects.fill_(0)
     assert not same_scene(copy, scene)

@@ -13,15 +13,15 @@ from tqdm import tqdm
 
 from danceopd.evaluation.gedit.benchmark import PAPER_KINDS, SUBSETS, Benchmark, Row, read_benchmark
 from danceopd.evaluation.gedit.draw import (
-    Drawing,
+    Editing,
     check_pipeline,
     claim,
     edit_rows,
-    load_pipeline,
     missing_rows,
     picture_file,
 )
 from danceopd.evaluation.gedit.judge import Edit, Verdict, judge_edits, overall
+from danceopd.evaluation.pipelines import load_pipeline
 from danceopd.evaluation.statistics import standard_error
 from danceopd.models.loading import multiple_of
 from danceopd.support.errors import UserError
@@ -167,7 +167,7 @@ def evaluate_gedit(
     model: Path | None = None,
     lora: Path | None = None,
     transformer: Path | None = None,
-    drawing: Drawing | None = None,
+    editing: Editing | None = None,
     make_judge: Callable | None = None,
     judge_name: str = "judge",
     kinds: Sequence[str] = PAPER_KINDS,
@@ -183,7 +183,7 @@ def evaluate_gedit(
     an EndpointJudge or LocalJudge. Each rank edits and asks about its own share of rows. Returns the results, on rank 0
     and with a judge. Raises UserError for whatever is missing before anything is drawn.
     """
-    drawing = drawing or Drawing()
+    editing = editing or Editing()
     folder, benchmark = method_folder(output, method), read_benchmark(dataset, kinds, languages, subset)
     own = [benchmark.rows[i] for i in ranks.slots(len(benchmark.rows))]
     missing = missing_rows(benchmark, folder)
@@ -194,15 +194,15 @@ def evaluate_gedit(
         )
     judge = make_judge() if make_judge else None
     if model is not None:
-        backbone, _ = check_pipeline(model, lora, transformer)
-        claim(folder, model, lora, transformer, drawing, dtype)
+        backbone = check_pipeline(model, lora, transformer)
+        claim(folder, model, lora, transformer, editing, dtype)
         if missing:
             if judge:
                 judge.check()  # hours of drawing come before its first question
             for row in missing_rows(benchmark, folder, own):
                 benchmark.picture(row)
             pipeline = load_pipeline(model, lora, transformer, device, dtype)
-            edit_rows(benchmark, own, folder, pipeline, multiple_of(backbone, model), drawing)
+            edit_rows(benchmark, own, folder, pipeline, multiple_of(backbone, model), editing)
             del pipeline  # its memory, before a judge on this machine is loaded
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

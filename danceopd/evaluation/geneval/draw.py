@@ -1,7 +1,6 @@
-"""GenEval's pictures: a diffusers pipeline draws the benchmark's prompts into the benchmark's layout."""
+"""Draws GenEval's prompts with a diffusers pipeline, into the benchmark's layout."""
 
 import hashlib
-import inspect
 import io
 import json
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 
 from danceopd.evaluation.geneval.layout import prompt_folder
+from danceopd.evaluation.pipelines import guidance_options, load_pipeline, takes
+from danceopd.models.fingerprint import fingerprint
 from danceopd.models.loading import class_name_of
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
@@ -21,11 +22,16 @@ MARK = "generation.json"  # what drew a folder's pictures
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn; None leaves it to the pipeline.
+    """How pictures are drawn; None leaves a value to the pipeline.
 
-    model: a diffusers pipeline's folder; transformer: a folder whose transformer takes the place of its own; lora: a
-    folder or file in any layout that load_lora reads; resolution: of both sides, in pixels; offload: the pipeline's
-    parts wait in host memory, one at a time is on the card.
+    Attributes:
+        model, transformer, lora, device, dtype, offload: as for evaluation.pipelines.load_pipeline.
+        samples: pictures of a prompt.
+        seed: of the noise, with a picture's place (sample_seed).
+        num_inference_steps: solver steps.
+        guidance_scale: of the pipeline's guidance.
+        resolution: both sides of a picture in pixels.
+        batch_size: pictures at a time.
     """
 
     model: Path
@@ -43,18 +49,29 @@ class Drawing:
 
 
 def sample_seed(seed: int, index: int, sample: int) -> int:
-    """Of a picture's noise: its prompt's place in the metadata and its number, whatever is drawn beside it."""
+    """Returns the seed of a picture's noise, from the place of its prompt and its number among the prompt's samples."""
     return int.from_bytes(hashlib.blake2b(repr((seed, index, sample)).encode(), digest_size=7).digest(), "little")
 
 
 def draw_pictures(
     metadata: list[dict], folder: Path, how: Drawing, ranks: Ranks = ALONE, progress: Callable = lambda items: items
 ) -> int:
-    """Draw what is not there yet of this rank's prompts (every ranks.size-th); returns how many pictures it drew.
+    """Draws what is not there yet of this rank's prompts, which are every ranks.size-th.
 
-    Each picture is written atomically, so that after a kill the same call goes on. progress: wraps the list of what is
-    left (tqdm fits). Raises UserError for a folder whose pictures something else drew, and for a model or LoRA that
-    cannot be loaded.
+    Each picture is written atomically, so that after a kill the same call goes on.
+
+    Args:
+        metadata: the benchmark's prompts, a line each.
+        folder: where the pictures are or will be.
+        how: what draws them, and how.
+        ranks: the processes that share the prompts; every one calls this.
+        progress: wraps the list of what is left (tqdm fits).
+
+    Returns:
+        The number of pictures drawn by this rank.
+
+    Raises:
+        UserError: something else drew the folder's pictures, or the model or LoRA cannot be loaded.
     """
     agreed(ranks, check_draws_text, how.model)
     agreed(ranks, check_mark, metadata, folder, how)
@@ -63,7 +80,7 @@ def draw_pictures(
     for index in mine:
         missing = [k for k in range(how.samples) if not _picture(folder, index, k).exists()]
         left += [(index, missing[i : i + how.batch_size]) for i in range(0, len(missing), how.batch_size)]
-    draw = agreed(ranks, lambda: load_pipeline(how) if left else None)  # before anything is written
+    draw = agreed(ranks, lambda: load_drawer(how) if left else None)  # before anything is written
     data = (json.dumps(mark(how), indent=1) + "\n").encode()
     agreed(ranks, lambda: ranks.rank or write_atomic(folder / MARK, data))  # before any picture is
     for index in mine:
@@ -84,10 +101,10 @@ def _picture(folder: Path, index: int, number: int) -> Path:
 
 
 def mark(how: Drawing) -> dict:
-    """What a picture depends on, apart from its prompt and number. Moving a model changes nothing."""
+    """Returns all that a picture depends on, apart from its prompt and number; moving a model changes nothing."""
     networks = {name: getattr(how, name) for name in ("model", "transformer", "lora")}
     return {
-        **{name: path and contents(path) for name, path in networks.items()},
+        **{name: path and fingerprint(path) for name, path in networks.items()},
         "seed": how.seed,
         "num_inference_steps": how.num_inference_steps,
         "guidance_scale": how.guidance_scale,
@@ -96,20 +113,12 @@ def mark(how: Drawing) -> dict:
     }
 
 
-def contents(path: Path) -> str:
-    """A fingerprint of a file or folder. Raises UserError if it is not there."""
-    from danceopd.models.fingerprint import fingerprint
-
-    if not path.exists():
-        raise UserError(f"there is nothing at {path}; give the folder or file of a model")
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    return fingerprint(path)
-
-
 def check_mark(metadata: list[dict], folder: Path, how: Drawing) -> None:
-    """Raises UserError where a folder holds other prompts' or another model's pictures, or another tool's."""
+    """Checks that a folder's pictures are of these prompts, drawn in this way.
+
+    Raises:
+        UserError: it holds other prompts' pictures, another model's, or another tool's.
+    """
     there = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdecimal()) if folder.is_dir() else []
     for place in there:
         index, line = int(place.name), place / "metadata.jsonl"
@@ -139,7 +148,7 @@ def check_mark(metadata: list[dict], folder: Path, how: Drawing) -> None:
 
 
 def check_draws_text(model: Path) -> None:
-    """Raises UserError for a folder that is no pipeline, and for one that draws nothing from a prompt alone."""
+    """Checks that a folder is a pipeline's which draws from a prompt alone; a UserError if not."""
     if (name := class_name_of(model)).startswith("QwenImageEdit"):
         raise UserError(
             f"{model} is a {name}, which edits pictures and cannot draw from a prompt alone; give a text-to-image "
@@ -147,57 +156,25 @@ def check_draws_text(model: Path) -> None:
         )
 
 
-def load_pipeline(how: Drawing) -> Callable:
-    """draw(prompt, seeds) -> PIL pictures, one a seed; the noise is drawn on the CPU, each picture's by its own seed.
+def load_drawer(how: Drawing) -> Callable[[str, list[int]], list]:
+    """Loads what draws a prompt: draw(prompt, seeds) gives one PIL picture a seed.
 
-    Raises UserError for a folder that is no pipeline, and for weights that do not fit.
+    The noise is drawn on the CPU, each picture's by its own seed.
+
+    Raises:
+        UserError: as load_pipeline.
     """
-    from diffusers import DiffusionPipeline
-
-    from danceopd.models.backbones import backbone_of
-    from danceopd.models.loading import load
-
-    own = {}
-    if how.transformer:
-        own["transformer"] = backbone_of(how.model).load_transformer(how.transformer, how.dtype)
-    pipeline = load(DiffusionPipeline, how.model, dtype=how.dtype, use_safetensors=True, **own)
-    if how.lora:
-        add_lora(pipeline, how.lora)
-    if how.offload:
-        pipeline.enable_model_cpu_offload(device=how.device)
-    else:
-        pipeline.to(how.device)
-    pipeline.set_progress_bar_config(disable=True)
-    options = call_options(pipeline, how)
+    pipeline = load_pipeline(how.model, how.lora, how.transformer, how.device, how.dtype, how.offload)
+    options = guidance_options(pipeline, how.guidance_scale)
+    if how.num_inference_steps is not None:
+        options["num_inference_steps"] = how.num_inference_steps
+    if how.resolution:
+        options |= {"height": how.resolution, "width": how.resolution}
+        if takes(pipeline, "max_area"):  # Kontext fits any size to it
+            options["max_area"] = how.resolution**2
 
     def draw(prompt: str, seeds: list[int]) -> list:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipeline(prompt=prompt, num_images_per_prompt=len(seeds), generator=generators, **options).images
 
     return draw
-
-
-def add_lora(pipeline, path: Path) -> None:
-    """Load a LoRA beside a pipeline's weights: all of it, or a UserError."""
-    from danceopd.models.lora_algebra import named_factors
-    from danceopd.models.lora_files import load_lora
-
-    part = "transformer" if hasattr(pipeline, "transformer") else "unet"
-    lora = load_lora(path, getattr(pipeline, part), type(pipeline))
-    pipeline.load_lora_weights(named_factors(lora, f"{part}."))
-
-
-def call_options(pipeline, how: Drawing) -> dict:
-    """What the pipeline is called with beside prompt and noise."""
-    takes = inspect.signature(pipeline.__call__).parameters
-    options = {"num_inference_steps": how.num_inference_steps}
-    if type(pipeline).__name__.startswith("QwenImage"):  # whose guidance needs a negative prompt, else there is none
-        guided = how.guidance_scale is None or how.guidance_scale > 1
-        options |= {"true_cfg_scale": how.guidance_scale, "negative_prompt": " " if guided else None}
-    else:
-        options["guidance_scale"] = how.guidance_scale
-    if how.resolution:
-        options |= {"height": how.resolution, "width": how.resolution}
-        if "max_area" in takes:  # Kontext fits any size to it
-            options["max_area"] = how.resolution**2
-    return {key: value for key, value in options.items() if value is not None}

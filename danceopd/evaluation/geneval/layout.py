@@ -1,6 +1,5 @@
 """GenEval's files: metadata, pictures and results."""
 
-import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from PIL import Image
 from danceopd.evaluation.geneval.rules import CLASSES, CLAUSE, COLORS, RELATIONS, SAMPLE, Objects
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.hints import did_you_mean
 
 
 def check_metadata(metadata: dict, where: str) -> dict:
@@ -22,8 +22,8 @@ def check_metadata(metadata: dict, where: str) -> dict:
 
     need(isinstance(metadata, dict), "not a JSON object; give GenEval's evaluation_metadata.jsonl")
     for key in ("tag", "prompt", "include"):
-        near = difflib.get_close_matches(key, metadata, 1)
-        need(key in metadata, f"no {key!r}" + (f", but {near[0]!r}" if near else "") + "; see GenEval's metadata")
+        hint = did_you_mean(key, metadata, "; see GenEval's metadata")
+        need(key in metadata, f"no {key!r}{hint}")
     for key in ("tag", "prompt"):
         need(isinstance(metadata[key], str), f"{key!r} must be a text")
     need(bool(metadata["include"]) or bool(metadata.get("exclude")), "asks for nothing: 'include' is empty")
@@ -34,9 +34,9 @@ def check_metadata(metadata: dict, where: str) -> dict:
             at = f"{key}[{place}]"
             extra = sorted(set(clause) - (CLAUSE if key == "include" else {"class", "count"}))
             need(not extra, f"{at} has an unknown key {extra[0] if extra else ''!r}")
-            near = difflib.get_close_matches(str(clause.get("class")), CLASSES, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; the classes are COCO's, by GenEval's names"
-            need(clause.get("class") in CLASSES, f"{at} asks for the class {clause.get('class')!r}{hint}")
+            name = clause.get("class")
+            hint = did_you_mean(name, CLASSES, "; the classes are COCO's, by GenEval's names")
+            need(name in CLASSES, f"{at} asks for the class {name!r}{hint}")
             count = clause.get("count")
             need(isinstance(count, int) and not isinstance(count, bool) and count >= 1, f"{at} needs a count from 1 on")
             color = clause.get("color", COLORS[0])

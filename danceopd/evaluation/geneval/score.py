@@ -1,51 +1,77 @@
-"""Scores a folder of GenEval's pictures."""
+"""Scores a folder of GenEval's pictures, and goes on where an earlier scoring stopped."""
 
-import argparse
 import hashlib
 import json
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
+from PIL import Image, ImageOps
+
+from danceopd.evaluation.geneval import models
+from danceopd.evaluation.geneval.layout import read_pictures, record, write_results
+from danceopd.evaluation.geneval.rules import judge, kept
+from danceopd.models.fingerprint import fingerprint
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.ranks import ALONE, Ranks, agreed
 
 
-def _progress(what: str) -> Callable:
-    from tqdm import tqdm
-
-    return lambda items: tqdm(items, desc=what, disable=os.environ.get("RANK", "0") != "0")
-
-
-def score_folder(args: argparse.Namespace, metadata: list[dict] | None, results: Path, ranks, device) -> list[dict]:
-    """Score each rank's prompts, write the results of all in the order of the pictures, and return them.
+def score_folder(
+    folder: Path,
+    results: Path,
+    detector: Path,
+    clip: Path | None = None,
+    *,
+    metadata: list[dict] | None = None,
+    samples: int | None = None,
+    max_overlap: float = 1.0,
+    device: torch.device | str = "cpu",
+    ranks: Ranks = ALONE,
+    progress: Callable = lambda items: items,
+) -> list[dict]:
+    """Scores the pictures of a folder and writes the results in their order.
 
     Everything that a user can mend is said before the first picture is looked at. What is scored is kept beside the
     results, in results.scored, a file a prompt and a line a picture: after a kill the same call goes on from there.
-    """
-    from danceopd.evaluation.geneval.draw import contents
-    from danceopd.evaluation.geneval.layout import read_pictures, write_results
-    from danceopd.evaluation.geneval.models import load_colors, load_detector
-    from danceopd.support.ranks import agreed
 
+    Args:
+        folder: pictures in GenEval's layout.
+        results: the file to write, a line a picture.
+        detector: the folder of a Mask2Former that was trained on COCO's instances.
+        clip: the folder of a CLIP, which names colours.
+        metadata: the prompts that must be there; not checked if not given.
+        samples: pictures that each prompt must have; at least one if not given.
+        max_overlap: of two boxes of a class that share more of their union, only the more confident one counts.
+        device: where both models compute.
+        ranks: the processes that share the prompts; every one calls this.
+        progress: wraps the list of this rank's prompts (tqdm fits).
+
+    Returns:
+        The results' lines, of all ranks.
+
+    Raises:
+        UserError: pictures, prompts or models are missing, damaged or do not fit.
+    """
     keep, keys, scored = results.with_suffix(".scored"), {}, {}  # the keys and lines of this rank's pictures
 
     def prepare():
-        prompts = read_pictures(args.folder, metadata, args.samples if args.model else None)
+        prompts = read_pictures(folder, metadata, samples)
         clauses = [c for p in prompts for key in ("include", "exclude") for c in p.metadata.get(key, [])]
-        if any("color" in clause for clause in clauses) and not args.clip:
+        if any("color" in clause for clause in clauses) and not clip:
             raise UserError("some prompts ask for colours; give --clip, for example a folder of clip-vit-large-patch14")
-        by = json.dumps([contents(args.detector), args.clip and contents(args.clip), args.max_overlap])
+        by = json.dumps([fingerprint(detector), clip and fingerprint(clip), max_overlap])
         for prompt in prompts[ranks.rank :: ranks.size]:
             keys.update({path: key_of(path, prompt.metadata, by) for path in prompt.pictures.values()})
-            kept = read_kept(keep / f"{prompt.index:05d}.jsonl")
+            there = read_kept(keep / f"{prompt.index:05d}.jsonl")
             for path in prompt.pictures.values():
-                if keys[path] in kept:
-                    scored[path] = kept[keys[path]] | {"filename": str(path)}
+                if keys[path] in there:
+                    scored[path] = there[keys[path]] | {"filename": str(path)}
         if len(scored) == len(keys):
             return prompts, None, None
-        detect = load_detector(args.detector, device, {clause["class"] for clause in clauses})
-        return prompts, detect, load_colors(args.clip, device) if args.clip else None
+        detect = models.load_detector(detector, device, {clause["class"] for clause in clauses})
+        return prompts, detect, models.load_colors(clip, device) if clip else None
 
     prompts, detect, name_colors = agreed(ranks, prepare)
     if ranks.rank == 0 and len({len(prompt.pictures) for prompt in prompts}) > 1:
@@ -53,13 +79,13 @@ def score_folder(args: argparse.Namespace, metadata: list[dict] | None, results:
     before = sum(ranks.gather(len(scored)))
 
     def score():
-        for prompt in _progress("scoring")(prompts[ranks.rank :: ranks.size]):
+        for prompt in progress(prompts[ranks.rank :: ranks.size]):
             paths = list(prompt.pictures.values())
             if left := [path for path in paths if path not in scored]:
-                lines = score_pictures(prompt.metadata, left, detect, name_colors, args.max_overlap)
+                lines = score_pictures(prompt.metadata, left, detect, name_colors, max_overlap)
                 scored.update(zip(left, lines, strict=True))
-                kept = [json.dumps({"key": keys[path], "record": scored[path]}) + "\n" for path in paths]
-                write_atomic(keep / f"{prompt.index:05d}.jsonl", "".join(kept).encode())
+                done = [json.dumps({"key": keys[path], "record": scored[path]}) + "\n" for path in paths]
+                write_atomic(keep / f"{prompt.index:05d}.jsonl", "".join(done).encode())
         return scored
 
     everything: dict[Path, dict] = {}
@@ -68,41 +94,34 @@ def score_folder(args: argparse.Namespace, metadata: list[dict] | None, results:
     records = [everything[path] for prompt in prompts for path in prompt.pictures.values()]
     if ranks.rank == 0:
         write_results(results, records)
-        print(f"{len(records) - before} pictures scored, {before} were before: {args.folder}")
+        print(f"{len(records) - before} pictures scored, {before} were before: {folder}")
     return records
 
 
 def key_of(picture: Path, metadata: dict, by: str) -> str:
-    """Names all that a verdict depends on: the picture's bytes, its prompt, and what looks at it."""
+    """Returns a digest of all that a verdict depends on: the picture's bytes, its prompt, and what looks at it."""
     digest = hashlib.blake2b(json.dumps([by, metadata]).encode(), digest_size=16)
     digest.update(picture.read_bytes())
     return digest.hexdigest()
 
 
 def read_kept(file: Path) -> dict[str, dict]:
-    """The lines of a prompt's results by key_of, as score_folder keeps them; one that is torn is none."""
-    kept = {}
+    """Reads the results of a prompt that score_folder kept, by key_of; a line that is torn is left out."""
+    lines = {}
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
             entry = json.loads(line)
             if isinstance(entry["record"]["correct"], bool):
-                kept[entry["key"]] = entry["record"]
+                lines[entry["key"]] = entry["record"]
         except (ValueError, KeyError, TypeError):
             continue
-    return kept
+    return lines
 
 
 def score_pictures(
     metadata: dict, paths: list[Path], detect: Callable, name_colors: Callable | None, max_overlap: float = 1.0
 ) -> list[dict]:
-    """The results' lines of a prompt's pictures, in their order. Raises UserError for a picture that is damaged."""
-    from functools import partial
-
-    from PIL import Image, ImageOps
-
-    from danceopd.evaluation.geneval.layout import record
-    from danceopd.evaluation.geneval.rules import judge, kept
-
+    """Scores the pictures of a prompt; returns their lines of the results. Raises UserError for a damaged picture."""
     pictures = []
     for path in paths:
         try:

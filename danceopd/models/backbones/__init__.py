@@ -6,7 +6,6 @@ one sample), and tasks, load_transformer, text_encoder, picture_codec, latent_sh
 where its pipelines have their own guidance. danceopd/backbones/sd3.py is the plainest.
 """
 
-import difflib
 import json
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import ModuleType
 
 from danceopd.models.loading import class_name_of, transformer_folder
 from danceopd.support.errors import UserError
+from danceopd.support.hints import did_you_mean
 
 FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image")
 
@@ -83,7 +83,5 @@ def backbone_of(folder: Path | str) -> ModuleType:
         raise UserError(f"diffusers' models need {error.name}; pip install 'danceopd[models]'") from None
     served = {pipeline: module for module in modules.values() for pipeline in module.PIPELINES}
     if name not in served:
-        near = difflib.get_close_matches(name, served, n=1)
-        hint = f"did you mean a {near[0]}?" if near else f"served are {', '.join(sorted(served))}"
-        raise UserError(f"{folder} is a {name}, which no backbone serves; {hint}")
+        raise UserError(f"{folder} is a {name}, which no backbone serves{did_you_mean(name, served)}")
     return served[name]

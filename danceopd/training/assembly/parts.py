@@ -1,4 +1,4 @@
-"""What a run is made of."""
+"""The parts that a run is made of."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +19,21 @@ from danceopd.training.zero.lockstep import Lockstep
 
 @dataclass
 class Parts:
-    """The student, each route's frozen field in the order of `config.capabilities`, where batches come from.
+    """The networks and data of a run, put together by `training.assembly.build.build_model` or `world.build.build`.
 
-    anchor: the student as it was before training, frozen, where the method asks for it; save: writes a checkpoint's
-    averaged student into a folder, as others load it; combine: the model's own guidance, for `guided`. Of a model also
-    drawing_sigmas: noise levels of a finished picture by the latents' shape; load_decoder: loads what decodes latents.
-    lockstep: of the sources that ranks share. score: scores a network for the curves, where a run's pictures can be.
+    Attributes:
+        student: the network that is trained, on its device.
+        fields: the frozen source of each route, in the order of `config.capabilities`.
+        samples: where batches are drawn from.
+        anchor: the student as it was before training, frozen; None where the method asks for none.
+        empty_prompt: the encoded empty prompt, which guidance asks with.
+        device: where the run computes.
+        save: `save(checkpoint, folder)` writes the averaged student of a checkpoint as others load it.
+        combine: the model's own rule of guidance, for `core.fields.guided`; None for the usual one.
+        drawing_sigmas: noise levels [N + 1] of a finished picture by the latents' shape; of a model alone.
+        load_decoder: loads the function that decodes latents to pictures; of a model alone.
+        lockstep: keeps ranks in step where they share the sources' shards.
+        score: `score(field)` gives the scores that the log's curves show; None where a run has none.
     """
 
     student: nn.Module
@@ -38,17 +47,27 @@ class Parts:
     drawing_sigmas: dict[tuple[int, ...], torch.Tensor] | None = None
     load_decoder: Callable[[], Callable] | None = None
     lockstep: Lockstep | None = None
-    score: Callable[[Field], dict] | None = None
+    score: Callable[[Field], dict[str, float]] | None = None
 
 
-def _average(shell: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """The averaged student of a checkpoint, in float32 on the CPU."""
-    return twin(shell, lambda name, p: checkpoint.tensor(f"ema/{name}"))
+class Problems(list[str]):
+    """Collects what is wrong with a run, so that all of it is said at once: a list of "key: message"."""
+
+    def attempt(self, key: str, function: Callable, *args):
+        """Returns function(*args), or None after noting under the key what a user can mend."""
+        try:
+            return function(*args)
+        except (ValueError, OSError) as error:
+            self.append(f"{key}: {error}")
+
+    def stop(self, ranks: Ranks = ALONE) -> None:
+        """Raises UserError if anything is wrong; with several ranks, on all of them if anything is on one."""
+        for rank, found in sorted(enumerate(ranks.gather(list(self))), key=lambda item: item[0] != ranks.rank):
+            if found:
+                where = "" if rank == ranks.rank else f" on rank {rank}"
+                raise UserError("\n  ".join([f"this run cannot start{where}:", *found]))
 
 
-def _stop_at(problems: list[str], ranks: Ranks = ALONE) -> None:
-    """Raise what is wrong; of several `ranks`, on all of them what is wrong on one."""
-    for rank, found in sorted(enumerate(ranks.gather(problems)), key=lambda item: item[0] != ranks.rank):
-        if found:
-            where = "" if rank == ranks.rank else f" on rank {rank}"
-            raise UserError("\n  ".join([f"this run cannot start{where}:", *found]))
+def averaged_student(empty: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """Returns the averaged student (EMA) of a checkpoint, in float32 on the CPU; empty: the student without values."""
+    return twin(empty, lambda name, p: checkpoint.tensor(f"ema/{name}"))

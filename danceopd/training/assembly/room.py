@@ -1,14 +1,49 @@
-"""Checks the folder of a run and the room on its disk."""
+"""Checks what every run needs of its machine: a device, a folder, room on the disk, and the libraries it names."""
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from danceopd.config.sections import Config
+from danceopd.models.eight_bit import check_eight_bit
+from danceopd.models.fp8 import check_fp8
+from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
+from danceopd.support.optimizers import adamw_class
 
 
-def _check_folder(folder: Path) -> None:
-    """Fail now, not after an hour: the folder can be written."""
+def check_machine(config: Config, attempt: Callable) -> torch.device | None:
+    """Finds the device of a run and checks its folder, its optimizer and its precisions.
+
+    Args:
+        config: the run's configuration.
+        attempt: `attempt(key, function, *args)` calls the function, and notes what a user can mend under the key.
+
+    Returns:
+        The device, or None where the one asked for is not there.
+    """
+    training = config.training
+    device = attempt("training.device", find_device, training.device)
+    attempt("training.output_dir", check_folder, training.output_dir)
+    attempt("training.optimizer", adamw_class, training.optimizer)
+    if training.base_precision == "fp8":
+        attempt("training.base_precision", check_fp8, device)
+    elif training.base_precision:
+        attempt("training.base_precision", check_eight_bit)
+    if training.rollout_precision == "fp8":
+        attempt("training.rollout_precision", check_fp8, device)
+    return device
+
+
+def check_folder(folder: Path) -> None:
+    """Makes the folder of a run and writes a file into it, so that a run fails now and not after an hour.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # of a name that no other rank has
@@ -18,9 +53,15 @@ def _check_folder(folder: Path) -> None:
 
 
 def check_room(folder: Path, parameters: int, checkpoints: int) -> None:
-    """The disk has room for what a run writes: so many checkpoints more, and the student.
+    """Checks that the disk has room for the checkpoints still to be written, and for the student.
 
-    parameters: that are trained; each has its value, its average and two states of its optimizer. Raises UserError.
+    Args:
+        folder: the run's folder, which is there.
+        parameters: number of trained parameters; each has its value, its average and two states of its optimizer.
+        checkpoints: number of checkpoints still to be written.
+
+    Raises:
+        UserError: there is less room than that.
     """
     free, needed = shutil.disk_usage(folder).free, 16 * parameters * checkpoints + 4 * parameters + 2**24
     if free < needed:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from danceopd.models.blocks import blocks
 from danceopd.models.fp8 import Fp8Linear
 
 
@@ -18,12 +19,12 @@ def compile_blocks(network: nn.Module, backend: str | Callable = "inductor") -> 
     import torch._dynamo  # takes its time
 
     transformer = getattr(network, "transformer", network)
-    blocks = [block for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part]
+    repeated = blocks(transformer)
     # Layouts, with and without source pictures, gradient or none: a few times the default.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in blocks:
+    for block in repeated:
         for module in block.modules():
             if hasattr(module, "route") or isinstance(module, Fp8Linear):
                 module.forward = torch.compiler.disable(module.forward)
         block.compile(backend=backend)
-    return len(blocks)
+    return len(repeated)

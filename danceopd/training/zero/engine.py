@@ -17,7 +17,7 @@ from danceopd.config.sections import Config
 from danceopd.core.conditioning import Conditioning
 from danceopd.models.twins import without_values
 from danceopd.support.errors import UserError
-from danceopd.support.memory import free_bytes, gibibytes
+from danceopd.support.memory import format_bytes, free_bytes
 from danceopd.support.optimizers import make_optimizers
 from danceopd.support.ranks import Ranks
 from danceopd.training.checkpoints import Checkpoint, bounds
@@ -82,7 +82,7 @@ class Zero:
         wanted = precision or (self.stage == 3 and self._fits(training.rollout_on, bf16))
         self.replica = make_replica(self.empty, self.engine.device, config) if wanted else None
         if precision and ranks.rank == 0:
-            size = gibibytes(bytes_beside(self.replica, self.empty))
+            size = format_bytes(bytes_beside(self.replica, self.empty))
             print(f"rollouts run on a replica in {precision}, gathered once an update: {size} a rank")
         if self.stage == 3 and self.replica is None:
             self.lockstep.add(self._ask, ROLLOUT)
@@ -273,11 +273,11 @@ class Zero:
         chosen = wanted == "replica" or (wanted == "auto" and needed <= free / 2)
         if self.ranks.rank == 0:
             how = (
-                f"on a replica, gathered once an update: {gibibytes(needed)} a rank"
+                f"on a replica, gathered once an update: {format_bytes(needed)} a rank"
                 if chosen
-                else f"on the shards: each of their forwards gathers the student, {gibibytes(needed)} for a replica"
+                else f"on the shards: each of their forwards gathers the student, {format_bytes(needed)} for a replica"
             )
-            print(f"rollouts run {how}, {gibibytes(free)} are free, training.rollout_on is {wanted}")
+            print(f"rollouts run {how}, {format_bytes(free)} are free, training.rollout_on is {wanted}")
         return chosen
 
     def _held(self, p: nn.Parameter) -> torch.Tensor:

@@ -12,7 +12,7 @@ from danceopd.config.sections import Config
 from danceopd.core.fields import Field
 from danceopd.models.weights import Weights
 from danceopd.support.errors import UserError
-from danceopd.support.memory import free_bytes, gibibytes
+from danceopd.support.memory import format_bytes, free_bytes
 from danceopd.support.ranks import Ranks
 from danceopd.training.checkpoints import bounds
 from danceopd.training.zero.lockstep import Lockstep
@@ -36,7 +36,8 @@ def shares_sources(config: Config, sources: list[nn.Module], device: torch.devic
         how = f"in {ranks.size} shards" if chosen else "whole on each rank"
         names = f"{len(sources)} source" + "s" * (len(sources) > 1)
         print(
-            f"{names} of {gibibytes(needed)} lie {how}: {gibibytes(free)} are free, training.shard_sources is {wanted}"
+            f"{names} of {format_bytes(needed)} lie {how}: {format_bytes(free)} are free, "
+            f"training.shard_sources is {wanted}"
         )
     return chosen
 

@@ -30,16 +30,17 @@ from PIL import Image
 from danceopd.cli.parser import main
 from danceopd.evaluation.compare import compare, read_run
 from danceopd.evaluation.gedit.benchmark import KINDS, PAPER_KINDS, Row, kinds_of, read_benchmark
-from danceopd.evaluation.gedit.draw import Drawing, edit, edit_rows, load_pipeline, picture_file, seed_of, size_of
+from danceopd.evaluation.gedit.draw import Editing, edit, edit_rows, picture_file, seed_of, size_of
 from danceopd.evaluation.gedit.endpoint import KEY_VARIABLE, EndpointJudge
 from danceopd.evaluation.gedit.judge import Verdict
 from danceopd.evaluation.gedit.score import evaluate_gedit, summarize
+from danceopd.evaluation.pipelines import load_pipeline
 from danceopd.support.errors import UserError
 from danceopd.support.ranks import Ranks
 
 datasets = pytest.importorskip("datasets")
 
-SIZE, DRAWING = 32, Drawing(resolution=32, num_inference_steps=1)
+SIZE, EDITING = 32, Editing(resolution=32, num_inference_steps=1)
 
 
 def columns(kinds=PAPER_KINDS, languages=("en", "cn")) -> dict:
@@ -182,7 +183,7 @@ def test_seeds_are_of_the_row_and_the_seed_alone():
 
 def test_edits_are_the_plain_pipelines_in_the_official_layout(root, pipeline, tmp_path):
     benchmark = read_benchmark(root / "benchmark", PAPER_KINDS[:1], ("en", "cn"))
-    edit_rows(benchmark, benchmark.rows, tmp_path, pipeline, 16, DRAWING)
+    edit_rows(benchmark, benchmark.rows, tmp_path, pipeline, 16, EDITING)
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert written == sorted(f"fullset/{row.kind}/{row.language}/{row.key}.png" for row in benchmark.rows)
     row = benchmark.rows[1]
@@ -205,16 +206,16 @@ def test_edits_are_the_plain_pipelines_in_the_official_layout(root, pipeline, tm
 
 def test_a_stopped_run_goes_on_and_any_number_of_ranks_draws_the_same(root, pipeline, tmp_path):
     benchmark = read_benchmark(root / "benchmark", PAPER_KINDS[:4])
-    edit_rows(benchmark, benchmark.rows, tmp_path / "one", pipeline, 16, DRAWING)
+    edit_rows(benchmark, benchmark.rows, tmp_path / "one", pipeline, 16, EDITING)
     for rank in (2, 0, 1):  # in any order
         own = [benchmark.rows[i] for i in Ranks(rank, 3).slots(len(benchmark.rows))]
-        edit_rows(benchmark, own, tmp_path / "three", pipeline, 16, DRAWING)
+        edit_rows(benchmark, own, tmp_path / "three", pipeline, 16, EDITING)
     bytes_of = {row: picture_file(tmp_path / "one", row).read_bytes() for row in benchmark.rows}
     assert bytes_of == {row: picture_file(tmp_path / "three", row).read_bytes() for row in benchmark.rows}
     assert len(set(bytes_of.values())) == len(bytes_of)
     picture_file(tmp_path / "one", benchmark.rows[2]).unlink()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").rglob("*.png")}
-    edit_rows(benchmark, benchmark.rows, tmp_path / "one", pipeline, 16, DRAWING)
+    edit_rows(benchmark, benchmark.rows, tmp_path / "one", pipeline, 16, EDITING)
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     assert picture_file(tmp_path / "one", benchmark.rows[2]).read_bytes() == bytes_of[benchmark.rows[2]]
 
@@ -234,17 +235,17 @@ def test_every_family_edits_and_takes_a_guidance_scale(family, root, tmp_path, m
     pipeline = load_pipeline(model)
     source = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
     drawn = [
-        np.asarray(edit(pipeline, source, "a red cup", (64, 96), 7, Drawing(SIZE, 2, scale))) for scale in (1.5, 6)
+        np.asarray(edit(pipeline, source, "a red cup", (64, 96), 7, Editing(SIZE, 2, scale))) for scale in (1.5, 6)
     ]
     assert drawn[0].shape == (64, 96, 3)
     assert not np.array_equal(drawn[0], drawn[1])
     if family == "qwen":  # its noise levels, scaled to their released last one, do not exist for one step
         with pytest.raises(UserError, match="no finite numbers"):
-            edit(pipeline, source, "a red cup", (64, 96), 7, Drawing(SIZE, 1))
+            edit(pipeline, source, "a red cup", (64, 96), 7, Editing(SIZE, 1))
 
 
 def test_a_lora_is_as_the_plain_pipeline_loads_it(root):
-    source, args = Image.new("RGB", (32, 32), "green"), ("a cup", (32, 32), 3, DRAWING)
+    source, args = Image.new("RGB", (32, 32), "green"), ("a cup", (32, 32), 3, EDITING)
     with_lora = np.asarray(edit(load_pipeline(root / "model", root / "run" / "student"), source, *args))
     plain = FluxKontextPipeline.from_pretrained(root / "model")
     base = np.asarray(edit(plain, source, *args))
@@ -482,7 +483,7 @@ def test_a_killed_run_goes_on_in_two_processes(root, tmp_path, serve):
         tmp_path / "whole",
         "model",
         model=root / "model",
-        drawing=DRAWING,
+        editing=EDITING,
         make_judge=lambda: EndpointJudge(server.url, "j"),
         languages=("en", "cn"),
         dtype=torch.bfloat16,

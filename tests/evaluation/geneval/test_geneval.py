@@ -825,7 +825,7 @@ def test_ranks_draw_and_score_what_one_process_does(tmp_path, model, evaluators,
     assert main(command(tmp_path / "one", metadata, model, evaluators)) == 0
     script = tmp_path / "rank.py"  # the detector sees small pictures there too
     script.write_text(
-        "import sys\nfrom danceopd.evaluation import geneval_models as m\nm.SHORT, m.LONG = 96, 160\n"
+        "import sys\nfrom danceopd.evaluation.geneval import models as m\nm.SHORT, m.LONG = 96, 160\n"
         "from danceopd.cli.parser import main\nsys.exit(main(sys.argv[1:]))\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]

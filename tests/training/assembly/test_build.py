@@ -14,13 +14,14 @@ from danceopd.config.reading import parse_config
 from danceopd.data.prepare import prepare
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, sd3
-from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
 from danceopd.planning.dry_run import dry_run
+from danceopd.planning.models import examine
 from danceopd.support.errors import UserError
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import train
 
 
@@ -34,7 +35,7 @@ def config_of(place, folder, **training):
 
 
 def test_end_to_end(place, tmp_path):
-    folder = train(config_of(place, tmp_path / "run"))
+    folder = train(config_of(place, tmp_path / "run"), build_model)
     curve = losses(folder)
     assert len(curve) == 20
     assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
@@ -46,7 +47,9 @@ def test_end_to_end(place, tmp_path):
     assert np.abs(after - before).max() > 1e-3
     # What diffusers draws with the file is what the student itself draws.
     transformer = sd3.load_transformer(place / "model")
-    adapted = merged(transformer, load_lora(folder / "student", transformer, StableDiffusion3Pipeline))
+    adapted = merge_into(
+        copy.deepcopy(transformer), load_lora(folder / "student", transformer, StableDiffusion3Pipeline)
+    )
     latents, sigma = torch.randn(2, 4, 4, 4), torch.tensor([0.9, 0.4])
     prompt = sd3.text_encoder(place / "model")(["a cup", "two"])
     theirs = sd3.velocity(pipeline.transformer, latents, sigma, prompt)
@@ -62,26 +65,26 @@ def test_training_reads_only_the_cache(place, tmp_path):
     for part in (copy / "vae").glob("*.safetensors"):
         part.unlink()
     config = config_of(place, tmp_path / "run", max_steps=2)
-    train(config.model_copy(update={"model": copy}))
+    train(config.model_copy(update={"model": copy}), build_model)
     assert len(losses(tmp_path / "run")) == 2
 
 
 def test_resumed_is_uninterrupted(place, tmp_path):
-    whole = train(config_of(place, tmp_path / "whole", max_steps=4))
-    train(config_of(place, tmp_path / "parts", max_steps=2))
-    parts = train(config_of(place, tmp_path / "parts", max_steps=4))
+    whole = train(config_of(place, tmp_path / "whole", max_steps=4), build_model)
+    train(config_of(place, tmp_path / "parts", max_steps=2), build_model)
+    parts = train(config_of(place, tmp_path / "parts", max_steps=4), build_model)
     name = "student/pytorch_lora_weights.safetensors"
     assert (whole / name).read_bytes() == (parts / name).read_bytes()
 
 
 def test_teachers_on_one_base_are_the_merged_ones(place, tmp_path):
-    parts = build(config_of(place, tmp_path / "run"))
+    parts = build_model(config_of(place, tmp_path / "run"))
     rows = parts.samples.groups[0].data[0]
     conditioning = rows.condition([0, 1], [False, False])
     latents, sigma = torch.randn(2, 4, 4, 4), torch.tensor([0.8, 0.3])
     transformer = sd3.load_transformer(place / "model")
     for name, field, scale in zip(("one", "two"), parts.fields, (1.0, 2.0), strict=True):
-        alone = merged(transformer, load_lora(place / name, transformer, StableDiffusion3Pipeline))
+        alone = merge_into(copy.deepcopy(transformer), load_lora(place / name, transformer, StableDiffusion3Pipeline))
         cond = sd3.velocity(alone, latents, sigma, conditioning.prompt)
         empty = {key: value[None].expand(2, *value.shape) for key, value in rows.empty_prompt().items()}
         uncond = sd3.velocity(alone, latents, sigma, empty)
@@ -110,7 +113,7 @@ def test_a_student_begins_as_the_base_and_its_copy_is_its_own(place):
     reached = [name for name, value in student.named_parameters() if value.grad is not None and value.grad.any()]
     assert len(reached) > 0.8 * len(list(student.parameters()))  # the last block's text stream goes nowhere
     assert all(parameter.grad is None for parameter in transformer.parameters())
-    merged_student = merged(sd3.load_transformer(place / "model"), student.lora())
+    merged_student = merge_into(sd3.load_transformer(place / "model"), student.lora())
     expected = sd3.velocity(merged_student, latents, sigma, conditioning.prompt)
     torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-5)
 
@@ -121,16 +124,16 @@ def test_everything_missing_is_listed_at_once(place, tmp_path):
     raw["capabilities"]["one"]["data"]["prepared"] = str(tmp_path / "nothing.jsonl")
     raw["capabilities"]["two"]["task"] = "edit"
     with pytest.raises(UserError, match=r"one\.data\.prepared: no prepared rows[\s\S]*two.*task is edit"):
-        build(parse_config(raw))
+        build_model(parse_config(raw))
     raw = config.to_dict()
     raw["sources"]["one"]["lora"] = [{"path": str(tmp_path / "gone.safetensors")}]
     raw["student"]["lora"]["targets"] = ["to_qq"]
     with pytest.raises(UserError, match=r"targets: no linear layer ends in to_qq[\s\S]*one\.lora: .*gone"):
-        build(parse_config(raw))
+        build_model(parse_config(raw))
     raw = config.to_dict()
     raw["model"] = str(tmp_path)
     with pytest.raises(UserError, match=r"no model_index\.json"):
-        build(parse_config(raw))
+        build_model(parse_config(raw))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ def test_what_does_not_go_together(place, tmp_path, change, message):
 def test_the_family_of_a_folder(place, tmp_path):
     assert backbone_of(place / "model") is sd3
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipelin"}))
-    with pytest.raises(UserError, match="did you mean a StableDiffusion3Pipeline"):
+    with pytest.raises(UserError, match="did you mean 'StableDiffusion3Pipeline'"):
         backbone_of(tmp_path)
 
 
@@ -158,14 +161,14 @@ def test_a_method_that_learns_from_pictures_needs_them(place, tmp_path):
     rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
     lacking = tmp_path / "rows.jsonl"
     lacking.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "target_image"}) + "\n" for r in rows))
-    prepare(lacking, place / "model", tmp_path / "cache", sd3, resolution=32)
+    prepare(lacking, place / "model", tmp_path / "cache", resolution=32)
     raw = config_of(place, tmp_path / "run").to_dict()
     for capability in raw["capabilities"].values():
         capability["data"]["prepared"] = str(tmp_path / "cache" / "rows.jsonl")
-    build(parse_config(raw))
+    build_model(parse_config(raw))
     config = parse_config({**raw, "method": "joint"})
     said = "capabilities.one.data.prepared: the method learns from finished pictures, but 3 of its 3 rows have no"
-    assert any(problem.startswith(said) for problem in dry_run(config).problems)
+    assert any(problem.startswith(said) for problem in dry_run(config, examine).problems)
     with pytest.raises(UserError) as error:
-        build(config)
+        build_model(config)
     assert said in str(error.value)

@@ -15,21 +15,22 @@ from danceopd.core.fields import ask_shared, routed
 from danceopd.models import loading
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.loading import check_transformer_file, load_transformer_file, stream_blocks
-from danceopd.models.lora_algebra import merged
+from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase
 from danceopd.planning.dry_run import dry_run
 from danceopd.planning.memory import nbytes
+from danceopd.planning.models import examine
 from danceopd.support.errors import UserError
 from danceopd.tools.model_report import measure_gaps
-from danceopd.training.assembly.build import build
+from danceopd.training.assembly.build import build_model
 from danceopd.training.checkpoints import load_newest
 from danceopd.training.loop import train
 
 
 def asked(root, config=None):
     """(latents, sigma, conditioning) of three samples, for the fields of a run."""
-    parts = build(config or config_of(root))
+    parts = build_model(config or config_of(root))
     group = parts.samples.groups[0]
     latents = torch.randn(3, *group.shape, generator=torch.Generator().manual_seed(1))
     return parts, (latents, torch.tensor([0.9, 0.5, 0.1]), group.data[0].condition([0, 1, 2], [False] * 3))
@@ -53,7 +54,7 @@ def test_a_folder_of_shards_is_a_teacher(places):
     root = places("sd3")
     assert len(list((root / "other").glob("*.safetensors"))) > 2
     config = teacher(root, root / "other")
-    assert dry_run(config).problems == []
+    assert dry_run(config, examine).problems == []
     parts, question = asked(root, config)
     expected = velocity_of(root, backbone_of(root / "model").load_transformer(root / "other"), question)
     base = velocity_of(root, backbone_of(root / "model").load_transformer(root / "model"), question)
@@ -65,10 +66,12 @@ def test_adapters_of_a_teacher_with_weights_of_its_own(places):
     root = places("sd3")
     lora = root / "two.safetensors"
     config = config_of(root, **{"sources.two": {"weights": str(root / "other"), "lora": [{"path": str(lora)}]}})
-    assert dry_run(config).problems == []
+    assert dry_run(config, examine).problems == []
     parts, question = asked(root, config)
     other = backbone_of(root / "model").load_transformer(root / "other")
-    expected = velocity_of(root, merged(other, load_lora(lora, other, pipeline_class_of(root / "model"))), question)
+    expected = velocity_of(
+        root, merge_into(copy.deepcopy(other), load_lora(lora, other, pipeline_class_of(root / "model"))), question
+    )
     torch.testing.assert_close(parts.fields[1](*question), expected)
 
 
@@ -214,7 +217,7 @@ def test_a_file_of_the_original_layout(places, tmp_path, family, original, whole
         tensors["first_stage_model.encoder.conv_in.weight"] = torch.zeros(2)
     save_file({key: value.clone() for key, value in tensors.items()}, file)
     config = teacher(root, file)
-    assert dry_run(config).problems == []
+    assert dry_run(config, examine).problems == []
     parts, question = asked(root, config)
     expected = velocity_of(root, backbone_of(root / "model").load_transformer(root / "other"), question)
     torch.testing.assert_close(parts.fields[1](*question), expected)
@@ -311,8 +314,8 @@ def test_a_teacher_that_cannot_be_one_is_said_before_training(places, tmp_path, 
     weights, message = damage(root, tmp_path, kind)
     config = teacher(root, weights)
     with pytest.raises(UserError, match=rf"sources\.two\.weights: .*{message}"):
-        build(config)
-    (problem, *_) = dry_run(config).problems
+        build_model(config)
+    (problem, *_) = dry_run(config, examine).problems
     with pytest.raises(UserError, match=rf"sources\.two\.weights: .*{message}"):
         raise UserError(problem)
 
@@ -320,7 +323,7 @@ def test_a_teacher_that_cannot_be_one_is_said_before_training(places, tmp_path, 
 def test_a_file_of_another_model_and_a_class_without_conversion(places, tmp_path):
     root = places("sd3")
     with pytest.raises(UserError, match=r"lacks .* of another model"):
-        build(teacher(root, places("z") / "other.safetensors"))
+        build_model(teacher(root, places("z") / "other.safetensors"))
     from diffusers import PixArtTransformer2DModel
 
     with torch.device("meta"):
@@ -347,12 +350,12 @@ def test_the_dry_run_reads_a_files_header_alone(places, monkeypatch):
             return getattr(self.file, name)
 
     monkeypatch.setattr(loading, "safe_open", Header)
-    plan = dry_run(teacher(root, root / "other.safetensors"))
+    plan = dry_run(teacher(root, root / "other.safetensors"), examine)
     assert plan.problems == []
     assert plan.parameters["source two, beside the base"] == plan.parameters["base"]
     assert plan.memory["sources of their own weights"][0] == plan.memory["base weights"][0]
     with pytest.raises(AssertionError, match="get_tensor is more"):
-        build(teacher(root, root / "other.safetensors"))
+        build_model(teacher(root, root / "other.safetensors"))
 
 
 # ------------------------------------------------------------------------------------------------ host memory
@@ -398,10 +401,10 @@ def test_training_with_a_streamed_teacher_and_what_it_takes(places, tmp_path):
     for offload in (False, True):
         folder = str(tmp_path / f"run{offload}")
         options = {**changes, "training.output_dir": folder, "training.offload_sources": offload}
-        runs[offload] = train(teacher(root, root / "other", **options))
+        runs[offload] = train(teacher(root, root / "other", **options), build_model)
     name = "student/pytorch_lora_weights.safetensors"
     assert (runs[False] / name).read_bytes() == (runs[True] / name).read_bytes()
-    plan = dry_run(teacher(root, root / "other", **{"training.offload_sources": True}))
+    plan = dry_run(teacher(root, root / "other", **{"training.offload_sources": True}), examine)
     network = backbone_of(root / "model").load_transformer(root / "other")
     assert plan.host["sources of their own weights"][0] == nbytes(network)
     blocks = sorted(map(nbytes, network.transformer_blocks))
@@ -497,7 +500,7 @@ def test_gradients_through_8_bits_are_those_of_the_numbers_they_stand_for(places
     gradients, kept = [], []
     _, question = asked(root)
     for how in ("plain", "eight", "checkpointed"):
-        parts = build(config_of(root, **EIGHT))
+        parts = build_model(config_of(root, **EIGHT))
         network = parts.student._shared[0].transformer
         if how == "plain":
             for name in eight_bit_layers(network):
@@ -529,13 +532,13 @@ def learn_and_resume(root, tmp_path, **options):
     options |= {f"sources.{n}.lora": [{"path": str(root / f"{n}.safetensors"), "scale": 20}] for n in ("one", "two")}
     runs = [tmp_path / "whole", tmp_path / "again"]
     configs = [config_of(root, **options, **{"training.output_dir": str(folder)}) for folder in runs]
-    train(configs[0])
+    train(configs[0], build_model)
     _, gaps = measure_gaps(runs[0], configs[0])
     before, after = (sum(gap[when] for gap in gaps.values()) for when in ("before", "after"))
     assert after < 0.9 * before
     (runs[1] / "checkpoints").mkdir(parents=True)
     shutil.copytree(*(run / "checkpoints" / "step-00000016" for run in runs))
-    train(configs[1])
+    train(configs[1], build_model)
     name = "student/pytorch_lora_weights.safetensors"
     assert (runs[1] / name).read_bytes() == (runs[0] / name).read_bytes()
     return configs[0]
@@ -568,9 +571,9 @@ def test_the_dry_run_counts_8_bits_as_they_are_stored(places, family):
     number = {"embedded_guidance": 3.5} if family == "flux" else {}
     changes = {f"{place}.{key}": v for place in ("sources.one", "sources.two", "student") for key, v in number.items()}
     changes |= {"training.precision": "bf16", "training.gradient_checkpointing": True}
-    plan, plain = dry_run(config_of(root, **changes, **EIGHT)), dry_run(config_of(root, **changes))
+    plan, plain = dry_run(config_of(root, **changes, **EIGHT), examine), dry_run(config_of(root, **changes), examine)
     assert plan.problems == []
-    network = build(config_of(root, **changes, **EIGHT)).student._shared[0].transformer
+    network = build_model(config_of(root, **changes, **EIGHT)).student._shared[0].transformer
     adapters = sum(b.nbytes for name, b in network.named_buffers() if name.endswith(("lora_a", "lora_b")))
     assert plan.memory["base weights"][0] == nbytes(network) - adapters
     assert plan.memory["sources beside the base"] == plain.memory["sources beside the base"]
@@ -583,8 +586,8 @@ def test_8_bits_without_torchao(places, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
     config = config_of(places("sd3"), **EIGHT)
     with pytest.raises(UserError, match=r"base_precision: int8 needs torchao.*pip install 'danceopd\[8bit\]'"):
-        build(config)
-    assert [problem for problem in dry_run(config).problems if "needs torchao" in problem]
+        build_model(config)
+    assert [problem for problem in dry_run(config, examine).problems if "needs torchao" in problem]
 
 
 def test_adamw_of_8_bits_learns_and_resumes(places, tmp_path):
@@ -615,8 +618,9 @@ def test_sources_on_one_base_are_each_asked_with_their_own_number(places):
     backbone = backbone_of(root / "model")
     transformer, answers = backbone.load_transformer(root / "model"), {}
     for name in ("one", "two"):
-        adapted = merged(
-            transformer, load_lora(root / f"{name}.safetensors", transformer, pipeline_class_of(root / "model"))
+        adapted = merge_into(
+            copy.deepcopy(transformer),
+            load_lora(root / f"{name}.safetensors", transformer, pipeline_class_of(root / "model")),
         )
         for number in (1.5, 6.0):
             with torch.no_grad():

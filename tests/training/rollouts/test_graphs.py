@@ -21,7 +21,6 @@ from danceopd.core.sde import sde_rollout
 from danceopd.models.backbones import backbone_of, flux2
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import FullStudent, LoraStudent
-from danceopd.training.assembly.build import build
 from danceopd.training.loop import Trainer
 from danceopd.training.rollouts import static as graphs
 from danceopd.training.rollouts.capture import GraphSafe, NotCapturable, constants
@@ -29,6 +28,7 @@ from danceopd.training.rollouts.compiled import compile_blocks
 from danceopd.training.rollouts.kinds import always_guided
 from danceopd.training.rollouts.program import Program
 from danceopd.training.rollouts.static import StaticField
+from danceopd.world.build import build
 from danceopd.world.dit import DiT, DiTConfig
 
 EDITS = ("dit", "kontext", "klein", "flux2", "qwen_edit")  # families whose tiny models take source pictures

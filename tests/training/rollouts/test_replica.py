@@ -6,13 +6,13 @@ from danceopd_kernels import fp8_quantize_rowwise
 from model_runs import config_of as model_config
 from world_runs import config_of
 
+from danceopd.cli.train import builder_of, examiner_of
 from danceopd.config.reading import load_config
 from danceopd.core.rollout import rollout
 from danceopd.models.fp8 import Fp8Linear
+from danceopd.planning import dry_run as planning
 from danceopd.planning.cluster import Setting, plan
-from danceopd.planning.dry_run import dry_run
 from danceopd.support.errors import UserError
-from danceopd.training.assembly.build import build
 from danceopd.training.checkpoints import load_newest, save_state
 from danceopd.training.engine import Local
 from danceopd.training.loop import Trainer
@@ -22,7 +22,11 @@ from danceopd.world.files import SHIPPED, load_model
 
 
 def trainer_of(config):
-    return Trainer(config, build(config))
+    return Trainer(config, builder_of(config)(config))
+
+
+def dry_run(config):
+    return planning.dry_run(config, examiner_of(config))
 
 
 def check_copy(engine, precision, bf16=False):
@@ -221,7 +225,7 @@ def test_its_bytes_are_planned(wanted):
     assert dry_run(config).memory["replica for rollouts"][0] == size
     n = sum(p.numel() for p in engine.student.parameters())
     assert n < size < 4 * n
-    scaled = plan(config, 8, "h100")
+    scaled = plan(config, examiner_of(config), 8, "h100")
     for stage in range(4):
         assert scaled.estimate(Setting(stage)).device["replica for rollouts"] == size
 

@@ -1,0 +1,48 @@
+"""Arguments that several commands share."""
+
+import argparse
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_command(commands, name: str, run, help: str, **options) -> argparse.ArgumentParser:
+    """Adds a command that is run by `run(args)` and returns its parser; options: the parser's own."""
+    parser = commands.add_parser(name, help=help, **options)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Adds the configuration of a training."""
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file, for example configs/demo.yaml")
+
+
+def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    """Adds changes to the keys of a configuration."""
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"for example {example}")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds the device, and the dtype of the weights on it."""
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the weights (%(default)s)")
+
+
+def add_pipeline(parser: argparse.ArgumentParser) -> None:
+    """Adds the diffusers pipeline that draws, and how."""
+    own = "(the pipeline's own)"
+    parser.add_argument("--model", type=Path, help="the folder of the diffusers pipeline that draws")
+    parser.add_argument("--lora", type=Path, help="a LoRA for it, such as a run's student: a file or a folder")
+    parser.add_argument("--transformer", type=Path, help="a folder of another transformer for it, as of export --merge")
+    parser.add_argument("--num-inference-steps", type=int, help=f"solver steps {own}")
+    parser.add_argument("--guidance-scale", type=float, help=own)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds how pictures are drawn with an embedded network."""
+    parser.add_argument("--num-inference-steps", type=int, default=16, help="solver steps (%(default)s)")
+    parser.add_argument("--shift", type=float, default=5.0, help="shift of the noise levels (%(default)s)")
+    parser.add_argument("--solver", choices=("euler", "heun", "ab2"), default="euler")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is without guidance (%(default)s)")

@@ -1,0 +1,61 @@
+"""`danceopd evaluate reward`: CLIP, aesthetic and preference scores of pictures that are there."""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+from danceopd.cli.arguments import add_command, add_device
+from danceopd.support.errors import UserError
+
+
+def add_reward(commands) -> None:
+    """Adds `danceopd evaluate reward`."""
+    parser = add_command(
+        commands, "evaluate reward", run_reward, "CLIP, aesthetic and preference scores of drawn pictures"
+    )
+    parser.add_argument("pictures", type=Path, help="a folder in GenEval's layout, such as `evaluate geneval` draws")
+    parser.add_argument("--base", type=Path, help="the base model's pictures for the same prompts")
+    parser.add_argument("--teacher", type=Path, help="the teacher's: with both, the share of the gap that is closed")
+    parser.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIPModel's folder: CLIP score")
+    parser.add_argument("--pickscore", type=Path, metavar="FOLDER", help="PickScore's folder")
+    parser.add_argument("--hps", type=Path, metavar="FOLDER", help="HPSv2's, converted to a CLIPModel's folder")
+    parser.add_argument("--aesthetic", type=Path, metavar="FOLDER", help="the CLIP of an aesthetic head")
+    parser.add_argument("--aesthetic-head", type=Path, metavar="FILE", help="the head, as safetensors")
+    parser.add_argument("--batch-size", type=int, default=16, help="(%(default)s)")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    add_device(parser)
+
+
+def run_reward(args: argparse.Namespace) -> None:
+    """Scores the pictures and prints a table of rewards."""
+    if (args.base is None) != (args.teacher is None):
+        raise UserError("--base and --teacher go together: the gap is between them")
+    if (args.aesthetic is None) != (args.aesthetic_head is None):
+        raise UserError("--aesthetic and --aesthetic-head go together")
+    if args.batch_size < 1:
+        raise UserError("--batch-size must be at least 1")
+    if not (args.clip or args.pickscore or args.hps or args.aesthetic):
+        raise UserError("no reward: give --clip, --pickscore, --hps, or --aesthetic with --aesthetic-head")
+
+    import torch
+
+    from danceopd.evaluation import reward
+    from danceopd.support.devices import find_own_device
+    from danceopd.support.files import write_atomic
+
+    where = {"device": find_own_device(args.device), "dtype": getattr(torch, args.dtype)}
+    rewards = {}
+    if args.clip:
+        rewards["clip"] = partial(reward.clip_score, args.clip, **where)
+    if args.pickscore:
+        rewards["pickscore"] = partial(reward.pick_score, args.pickscore, **where)
+    if args.hps:
+        rewards["hps"] = partial(reward.hps_score, args.hps, **where)
+    if args.aesthetic:
+        rewards["aesthetic"] = partial(reward.aesthetic_score, args.aesthetic, args.aesthetic_head, **where)
+    results = reward.evaluate_reward(rewards, args.pictures, args.base, args.teacher, args.batch_size)
+    print(reward.format_rewards(results))
+    if args.json:
+        write_atomic(args.json, (json.dumps(results, indent=1) + "\n").encode())
+        print(f"wrote {args.json}")
