@@ -1,1 +1,73 @@
-"""DanceOPD: on-policy generative field distillation."""
+"""On-policy generative field distillation: route, roll out, query, match.
+
+The names here are stable; docs/api.md lists them. `distill` runs a whole training from a configuration; the rest is
+the update for a training loop of one's own.
+
+    import danceopd
+
+    loss = danceopd.danceopd_loss(student, sources, batch, sigmas=danceopd.sigma_grid(16, shift=3.0), generator=g)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from danceopd.api import distill
+    from danceopd.core.batch import Batch
+    from danceopd.core.conditioning import Conditioning
+    from danceopd.core.fields import Answers, Field, guided, hard, routed, soft
+    from danceopd.core.methods.danceopd import danceopd_loss
+    from danceopd.core.query import query
+    from danceopd.core.questions import Questions, matched
+    from danceopd.core.rollout import rollout, sample
+    from danceopd.core.routing import route
+    from danceopd.core.schedule import sigma_grid
+    from danceopd.support.errors import UserError
+
+__all__ = [
+    "Answers",
+    "Batch",
+    "Conditioning",
+    "Field",
+    "Questions",
+    "UserError",
+    "danceopd_loss",
+    "distill",
+    "guided",
+    "hard",
+    "matched",
+    "query",
+    "rollout",
+    "route",
+    "routed",
+    "sample",
+    "sigma_grid",
+    "soft",
+]
+
+
+# Where each name lives: it is imported when it is first asked for, since torch takes its time.
+_HOMES = {
+    "danceopd.api": ("distill",),
+    "danceopd.core.batch": ("Batch",),
+    "danceopd.core.conditioning": ("Conditioning",),
+    "danceopd.core.fields": ("Answers", "Field", "guided", "hard", "routed", "soft"),
+    "danceopd.core.methods.danceopd": ("danceopd_loss",),
+    "danceopd.core.query": ("query",),
+    "danceopd.core.questions": ("Questions", "matched"),
+    "danceopd.core.rollout": ("rollout", "sample"),
+    "danceopd.core.routing": ("route",),
+    "danceopd.core.schedule": ("sigma_grid",),
+    "danceopd.support.errors": ("UserError",),
+}
+
+
+def __getattr__(name: str):
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

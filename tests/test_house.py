@@ -25,8 +25,8 @@ ROOMS["planning"] = {"training"} | ROOMS["training"]
 ROOMS["tools"] = {"report", "training"} | ROOMS["training"]
 ROOMS["world"] = {"planning", "report", "evaluation", "training"} | ROOMS["training"]
 ROOMS["reproduce"] = {"world", "report", "training", "config", "support"}
-ROOMS[FACE] = {"world", "training", "config", "core", "support"}
-ROOMS["cli"] = set(ROOMS) - {"core", "models", KERNELS, FACE}
+ROOMS[FACE] = {"world", "planning", "training", "config", "core", "support"}
+ROOMS["cli"] = set(ROOMS) - {"core", "models", KERNELS}
 ROOMS[BENCHMARKS] = set(ROOMS) - {"cli"}
 ROOMS |= {"__main__": {"cli"}, "train": {"cli"}}
 

@@ -1,12 +1,10 @@
 """`danceopd train` and `danceopd plan`."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from danceopd.cli.arguments import add_command, add_config, add_overrides
 from danceopd.config.reading import load_config
-from danceopd.config.sections import Config
 from danceopd.support.errors import UserError
 
 
@@ -42,35 +40,17 @@ def add_plan(commands) -> None:
     add_overrides(parser, "training.batch_size=64")
 
 
-def builder_of(config: Config) -> Callable:
-    """Returns what puts a run's parts together: the model's builder, or the embedded network's."""
-    if config.model:
-        from danceopd.training.assembly.build import build_model  # imports diffusers, which takes its time
-
-        return build_model
-    from danceopd.world.build import build
-
-    return build
-
-
-def examiner_of(config: Config) -> Callable:
-    """Returns what a dry run looks at networks and data with: the model's examiner, or the embedded network's."""
-    if config.model:
-        from danceopd.planning.models import examine  # imports diffusers, which takes its time
-    else:
-        from danceopd.world.dry_run import examine
-    return examine
-
-
 def run_train(args: argparse.Namespace) -> int | None:
     """Trains, or with --dry-run says what a training takes; returns 2 where it cannot start."""
     config = load_config(args.config, args.overrides)
     if args.dry_run:
+        from danceopd.api import examiner_of
         from danceopd.planning.dry_run import dry_run
 
         findings = dry_run(config, examiner_of(config))
         print(findings.text())
         return 2 if findings.problems else 0
+    from danceopd.api import builder_of
     from danceopd.training.loop import train
     from danceopd.training.zero.launch import Watch, begin, guard
 
@@ -87,6 +67,7 @@ def run_train(args: argparse.Namespace) -> int | None:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Prints the plan; returns 2 where the run cannot start."""
+    from danceopd.api import examiner_of
     from danceopd.planning.cluster import plan
     from danceopd.training.zero.settings import read_deepspeed
 

@@ -12,9 +12,14 @@ from danceopd.support.hints import did_you_mean
 
 
 def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
-    """Read a YAML file, apply `key.sub=value` overrides, and check everything that needs no file.
+    """Reads a YAML file, applies overrides, and checks everything that needs no other file.
 
-    Raises UserError that lists every mistake with its key, and for an unknown key the nearest valid one.
+    Args:
+        path: The file.
+        overrides: `key.sub=value`, each value as YAML.
+
+    Raises:
+        UserError: Lists every mistake with its key, and for an unknown key the nearest valid one.
     """
     path = Path(path)
     try:
@@ -38,7 +43,16 @@ def read_run_config(folder: Path) -> Config:
 
 
 def parse_config(raw: dict, overrides: list[str] = (), name: str = "configuration") -> Config:
-    """Check a configuration given as plain values. Raises UserError as load_config does."""
+    """Checks a configuration given as plain values.
+
+    Args:
+        raw: A mapping of keys to values; the overrides are written into it.
+        overrides: As for load_config.
+        name: What messages call it.
+
+    Raises:
+        UserError: As load_config does.
+    """
     if not isinstance(raw, dict):
         raise UserError(f"{name} must be a mapping of keys to values, found {type(raw).__name__}")
     for override in overrides:

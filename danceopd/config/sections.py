@@ -28,9 +28,12 @@ class Section(BaseModel):
 
 
 class NewLora(Section):
-    """A student's adapter: alpha / rank times B A beside each target layer; alpha is the rank if not given.
+    """A student's adapter: alpha / rank * B A is added beside each target layer.
 
-    targets: ends of the layers' names; those of the model's family if not given.
+    Attributes:
+        rank: Number of rows of A.
+        alpha: The rank if not given.
+        targets: Ends of the layers' names; those of the model's family if not given.
     """
 
     rank: Positive = 128
@@ -39,12 +42,14 @@ class NewLora(Section):
 
 
 class Student(Section):
-    """init_from: the name of an embedded network, or a .safetensors file; with a `model`, "base", its transformer,
-    the name of a source, or "merge", the mean of all sources (of networks: guidance is no part of either).
+    """What is trained, and from where it begins.
 
-    lora: train an adapter of a `model`'s transformer; all its weights if not given. embedded_guidance: the number that
-    a guidance-distilled `model` takes as an input (FLUX.1 dev and Kontext 3.5, FLUX.2 dev 4), at which the student is
-    trained and then drawn with.
+    Attributes:
+        init_from: The name of an embedded network, or a .safetensors file. With a `model`: "base", its transformer; the
+            name of a source; or "merge", the mean of all sources (of networks: guidance is no part of either).
+        lora: Trains an adapter of a `model`'s transformer; all its weights if not given.
+        embedded_guidance: The number that a guidance-distilled `model` takes as an input (FLUX.1 dev and Kontext 3.5,
+            FLUX.2 dev 4), at which the student is trained and then drawn with.
     """
 
     init_from: str = "base"
@@ -53,20 +58,27 @@ class Student(Section):
 
 
 class LoraFile(Section):
-    """A LoRA in any layout that diffusers converts; scale: of what it changes."""
+    """A LoRA in any layout that diffusers converts.
+
+    Attributes:
+        path: A file, or a folder with one.
+        scale: What the change of the weights is multiplied by.
+    """
 
     path: Path
     scale: Scale = 1.0
 
 
 class Source(Section):
-    """A frozen teacher. guidance_scale 1 asks its conditional field; any other makes guidance part of the field.
+    """A frozen velocity field that supervises the student: the paper's teacher.
 
-    weights: as a student's init_from; with a `model`, "base" (also if not given), a transformer's or a pipeline's
-    folder, or a transformer in one .safetensors file, under diffusers' names or in a layout that diffusers converts.
-    lora: adapters on its transformer, summed.
-    embedded_guidance: as a student's, the number that this source is asked with. Pipelines of Z-Image count their
-    guidance from 0: their g is the guidance_scale 1 + g.
+    Attributes:
+        weights: As a student's init_from. With a `model`: "base" (also if not given), a transformer's or a pipeline's
+            folder, or a transformer in one .safetensors file, under diffusers' names or in a layout that it converts.
+        lora: Adapters on its transformer, summed.
+        guidance_scale: 1 asks the conditional field; any other makes guidance part of the field. Pipelines of Z-Image
+            count their guidance from 0: their g is the guidance_scale 1 + g.
+        embedded_guidance: As a student's, the number that this source is asked with.
     """
 
     weights: str | None = None
@@ -76,9 +88,12 @@ class Source(Section):
 
 
 class Data(Section):
-    """Exactly one of `world` (pictures drawn from `seed`, `size` of them) and `manifest` (a user's own file).
+    """The samples of a capability: exactly one of `world` and `manifest`; with a `model`, `prepared`.
 
-    With a `model`: prepared, the rows that `danceopd data prepare` wrote.
+    Attributes:
+        world: Pictures of the picture world, `size` of them drawn from `seed`.
+        manifest: A user's own file; its picture paths start from `root`, or from its folder.
+        prepared: The rows that `danceopd data prepare` wrote.
     """
 
     world: Literal["t2i", "style", "edit", "local", "global"] | None = None
@@ -92,9 +107,14 @@ class Data(Section):
 class Capability(Section):
     """One route: `source` supervises the samples of `data`, drawn with probability `weight` / sum of weights.
 
-    task: edit where every sample has a source picture, t2i where none has. capability: the name in the
-    manifest, if it differs from the key here. student_guidance_scale: the student's own scale for these samples.
-    prompt_dropout: the share of prompts left empty, so that guidance can be used on the student.
+    Attributes:
+        source: A key of `sources`.
+        task: "edit" where every sample has a source picture, "t2i" where none has.
+        data: The samples.
+        capability: The name in the manifest, if it differs from the key here.
+        weight: 0 draws no sample.
+        student_guidance_scale: The student's own scale for these samples.
+        prompt_dropout: The share of prompts left empty, so that guidance can be used on the student.
     """
 
     source: str
@@ -179,9 +199,14 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """Pictures per GenEval task and per edit kind; during the run, `times` evenly spread, one of `quick` each.
+    """How the student is scored: pictures per GenEval task and per edit kind, drawn with the rollout's shift.
 
-    Pictures are drawn in num_inference_steps of `solver`, with the rollout's shift.
+    Attributes:
+        seed: Of prompts, placements and noise.
+        per_task, per_kind: Number of pictures.
+        batch_size: Pictures drawn at a time.
+        times: How often the student is scored during the run, evenly spread, by `quick` pictures of each.
+        num_inference_steps, solver: How pictures are drawn.
     """
 
     seed: Count = 1234
@@ -195,9 +220,14 @@ class Evaluation(Section):
 
 
 class Config(Section):
-    """options: those of the method. route: drawn with the capabilities' weights, in turn, or by weight and gap.
+    """A whole run.
 
-    model: the folder of a diffusers pipeline whose transformer is distilled; the embedded network if not given.
+    Attributes:
+        model: The folder of a diffusers pipeline whose transformer is distilled; the embedded network if not given.
+        method: A key of core.methods.METHODS.
+        options: The method's own options.
+        route: How a sample's capability is chosen: drawn with the weights, in turn, or by weight and velocity error.
+        student, sources, capabilities, rollout, query, training, evaluation: The sections.
     """
 
     model: Path | None = None
@@ -213,9 +243,9 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
 
     def to_dict(self) -> dict:
-        """Plain values, as YAML or JSON take them."""
+        """Returns plain values, as YAML or JSON take them."""
         return self.model_dump(mode="json")
 
     def method_options(self) -> dict:
-        """The method's options by keyword, defaults and all."""
+        """Returns the method's options by keyword, defaults and all."""
         return options(self.method)(**self.options).model_dump()

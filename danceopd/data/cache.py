@@ -20,7 +20,7 @@ ENTRIES = "entries"  # key of a shard's header
 
 
 def key_of(*parts: str | bytes) -> str:
-    """The name of an entry, from everything that its tensors depend on: 32 hexadecimal digits."""
+    """Names an entry by everything that its tensors depend on: 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -30,7 +30,7 @@ def key_of(*parts: str | bytes) -> str:
 
 
 def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """Of an entry's names, shapes, dtypes and bytes."""
+    """Returns a digest of an entry's names, shapes, dtypes and bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -42,7 +42,11 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
 class Cache:
     """Entries of named tensors in a folder. Several processes may read, and each may write shards of its own.
 
-    Raises UserError for a folder that cannot be used.
+    Args:
+        folder: Where the shards are; it need not be there yet.
+
+    Raises:
+        UserError: The folder cannot be used.
     """
 
     def __init__(self, folder: Path | str):
@@ -63,7 +67,7 @@ class Cache:
         return len(self._where)
 
     def write(self, entries: dict[str, dict[str, torch.Tensor]]) -> Path:
-        """Write entries as one shard, atomically; its name is made of theirs."""
+        """Writes entries as one shard, atomically; its name is made of theirs."""
         header = {key: [checksum(tensors), sorted(tensors)] for key, tensors in entries.items()}
         path = self.folder / f"{key_of(*sorted(entries), str(os.getpid()))}.safetensors"
         flat = {f"{key}/{name}": t.contiguous() for key, tensors in entries.items() for name, t in tensors.items()}
@@ -75,9 +79,11 @@ class Cache:
         return path
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
-        """An entry's tensors; its checksum is compared when it is read for the first time.
+        """Reads the tensors of an entry; its checksum is compared when it is read for the first time.
 
-        Raises KeyError for an entry that is not there and UserError for one that is damaged.
+        Raises:
+            KeyError: There is no such entry.
+            UserError: It is damaged.
         """
         path, expected, names = self._where[key]
         try:
@@ -93,7 +99,7 @@ class Cache:
         return tensors
 
     def sound(self, key: str) -> bool:
-        """Whether an entry is there and whole; a shard that is not is removed, with all of its entries."""
+        """Returns whether an entry is there and whole; a shard that is not is removed, with all of its entries."""
         if key not in self._where:
             return False
         try:

@@ -19,11 +19,19 @@ COLUMNS = {  # a manifest's column: the names it is looked for by, the first tha
 
 
 def import_dataset(folder: Path, out: Path, split: str = "train", task: str | None = None) -> tuple[Path, int]:
-    """Write a data set saved by `save_to_disk` as out/manifest.jsonl and PNGs beside it; (manifest, rows).
+    """Writes a data set saved by `save_to_disk` as a manifest with PNGs beside it; a stopped import goes on.
 
-    A column of source pictures may hold lists of them.
-    task: of every row, where the data set has no such column. Pictures that are there already are kept, so that a
-    stopped import goes on. Raises UserError for a folder that is no data set, or has no prompts, pictures or task.
+    Args:
+        folder: The data set; a column of source pictures may hold lists of them.
+        out: Folder of the manifest and the pictures; pictures that are there already are kept.
+        split: Of a data set with several.
+        task: Of every row, where the data set has no such column.
+
+    Returns:
+        The manifest's path, and the number of rows.
+
+    Raises:
+        UserError: The folder is no data set, or has no prompts, pictures or task.
     """
     try:
         from datasets import DatasetDict, load_from_disk
@@ -60,7 +68,7 @@ def import_dataset(folder: Path, out: Path, split: str = "train", task: str | No
 
 
 def _write_picture(picture, out: Path, name: str, folder: Path) -> str:
-    """The picture's name, relative to the manifest."""
+    """Writes a picture where it is not there yet; returns its name, relative to the manifest."""
     if not isinstance(picture, Image.Image):
         raise UserError(f"{folder}: a picture is a {type(picture).__name__}; cast its column to datasets.Image() first")
     path = out / "images" / name

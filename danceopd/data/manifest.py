@@ -23,7 +23,7 @@ _SHOWN = 5  # problems or lines named in one error message
 
 @dataclass(frozen=True)
 class Row:
-    """One good line of a manifest; pictures are resolved paths of files that exist. target_image: or None."""
+    """One good line of a manifest; pictures are resolved paths of files that exist."""
 
     line: int
     id: str
@@ -56,12 +56,20 @@ def read_manifest(
     needs_source: Iterable[str] = (),
     decode: bool = False,
 ) -> tuple[list[Row], list[Problem]]:
-    """Read every line; return the good rows, and all problems in order of line.
+    """Reads every line of a manifest.
 
-    Rows of a capability in `needs_source` must have a source picture. With `decode` every picture is opened
-    and decoded to its end; without, it only has to be there.
-    Raises FileNotFoundError or UserError if the file as a whole is of no use: missing, empty, neither
-    .jsonl nor .csv, not UTF-8.
+    Args:
+        path: JSONL or CSV, in UTF-8.
+        root: The folder that picture paths start from; the manifest's own if not given.
+        needs_source: Capabilities whose rows must have a source picture.
+        decode: Whether every picture is opened and decoded to its end, or only has to be there.
+
+    Returns:
+        The good rows, and all problems in order of line.
+
+    Raises:
+        FileNotFoundError: The file or the folder is missing.
+        UserError: The file as a whole is of no use: empty, neither .jsonl nor .csv, not UTF-8.
     """
     path, needs_source = Path(path), frozenset(needs_source)
     text = _read_text(path)
@@ -98,7 +106,7 @@ def read_manifest(
 
 
 def check_manifest(path: str | Path, root: str | Path | None = None, needs_source: Iterable[str] = ()) -> list[Problem]:
-    """All problems of a manifest and its pictures, every one of which is decoded; raises as read_manifest."""
+    """Returns all problems of a manifest and its pictures, every one of which is decoded; raises as read_manifest."""
     return read_manifest(path, root, needs_source=needs_source, decode=True)[1]
 
 

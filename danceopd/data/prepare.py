@@ -1,4 +1,4 @@
-"""From a manifest to a cache: prompts and pictures are encoded once, before training, which then needs no encoder."""
+"""Encodes a manifest's prompts and pictures into a cache, once before training, which then needs no encoder."""
 
 import hashlib
 import json
@@ -29,7 +29,15 @@ PICTURE_PART = "vae"  # and its latents
 
 @dataclass(frozen=True)
 class Prepared:
-    """What came of it: rows written, entries made and found, what was wrong with rows, shards that were mended."""
+    """What came of a preparation.
+
+    Attributes:
+        path: The rows that training reads.
+        rows: Number of rows written.
+        made, found: Entries that were encoded, and that were in the cache.
+        problems: What was wrong with rows that were left out.
+        damaged: Shards that were mended.
+    """
 
     path: Path
     rows: int
@@ -40,7 +48,7 @@ class Prepared:
 
 
 def fingerprints(model: Path) -> dict[str, str]:
-    """Of the parts of a pipeline that encode, by name; one that is not there, or without its weights, is left out."""
+    """Returns the fingerprint of each part of a pipeline that encodes, by name, leaving out those without weights."""
 
     def whole(part: Path) -> bool:
         has_none = "tokenizer" in part.name or "processor" in part.name
@@ -65,7 +73,7 @@ def check_encoders(prepared: Path, head: dict, model: Path, there: dict[str, str
 
 
 def buckets(resolution: int, multiple: int) -> list[tuple[int, int]]:
-    """(height, width) of about resolution^2 pixels, in multiples of `multiple`, from 1 : 2 to 2 : 1."""
+    """Lists the sizes (height, width) of about resolution^2 pixels, in multiples of `multiple`, from 1 : 2 to 2 : 1."""
     sizes = set()
     for width in range(multiple, 2 * resolution + 1, multiple):
         height = max(multiple, round(resolution**2 / width / multiple) * multiple)
@@ -81,7 +89,7 @@ def bucket_of(height: int, width: int, sizes: list[tuple[int, int]]) -> tuple[in
 
 
 def fit(picture: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    """The picture scaled to cover (height, width) and cut at its middle: [3, H, W] float32 in [-1, 1]."""
+    """Scales a picture to cover (height, width) and cuts it at its middle: [3, H, W] float32 in [-1, 1]."""
     height, width = size
     scale = max(height / picture.height, width / picture.width)
     scaled = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))),
@@ -101,7 +109,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Names:
-    """What the entries of a model are called in the cache."""
+    """Names the entries of a model in the cache."""
 
     text_model: str
     picture_model: str
@@ -229,7 +237,7 @@ def _picture_encoder(backbone, model: Path, device, dtype, pictures: dict, seen:
 def _write_rows(
     path: Path, rows: list[Row], names: Names, head: dict, negative_prompts: tuple[str, ...], resolution: int
 ) -> Path:
-    """One line a row: the names of its entries in the cache; a line before them, head and the negative prompts."""
+    """Writes the names of each row's entries in the cache, a line a row; before them, head and the negative prompts."""
 
     def negative(sources: tuple[Path, ...]) -> dict[str, str]:
         return {prompt: names.prompt(prompt, sources) for prompt in negative_prompts}

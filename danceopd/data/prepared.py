@@ -21,8 +21,16 @@ Kind = tuple[Size, tuple[Size, ...]]  # of a row: its picture's size, and those 
 class PreparedData:
     """The rows of one capability, from the file that `danceopd data prepare` wrote into its cache.
 
-    kinds: how many rows there are of each Kind. Raises UserError for a file of no use, one without rows of the
-    capability, or rows of which only some have source pictures.
+    Args:
+        path: The file.
+        capability: The rows' name in it.
+
+    Attributes:
+        kinds: Number of rows of each Kind.
+        has_source: Whether the rows have source pictures.
+
+    Raises:
+        UserError: The file is of no use, has no rows of the capability, or only some of them have source pictures.
     """
 
     def __init__(self, path: Path | str, capability: str):
@@ -57,7 +65,7 @@ class PreparedData:
         return len(self.rows)
 
     def own(self, kind: Kind) -> Kind:
-        """The kind of the rows that may stand in a batch of a kind: that, and of rows without sources all of a size."""
+        """Returns the Kind of these rows that may stand in a batch of a kind: without sources, of its size alone."""
         return kind if self.has_source else (kind[0], ())
 
     def part(self, kind: Kind) -> "PreparedData":
@@ -69,17 +77,17 @@ class PreparedData:
         return part
 
     def condition(self, indices: list[int], without_prompt: list[bool]) -> Conditioning:
-        """What the samples are conditioned on; those without a prompt get the empty one's encoding."""
+        """Reads what the samples are conditioned on; those without a prompt get the empty one's encoding."""
         return concatenate([self._one(self.rows[i], empty) for i, empty in zip(indices, without_prompt, strict=True)])
 
     def targets(self, indices: list[int]) -> torch.Tensor | None:
-        """[n, C, h, w]: the latents of the pictures asked for, or None where rows have none."""
+        """Reads the latents [n, C, h, w] of the pictures asked for; None where rows have none."""
         if any(row["target"] is None for row in self.rows):
             return None
         return torch.stack([self.cache.read(self.rows[i]["target"])["latents"] for i in indices])
 
     def empty_prompt(self) -> dict[str, torch.Tensor]:
-        """The empty prompt's encoding, of one sample without source pictures."""
+        """Reads the empty prompt's encoding, of one sample without source pictures."""
         return self.cache.read(self.head["negative_prompts"][""])
 
     def _one(self, row: dict, empty: bool) -> Conditioning:
@@ -95,7 +103,7 @@ class PreparedData:
         return {name: value[None] for name, value in self.cache.read(key).items()}
 
     def _check_cache(self) -> None:
-        """Every entry that a row names is there; whether it is whole shows when it is read."""
+        """Checks that every entry that a row names is there; whether it is whole shows when it is read."""
         named = {key for row in self.rows for key in (row["prompt"], row["target"], *row["sources"]) if key}
         named |= {key for row in self.rows for key in row.get("negative_prompts", {}).values()}
         missing = [key for key in named | set(self.head["negative_prompts"].values()) if key not in self.cache]
@@ -122,14 +130,22 @@ class Mixing:
 
 
 def mix(data: dict[str, PreparedData]) -> Mixing:
-    """The kinds of batches that can mix all capabilities (by name): any mixture of rows, but of one kind.
+    """Finds the kinds of batches that can mix all capabilities.
 
     The rows of a batch have one picture size, and those with source pictures have as many of them, of the same sizes;
     rows without any go with whatever sources there are. A kind that a capability has no row for makes no batch: its
-    rows are never drawn. Mixing.rows is how many rows a kind adds, by which it is to be drawn; a row without sources
-    that goes with several kinds counts once, shared out among them by their rows with sources. So every row of
-    a capability is drawn equally often where the others have rows of each kind in the same proportion; where they have
-    fewer (more), its rows of that kind are drawn less (more) often than its rest. Raises UserError if there is no kind.
+    rows are never drawn. Every row of a capability is drawn equally often where the others have rows of each kind in
+    the same proportion; where they have fewer (more), its rows of that kind are drawn less (more) often than its rest.
+
+    Args:
+        data: The rows of each capability, by name.
+
+    Returns:
+        How many rows a kind adds, by which it is to be drawn: a row without sources that goes with several kinds counts
+        once, shared out among them by their rows with sources. And lines about rows that are never drawn.
+
+    Raises:
+        UserError: There is no such kind.
     """
     editing = [rows for rows in data.values() if rows.has_source]
     drawing = [rows for rows in data.values() if not rows.has_source]

@@ -1,4 +1,4 @@
-"""Runs on the same prompts and seeds, compared picture by picture: paired differences, and a page to look at."""
+"""Compares runs on the same prompts and seeds picture by picture: paired differences, and a page to look at."""
 
 import json
 import math
@@ -34,7 +34,17 @@ AGAIN = "run danceopd evaluate gedit again: nothing is drawn or asked twice"
 
 @dataclass(frozen=True)
 class Scored:
-    """One picture of a run. right: of a verdict; None where the score is a mark. index: an edit's in its data set."""
+    """One picture of a run.
+
+    Attributes:
+        tag: What scores are averaged by: GenEval's tag, or an edit's kind and language.
+        prompt: Its text.
+        score: 0 or 1 by a verdict, or a mark.
+        path: The picture.
+        reason: Why it has this score.
+        right: The verdict; None where the score is a mark.
+        index: An edit's place in its data set.
+    """
 
     tag: str
     prompt: str
@@ -47,8 +57,16 @@ class Scored:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's scored pictures by key. seed: of all its noise, None where what drew them does not say; judge, dataset:
-    of GEdit-Bench, whose edits are of the data set's pictures."""
+    """A run's scored pictures.
+
+    Attributes:
+        name: The folder's.
+        pictures: By key.
+        benchmark: GENEVAL or GEDIT.
+        seed: Of all its noise; None where what drew the pictures does not say.
+        judge: What scored the edits.
+        dataset: Where the pictures that were edited are.
+    """
 
     name: str
     pictures: dict[Key, Scored]
@@ -58,7 +76,7 @@ class Run:
     dataset: Path | None = None
 
     def scores(self) -> tuple[float, dict[str, float]]:
-        """(overall, the mean of each tag); overall is the mean of these."""
+        """Returns (overall, the mean of each tag); overall is the mean of these."""
         tags: dict[str, list[float]] = {}
         for one in self.pictures.values():
             tags.setdefault(one.tag, []).append(one.score)
@@ -67,11 +85,14 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """A run's pictures and scores, whatever evaluated it.
+    """Reads a run's pictures and scores, whatever evaluated it.
 
-    path: a folder in GenEval's layout with its results.jsonl, or such a file; of GEdit-Bench the folder with a judge's
-    results.json, that file, or the method's folder if one judge alone scored it. Raises UserError where there is no
-    such file, and where two of its lines are of the same picture.
+    Args:
+        path: A folder in GenEval's layout with its results.jsonl, or such a file; of GEdit-Bench the folder with a
+            judge's results.json, that file, or the method's folder if one judge alone scored it.
+
+    Raises:
+        UserError: There is no such file, or two of its lines are of the same picture.
     """
     if path.is_file():
         return _read_gedit(path) if path.suffix == ".json" else _read_geneval(path)
@@ -166,10 +187,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of a run to the first: differences (run - first) by tag and overall, and the prompts from worst to best.
+    """A run against the first: differences (run - first), and the prompts from worst to best.
 
-    prompts: (difference, the keys of its pairs); pairs: how many pictures were paired; unpaired: and how many, of
-    both runs, were not; fewest: prompts of a tag.
+    Attributes:
+        overall: The mean of the tags' mean differences.
+        tags: The mean difference of each tag.
+        prompts: (difference, the keys of its pairs), sorted.
+        pairs: How many pictures were paired.
+        unpaired: How many, of both runs, were not.
+        fewest: Number of prompts of the smallest tag.
     """
 
     overall: Interval
@@ -181,10 +207,17 @@ class Comparison:
 
 
 def compare(first: Run, other: Run, seed: int = 0) -> Comparison:
-    """Pictures of the same prompt and number, one from each run.
+    """Compares pictures of the same prompt and number, one from each run.
 
-    Overall is the mean of the tags' mean differences. The intervals are percentiles of bootstrap resamples of whole
-    prompts within each tag, since the pictures of a prompt are alike. Raises UserError where nothing can be paired.
+    The intervals are percentiles of bootstrap resamples of whole prompts within each tag, since the pictures of a
+    prompt are alike.
+
+    Args:
+        first, other: The runs.
+        seed: Of the resamples.
+
+    Raises:
+        UserError: The runs are of different benchmarks, or nothing can be paired.
     """
     if first.benchmark != other.benchmark:
         raise UserError(
@@ -229,7 +262,7 @@ def _interval(mean: float, resampled: np.ndarray) -> Interval:
 
 
 def warnings_of(runs: list[Run], comparisons: list[Comparison]) -> list[str]:
-    """What a reader of the comparison must know."""
+    """Lists what a reader of the comparison must know."""
     said = []
     seeds = {run.name: run.seed for run in runs if run.seed is not None}
     if len(set(seeds.values())) > 1:
@@ -279,7 +312,7 @@ def distinct(runs: list[Run]) -> list[Run]:
 
 
 def write_page(path: Path, runs: list[Run], comparisons: list[Comparison]) -> None:
-    """One HTML file with everything in it: the table, and of each later run the worst and the best prompts."""
+    """Writes one HTML file with everything in it: the table, and of each later run the worst and the best prompts."""
     pairs, source_of = [], _sources(runs[0])
     for run, comparison in zip(runs[1:], comparisons, strict=True):
         lost = [item for item in comparison.prompts if item[0] < 0][:PROMPTS]
@@ -340,7 +373,7 @@ def _picture(scored: Scored, number: int) -> dict:
 
 
 def file_uri(path: Path) -> str | None:
-    """A picture's file for the page; None where it is not there or cannot be read."""
+    """Reads a picture's file for the page; None where it is not there or cannot be read."""
     try:
         with Image.open(path) as opened:
             return small_uri(opened.convert("RGB"))

@@ -1,4 +1,4 @@
-"""Rewards of pictures by models of CLIP's architecture, and how much of the gap to a teacher a student closed.
+"""Scores pictures by models of CLIP's architecture, and says how much of the gap to a teacher a student closed.
 
 A reward is a function (pictures, prompts) -> [B] float32, the larger the better.
 """
@@ -29,9 +29,17 @@ LINEAR_MSE = ("0", "2", "4", "6", "7")
 
 
 def clip_similarity(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[Reward, float]:
-    """(cosine similarity of picture and prompt, the model's logit scale), by a CLIPModel's folder with its processor.
+    """Loads the cosine similarity of picture and prompt by a CLIP; prompts are cut to the model's length.
 
-    Prompts are cut to the model's length. Raises UserError for a folder that is missing or incomplete.
+    Args:
+        folder: A CLIPModel's, with its processor.
+        device, dtype: Of its weights.
+
+    Returns:
+        The similarity as a reward, and the model's logit scale.
+
+    Raises:
+        UserError: The folder is missing or incomplete.
     """
     from transformers import CLIPModel
 
@@ -50,26 +58,32 @@ def clip_similarity(folder: Path, device="cpu", dtype: torch.dtype = torch.float
 
 
 def clip_score(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Reward:
-    """100 * max(cosine, 0), as torchmetrics' CLIPScore gives it (arXiv 2104.08718 has a factor of 2.5 in its place)."""
+    """Loads 100 * max(cosine, 0), torchmetrics' CLIPScore (arXiv 2104.08718 has a factor of 2.5 in its place)."""
     similarity, _ = clip_similarity(folder, device, dtype)
     return lambda pictures, prompts: 100 * similarity(pictures, prompts).clamp(min=0)
 
 
 def pick_score(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Reward:
-    """The logit scale times the cosine, as PickScore gives it (arXiv 2305.01569)."""
+    """Loads PickScore: the logit scale times the cosine (arXiv 2305.01569)."""
     similarity, scale = clip_similarity(folder, device, dtype)
     return lambda pictures, prompts: scale * similarity(pictures, prompts)
 
 
 def hps_score(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Reward:
-    """The cosine, as HPSv2's score is (arXiv 2306.09341), of its weights converted to a CLIPModel's folder."""
+    """Loads HPSv2's score, the cosine (arXiv 2306.09341), by its weights converted to a CLIPModel's folder."""
     return clip_similarity(folder, device, dtype)[0]
 
 
 def aesthetic_score(folder: Path, head: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Reward:
-    """An aesthetic head on the normalised picture embeddings of a CLIP's folder; prompts are not looked at.
+    """Loads an aesthetic head on the normalised picture embeddings of a CLIP; prompts are not looked at.
 
-    head: a safetensors file, as read_head takes it. Raises UserError where the two do not fit.
+    Args:
+        folder: The CLIP's.
+        head: A safetensors file, as read_head takes it.
+        device, dtype: Of the weights.
+
+    Raises:
+        UserError: The two do not fit.
     """
     from transformers import CLIPModel
 
@@ -90,9 +104,10 @@ def aesthetic_score(folder: Path, head: Path, device="cpu", dtype: torch.dtype =
 
 
 def read_head(path: Path) -> nn.Sequential:
-    """The linear layers of an aesthetic head in float32: one, or the five of a linearMSE head, with any prefix.
+    """Reads the linear layers of an aesthetic head in float32: one, or the five of a linearMSE head, with any prefix.
 
-    Raises UserError for a file of another kind, that is damaged, or that holds other layers.
+    Raises:
+        UserError: The file is of another kind, is damaged, or holds other layers.
     """
     if path.suffix != ".safetensors":
         raise UserError(
@@ -130,14 +145,14 @@ def _processor(folder: Path):
 
 
 def check_prompt(metadata: dict, where: str) -> dict:
-    """A prompt's line as it is: the prompt is all that a reward asks for. Raises UserError that begins with `where`."""
+    """Checks that a line has a prompt, all that a reward asks for, and returns it; a UserError begins with `where`."""
     if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
         raise UserError(f'{where}: no text under "prompt"; draw the folder again')
     return metadata
 
 
 def reward_of(drawn: list[Drawn], reward: Reward, batch_size: int = 16, name: str = "reward") -> np.ndarray:
-    """[prompts] float64: the mean reward of each prompt's pictures. Raises UserError for one that cannot be read."""
+    """Returns the mean reward of each prompt's pictures, [prompts] float64; a UserError for one that cannot be read."""
     pairs = [(path, entry.metadata["prompt"]) for entry in drawn for path in entry.pictures.values()]
     values: list[torch.Tensor] = []
     for start in tqdm(range(0, len(pairs), batch_size), name, unit="batch"):
@@ -159,9 +174,12 @@ def _decode(path: Path) -> Image.Image:
 
 @dataclass(frozen=True)
 class Gap:
-    """The share of the way from base to teacher that the student went: 0 is none, 1 is all of it.
+    """How far a student went from base to teacher.
 
-    low, high: the interval; open_gap: whether the teacher's own lead over the base is above zero in as many resamples.
+    Attributes:
+        share: 0 is none of the way, 1 is all of it.
+        low, high: The ends of its interval.
+        open_gap: Whether the teacher's own lead over the base is above zero in as many resamples.
     """
 
     share: float
@@ -179,10 +197,17 @@ def gap_closed(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Gap:
-    """(mean student - mean base) / (mean teacher - mean base), with the interval of a paired percentile bootstrap.
+    """Works out (mean student - mean base) / (mean teacher - mean base), with a paired percentile bootstrap.
 
-    base, teacher, student: [prompts], of the same prompts in the same order; a resample draws prompts, and all three
-    with them. Where open_gap is false the share says nothing: the teacher is hardly better than the base.
+    Args:
+        base, teacher, student: [prompts], of the same prompts in the same order; a resample draws prompts, and all
+            three with them.
+        resamples: Their number.
+        confidence: Of the interval.
+        seed: Of the resamples.
+
+    Returns:
+        The share and its interval. Where open_gap is false the share says nothing: the teacher is hardly better.
     """
     values = np.stack([base, teacher, student]).astype(np.float64)
     generator, n = np.random.default_rng(seed), values.shape[1]
@@ -213,10 +238,18 @@ def evaluate_reward(
     teacher: Path | None = None,
     batch_size: int = 16,
 ) -> dict:
-    """{reward: {"student": mean, ...}}, and with base and teacher their means and "gap", the share closed.
+    """Scores pictures by several rewards.
 
-    rewards: by name, what loads each, so that one is in memory at a time; student, base, teacher: folders of GenEval's
-    layout. Raises UserError where their prompts are not the same.
+    Args:
+        rewards: By name, what loads each, so that one is in memory at a time.
+        student, base, teacher: Folders of GenEval's layout.
+        batch_size: Pictures at a time.
+
+    Returns:
+        {reward: {"student": mean, ...}}; with base and teacher also their means and "gap", the share closed.
+
+    Raises:
+        UserError: The folders' prompts are not the same.
     """
     folders = {"base": base, "teacher": teacher, "student": student}
     drawn = {name: read_pictures(at, check=check_prompt) for name, at in folders.items() if at is not None}
@@ -242,7 +275,7 @@ def evaluate_reward(
 
 
 def format_rewards(results: dict) -> str:
-    """The results as a table for the terminal."""
+    """Writes the results as a table for the terminal."""
     names = [name for name in ("base", "teacher", "student") if any(name in row for row in results.values())]
     lines = ["reward".ljust(12) + "".join(name.rjust(10) for name in names)]
     for reward, row in results.items():

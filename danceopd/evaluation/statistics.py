@@ -1,4 +1,4 @@
-"""Standard errors."""
+"""Works out standard errors."""
 
 import math
 
@@ -6,5 +6,5 @@ import torch
 
 
 def standard_error(groups: list[torch.Tensor]) -> float:
-    """Of the mean of the groups' means, each group's values independent."""
+    """Returns the standard error of the mean of the groups' means; the values [n] of each group are independent."""
     return math.sqrt(sum(float(g.var()) / len(g) for g in groups if len(g) > 1)) / len(groups)

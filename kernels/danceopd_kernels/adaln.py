@@ -2,13 +2,14 @@
 
 import torch
 
+from danceopd_kernels import checks
 from danceopd_kernels.dispatch import choose, has_triton
 
 if has_triton():
     import triton
     import triton.language as tl
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = checks.FLOATS
 MAX_WIDTH = 4096  # a program has a whole row in registers
 ROWS = 16  # tokens of one program of the backward pass, whose sums over tokens are kept
 
@@ -166,31 +167,56 @@ def configurations() -> list:
 # ---------------------------------------------------------------------------------------------- operation
 
 
-def adaln_modulate(x, shift, scale, *, residual=None, gate=None, eps: float = 1e-6, backend: str | None = None):
-    """norm(x) (1 + scale) + shift; or with a residual, h = residual + gate x and norm(h) (1 + scale) + shift, both.
+def adaln_modulate(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Normalises rows and modulates them per sample: norm(x) (1 + scale) + shift, after a gated residual if asked.
 
-    x, residual [B, N, C]; shift, scale, gate [B, C], slices of one linear layer's output among them; all in one dtype
-    (fp32, bf16, fp16). The norm is over C, without weights, in float32. What diffusers' AdaLayerNormZero and
-    AdaLayerNormContinuous do behind their linear layer; and, with a residual, what its blocks do between attention and
-    feed-forward. Returns tensors of x's shape and dtype. Differentiable in every tensor, once; sums are in a fixed
-    order, nothing waits for the device. Rows wider than 4096 are left to PyTorch.
-    Raises ValueError for shapes, dtypes or devices that do not fit, or a backend that cannot run.
+    With a residual, h = residual + gate x comes first, and the rest is of h. The norm is over C, without weights, in
+    float32. It is what diffusers' AdaLayerNormZero and AdaLayerNormContinuous do behind their linear layer, and, with a
+    residual, what its blocks do between attention and feed-forward. Sums are in a fixed order, nothing waits for a GPU.
+
+    Args:
+        x: [B, N, C] in float32, bfloat16 or float16 (float64 in plain PyTorch).
+        shift: [B, C], as the rest in x's dtype; a slice of a linear layer's output will do.
+        scale: [B, C].
+        residual: [B, N, C]; goes with gate.
+        gate: [B, C].
+        eps: Added to the variance.
+        backend: "torch" or "triton"; the fastest that can if not given. Rows wider than 4096 are PyTorch's.
+
+    Returns:
+        The modulated rows, as x is; with a residual (h, modulated rows). Differentiable in every tensor, once.
+
+    Raises:
+        ValueError: An argument's type, shape, dtype or device does not fit, or the backend cannot run.
+
+    Example:
+        >>> x, modulation = torch.randn(2, 10, 32), torch.randn(2, 64)
+        >>> out = adaln_modulate(x, *modulation.chunk(2, 1))
     """
-    if x.dim() != 3:
-        raise ValueError(f"x must be [B, N, C], got {list(x.shape)}")
+    checks.tensor("x", x, dtype=(*DTYPES, torch.float64), shape=("B", "N", "C"))
     if (residual is None) != (gate is None):
         raise ValueError("a residual needs a gate, and a gate a residual")
-    per_sample = (len(x), x.shape[2])
-    expected = {"shift": per_sample, "scale": per_sample, "gate": per_sample, "residual": tuple(x.shape)}
-    given = {"shift": shift, "scale": scale, "gate": gate, "residual": residual}
-    for name, tensor in given.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != expected[name] or tensor.dtype != x.dtype or tensor.device != x.device:
-            raise ValueError(
-                f"{name} must be {x.dtype} {list(expected[name])} on {x.device}, as x is, got {tensor.dtype} "
-                f"{list(tensor.shape)} on {tensor.device}"
-            )
+    per_sample = (x.shape[0], x.shape[2])
+    for name, tensor, shape in (
+        ("shift", shift, per_sample),
+        ("scale", scale, per_sample),
+        ("residual", residual, tuple(x.shape)),
+        ("gate", gate, per_sample),
+    ):
+        if tensor is not None or name in ("shift", "scale"):
+            checks.tensor(name, tensor, dtype=x.dtype, shape=shape, like=x)
+    eps = checks.number("eps", eps)
+    if not x.shape[2]:
+        raise ValueError(f"x holds no entry in a row: {list(x.shape)}")
     chosen = choose(x, backend, DTYPES)
     if chosen == "triton" and x.shape[2] > MAX_WIDTH:
         if backend:

@@ -1,6 +1,6 @@
 """Checks of arguments, for every operation: what reaches a kernel as an address has passed here.
 
-Each raises TypeError for what is no tensor or no number, and ValueError for one that does not fit, and names it.
+Each raises ValueError, for what is of another type too, and says which argument it is and what would fit.
 """
 
 import math
@@ -16,7 +16,7 @@ def tensor(
     value,
     *,
     dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
-    shape: tuple[int | str | None, ...] | None = None,
+    shape: tuple[int | str, ...] | None = None,
     like: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the value if it is a plain tensor that fits.
@@ -25,15 +25,14 @@ def tensor(
         name: What the message calls it.
         value: Anything.
         dtype: The dtype, or those that will do.
-        shape: The size of each axis; None or a letter, which the message shows, for any.
+        shape: The size of each axis; for any, its name, which the message shows.
         like: A tensor on whose device it must be.
 
     Raises:
-        TypeError: It is no tensor.
-        ValueError: Its dtype, shape, device or layout does not fit.
+        ValueError: It is no tensor, or its dtype, shape, device or layout does not fit.
     """
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_kind(value)}")
+        raise ValueError(f"{name} must be a tensor, got {_kind(value)}")
     if value.layout != torch.strided or value.is_nested:
         raise ValueError(f"{name} must be an ordinary dense tensor, got {value.layout}")
     if (
@@ -44,23 +43,26 @@ def tensor(
         return value
     dtypes = dtype if isinstance(dtype, tuple) else () if dtype is None else (dtype,)
     wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    sizes = "" if shape is None else f" [{', '.join('any' if n is None else str(n) for n in shape)}]"
+    sizes = "" if shape is None else f" [{', '.join(map(str, shape))}]"
     place = "" if like is None else f" on {like.device}"
     got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
     raise ValueError(f"{name} must be {(wanted + sizes).strip() or 'a tensor'}{place}, got {got}")
 
 
-def fits(sizes: torch.Size, shape: tuple[int | str | None, ...]) -> bool:
+def fits(sizes: torch.Size, shape: tuple[int | str, ...]) -> bool:
     """Returns whether the sizes are those of shape, as tensor takes it."""
-    if sizes[1:] == shape[1:] and (not isinstance(shape[0], int) or sizes[0] == shape[0]):  # most often; the quickest
-        return True
-    return len(sizes) == len(shape) and all(n == m or not isinstance(n, int) for n, m in zip(shape, sizes, strict=True))
+    if len(sizes) != len(shape):
+        return False
+    for size, wanted in zip(sizes, shape, strict=True):  # noqa: SIM110  (quicker: it runs at every call)
+        if size != wanted and not isinstance(wanted, str):
+            return False
+    return True
 
 
 def number(name: str, value) -> float:
-    """Returns the value as a float; TypeError for what is no real number, True and False among them."""
+    """Returns the value as a float; ValueError for what is no real number, True and False among them."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+        raise ValueError(f"{name} must be a number, got {_kind(value)}")
     return float(value)
 
 
@@ -73,15 +75,14 @@ def per_sample(name: str, value, like: torch.Tensor) -> torch.Tensor | None:
         like: [B, ...].
 
     Raises:
-        TypeError: It is neither.
-        ValueError: Its dtype, shape or device does not fit.
+        ValueError: It is neither, or its dtype, shape or device does not fit.
     """
     if value is None:
         return None
     samples, dtype = like.shape[0], torch.promote_types(like.dtype, torch.float32)
     if not isinstance(value, torch.Tensor):
         if isinstance(value, list | tuple):
-            raise TypeError(f"{name} must be a number or a tensor [{samples}], got {_kind(value)}")
+            raise ValueError(f"{name} must be a number or a tensor [{samples}], got {_kind(value)}")
         return torch.full((samples,), number(name, value), dtype=dtype, device=like.device)  # nothing is copied there
     tensor(name, value, dtype=(*FLOATS, torch.float64), like=like)
     if value.shape not in ((samples,), (1,), ()):
@@ -99,23 +100,61 @@ def rows(name: str, value, like: torch.Tensor, most: int) -> list[torch.Tensor]:
     """Returns a tensor, or a list or tuple of 1 to most, as a list: each [n, ...], otherwise as like is, contiguous.
 
     Raises:
-        TypeError: It is something else, or holds something else.
-        ValueError: It holds more, or none, or what does not fit.
+        ValueError: It is something else, holds more or none, or what does not fit.
     """
     if isinstance(value, torch.Tensor):
         value = [value]
     elif not isinstance(value, list | tuple):
-        raise TypeError(f"{name} must be a tensor or a list of tensors, got {_kind(value)}")
+        raise ValueError(f"{name} must be a tensor or a list of tensors, got {_kind(value)}")
     if not 1 <= len(value) <= most:
         raise ValueError(f"{name} must be 1 to {most} tensors, got {len(value)}")
     shape = ("rows", *like.shape[1:])
     return [tensor(name, one, dtype=like.dtype, shape=shape, like=like).detach().contiguous() for one in value]
 
 
+def choice(name: str, value, options: tuple[str, ...]) -> str:
+    """Returns the value if it is one of the options; ValueError for anything else."""
+    if not isinstance(value, str) or value not in options:
+        got = repr(value) if isinstance(value, str) else _kind(value)
+        raise ValueError(f"unknown {name} {got}; use one of {', '.join(options)}")
+    return value
+
+
+def in_place(name: str, value, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns a tensor that a kernel may write over: contiguous, apart from its inputs, and unknown to autograd.
+
+    Args:
+        name: What the message calls it.
+        value: A tensor, checked already.
+        inputs: What the kernel reads meanwhile, by name, contiguous.
+
+    Raises:
+        ValueError: It is not, or a gradient would be lost.
+    """
+    if not value.is_contiguous():
+        raise ValueError(f"{name} is changed in place and must be contiguous, got strides {value.stride()}")
+    no_gradient(**{name: value}, **inputs)
+    if torch.compiler.is_compiling():  # there are no addresses yet
+        return value
+    begin = value.data_ptr()
+    for other, tensor in inputs.items():
+        if tensor.numel() and begin < tensor.data_ptr() + tensor.nbytes and tensor.data_ptr() < begin + value.nbytes:
+            raise ValueError(f"{name} is changed in place and must not share memory with {other}")
+    return value
+
+
+def no_gradient(**tensors) -> None:
+    """Raises ValueError for a tensor that requires a gradient, which would be lost, while gradients are recorded."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(f"no gradient passes here, but {name} requires one; detach it or use torch.no_grad()")
+
+
 def flag(name: str, value) -> bool:
-    """Returns the value if it is True or False; TypeError for anything else."""
+    """Returns the value if it is True or False; ValueError for anything else."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {_kind(value)}")
+        raise ValueError(f"{name} must be True or False, got {_kind(value)}")
     return value
 
 

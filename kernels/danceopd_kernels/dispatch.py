@@ -54,6 +54,8 @@ def choose(
     The environment's is passed over where the operation cannot run on it; the argument's is not.
     Raises ValueError for an unknown backend, or an argument's that cannot run.
     """
+    if backend is not None and not isinstance(backend, str):
+        raise ValueError(f"unknown backend, a {type(backend).__name__}; use one of {', '.join(BACKENDS)}")
     asked = backend or os.environ.get(VARIABLE)
     if asked and asked not in BACKENDS:
         raise ValueError(f"unknown backend {asked!r}; use one of {', '.join(BACKENDS)}")

@@ -7,14 +7,14 @@ import os
 
 import torch
 
-from danceopd_kernels import compiled
+from danceopd_kernels import checks, compiled
 from danceopd_kernels.dispatch import VARIABLE, choose, has_triton
 
 if has_triton():
     import triton
     import triton.language as tl
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = checks.FLOATS
 BACKENDS = ("cpu", "triton")  # of the quantiser
 FLOAT8 = torch.float8_e4m3fn
 WEIGHT_ONLY = (torch.bfloat16, torch.float16)  # of tokens that are multiplied as they are, by Triton
@@ -251,15 +251,32 @@ def fp8_quantize_rowwise(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes float8_e4m3fn [..., C], row scale float32 [..., 1]) with codes * row scale near x; of weights too.
+    """Rounds rows, of tokens or of a weight, to float8 e4m3 codes with a scale each: codes * row_scale is near x.
 
-    x [..., C] in fp32, bf16 or fp16. The row scale is the row's largest size over 448, 1 for a row of zeros, and at
-    least 2^-126. Codes are rounded to nearest, ties to even. norm: a layer norm over C without weights comes first;
-    scale, shift [B, C] in x's dtype, for x [B, N, C]: the modulation (1 + scale) + shift after it. All in float32, with
-    no rounding before the codes. NaN anywhere in a row makes its codes and its scale NaN; infinity makes its scale
-    infinite, and what is multiplied by it NaN. No gradient: raises ValueError where one would be lost, for shapes,
-    dtypes or devices that do not fit, or a backend that cannot run.
+    The row scale is the row's largest size over 448, 1 for a row of zeros, and at least 2^-126. Codes are rounded to
+    nearest, ties to even. All is in float32, with no rounding before the codes. NaN anywhere in a row makes its codes
+    and its scale NaN; infinity makes its scale infinite, and what is multiplied by it NaN.
+
+    Args:
+        x: [..., C] in float32, bfloat16 or float16, not empty.
+        norm: Whether a layer norm over C, without weights, comes first.
+        scale: [B, C] in x's dtype, for x [B, N, C]: the modulation (1 + scale) + shift after it; goes with shift.
+        shift: [B, C].
+        eps: Added to the norm's variance.
+        backend: "torch", "cpu" or "triton"; the fastest that can if not given.
+
+    Returns:
+        Codes [..., C] float8_e4m3fn and row scales [..., 1] float32. No gradient passes.
+
+    Raises:
+        ValueError: An argument's type, shape, dtype or device does not fit, a gradient would be lost, or the backend
+            cannot run.
+
+    Example:
+        >>> weight, weight_scale = fp8_quantize_rowwise(torch.randn(48, 32))
     """
+    checks.flag("norm", norm)
+    eps = checks.number("eps", eps)
     _check(x, scale, shift)
     chosen = choose(x, backend, DTYPES, BACKENDS)
     x, scale, shift = (None if t is None else t.contiguous() for t in (x, scale, shift))
@@ -278,25 +295,43 @@ def fp8_linear(
     weight_only: bool | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """x weight^T + bias from codes and their scales, accumulated in float32: [..., out] in out_dtype.
+    """Multiplies tokens by a frozen weight in codes: x weight^T + bias, accumulated in float32.
 
-    weight [out, in] float8_e4m3fn, weight_scale [out, 1] float32, as fp8_quantize_rowwise makes them. x [..., in]:
-    codes with x_scale [..., 1], or fp32, bf16, fp16, then quantised here, or not if weight_only: if not said, on GPUs
-    before sm_89, which do not multiply codes. bias [out]. out_dtype: fp32, bf16 or fp16; x's, or bf16 for codes, if not
-    given. Codes by torch._scaled_mm where it takes these, else by Triton; backend "torch" is the former or a product in
-    float32, "triton" the latter. With weight_only Triton decodes bf16's and fp16's weight inside the product; "torch",
-    and any fp32 x, before it. Differentiable in x: the gradient takes no notice of x's rounding; the rest is frozen.
-    Raises ValueError where another gradient would be lost, for shapes, dtypes or devices that do not fit, or a backend
-    that cannot run.
+    Codes go through torch._scaled_mm where it takes these, else through Triton; backend "torch" is the former or a
+    product in float32, "triton" the latter. With weight_only Triton decodes the weight inside the product in bfloat16
+    and float16; "torch", and any x in float32, before it.
+
+    Args:
+        x: [..., in]: codes with x_scale, or float32, bfloat16 or float16, which are quantised here or, with
+            weight_only, multiplied as they are.
+        weight: [out, in] float8_e4m3fn, as fp8_quantize_rowwise makes it.
+        weight_scale: [out, 1] float32.
+        bias: [out] in float32, bfloat16 or float16.
+        x_scale: [..., 1] float32, of codes.
+        out_dtype: float32, bfloat16 or float16; x's, or bfloat16 for codes, if not given.
+        weight_only: Whether x stays as it is; if not given, on GPUs before sm_89, which do not multiply codes.
+        backend: "torch" or "triton"; the fastest that can if not given.
+
+    Returns:
+        [..., out] in out_dtype. Differentiable in x, by a gradient that takes no notice of x's rounding.
+
+    Raises:
+        ValueError: An argument's type, shape, dtype or device does not fit, another gradient would be lost, or the
+            backend cannot run.
+
+    Example:
+        >>> weight, weight_scale = fp8_quantize_rowwise(torch.randn(48, 32))
+        >>> out = fp8_linear(torch.randn(4, 32), weight, weight_scale)
     """
     _check_linear(x, weight, weight_scale, bias, x_scale)
-    out_dtype = out_dtype or (torch.bfloat16 if x.dtype == FLOAT8 else x.dtype)
-    if out_dtype not in DTYPES:
-        raise ValueError(f"out_dtype must be fp32, bf16 or fp16, got {out_dtype}")
-    if weight_only and x_scale is not None:
-        raise ValueError("weight_only goes with x in fp32, bf16 or fp16, not with codes")
+    if out_dtype is None:
+        out_dtype = torch.bfloat16 if x.dtype == FLOAT8 else x.dtype
+    if not isinstance(out_dtype, torch.dtype) or out_dtype not in DTYPES:
+        raise ValueError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
     if weight_only is None:
         weight_only = x_scale is None and not multiplies_codes(x.device)
+    elif checks.flag("weight_only", weight_only) and x_scale is not None:
+        raise ValueError("weight_only goes with x in float32, bfloat16 or float16, not with codes")
     rows, x_scale = x.reshape(-1, x.shape[-1]), None if x_scale is None else x_scale.reshape(-1, 1)
     run = _Linear.apply if torch.is_grad_enabled() and x.requires_grad else _linear
     out = run(rows, weight, weight_scale, bias, x_scale, out_dtype, weight_only, backend)
@@ -356,45 +391,30 @@ def run_scaled_mm(codes, x_scale, weight, weight_scale, bias, out_dtype) -> torc
 
 
 def _check(x, scale, shift) -> None:
-    if x.dtype not in DTYPES or x.dim() < 1 or not x.numel():
-        raise ValueError(f"x must be [..., C] in fp32, bf16 or fp16 and not empty, got {x.dtype} {list(x.shape)}")
+    checks.tensor("x", x, dtype=DTYPES)
+    if x.dim() < 1 or not x.numel():
+        raise ValueError(f"x must be [..., C] and not empty, got {list(x.shape)}")
     if (scale is None) != (shift is None):
         raise ValueError("a scale needs a shift, and a shift a scale")
-    if scale is not None and x.dim() != 3:
-        raise ValueError(f"with a scale and a shift x must be [B, N, C], got {list(x.shape)}")
-    for name, tensor in (("scale", scale), ("shift", shift)):
-        if tensor is not None and (
-            tensor.shape != (len(x), x.shape[2]) or tensor.dtype != x.dtype or tensor.device != x.device
-        ):
-            raise ValueError(f"{name} must be {x.dtype} {[len(x), x.shape[2]]} on {x.device}, as x is")
-    _refuse_gradient(x=x, scale=scale, shift=shift)
+    if scale is not None:
+        if x.dim() != 3:
+            raise ValueError(f"with a scale and a shift x must be [B, N, C], got {list(x.shape)}")
+        for name, tensor in (("scale", scale), ("shift", shift)):
+            checks.tensor(name, tensor, dtype=x.dtype, shape=(x.shape[0], x.shape[2]), like=x)
+    checks.no_gradient(x=x, scale=scale, shift=shift)
 
 
 def _check_linear(x, weight, weight_scale, bias, x_scale) -> None:
-    if weight.dtype != FLOAT8 or weight.dim() != 2 or not weight.numel():
-        raise ValueError(f"weight must be float8_e4m3fn [out, in], got {weight.dtype} {list(weight.shape)}")
+    checks.tensor("x", x, dtype=(FLOAT8, *DTYPES))
+    checks.tensor("weight", weight, dtype=FLOAT8, shape=("out", "in"), like=x)
     out, width = weight.shape
-    if x.dim() < 1 or x.shape[-1] != width or not x.numel() or x.dtype not in (*DTYPES, FLOAT8):
-        raise ValueError(
-            f"x must be [..., {width}] in float8_e4m3fn, fp32, bf16 or fp16, not empty, got {x.dtype} {list(x.shape)}"
-        )
+    if x.dim() < 1 or x.shape[-1] != width or not x.numel() or not out:
+        raise ValueError(f"x must be [..., {width}] and not empty, as weight {list(weight.shape)}, got {list(x.shape)}")
     if (x_scale is None) != (x.dtype != FLOAT8):
         raise ValueError("x_scale goes with codes, float8_e4m3fn, and codes need it")
-    for name, tensor, shape in (
-        ("weight_scale", weight_scale, (out, 1)),
-        ("x_scale", x_scale, (*x.shape[:-1], 1)),
-    ):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
-            raise ValueError(f"{name} must be float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
-    if bias is not None and (bias.shape != (out,) or bias.dtype not in DTYPES):
-        raise ValueError(f"bias must be [{out}] in fp32, bf16 or fp16, got {bias.dtype} {list(bias.shape)}")
-    for name, tensor in (("weight", weight), ("weight_scale", weight_scale), ("bias", bias), ("x_scale", x_scale)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device}, as x is, got {tensor.device}")
-    _refuse_gradient(bias=bias, weight_scale=weight_scale, x_scale=x_scale)
-
-
-def _refuse_gradient(**tensors) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"no gradient passes here, but {name} requires one; detach it or use torch.no_grad()")
+    checks.tensor("weight_scale", weight_scale, dtype=torch.float32, shape=(out, 1), like=x)
+    if x_scale is not None:
+        checks.tensor("x_scale", x_scale, dtype=torch.float32, shape=(*x.shape[:-1], 1), like=x)
+    if bias is not None:
+        checks.tensor("bias", bias, dtype=DTYPES, shape=(out,), like=x)
+    checks.no_gradient(bias=bias, weight_scale=weight_scale, x_scale=x_scale)

@@ -12,6 +12,7 @@ from itertools import groupby
 
 import torch
 
+from danceopd_kernels import checks
 from danceopd_kernels.dispatch import choose, has_triton
 from danceopd_kernels.fp8 import FLOAT8, fp8_linear, input_gradient
 
@@ -19,7 +20,7 @@ if has_triton():
     import triton
     import triton.language as tl
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = checks.FLOATS
 # On the host, an adapter's products with the tokens over its product with itself, from which that one is quicker.
 MERGED = 4
 
@@ -369,35 +370,46 @@ def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-def pack_adapters(adapters: Sequence[tuple[torch.Tensor, torch.Tensor]], scale=None) -> Adapters:
-    """Adapters (A [rank, in], B [out, rank]), ranks of any size, in one buffer a side; scale as in routed_lora_linear.
+def pack_adapters(
+    adapters: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: torch.Tensor | Sequence[float] | float | None = None
+) -> Adapters:
+    """Packs low-rank adapters, of any ranks, in one buffer a side.
 
-    Differentiable in every A and B. To train the buffers themselves, pack detached factors once and let the optimiser
-    have .a and .b after requires_grad_(). Raises ValueError for shapes, dtypes or devices that do not fit.
+    To train the buffers themselves, pack detached factors once and let the optimiser have .a and .b after
+    requires_grad_().
+
+    Args:
+        adapters: Pairs (A [rank, in], B [out, rank]) of one floating-point dtype; a rank may be 0, but not all.
+        scale: A number, or one of each adapter as numbers or a floating-point tensor; 1 if not given. PEFT's
+            lora_alpha / r.
+
+    Returns:
+        The Adapters, differentiable in every A and B.
+
+    Raises:
+        ValueError: A type, shape, dtype or device does not fit.
+
+    Example:
+        >>> adapters = pack_adapters([(torch.randn(r, 32), torch.randn(24, r)) for r in (4, 8)], scale=[1.0, 0.5])
     """
+    if not isinstance(adapters, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in adapters):
+        raise ValueError("adapters must be a list of pairs (A [rank, in], B [out, rank]), or what pack_adapters made")
+    for i, (a, b) in enumerate(adapters):
+        if i == 0:
+            checks.tensor("adapter 0: A", a, dtype=(*DTYPES, torch.float64), shape=("rank", "in"))
+            checks.tensor("adapter 0: B", b, dtype=a.dtype, shape=("out", len(a)), like=a)
+            a0, b0 = a, b
+        checks.tensor(f"adapter {i}: A", a, dtype=a0.dtype, shape=("rank", a0.shape[1]), like=a0)
+        checks.tensor(f"adapter {i}: B", b, dtype=a0.dtype, shape=(len(b0), len(a)), like=a0)
     if not any(a.numel() for a, _ in adapters):
         raise ValueError("no adapter of a rank above 0 was given")
-    a0, b0 = adapters[0]
-    for i, (a, b) in enumerate(adapters):
-        if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1] or a.shape[1] != a0.shape[1] or len(b) != len(b0):
-            raise ValueError(
-                f"adapter {i}: expected A [rank, {a0.shape[-1]}] and B [{len(b0)}, rank], got {list(a.shape)} and "
-                f"{list(b.shape)}"
-            )
-        if {a.dtype, b.dtype} != {a0.dtype} or {a.device, b.device} != {a0.device}:
-            raise ValueError(f"adapter {i}: expected {a0.dtype} on {a0.device}, as adapter 0's A is")
     first = [0]
     for a, _ in adapters:
         first.append(first[-1] + len(a))
-    if scale is None or isinstance(scale, int | float):
-        scale = [1.0 if scale is None else float(scale)] * len(adapters)
     if not isinstance(scale, torch.Tensor):
-        scale = _constant(tuple(scale), torch.float32, a0.device)
-    if scale.shape != (len(adapters),) or scale.device != a0.device:
-        raise ValueError(
-            f"scale must be a number or one of each adapter, [{len(adapters)}] on {a0.device}, got "
-            f"{list(scale.shape)} on {scale.device}"
-        )
+        numbers = scale if isinstance(scale, list | tuple) else [1.0 if scale is None else scale] * len(adapters)
+        scale = _constant(tuple(checks.number("scale", number) for number in numbers), torch.float32, a0.device)
+    checks.tensor("scale", scale, dtype=(*DTYPES, torch.float64), shape=(len(adapters),), like=a0)
     return Adapters(
         torch.cat([a for a, _ in adapters]),
         torch.cat([b.mT for _, b in adapters]),
@@ -418,65 +430,81 @@ def routed_lora_linear(
     weight_scale: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """x weight^T + bias + scale_m (x A_m^T) B_m^T, m the sample's route; differentiable in x and every A and B.
+    """Applies a frozen linear layer and each sample's own low-rank adapter: x W^T + bias + scale_m (x A_m^T) B_m^T.
 
-    x [B, N, in] or [B, in]; weight [out, in] and bias [out], frozen, get no gradient; all in one dtype, fp32, bf16 or
-    fp16, in which the operation runs, autocast or not. adapters: pairs A [rank, in], B [out, rank] of different ranks,
-    or what pack_adapters made of them; in x's dtype or float32, in which their gradients come back. route [B] int64:
-    -1 is no adapter, and on a GPU, where it is not checked, so is any other number that no adapter has. scale: a
-    number, or one of each adapter, as numbers or a float32 tensor; 1 if not given; part of packed adapters.
-    weight_scale [out, 1] float32: of a weight in float8_e4m3fn codes, whose product is fp8_linear's; the adapter's is
-    made of x as it is.
-    Accumulates in float32, gradients over samples in a fixed order. Nothing waits for the device; to capture it in a
-    graph, run it once before, for the small constant tensors are copied then.
-    Raises ValueError for shapes, dtypes or devices that do not fit, or a backend that cannot run.
+    m is the sample's route. Accumulates in float32, gradients over samples in a fixed order; autocast does not reach
+    inside. Nothing waits for a GPU; to capture it in a graph, run it once before, for the small constant tensors are
+    copied then.
+
+    Args:
+        x: [B, N, in] or [B, in] in float32, bfloat16 or float16 (float64 in plain PyTorch), not empty.
+        weight: W [out, in] in x's dtype, frozen; or float8_e4m3fn codes with weight_scale, whose product is
+            fp8_linear's.
+        bias: [out] in x's dtype, frozen; or None.
+        adapters: Pairs A [rank, in], B [out, rank] of different ranks, or what pack_adapters made of them; in x's dtype
+            or float32, in which their gradients come back.
+        route: [B] int64; -1 is no adapter, and on a GPU, where it is not checked, so is any other number that no
+            adapter has.
+        scale: As in pack_adapters; part of packed adapters.
+        weight_scale: [out, 1] float32, of codes.
+        backend: "torch" or "triton"; the fastest that can if not given.
+
+    Returns:
+        [B, N, out] or [B, out] in x's dtype. Differentiable in x and every A and B.
+
+    Raises:
+        ValueError: An argument's type, shape, dtype or device does not fit, or the backend cannot run.
+
+    Example:
+        >>> adapters = pack_adapters([(torch.randn(r, 32), torch.randn(24, r)) for r in (4, 8)])
+        >>> x, weight, route = torch.randn(3, 10, 32), torch.randn(24, 32), torch.tensor([0, 1, -1])
+        >>> out = routed_lora_linear(x, weight, None, adapters, route)
     """
     if isinstance(adapters, Adapters):
         if scale is not None:
             raise ValueError("packed adapters hold their scale; give it to pack_adapters")
     else:
         adapters = pack_adapters(adapters, scale)
-    _check(x, weight, bias, weight_scale, adapters, route)
+    routes = _check(x, weight, bias, weight_scale, adapters, route)
     flat = x if x.dim() == 3 else x[:, None]
     if choose(x, backend, DTYPES) == "triton":
         fixed = [None if t is None else t.detach().contiguous() for t in (weight, bias, weight_scale)]
         a, b = adapters.a.contiguous(), adapters.b.contiguous()
-        rest = (adapters.first, adapters.scale, adapters.rank, route.contiguous())
+        rest = (adapters.first.contiguous(), adapters.scale.contiguous(), adapters.rank, route.contiguous())
         out = _Triton.apply(flat.contiguous(), *fixed, a, b, *rest)
     else:
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, adapters.a, adapters.b))
-        host = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if host and (not gradient or len(set(route.tolist())) == 1):
-            out = on_host(flat, weight, bias, adapters, route.tolist(), gradient, weight_scale)
+        if routes and (not gradient or len(set(routes)) == 1):
+            out = on_host(flat, weight, bias, adapters, routes, gradient, weight_scale)
         else:
             out = reference(flat, weight, bias, adapters, route, weight_scale)
     return out if x.dim() == 3 else out[:, 0]
 
 
-def _check(x, weight, bias, weight_scale, adapters, route) -> None:
+def _check(x, weight, bias, weight_scale, adapters, route) -> list[int] | None:
+    """The routes, where they can be read without waiting: on the host."""
+    checks.tensor("x", x, dtype=(*DTYPES, torch.float64))
     if x.dim() not in (2, 3) or not x.numel():
         raise ValueError(f"x must be [B, N, in] or [B, in] and not empty, got {list(x.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight must be [out, {x.shape[-1]}], got {list(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{len(weight)}], got {list(bias.shape)}")
-    if adapters.a.shape[1] != weight.shape[1] or adapters.b.shape[1] != len(weight):
-        raise ValueError(
-            f"the adapters go from {adapters.a.shape[1]} to {adapters.b.shape[1]}, the weight is {list(weight.shape)}"
-        )
+    checks.tensor("weight", weight, dtype=(x.dtype, FLOAT8), shape=("out", x.shape[-1]), like=x)
+    out, width = weight.shape
     if (weight_scale is None) != (weight.dtype != FLOAT8):
         raise ValueError("weight_scale goes with a weight in codes, float8_e4m3fn, and codes need it")
-    for name, tensor in (("weight", None if weight_scale is not None else weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
-            raise ValueError(f"{name} must be {x.dtype} on {x.device}, as x is, got {tensor.dtype} on {tensor.device}")
-    if adapters.a.dtype not in (x.dtype, torch.float32) or adapters.a.device != x.device:
-        raise ValueError(
-            f"the adapters must be {x.dtype} or float32 on {x.device}, got {adapters.a.dtype} on {adapters.a.device}"
-        )
-    if route.shape != x.shape[:1] or route.dtype != torch.int64 or route.device != x.device:
-        raise ValueError(
-            f"route must be int64 [{len(x)}] on {x.device}, got {route.dtype} {list(route.shape)} on {route.device}"
-        )
-    checked = route.device.type == "cpu" and not torch.compiler.is_compiling()
-    if checked and not -1 <= int(route.min()) <= int(route.max()) < len(adapters.scale):
-        raise ValueError(f"route must name one of {len(adapters.scale)} adapters, or -1 for none")
+    if weight_scale is not None:
+        checks.tensor("weight_scale", weight_scale, dtype=torch.float32, shape=(out, 1), like=x)
+    if bias is not None:
+        checks.tensor("bias", bias, dtype=x.dtype, shape=(out,), like=x)
+    kinds = (x.dtype, torch.float32)
+    rows = checks.tensor("the adapters' A", adapters.a, dtype=kinds, shape=("ranks", width), like=x).shape[0]
+    checks.tensor("the adapters' B, transposed,", adapters.b, dtype=adapters.a.dtype, shape=(rows, out), like=x)
+    count = checks.tensor(
+        "the adapters' scale", adapters.scale, dtype=torch.float32, shape=("adapters",), like=x
+    ).shape[0]
+    checks.tensor("the adapters' first", adapters.first, dtype=torch.int64, shape=(count + 1,), like=x)
+    checks.tensor("route", route, dtype=torch.int64, shape=x.shape[:1], like=x)
+    if route.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    routes = route.tolist()
+    if not -1 <= min(routes) <= max(routes) < count:
+        raise ValueError(f"route must name one of {count} adapters, or -1 for none, got {min(routes)} to {max(routes)}")
+    return routes

@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import torch
 
+from danceopd_kernels import checks
 from danceopd_kernels.dispatch import choose, has_triton
 
 if has_triton():
     import triton
     import triton.language as tl
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = checks.FLOATS
 MAX_TEACHERS = 8
 MAX_OUT = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}  # of the kernel, which has them in registers
 REDUCTIONS = ("mean", "none")
@@ -31,16 +32,6 @@ class Head(NamedTuple):
     scale: torch.Tensor  # [n, C]
     weight: torch.Tensor  # [P, C]
     bias: torch.Tensor  # [P]
-
-
-def reordered(head: Head, order: torch.Tensor) -> Head:
-    """The head with output i taken from output order[i]: for a teacher that packs a patch in another order.
-
-    A sum over outputs does not ask for their order, as long as student and teacher agree. SD3 packs a patch as (height,
-    width, channel), others as (channel, height, width); from the first to the second the order is
-    torch.arange(P).view(p, p, c).permute(2, 0, 1).flatten(). Permutes two small tensors.
-    """
-    return head._replace(weight=head.weight[order], bias=head.bias[order])
 
 
 # ---------------------------------------------------------------------------------------------- definition
@@ -355,7 +346,7 @@ def configurations() -> list:
     types |= dict.fromkeys(("tokens", "width", "t_width", "outputs", "tiles", "programs"), "i32")
     types |= {"samples": "*i64", "mask": "*i8", "eps": "fp32"}
     data = ("hidden", "shift", "scale", "weight", "bias")
-    data = (*data, *(f"t_{name}" for name in data), "u_hidden", "u_shift", "u_scale", "d_hidden")
+    data = (*data, *(f"t_{name}" for name in data), "u_hidden", "u_shift", "u_scale")
     forms = {
         "loss": (False, False, False, False),
         "gradient": (False, False, True, False),
@@ -376,7 +367,9 @@ def configurations() -> list:
                     Configuration(
                         f"output_head {short}, {outputs} outputs, {form}",
                         _kernel,
-                        dict.fromkeys(data, f"*{short}") | types,
+                        dict.fromkeys(data, f"*{short}")
+                        | types
+                        | {"d_hidden": "*bf16" if short == "bf16" else "*fp32"},
                         constants | blocks | {"PRECISION": "tf32x3", "INTERPRETED": False},
                         warps,
                         255,
@@ -409,7 +402,7 @@ def _operation(
     to_weight: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each sample's loss [B], and the gradients, by sample, of N times that: of order one, which fp16 can hold."""
+    """Each sample's loss [B], and its gradients by sample, in float32 but for hidden's in bfloat16."""
     student = Head(hidden, shift, scale, projection, bias)
     sums, *grads = _outputs(hidden, projection, gradient, to_weight)
     n, outputs = hidden.shape[1], len(bias)
@@ -422,18 +415,21 @@ def _operation(
     branches = [uncond[i : i + 3] for i in range(0, len(uncond), 3)] or None
     run = run_triton if backend == "triton" else run_chunked
     with torch.autocast(hidden.device.type, enabled=False):  # which would run the products of float32 in bf16
-        run(student, heads, order, branches, guidance_scale, 2 * n * each, mask, eps, sums, grads)
+        run(student, heads, order, branches, guidance_scale, 2 * each, mask, eps, sums, grads)
     return sums * each, *grads
 
 
 def _outputs(hidden, projection, gradient, to_weight):
     b, _, width = hidden.shape
     wide, outputs = torch.promote_types(hidden.dtype, torch.float32), len(projection)
+    kept = (
+        wide if hidden.dtype == torch.float16 else hidden.dtype
+    )  # before the loss is scaled float16 may be too narrow
     small = [hidden.new_empty(*shape, dtype=wide) for shape in ((b,), (b if gradient else 0, width))]
     some = b if to_weight else 0
     return (
         small[0],
-        torch.empty_like(hidden) if gradient else hidden.new_empty(0),
+        torch.empty_like(hidden, dtype=kept) if gradient else hidden.new_empty(0, dtype=kept),
         small[1],
         torch.empty_like(small[1]),
         hidden.new_empty(some, outputs, width, dtype=wide),
@@ -449,15 +445,13 @@ def _(hidden, shift, scale, projection, bias, teachers, order, uncond, guidance_
 
 def _keep(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
-    ctx.tokens = inputs[0].shape[1]
     ctx.dtype = inputs[0].dtype
     ctx.rest = ([None] * len(inputs[5]), None, [None] * len(inputs[7]), *[None] * 7)
 
 
 def _backward(ctx, upstream, *_):
     hidden, shift, scale, weight, bias = ctx.saved_tensors
-    upstream = upstream / ctx.tokens
-    dx = torch.mul(hidden, upstream.view(-1, 1, 1), out=torch.empty_like(hidden))  # in float32, then rounded
+    dx = torch.mul(hidden, upstream.view(-1, 1, 1), out=torch.empty_like(hidden, dtype=ctx.dtype))  # rounded at the end
     small = [(upstream[:, None] * shift).to(ctx.dtype), (upstream[:, None] * scale).to(ctx.dtype)]
     if len(bias):
         small += [(upstream @ weight.flatten(1)).view(weight.shape[1:]).to(ctx.dtype), (upstream @ bias).to(ctx.dtype)]
@@ -482,39 +476,58 @@ def fused_output_head_mse(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of the student's velocity against each sample's own teacher's, from what enters the heads.
+    """Mean squared error of velocities from what enters the output heads; neither network's velocity is ever written.
 
-    student: a Head: hidden [B, N, C], shift and scale [B, C] as AdaLayerNormContinuous's linear layer gives them,
-    proj_out's weight [P, C] and bias [P]. teachers: a Head each, at most 8, that holds its samples in their order,
-    hidden [n_m, N, C_m] with n_m = (route == m).sum(), which may be none; C_m may differ, P may not. One Head needs no
-    route. route [B] int64. uncond: (hidden, shift, scale) of each teacher's unconditional branch; the target is then
-    uncond + guidance_scale (teacher - uncond), guidance_scale [B] or a number. weight [B]: of each sample's loss.
-    mask [B, N] bool: the tokens that count; what is masked may be anything, and gets no gradient; a sample of which
-    nothing counts has loss 0. All in the dtype of student.hidden: fp32, bf16 or fp16. A teacher that packs its patches
-    in another order: see reordered.
+        v = W y + b,  y = norm(hidden) (1 + scale) + shift,  loss_i = w_i / n sum (v_i - target_i)^2
 
-    Returns the mean over samples, or with reduction "none" each sample's loss [B] float32. Differentiable in the five
-    tensors of student, once; the gradients are made along with the loss, and take hidden's size until they are used.
-    No velocity is written: products run on tiles (Triton; fp32 by three tf32 products each, which is nearly fp32) or
-    on CHUNK tokens at a time in float32 (PyTorch). Sums are in a fixed order; nothing waits for the device.
-    Raises ValueError for shapes, dtypes or devices that do not fit, or a backend that cannot run. That the route has
-    as many samples for each teacher as the teacher holds is only checked on the CPU.
+    the target as in routed_velocity_mse, guidance combined before the projection. Products run on tiles (Triton; fp32
+    by three tf32 products each, which is nearly fp32) or on CHUNK tokens at a time in float32 (PyTorch). Sums are in a
+    fixed order; nothing waits for a GPU.
+
+    Args:
+        student: A Head, whose tensors are in one of float32, bfloat16 and float16 (float64 in plain PyTorch). shift and
+            scale are what AdaLayerNormContinuous's linear layer gives, weight and bias proj_out's.
+        teachers: A Head, or a list of 1 to 8, each of which holds its samples in their order, hidden [n_m, N, C_m],
+            n_m = (route == m).sum(), which may be 0; C_m may differ, N and P may not. Of the student's dtype. A teacher
+            that packs its patches in another order has the rows of weight and bias in the student's:
+            head._replace(weight=head.weight[order], bias=head.bias[order]).
+        route: [B] int64; None for one teacher.
+        uncond: (hidden, shift, scale) of the unconditional branch, as the teacher's are; of each teacher of a list.
+        guidance_scale: A number or [B]; goes with uncond.
+        weight: w, a number or [B]; 1 if not given.
+        mask: [B, N] bool: the tokens that count; what is masked may be anything, and gets no gradient; a sample of
+            which nothing counts has loss 0.
+        eps: Added to the norm's variance.
+        reduction: "mean" over samples, or "none".
+        backend: "torch" or "triton"; the fastest that can if not given.
+
+    Returns:
+        The mean, or each sample's loss [B], float32 (float64 for float64). Differentiable in the five tensors of
+        student, once; the gradients are made along with the loss, and take hidden's size until they are used.
+
+    Raises:
+        ValueError: An argument's type, shape, dtype or device does not fit, or the backend cannot run. That the route
+            has as many samples for each teacher as it holds is only checked on the CPU.
+
+    Example:
+        >>> hidden, modulation = torch.randn(2, 10, 32), torch.randn(2, 64)
+        >>> head = Head(hidden, *modulation.chunk(2, 1), torch.randn(16, 32), torch.randn(16))
+        >>> loss = fused_output_head_mse(head, head._replace(hidden=torch.randn(2, 10, 32)))
     """
     student, teachers, order, uncond = _checked(student, teachers, route, uncond)
-    guidance_scale = _one_a_sample("guidance_scale", guidance_scale, student.hidden)
-    weight = _one_a_sample("weight", weight, student.hidden)
+    guidance_scale = checks.per_sample("guidance_scale", guidance_scale, student.hidden)
+    weight = checks.per_sample("weight", weight, student.hidden)
     if (uncond is None) != (guidance_scale is None):
         raise ValueError("guidance needs both uncond and guidance_scale")
     b, n, _ = student.hidden.shape
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (b, n) or mask.device != order.device):
-        raise ValueError(f"mask must be bool [{b}, {n}] on {order.device}, got {mask.dtype} {list(mask.shape)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}; use one of {', '.join(REDUCTIONS)}")
+    if mask is not None:
+        mask = checks.tensor("mask", mask, dtype=torch.bool, shape=(b, n), like=student.hidden).contiguous()
+    eps = checks.number("eps", eps)
+    checks.choice("reduction", reduction, REDUCTIONS)
     backend = _chosen(student, teachers, backend)
     grad = torch.is_grad_enabled()
     needed = [grad and tensor.requires_grad for tensor in student]
     args = [tensor for head in teachers for tensor in head], order, [x for branch in uncond or [] for x in branch]
-    mask = None if mask is None else mask.contiguous()
     args = *student, *args, guidance_scale, weight, mask, eps, any(needed), any(needed[3:]), backend
     loss = _operation(*args)[0]
     return loss.mean() if reduction == "mean" else loss
@@ -537,16 +550,17 @@ def _checked(student, teachers, route, uncond):
     """Heads and branches in lists, contiguous; and the student's samples in the order of the teachers'."""
     _check_head("student", student, student)
     b = len(student.hidden)
-    if not b or not student.hidden.shape[1]:
+    if not student.hidden.numel():
         raise ValueError(f"student holds no token: {list(student.hidden.shape)}")
     if isinstance(teachers, Head):
         teachers, uncond = [teachers], None if uncond is None else [uncond]
+    if not isinstance(teachers, list | tuple):
+        raise ValueError(f"teachers must be a Head or a list of them, got a {type(teachers).__name__}")
     if not 1 <= len(teachers) <= MAX_TEACHERS or (route is None and len(teachers) > 1):
         raise ValueError(f"1 to {MAX_TEACHERS} teachers, and a route for more than one, got {len(teachers)}")
     if route is None:
         route = torch.zeros(b, dtype=torch.int64, device=student.hidden.device)
-    if route.shape != (b,) or route.dtype != torch.int64 or route.device != student.hidden.device:
-        raise ValueError(f"route must be int64 [{b}] on {student.hidden.device}, got {route.dtype} {list(route.shape)}")
+    route = checks.index("route", route, b, student.hidden)
     for m, teacher in enumerate(teachers):
         _check_head(f"teacher {m}", teacher, student)
     counts = [len(t.hidden) for t in teachers]
@@ -557,42 +571,32 @@ def _checked(student, teachers, route, uncond):
         if asked != counts:
             raise ValueError(f"the teachers hold {counts} samples, the route asks for {asked}")
     if uncond is not None:
-        if len(uncond) != len(teachers):
-            raise ValueError(f"uncond: {len(uncond)} branches for {len(teachers)} teachers")
+        if not isinstance(uncond, list | tuple) or len(uncond) != len(teachers):
+            count = len(uncond) if isinstance(uncond, list | tuple) else 1
+            raise ValueError(f"uncond: {count} branches for {len(teachers)} teachers")
         for m, (branch, teacher) in enumerate(zip(uncond, teachers, strict=True)):
+            if not isinstance(branch, list | tuple) or len(branch) != 3:
+                raise ValueError(f"uncond {m} must be (hidden, shift, scale)")
             for name, x, like in zip(("hidden", "shift", "scale"), branch, teacher[:3], strict=True):
-                if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
-                    raise ValueError(f"uncond {m}: {name} must be {like.dtype} {list(like.shape)}, as its teacher's is")
+                checks.tensor(f"uncond {m}: {name}", x, dtype=like.dtype, shape=tuple(like.shape), like=like)
         uncond = [[x.detach().contiguous() for x in branch] for branch in uncond]
     teachers = [Head(*(x.detach().contiguous() for x in teacher)) for teacher in teachers]
     return Head(*(x.contiguous() for x in student)), teachers, route.argsort(stable=True), uncond
 
 
 def _check_head(name: str, head: Head, student: Head) -> None:
-    hidden = head.hidden
-    if hidden.dim() != 3 or hidden.shape[1] != student.hidden.shape[1]:
-        raise ValueError(f"{name}: hidden must be [n, N, C] with the student's N, got {list(hidden.shape)}")
-    n, _, width = hidden.shape
-    outputs = len(student.weight)
-    expected = {"hidden": hidden.shape, "shift": (n, width), "scale": (n, width)}
-    expected |= {"weight": (outputs, width), "bias": (outputs,)}
-    for part, shape in expected.items():
-        x = getattr(head, part)
-        if x.shape != shape or x.dtype != student.hidden.dtype or x.device != student.hidden.device:
-            raise ValueError(
-                f"{name}: {part} must be {student.hidden.dtype} {list(shape)} on {student.hidden.device}, "
-                f"got {x.dtype} {list(x.shape)} on {x.device}"
-            )
-
-
-def _one_a_sample(name: str, value: torch.Tensor | float | None, hidden: torch.Tensor) -> torch.Tensor | None:
-    if value is None:
-        return None
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    if not isinstance(value, torch.Tensor):
-        return torch.full((len(hidden),), value, dtype=dtype, device=hidden.device)  # no copy from the host
-    if value.numel() not in (1, len(hidden)) or value.device != hidden.device:
-        raise ValueError(
-            f"{name} must be a number or [{len(hidden)}] on {hidden.device}, got {list(value.shape)} on {value.device}"
-        )
-    return value.detach().to(dtype).reshape(-1).expand(len(hidden)).contiguous()
+    if not isinstance(head, Head):
+        raise ValueError(f"{name} must be a Head, got a {type(head).__name__}")
+    like = checks.tensor("student: hidden", student.hidden, dtype=(*DTYPES, torch.float64), shape=("n", "N", "C"))
+    shape = ("n", like.shape[1], "C")
+    n, _, width = checks.tensor(f"{name}: hidden", head.hidden, dtype=like.dtype, shape=shape, like=like).shape
+    outputs = checks.tensor("student: weight", student.weight, shape=("P", "C")).shape[0]
+    for part, shape in (
+        ("shift", (n, width)),
+        ("scale", (n, width)),
+        ("weight", (outputs, width)),
+        ("bias", (outputs,)),
+    ):
+        checks.tensor(f"{name}: {part}", getattr(head, part), dtype=like.dtype, shape=shape, like=like)
+    if not outputs or not width:
+        raise ValueError(f"{name}: weight must not be empty, got {[outputs, width]}")

@@ -460,9 +460,9 @@ def routed_velocity_mse(
         a Matched of it.
 
     Raises:
-        TypeError: An argument is of another type.
-        ValueError: A shape, dtype or device does not fit, or the backend cannot run. On the CPU also where a sample's
-            row is not there; a GPU does not read it, and gives NaN (plain PyTorch there: a device-side assertion).
+        ValueError: An argument's type, shape, dtype or device does not fit, or the backend cannot run. On the CPU also
+            where a sample's row is not there; a GPU does not read it, and gives NaN (in plain PyTorch a device-side
+            assertion).
 
     Example:
         >>> answers = torch.randn(6, 16, 32, 32)  # rows 0 to 3 with their prompts, 4 and 5 without
@@ -482,8 +482,7 @@ def routed_velocity_mse(
     weight, mask = checks.per_sample("weight", weight, student), _checked_mask(mask, student)
     if bool(uncond) != (guidance_scale is not None):
         raise ValueError("guidance needs both uncond and guidance_scale")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}; use one of {', '.join(REDUCTIONS)}")
+    checks.choice("reduction", reduction, REDUCTIONS)
     backend = choose(student, backend, DTYPES, BACKENDS)
     if backend != "cpu":  # the host counts by itself
         row = packed_index(route, len(teachers)) if row is None else row

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from danceopd_kernels import compiled
+from danceopd_kernels import checks, compiled
 from danceopd_kernels.dispatch import choose, has_triton
 from danceopd_kernels.routed_velocity_mse import block_of
 
@@ -12,21 +12,31 @@ if has_triton():
     import triton
     import triton.language as tl
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = checks.FLOATS
 BACKENDS = ("cpu", "cuda", "triton")
 
 
 # ---------------------------------------------------------------------------------------------- definition
 
 
-def _wide(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return value.float().view(-1, *(1,) * (like.dim() - 1))
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _each(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[B] -> [B, 1, ...] in the dtype of the arithmetic."""
+    return value.to(torch.promote_types(like.dtype, torch.float32)).view(-1, *(1,) * (like.dim() - 1))
 
 
 def _guided(velocity, uncond, guidance_scale):
     if uncond is None:
-        return velocity.float()
-    return uncond.float() + _wide(guidance_scale, velocity) * (velocity.float() - uncond.float())
+        return _wide(velocity)
+    return _wide(uncond) + _each(guidance_scale, velocity) * (_wide(velocity) - _wide(uncond))
+
+
+def _write(z, moved, active) -> None:
+    moved = moved.to(z.dtype)
+    z.copy_(moved if active is None else torch.where(active.view(-1, *(1,) * (z.dim() - 1)), moved, z))
 
 
 def reference_step(z, velocity, sigma, next_sigma, active, uncond, guidance_scale, other, other_uncond) -> None:
@@ -34,8 +44,7 @@ def reference_step(z, velocity, sigma, next_sigma, active, uncond, guidance_scal
     v = _guided(velocity, uncond, guidance_scale)
     if other is not None:
         v = (v + _guided(other, other_uncond, guidance_scale)) / 2
-    moved = (z.float() + _wide(next_sigma - sigma, z) * v).to(z.dtype)
-    z.copy_(moved if active is None else torch.where(_wide(active, z) != 0, moved, z))
+    _write(z, _wide(z) + _each(next_sigma - sigma, z) * v, active)
 
 
 def reference_sde_step(z, velocity, sigma, next_sigma, noise, pole, noise_level, active) -> torch.Tensor:
@@ -44,10 +53,9 @@ def reference_sde_step(z, velocity, sigma, next_sigma, noise, pole, noise_level,
     s2 = noise_level**2 * sigma / (1 - torch.where(sigma == 1, pole, sigma))
     deviation = (s2 * -dt).sqrt()
     on_z, on_v = 1 + s2 / (2 * sigma) * dt, (1 + s2 * (1 - sigma) / (2 * sigma)) * dt
-    moved = _wide(on_z, z) * z.float() + _wide(on_v, z) * velocity.float() + _wide(deviation, z) * noise.float()
-    moved = moved.to(z.dtype)
-    z.copy_(moved if active is None else torch.where(_wide(active, z) != 0, moved, z))
-    return _log_density(noise.float().square().flatten(1).mean(1), sigma, next_sigma, pole, noise_level)
+    moved = _each(on_z, z) * _wide(z) + _each(on_v, z) * _wide(velocity) + _each(deviation, z) * _wide(noise)
+    _write(z, moved, active)
+    return _log_density(_wide(noise).square().flatten(1).mean(1), sigma, next_sigma, pole, noise_level)
 
 
 def _log_density(mean_square, sigma, next_sigma, pole, noise_level) -> torch.Tensor:
@@ -254,92 +262,191 @@ def _compiled_sde_step(backend, z, velocity, sigma, next_sigma, noise, pole, noi
 # ---------------------------------------------------------------------------------------------- operation
 
 
-def euler_step_(z, velocity, sigma, next_sigma, *, active=None, uncond=None, guidance_scale=None, backend=None):
-    """z += (next_sigma - sigma) velocity in place, for the active samples; returns z.
+def euler_step_(
+    z: torch.Tensor,
+    velocity: torch.Tensor,
+    sigma: torch.Tensor,
+    next_sigma: torch.Tensor,
+    *,
+    active: torch.Tensor | None = None,
+    uncond: torch.Tensor | None = None,
+    guidance_scale: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Moves latents along a velocity, in place: z += (next_sigma - sigma) (u + s (v - u)), without guidance of v.
 
-    z, velocity, uncond [B, ...] contiguous in one dtype (fp32, bf16, fp16); sigma, next_sigma, guidance_scale [B]
-    float32; active [B] bool, all without. With uncond the velocity is uncond + guidance_scale (velocity - uncond).
-    Everything is read on the device, so that a captured graph may be replayed after sigma or active changed in place.
-    Raises ValueError for shapes, dtypes or devices that do not fit, or a backend that cannot run.
+    Everything is read on the device, so that a captured graph may be replayed after sigma, active or the scales
+    changed in place. No gradient passes.
+
+    Args:
+        z: Latents [B, ...] in float32, bfloat16 or float16 (float64 in plain PyTorch), contiguous; noise at sigma 1.
+        velocity: v, noise minus data, as z is.
+        sigma: [B] float32, contiguous: each sample's noise level.
+        next_sigma: As sigma: the one it goes to.
+        active: [B] bool, contiguous: the samples that move; all if not given.
+        uncond: u, as z is; goes with guidance_scale.
+        guidance_scale: s [B] float32, contiguous.
+        backend: "torch", "cpu", "cuda" or "triton"; the fastest that can if not given.
+
+    Returns:
+        z.
+
+    Raises:
+        ValueError: An argument's type, shape, dtype, device or layout does not fit, z shares memory with a velocity, a
+            gradient would be lost, or the backend cannot run.
+
+    Example:
+        >>> z, v = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)
+        >>> euler_step_(z, v, torch.tensor([1.0, 0.5]), torch.tensor([0.75, 0.25]))
     """
     return _step(z, velocity, sigma, next_sigma, active, uncond, guidance_scale, None, None, backend)
 
 
 def heun_step_(
-    z,
-    first,
-    second,
-    sigma,
-    next_sigma,
+    z: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    sigma: torch.Tensor,
+    next_sigma: torch.Tensor,
     *,
-    active=None,
-    uncond=None,
-    second_uncond=None,
-    guidance_scale=None,
-    backend=None,
-):
-    """z += (next_sigma - sigma) (first + second) / 2 in place; second is the velocity at Euler's end point.
+    active: torch.Tensor | None = None,
+    uncond: torch.Tensor | None = None,
+    second_uncond: torch.Tensor | None = None,
+    guidance_scale: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Moves latents along the mean of two velocities, in place: z += (next_sigma - sigma) (first + second) / 2.
 
-    As euler_step_; with guidance both velocities have an unconditional one.
+    Args:
+        z: As in euler_step_, and so is what is not said here.
+        first: The velocity at z.
+        second: The velocity at Euler's end point.
+        sigma: [B] float32.
+        next_sigma: [B] float32.
+        active: [B] bool.
+        uncond: The unconditional velocity at z; goes with second_uncond and guidance_scale.
+        second_uncond: The unconditional velocity at Euler's end point.
+        guidance_scale: [B] float32.
+        backend: As in euler_step_.
+
+    Returns:
+        z.
+
+    Raises:
+        ValueError: As in euler_step_.
+
+    Example:
+        >>> z, first, second = (torch.randn(2, 16, 8, 8) for _ in range(3))
+        >>> heun_step_(z, first, second, torch.tensor([1.0, 0.5]), torch.tensor([0.75, 0.25]))
     """
+    checks.tensor("second", second)
     return _step(z, first, sigma, next_sigma, active, uncond, guidance_scale, second, second_uncond, backend)
 
 
 def _step(z, velocity, sigma, next_sigma, active, uncond, guidance_scale, other, other_uncond, backend):
-    _check(z, active, (velocity, uncond, other, other_uncond), (sigma, next_sigma, guidance_scale))
+    like = {"velocity" if other is None else "first": velocity, "second": other}
+    optional = {"uncond": uncond, "second_uncond": other_uncond}
+    like |= {name: value for name, value in optional.items() if value is not None}
+    if other is None:
+        del like["second"]
+    _check(z, active, like, {"sigma": sigma, "next_sigma": next_sigma}, guidance_scale)
     if (uncond is None) != (guidance_scale is None) or (
         other is not None and (uncond is None) != (other_uncond is None)
     ):
         raise ValueError("guidance needs guidance_scale and an unconditional velocity beside each velocity")
     backend = choose(z, backend, DTYPES, BACKENDS)
+    if not z.numel():
+        return z
     args = (z, velocity, sigma, next_sigma, active, uncond, guidance_scale, other, other_uncond)
-    if backend in ("cpu", "cuda"):
-        _compiled_step(backend, *args)
-    else:
-        (_triton_step if backend == "triton" else reference_step)(*args)
+    if backend == "torch":
+        reference_step(*args)
+        return z
+    _compiled_step(backend, *args) if backend in ("cpu", "cuda") else _triton_step(*args)
+    return _changed(z)
+
+
+def sde_step_(
+    z: torch.Tensor,
+    velocity: torch.Tensor,
+    sigma: torch.Tensor,
+    next_sigma: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    *,
+    noise_level: float = 0.7,
+    active: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Moves latents by Flow-GRPO's stochastic step, in place (arXiv 2505.05470, eq. 9), and returns its log density.
+
+        z += (v + s^2 / (2 sigma) (z + (1 - sigma) v)) dt + s sqrt(-dt) noise
+        dt = next_sigma - sigma,  s = noise_level sqrt(sigma / (1 - sigma))
+
+    Args:
+        z: As in euler_step_.
+        velocity: As in euler_step_.
+        sigma: [B] float32.
+        next_sigma: [B] float32.
+        noise: Standard normal, as z is.
+        sigmas: [N + 1] float32, N at least 1: the trajectory's noise levels, of which the second stands in for sigma
+            in s at the pole sigma = 1.
+        noise_level: A number.
+        active: [B] bool, as in euler_step_.
+        backend: As in euler_step_.
+
+    Returns:
+        Each sample's log density, averaged over its entries: [B] float32 (float64 for latents in float64).
+
+    Raises:
+        ValueError: As in euler_step_.
+
+    Example:
+        >>> z, v, noise = (torch.randn(2, 16, 8, 8) for _ in range(3))
+        >>> sigmas = torch.linspace(1, 0, 9)
+        >>> log_density = sde_step_(z, v, sigmas[:1].repeat(2), sigmas[1:2].repeat(2), noise, sigmas)
+    """
+    checks.tensor("sigmas", sigmas, dtype=torch.float32, shape=("N + 1",))
+    if sigmas.shape[0] < 2:
+        raise ValueError(f"sigmas must hold at least two noise levels, got {sigmas.shape[0]}")
+    noise_level = checks.number("noise_level", noise_level)
+    _check(z, active, {"velocity": velocity, "noise": noise}, {"sigma": sigma, "next_sigma": next_sigma})
+    checks.tensor("sigmas", sigmas, like=z)
+    backend = choose(z, backend, DTYPES, BACKENDS)
+    if not z.numel():
+        raise ValueError(f"z holds no sample or no entry: {list(z.shape)}")
+    args = (z, velocity, sigma, next_sigma, noise, sigmas[1:2], noise_level, active)
+    if backend == "torch":
+        return reference_sde_step(*args)
+    density = _compiled_sde_step(backend, *args) if backend in ("cpu", "cuda") else _triton_sde_step(*args)
+    _changed(z)
+    return density
+
+
+def _changed(z: torch.Tensor) -> torch.Tensor:
+    """Tells autograd that z was written, so that a backward that needs the old values is refused."""
+    if not z.is_inference():
+        torch.autograd.graph.increment_version(z)
     return z
 
 
-def sde_step_(z, velocity, sigma, next_sigma, noise, sigmas, *, noise_level=0.7, active=None, backend=None):
-    """Flow-GRPO's stochastic step in place; returns each sample's log density, averaged over its entries: [B] float32.
-
-    As euler_step_; noise [B, ...] standard normal; sigmas [N + 1] float32, the trajectory's noise levels, of which
-    the second stands in for sigma at the pole sigma = 1.
-    """
-    _check(z, active, (velocity, noise), (sigma, next_sigma))
-    backend = choose(z, backend, DTYPES, BACKENDS)
-    args = (z, velocity, sigma, next_sigma, noise, sigmas[1:2], noise_level, active)
-    if backend in ("cpu", "cuda"):
-        return _compiled_sde_step(backend, *args)
-    return (_triton_sde_step if backend == "triton" else reference_sde_step)(*args)
-
-
-def _check(z, active, like, per_sample) -> None:
-    if not z.is_contiguous():
-        raise ValueError("z is changed in place and must be contiguous")
-    for tensor in like:
-        if tensor is None:
-            continue
-        if (
-            tensor.shape != z.shape
-            or tensor.dtype != z.dtype
-            or tensor.device != z.device
-            or not tensor.is_contiguous()
-        ):
-            raise ValueError(
-                f"expected a contiguous {z.dtype} {list(z.shape)} on {z.device} as z is, got {tensor.dtype} "
-                f"{list(tensor.shape)} on {tensor.device}"
+def _check(z, active, like, levels, guidance_scale=None) -> None:
+    """like: what is as z is, by name; levels: of a float32 a sample."""
+    checks.tensor("z", z, dtype=(*DTYPES, torch.float64))
+    if z.dim() < 1:
+        raise ValueError("z must be [B, ...], got one number")
+    for name, tensor in like.items():
+        checks.tensor(name, tensor, dtype=z.dtype, shape=tuple(z.shape), like=z)
+        _check_contiguous(name, tensor)
+    checks.in_place("z", z, like)
+    each = levels | {"guidance_scale": guidance_scale, "active": active}
+    for name, value in each.items():
+        if value is not None or name in levels:
+            checks.tensor(
+                name, value, dtype=torch.bool if name == "active" else torch.float32, shape=z.shape[:1], like=z
             )
-    for value in (*per_sample, active):
-        if value is None:
-            continue
-        if value.shape != (len(z),) or value.device != z.device or not value.is_contiguous():
-            raise ValueError(
-                f"expected one value a sample, contiguous [{len(z)}] on {z.device}, got {list(value.shape)} "
-                f"on {value.device} with strides {value.stride()}"
-            )
-    for value in per_sample:
-        if value is not None and value.dtype != torch.float32:
-            raise ValueError(f"noise levels and guidance scales must be float32, got {value.dtype}")
-    if active is not None and active.dtype != torch.bool:
-        raise ValueError(f"active must be bool, got {active.dtype}")
+            _check_contiguous(name, value)
+
+
+def _check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

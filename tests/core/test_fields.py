@@ -97,7 +97,7 @@ def test_routed_asks_each_samples_own_field(route):
     latents, sigma, c = batch(len(route))
     counter = Counter()
     fields = [counted(shifted(m), counter, f"field {m}") for m in range(3)]
-    velocity = routed(fields, torch.tensor(route), latents, sigma, c)
+    velocity = routed(fields, torch.tensor(route), latents, sigma, c).target()
     for i, m in enumerate(route):
         own = shifted(m)(latents[i : i + 1], sigma[i : i + 1], c[i : i + 1])
         torch.testing.assert_close(velocity[i], own[0])
@@ -108,16 +108,18 @@ def test_routed_has_no_gradient():
     latents, sigma, c = batch(4)
     gain = torch.nn.Parameter(torch.tensor(2.0))
     fields = [lambda z, s, c: gain * field(z, s, c), shifted(0)]
-    velocity = routed(fields, torch.tensor([0, 1, 0, 1]), latents.requires_grad_(), sigma, c)
+    velocity = routed(fields, torch.tensor([0, 1, 0, 1]), latents.requires_grad_(), sigma, c).target()
     assert not velocity.requires_grad
     assert gain.grad is None
     assert latents.grad is None
 
 
-def test_routed_keeps_the_latents_dtype():
+def test_a_target_is_in_float32_whatever_the_sources_answer_in():
     latents, sigma, c = batch(4)
-    fields = [lambda z, s, c: field(z, s, c).double(), lambda z, s, c: field(z, s, c).bfloat16()]
-    velocity = routed(fields, torch.tensor([0, 1, 1, 0]), latents, sigma, c)
+    fields = [field, lambda z, s, c: field(z, s, c).bfloat16()]
+    answers = routed(fields, torch.tensor([0, 1, 1, 0]), latents, sigma, c)
+    assert [velocity.dtype for velocity in answers.velocities] == [torch.float32, torch.bfloat16]  # as they came
+    velocity = answers.target()
     assert velocity.dtype == torch.float32
     torch.testing.assert_close(velocity, field(latents, sigma, c), atol=0.05, rtol=0.02)
 
@@ -170,7 +172,7 @@ def test_sources_of_one_network_are_asked_in_one_forward():
     route = torch.tensor([2, 0, 1, 0, 2, 0])
     counter = Counter()
     fields = [counted(f, counter, "sources") for f in (one, other, two)]
-    velocity = routed(fields, route, latents, sigma, c)
+    velocity = routed(fields, route, latents, sigma, c).target()
     assert calls == [(5, [4, 4, 4, 0, 0], [2.0, 2.0, 2.0, 1.0, 1.0])]
     assert counter["sources"] == 6
     for i, m in enumerate(route.tolist()):

@@ -1,4 +1,4 @@
-"""Weights, distillation gradients and consistency against independent derivations."""
+"""Losses, weights and where score distillation moves an estimate, against independent derivations."""
 
 import pytest
 import torch
@@ -6,25 +6,22 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import Answers
 from danceopd.core.objectives import (
     WEIGHTINGS,
-    consistency,
-    flow_matching,
+    distillation_move,
     mode_density,
+    noised,
     renoised,
-    score_distillation,
+    velocity_loss,
     velocity_mse,
     weighting,
 )
+from danceopd.core.questions import Questions
 
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def condition(n):
-    return Conditioning(torch.zeros(n, 4, dtype=torch.int64), None, torch.zeros(n, dtype=torch.bool))
 
 
 @settings(max_examples=20, deadline=None)
@@ -93,20 +90,45 @@ def test_every_weight_is_finite_on_a_rollouts_levels_and_others_are_refused():
         weighting("cosine", sigma, sigma)
 
 
-def test_flow_matching_is_the_error_of_the_clean_estimate():
-    clean, noise, sigma = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1), torch.tensor([0.2, 0.5, 0.9])
-    s = sigma.view(-1, 1, 1, 1)
+def test_noised_pictures_lie_between_the_picture_and_its_noise():
+    clean, noise, sigma = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1), torch.tensor([0.0, 0.5, 1.0])
+    states = noised(clean, noise, sigma)
+    torch.testing.assert_close(states, torch.stack([clean[0], (clean[1] + noise[1]) / 2, noise[2]]))
 
-    def student(z, level, _):
-        return 0.5 * z + level.view(-1, 1, 1, 1)
 
-    loss, velocity, target, states = flow_matching(student, clean, noise, sigma, condition(3))
-    torch.testing.assert_close(states, clean + s * (noise - clean))
-    estimate = states - s * velocity
-    torch.testing.assert_close(loss, (estimate - clean).square().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(target, noise - clean)
-    exact, *_ = flow_matching(lambda *_: noise - clean, clean, noise, sigma, condition(3))
-    assert not exact.any()
+def questions_of(answers: Answers, weight) -> Questions:
+    n = len(answers)
+    rest = dict.fromkeys(("states", "sigma", "conditioning", "route", "sample"))
+    return Questions(**rest, answers=answers, weight=torch.as_tensor(weight).expand(n))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 2**40), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_loss_gathers_guides_weighs_and_watches(n, seed, guided, dtype):
+    """Answers of two forwards, in any order, some of them guided, against float64 on a target written out."""
+    g = torch.Generator().manual_seed(seed)
+    forwards = [normal(2 * n, 3, 5, seed=seed + i).to(dtype) for i in range(2)]
+    network, row, uncond_row = (torch.randint(high, (n,), generator=g) for high in (2, 2 * n, 2 * n))
+    scale = torch.where(torch.rand(n, generator=g) < 0.5, 1.0, 1 + 4 * torch.rand(n, generator=g))
+    uncond_row = torch.where(scale == 1, row, uncond_row)
+    answers = Answers(forwards, network, row, *((uncond_row, scale) if guided else ()))
+    velocity, weight = normal(n, 3, 5, seed=seed + 9).requires_grad_(), torch.rand(n, generator=g) + 0.1
+    cond, uncond = (torch.stack([forwards[m][r] for m, r in zip(network, rows, strict=True)]).double()
+                    for rows in (row, uncond_row))  # fmt: skip
+    target = uncond + scale.double()[:, None, None] * (cond - uncond) if guided else cond
+    found = velocity_loss(velocity, questions_of(answers, weight))
+    error = (velocity.detach().double() - target).square().flatten(1).mean(1)
+    for ours, expected in (
+        (found.loss.detach(), weight.double() * error),
+        (found.error, error),
+        (found.velocity_norm, velocity.detach().double().flatten(1).norm(dim=1)),
+        (found.target_norm, target.flatten(1).norm(dim=1)),
+        (answers.target(), target),
+    ):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+    found.loss.sum().backward()
+    by_hand = 2 * weight.double()[:, None, None] * (velocity.detach().double() - target) / 15
+    torch.testing.assert_close(velocity.grad.double(), by_hand, rtol=1e-5, atol=1e-5)
 
 
 def test_renoised_states_hold_their_estimate_and_noise():
@@ -129,48 +151,18 @@ def test_renoised_levels_are_uniform_and_their_noise_is_fresh():
 
 @pytest.mark.parametrize("with_fake", [False, True])
 def test_score_distillation_moves_the_estimate_to_the_teachers(with_fake):
-    """Its gradient, by hand: the fake's clean estimate minus the teacher's, over the teacher's mean distance."""
-    clean = normal(3, 2, 4, 4).requires_grad_()
-    z, sigma, noise = renoised(clean.detach(), torch.Generator().manual_seed(0))
+    """By hand: the teacher's clean estimate minus the fake's, over the teacher's mean distance."""
+    clean = normal(3, 2, 4, 4)
+    z, sigma, noise = renoised(clean, torch.Generator().manual_seed(0))
     s = sigma.view(-1, 1, 1, 1)
-    real, data = normal(3, 2, 4, 4, seed=5), noise - clean.detach()
+    real, data = normal(3, 2, 4, 4, seed=5), noise - clean
     other = normal(3, 2, 4, 4, seed=6) if with_fake else data
-    score_distillation(clean, real, other, data, sigma).sum().backward()
     of_teacher, of_other = z - s * real, z - s * other
-    distance = (clean.detach() - of_teacher).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
-    per_entry = 2 * 4 * 4  # the loss is a mean over a sample's entries
-    torch.testing.assert_close(clean.grad * per_entry, (of_other - of_teacher) / distance, rtol=1e-3, atol=1e-4)
+    distance = (clean - of_teacher).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
+    move = distillation_move(real, other, data, sigma)
+    torch.testing.assert_close(move, (of_teacher - of_other) / distance, rtol=1e-3, atol=1e-4)
 
 
 def test_score_distillation_is_still_where_both_agree():
-    clean = normal(2, 1, 2, 2).requires_grad_()
-    velocity = normal(2, 1, 2, 2, seed=1)
-    loss = score_distillation(clean, velocity, velocity, normal(2, 1, 2, 2, seed=2), torch.tensor([0.3, 0.6]))
-    loss.sum().backward()
-    assert not loss.any()
-    assert not clean.grad.any()
-
-
-def test_consistency_is_zero_on_a_straight_flow_and_by_hand_elsewhere():
-    clean, noise = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1)
-    sigma, following = torch.tensor([0.9, 0.5, 0.3]), torch.tensor([0.5, 0.3, 0.0])
-    s, f = sigma.view(-1, 1, 1, 1), following.view(-1, 1, 1, 1)
-    states = (1 - s) * clean + s * noise
-    straight = noise - clean
-    loss = consistency(straight, lambda z, *_: straight[: len(z)], states, sigma, following, condition(3), straight)
-    assert float(loss.abs().max()) < 1e-10
-
-    velocity, target = normal(3, 2, 4, 4, seed=2).requires_grad_(), normal(3, 2, 4, 4, seed=3)
-    asked = []
-
-    def ema(z, level, c):
-        asked.append(level)
-        return 0.1 * z
-
-    loss = consistency(velocity, ema, states, sigma, following, condition(3), target)
-    nearer = states + (f - s) * target
-    goal = nearer - f * 0.1 * nearer  # at level 0 the state itself
-    torch.testing.assert_close(loss, (states - s * velocity - goal).square().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
-    assert torch.equal(asked[0], following[:2])  # no network is asked at the data
-    loss.sum().backward()
-    assert velocity.grad.abs().sum() > 0
+    velocity, data = normal(2, 1, 2, 2, seed=1), normal(2, 1, 2, 2, seed=2)
+    assert not distillation_move(velocity, velocity, data, torch.tensor([0.3, 0.6])).any()

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danceopd.core.query import BETA, QUERIES, query
+from danceopd.core.query import BETA, QUERIES, expected_depth, probabilities, query
 from danceopd.core.routing import round_robin, route
-from danceopd.core.watch import Observed
+from danceopd.core.watch import Watched
 from danceopd.data.sampler import draw_batch
 from danceopd.training.gaps import LIMIT, Gaps
 from danceopd.world.data import WorldData
@@ -39,13 +39,40 @@ class TestDistribution:
         assert fraction.mean().item() == pytest.approx(a / (a + b), abs=4 * deviation / math.sqrt(self.DRAWS))
         assert fraction.std().item() == pytest.approx(deviation, rel=0.03)
 
-    @pytest.mark.parametrize("k", [1, 4])
-    def test_empirical_distribution(self, bias, a, b, k):
+    def test_empirical_distribution(self, bias, a, b):
         """Kolmogorov's bound at the 0.1 % level, at every index."""
-        index = query(self.DRAWS // k, self.N, generator(1), bias=bias, k=k).flatten()
+        index = query(self.DRAWS, self.N, generator(1), bias=bias).flatten()
         for i in range(self.N):
             expected = beta_cdf((i + 1) / self.N, a, b)
             assert (index <= i).double().mean().item() == pytest.approx(expected, abs=1.95 / self.DRAWS**0.5)
+
+
+@pytest.mark.parametrize(("bias", "a", "b"), [("low_t", 5, 2), ("mid_t", 5, 5), ("high_t", 2, 5), ("uniform", 1, 1)])
+def test_two_queries_are_drawn_one_after_the_other_without_repeat(bias, a, b):
+    """How often each index is among them: p + sum over the other's p_j p / (1 - p_j)."""
+    n, draws = 8, 40_000
+    p = [beta_cdf((i + 1) / n, a, b) - beta_cdf(i / n, a, b) for i in range(n)]
+    torch.testing.assert_close(probabilities(n, bias), torch.tensor(p, dtype=torch.float64))
+    counts = query(draws, n, generator(2), bias=bias, k=2).flatten().bincount(minlength=n) / draws
+    for i in range(n):
+        expected = p[i] + sum(p[j] * p[i] / (1 - p[j]) for j in range(n) if j != i)
+        assert counts[i].item() == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / draws) + 1e-9)
+
+
+@given(st.sampled_from(QUERIES), st.integers(1, 20), st.integers(1, 24), st.integers(0, 2**40))
+def test_no_index_of_a_sample_repeats(bias, steps, k, seed):
+    index = query(30, steps, generator(seed), bias=bias, k=k)
+    assert index.shape == (30, min(k, steps))
+    assert (index.diff(dim=1) > 0).all()  # in order, and so all different
+    if k >= steps:
+        assert torch.equal(index, torch.arange(steps).expand(30, -1))
+
+
+@pytest.mark.parametrize("bias", QUERIES)
+@pytest.mark.parametrize("k", [1, 3, 16])
+def test_the_expected_depth_is_that_of_the_draws(bias, k):
+    drawn = query(20_000, 16, generator(5), bias=bias, k=k).amax(1).double()
+    assert expected_depth(16, bias=bias, k=k) == pytest.approx(drawn.mean().item(), abs=0.1)
 
 
 def test_published_shapes():
@@ -55,7 +82,7 @@ def test_published_shapes():
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(0, 2**40))
 def test_stratified_asks_each_part_once(steps, k, seed):
     index = query(50, steps, generator(seed), bias="stratified", k=k)
-    for j in range(k):
+    for j in range(k if k < steps else 0):
         low, high = math.floor(j * steps / k), math.ceil((j + 1) * steps / k)
         assert (index[:, j] >= low).all()
         assert (index[:, j] < high).all()
@@ -73,7 +100,7 @@ def test_stratified_is_uniform_within_its_part():
 def test_range_and_reproducibility(bias, batch, steps, k, seed):
     g = generator(seed)
     index = query(batch, steps, g, bias=bias, k=k)
-    assert index.shape == (batch, k)
+    assert index.shape == (batch, min(k, steps))
     assert index.dtype == torch.int64
     assert index.min() >= 0
     assert index.max() < steps
@@ -148,7 +175,7 @@ CHI = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5, 7: 24.3, 15: 37.7} 
 def test_gap_queries_follow_the_weights(weights):
     n, total = 20_000, sum(weights)
     gap = torch.tensor(weights)
-    counts = query(n // 4, len(weights), generator(), bias="gap", k=4, gap=gap).flatten().bincount(minlength=len(gap))
+    counts = query(n, len(weights), generator(), bias="gap", gap=gap).flatten().bincount(minlength=len(gap))
     expected = [n * w / total for w in weights]
     assert all(c == 0 for c, e in zip(counts.tolist(), expected, strict=True) if e == 0)
     chi = sum((c - e) ** 2 / e for c, e in zip(counts.tolist(), expected, strict=True) if e > 0)
@@ -199,22 +226,21 @@ def test_prompt_dropout_leaves_its_share_empty_and_the_rest_alone():
     assert not blank[~first].any()
 
 
-def observed(route, depth, error, k=1) -> Observed:
+def observed(route, depth, error, k=1) -> Watched:
     """Queries whose mean squared error is `error`, k in a row for each sample."""
-    target = torch.zeros(len(error), 2, 3)
-    velocity = torch.tensor(error).sqrt()[:, None, None].expand_as(target)
-    loss = torch.zeros(len(error) // k)
-    return Observed(loss, torch.tensor(route), None if depth is None else torch.tensor(depth), target, velocity, target)
+    n, error = len(error), torch.tensor(error)
+    depth = torch.full((n,), -1) if depth is None else torch.tensor(depth)
+    return Watched(n // k, error, torch.tensor(route).repeat_interleave(k), depth, error, error, error, error)
 
 
 def test_gaps_are_running_means():
     gaps = Gaps(2, 3)
     assert gaps.query_weights() is None
-    gaps.update(observed([0, 0], [2, 2, 0, 2], [1.0, 2.0, 6.0, 3.0], k=2).summary())
+    gaps.update(observed([0, 0], [2, 2, 0, 2], [1.0, 2.0, 6.0, 3.0], k=2))
     assert gaps.route_weights([2.0, 3.0]) == [2.0, 3.0]  # nothing is known of the other
     # Index 2 saw 1, 2 and 3, index 0 saw 6, and index 1 is taken as the mean of the others.
     torch.testing.assert_close(gaps.query_weights(), torch.tensor([6.0, 4.0, 2.0]).double().sqrt())
-    gaps.update(observed([1, 0], [2, 2, 0, 0], [4.0, 6.0, 1.0, 3.0], k=2).summary())
+    gaps.update(observed([1, 0], [2, 2, 0, 0], [4.0, 6.0, 1.0, 3.0], k=2))
     expected = torch.tensor([0.95 * 6 + 0.05 * 2, 0, 0.95 * 2 + 0.05 * 5]).double()
     expected[1] = (expected[0] + expected[2]) / 2
     torch.testing.assert_close(gaps.query_weights(), expected.sqrt())
@@ -225,7 +251,7 @@ def test_gaps_are_running_means():
 
 def test_gaps_off_the_rollouts_levels_are_of_capabilities_alone():
     gaps = Gaps(2, 3)
-    gaps.update(observed([0, 1], None, [1.0, 3.0]).summary())
+    gaps.update(observed([0, 1], None, [1.0, 3.0]))
     assert gaps.query_weights() is None
     assert gaps.route_weights([1.0, 1.0]) == pytest.approx([0.5, 1.5])
 
@@ -235,7 +261,7 @@ def test_adaptive_weights_follow_the_gaps_within_the_limit(rows):
     weights, errors = zip(*rows, strict=True)
     gaps = Gaps(len(rows), 1)
     for _ in range(3):
-        gaps.update(observed(list(range(len(rows))), None, list(errors)).summary())
+        gaps.update(observed(list(range(len(rows))), None, list(errors)))
     mean = sum(errors) / len(errors)
     adapted = gaps.route_weights(list(weights))
     for w, e, a in zip(weights, errors, adapted, strict=True):
@@ -247,9 +273,9 @@ def test_adaptive_weights_follow_the_gaps_within_the_limit(rows):
 
 def test_gaps_go_on_from_their_state():
     a, b = Gaps(2, 3), Gaps(2, 3)
-    a.update(observed([0, 1], [0, 2], [1.0, 3.0]).summary())
+    a.update(observed([0, 1], [0, 2], [1.0, 3.0]))
     b.load_state_dict(a.state_dict())
     for gaps in (a, b):
-        gaps.update(observed([0, 1], [1, 2], [2.0, 5.0]).summary())
+        gaps.update(observed([0, 1], [1, 2], [2.0, 5.0]))
     assert torch.equal(a.query_weights(), b.query_weights())
     assert a.route_weights([1.0, 1.0]) == b.route_weights([1.0, 1.0])

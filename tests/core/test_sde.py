@@ -72,7 +72,7 @@ def test_many_small_steps_keep_the_marginal_of_the_ode():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4000, 1, generator=generator)
     sigmas = torch.cat([torch.linspace(1, 0.02, 200), torch.zeros(1)])
-    states, _ = sde_rollout(field, noise, condition(4000), sigmas, 0.7, generator)
+    states, _, _ = sde_rollout(field, noise, condition(4000), sigmas, 0.7, generator)
     assert float(states[:, -1].mean()) == pytest.approx(mu, abs=0.03)
     assert float(states[:, -1].std()) == pytest.approx(s, abs=0.03)
     assert float(states[:, 100].std()) > 0.1  # and it was stochastic on the way
@@ -83,7 +83,9 @@ def test_the_rollout_returns_its_own_log_densities():
     def field(z, sigma, _):
         return 0.3 * z
 
-    states, densities = sde_rollout(field, normal(5, 2, 3), condition(5), SIGMAS, 0.7, torch.Generator().manual_seed(3))
+    states, _, densities = sde_rollout(
+        field, normal(5, 2, 3), condition(5), SIGMAS, 0.7, torch.Generator().manual_seed(3)
+    )
     assert states.shape == (5, 9, 2, 3)
     assert densities.shape == (5, 8)
     for i in range(8):
@@ -95,7 +97,7 @@ def test_the_rollout_returns_its_own_log_densities():
 def test_steps_are_drawn_from_the_gaussians_they_are_said_to_be_drawn_from():
     """Residuals of every step and entry are standard normal and independent of each other."""
     n, g = 4000, torch.Generator().manual_seed(1)
-    states, _ = sde_rollout(lambda z, sigma, _: z.sin() + sigma[:, None], normal(n, 2), condition(n), SIGMAS, 0.7, g)
+    states, _, _ = sde_rollout(lambda z, sigma, _: z.sin() + sigma[:, None], normal(n, 2), condition(n), SIGMAS, 0.7, g)
     residuals = []
     for i in range(8):
         z = states[:, i]
@@ -116,7 +118,7 @@ def test_the_marginals_agree_with_the_odes_all_the_way():
         return -mu + (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2) * (z - (1 - t) * mu)
 
     noise, sigmas, asked = normal(n, 1), sigma_grid(steps, 1.0), torch.tensor([100, 200, 300, 400])
-    stochastic, _ = sde_rollout(field, noise, condition(n), sigmas, 0.7, torch.Generator().manual_seed(2))
+    stochastic, _, _ = sde_rollout(field, noise, condition(n), sigmas, 0.7, torch.Generator().manual_seed(2))
     ode, _ = rollout(field, noise, condition(n), sigmas, asked.expand(n, -1))
     for i, index in enumerate(asked.tolist()):
         t = sigmas[index].item()

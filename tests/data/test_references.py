@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from danceopd.api import distill
 from danceopd.config.reading import parse_config
 from danceopd.data.cache import Cache, key_of
 from danceopd.data.prepare import fit, prepare
@@ -26,7 +27,6 @@ from danceopd.planning.dry_run import dry_run
 from danceopd.planning.models import examine
 from danceopd.support.errors import UserError
 from danceopd.training.assembly.build import build_model
-from danceopd.training.loop import train
 
 SIZE = (64, 64)  # pixels, of the pictures' buckets
 WIDE, TALL = (48, 80), (80, 48)
@@ -82,7 +82,7 @@ def test_rows_of_one_and_two_references_train_in_batches_of_one_kind(place, tmp_
         (square, wide): ([3, 2], 2 + 3 / 2),
         (wide, square): ([3, 1], 1 + 3 / 4),
     }
-    folder = train(config, build_model)
+    folder = distill(config)
     out = capsys.readouterr().out
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]

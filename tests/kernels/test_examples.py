@@ -1,5 +1,6 @@
 """The examples and the documentation do what they say, with the kernels and without."""
 
+import doctest
 import importlib.util
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import danceopd_kernels
 import pytest
 import torch
 
@@ -74,9 +76,20 @@ def test_every_block_of_the_documentation_runs(backend, monkeypatch):
         exec(compile(block, f"docs/kernels.md, block {i}", "exec"), namespace)
 
 
-def test_the_documentation_names_every_operation():
-    import danceopd_kernels
+@pytest.mark.parametrize("name", danceopd_kernels.__all__)
+def test_every_example_of_a_docstring_runs(name):
+    operation = getattr(danceopd_kernels, name)
+    text = operation.__doc__
+    examples = doctest.DocTestParser().get_examples(text)
+    names = {"torch": torch, **vars(danceopd_kernels)}
+    for example in examples:
+        exec(example.source, names)
+    if name[0].islower() and name != "info":
+        assert examples
+        assert all(f"    {part}:" in text for part in ("Args", "Returns", "Raises", "Example"))
 
+
+def test_the_documentation_names_every_operation():
     text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     assert not [name for name in danceopd_kernels.__all__ if name not in text]
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]

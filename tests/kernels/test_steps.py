@@ -160,16 +160,20 @@ def test_every_instruction_set(place):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"velocity": torch.zeros(2, 3, 5)}, "as z is"),
-        ({"velocity": torch.zeros(2, 3, 4).half()}, "as z is"),
+        ({"velocity": torch.zeros(2, 3, 5)}, "velocity must be float32"),
+        ({"velocity": torch.zeros(2, 3, 4).half()}, "velocity must be float32"),
         ({"velocity": torch.zeros(2, 4, 3).transpose(1, 2)}, "contiguous"),
         ({"z": torch.zeros(2, 4, 3).transpose(1, 2)}, "contiguous"),
-        ({"sigma": torch.zeros(3)}, "one value a sample"),
-        ({"sigma": torch.zeros(2).double()}, "float32"),
+        ({"sigma": torch.zeros(3)}, "sigma must be float32"),
+        ({"sigma": torch.zeros(2).double()}, "sigma must be float32"),
         ({"sigma": torch.zeros(1).expand(2)}, "contiguous"),
         ({"active": torch.ones(2)}, "active must be bool"),
         ({"guidance_scale": torch.ones(2)}, "guidance needs"),
         ({"uncond": torch.zeros(2, 3, 4)}, "guidance needs"),
+        ({"z": torch.zeros(1, 3, 4).expand(2, 3, 4)}, "contiguous"),
+        ({"z": torch.zeros(2, 3, 4, dtype=torch.int64)}, "z must be float32"),
+        ({"z": torch.zeros(2, 3, 4, requires_grad=True)}, "no gradient passes here, but z"),
+        ({"velocity": torch.zeros(2, 3, 4, requires_grad=True)}, "no gradient passes here, but velocity"),
         ({"backend": "cuda"}, "cannot run"),
     ],
 )
@@ -184,6 +188,31 @@ def test_bad_input(change, message):
     }
     with pytest.raises(ValueError, match=message):
         euler_step_(**made | change)
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_what_shares_memory_with_its_input_is_refused(shift):
+    both = torch.randn(30)
+    z, velocity = both[:24].view(2, 3, 4), both[shift : shift + 24].view(2, 3, 4)
+    with pytest.raises(ValueError, match="must not share memory with velocity"):
+        euler_step_(z, velocity, torch.ones(2), torch.zeros(2))
+
+
+def test_a_backward_that_needs_the_old_latents_is_refused(place):
+    backend, device = place
+    (z, velocity), weight = tensors((2, 3), torch.float32, 2, device), torch.ones(3, device=device, requires_grad=True)
+    loss = (z * weight).sum()
+    euler_step_(z, velocity, *levels(2, device), backend=backend)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(1), torch.ones(0), torch.ones(1, 3), torch.ones(3, dtype=torch.float64)])
+def test_noise_levels_without_a_second_are_refused(place, wrong):
+    backend, device = place
+    z, velocity, noise = tensors((2, 3), torch.float32, 3, device)
+    with pytest.raises(ValueError, match="sigmas must"):
+        sde_step_(z, velocity, *levels(2, device), noise, wrong.to(device), backend=backend)
 
 
 @pytest.mark.gpu

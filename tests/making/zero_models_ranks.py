@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from danceopd.api import builder_of, distill
 from danceopd.config.reading import parse_config
 from danceopd.data import sampler
-from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import train
 from danceopd.training.zero import launch
 
@@ -43,8 +43,9 @@ def run(job, ranks=None, settings=None):
     torch.manual_seed(0)
     with routes(job.get("routes")):
         if ranks is None:
-            return train(parse_config(job["config"]), build_model)
-        return train(parse_config(job["config"]), build_model, False, ranks, settings)
+            return distill(job["config"])
+        config = parse_config(job["config"])
+        return train(config, builder_of(config), False, ranks, settings)
 
 
 def main():

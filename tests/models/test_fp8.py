@@ -1,10 +1,10 @@
 """FP8 for frozen networks: what is stored, what comes out, how it is loaded, and adapters upon it."""
 
-import copy
 import ctypes
 import gc
 import re
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import diffusers
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from danceopd.config.reading import load_config
-from danceopd.core.fields import ask_shared, routed
+from danceopd.core.fields import routed
 from danceopd.models.backbones import backbone_of, flux, pipeline_class_of
 from danceopd.models.fp8 import Fp8Linear, check_fp8, numbers, to_fp8
 from danceopd.models.fp8_loading import load_fp8
@@ -52,7 +52,7 @@ def fp8_names(network):
 
 def opened(network):
     """A copy whose FP8 layers are plain ones with the numbers that the codes stand for."""
-    network = copy.deepcopy(network)
+    network = deepcopy(network)
     for name, layer in list(network.named_modules()):
         if isinstance(layer, Fp8Linear):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=layer.dtype)
@@ -148,7 +148,7 @@ def test_a_shipped_source_hardly_moves(name):
     from danceopd.world.sources import STAGES, training_batch
 
     network = load_model(SHIPPED / f"{name}.safetensors").requires_grad_(False)
-    narrow = to_fp8(copy.deepcopy(network))
+    narrow = to_fp8(deepcopy(network))
     clean, conditioning = training_batch(
         {"t2i": "t2i"}.get(name, "global"),
         32,
@@ -234,7 +234,8 @@ def test_a_mixed_batch_and_the_students_gradients_on_fp8(places):
     root = places("z")
     parts, question = asked(config_of(root, **FP8))
     route = torch.tensor([0, 1, 0])
-    mixed, together = (how(parts.fields, route, *question) for how in (routed, ask_shared))
+    mixed = routed(parts.fields, route, *question).target()
+    together = torch.stack([parts.fields[m](*question)[i].float() for i, m in enumerate(route)])
     torch.testing.assert_close(mixed, together, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         for value in parts.student.parameters():
@@ -293,7 +294,7 @@ def test_an_adapter_is_merged_before_the_rounding(places):
     other = backbone.load_transformer(root / "other")
     lora = load_lora(root / "one.safetensors", other, pipeline_class_of(root / "model"), 3.0)
     loaded = load_fp8(root / "other", backbone, torch.float32, lora=lora)
-    want, without = to_fp8(merge_into(copy.deepcopy(other), lora)), to_fp8(copy.deepcopy(other))
+    want, without = to_fp8(merge_into(deepcopy(other), lora)), to_fp8(deepcopy(other))
     for name in lora:
         layers = [network.get_submodule(name) for network in (loaded, want, without)]
         got, expected, plain = (numbers(layer.weight, layer.weight_scale, torch.float32) for layer in layers)

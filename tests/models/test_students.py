@@ -1,7 +1,7 @@
 """Students of a diffusers model: all weights, and what either kind of student begins as."""
 
-import copy
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from model_runs import config_of as family_config
 from released import prompt_of
 from torch import nn
 
+from danceopd.api import distill
 from danceopd.cli.parser import main
 from danceopd.config.reading import parse_config
 from danceopd.core.conditioning import Conditioning
@@ -33,7 +34,8 @@ from danceopd.support.errors import UserError
 from danceopd.tools.export import export, stored_dtype
 from danceopd.training.assembly.build import build_model
 from danceopd.training.checkpoints import load_newest
-from danceopd.training.loop import Trainer, train
+from danceopd.training.loop import Trainer
+from danceopd.training.resume import go_on
 
 OWN = {"own": {"weights": "own"}, "other": {"weights": "other"}}
 
@@ -49,7 +51,7 @@ def place(tmp_path_factory):
         write_lora(root / f"{name}.safetensors", transformer, target_layers(transformer, targets), rank)
     write_rows(root / "cache", "sd3", transformer, sd3.latent_shape(model, SIZE, SIZE), {"one": "t2i", "two": "t2i"})
     for name in ("own", "other"):
-        changed = copy.deepcopy(transformer)
+        changed = deepcopy(transformer)
         with torch.no_grad():
             for parameter in changed.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -60,7 +62,7 @@ def place(tmp_path_factory):
 def config_of(root, folder, sources=None, student=None, **training):
     """Without `sources` the two LoRAs."""
     sources = sources or {name: {"lora": [{"path": f"{name}.safetensors"}]} for name in ("one", "two")}
-    for source in (sources := copy.deepcopy(sources)).values():
+    for source in (sources := deepcopy(sources)).values():
         source |= {"weights": str(root / source["weights"])} if source.get("weights") else {}
         source["lora"] = [{**lora, "path": str(root / lora["path"])} for lora in source.get("lora", [])]
     names = list(sources)
@@ -110,7 +112,7 @@ def close(a, b, tolerance=1e-5):
 def full_run(place, tmp_path_factory):
     sources = {"own": {"weights": "own"}}
     config = config_of(place, tmp_path_factory.mktemp("full") / "run", sources, learning_rate=5e-3)
-    return train(config, build_model), config
+    return distill(config), config
 
 
 @torch.no_grad()
@@ -120,7 +122,7 @@ def test_end_to_end(full_run, place, tmp_path):
     assert len(curve) == 10
     assert sum(curve[-3:]) < 0.5 * sum(curve[:3])
     trainer = Trainer(config, build_model(config))
-    trainer.load(load_newest(run / "checkpoints")[0])
+    go_on(trainer, load_newest(run / "checkpoints")[0])
     prompt = sd3.text_encoder(place / "model")(["a red cup"])
     noise = torch.randn(1, *sd3.latent_shape(place / "model", SIZE, SIZE), generator=torch.Generator().manual_seed(3))
     sigmas = sd3.sigmas(place / "model", 3, SIZE, SIZE)
@@ -161,9 +163,9 @@ def test_a_students_folder_is_a_source_and_a_half_base_makes_a_half_export(full_
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "gradient_checkpointing": True, "optimizer": "muon"}])
 def test_resumed_is_uninterrupted(place, tmp_path, changes):
-    whole = train(config_of(place, tmp_path / "whole", max_steps=3, **changes), build_model)
-    train(config_of(place, tmp_path / "parts", max_steps=2, **changes), build_model)
-    parts = train(config_of(place, tmp_path / "parts", max_steps=3, **changes), build_model)
+    whole = distill(config_of(place, tmp_path / "whole", max_steps=3, **changes))
+    distill(config_of(place, tmp_path / "parts", max_steps=2, **changes))
+    parts = distill(config_of(place, tmp_path / "parts", max_steps=3, **changes))
     a, b = (load_newest(folder / "checkpoints")[0] for folder in (whole, parts))
     assert a.step == b.step == 3
     assert a.shapes == b.shapes
@@ -182,7 +184,7 @@ def test_its_copy_is_its_own_and_the_teachers_stay(place, tmp_path):
     base = sd3.velocity(sd3.load_transformer(place / "model"), *x[:2], x[2].prompt).detach()
     teachers = [field(*x) for field in parts.fields]
     close(parts.student(*x), base)
-    other = copy.deepcopy(parts.student)
+    other = deepcopy(parts.student)
     with torch.no_grad():
         for value in parts.student.parameters():
             value.add_(0.05)
@@ -217,7 +219,7 @@ def test_every_family_is_trained_in_bf16(places, family):
     transformer = backbone.load_transformer(root / "model")
     guidance = 3.5 if getattr(transformer.config, "guidance_embeds", False) else None
     exact = FullStudent(transformer, backbone.velocity, guidance)
-    half = FullStudent(copy.deepcopy(transformer), backbone.velocity, guidance, torch.bfloat16)
+    half = FullStudent(deepcopy(transformer), backbone.velocity, guidance, torch.bfloat16)
     half.transformer.enable_gradient_checkpointing()
     torch.manual_seed(0)
     prompt = {name: value.expand(2, *value.shape) for name, value in prompt_of(family, transformer).items()}
@@ -334,7 +336,7 @@ def test_it_begins_as_its_source(place, tmp_path, start, lora):
         loras = [load_lora(place / f"{n}.safetensors", transformer, StableDiffusion3Pipeline) for n in ("one", "two")]
         halves = [{name: (a, b, scale / 2) for name, (a, b, scale) in lora.items()} for lora in loras]
         expected = sd3.velocity(
-            merge_into(merge_into(copy.deepcopy(transformer), halves[0]), halves[1]), *x[:2], x[2].prompt
+            merge_into(merge_into(deepcopy(transformer), halves[0]), halves[1]), *x[:2], x[2].prompt
         )
     else:
         expected = parts.fields[["one", "two"].index(start)](*x)
@@ -387,7 +389,7 @@ def test_full_students_from_weights(place, tmp_path):
     student = build_model(config).student
     base = sd3.load_transformer(place / "model")
     lora = load_lora(place / "one.safetensors", base, StableDiffusion3Pipeline, 2.0)
-    networks = [base, merge_into(copy.deepcopy(base), lora), *(sd3.load_transformer(place / name) for name in OWN)]
+    networks = [base, merge_into(deepcopy(base), lora), *(sd3.load_transformer(place / name) for name in OWN)]
     values = [dict(network.named_parameters()) for network in networks]
     for name, parameter in student.transformer.named_parameters():
         close(parameter, sum(v[name] for v in values) / 4)

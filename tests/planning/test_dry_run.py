@@ -17,8 +17,8 @@ import danceopd.data.cache
 import danceopd.models.backbones
 import danceopd.models.lora_files
 import danceopd.world.files
+from danceopd.api import builder_of, examiner_of
 from danceopd.cli.parser import main
-from danceopd.cli.train import builder_of, examiner_of
 from danceopd.config.reading import load_config, parse_config
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.query import QUERIES, expected_depth, query
@@ -33,6 +33,8 @@ from danceopd.support.optimizers import adamw_class, make_optimizers
 from danceopd.training.assembly.networks import student_layers
 from danceopd.training.loop import Trainer
 
+# ------------------------------------------------------------------------------------------------- counting
+
 
 def build(config):
     return builder_of(config)(config)
@@ -40,9 +42,6 @@ def build(config):
 
 def dry_run(config):
     return planning.dry_run(config, examiner_of(config))
-
-
-# ------------------------------------------------------------------------------------------------- counting
 
 
 def refuse_weights(monkeypatch, root):

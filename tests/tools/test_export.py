@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from safetensors import safe_open
 
+from danceopd.api import distill
 from danceopd.cli.parser import main
 from danceopd.config.reading import parse_config
 from danceopd.core.conditioning import Conditioning
@@ -31,7 +32,8 @@ from danceopd.support.files import new_folder, write_atomic
 from danceopd.tools.export import LAYOUTS, export, hub_id, stored_dtype
 from danceopd.training.assembly.build import build_model
 from danceopd.training.checkpoints import load_newest
-from danceopd.training.loop import Trainer, train
+from danceopd.training.loop import Trainer
+from danceopd.training.resume import go_on
 
 SIZE, STEPS, PROMPT = 32, 3, "a red cup"
 
@@ -68,7 +70,7 @@ def train_tiny(root, save, **pipeline):
             },
         }
     )
-    return train(config, build_model), config
+    return distill(config), config
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def student_picture(config, noise):
     """[H, W, 3] in [0, 1]: the student of the newest checkpoint, in our own sampler."""
     backbone, parts = backbone_of(config.model), build_model(config)
     trainer = Trainer(config, parts)
-    trainer.load(load_newest(config.training.output_dir / "checkpoints")[0])
+    go_on(trainer, load_newest(config.training.output_dir / "checkpoints")[0])
     prompt = backbone.text_encoder(config.model)([PROMPT])
     conditioning = Conditioning(prompt, None, torch.tensor([False]))
     sigmas = backbone.sigmas(config.model, STEPS, SIZE, SIZE)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import danceopd.tools.model_report
 import danceopd.training.loop
+from danceopd.api import distill
 from danceopd.cli.parser import main
 from danceopd.config.reading import load_config, parse_config
 from danceopd.models.backbones import flux2
@@ -31,8 +32,8 @@ from danceopd.support.errors import UserError
 from danceopd.support.pictures import labelled_grid
 from danceopd.tools.model_report import held_out
 from danceopd.training.assembly.build import build_model
-from danceopd.training.loop import Trainer, train
-from danceopd.training.previews import MODEL_SAMPLES
+from danceopd.training.loop import Trainer
+from danceopd.training.previews import MODEL_SAMPLES, Previews
 
 SIZE, STEPS, DRAWN, GUIDANCE = 32, 3, 2, 2.0
 FILE = "pytorch_lora_weights.safetensors"
@@ -105,7 +106,7 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
         return flux2.velocity(transformer, latents, *rest)
 
     trainer.parts.student._shared[0]._velocity = velocity
-    trainer.sample_grid(tmp_path / "grid.png", trainer.engine.ema.module)
+    trainer.previews.write(tmp_path / "grid.png", trainer.engine.ema.module)
     assert trainer.evaluations.total() == before
     assert sum(asked) == sum(grid_evaluations(trainer.config)) == MODEL_SAMPLES * DRAWN * (3 + 2)
     rows = dict(seen[0])
@@ -115,7 +116,7 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
     base = flux2.load_transformer(place / "model")
     decode = flux2.picture_codec(place / "model")[1]
     for m, name in enumerate(("one", "two")):
-        batch = trainer._preview(m, MODEL_SAMPLES)
+        batch = trainer.previews._samples(m)
         batch.model = place / "model"
         teacher = merge_into(deepcopy(base), load_lora(place / name, base, Flux2KleinPipeline))
         expected = decode(by_hand(teacher, batch))
@@ -124,11 +125,11 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
         untrained = decode(by_hand(base, batch, GUIDANCE if name == "two" else 1.0, empty))
         torch.testing.assert_close(torch.stack(rows[f"{name}: student"]), untrained, atol=2e-3, rtol=0)
         assert (expected - untrained).abs().max() > 0.02
-    edited = decode(trainer._preview(1, MODEL_SAMPLES).conditioning.source[0])
+    edited = decode(trainer.previews._samples(1).conditioning.source[0])
     torch.testing.assert_close(torch.stack(rows["two: to edit"]), edited, atol=1e-4, rtol=0)
     # The sources' are drawn once.
     monkeypatch.setattr(trainer.parts, "fields", None)
-    trainer.sample_grid(tmp_path / "again.png", trainer.engine.ema.module)
+    trainer.previews.write(tmp_path / "again.png", trainer.engine.ema.module)
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
 
 
@@ -152,8 +153,8 @@ def test_a_grid_that_fails_ends_no_run(place, tmp_path, monkeypatch, capsys):
     def full(self, path, network):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Trainer, "sample_grid", full)
-    folder = train(parse_config(config_of(place, tmp_path / "run", max_steps=2, sample_every=1)), build_model)
+    monkeypatch.setattr(Previews, "write", full)
+    folder = distill(parse_config(config_of(place, tmp_path / "run", max_steps=2, sample_every=1)))
     assert "no sample grid: [Errno 28] No space left on device" in capsys.readouterr().err
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "warning" in record] == [1, 2]
@@ -168,7 +169,7 @@ def test_a_source_with_nan_is_named_before_the_first_step(place, tmp_path):
     raw = config_of(place, tmp_path / "run")
     raw["sources"]["two"]["lora"] = [{"path": str(tmp_path / "bad")}]
     with pytest.raises(UserError, match=r"sources\.two: .*not finite"):
-        train(parse_config(raw), build_model)
+        distill(parse_config(raw))
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 

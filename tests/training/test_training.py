@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,14 +17,17 @@ import yaml
 from danceopd_kernels import compiled
 from world_runs import TINY, config_of, random_network
 
+from danceopd.api import distill
 from danceopd.config.reading import parse_config
-from danceopd.core.randomness import step_generator
+from danceopd.core.questions import matched
+from danceopd.core.watch import watched
 from danceopd.data.sampler import draw_batch
 from danceopd.support.errors import UserError
 from danceopd.training import checkpoints as state
 from danceopd.training import loop
 from danceopd.training.health import Health
-from danceopd.training.loop import Trainer, train
+from danceopd.training.loop import Trainer
+from danceopd.training.resume import go_on
 from danceopd.world.build import build
 from danceopd.world.data import WorldData, write_world
 from danceopd.world.files import load_model
@@ -64,7 +68,7 @@ def records(folder):
 
 
 def test_a_run_writes_what_it_promises(raw, tmp_path):
-    folder = train(config_of(raw), build)
+    folder = distill(config_of(raw))
     log = records(folder)
     losses = [r for r in log if "loss" in r]
     assert [r["step"] for r in losses] == [1, 2, 3, 4, 5, 6]
@@ -86,7 +90,7 @@ def test_a_run_writes_what_it_promises(raw, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_interrupted_equals_uninterrupted(raw, tmp_path, optimizer):
     raw["training"]["optimizer"] = optimizer
-    whole = train(config_of(raw, output_dir=str(tmp_path / "whole"), lr_schedule="cosine"), build)
+    whole = distill(config_of(raw, output_dir=str(tmp_path / "whole"), lr_schedule="cosine"))
     half = config_of(raw, lr_schedule="cosine")
 
     class Stop(Exception):
@@ -103,7 +107,7 @@ def test_interrupted_equals_uninterrupted(raw, tmp_path, optimizer):
     trainer.update = stop_at_three
     with pytest.raises(Stop):
         trainer.run()
-    folder = train(half, build)
+    folder = distill(half)
     assert_same_state(newest(whole), newest(folder))
     assert [r["step"] for r in records(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
     strip = [{k: v for k, v in r.items() if k not in ("seconds", "samples_per_second")} for r in records(whole)]
@@ -147,8 +151,8 @@ def test_killed_process_goes_on_bit_for_bit(raw, tmp_path):
 
 
 def test_micro_batches_do_not_change_the_update(raw, tmp_path):
-    one = newest(train(config_of(raw, output_dir=str(tmp_path / "one")), build))
-    four = newest(train(config_of(raw, output_dir=str(tmp_path / "four"), gradient_accumulation_steps=4), build))
+    one = newest(distill(config_of(raw, output_dir=str(tmp_path / "one"))))
+    four = newest(distill(config_of(raw, output_dir=str(tmp_path / "four"), gradient_accumulation_steps=4)))
     for key, value in one["student"].items():
         torch.testing.assert_close(four["student"][key], value, atol=2e-5, rtol=2e-4)
 
@@ -166,7 +170,7 @@ def test_a_run_with_the_kernels_is_one_without(raw, tmp_path, monkeypatch):
     states = []
     for backend in ("", "torch"):
         monkeypatch.setenv("DANCEOPD_KERNELS", backend)
-        states.append(train(config_of(raw, output_dir=str(tmp_path / f"run{backend}")), build))
+        states.append(distill(config_of(raw, output_dir=str(tmp_path / f"run{backend}"))))
     assert used == ({"cpu": 6, "torch": 6} if compiled.module("cpu") else {"torch": 12})
     for a, b in zip(*map(records, states), strict=True):
         if "loss" in a:
@@ -181,16 +185,16 @@ def test_student_of_one_teacher_converges_to_it(raw):
     raw["capabilities"]["edit"]["source"] = "one"
     config = config_of(raw, max_steps=100, batch_size=16, learning_rate=3e-3, sample_every=0, ema_decay=0.5)
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"times": 0})})
-    losses = [r["loss"] for r in records(train(config, build)) if "loss" in r]
+    losses = [r["loss"] for r in records(distill(config)) if "loss" in r]
     assert sum(losses[-10:]) < 0.25 * sum(losses[:3]) * 10 / 3
 
 
 def test_another_configuration_is_refused_and_overwrite_starts_again(raw):
-    train(config_of(raw), build)
+    distill(config_of(raw))
     changed = config_of(raw, learning_rate=1e-3)
     with pytest.raises(UserError, match=r"training\.learning_rate"):
-        train(changed, build)
-    folder = train(changed, build, overwrite=True)
+        distill(changed)
+    folder = distill(changed, overwrite=True)
     assert newest(folder)["step"] == 6
     assert [r["step"] for r in records(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
@@ -202,10 +206,10 @@ def test_a_run_of_a_version_with_fewer_keys_goes_on(raw):
     saved, _ = state.load_newest(config.training.output_dir / "checkpoints")
     identity = saved.rest["identity"]
     del identity["model"], identity["student"]["lora"], identity["sources"]["one"]["lora"]
-    trainer.load(saved)
+    go_on(trainer, saved)
     identity["student"]["lora"] = {"rank": 4}
     with pytest.raises(UserError, match=r"student\.lora"):
-        trainer.load(saved)
+        go_on(trainer, saved)
 
 
 def spoil(path, how):
@@ -223,25 +227,25 @@ def spoil(path, how):
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 @pytest.mark.parametrize("name", ["rank-00000-of-00001.safetensors", "rest.pt", "manifest.json"])
 def test_a_damaged_checkpoint_is_passed_over(raw, capsys, name, how):
-    folder = train(config_of(raw, sample_every=0), build)
+    folder = distill(config_of(raw, sample_every=0))
     last = state.checkpoints(folder / "checkpoints")[-1]
     spoil(last / name, how)
-    train(config_of(raw, max_steps=7, sample_every=0), build)
+    distill(config_of(raw, max_steps=7, sample_every=0))
     out = capsys.readouterr().out
     assert (f"{last} is damaged" in out) == ((name, how) != ("manifest.json", "gone"))  # then it was never whole
     assert "going on from step 4" in out
 
 
 def test_no_checkpoint_that_is_whole(raw):
-    folder = train(config_of(raw), build)
+    folder = distill(config_of(raw))
     for path in state.checkpoints(folder / "checkpoints"):
         spoil(path / "rest.pt", "cut")
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
-        train(config_of(raw, max_steps=8), build)
+        distill(config_of(raw, max_steps=8))
 
 
 def test_full_disk_keeps_the_previous_checkpoint(raw, monkeypatch):
-    folder = train(config_of(raw), build)
+    folder = distill(config_of(raw))
     before = newest(folder)
 
     real = os.replace
@@ -253,7 +257,7 @@ def test_full_disk_keeps_the_previous_checkpoint(raw, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=r"No space left on device.*step-00000006 is still good"):
-        train(config_of(raw, max_steps=8), build)
+        distill(config_of(raw, max_steps=8))
     monkeypatch.undo()
     assert_same_state(before, newest(folder))
     assert not list((folder / "checkpoints").glob(".*tmp"))
@@ -280,7 +284,7 @@ def test_unwritable_folder_is_found_before_training(raw, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")
     with pytest.raises(UserError, match=r"training\.output_dir: cannot write"):
-        train(config_of(raw, output_dir=str(blocker / "run")), build)
+        distill(config_of(raw, output_dir=str(blocker / "run")))
 
 
 def test_everything_missing_is_listed_at_once(raw, tmp_path):
@@ -288,7 +292,7 @@ def test_everything_missing_is_listed_at_once(raw, tmp_path):
     raw["sources"]["one"]["weights"] = str(tmp_path / "nowhere.safetensors")
     raw["capabilities"]["t2i"]["data"] = {"manifest": str(tmp_path / "none.jsonl")}
     with pytest.raises(UserError) as error:
-        train(config_of(raw), build)
+        distill(config_of(raw))
     for key in ("student.init_from", "sources.one.weights", "capabilities.t2i.data"):
         assert key in str(error.value)
 
@@ -307,10 +311,10 @@ def test_edit_route_without_sources_is_an_error(raw, tmp_path):
 
 def test_a_manifest_trains_as_the_world_does(raw, tmp_path):
     manifest = write_world(tmp_path / "data", ["t2i", "edit"], 50, 1)
-    world = newest(train(config_of(raw, output_dir=str(tmp_path / "world"), max_steps=3), build))
+    world = newest(distill(config_of(raw, output_dir=str(tmp_path / "world"), max_steps=3)))
     for name in ("t2i", "edit"):
         raw["capabilities"][name]["data"] = {"manifest": str(manifest)}
-    mine = newest(train(config_of(raw, max_steps=3), build))
+    mine = newest(distill(config_of(raw, max_steps=3)))
     for key, value in world["student"].items():  # pictures on disk are rounded to 8 bits
         torch.testing.assert_close(mine["student"][key], value, atol=5e-3, rtol=0)
 
@@ -323,7 +327,7 @@ def test_non_finite_updates_are_skipped_counted_and_stop(raw, monkeypatch):
     def sometimes(student, sources, batch, **keywords):
         observed = real(student, sources, batch, **keywords)
         if calls[0] in bad:
-            observed.loss = observed.loss * float("nan")
+            observed.weight *= float("nan")
         calls[0] += 1
         return observed
 
@@ -341,7 +345,7 @@ def test_non_finite_updates_are_skipped_counted_and_stop(raw, monkeypatch):
     assert record["skipped"] == 2
     calls[0], bad = 0, set(range(100))
     with pytest.raises(UserError, match="3 updates in a row"):
-        train(config_of(raw, output_dir=raw["training"]["output_dir"] + "2", max_nonfinite_steps=3), build)
+        distill(config_of(raw, output_dir=raw["training"]["output_dir"] + "2", max_nonfinite_steps=3))
     assert newest(type(trainer.config.training.output_dir)(raw["training"]["output_dir"] + "2"))["step"] == 3
 
 
@@ -349,46 +353,28 @@ def test_collapse_is_warned_about(raw):
     config = config_of(raw)
     trainer = Trainer(config, build(config))
     trainer.update()
-    reference = trainer.health.reference
-    health = Health(["t2i", "edit"], trainer.sigmas, reference)
-    batch = trainer.draw().to("cpu")
-    observed = loop.METHODS["danceopd"](
-        trainer.parts.student,
-        trainer.fields,
-        batch,
-        sigmas=trainer.sigmas,
-        solver="euler",
-        bias="low_t",
-        k=1,
-        generator=step_generator(0, 0),
-    )
-    observed.target = observed.velocity.clone()
-    index = observed.depth.tolist()
-    observed.states = torch.stack(
-        [
-            s / s.norm() * reference[("t2i", "edit")[m]][i]
-            for s, m, i in zip(observed.states, observed.route.tolist(), index, strict=True)
-        ]
-    )
-    for _ in range(30):
-        health.update(observed.summary(), 1.0)
+    health, batch = Health(["t2i", "edit"], trainer.sigmas), trainer.draw()
+    questions = trainer.ask(batch)["student"]
+    seen = watched(questions, [matched(trainer.trained["student"], questions)], len(batch))
+    seen = replace(seen, velocity_norm=seen.target_norm)
+    for _ in range(40):
+        health.update(seen, 1.0)
     assert health.warnings() == {}
-    health.update(observed.summary(), 50.0)  # a single spike is no drift
+    health.update(seen, 50.0)  # a single spike is no drift
     assert health.warnings() == {}
     for _ in range(8):
-        health.update(observed.summary(), 50.0)
+        health.update(seen, 50.0)
     assert list(health.warnings()) == ["gradient norm"]
-    observed.velocity = observed.velocity * 3
-    observed.states = observed.states * 0.2
+    seen = replace(seen, velocity_norm=3 * seen.velocity_norm, state_norm=0.2 * seen.state_norm)
     for _ in range(30):
-        health.update(observed.summary(), 1.0)
+        health.update(seen, 1.0)
     text = " ".join(health.warnings().values())
     assert "velocity norm of t2i at sigma" in text
     assert "rollout state norm of edit at sigma" in text
 
 
 def test_bf16_trains(raw):
-    losses = [r["loss"] for r in records(train(config_of(raw, precision="bf16", max_steps=2), build)) if "loss" in r]
+    losses = [r["loss"] for r in records(distill(config_of(raw, precision="bf16", max_steps=2))) if "loss" in r]
     assert len(losses) == 2
     assert all(0 < loss < 1e3 for loss in losses)
 
@@ -417,13 +403,13 @@ def test_a_disk_without_room_is_found_before_training(raw, monkeypatch):
     usage = shutil.disk_usage(config.training.output_dir.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**24 + 3 * needed))
     with pytest.raises(UserError, match=r"3 checkpoints and the student need .*keep_checkpoints"):
-        train(config, build)
-    train(config_of(raw, keep_checkpoints=1), build)
+        distill(config)
+    distill(config_of(raw, keep_checkpoints=1))
 
 
 def test_a_trace_has_the_phases_of_the_steps_asked_for(raw):
     config = config_of(raw, profile_steps=2, sample_every=0)
-    folder = train(parse_config({**config.to_dict(), "evaluation": {"times": 0}}), build)
+    folder = distill(parse_config({**config.to_dict(), "evaluation": {"times": 0}}))
     (trace,) = (folder / "profile").iterdir()
     names = Counter(event.get("name") for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X")
     phases = ("route", "rollout", "query", "student", "loss", "backward", "step")

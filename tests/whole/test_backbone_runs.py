@@ -14,6 +14,7 @@ from model_runs import EDITING, PREPARED_SIZE, losses, teachers_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from danceopd.api import distill
 from danceopd.config.reading import parse_config
 from danceopd.core.conditioning import concatenate
 from danceopd.core.fields import routed
@@ -24,7 +25,6 @@ from danceopd.models.backbones import backbone_of, pipeline_class_of
 from danceopd.models.shared_base import SharedBase
 from danceopd.support.errors import UserError
 from danceopd.training.assembly.build import build_model
-from danceopd.training.loop import train
 
 SIZE = PREPARED_SIZE
 STEPS = 4
@@ -71,7 +71,7 @@ def distance(config, transformer):
     depth = torch.tensor([[1, 3]] * 6)
     states, sigma = rollout_by_route(parts.fields, route, noise, batch, group.sigmas, depth)
     states, sigma, batch, route = states.flatten(0, 1), sigma.flatten(), batch.repeat(2), route.repeat_interleave(2)
-    wanted = routed(parts.fields, route, states, sigma, batch)
+    wanted = routed(parts.fields, route, states, sigma, batch).target()
     given = SharedBase(transformer, [], backbone.velocity).field(-1)
     return (given(states, sigma, batch.embedding(config.student.embedded_guidance)) - wanted).square().mean()
 
@@ -79,7 +79,7 @@ def distance(config, transformer):
 def test_end_to_end(place, tmp_path):
     family, root = place
     config = config_of(family, root, tmp_path / "run")
-    folder = train(config, build_model)
+    folder = distill(config)
     curve = losses(folder)
     assert len(curve) == 20
     assert sum(curve[-5:]) < 0.7 * sum(curve[:5])

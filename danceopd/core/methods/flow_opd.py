@@ -52,6 +52,7 @@ def flow_opd(
     Raises:
         ValueError: If group_size does not divide B.
     """
+    # Long: half of it says what the options are.
     if len(batch) % group_size:
         raise ValueError(f"group_size {group_size} does not divide {len(batch)} samples")
     steps, first = len(sigmas) - 1, torch.arange(len(batch)) // group_size * group_size

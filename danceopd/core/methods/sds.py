@@ -63,5 +63,5 @@ def moved(velocity: torch.Tensor, q: Questions) -> Matched:
     What is watched is how far the source is from what its velocity is held against.
     """
     clean = q.states - per_sample(q.sigma, q.states) * velocity.to(q.states.dtype)
-    loss = velocity_mse(clean, clean.detach() - q.rest["move"]) / 2 * q.weight
+    loss = velocity_mse(clean, clean.detach() + q.rest["move"]) / 2 * q.weight
     return Matched(loss, q.rest["error"], q.rest["other_norm"], q.rest["real_norm"])

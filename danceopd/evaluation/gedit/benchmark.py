@@ -1,6 +1,6 @@
-"""GEdit-Bench (arXiv 2504.17761): edits by a diffusers pipeline in the official layout, and their VIEScore.
+"""Reads GEdit-Bench (arXiv 2504.17761).
 
-The layout is METHOD/fullset/TASK/LANGUAGE/KEY.png, as the benchmark's own script reads it.
+Edits lie in the official layout METHOD/fullset/TASK/LANGUAGE/KEY.png, as the benchmark's own script reads it.
 """
 
 import re
@@ -41,7 +41,13 @@ INTERSECTION = "Intersection_exist"  # the column of rows that are in the smalle
 
 @dataclass(frozen=True)
 class Row:
-    """One edit of the benchmark. index: its place in the data set; intersection: None where no column tells."""
+    """One edit of the benchmark.
+
+    Attributes:
+        key, kind, language, instruction: As the data set has them.
+        intersection: Whether it is in the smaller subset; None where no column tells.
+        index: Its place in the data set.
+    """
 
     key: str
     kind: str
@@ -59,9 +65,11 @@ class Benchmark:
     data: Any
 
     def picture(self, row: Row, raw: bool = False) -> Image.Image:
-        """A row's source as RGB; raw: as it was before the benchmark's authors resized it, where that is there.
+        """Reads the picture to edit as RGB; a UserError if it cannot be decoded.
 
-        Raises UserError if it cannot be decoded.
+        Args:
+            row: Whose picture.
+            raw: Whether it is wanted as it was before the benchmark's authors resized it, where that is there.
         """
         column = "input_image_raw" if raw and "input_image_raw" in self.data.column_names else "input_image"
         try:
@@ -72,7 +80,7 @@ class Benchmark:
 
 
 def kinds_of(names: Iterable[str]) -> tuple[str, ...]:
-    """The benchmark's names of kinds, written with - or _ alike; "paper" and "all" are the six and the eleven."""
+    """Returns the benchmark's names of kinds, written with - or _; "paper" and "all" are the six and the eleven."""
     known = {kind.replace("_", "-"): (kind,) for kind in KINDS} | {"paper": PAPER_KINDS, "all": KINDS}
     found: list[str] = []
     for name in names:
@@ -85,10 +93,17 @@ def kinds_of(names: Iterable[str]) -> tuple[str, ...]:
 def read_benchmark(
     folder: Path, kinds: Sequence[str] = PAPER_KINDS, languages: Sequence[str] = ("en",), subset: str = "fullset"
 ) -> Benchmark:
-    """The rows of these kinds, languages and subset of a data set written by save_to_disk, or of a folder of parquet.
+    """Reads the rows of these kinds, languages and subset.
 
-    Raises UserError for a folder that is no such data set, columns that are missing, rows that name no place of the
-    layout or the same one twice, and a kind without rows in one of the languages.
+    Args:
+        folder: A data set written by save_to_disk, or a folder of parquet files.
+        kinds: The benchmark's names, as kinds_of gives them.
+        languages: Of the instructions: "en", "cn".
+        subset: "fullset" or "intersection".
+
+    Raises:
+        UserError: The folder is no such data set, lacks columns, has rows that name no place of the layout or the same
+            one twice, or has no row of a kind in one of the languages.
     """
     data = load_data(folder)
     if missing := [column for column in COLUMNS if column not in data.column_names]:
@@ -121,7 +136,7 @@ def read_benchmark(
 
 
 def load_data(folder: Path):
-    """The data set in a folder, its pictures to be decoded. Raises UserError for a folder that is none."""
+    """Opens the data set in a folder, its pictures to be decoded; a UserError for a folder that is none."""
     try:
         import datasets
     except ModuleNotFoundError:

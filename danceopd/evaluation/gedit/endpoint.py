@@ -1,4 +1,4 @@
-"""A judge behind an HTTP endpoint."""
+"""Asks a judge behind an HTTP endpoint."""
 
 import base64
 import http.client
@@ -40,13 +40,23 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class EndpointJudge:
-    """judge(questions) -> answers: a model behind an OpenAI-compatible endpoint, such as vLLM's.
+    """A model behind an OpenAI-compatible endpoint, such as vLLM's: judge(questions) -> answers.
 
-    url: what clients call the base URL, usually ending in /v1. The key, where one is needed, is read from the
-    environment variable DANCEOPD_JUDGE_KEY. parallel: requests at a time; timeout: seconds for a whole answer; tries:
-    of a request that fails in a way that may pass, after backoff * 1, 2, 4, ... seconds or what the server says, up to
-    max_wait; per_minute: most requests; max_calls, max_tokens: the budget, UserError once it is used up. Raises
-    UserError for a bad address or key.
+    The key, where one is needed, is read from the environment variable DANCEOPD_JUDGE_KEY.
+
+    Args:
+        url: What clients call the base URL, usually ending in /v1.
+        model: The model's name there.
+        parallel: Requests at a time.
+        timeout: Seconds for a whole answer.
+        tries: How often a request is sent that fails in a way that may pass, after backoff * 1, 2, 4, ... seconds or
+            what the server says, up to max_wait.
+        backoff, max_wait: Seconds.
+        per_minute: Most requests.
+        max_calls, max_tokens: The budget; a UserError once it is used up.
+
+    Raises:
+        UserError: The address or the key is of no use.
     """
 
     batch_size = 1
@@ -91,7 +101,7 @@ class EndpointJudge:
                 yield error
 
     def check(self) -> None:
-        """Ask for one word. Raises UserError if the address, the model's name or the key is wrong."""
+        """Asks for one word; a UserError if the address, the model's name or the key is wrong."""
         try:
             self._answer([{"type": "text", "text": "Answer with the word ready."}])
         except Unanswered as error:
@@ -153,7 +163,7 @@ class EndpointJudge:
         return text if isinstance(text, str) else ""
 
     def _take_turn(self) -> None:
-        """Count a call, and wait until the rate allows it."""
+        """Counts a call, and waits until the rate allows it."""
         with self._lock:
             used = [
                 f"{spent} {what}"
@@ -176,7 +186,7 @@ class EndpointJudge:
             raise Unanswered("stopped")
 
     def _refuse(self, error: urllib.error.HTTPError, deadline: float) -> None:
-        """Raise what an HTTP error means: wait and try again, give this question up, or stop."""
+        """Raises what an HTTP error means: wait and try again, give this question up, or stop."""
         try:
             said = self._without_key(_message(_read(error, deadline)))
         except (_Again, OSError, http.client.HTTPException):
@@ -216,7 +226,7 @@ def _content(question: Question) -> list[dict]:
 
 
 def _read(response, deadline: float) -> bytes:
-    """A body of at most MAX_BODY bytes, whole before the deadline: a socket's own timeout is for each piece of it."""
+    """Reads a body of at most MAX_BODY bytes, whole before the deadline: a socket's own timeout is for each piece."""
     parts, size = [], 0
     while part := response.read1(2**16):
         size += len(part)
@@ -239,7 +249,7 @@ def _message(body: bytes) -> str:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, which holds them or a date."""
+    """Returns the seconds of a Retry-After header, which holds them or a date."""
     if not value:
         return None
     try:

@@ -1,4 +1,4 @@
-"""A vision-language model as the judge of edits, after VIEScore (arXiv 2312.14867).
+"""Has edits judged by a vision-language model, after VIEScore (arXiv 2312.14867).
 
 SC (was the instruction followed, was the rest kept) and PQ (is the picture natural and free of flaws) are each the
 smaller of two marks from 0 to 10, and O = sqrt(SC * PQ). The judge answers behind an OpenAI-compatible endpoint, or is
@@ -89,19 +89,19 @@ class Verdict:
 
 
 def overall(sc: float, pq: float) -> float:
-    """O of one edit: the geometric mean of SC and PQ."""
+    """Returns O of one edit: the geometric mean of SC and PQ."""
     return math.sqrt(sc * pq)
 
 
 def as_shown(picture: Image.Image) -> Image.Image:
-    """A picture as the judge sees it: RGB, of the same shape with about 512 x 512 pixels."""
+    """Returns a picture as the judge sees it: RGB, of the same shape with about 512 x 512 pixels."""
     width = math.sqrt(SHOWN_AREA * picture.width / picture.height)
     height = width * picture.height / picture.width
     return picture.convert("RGB").resize((max(1, int(width)), max(1, int(height))))
 
 
 def questions_of(instruction: str, source: Image.Image, edited: Image.Image) -> tuple[Question, Question]:
-    """(SC's, PQ's) of an edit: the first sees both pictures, the second the edited one alone."""
+    """Returns SC's and PQ's questions about an edit: the first shows both pictures, the second the edited one alone."""
     source, edited = as_shown(source), as_shown(edited)
     return Question(SC_QUESTION.replace("<instruction>", instruction), (source, edited)), Question(
         PQ_QUESTION, (edited,)
@@ -109,9 +109,12 @@ def questions_of(instruction: str, source: Image.Image, edited: Image.Image) -> 
 
 
 def read_marks(answer: str) -> tuple[float, ...] | None:
-    """The two marks of an answer, or None where they are missing, not two, or not from 0 to 10.
+    """Reads the two marks of an answer.
 
     The last whole JSON object with a "score" counts, wherever it stands; without one, the last list after the word.
+
+    Returns:
+        The marks, or None where they are missing, not two, or not from 0 to 10.
     """
     answer, decoder, found = answer[-LAST:], json.JSONDecoder(), None
     at = answer.find("{")
@@ -136,7 +139,7 @@ def read_marks(answer: str) -> tuple[float, ...] | None:
 
 
 def cache_file(folder: Path, judge: str, question: Question) -> Path:
-    """Where the answer to a question lies: a digest of the judge, the text and the pictures' pixels."""
+    """Returns where the answer to a question lies: a digest of the judge, the text and the pictures' pixels."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (judge, question.text):
         digest.update(f"{len(part.encode())} ".encode() + part.encode())
@@ -147,7 +150,7 @@ def cache_file(folder: Path, judge: str, question: Question) -> Path:
 
 
 def read_cached(path: Path) -> tuple[float, ...] | None:
-    """The marks of an answer that was kept; None where there is none, or only a damaged one."""
+    """Reads the marks of an answer that was kept; None where there is none, or only a damaged one."""
     try:
         return read_marks(json.loads(path.read_text(encoding="utf-8"))["answer"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -156,7 +159,7 @@ def read_cached(path: Path) -> tuple[float, ...] | None:
 
 @dataclass(frozen=True)
 class Edit:
-    """What is judged: load() -> (source, edited), called when its turn comes."""
+    """An edit to be judged; load() -> (picture to edit, edited picture) is called when its turn comes."""
 
     instruction: str
     load: Callable[[], tuple[Image.Image, Image.Image]]
@@ -165,11 +168,20 @@ class Edit:
 def judge_edits(
     edits: Sequence[Edit], judge, cache: Path, progress: Callable = lambda items, total: items
 ) -> list[Verdict]:
-    """One verdict for each edit, in their order; answers that can be read are kept in the folder `cache`.
+    """Judges edits, several at a time.
 
-    judge: an EndpointJudge or LocalJudge. progress(items, total) wraps the verdicts as they come. Raises UserError
-    where the judge cannot be asked at all, its budget is used up, or several edits in a row get no score: what was
-    answered is kept, and the same call goes on from there.
+    Args:
+        edits: What is judged.
+        judge: An EndpointJudge or LocalJudge.
+        cache: Folder in which answers that can be read are kept.
+        progress: `progress(items, total)` wraps the verdicts as they come.
+
+    Returns:
+        One verdict for each edit, in their order.
+
+    Raises:
+        UserError: The judge cannot be asked at all, its budget is used up, or several edits in a row get no score. What
+            was answered is kept, and the same call goes on from there.
     """
     writing, verdicts = threading.Lock(), [Verdict(problem="not asked")] * len(edits)
     refused: list[UserError] = []
@@ -210,7 +222,7 @@ def _verdict(sc: tuple[float, ...] | str, pq: tuple[float, ...] | str) -> Verdic
 
 
 def _ask(questions: list[Question], judge, cache: Path, writing: threading.Lock) -> list[tuple[float, ...] | str]:
-    """The marks for each question, or why there are none."""
+    """Asks for the marks of each question; returns them, or why there are none."""
     files = [cache_file(cache, judge.name, question) for question in questions]
     marks: list = [read_cached(file) for file in files]
     for attempt in range(ASKED):

@@ -1,4 +1,4 @@
-"""A judge that runs in this process."""
+"""Asks a judge that runs in this process."""
 
 import threading
 from collections.abc import Sequence
@@ -10,11 +10,17 @@ from danceopd.support.errors import UserError
 
 
 class LocalJudge:
-    """judge(questions) -> answers: a vision-language model of transformers from its folder, such as Qwen2.5-VL.
+    """A vision-language model of transformers, such as Qwen2.5-VL: judge(questions) -> its most likely answers.
 
-    The most likely answer, without sampling. It is loaded when it is asked first, since the model that edits may need
-    the memory before. batch_size: edits at a time, each of two questions; dtype: of the weights. Raises UserError for a
-    folder that is missing or incomplete.
+    It is loaded when it is asked first, since the model that edits may need the memory before.
+
+    Args:
+        folder: Of the model.
+        device, dtype: Of its weights.
+        batch_size: Edits at a time, each of two questions.
+
+    Raises:
+        UserError: The folder is missing or incomplete.
     """
 
     parallel = 1
@@ -50,7 +56,7 @@ class LocalJudge:
         )
 
     def check(self) -> None:
-        """What there was to check, its making has."""
+        """Does nothing: what there was to check, its making has checked."""
 
     def __call__(self, questions: Sequence[Question]) -> list[str]:
         import torch

@@ -31,8 +31,7 @@ from danceopd.support.ranks import ALONE, Ranks
 
 
 def score_rows(benchmark: Benchmark, rows: Sequence[Row], folder: Path, judge, cache: Path) -> list[Verdict]:
-    """The judge's verdict on each row's edit in a method's folder. Raises UserError as judge_edits, and for a picture
-    that cannot be read."""
+    """Judges each row's edit in a method's folder; a UserError as from judge_edits, and for a damaged picture."""
 
     def load(row: Row) -> tuple[Image.Image, Image.Image]:
         path = picture_file(folder, row)
@@ -46,10 +45,14 @@ def score_rows(benchmark: Benchmark, rows: Sequence[Row], folder: Path, judge, c
 
 
 def summarize(rows: Sequence[Row], verdicts: Sequence[Verdict], kinds: Sequence[str] = PAPER_KINDS) -> dict:
-    """{language: {subset: {"average": ..., "kinds": {kind: ...}}}}, each of "sc", "pq", "o" and how many "n" scored.
+    """Averages the verdicts by language, subset and kind.
 
     A kind's value is the mean of its edits', the average the mean of its kinds, None where one has no edit that was
-    scored; "standard_error" is of the average O. Edits without a score are left out, as the official script does.
+    scored. Edits without a score are left out, as the official script does.
+
+    Returns:
+        {language: {subset: {"average": ..., "kinds": {kind: ...}}}}, each of "sc", "pq", "o" and how many "n" scored;
+        "standard_error" is of the average O.
     """
     summary: dict = {}
     for language in dict.fromkeys(row.language for row in rows):
@@ -78,7 +81,7 @@ def _means(values: Sequence[tuple[float, float, float]]) -> dict:
 
 
 def format_summary(summary: dict) -> str:
-    """The summary as a table for the terminal."""
+    """Writes the summary as a table for the terminal."""
     lines = []
     for language, subsets in summary.items():
         for subset, scores in subsets.items():
@@ -99,7 +102,7 @@ def write_scores(
     kinds: Sequence[str],
     judge: str,
 ) -> dict:
-    """Write results.json and, for the official calculate_statistics.py, one CSV a kind; returns the results."""
+    """Writes results.json and, for the official calculate_statistics.py, one CSV a kind; returns the results."""
     results = {
         "benchmark": "GEdit-Bench",
         "method": folder.name,
@@ -153,7 +156,7 @@ CSV_COLUMNS = (  # the official script's names, its spelling too
 
 
 def method_folder(output: Path, method: str) -> Path:
-    """A method's folder. Raises UserError for a name that is none of a folder, or is taken."""
+    """Returns a method's folder; a UserError for a name that is none of a folder, or is taken."""
     if not re.fullmatch(r"[\w.-]+", method) or method.startswith(".") or method in ("scores", "judged"):
         raise UserError(f"--method {method!r} is no name of a folder beside scores and judged")
     return output / method
@@ -177,11 +180,24 @@ def evaluate_gedit(
     dtype: torch.dtype = torch.float32,
     ranks: Ranks = ALONE,
 ) -> dict | None:
-    """Edit the benchmark's pictures that are missing, if there is a model, and score them all, if there is a judge.
+    """Edits the benchmark's pictures that are missing, if there is a model, and scores them all, if there is a judge.
 
-    output: holds METHOD/fullset/..., scores/METHOD/JUDGE/results.json and the judge's answers in judged. make_judge():
-    an EndpointJudge or LocalJudge. Each rank edits and asks about its own share of rows. Returns the results, on rank 0
-    and with a judge. Raises UserError for whatever is missing before anything is drawn.
+    Args:
+        dataset: The benchmark, as read_benchmark takes it.
+        output: Holds METHOD/fullset/..., scores/METHOD/JUDGE/results.json and the judge's answers in judged.
+        method: The folder's name of these pictures.
+        model, lora, transformer, device, dtype: As for evaluation.pipelines.load_pipeline.
+        editing: How edits are drawn.
+        make_judge: Makes an EndpointJudge or LocalJudge.
+        judge_name: The folder's name of its scores.
+        kinds, languages, subset: As for read_benchmark.
+        ranks: Each edits and asks about its own share of rows; every one calls this.
+
+    Returns:
+        The results, on rank 0 and with a judge; else None.
+
+    Raises:
+        UserError: Something is missing; said before anything is drawn.
     """
     editing = editing or Editing()
     folder, benchmark = method_folder(output, method), read_benchmark(dataset, kinds, languages, subset)

@@ -1,4 +1,4 @@
-"""GenEval's files: metadata, pictures and results."""
+"""Reads and writes GenEval's files: metadata, pictures and results."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from danceopd.support.hints import did_you_mean
 
 
 def check_metadata(metadata: dict, where: str) -> dict:
-    """A prompt's line as it is. Raises UserError that begins with `where` for one that the rules cannot read."""
+    """Checks a prompt's line and returns it; a UserError that begins with `where` if the rules cannot read it."""
 
     def need(holds: bool, problem: str) -> None:
         if not holds:
@@ -54,7 +54,7 @@ def check_metadata(metadata: dict, where: str) -> dict:
 
 
 def read_lines(path: Path) -> list[tuple[str, dict]]:
-    """(where it stands, the object) of every line of a JSONL file. Raises UserError for what is none."""
+    """Reads a JSONL file: (where it stands, the object) of every line; a UserError for what is none."""
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     lines = []
@@ -74,7 +74,7 @@ def read_lines(path: Path) -> list[tuple[str, dict]]:
 
 
 def read_metadata(path: Path) -> list[dict]:
-    """The prompts of the benchmark's evaluation_metadata.jsonl. Raises UserError that names the line."""
+    """Reads the prompts of the benchmark's evaluation_metadata.jsonl; a UserError that names the line."""
     return [check_metadata(metadata, where) for where, metadata in read_lines(path)]
 
 
@@ -88,6 +88,7 @@ class Drawn:
 
 
 def prompt_folder(folder: Path, index: int) -> Path:
+    """Returns the folder of a prompt by its place in the metadata."""
     return folder / f"{index:05d}"
 
 
@@ -97,10 +98,19 @@ def read_pictures(
     samples: int | None = None,
     check: Callable[[dict, str], dict] = check_metadata,
 ) -> list[Drawn]:
-    """The pictures that any tool drew in the benchmark's layout, by prompt: NNNNN/metadata.jsonl, NNNNN/samples/N.png.
+    """Finds the pictures that any tool drew in the benchmark's layout: NNNNN/metadata.jsonl, NNNNN/samples/N.png.
 
-    metadata, samples: what must be there, if given; check: of each prompt's line. Raises UserError for a folder that
-    holds no such pictures, for a prompt without any, and for pictures that are damaged; the first of each are named.
+    Args:
+        folder: Where they are.
+        metadata: The prompts that must be there, if given.
+        samples: Pictures that each prompt must have, if given.
+        check: Checks each prompt's line.
+
+    Returns:
+        The prompts with their pictures.
+
+    Raises:
+        UserError: The folder holds no such pictures, a prompt has none, or pictures are damaged; the first are named.
     """
     draw = "draw them by danceopd evaluate geneval --model"
     if not folder.is_dir():
@@ -150,7 +160,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def record(path: Path, metadata: dict, objects: Objects, correct: bool, reason: str) -> dict:
-    """A picture's line of the results, of the fields that the source writes."""
+    """Returns a picture's line of the results, with the fields that the source writes."""
     boxes = {name: [[*one.box, one.confidence] for one in found] for name, found in objects.items() if found}
     return {
         "filename": str(path),
@@ -164,11 +174,12 @@ def record(path: Path, metadata: dict, objects: Objects, correct: bool, reason: 
 
 
 def write_results(path: Path, records: list[dict]) -> None:
+    """Writes the lines of a results file, atomically."""
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in records).encode())
 
 
 def read_results(path: Path) -> list[dict]:
-    """The lines of a results file, ours or the source's. Raises UserError that names a line without what is needed."""
+    """Reads the lines of a results file, ours or the source's; a UserError names a line without what is needed."""
     records = []
     for where, line in read_lines(path):
         if not isinstance(line, dict) or not isinstance(line.get("correct"), bool):

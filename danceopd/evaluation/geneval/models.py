@@ -1,4 +1,4 @@
-"""What looks at GenEval's pictures: Mask2Former finds objects, CLIP names their colours. Both through transformers."""
+"""Looks at GenEval's pictures: Mask2Former finds objects, CLIP names their colours, both through transformers."""
 
 from collections.abc import Callable
 from itertools import groupby
@@ -39,10 +39,18 @@ NameColors = Callable[[Image.Image, str, list[Found]], list[str]]
 
 
 def load_detector(folder: Path, device: torch.device | str, classes: set[str]) -> Detect:
-    """A Mask2Former trained on COCO's instances, in float32.
+    """Loads a Mask2Former trained on COCO's instances, in float32.
 
-    folder: of save_pretrained, with its preprocessor_config.json; classes: what is asked of it, by the benchmark's
-    names. Raises UserError for a folder that is no whole Mask2Former, and for one that does not know a class.
+    Args:
+        folder: Of save_pretrained, with its preprocessor_config.json.
+        device: Where it computes.
+        classes: What is asked of it, by the benchmark's names.
+
+    Returns:
+        detect(pictures), which finds the objects of each RGB picture by class.
+
+    Raises:
+        UserError: The folder is no whole Mask2Former, or does not know a class.
     """
     mean, std = _mean_and_std(folder)
     if read_json(folder / "config.json").get("model_type") != "mask2former":
@@ -86,10 +94,13 @@ def _mean_and_std(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 def detector_input(
     pictures: list[Image.Image], mean: torch.Tensor, std: torch.Tensor, device: torch.device | str
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """RGB pictures of one size -> ([B, 3, H, W] float32 with sides that DIVISOR divides, the (h, w) that is picture).
+    """Makes the detector's input from RGB pictures of one size, as the source makes it.
 
-    Short side SHORT and long side at most LONG, by bilinear interpolation between the nearest pixels, in 8 bits;
-    the rest is grey, at the right and the bottom. Such are the inputs of the source's detector.
+    The short side is SHORT and the long side at most LONG, by bilinear interpolation between the nearest pixels, in 8
+    bits; the rest is grey, at the right and the bottom.
+
+    Returns:
+        [B, 3, H, W] float32 with sides that DIVISOR divides, and the (h, w) of it that is picture.
     """
     width, height = pictures[0].size
     scale = min(LONG / max(height, width), SHORT / min(height, width))
@@ -109,12 +120,19 @@ def objects_of(
     original: tuple[int, int],
     labels: list[str],
 ) -> Objects:
-    """One picture's detections above CONFIDENCE, from the network's logits.
+    """Finds the objects of one picture in the network's logits, as Mask2Former's own inference does.
 
-    class_logits: [Q, C + 1], the last of no object; mask_logits: [Q, h, w] of the padded input; padded, size,
-    original: (height, width) of the input, of the picture in it and of the picture itself; labels: of the C classes.
-    Mask2Former's own inference: of the pairs of query and class the most probable, a pixel is the object's where its
-    logit is positive, and the confidence is the class's probability times the mean probability of these pixels.
+    Of the pairs of query and class the most probable are taken; a pixel is the object's where its logit is positive,
+    and the confidence is the class's probability times the mean probability of these pixels.
+
+    Args:
+        class_logits: [Q, C + 1], the last of no object.
+        mask_logits: [Q, h, w], of the padded input.
+        padded, size, original: (height, width) of the input, of the picture in it and of the picture itself.
+        labels: Names of the C classes.
+
+    Returns:
+        The detections above CONFIDENCE, by class.
     """
     probabilities = class_logits.softmax(-1)[:, :-1]
     count = probabilities.shape[1]
@@ -141,10 +159,17 @@ def box_of(mask: torch.Tensor) -> tuple[float, float, float, float]:
 
 
 def load_colors(folder: Path, device: torch.device | str) -> NameColors:
-    """CLIP, zero-shot over COLORS, in float32: name_colors(picture, class, its objects) -> the colour of each.
+    """Loads a CLIP that names colours, zero-shot over COLORS, in float32.
 
-    folder: of save_pretrained, with its tokenizer and preprocessor_config.json. Raises UserError for one that is not
-    a whole CLIP.
+    Args:
+        folder: Of save_pretrained, with its tokenizer and preprocessor_config.json.
+        device: Where it computes.
+
+    Returns:
+        name_colors(picture, class, its objects), which gives the colour of each object.
+
+    Raises:
+        UserError: The folder is not a whole CLIP.
     """
     if read_json(folder / "config.json").get("model_type") != "clip":
         raise UserError(f"{folder} is no CLIP; give one such as clip-vit-large-patch14")
@@ -177,7 +202,7 @@ def load_colors(folder: Path, device: torch.device | str) -> NameColors:
 
 
 def crop(picture: Image.Image, found: Found) -> Image.Image:
-    """What is in an object's box, BACKGROUND around its mask."""
+    """Cuts out an object's box, with BACKGROUND around its mask."""
     if found.mask is not None:
         blank = Image.new("RGB", picture.size, BACKGROUND)
         picture = Image.composite(picture, blank, Image.fromarray(found.mask))

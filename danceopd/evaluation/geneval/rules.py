@@ -1,4 +1,4 @@
-"""GenEval's rules: is a picture what its prompt asks, given the objects that a detector found in it.
+"""Judges whether a picture is what its prompt asks, given the objects that a detector found in it: GenEval's rules.
 
 The rules, constants and files are those of github.com/djghosh13/geneval (evaluation/evaluate_images.py and
 summary_scores.py); docs/evaluation.md says what was compared with them, and how.
@@ -55,9 +55,12 @@ ColorsOf = Callable[[str, list[Found]], list[str]]  # (class, its objects) -> th
 
 
 def kept(found: list[Found], tag: str, max_overlap: float = 1.0) -> list[Found]:
-    """The detections of a class that count, most confident first.
+    """Returns the detections of a class that count, most confident first.
 
-    max_overlap: of two boxes that share more of their union, or as much, only the more confident one stays; 1: both.
+    Args:
+        found: All detections of the class.
+        tag: The prompt's; "counting" wants more confidence.
+        max_overlap: Of two boxes that share as much of their union, only the more confident one stays; 1 keeps both.
     """
     limit = np.float32(COUNTING_CONFIDENCE if tag == "counting" else CONFIDENCE)
     best = sorted((f for f in found if np.float32(f.confidence) > limit), key=lambda f: -f.confidence)
@@ -69,7 +72,7 @@ def kept(found: list[Found], tag: str, max_overlap: float = 1.0) -> list[Found]:
 
 
 def overlap(a: tuple, b: tuple) -> float:
-    """Two boxes' intersection over their union, where a box of pixels x0 to x1 is x1 - x0 + 1 wide, as the source's."""
+    """Returns two boxes' intersection over their union; a box of pixels x0 to x1 is x1 - x0 + 1 wide, as GenEval's."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a, b
 
     def area(x0, y0, x1, y1):
@@ -97,12 +100,19 @@ def relations(a: tuple, b: tuple) -> list[str]:
 
 
 def judge(metadata: dict, objects: Objects, colors_of: ColorsOf) -> tuple[bool, str]:
-    """(is the picture right, what is wrong with it, a line each).
+    """Judges one picture.
 
-    metadata: a line of the benchmark, as check_metadata takes it; objects: what counts of each class, as kept has it.
     Each `include` clause looks at the `count` most confident objects of its class alone: enough of them must be there,
     have the colour, and all stand in the relation to all objects of an earlier clause, which must have held itself.
     An `exclude` clause fails at `count` objects.
+
+    Args:
+        metadata: A line of the benchmark, as check_metadata takes it.
+        objects: What counts of each class, as kept has it.
+        colors_of: (class, its objects) -> the colour of each.
+
+    Returns:
+        Whether the picture is right, and what is wrong with it, a line each.
     """
     wrong: list[str] = []
     groups: list[list[Found] | None] = []

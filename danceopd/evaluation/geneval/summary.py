@@ -1,12 +1,15 @@
-"""The summary of GenEval's results."""
+"""Sums up GenEval's results."""
 
 
 def summary(records: list[dict]) -> dict:
-    """{"overall", "tags": {tag: {"score", "correct", "pictures"}}, "pictures", "prompts", "correct_pictures",
-    "correct_prompts"}: shares from 0 to 1.
+    """Sums up the lines of a results file, in shares from 0 to 1.
 
-    overall is the mean of the tags' shares of right pictures, a prompt is right if any picture of it is; prompts are
+    Overall is the mean of the tags' shares of right pictures. A prompt is right if any picture of it is; prompts are
     told apart by their whole metadata.
+
+    Returns:
+        {"overall", "tags": {tag: {"score", "correct", "pictures"}}, "pictures", "prompts", "correct_pictures",
+        "correct_prompts"}.
     """
     tags: dict[str, list[bool]] = {}
     prompts: dict[str, bool] = {}
@@ -25,7 +28,7 @@ def summary(records: list[dict]) -> dict:
 
 
 def format_summary(scores: dict) -> str:
-    """The summary as lines of text."""
+    """Writes the summary as lines of text."""
     lines = [
         f"{tag:16s} {100 * score['score']:6.2f} %   {score['correct']} of {score['pictures']}"
         for tag, score in scores["tags"].items()

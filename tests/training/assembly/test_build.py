@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from model_runs import losses, teachers_config
 
+from danceopd.api import distill
 from danceopd.config.reading import parse_config
 from danceopd.data.prepare import prepare
 from danceopd.data.prepared import PreparedData
@@ -22,7 +23,6 @@ from danceopd.planning.dry_run import dry_run
 from danceopd.planning.models import examine
 from danceopd.support.errors import UserError
 from danceopd.training.assembly.build import build_model
-from danceopd.training.loop import train
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def config_of(place, folder, **training):
 
 
 def test_end_to_end(place, tmp_path):
-    folder = train(config_of(place, tmp_path / "run"), build_model)
+    folder = distill(config_of(place, tmp_path / "run"))
     curve = losses(folder)
     assert len(curve) == 20
     assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
@@ -65,14 +65,14 @@ def test_training_reads_only_the_cache(place, tmp_path):
     for part in (copy / "vae").glob("*.safetensors"):
         part.unlink()
     config = config_of(place, tmp_path / "run", max_steps=2)
-    train(config.model_copy(update={"model": copy}), build_model)
+    distill(config.model_copy(update={"model": copy}))
     assert len(losses(tmp_path / "run")) == 2
 
 
 def test_resumed_is_uninterrupted(place, tmp_path):
-    whole = train(config_of(place, tmp_path / "whole", max_steps=4), build_model)
-    train(config_of(place, tmp_path / "parts", max_steps=2), build_model)
-    parts = train(config_of(place, tmp_path / "parts", max_steps=4), build_model)
+    whole = distill(config_of(place, tmp_path / "whole", max_steps=4))
+    distill(config_of(place, tmp_path / "parts", max_steps=2))
+    parts = distill(config_of(place, tmp_path / "parts", max_steps=4))
     name = "student/pytorch_lora_weights.safetensors"
     assert (whole / name).read_bytes() == (parts / name).read_bytes()
 

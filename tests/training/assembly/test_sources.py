@@ -1,9 +1,9 @@
 """Teachers of their own weights: folders, single files, host memory; and a frozen base of 8 bits under them all."""
 
-import copy
 import json
 import shutil
 import struct
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from model_runs import config_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from danceopd.core.fields import ask_shared, routed
+from danceopd.api import distill
+from danceopd.core.fields import routed
 from danceopd.models import loading
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.loading import check_transformer_file, load_transformer_file, stream_blocks
@@ -25,7 +26,6 @@ from danceopd.support.errors import UserError
 from danceopd.tools.model_report import measure_gaps
 from danceopd.training.assembly.build import build_model
 from danceopd.training.checkpoints import load_newest
-from danceopd.training.loop import train
 
 
 def asked(root, config=None):
@@ -70,7 +70,7 @@ def test_adapters_of_a_teacher_with_weights_of_its_own(places):
     parts, question = asked(root, config)
     other = backbone_of(root / "model").load_transformer(root / "other")
     expected = velocity_of(
-        root, merge_into(copy.deepcopy(other), load_lora(lora, other, pipeline_class_of(root / "model"))), question
+        root, merge_into(deepcopy(other), load_lora(lora, other, pipeline_class_of(root / "model"))), question
     )
     torch.testing.assert_close(parts.fields[1](*question), expected)
 
@@ -401,7 +401,7 @@ def test_training_with_a_streamed_teacher_and_what_it_takes(places, tmp_path):
     for offload in (False, True):
         folder = str(tmp_path / f"run{offload}")
         options = {**changes, "training.output_dir": folder, "training.offload_sources": offload}
-        runs[offload] = train(teacher(root, root / "other", **options), build_model)
+        runs[offload] = distill(teacher(root, root / "other", **options))
     name = "student/pytorch_lora_weights.safetensors"
     assert (runs[False] / name).read_bytes() == (runs[True] / name).read_bytes()
     plan = dry_run(teacher(root, root / "other", **{"training.offload_sources": True}), examine)
@@ -421,7 +421,7 @@ def test_a_teacher_that_no_sample_asks_is_not_asked(places):
 
     expected = parts.fields[0](*question)
     torch.testing.assert_close(
-        routed([parts.fields[0], refuse], torch.zeros(3, dtype=torch.int64), *question), expected
+        routed([parts.fields[0], refuse], torch.zeros(3, dtype=torch.int64), *question).target(), expected.float()
     )
     with pytest.raises(AssertionError, match="asked"):
         routed([parts.fields[0], refuse], torch.tensor([0, 1, 0]), *question)
@@ -445,7 +445,7 @@ def test_a_streamed_teacher_never_lies_on_the_device_as_a_whole():
     inputs |= {"txt_ids": torch.zeros(16, 3, device="cuda"), "img_ids": torch.zeros(64, 3, device="cuda")}
     size = nbytes(network)
     with torch.no_grad():
-        expected = copy.deepcopy(network).cuda()(**inputs).sample.cpu()
+        expected = deepcopy(network).cuda()(**inputs).sample.cpu()
         torch.cuda.empty_cache()
         stream_blocks(network, torch.device("cuda"))
         torch.cuda.reset_peak_memory_stats()
@@ -532,13 +532,13 @@ def learn_and_resume(root, tmp_path, **options):
     options |= {f"sources.{n}.lora": [{"path": str(root / f"{n}.safetensors"), "scale": 20}] for n in ("one", "two")}
     runs = [tmp_path / "whole", tmp_path / "again"]
     configs = [config_of(root, **options, **{"training.output_dir": str(folder)}) for folder in runs]
-    train(configs[0], build_model)
+    distill(configs[0])
     _, gaps = measure_gaps(runs[0], configs[0])
     before, after = (sum(gap[when] for gap in gaps.values()) for when in ("before", "after"))
     assert after < 0.9 * before
     (runs[1] / "checkpoints").mkdir(parents=True)
     shutil.copytree(*(run / "checkpoints" / "step-00000016" for run in runs))
-    train(configs[1], build_model)
+    distill(configs[1])
     name = "student/pytorch_lora_weights.safetensors"
     assert (runs[1] / name).read_bytes() == (runs[0] / name).read_bytes()
     return configs[0]
@@ -549,11 +549,11 @@ def test_training_on_8_bits_learns_resumes_and_copies(places, tmp_path):
     root = places("sd3")
     config = learn_and_resume(root, tmp_path, **EIGHT, **{"training.gradient_checkpointing": True})
     parts, question = asked(root, config)
-    other = copy.deepcopy(parts.student)
+    other = deepcopy(parts.student)
     assert other._shared[0] is parts.student._shared[0]
     torch.testing.assert_close(other(*question), parts.student(*question), rtol=0, atol=0)
     network = parts.student._shared[0].transformer
-    assert eight_bit_layers(copy.deepcopy(network)) == eight_bit_layers(network)
+    assert eight_bit_layers(deepcopy(network)) == eight_bit_layers(network)
 
 
 def test_a_streamed_teacher_of_8_bits(places):
@@ -612,14 +612,14 @@ def test_sources_on_one_base_are_each_asked_with_their_own_number(places):
     )
     assert parts.fields[0].network is parts.fields[1].network
     route = torch.tensor([0, 1, 0])
-    mixed = routed(parts.fields, route, latents, sigma, conditioning)
-    together = ask_shared(parts.fields, route, latents, sigma, conditioning)
+    mixed = routed(parts.fields, route, latents, sigma, conditioning).target()
+    together = torch.stack([parts.fields[m](latents, sigma, conditioning)[i].float() for i, m in enumerate(route)])
     torch.testing.assert_close(mixed, together, rtol=1e-4, atol=1e-5)
     backbone = backbone_of(root / "model")
     transformer, answers = backbone.load_transformer(root / "model"), {}
     for name in ("one", "two"):
         adapted = merge_into(
-            copy.deepcopy(transformer),
+            deepcopy(transformer),
             load_lora(root / f"{name}.safetensors", transformer, pipeline_class_of(root / "model")),
         )
         for number in (1.5, 6.0):

@@ -6,7 +6,7 @@ from danceopd_kernels import fp8_quantize_rowwise
 from model_runs import config_of as model_config
 from world_runs import config_of
 
-from danceopd.cli.train import builder_of, examiner_of
+from danceopd.api import builder_of, examiner_of
 from danceopd.config.reading import load_config
 from danceopd.core.rollout import rollout
 from danceopd.models.fp8 import Fp8Linear
@@ -16,6 +16,7 @@ from danceopd.support.errors import UserError
 from danceopd.training.checkpoints import load_newest, save_state
 from danceopd.training.engine import Local
 from danceopd.training.loop import Trainer
+from danceopd.training.resume import go_on, state_of
 from danceopd.training.rollouts.compiled import compile_blocks
 from danceopd.training.rollouts.replica import bytes_beside
 from danceopd.world.files import SHIPPED, load_model
@@ -89,7 +90,7 @@ def test_states_are_near_the_students_own(tmp_path, wanted, error):
     changes += ["capabilities.t2i.data.size=8", "capabilities.edit.data.size=8"]
     trainer = trainer_of(load_config("configs/demo.yaml", changes))
     with torch.no_grad():
-        found, expected = (states(trainer, f, 15) for f in (trainer.student_field(), trainer.engine.student))
+        found, expected = (states(trainer, f, 15) for f in (trainer.student, trainer.engine.student))
     distance = furthest(found, expected)
     assert distance == 0 if wanted is None else 0 < distance < error
     assert (trainer.engine.resident is trainer.engine.student) == (wanted is None)
@@ -99,7 +100,7 @@ def test_bf16_on_bf16_is_what_autocast_computes(raw):
     trainer = trainer_of(config_of(raw, precision="bf16", rollout_precision="bf16"))
     plain = trainer_of(config_of(raw, precision="bf16"))
     with torch.no_grad():
-        assert torch.equal(*(states(t, t.student_field()) for t in (trainer, plain)))
+        assert torch.equal(*(states(t, t.student) for t in (trainer, plain)))
     assert trainer.update()["loss"] == plain.update()["loss"]
 
 
@@ -119,15 +120,15 @@ def test_resumed_is_uninterrupted(raw, tmp_path, wanted):
     config = config_of(raw, rollout_precision=wanted, cuda_graphs=True)  # static steps on the copy
     whole, resumed = trainer_of(config), trainer_of(config)
     whole.update()
-    save_state(tmp_path, whole.step, *whole.engine.tensors(), whole.rest(), 1)
-    resumed.load(load_newest(tmp_path)[0])
+    save_state(tmp_path, whole.step, *whole.engine.tensors(), state_of(whole), 1)
+    go_on(resumed, load_newest(tmp_path)[0])
     for _ in range(2):
         assert whole.update() == resumed.update()
     for trainer in (whole, resumed):
         check_copy(trainer.engine, wanted)
     other = trainer_of(config_of(raw))
     with pytest.raises(UserError, match=r"another configuration \(training.rollout_precision\)"):
-        other.load(load_newest(tmp_path)[0])
+        go_on(other, load_newest(tmp_path)[0])
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -137,7 +138,7 @@ def test_static_steps_and_compiled_blocks_ask_the_copy(raw, monkeypatch, compile
     plain = trainer_of(config_of(raw, rollout_precision="fp8"))
     trainer = trainer_of(config_of(raw, rollout_precision="fp8", cuda_graphs=True, compile=compiled))
     assert trainer.update()["loss"] == pytest.approx(plain.update()["loss"], rel=1e-4)
-    assert trainer.static.networks == [trainer.engine.replica]
+    assert trainer.student.networks == [trainer.engine.replica]
     assert bool(trainer.engine.replica.blocks[0]._compiled_call_impl) == compiled
     assert not trainer.engine.student.blocks[0]._compiled_call_impl
 
@@ -163,7 +164,7 @@ def test_a_models_student_of_all_weights(places, precision, wanted):
     trainer.update()
     check_copy(trainer.engine, wanted, precision == "bf16")
     with torch.no_grad():
-        found, expected = (states(trainer, f, 3) for f in (trainer.student_field(), trainer.engine.student))
+        found, expected = (states(trainer, f, 3) for f in (trainer.student, trainer.engine.student))
     assert 0 < furthest(found, expected) < 0.1  # random and tiny
     assert dry_run(config).memory["replica for rollouts"][0] == bytes_beside(
         trainer.engine.replica, trainer.engine.student
@@ -196,7 +197,7 @@ def test_an_adapter_on_a_copy_of_its_base_in_fp8(places, family):
         assert layer.bias is plain[name].bias
     assert addresses(engine.replica.transformer) == before
     with torch.no_grad():
-        found, expected = (states(trainer, f, 4) for f in (trainer.student_field(), engine.student))
+        found, expected = (states(trainer, f, 4) for f in (trainer.student, engine.student))
     assert 0 < furthest(found, expected) < 0.1
     own = sum(layer.weight.nbytes + layer.weight_scale.nbytes for _, layer in layers)
     own += sum(p.nbytes for p in engine.student.parameters())
