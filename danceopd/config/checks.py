@@ -11,7 +11,7 @@ from danceopd.support.hints import did_you_mean
 
 
 def _section_at(location: tuple) -> dict:
-    """The fields of the section that a validation error lies in."""
+    """Returns the fields of the section that a validation error lies in."""
     model = Config
     for key in location[:-1]:
         if model is None:
@@ -23,7 +23,7 @@ def _section_at(location: tuple) -> dict:
 
 
 def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") -> str:
-    """One mistake in words; valid: the keys that could stand there, if they are not a section's."""
+    """Says one mistake in words; valid: the keys that could stand there, if they are not a section's."""
     key = prefix + ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         valid = _section_at(error["loc"]) if valid is None else valid
@@ -37,7 +37,7 @@ def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") 
 
 
 def _check_model(config: Config) -> list[str]:
-    """What goes with a `model` only, and what does not go with one."""
+    """Lists what goes with a `model` only and is given without one, and what does not go with one."""
     if config.model:
         evaluation = ["evaluation.times: not with a model yet; give 0"] if config.evaluation.times else []
         return evaluation + _check_start(config)
@@ -57,7 +57,7 @@ def _check_model(config: Config) -> list[str]:
 
 
 def _check_start(config: Config) -> list[str]:
-    """What a model's student cannot begin as."""
+    """Lists what a model's student cannot begin as."""
     start, key = config.student.init_from, "student.init_from"
     if start not in ("base", "merge", *config.sources):
         near = did_you_mean(start, ["base", "merge", *config.sources])
@@ -76,7 +76,7 @@ def _check_start(config: Config) -> list[str]:
 
 
 def _check_rollout(config: Config) -> list[str]:
-    """What goes against training.rollout_precision."""
+    """Lists what goes against training.rollout_precision."""
     training, key = config.training, "training.rollout_precision"
     wanted, base = training.rollout_precision, training.base_precision
     if wanted is None:

@@ -25,18 +25,18 @@ class Findings:
     """What a dry run found, as far as the files allow.
 
     Attributes:
-        problems: what keeps the run from starting, each as "key: message".
-        found: lines about files.
-        parameters: number of parameters by network.
-        memory: bytes of one rank by term, and how they come about.
-        host: bytes that wait in host memory, in the same way.
-        activations: bytes that the backward keeps, without and with gradient checkpointing (None where a network
+        problems: What keeps the run from starting, each as "key: message".
+        found: Lines about files.
+        parameters: Number of parameters by network.
+        memory: Bytes of one rank by term, and how they come about.
+        host: Bytes that wait in host memory, in the same way.
+        activations: Bytes that the backward keeps, without and with gradient checkpointing (None where a network
             cannot); None where they are not known.
-        forward: bytes of one row of a forward without gradient, and how many rows it takes; None where not known.
-        evaluations: network evaluations of one update by what they are for; None for a method where they are not
+        forward: Bytes of one row of a forward without gradient, and how many rows it takes; None where not known.
+        evaluations: Network evaluations of one update by what they are for; None for a method where they are not
             worked out.
-        grid: network evaluations of a sample grid, and once in a run of its sources' rows.
-        operations: works out the floating-point operations of a forward of one sample, by capability.
+        grid: Network evaluations of a sample grid, and once in a run of its sources' rows.
+        operations: Works out the floating-point operations of a forward of one sample, by capability.
     """
 
     problems: list[str] = field(default_factory=list)

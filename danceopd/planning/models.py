@@ -16,7 +16,7 @@ from danceopd.models.blocks import blocks
 from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.loading import check_transformer_file, check_weights, is_file_name
-from danceopd.models.lora_algebra import combine
+from danceopd.models.lora_algebra import sum_loras
 from danceopd.models.lora_files import load_lora, lora_parameters
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase
@@ -46,9 +46,9 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     """Adds to the findings what the networks and the prepared rows of a model's run take and lack.
 
     Args:
-        config: the configuration; its `model` names the pipeline's folder.
-        findings: what is found is added to it, as far as the files allow.
-        device: where the run will compute, None where it is not there.
+        config: The configuration; its `model` names the pipeline's folder.
+        findings: What is found is added to it, as far as the files allow.
+        device: Where the run will compute, None where it is not there.
     """
     attempt = findings.attempt
     backbone = attempt("model", backbone_of, config.model)
@@ -221,7 +221,7 @@ def _cut_layers(config: Config, transformer: nn.Module, layers: list[str]) -> in
         if config.student.init_from not in (name, "merge"):
             continue
         try:
-            loras[name] = combine([load_lora(x.path, transformer, pipeline_class, 1.0, True) for x in source.lora])
+            loras[name] = sum_loras([load_lora(x.path, transformer, pipeline_class, 1.0, True) for x in source.lora])
         except (UserError, RuntimeError):  # said of the source, where it is a problem
             return 0
     return sum(len(a) > config.student.lora.rank for a, _, _ in start_lora(config, loras, layers).values())

@@ -19,9 +19,9 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     """Adds to the findings what the networks and the data of a run take and lack.
 
     Args:
-        config: the configuration, without a `model`.
-        findings: what is found is added to it, as far as the files allow.
-        device: not looked at: the embedded network runs on any.
+        config: The configuration, without a `model`.
+        findings: What is found is added to it, as far as the files allow.
+        device: Not looked at: the embedded network runs on any.
     """
     attempt = findings.attempt
     student = attempt("student.init_from", empty_network, config.student.init_from)

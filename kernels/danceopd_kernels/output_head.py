@@ -3,6 +3,7 @@
 A tile's error is made in registers, squared, and turned into the gradient at once: the velocity of neither network is
 ever written. The head is affine behind its modulation, so guidance is combined before the projection,
 uncond + g (cond - uncond) = W (y_uncond + g (y_cond - y_uncond)) + bias, and each target costs one product.
+A part for other trainers: DanceOPD's does not use it (docs/kernels.md says what it saves).
 """
 
 from collections.abc import Sequence

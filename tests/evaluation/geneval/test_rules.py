@@ -5,7 +5,7 @@ from geneval_runs import box, clause, found
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danceopd.evaluation.geneval.rules import MAX_OBJECTS, RELATIONS, Found, judge, kept, relations
+from danceopd.evaluation.geneval.rules import MAX_OBJECTS, RELATIONS, Found, check_picture, kept, relations
 
 NAMES = ("dog", "cat", "cup")
 boxes = st.builds(box, *[st.integers(0, 200)] * 2, *[st.integers(1, 80)] * 2)
@@ -29,7 +29,7 @@ def no_colors(name, objects):
 
 
 def verdict(objects, *include, exclude=(), colors_of=no_colors):
-    return judge({"include": list(include), "exclude": list(exclude)}, objects, colors_of)[0]
+    return check_picture({"include": list(include), "exclude": list(exclude)}, objects, colors_of)[0]
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,10 @@ def test_the_reason_names_everything_that_is_wrong():
         "include": [clause("dog", 2), clause("cat", position=["left of", 0]), clause("cup", color="red")],
         "exclude": [clause("dog", 1)],
     }
-    correct, reason = judge(metadata, objects, no_colors)
+    correct, reason = check_picture(metadata, objects, no_colors)
     assert not correct
     assert [text.split(":")[0] for text in reason.splitlines()] == ["dog", "cat", "cup", "dog"]
-    assert judge({"include": [clause("dog")]}, objects, no_colors) == (True, "")
+    assert check_picture({"include": [clause("dog")]}, objects, no_colors) == (True, "")
 
 
 detections = st.lists(st.builds(Found, boxes, st.floats(0.01, 1.0)), max_size=5)
