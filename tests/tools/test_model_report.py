@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import danceopd.tools.model_report
-import danceopd.training.loop
+import danceopd.training.previews
 from danceopd.api import distill
 from danceopd.cli.parser import main
 from danceopd.config.reading import load_config, parse_config
@@ -97,7 +97,7 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
         seen.append(rows)
         return labelled_grid(rows, *args, **kwargs)
 
-    monkeypatch.setattr(danceopd.training.loop, "labelled_grid", spy)
+    monkeypatch.setattr(danceopd.training.previews, "labelled_grid", spy)
     trainer = Trainer(*(lambda c: (c, build_model(c)))(parse_config(config_of(place, tmp_path))))
     before, asked = trainer.evaluations.total(), []
 
