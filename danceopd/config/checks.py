@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from danceopd.config.methods import options
 from danceopd.config.sections import Config, Section
-from danceopd.core.methods import OWN_ROLLOUT
+from danceopd.core.methods import OWN_ROLLOUT, needs
 from danceopd.support.hints import did_you_mean
 
 
@@ -100,12 +100,58 @@ def _check_rollout(config: Config) -> list[str]:
     return problems
 
 
+# What of the configuration a method reads, by the keyword that it takes it by.
+READ_AS = {
+    ("rollout", "num_inference_steps"): "sigmas",
+    ("rollout", "solver"): "solver",
+    ("query", "bias"): "bias",
+    ("query", "k"): "k",
+}
+ONLY_WORLD = ("per_task", "per_kind", "batch_size", "quick")  # of the evaluation, whose pictures a model does not draw
+
+
+def _changed(section: Section, key: str) -> bool:
+    """Whether a configuration gives a key another value than its default."""
+    return getattr(section, key) != type(section).model_fields[key].default
+
+
+def _check_unread(config: Config) -> list[str]:
+    """Lists what the run would not read: an option that changes nothing is a mistake."""
+    reads, problems = needs(config.method), []
+    for (section, key), keyword in READ_AS.items():
+        part = getattr(config, section)
+        if keyword not in reads and _changed(part, key):
+            problems.append(
+                f"{section}.{key}: {getattr(part, key)!r}, but {config.method} does not read it; leave it out"
+            )
+    if config.query.bias == "gap" and "bias" in reads and "gap" not in reads:
+        problems.append(f"query.bias: 'gap', but {config.method} does not follow the gap; use another bias")
+    if config.model:
+        if _changed(config.rollout, "shift") and "shift" not in reads:
+            problems.append("rollout.shift: the noise levels of a model are those of its scheduler; leave it out")
+        for key in ONLY_WORLD:
+            if _changed(config.evaluation, key):
+                problems.append(f"evaluation.{key}: is for the picture world; leave it out with a model")
+    for name, capability in config.capabilities.items():
+        for key in ("size", "seed"):
+            if capability.data.world is None and _changed(capability.data, key):
+                problems.append(f"capabilities.{name}.data.{key}: is for world's pictures; leave it out")
+        if capability.data.root and not capability.data.manifest:
+            problems.append(f"capabilities.{name}.data.root: is for a manifest's pictures; leave it out")
+    group = config.method_options().get("group_size")
+    if group and config.training.batch_size % group:
+        problems.append(f"options.group_size: {group} does not divide training.batch_size {config.training.batch_size}")
+    return problems
+
+
 def _cross_check(config: Config) -> list[str]:
     problems = []
     try:
         config.method_options()
     except ValidationError as error:
         problems += [_explain(e, options(config.method).model_fields, "options.") for e in error.errors()]
+    else:
+        problems += _check_unread(config)
     for name, capability in config.capabilities.items():
         if capability.source not in config.sources:
             near = did_you_mean(capability.source, config.sources)

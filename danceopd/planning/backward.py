@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.models.eight_bit import stored
+from danceopd.models.footprint import forward_bytes
 
 
 class _Attention(torch.autograd.Function):
@@ -152,6 +153,35 @@ def kept_for_backward(
     kept = _Kept()
     kept.storages = outside.storages | inputs.storages
     return plain, kept.bytes_without(fixed) + max((b.bytes_without(fixed, kept) for b in blocks), default=0)
+
+
+@torch.no_grad()
+def held_in_forward(
+    student: nn.Module, shape: tuple[int, ...], conditioning: Conditioning, autocast: torch.dtype | None = None
+) -> int:
+    """Returns the most bytes that one row of a forward without gradient holds at once, beside weights and inputs.
+
+    Args:
+        student: On the meta device.
+        shape: Of one sample's latents.
+        conditioning: Of one sample.
+        autocast: The dtype of products.
+    """
+    adapter = hasattr(student, "layer")
+    if adapter:
+        student.layer = lambda name, x, weight, *_: _adapted(student, name, x, weight)
+    try:
+        for place in ("meta", "cpu"):  # as for kept_for_backward
+            try:
+                with _AsOnDevice(autocast) as device:
+                    held = forward_bytes(lambda: _forward(student, shape, conditioning, place))  # noqa: B023
+                return held - sum(cast.nbytes for cast in device.casts.values())
+            except RuntimeError:
+                if place == "cpu":
+                    raise
+    finally:
+        if adapter:
+            del student.layer
 
 
 @torch.no_grad()

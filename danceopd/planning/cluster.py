@@ -13,7 +13,7 @@ from itertools import product
 from danceopd.config.sections import Config
 from danceopd.planning.cards import CARDS, NODE, Card, gather_seconds
 from danceopd.planning.dry_run import Examine, dry_run
-from danceopd.planning.memory import FLOAT, REPLICA, Findings
+from danceopd.planning.memory import ACTIVATIONS, BEYOND, FLOAT, REPLICA, Findings, beyond_activations
 from danceopd.support.memory import GIB, format_bytes
 from danceopd.training.rollouts.replica import multiplies_in_bf16
 from danceopd.training.zero.engine import GATHERED
@@ -160,8 +160,10 @@ class Plan:
                 continue
             if name.startswith("student in ") and stage == 3:
                 continue  # gathered in that dtype
-            if name == "activations for the backward":
+            if name == ACTIVATIONS:
                 size = findings.activations[setting.checkpointing]
+            elif name == BEYOND:
+                size = beyond_activations(findings, findings.activations[setting.checkpointing])
             elif name in FROZEN and setting.sharded:
                 live = min(size, self.live * half)
                 size = size / gpus + live

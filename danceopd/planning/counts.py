@@ -17,7 +17,7 @@ def evaluations_per_step(config: Config) -> dict[str, float] | None:
     options = config.method_options()
     if config.method not in ("danceopd", "danceopd_fast"):
         return None
-    capabilities, k = list(config.capabilities.values()), config.query.k
+    capabilities, k = list(config.capabilities.values()), min(config.query.k, config.rollout.num_inference_steps)
     weights = [1.0 if config.route == "round_robin" else c.weight for c in capabilities]
     shares = [weight / sum(weights) for weight in weights]
     # Guidance asks the network twice: with the prompt, and with the empty one.

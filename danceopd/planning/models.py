@@ -22,15 +22,14 @@ from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase
 from danceopd.models.students import FullStudent, LoraStudent
 from danceopd.models.weights import shapes_of
-from danceopd.planning.backward import conditioning_bytes, kept_for_backward, operations
+from danceopd.planning.backward import conditioning_bytes, held_in_forward, kept_for_backward, operations
 from danceopd.planning.memory import (
     FLOAT,
     Findings,
     add_activations,
-    add_rollout_states,
+    add_questions,
     add_student,
     count,
-    micro_batch,
     nbytes,
 )
 from danceopd.support.errors import UserError
@@ -168,13 +167,14 @@ def _add_forward(
         if conditioning is None:
             return
         conditionings[name] = conditioning
-        activations.append(kept_for_backward(student, trained, group.shape, conditioning, autocast))
+        kept = kept_for_backward(student, trained, group.shape, conditioning, autocast)
+        activations.append((*kept, held_in_forward(student, group.shape, conditioning, autocast)))
     add_activations(config, findings, *(max(kept) for kept in zip(*activations, strict=True)))
-    latents, micro = FLOAT * math.prod(group.shape), micro_batch(config)
-    add_rollout_states(config, findings, latents)
-    inputs = micro * (latents + max(map(conditioning_bytes, conditionings.values())))
+    latents, samples = FLOAT * math.prod(group.shape), config.training.batch_size
+    add_questions(config, findings, latents)
+    inputs = samples * (latents + max(map(conditioning_bytes, conditionings.values())))
     findings.operations = lambda: {name: operations(student, group.shape, c) for name, c in conditionings.items()}
-    findings.memory["latents, prompts, sources"] = inputs, f"{micro} samples of the largest picture size, as prepared"
+    findings.memory["latents, prompts, sources"] = inputs, f"{samples} samples of the largest picture size, as prepared"
 
 
 def _student(config: Config, findings: Findings, backbone: ModuleType, transformer: nn.Module) -> nn.Module | None:

@@ -6,7 +6,7 @@ SETTINGS = ("A", "B", "C", "D", "E", "F", "ablations", "grid")
 
 # What each method differs in from DanceOPD. Trajectories that are asked at every step are fewer to an update.
 METHODS = {
-    "joint": {"method": "joint"},
+    "joint": {"method": "joint", "rollout.num_inference_steps": 16},  # it rolls nothing out: the default, unread
     "off_policy": {"method": "off_policy"},
     "off_policy_samples": {"method": "off_policy", "options.states_from": "sources"},
     "diffusion_opd": {"method": "diffusion_opd", "route": "round_robin", "training.batch_size": 16},

@@ -13,6 +13,9 @@ from danceopd.support.errors import UserError
 DEMO = "configs/demo.yaml"
 
 
+ROLLOUT = ["rollout.num_inference_steps=16", "rollout.solver=euler"]  # the defaults, which not every method reads
+
+
 def mistakes(*overrides: str) -> str:
     with pytest.raises(UserError) as error:
         load_config(DEMO, list(overrides))
@@ -128,7 +131,7 @@ def test_what_the_loop_provides_is_no_option(method):
     chosen = options(method).model_fields.keys()
     assert chosen.isdisjoint(PROVIDED)
     assert chosen | needs(method) == keywords
-    defaults = load_config(DEMO, [f"method={method}"]).method_options()
+    defaults = load_config(DEMO, [f"method={method}", *ROLLOUT]).method_options()
     assert defaults.keys() == chosen
     assert options(method).model_validate(defaults, strict=True).model_dump() == defaults
     message = mistakes(f"method={method}", *(f"options.{key}=1" for key in OF_THE_LOOP))
@@ -138,7 +141,7 @@ def test_what_the_loop_provides_is_no_option(method):
 
 def test_options_are_typed_and_the_rest_keep_their_defaults():
     chosen = ["method=flow_opd", "options.noise_level=1", "options.group_size=4", "options.detach_advantage=false"]
-    config = load_config(DEMO, chosen)
+    config = load_config(DEMO, [*chosen, *ROLLOUT])
     values = config.method_options()
     assert (values["noise_level"], values["group_size"], values["detach_advantage"]) == (1.0, 4, False)
     assert (values["max_advantage"], values["clip_range"], values["anchor_weight"]) == (5.0, 1e-4, 0.0)
@@ -175,3 +178,42 @@ def test_a_mistake_in_the_newer_keys_is_named(override, says):
 def test_the_range_of_an_option_is_checked(method, options, message):
     with pytest.raises(UserError, match=message):
         load_config(DEMO, [f"method={method}", f"options={options}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["method=joint", *ROLLOUT, "query.k=4"], "query.k"),
+        (["method=diffusion_opd", "query.k=2"], "query.k"),
+        (["method=sds", "query.k=2"], "query.k"),
+        (["method=flow_opd", "rollout.solver=euler", "query.bias=uniform"], "query.bias"),
+        (["method=off_policy", "query.bias=high_t"], "query.bias"),
+        (["method=dmd", "query.bias=gap"], "query.bias"),
+        (["method=consistency", "query.bias=gap"], "query.bias"),
+        (["method=sds", "query.bias=gap"], "query.bias"),
+        (["query.bias=gap"], "query.bias"),  # danceopd_fast
+        (["method=joint", "rollout.num_inference_steps=16", "rollout.solver=heun"], "rollout.solver"),
+        (["method=joint", "rollout.num_inference_steps=8", "rollout.solver=euler"], "rollout.num_inference_steps"),
+        (["method=flow_opd", "rollout.solver=euler", "options.group_size=7"], "options.group_size"),
+        (["capabilities.t2i.data.root=pictures"], "capabilities.t2i.data.root"),
+        (["capabilities.t2i.data={manifest: a.jsonl, size: 5}"], "capabilities.t2i.data.size"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_an_option_that_would_not_be_read_is_refused(overrides, key):
+    message = mistakes(*overrides)
+    assert "has a mistake" in message
+    assert f"  {key}: " in message
+
+
+def test_every_key_of_rollout_and_query_is_read_by_the_methods_that_accept_it():
+    """For each method and key: another value than the default is refused, or the method takes it by keyword."""
+    changed = {("query", "bias"): "uniform", ("query", "k"): 3, ("rollout", "solver"): "heun"}
+    keywords = {("query", "bias"): "bias", ("query", "k"): "k", ("rollout", "solver"): "solver"}
+    for method in METHODS:
+        for (section, key), value in changed.items():
+            overrides = [f"method={method}", *ROLLOUT, f"{section}.{key}={value}"]
+            if keywords[section, key] in needs(method):
+                load_config(DEMO, overrides)
+            else:
+                assert f"{section}.{key}: " in mistakes(*overrides)

@@ -160,7 +160,7 @@ def test_the_expected_depth_is_the_mean_of_what_is_drawn(bias, k):
 
 
 def test_an_exact_count_by_hand(places):
-    """Two steps, k = 2: both indices are asked, since none repeats; Heun takes two forwards a step."""
+    """Two steps and k = 2: both states are asked, the deeper after one step; Heun takes two forwards a step."""
     changes = {
         "rollout.num_inference_steps": 2,
         "rollout.solver": "heun",
