@@ -290,7 +290,7 @@ def test_the_benchmarks_own_lines_are_read(tmp_path):
     [
         (lambda m: [m], "not a JSON object"),
         (lambda m: {**m, "tag": 3}, "'tag' must be a text"),
-        (lambda m: {"tag": "x", "prompt": "y", "includes": m["include"]}, "no 'include', but 'includes'"),
+        (lambda m: {"tag": "x", "prompt": "y", "includes": m["include"]}, "no 'include'; did you mean 'includes'"),
         (lambda m: {**m, "include": []}, "asks for nothing"),
         (lambda m: {**m, "include": {"class": "dog"}}, "must be a list"),
         (lambda m: {**m, "include": [{"class": "dog"}]}, "needs a count"),
