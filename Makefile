@@ -16,6 +16,7 @@ test-all: test  # and then what takes minutes, one after the other: most of it r
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 bench: .venv/installed-test  # at small sizes, on whatever is there
 	$(BIN)/python -m benchmarks.run --suite quick --output bench-results

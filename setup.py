@@ -19,6 +19,7 @@ setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtensions},
     package_data={
+        "danceopd": ["py.typed"],
         "danceopd.world": ["assets/*", "assets/sources/*"],
         "danceopd.evaluation": ["*.j2"],
         "danceopd.report": ["*.j2"],
@@ -45,6 +46,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.6",
+            "basedpyright>=1.39",
             "diffusers>=0.42",
             "transformers>=5.0",
             "accelerate>=1.0",

@@ -17,6 +17,12 @@ class Batch:
         route: int64 tensor [B] on the CPU: the number of the source that supervises each sample.
         clean: Float tensor [B, ...], the data's own pictures, for the methods that learn from them.
         sigmas: float32 tensor [N + 1], the noise levels of this batch's rollout where they depend on its picture size.
+
+    Example:
+        >>> routes = torch.tensor([0, 1, 1])
+        >>> batch = Batch(torch.randn(3, 16, 32, 32), Conditioning(torch.tensor([[4, 2], [3, 1], [8, 5]])), routes)
+        >>> len(batch[1:])
+        2
     """
 
     noise: torch.Tensor

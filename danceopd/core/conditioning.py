@@ -1,5 +1,6 @@
 """What a velocity field is conditioned on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -13,22 +14,29 @@ Tensors = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, ...]
 class Conditioning:
     """Prompts and source pictures of B samples.
 
-    prompt: what the backbone's text encoder gives, a tensor or a dict of them, each [B, ...]; the embedded network
-    takes int64 tokens [B, L]. Of a dict, prompt_mask [B, L] bool is False after a prompt's end, and prompt_keep the
-    same for prompts to be computed at this very L, whose masks nobody reads on the host. source: the pictures to edit
-    in the space of the latents, one tensor [B, C, h, w] or a tuple of them where there are several references; None if
-    no sample has one. has_source: [B] bool; `source` is ignored where it is False; None if all samples have theirs,
-    where `source` is given, such that nothing has to be read on the device to know it. guidance_scale: [B] float32 or
-    None; read by a field that is guided per sample (core.fields.guided), and by nothing else. adapter: [B] int64 or
-    None; which of several sources a network that answers for all of them is asked for (core.fields.SharedField).
-    embedded_guidance: [B] float32 or None; the number that a guidance-distilled model takes as an input. empty_prompt:
-    like prompt, each sample's own empty prompt, or None where it is one for all: a text encoder that sees the source
-    pictures has another for each.
+    Args:
+        prompt: What the backbone's text encoder gives, a tensor or a dict of them, each [B, ...]; the embedded network
+            takes int64 tokens [B, L]. In a dict, ``prompt_mask`` [B, L] bool is False after a prompt's end, and
+            ``prompt_keep`` is the same for prompts to be computed at this very L, whose masks nobody reads on the host.
+        source: The pictures to edit in the space of the latents, a float tensor [B, C, h, w] or a tuple of them where
+            there are several references; None if no sample has one.
+        has_source: Bool tensor [B]: `source` is ignored where it is False. None if all samples have theirs, where
+            `source` is given, such that nothing has to be read on the device to know it.
+        guidance_scale: float32 tensor [B]; read by a field that is guided per sample (`guided`), and by nothing else.
+        adapter: int64 tensor [B]: which of several sources a network that answers for all of them is asked for.
+        embedded_guidance: float32 tensor [B], the number that a guidance-distilled model takes as an input.
+        empty_prompt: Like `prompt`, each sample's own empty prompt; None where it is one for all. A text encoder that
+            sees the source pictures has another for each.
+
+    Example:
+        >>> conditioning = Conditioning(torch.tensor([[3, 1], [5, 2], [7, 0]]), guidance_scale=torch.ones(3))
+        >>> len(conditioning), conditioning[1:].prompt.tolist(), conditioning.sourced()
+        (3, [[5, 2], [7, 0]], False)
     """
 
     prompt: Tensors
-    source: Tensors | None
-    has_source: torch.Tensor | None
+    source: Tensors | None = None
+    has_source: torch.Tensor | None = None
     guidance_scale: torch.Tensor | None = None
     adapter: torch.Tensor | None = None
     embedded_guidance: torch.Tensor | None = None
@@ -45,7 +53,10 @@ class Conditioning:
         return tree_leaves(self.prompt)[0] if self.has_source is None else self.has_source
 
     def sourced(self) -> bool | None:
-        """Whether all samples have source pictures, or False: none has; None: some have. has_source is read for it."""
+        """Tells whether all samples have source pictures: True; none has: False; some have: None.
+
+        `has_source` is read for it, which waits for its device.
+        """
         if self.source is None:
             return False
         if self.has_source is None:
@@ -53,28 +64,30 @@ class Conditioning:
         return bool(self.has_source.all()) or (None if self.has_source.any() else False)
 
     def _map(self, function) -> "Conditioning":
-        values = (getattr(self, f.name) for f in fields(self))
-        return Conditioning(*(None if value is None else tree_map(function, value) for value in values))
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped = {name: tree_map(function, value) for name, value in values.items() if value is not None}
+        return replace(self, **mapped)
 
     def __getitem__(self, index) -> "Conditioning":
         """Select samples by slice, mask or index tensor."""
         return self._map(lambda value: value[index])
 
     def to(self, device: torch.device | str) -> "Conditioning":
+        """Copies everything to a device."""
         return self._map(lambda value: value.to(device))
 
     def repeat(self, k: int) -> "Conditioning":
-        """Each sample k times in a row: [B] -> [B * k]."""
+        """Repeats each sample k times in a row: [B] -> [B k]."""
         return self._map(lambda value: value.repeat_interleave(k, dim=0))
 
     def embedding(self, guidance: float | None) -> "Conditioning":
-        """The same samples with one embedded guidance; None is none."""
+        """Gives all samples one embedded guidance; None is none."""
         if guidance is None:
             return replace(self, embedded_guidance=None)
         return replace(self, embedded_guidance=torch.full((len(self),), guidance, device=self._first().device))
 
     def without_prompt(self, empty: Tensors) -> "Conditioning":
-        """The same samples with their own empty prompts, else `empty`, one sample's; their source pictures stay."""
+        """Gives the samples their own empty prompts, else `empty`, one sample's; their source pictures stay."""
         if self.empty_prompt is not None:
             return replace(self, prompt=self.empty_prompt, empty_prompt=None)
         return replace(self, prompt=tree_map(lambda value: value.expand(len(self), *value.shape), empty))
@@ -95,13 +108,10 @@ def concatenate(parts: list[Conditioning]) -> Conditioning:
 
         pictures = [blank(p) if p.source is None else p.source for p in parts]
         sources = tree_map(lambda *values: torch.cat(values), *pictures)
-    rest = ([getattr(p, field.name) for p in parts] for field in fields(Conditioning)[3:])
-    return Conditioning(
-        _join_prompts([p.prompt for p in parts]),
-        sources,
-        _join_marks(parts),
-        *(None if any(v is None for v in values) else _join_prompts(values) for values in rest),
-    )
+    joined = Conditioning(_join_prompts([p.prompt for p in parts]), sources, _join_marks(parts))
+    rest = {field.name: [getattr(p, field.name) for p in parts] for field in fields(Conditioning)[3:]}
+    kept = {name: values for name, values in rest.items() if all(v is not None for v in values)}
+    return replace(joined, **{name: _join_prompts(values) for name, values in kept.items()})
 
 
 def with_length(prompt: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
@@ -126,12 +136,13 @@ def _join_marks(parts: list[Conditioning]) -> torch.Tensor | None:
     return torch.cat(marks)
 
 
-def _join_prompts(prompts: list[Tensors]) -> Tensors:
-    if isinstance(prompts[0], dict):
-        some = {name: value for prompt in prompts for name, value in prompt.items()}
+def _join_prompts(prompts: Sequence[Tensors]) -> Tensors:
+    named = [prompt for prompt in prompts if isinstance(prompt, dict)]
+    if len(named) == len(prompts):
+        some = {name: value for prompt in named for name, value in prompt.items()}
         prompts = [
             {name: prompt[name] if name in prompt else _blank(value, prompt) for name, value in some.items()}
-            for prompt in prompts
+            for prompt in named
         ]
     return tree_map(_join, *prompts)
 

@@ -20,7 +20,7 @@ class Field(Protocol):
     for samples whose conditioning stays the same.
     """
 
-    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, /) -> torch.Tensor:
         """Asks for the velocity v = dz / d sigma = noise - data.
 
         Args:
@@ -31,6 +31,7 @@ class Field(Protocol):
         Returns:
             Float tensor [B, ...] in the shape of the latents.
         """
+        ...
 
 
 @dataclass
@@ -46,6 +47,12 @@ class Answers:
         row: int64 tensor [Q], its row there.
         uncond_row: int64 tensor [Q], the row of its unconditional velocity; None where no query is guided.
         guidance_scale: float32 tensor [Q]; None where no query is guided.
+
+    Example:
+        >>> rows = torch.tensor([[1.0], [2.0]])  # with the prompt and without
+        >>> first, second = torch.tensor([0]), torch.tensor([1])
+        >>> Answers([rows], torch.tensor([0]), first, second, torch.tensor([3.0])).target()
+        tensor([[-1.]])
     """
 
     velocities: list[torch.Tensor]
@@ -124,7 +131,7 @@ class Guided:
             mixed = self.combine(cond[rows], uncond, alpha[rows])
         else:
             mixed = uncond + alpha[rows].view(-1, *(1,) * (cond.dim() - 1)) * (cond[rows] - uncond)
-        return mixed if self.every else cond.to(mixed.dtype).index_copy(0, rows, mixed)
+        return mixed if isinstance(rows, slice) else cond.to(mixed.dtype).index_copy(0, rows, mixed)
 
     def answer(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> Answers:
         """Asks for both branches and leaves them as they are; a family's own combination is written."""
@@ -175,6 +182,17 @@ def guided(
 
     Returns:
         The guided field; `field` itself at the number 1.
+
+    Raises:
+        ValueError: When it is asked, if there are neither one scale nor B of them.
+
+    Example:
+        >>> def field(latents, sigma, conditioning):  # its velocity is its prompt
+        ...     return conditioning.prompt[:, None].expand_as(latents)
+        >>> strong = guided(field, empty_prompt=torch.tensor(1.0), guidance_scale=3.0)
+        >>> strong(torch.zeros(2, 1), torch.ones(2), Conditioning(torch.tensor([1.0, 2.0])))
+        tensor([[1.],
+                [4.]])
     """
     if isinstance(guidance_scale, int | float) and guidance_scale == 1:
         return field
@@ -256,6 +274,14 @@ def routed(
 
     Raises:
         IndexError: For a route outside the fields.
+
+    Example:
+        >>> fields = [lambda latents, sigma, conditioning: latents, lambda latents, sigma, conditioning: -latents]
+        >>> z, prompts = torch.tensor([[1.0], [2.0], [3.0]]), Conditioning(torch.zeros(3))
+        >>> routed(fields, torch.tensor([1, 0, 1]), z, torch.ones(3), prompts).target()
+        tensor([[-1.],
+                [ 2.],
+                [-3.]])
     """
     if route.min() < 0 or route.max() >= len(fields):
         raise IndexError(f"routes must lie in [0, {len(fields) - 1}], got {route.min()} to {route.max()}")
@@ -267,10 +293,10 @@ def routed(
         index = index[route[index].argsort(stable=True)]  # packed: equal routes in a row run together
         there = index.to(latents.device)
         about = conditioning[(index if sample is None else sample[index]).to(latents.device)]
-        field = fields[members[0]]
-        if isinstance(field, SharedField):
+        field, shared = fields[members[0]], [f for m in members if isinstance(f := fields[m], SharedField)]
+        if shared:
             number = torch.full((len(fields),), -1).scatter_(0, torch.tensor(members), torch.arange(len(members)))
-            field, about = field.ask, ask_for([fields[m] for m in members], number[route[index]], about)
+            field, about = shared[0].ask, ask_for(shared, number[route[index]], about)
         parts.append((there, answer(field, latents[there], sigma[there], about)))
     return _joined(parts, len(latents))
 
@@ -285,9 +311,9 @@ def _joined(parts: list[tuple[torch.Tensor, Answers]], queries: int) -> Answers:
     first = 0
     for there, part in parts:
         network[there], row[there] = part.network + first, part.row
-        if guided:
+        if uncond_row is not None:
             uncond_row[there] = part.row if part.uncond_row is None else part.uncond_row
-        if part.guidance_scale is not None:
+        if scale is not None and part.guidance_scale is not None:
             scale[there] = part.guidance_scale
         first += len(part.velocities)
     answers = Answers(velocities, network, row, uncond_row, scale)
@@ -304,7 +330,19 @@ def _by_network(fields: Sequence[Field]) -> list[list[int]]:
 
 
 def soft(fields: Sequence[Field]) -> Field:
-    """Makes the mean of the fields a field: what soft routing asks, whatever the sample's route."""
+    """Makes the mean of the fields a field: what soft routing asks, whatever the sample's route.
+
+    Args:
+        fields: M of them.
+
+    Returns:
+        The field 1 / M sum_m v_m, without gradient.
+
+    Example:
+        >>> fields = [lambda latents, sigma, conditioning: latents, lambda latents, sigma, conditioning: -3 * latents]
+        >>> soft(fields)(torch.ones(1, 2), torch.ones(1), Conditioning(torch.zeros(1)))
+        tensor([[-1., -1.]])
+    """
 
     @phase("query")
     @torch.no_grad()
@@ -315,7 +353,24 @@ def soft(fields: Sequence[Field]) -> Field:
 
 
 def hard(fields: Sequence[Field], route: torch.Tensor) -> Field:
-    """Makes the field that asks each sample of one batch, in its order, from its own source; route as in `routed`."""
+    """Makes the field that asks each sample of one batch, in its order, from its own source.
+
+    Args:
+        fields: The sources.
+        route: int64 tensor [B] on the CPU, the number of each sample's field.
+
+    Returns:
+        The field, without gradient, of batches of these B samples alone.
+
+    Raises:
+        IndexError: When it is asked, for a route outside the fields.
+
+    Example:
+        >>> fields = [lambda latents, sigma, conditioning: latents, lambda latents, sigma, conditioning: -latents]
+        >>> hard(fields, torch.tensor([0, 1]))(torch.ones(2, 1), torch.ones(2), Conditioning(torch.zeros(2)))
+        tensor([[ 1.],
+                [-1.]])
+    """
 
     def velocity(latents, sigma, conditioning):
         return routed(fields, route, latents, sigma, conditioning).target()

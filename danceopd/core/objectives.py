@@ -4,6 +4,7 @@ Written with latents z, noise level sigma [B], velocity v = noise - data and cle
 """
 
 import math
+from typing import Literal, cast, get_args
 
 import torch
 from danceopd_kernels import routed_velocity_mse
@@ -11,7 +12,8 @@ from danceopd_kernels.routed_velocity_mse import Matched
 
 from danceopd.core.randomness import Generator, rand, randn
 
-WEIGHTINGS = ("mse", "sigma_sqrt", "logit_normal", "mode", "cosmap", "kl", "clean")
+Weighting = Literal["mse", "sigma_sqrt", "logit_normal", "mode", "cosmap", "kl", "clean"]
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
 def per_sample(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -40,7 +42,7 @@ def velocity_loss(velocity: torch.Tensor, questions) -> Matched:
     """
     dtype = torch.promote_types(velocity.dtype, questions.answers.velocities[0].dtype)
     answers = questions.answers.to(dtype)
-    return routed_velocity_mse(
+    compared = routed_velocity_mse(
         velocity.to(dtype),
         answers.velocities,
         answers.network,
@@ -52,6 +54,7 @@ def velocity_loss(velocity: torch.Tensor, questions) -> Matched:
         reduction="none",
         norms=True,
     )
+    return cast(Matched, compared)
 
 
 def velocity_mse(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -70,7 +73,7 @@ def velocity_mse(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     if velocity.shape != target.shape:
         raise ValueError(f"velocity {tuple(velocity.shape)} and target {tuple(target.shape)} differ in shape")
     dtype = torch.promote_types(velocity.dtype, target.dtype)
-    return routed_velocity_mse(velocity.to(dtype), target.to(dtype), reduction="none")
+    return cast(torch.Tensor, routed_velocity_mse(velocity.to(dtype), target.to(dtype), reduction="none"))
 
 
 def weighting(name: str, sigma: torch.Tensor, next_sigma: torch.Tensor) -> torch.Tensor:
@@ -105,11 +108,11 @@ def weighting(name: str, sigma: torch.Tensor, next_sigma: torch.Tensor) -> torch
 
 def mode_density(sigma: torch.Tensor, scale: float = 1.29) -> torch.Tensor:
     """Density of sigma = 1 - u - scale (cos^2(pi u / 2) - 1 + u) for u uniform on [0, 1] (SD3, eq. 20)."""
-    low, high = torch.zeros_like(sigma), torch.ones_like(sigma)
+    low, high, u = torch.zeros_like(sigma), torch.ones_like(sigma), torch.full_like(sigma, 0.5)
     for _ in range(50):  # sigma falls from 1 to 0 in u; bisection finds its u
-        u = (low + high) / 2
         above = 1 - u - scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u) > sigma
         low, high = torch.where(above, u, low), torch.where(above, high, u)
+        u = (low + high) / 2
     slope = -1 - scale * (1 - math.pi / 2 * torch.sin(math.pi * u))
     return 1 / slope.abs()
 

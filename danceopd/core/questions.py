@@ -4,7 +4,7 @@ An update has two phases. Without gradient, a method turns the whole local batch
 sources answer there. Then the student is asked the same questions with gradient, some at a time, and matched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -73,7 +73,7 @@ class Questions:
 
 
 def on_rollout(
-    sources: list[Field],
+    sources: Sequence[Field],
     batch: Batch,
     depth: torch.Tensor,
     states: torch.Tensor,
@@ -120,6 +120,14 @@ def matched(student: Field, questions: Questions) -> Matched:
 
     Returns:
         Each query's weighted loss [Q], with gradient; its squared error and the norms of both velocities without.
+
+    Example:
+        >>> def student(latents, sigma, conditioning):
+        ...     return 2 * latents
+        >>> z, rows, answers = torch.ones(2, 3), torch.tensor([0, 1]), Answers.of(torch.zeros(2, 3))
+        >>> questions = Questions(z, torch.ones(2), Conditioning(rows), rows, rows, answers, torch.tensor([1.0, 0.5]))
+        >>> matched(student, questions).loss
+        tensor([4., 2.])
     """
     sample, q = questions.sample, questions
     in_a_row = len(sample) == 1 or bool((sample.diff() == 1).all())  # a view then, where an index would copy prompts

@@ -41,6 +41,16 @@ def rollout(
 
     Raises:
         ValueError: For an unknown solver, an index outside the grid, or one before its start.
+
+    Example:
+        >>> def to_zero(latents, sigma, conditioning):  # the field of data that is zero
+        ...     return latents / sigma[:, None]
+        >>> noise, prompts = torch.ones(2, 3), Conditioning(torch.tensor([0, 1]))
+        >>> states, sigma = rollout(to_zero, noise, prompts, sigma_grid(4), torch.tensor([[1, 3], [2, 2]]))
+        >>> states[:, :, 0], sigma
+        (tensor([[0.7500, 0.2500],
+                [0.5000, 0.5000]]), tensor([[0.7500, 0.2500],
+                [0.5000, 0.5000]]))
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; use one of {', '.join(SOLVERS)}")
@@ -74,7 +84,7 @@ def _integrate(field, noise, conditioning, sigmas, until, solver, start) -> torc
         if late and not (start[:n] <= i).any():
             continue
         active = (start[:n] <= i).nonzero()[:, 0].to(z.device) if late else slice(n)
-        if solver == "ab2":
+        if previous is not None:
             # A trajectory's first step has no velocity before it and is Euler's.
             ratio = half_ratio(sigmas[i - 1], sigmas[i], sigmas[i + 1]) if i else 0.0
             half = ((start[:n] < i).to(z) * ratio)[active].view(-1, *(1,) * (z.dim() - 1))
@@ -137,6 +147,15 @@ def sample(
 
     Returns:
         Float tensor [B, ...] in float32.
+
+    Raises:
+        ValueError: For an unknown solver.
+
+    Example:
+        >>> def to_one(latents, sigma, conditioning):  # the field of data that is one
+        ...     return (latents - 1) / sigma[:, None]
+        >>> sample(to_one, torch.randn(2, 3), Conditioning(torch.tensor([0, 1])), sigma_grid(8)).allclose(torch.ones(1))
+        True
     """
     until = torch.full((len(noise), 1), len(sigmas) - 1)
     return rollout(field, noise, conditioning, sigmas, until, solver)[0][:, 0]

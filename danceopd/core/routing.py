@@ -1,14 +1,29 @@
 """Which capability supervises each sample."""
 
+from collections.abc import Sequence
+
 import torch
 
 ROUTES = ("random", "round_robin", "adaptive")
 
 
-def route(batch: int, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Hard routes: [batch] int64, each capability m drawn with probability weights[m] / sum(weights).
+def route(batch: int, weights: torch.Tensor | Sequence[float], generator: torch.Generator) -> torch.Tensor:
+    """Draws the capability of each sample: m with probability weights[m] / sum(weights).
 
-    Raises ValueError if a weight is negative or not finite, or all are zero.
+    Args:
+        batch: Number of samples B.
+        weights: M numbers, one for each capability.
+        generator: Of the batch's randomness.
+
+    Returns:
+        int64 tensor [batch] on the CPU, with entries in [0, M - 1].
+
+    Raises:
+        ValueError: If a weight is negative or not finite, or all are zero.
+
+    Example:
+        >>> route(4, [0.0, 2.0], torch.Generator().manual_seed(0))
+        tensor([1, 1, 1, 1])
     """
     weights = torch.as_tensor(weights, dtype=torch.float64)
     if not torch.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:

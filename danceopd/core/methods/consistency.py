@@ -29,6 +29,7 @@ def consistency(
     At the last step that state is the data, and so the estimate itself (arXiv 2303.01469).
     """
     q = danceopd(student, sources, batch, sigmas=sigmas, generator=generator, solver=solver, bias=bias)
+    assert q.depth is not None  # asked on the rollout
     after = sigmas.to(q.sigma.device)[q.depth.to(q.sigma.device) + 1]
     goal = q.states + per_sample(after - q.sigma, q.states) * q.answers.target()
     inside = (after > 0).nonzero()[:, 0]

@@ -1,12 +1,13 @@
 """The DanceOPD update: route, roll out, query, match."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
 from danceopd.core.batch import Batch
 from danceopd.core.fields import Field
-from danceopd.core.objectives import WEIGHTINGS
+from danceopd.core.objectives import Weighting
 from danceopd.core.query import query
 from danceopd.core.questions import Questions, matched, on_rollout
 from danceopd.core.randomness import Generator
@@ -15,7 +16,7 @@ from danceopd.core.rollout import rollout, rollout_by_route
 
 def danceopd(
     student: Field,
-    sources: list[Field],
+    sources: Sequence[Field],
     batch: Batch,
     *,
     sigmas: torch.Tensor,
@@ -25,7 +26,7 @@ def danceopd(
     k: int = 1,
     gap: torch.Tensor | None = None,
     progress: float = 1.0,
-    objective: Literal[*WEIGHTINGS] = "mse",
+    objective: Weighting = "mse",
     routing: Literal["hard", "soft"] = "hard",
     warm_start: float = 0.0,
 ) -> Questions:
@@ -60,7 +61,7 @@ def danceopd(
 
 def danceopd_loss(
     student: Field,
-    sources: list[Field],
+    sources: Sequence[Field],
     batch: Batch,
     *,
     sigmas: torch.Tensor,
@@ -86,9 +87,22 @@ def danceopd_loss(
     Returns:
         A scalar float32 tensor with gradient.
 
+    Raises:
+        IndexError: For a route outside the sources.
+        ValueError: For an unknown solver or bias, or k < 1.
+
     Example:
-        >>> loss = danceopd_loss(student, sources, batch, sigmas=sigma_grid(16, shift=3.0), generator=g)
+        >>> def to(point):  # the field of data that is one point
+        ...     return lambda latents, sigma, conditioning: (latents - point) / sigma[:, None]
+        >>> scale = torch.tensor(1.0, requires_grad=True)
+        >>> def student(latents, sigma, conditioning):
+        ...     return scale * latents
+        >>> routes, g = torch.tensor([0, 1]), torch.Generator().manual_seed(0)
+        >>> batch = Batch(torch.randn(2, 3), Conditioning(routes), routes)
+        >>> loss = danceopd_loss(student, [to(-1.0), to(1.0)], batch, sigmas=sigma_grid(16, shift=3.0), generator=g)
         >>> loss.backward()
+        >>> bool(loss > 0), bool(scale.grad.isfinite())
+        (True, True)
     """
     with torch.no_grad():
         questions = danceopd(student, sources, batch, sigmas=sigmas, generator=generator, solver=solver, bias=bias, k=k)

@@ -98,6 +98,7 @@ def clipped_policy(
     detach_advantage: bool,
 ) -> Matched:
     """Takes the clipped policy loss of each step, max(-A r, -A clip(r)), r the ratio of its probabilities."""
+    assert q.depth is not None  # asked on the rollout
     target = q.answers.target()
     mean, deviation = transition(velocity, q.states, q.depth, sigmas, noise_level)
     reward = q.rest["reward"]
