@@ -28,6 +28,8 @@ from danceopd.planning.memory import count, nbytes
 from danceopd.planning.models import examine
 from danceopd.support.errors import UserError
 from danceopd.training.assembly.build import build_model
+from danceopd.world import build as world_build
+from danceopd.world import dry_run as world_dry_run
 from danceopd.world.files import SHIPPED, load_model
 
 FP8 = {"training.base_precision": "fp8"}
@@ -170,10 +172,10 @@ def test_the_picture_worlds_sources_in_fp8(tmp_path):
     plain, narrow = (
         load_config("configs/demo.yaml", [*changes, *extra]) for extra in ([], ["training.base_precision=fp8"])
     )
-    parts = build_model(narrow)
+    parts = world_build.build(narrow)
     assert [len(fp8_names(network)) for network in parts.fields] == [25, 25]
     assert not fp8_names(parts.student)
-    plans = dry_run(plain, examine), dry_run(narrow, examine)
+    plans = dry_run(plain, world_dry_run.examine), dry_run(narrow, world_dry_run.examine)
     assert [plan.problems for plan in plans] == [[], []]
     assert plans[1].memory["source weights"][0] == sum(map(nbytes, parts.fields))
     assert plans[1].memory["source weights"][0] < 0.55 * plans[0].memory["source weights"][0]
