@@ -21,6 +21,8 @@ def fingerprint(path: Path) -> str:
     Raises:
         UserError: There is no such file or folder, or the folder is empty.
     """
+    if not path.exists():
+        raise UserError(f"there is nothing at {path}; give the folder or file of a model")
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -143,7 +143,7 @@ def add_activations(
         findings: what to add to.
         plain: bytes that the backward of one sample keeps.
         checkpointed: the same with gradient checkpointing; None where there is none.
-        forward: bytes of one row of a forward without gradient.
+        forward: Bytes of one row of a forward without gradient.
     """
     training, k = config.training, config.query.k
     guided = any(c.student_guidance_scale != 1 for c in config.capabilities.values())

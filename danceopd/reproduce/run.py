@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,6 +71,14 @@ def raw_config(run: Run, folders: Folders) -> tuple[dict, list[str]]:
     return yaml.safe_load(path.read_text(encoding="utf-8")), lines
 
 
+def config_of(run: Run, folders: Folders, overrides: Sequence[str] = ()) -> Config:
+    """Returns the checked configuration of a run, with more overrides."""
+    raw, own = raw_config(run, folders)
+    if run.overrides.get("method") == "joint":
+        del raw["rollout"]["num_inference_steps"]  # the setting's, of which joint training reads nothing
+    return parse_config(raw, [*own, *overrides], run.config)
+
+
 def digest(run: Run, folders: Folders) -> str:
     """Names what a run computes: equal for equal configurations, wherever they lie."""
     raw, _ = raw_config(run, folders)
@@ -90,10 +99,7 @@ def make_run(run: Run, folders: Folders) -> dict:
         result = finished(run, folders)
         if result:
             return result
-        raw, overrides = raw_config(run, folders)
-        if run.overrides.get("method") == "joint":
-            del raw["rollout"]["num_inference_steps"]  # the setting's own, of which joint training reads nothing
-        config = parse_config(raw, [*overrides, f"training.output_dir={json.dumps(str(folder))}"], run.config)
+        config = config_of(run, folders, [f"training.output_dir={json.dumps(str(folder))}"])
         if run.row == UNTRAINED:
             result = {"digest": digest(run, folders), "rows": _untrained_rows(run.setting, config)}
             write_atomic(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())

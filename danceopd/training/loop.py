@@ -260,7 +260,7 @@ class Trainer:
         self.spent.clear()
         tokens = sum((own for *_, own in everyone), Counter())
         # Of the evaluations, those of samples that have left; of the tokens, those that fill up shorter prompts.
-        self._padding = {key: self.evaluations[key] for key in self.evaluations.keys() & {"padding"}}
+        self._padding = {"padding": self.evaluations["padding"]} if hasattr(self.student, "rollout") else {}
         if tokens:
             self._padding["padding_tokens"] = tokens["padding"] / tokens["computed"]
         return join([own for own, *_ in everyone])

@@ -70,7 +70,6 @@ def _gathered(tensors: list[torch.Tensor], route: torch.Tensor, row: torch.Tenso
 # -------------------------------------------------------------------------------------------------- Triton
 
 if has_triton():
-
     # Long: one kernel, which nothing may be called from without a price.
     @triton.jit(do_not_specialize=[f"{x}{i}" for x in "nk" for i in range(8)])  # they change from call to call
     def _kernel(

@@ -15,10 +15,9 @@ import torch
 import yaml
 
 from danceopd.cli.parser import main
-from danceopd.config.reading import parse_config
 from danceopd.reproduce import run as driver
 from danceopd.reproduce.matrix import ABLATIONS, BUDGETS, GRID, LEARNING_RATES, METHODS, SETTINGS, Budget, runs
-from danceopd.reproduce.run import Folders, adopt, chosen, digest, finished, gather, raw_config, reproduce
+from danceopd.reproduce.run import Folders, adopt, chosen, config_of, digest, finished, gather, reproduce
 from danceopd.support.errors import UserError
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.files import save_model
@@ -58,8 +57,7 @@ def test_every_run_of_the_matrix_is_a_valid_configuration(tmp_path):
         names = [run.name for run in made]
         assert len(set(names)) == len(names)
         for run in made:
-            raw, overrides = raw_config(run, folders)
-            config = parse_config(raw, overrides, run.config)
+            config = config_of(run, folders)
             assert config.training.seed == run.seed
             assert config.training.max_network_evaluations == run.overrides["training.max_network_evaluations"]
 

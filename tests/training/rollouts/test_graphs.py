@@ -410,7 +410,7 @@ def test_a_run_of_static_steps_is_one_without(raw, method):
         trainer = Trainer(config, build(config))
         found[wanted] = [trainer.update() for _ in range(3)]
     for plain, static in zip(found[False], found[True], strict=True):
-        assert static["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+        assert static["loss"] == pytest.approx(plain["loss"], rel=1e-4, abs=1e-5)  # a policy loss on policy is 0
         assert static["network_evaluations"] - static["padding"] == plain["network_evaluations"]
         assert "padding" not in plain
 
