@@ -1,5 +1,6 @@
 """The public face: the stable names, what docs/api.md says of them, and a run from Python."""
 
+import ast
 import doctest
 import importlib.util
 import inspect
@@ -35,6 +36,28 @@ def test_the_list_of_names_is_what_the_docstrings_say():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert path.with_name("api.md").read_text(encoding="utf-8") == module.api(), "make docs writes docs/api.md again"
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["import danceopd", "import runpy, sys; sys.argv[:] = ['setup.py', '--version']; runpy.run_path('setup.py')"],
+)
+def test_an_older_python_is_told_which_it_needs(program):
+    older = f"import sys; sys.version_info = (3, 10, 12, 'final', 0); {program}"
+    run = subprocess.run([sys.executable, "-c", older], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "danceopd needs Python 3.11 or newer, this is " in run.stderr.splitlines()[-1]
+    for file in (ROOT / "setup.py", ROOT / "danceopd" / "__init__.py"):
+        ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 7))
+
+
+def test_the_metadata_names_the_python_it_needs_and_the_types_are_installed(tmp_path):
+    for part in ("setup.py", "danceopd", "kernels", "csrc"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    build = [sys.executable, "setup.py", "-q", "egg_info", "-e", ".", "build_py", "-d", "built"]
+    subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "\nRequires-Python: >=3.11\n" in (tmp_path / "danceopd.egg-info" / "PKG-INFO").read_text(encoding="utf-8")
+    assert (tmp_path / "built" / "danceopd" / "py.typed").exists()
 
 
 @pytest.mark.parametrize("name", danceopd.__all__)
