@@ -5,6 +5,7 @@ import doctest
 import importlib.util
 import inspect
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,21 @@ def test_a_docstring_is_whole_and_its_examples_run(name):
     for test in doctest.DocTestFinder(recurse=False).find(stable, name, globs=names):
         assert test.examples or name not in FUNCTIONS
         assert not runner.run(test).failed
+
+
+def test_the_loop_of_the_readme_trains():
+    (block,) = re.findall(r"```python\nimport danceopd\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    scale, generator = torch.tensor(3.0, requires_grad=True), torch.Generator().manual_seed(0)
+    names = {
+        "danceopd": danceopd,
+        "student": lambda latents, sigma, conditioning: scale * latents,
+        "sources": [lambda latents, sigma, conditioning: 2 * latents] * 2,
+        "batches": [(torch.randn(8, 4, generator=generator), torch.zeros(8)) for _ in range(60)],
+        "optimizer": torch.optim.SGD([scale], lr=1.0),
+        "generator": generator,
+    }
+    exec(block, names)
+    torch.testing.assert_close(scale.detach(), torch.tensor(2.0), rtol=0.01, atol=0)
 
 
 @pytest.fixture(scope="module")
