@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
-from unittest import mock
 
 import torch
 from danceopd_kernels import info
@@ -131,8 +130,11 @@ class Phases:
     def __enter__(self):
         self._patches = ExitStack()
         for part, owner, name in self.places:
+            plain, own = getattr(owner, name), name in vars(owner)
             # A context manager made by contextmanager also wraps a function.
-            self._patches.enter_context(mock.patch.object(owner, name, self.phase(part)(getattr(owner, name))))
+            setattr(owner, name, self.phase(part)(plain))
+            restore = (setattr, owner, name, plain) if own else (delattr, owner, name)
+            self._patches.callback(*restore)
         return self
 
     def __exit__(self, *raised) -> None:

@@ -150,7 +150,7 @@ def save_rows(model: Path, folder: Path) -> dict[str, list[str]]:
     prompts = {name: [f"a photo of {i} cups in the style of {name}" for i in range(ROWS)] for name in TEACHERS}
     rows = [{"id": f"{name}-{i}", "task": name, "prompt": p} for name in TEACHERS for i, p in enumerate(prompts[name])]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(folder / "rows.jsonl", model, folder / "cache", sd3, resolution=SIDE)
+    prepare(folder / "rows.jsonl", model, folder / "cache", resolution=SIDE)
     return prompts
 
 

@@ -16,7 +16,7 @@ def add_reward(commands) -> None:
     )
     parser.add_argument("pictures", type=Path, help="a folder in GenEval's layout, such as `evaluate geneval` draws")
     parser.add_argument("--base", type=Path, help="the base model's pictures for the same prompts")
-    parser.add_argument("--teacher", type=Path, help="the teacher's: with both, the share of the gap that is closed")
+    parser.add_argument("--source", type=Path, help="the source's: with both, the share of the gap that is closed")
     parser.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIPModel's folder: CLIP score")
     parser.add_argument("--pickscore", type=Path, metavar="FOLDER", help="PickScore's folder")
     parser.add_argument("--hps", type=Path, metavar="FOLDER", help="HPSv2's, converted to a CLIPModel's folder")
@@ -29,8 +29,8 @@ def add_reward(commands) -> None:
 
 def run_reward(args: argparse.Namespace) -> None:
     """Scores the pictures and prints a table of rewards."""
-    if (args.base is None) != (args.teacher is None):
-        raise UserError("--base and --teacher go together: the gap is between them")
+    if (args.base is None) != (args.source is None):
+        raise UserError("--base and --source go together: the gap is between them")
     if (args.aesthetic is None) != (args.aesthetic_head is None):
         raise UserError("--aesthetic and --aesthetic-head go together")
     if args.batch_size < 1:
@@ -54,7 +54,7 @@ def run_reward(args: argparse.Namespace) -> None:
         rewards["hps"] = partial(reward.hps_score, args.hps, **where)
     if args.aesthetic:
         rewards["aesthetic"] = partial(reward.aesthetic_score, args.aesthetic, args.aesthetic_head, **where)
-    results = reward.evaluate_reward(rewards, args.pictures, args.base, args.teacher, args.batch_size)
+    results = reward.evaluate_reward(rewards, args.pictures, args.base, args.source, args.batch_size)
     print(reward.format_rewards(results))
     if args.json:
         write_atomic(args.json, (json.dumps(results, indent=1) + "\n").encode())

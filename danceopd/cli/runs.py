@@ -12,7 +12,10 @@ from danceopd.support.errors import UserError
 def add_report(commands) -> None:
     """Adds `danceopd report`."""
     parser = add_command(
-        commands, "report", run_report, "score a run, or measure a model's gaps; write results.json and report.html"
+        commands,
+        "report",
+        run_report,
+        "score a run, or measure a model's velocity errors; write results.json and report.html",
     )
     parser.add_argument("folder", type=Path, help="the output_dir of a training")
 
@@ -116,7 +119,7 @@ def run_reproduce(args: argparse.Namespace) -> None:
     import shutil
 
     from danceopd.reproduce.matrix import BUDGETS
-    from danceopd.reproduce.run import Place, chosen, reproduce
+    from danceopd.reproduce.run import Folders, chosen, reproduce
 
     settings, budget = chosen(args.setting), BUDGETS[args.budget]
     seeds, workers = args.seeds or budget.seeds, args.workers or os.cpu_count() or 1
@@ -127,5 +130,5 @@ def run_reproduce(args: argparse.Namespace) -> None:
     for setting in settings if args.again else ():
         shutil.rmtree(work / setting, ignore_errors=True)
         (results / f"{setting}.json").unlink(missing_ok=True)
-    written = reproduce(settings, budget, Place(args.configs, work, results), seeds, workers)
+    written = reproduce(settings, budget, Folders(args.configs, work, results), seeds, workers)
     print("\n".join(f"wrote {path}" for path in written))

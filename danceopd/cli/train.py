@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from danceopd.cli.arguments import add_command, add_config, add_overrides
-from danceopd.config.reading import load_config
 from danceopd.support.errors import UserError
 
 
@@ -42,15 +41,16 @@ def add_plan(commands) -> None:
 
 def run_train(args: argparse.Namespace) -> int | None:
     """Trains, or with --dry-run says what a training takes; returns 2 where it cannot start."""
+    from danceopd.api import builder_of, examiner_of
+    from danceopd.config.reading import load_config
+
     config = load_config(args.config, args.overrides)
     if args.dry_run:
-        from danceopd.api import examiner_of
         from danceopd.planning.dry_run import dry_run
 
         findings = dry_run(config, examiner_of(config))
         print(findings.text())
         return 2 if findings.problems else 0
-    from danceopd.api import builder_of
     from danceopd.training.loop import train
     from danceopd.training.zero.launch import Watch, begin, guard
 
@@ -68,6 +68,7 @@ def run_train(args: argparse.Namespace) -> int | None:
 def run_plan(args: argparse.Namespace) -> int:
     """Prints the plan; returns 2 where the run cannot start."""
     from danceopd.api import examiner_of
+    from danceopd.config.reading import load_config
     from danceopd.planning.cluster import plan
     from danceopd.training.zero.settings import read_deepspeed
 

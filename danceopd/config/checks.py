@@ -6,12 +6,12 @@ from pydantic import ValidationError
 
 from danceopd.config.methods import options
 from danceopd.config.sections import Config, Section
-from danceopd.core.methods import OWN_ROLLOUT
+from danceopd.core.methods import OWN_ROLLOUT, needs
 from danceopd.support.hints import did_you_mean
 
 
 def _section_at(location: tuple) -> dict:
-    """The fields of the section that a validation error lies in."""
+    """Returns the fields of the section that a validation error lies in."""
     model = Config
     for key in location[:-1]:
         if model is None:
@@ -23,7 +23,7 @@ def _section_at(location: tuple) -> dict:
 
 
 def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") -> str:
-    """One mistake in words; valid: the keys that could stand there, if they are not a section's."""
+    """Says one mistake in words; valid: the keys that could stand there, if they are not a section's."""
     key = prefix + ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         valid = _section_at(error["loc"]) if valid is None else valid
@@ -37,7 +37,7 @@ def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") 
 
 
 def _check_model(config: Config) -> list[str]:
-    """What goes with a `model` only, and what does not go with one."""
+    """Lists what goes with a `model` only and is given without one, and what does not go with one."""
     if config.model:
         evaluation = ["evaluation.times: not with a model yet; give 0"] if config.evaluation.times else []
         return evaluation + _check_start(config)
@@ -57,7 +57,7 @@ def _check_model(config: Config) -> list[str]:
 
 
 def _check_start(config: Config) -> list[str]:
-    """What a model's student cannot begin as."""
+    """Lists what a model's student cannot begin as."""
     start, key = config.student.init_from, "student.init_from"
     if start not in ("base", "merge", *config.sources):
         near = did_you_mean(start, ["base", "merge", *config.sources])
@@ -76,7 +76,7 @@ def _check_start(config: Config) -> list[str]:
 
 
 def _check_rollout(config: Config) -> list[str]:
-    """What goes against training.rollout_precision."""
+    """Lists what goes against training.rollout_precision."""
     training, key = config.training, "training.rollout_precision"
     wanted, base = training.rollout_precision, training.base_precision
     if wanted is None:
@@ -100,12 +100,58 @@ def _check_rollout(config: Config) -> list[str]:
     return problems
 
 
+# What of the configuration a method reads, by the keyword that it takes it by.
+READ_AS = {
+    ("rollout", "num_inference_steps"): "sigmas",
+    ("rollout", "solver"): "solver",
+    ("query", "bias"): "bias",
+    ("query", "k"): "k",
+}
+ONLY_WORLD = ("per_task", "per_kind", "batch_size", "quick")  # of the evaluation, whose pictures a model does not draw
+
+
+def _changed(section: Section, key: str) -> bool:
+    """Whether a configuration gives a key another value than its default."""
+    return getattr(section, key) != type(section).model_fields[key].default
+
+
+def _check_unread(config: Config) -> list[str]:
+    """Lists what the run would not read: an option that changes nothing is a mistake."""
+    reads, problems = needs(config.method), []
+    for (section, key), keyword in READ_AS.items():
+        part = getattr(config, section)
+        if keyword not in reads and _changed(part, key):
+            problems.append(
+                f"{section}.{key}: {getattr(part, key)!r}, but {config.method} does not read it; leave it out"
+            )
+    if config.query.bias == "gap" and "bias" in reads and "gap" not in reads:
+        problems.append(f"query.bias: 'gap', but {config.method} does not follow the gap; use another bias")
+    if config.model:
+        if _changed(config.rollout, "shift") and "shift" not in reads:
+            problems.append("rollout.shift: the noise levels of a model are those of its scheduler; leave it out")
+        for key in ONLY_WORLD:
+            if _changed(config.evaluation, key):
+                problems.append(f"evaluation.{key}: is for the picture world; leave it out with a model")
+    for name, capability in config.capabilities.items():
+        for key in ("size", "seed"):
+            if capability.data.world is None and _changed(capability.data, key):
+                problems.append(f"capabilities.{name}.data.{key}: is for world's pictures; leave it out")
+        if capability.data.root and not capability.data.manifest:
+            problems.append(f"capabilities.{name}.data.root: is for a manifest's pictures; leave it out")
+    group = config.method_options().get("group_size")
+    if group and config.training.batch_size % group:
+        problems.append(f"options.group_size: {group} does not divide training.batch_size {config.training.batch_size}")
+    return problems
+
+
 def _cross_check(config: Config) -> list[str]:
     problems = []
     try:
         config.method_options()
     except ValidationError as error:
         problems += [_explain(e, options(config.method).model_fields, "options.") for e in error.errors()]
+    else:
+        problems += _check_unread(config)
     for name, capability in config.capabilities.items():
         if capability.source not in config.sources:
             near = did_you_mean(capability.source, config.sources)

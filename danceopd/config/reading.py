@@ -35,7 +35,7 @@ def read_run_config(folder: Path) -> Config:
     """Reads the configuration that a training wrote into its folder.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: The folder holds no run.
     """
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds no run (no config.yaml); give the output_dir of a training")

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import pydantic
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt
 
 from danceopd.config.methods import options
 from danceopd.core.methods import METHODS
@@ -12,15 +13,9 @@ from danceopd.core.routing import ROUTES
 from danceopd.core.solver import SOLVERS
 from danceopd.support.optimizers import OPTIMIZERS
 
-Positive = Annotated[int, Field(ge=1)]
+PositiveFinite = Annotated[FiniteFloat, pydantic.Field(gt=0)]
 
-Count = Annotated[int, Field(ge=0)]
-
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-Scale = Annotated[float, Field(allow_inf_nan=False)]
+NonNegativeFinite = Annotated[FiniteFloat, pydantic.Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -36,8 +31,8 @@ class NewLora(Section):
         targets: Ends of the layers' names; those of the model's family if not given.
     """
 
-    rank: Positive = 128
-    alpha: PositiveFloat | None = None
+    rank: PositiveInt = 128
+    alpha: PositiveFinite | None = None
     targets: list[str] | None = None
 
 
@@ -54,7 +49,7 @@ class Student(Section):
 
     init_from: str = "base"
     lora: NewLora | None = None
-    embedded_guidance: Scale | None = None
+    embedded_guidance: FiniteFloat | None = None
 
 
 class LoraFile(Section):
@@ -66,7 +61,7 @@ class LoraFile(Section):
     """
 
     path: Path
-    scale: Scale = 1.0
+    scale: FiniteFloat = 1.0
 
 
 class Source(Section):
@@ -83,8 +78,8 @@ class Source(Section):
 
     weights: str | None = None
     lora: list[LoraFile] = []
-    guidance_scale: Scale = 1.0
-    embedded_guidance: Scale | None = None
+    guidance_scale: FiniteFloat = 1.0
+    embedded_guidance: FiniteFloat | None = None
 
 
 class Data(Section):
@@ -97,8 +92,8 @@ class Data(Section):
     """
 
     world: Literal["t2i", "style", "edit", "local", "global"] | None = None
-    size: Positive = 20000
-    seed: Count = 1
+    size: PositiveInt = 20000
+    seed: NonNegativeInt = 1
     manifest: Path | None = None
     prepared: Path | None = None
     root: Path | None = None
@@ -121,22 +116,22 @@ class Capability(Section):
     task: Literal["t2i", "edit"]
     data: Data
     capability: str | None = None
-    weight: Weight = 1.0
-    student_guidance_scale: Scale = 1.0
-    prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight: NonNegativeFinite = 1.0
+    student_guidance_scale: FiniteFloat = 1.0
+    prompt_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
 
 
 class Rollout(Section):
     """shift: of the noise levels; a `model`'s are those of its scheduler, and shift is not looked at."""
 
-    num_inference_steps: Positive = 16
-    shift: PositiveFloat = 5.0
+    num_inference_steps: PositiveInt = 16
+    shift: PositiveFinite = 5.0
     solver: Literal[*SOLVERS] = "euler"
 
 
 class Query(Section):
     bias: Literal[*QUERIES] = "low_t"
-    k: Positive = 1
+    k: PositiveInt = 1
 
 
 class Training(Section):
@@ -166,19 +161,19 @@ class Training(Section):
     """
 
     output_dir: Path
-    seed: Count = 0
-    max_steps: Positive = 1000
-    max_network_evaluations: Positive | None = None
-    batch_size: Positive = 64
-    gradient_accumulation_steps: Positive = 1
-    rollout_batch_size: Literal["auto"] | Positive = "auto"
+    seed: NonNegativeInt = 0
+    max_steps: PositiveInt = 1000
+    max_network_evaluations: PositiveInt | None = None
+    batch_size: PositiveInt = 64
+    gradient_accumulation_steps: PositiveInt = 1
+    rollout_batch_size: Literal["auto"] | PositiveInt = "auto"
     optimizer: Literal[*OPTIMIZERS] = "adamw"
-    learning_rate: PositiveFloat = 5e-4
-    warmup_steps: Count = 20
+    learning_rate: PositiveFinite = 5e-4
+    warmup_steps: NonNegativeInt = 20
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    weight_decay: Weight = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    weight_decay: NonNegativeFinite = 0.0
+    max_grad_norm: PositiveFinite = 1.0
+    ema_decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.99
     precision: Literal["fp32", "bf16"] = "fp32"
     rollout_precision: Literal["bf16", "fp8"] | None = None
     gradient_checkpointing: bool = False
@@ -190,12 +185,12 @@ class Training(Section):
     compile: bool = False
     attention_backend: str = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    log_every: Positive = 5
-    save_every: Positive = 100
-    keep_checkpoints: Positive = 2
-    sample_every: Count = 200
-    max_nonfinite_steps: Positive = 10
-    profile_steps: Count = 0
+    log_every: PositiveInt = 5
+    save_every: PositiveInt = 100
+    keep_checkpoints: PositiveInt = 2
+    sample_every: NonNegativeInt = 200
+    max_nonfinite_steps: PositiveInt = 10
+    profile_steps: NonNegativeInt = 0
 
 
 class Evaluation(Section):
@@ -209,13 +204,13 @@ class Evaluation(Section):
         num_inference_steps, solver: How pictures are drawn.
     """
 
-    seed: Count = 1234
-    per_task: Positive = 100
-    per_kind: Positive = 100
-    batch_size: Positive = 128
-    times: Count = 0
-    quick: Positive = 30
-    num_inference_steps: Positive = 16
+    seed: NonNegativeInt = 1234
+    per_task: PositiveInt = 100
+    per_kind: PositiveInt = 100
+    batch_size: PositiveInt = 128
+    times: NonNegativeInt = 0
+    quick: PositiveInt = 30
+    num_inference_steps: PositiveInt = 16
     solver: Literal[*SOLVERS] = "euler"
 
 
@@ -235,8 +230,8 @@ class Config(Section):
     options: dict[str, Any] = {}
     route: Literal[*ROUTES] = "random"
     student: Student = Student()
-    sources: dict[str, Source] = Field(min_length=1)
-    capabilities: dict[str, Capability] = Field(min_length=1)
+    sources: dict[str, Source] = pydantic.Field(min_length=1)
+    capabilities: dict[str, Capability] = pydantic.Field(min_length=1)
     rollout: Rollout = Rollout()
     query: Query = Query()
     training: Training

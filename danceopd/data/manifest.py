@@ -1,7 +1,7 @@
 """A user's own data: a manifest (JSONL or CSV) of prompts and picture files, checked line by line.
 
 Columns: id (or uid), task (or capability), prompt, source_image, target_image; others are ignored. Every row needs
-a task and a prompt. A row without an id goes by its line. source_image is a path or, for several reference pictures,
+a task and a prompt. A row without an id goes by its line. source_image is a path or, for several source pictures,
 a list of them in their order; a CSV cell holds that list as JSON: ["a.png", "b.png"]. Picture paths are relative to the
 manifest's folder, or to the `root` given, and may not leave it: a shared manifest must not read its reader's files.
 """
@@ -111,7 +111,7 @@ def check_manifest(path: str | Path, root: str | Path | None = None, needs_sourc
 
 
 def _read_text(path: Path) -> str:
-    """The manifest's text; raises FileNotFoundError or UserError with what to do."""
+    """Returns the manifest's text; raises FileNotFoundError or UserError with what to do."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the manifest in it (a {' or '.join(SUFFIXES)} file)")
     if not path.is_file():
@@ -130,7 +130,7 @@ def _read_text(path: Path) -> str:
 
 
 def _json_records(text: str) -> Iterator[tuple[int, dict | str]]:
-    """The line and object of each line that is not blank, or a message in the object's place."""
+    """Returns the line and object of each line that is not blank, or a message in the object's place."""
     for line, content in enumerate(text.split("\n"), start=1):  # not splitlines: JSON may hold U+2028
         if not content.strip():
             continue
@@ -143,7 +143,7 @@ def _json_records(text: str) -> Iterator[tuple[int, dict | str]]:
 
 
 def _csv_records(text: str) -> Iterator[tuple[int, dict | str]]:
-    """The first line and cells by column of each CSV row, or a message in the cells' place."""
+    """Returns the first line and cells by column of each CSV row, or a message in the cells' place."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header = None
     while True:
@@ -177,7 +177,7 @@ def _csv_records(text: str) -> Iterator[tuple[int, dict | str]]:
 
 
 def _header_problem(header: list[str]) -> str:
-    """What keeps every row of a CSV from being read, or ""."""
+    """Returns what keeps every row of a CSV from being read, or ""."""
     found = f"the header has {', '.join(header)}"
     if repeated := sorted({name for name in header if name and header.count(name) > 1}):
         return f"columns named twice: {', '.join(repeated)}"
@@ -189,11 +189,11 @@ def _header_problem(header: list[str]) -> str:
 
 
 def _parse_row(line: int, record: dict, root: Path) -> tuple[Row, list[str]]:
-    """The row as far as it can be read, and what is wrong with it."""
+    """Returns the row as far as it can be read, and what is wrong with it."""
     messages: list[str] = []
 
     def text(column: str) -> str | None:
-        """The stripped cell, "" if there is none, None if it is reported as no text."""
+        """Returns the stripped cell, "" if there is none, None if it is reported as no text."""
         value = record.get(column)
         if column in ("id", "uid") and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
@@ -246,7 +246,7 @@ def _parse_row(line: int, record: dict, root: Path) -> tuple[Row, list[str]]:
 
 
 def _find_picture(name: str, root: Path) -> tuple[Path | None, str]:
-    """The file that a picture path stands for; or None, and why there is none."""
+    """Returns the file that a picture path stands for; or None, and why there is none."""
     outside = f"leads out of the folder {root}; move the picture into it"
     try:
         if Path(name).is_absolute():
@@ -262,7 +262,7 @@ def _find_picture(name: str, root: Path) -> tuple[Path | None, str]:
 
 
 def _damage(path: Path) -> str:
-    """Why a picture can't be used, or ""."""
+    """Returns why a picture can't be used, or ""."""
     try:
         decode_picture(path)
     except ValueError as error:
@@ -271,6 +271,6 @@ def _damage(path: Path) -> str:
 
 
 def _first(items: list, separator: str) -> str:
-    """The first few items, and how many more there are."""
+    """Returns the first few items, and how many more there are."""
     shown = separator.join(str(item) for item in items[:_SHOWN])
     return shown + (f"{separator}and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")

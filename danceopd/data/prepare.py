@@ -83,7 +83,7 @@ def buckets(resolution: int, multiple: int) -> list[tuple[int, int]]:
 
 
 def bucket_of(height: int, width: int, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-    """The bucket whose aspect ratio is nearest, by the logarithm."""
+    """Returns the bucket whose aspect ratio is nearest, by the logarithm."""
     ratio = np.log(height / width)
     return min(sizes, key=lambda size: (abs(np.log(size[0] / size[1]) - ratio), size))
 
@@ -124,6 +124,7 @@ class Names:
         return key_of("latents", self.picture_model, self.seen[path].digest, str(self.seen[path].size))
 
 
+# Long: a third of it says what its arguments are.
 def prepare(
     manifest: Path,
     model: Path,
@@ -148,23 +149,23 @@ def prepare(
 
     Args:
         manifest: JSONL or CSV, as data.manifest reads it.
-        model: the folder of a diffusers pipeline: its encoders.
-        folder: the cache; manifests may share it.
-        resolution: a picture has about resolution^2 pixels.
-        root: the folder that picture paths start from; the manifest's own if not given.
-        needs_source: capabilities whose rows must have a source picture.
-        negative_prompts: encoded too, for guidance; where the text encoder sees the source pictures, with each row's.
-        batch_size: prompts or pictures that are encoded at a time.
-        entries_per_shard: after so many a shard of the cache is written, which a killed process leaves behind.
-        workers: threads that read pictures.
-        device, dtype: of the encoders.
-        strict: whether to stop at problems instead of leaving rows out.
+        model: The folder of a diffusers pipeline: its encoders.
+        folder: The cache; manifests may share it.
+        resolution: A picture has about resolution^2 pixels.
+        root: The folder that picture paths start from; the manifest's own if not given.
+        needs_source: Capabilities whose rows must have a source picture.
+        negative_prompts: Encoded too, for guidance; where the text encoder sees the source pictures, with each row's.
+        batch_size: Prompts or pictures that are encoded at a time.
+        entries_per_shard: After so many a shard of the cache is written, which a killed process leaves behind.
+        workers: Threads that read pictures.
+        device, dtype: Of the encoders.
+        strict: Whether to stop at problems instead of leaving rows out.
 
     Returns:
         Where the rows are, and what came of them.
 
     Raises:
-        UserError: the manifest, model or cache is of no use; with strict, any problem.
+        UserError: The manifest, model or cache is of no use; with strict, any problem.
     """
     backbone = backbone_of(model)
     rows, problems = read_manifest(manifest, root, needs_source=needs_source)
@@ -264,7 +265,7 @@ def _write_rows(
 
 
 def _check_counts(rows: list[Row], backbone, model: Path) -> tuple[list[Row], list[Problem]]:
-    """The rows with no more source pictures than the model takes, and what is wrong with the others."""
+    """Returns the rows with no more source pictures than the model takes, and what is wrong with the others."""
     most = backbone.MAX_SOURCES if "edit" in backbone.tasks(model) else 0
     takes = f"a {class_name_of(model)} takes {most or 'none'}"
     problems = [
@@ -276,7 +277,7 @@ def _check_counts(rows: list[Row], backbone, model: Path) -> tuple[list[Row], li
 
 
 def _look_at_pictures(rows: list[Row], sizes, workers: int) -> tuple[list[Row], dict[Path, Seen], list[Problem]]:
-    """The rows all of whose pictures can be read, those pictures, and what is wrong with the others."""
+    """Returns the rows all of whose pictures can be read, those pictures, and what is wrong with the others."""
 
     def look(path: Path) -> Seen | str:
         try:
@@ -303,7 +304,7 @@ def _look_at_pictures(rows: list[Row], sizes, workers: int) -> tuple[list[Row], 
 def _encode(
     keys: list[str], encode: Callable, *, cache: Cache, batch_size: int, entries_per_shard: int, name: str
 ) -> None:
-    """Encode entries batch by batch; what is done is on disk after every shard."""
+    """Encodes entries batch by batch; what is done is on disk after every shard."""
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     with tqdm(total=len(keys), desc=name, unit="entry") as bar:
         for start in range(0, len(keys), batch_size):

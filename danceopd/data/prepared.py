@@ -69,7 +69,7 @@ class PreparedData:
         return kind if self.has_source else (kind[0], ())
 
     def part(self, kind: Kind) -> "PreparedData":
-        """The rows of one kind, on the same cache."""
+        """Returns the rows of one kind, on the same cache."""
         part = copy.copy(self)
         part.rows = self._by_kind[kind]
         part.kinds = Counter({kind: len(part.rows)})
@@ -170,7 +170,7 @@ def mix(data: dict[str, PreparedData]) -> Mixing:
 
 
 def _never_drawn(name: str, data: dict[str, PreparedData], kinds: list[Kind]) -> list[str]:
-    """A line for each set of capabilities that keeps rows of one from being drawn."""
+    """Returns a line for each set of capabilities that keeps rows of one from being drawn."""
     own = data[name]
     drawn = {own.own(kind) for kind in kinds}
     left: Counter = Counter()
@@ -188,12 +188,12 @@ def _never_drawn(name: str, data: dict[str, PreparedData], kinds: list[Kind]) ->
 
 
 def _meet(kind: Kind, own: PreparedData, other: PreparedData) -> bool:
-    """Whether rows of a kind of the one may stand in a batch with any of the other."""
+    """Returns whether rows of a kind of the one may stand in a batch with any of the other."""
     return other.own(kind) in other.kinds if own.has_source else any(size == kind[0] for size, _ in other.kinds)
 
 
 def _named(kinds: Counter, shown: int = 5) -> str:
-    """The commonest kinds in words."""
+    """Returns the commonest kinds in words."""
 
     def words(kind: Kind) -> str:
         size, *sources = (f"{height} x {width}" for height, width in (kind[0], *kind[1]))

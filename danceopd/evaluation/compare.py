@@ -138,7 +138,7 @@ def _read_geneval(file: Path) -> Run:
 
 
 def _read_gedit(file: Path) -> Run:
-    """The O of each edit, by kind and language, at its place in the layout."""
+    """Returns the O of each edit, by kind and language, at its place in the layout."""
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
         ours = isinstance(results, dict) and results.get("benchmark") == GEDIT
@@ -283,7 +283,7 @@ def warnings_of(runs: list[Run], comparisons: list[Comparison]) -> list[str]:
 
 
 def table(runs: list[Run], comparisons: list[Comparison]) -> list[list[str]]:
-    """Scores of every run, then each later run's differences to the first with their intervals; a row each."""
+    """Returns scores of every run, then each later run's differences to the first with their intervals; a row each."""
     scores = [run.scores() for run in runs]
     tags = list(dict.fromkeys(tag for _, means in scores for tag in means))
     rows = [["", "overall", *tags]]
@@ -302,7 +302,7 @@ def _signed(interval: Interval) -> str:
 
 
 def distinct(runs: list[Run]) -> list[Run]:
-    """The runs, numbered where their names are the same."""
+    """Returns the runs, numbered where their names are the same."""
     counts, seen, named = Counter(run.name for run in runs), Counter(), []
     for run in runs:
         seen[run.name] += 1
@@ -336,7 +336,7 @@ def write_page(path: Path, runs: list[Run], comparisons: list[Comparison]) -> No
 
 
 def _sources(run: Run) -> Callable[[Key, Scored], Image.Image | None]:
-    """The picture that was edited; None where the data set is not there, or another one is."""
+    """Returns the picture that was edited; None where the data set is not there, or another one is."""
 
     @cache
     def data():
@@ -355,7 +355,10 @@ def _sources(run: Run) -> Callable[[Key, Scored], Image.Image | None]:
 
 
 def _shown(first: Run, other: Run, source_of: Callable, difference: float, keys: list[Key]) -> dict:
-    """A prompt for the page: both runs' pictures, one above the other; of an edit the source above both."""
+    """Lays out a prompt for the page: both runs' pictures, one above the other.
+
+    Of an edit its source picture above both.
+    """
     scored = first.pictures[keys[0]]
     rows = [
         {"name": run.name, "pictures": [_picture(run.pictures[key], key[1]) for key in keys]} for run in (first, other)

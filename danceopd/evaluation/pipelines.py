@@ -23,15 +23,15 @@ def load_pipeline(
     """Loads a pipeline onto a device.
 
     Args:
-        model: the pipeline's folder.
-        lora: a LoRA's file or folder in any layout that models.lora_files.load_lora reads; it lies beside the weights.
-        transformer: a folder whose transformer takes the place of the pipeline's own.
-        device: where it draws.
-        dtype: of all weights.
-        offload: whether the pipeline's parts wait in host memory, so that one at a time is on the card.
+        model: The pipeline's folder.
+        lora: A LoRA's file or folder in any layout that models.lora_files.load_lora reads; it lies beside the weights.
+        transformer: A folder whose transformer takes the place of the pipeline's own.
+        device: Where it draws.
+        dtype: Of all weights.
+        offload: Whether the pipeline's parts wait in host memory, so that one at a time is on the card.
 
     Raises:
-        UserError: the folder is no pipeline, or weights are missing or do not fit.
+        UserError: The folder is no pipeline, or weights are missing or do not fit.
     """
     parts = {"transformer": backbone_of(model).load_transformer(transformer, dtype)} if transformer else {}
     pipeline = load(DiffusionPipeline, model, dtype=dtype, use_safetensors=True, **parts)

@@ -1,4 +1,4 @@
-"""Scores pictures by models of CLIP's architecture, and says how much of the gap to a teacher a student closed.
+"""Scores pictures by models of CLIP's architecture, and says how much of the gap to a source a student closed.
 
 A reward is a function (pictures, prompts) -> [B] float32, the larger the better.
 """
@@ -174,12 +174,12 @@ def _decode(path: Path) -> Image.Image:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a student went from base to teacher.
+    """How far a student went from base to source.
 
     Attributes:
         share: 0 is none of the way, 1 is all of it.
         low, high: The ends of its interval.
-        open_gap: Whether the teacher's own lead over the base is above zero in as many resamples.
+        open_gap: Whether the source's own lead over the base is above zero in as many resamples.
     """
 
     share: float
@@ -190,26 +190,26 @@ class Gap:
 
 def gap_closed(
     base: np.ndarray,
-    teacher: np.ndarray,
+    source: np.ndarray,
     student: np.ndarray,
     *,
     resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Gap:
-    """Works out (mean student - mean base) / (mean teacher - mean base), with a paired percentile bootstrap.
+    """Works out (mean student - mean base) / (mean source - mean base), with a paired percentile bootstrap.
 
     Args:
-        base, teacher, student: [prompts], of the same prompts in the same order; a resample draws prompts, and all
+        base, source, student: [prompts], of the same prompts in the same order; a resample draws prompts, and all
             three with them.
         resamples: Their number.
         confidence: Of the interval.
         seed: Of the resamples.
 
     Returns:
-        The share and its interval. Where open_gap is false the share says nothing: the teacher is hardly better.
+        The share and its interval. Where open_gap is false the share says nothing: the source is hardly better.
     """
-    values = np.stack([base, teacher, student]).astype(np.float64)
+    values = np.stack([base, source, student]).astype(np.float64)
     generator, n = np.random.default_rng(seed), values.shape[1]
     means = np.empty((3, resamples))
     for start in range(0, resamples, 500):  # [3, 500, prompts] at a time
@@ -227,31 +227,31 @@ def gap_closed(
 
 
 def _share(means: np.ndarray) -> np.ndarray:
-    base, teacher, student = means
-    return (student - base) / (teacher - base)
+    base, source, student = means
+    return (student - base) / (source - base)
 
 
 def evaluate_reward(
     rewards: dict[str, Callable[[], Reward]],
     student: Path,
     base: Path | None = None,
-    teacher: Path | None = None,
+    source: Path | None = None,
     batch_size: int = 16,
 ) -> dict:
     """Scores pictures by several rewards.
 
     Args:
         rewards: By name, what loads each, so that one is in memory at a time.
-        student, base, teacher: Folders of GenEval's layout.
+        student, base, source: Folders of GenEval's layout.
         batch_size: Pictures at a time.
 
     Returns:
-        {reward: {"student": mean, ...}}; with base and teacher also their means and "gap", the share closed.
+        {reward: {"student": mean, ...}}; with base and source also their means and "gap", the share closed.
 
     Raises:
         UserError: The folders' prompts are not the same.
     """
-    folders = {"base": base, "teacher": teacher, "student": student}
+    folders = {"base": base, "source": source, "student": student}
     drawn = {name: read_pictures(at, check=check_prompt) for name, at in folders.items() if at is not None}
     prompts = {name: {entry.index: entry.metadata["prompt"] for entry in entries} for name, entries in drawn.items()}
     for name, there in prompts.items():
@@ -269,19 +269,19 @@ def evaluate_reward(
         }
         results[reward_name] = {name: float(value.mean()) for name, value in values.items()}
         if len(values) == 3:
-            gap = gap_closed(values["base"], values["teacher"], values["student"])
+            gap = gap_closed(values["base"], values["source"], values["student"])
             results[reward_name]["gap"] = {"share": gap.share, "low": gap.low, "high": gap.high, "open": gap.open_gap}
     return results
 
 
 def format_rewards(results: dict) -> str:
     """Writes the results as a table for the terminal."""
-    names = [name for name in ("base", "teacher", "student") if any(name in row for row in results.values())]
+    names = [name for name in ("base", "source", "student") if any(name in row for row in results.values())]
     lines = ["reward".ljust(12) + "".join(name.rjust(10) for name in names)]
     for reward, row in results.items():
         line = reward.ljust(12) + "".join(f"{row[name]:10.4f}" for name in names)
         if gap := row.get("gap"):
             line += f"   gap closed {100 * gap['share']:.1f} % [{100 * gap['low']:.1f}, {100 * gap['high']:.1f}]"
-            line += "" if gap["open"] else "   but the teacher is not clearly better than the base"
+            line += "" if gap["open"] else "   but the source is not clearly better than the base"
         lines.append(line)
     return "\n".join(lines)

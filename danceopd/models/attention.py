@@ -25,15 +25,15 @@ def attention_backend(name: str, model: Path, half: bool, backbone: ModuleType, 
     """Finds diffusers' name of the kernel that a model's transformers attend with.
 
     Args:
-        name: the kernel that is wanted, by diffusers' name, or "auto": flash-attn where it is installed, on CUDA, in
+        name: The kernel that is wanted, by diffusers' name, or "auto": flash-attn where it is installed, on CUDA, in
             half precision and for a family whose prompts have no mask, else torch's own.
-        model: the pipeline's folder.
-        half: whether attention's inputs are in half precision.
-        backbone: the module of the model's family.
-        device: where the run computes.
+        model: The pipeline's folder.
+        half: Whether attention's inputs are in half precision.
+        backbone: The module of the model's family.
+        device: Where the run computes.
 
     Raises:
-        UserError: diffusers has no kernel of this name, it is not installed, it runs on CUDA or in half precision
+        UserError: Diffusers has no kernel of this name, it is not installed, it runs on CUDA or in half precision
             alone, it takes no masks where the family's prompts have one, or the transformer asks no dispatcher.
     """
     masked = backbone.PROMPTS_HAVE_MASKS

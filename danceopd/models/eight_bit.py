@@ -1,4 +1,4 @@
-"""The frozen transformer in 8 bits, through torchao: int8 with a scale for each row of a weight.
+"""Stores the frozen transformer in 8 bits through torchao: int8 with a scale for each row of a weight.
 
 Of torchao's two formats this is the nearer one: on tiny SD3 and FLUX transformers in float32 the velocity moves by
 0.10 and 0.12 % with int8, by 0.57 and 0.70 % with float8 (e4m3, a scale for each row too).
@@ -12,7 +12,7 @@ from danceopd.support.errors import UserError
 
 
 def check_eight_bit() -> bool:
-    """True. Raises UserError where torchao is not installed."""
+    """Checks that torchao is installed; returns True, or raises UserError."""
     try:
         import torchao.quantization  # noqa: F401
     except ImportError as error:
@@ -21,11 +21,17 @@ def check_eight_bit() -> bool:
 
 
 def to_eight_bit(transformer: nn.Module, device: torch.device | None = None) -> nn.Module:
-    """Store the weights of the linear layers in the transformer's blocks as int8, in place; returns the transformer.
+    """Stores the weights of the linear layers in a transformer's blocks as int8, in place.
 
     They still appear in their own dtype, which their products are made in; embeddings, norms, biases and what lies
-    outside the blocks stay as they are. device: where each layer is converted and left, its own if not given. Takes a
-    transformer on the meta device too.
+    outside the blocks stay as they are.
+
+    Args:
+        transformer: On the meta device too.
+        device: Where each layer is converted and left; its own if not given.
+
+    Returns:
+        The transformer.
     """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -40,12 +46,12 @@ def to_eight_bit(transformer: nn.Module, device: torch.device | None = None) -> 
 
 
 def as_multiplied(weight: torch.Tensor) -> torch.Tensor:
-    """A weight in its own dtype: one of 8 bits unpacked, any other as it is."""
+    """Returns a weight in its own dtype: one of 8 bits unpacked, any other as it is."""
     return weight.dequantize() if hasattr(weight, "qdata") else weight
 
 
 def stored(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold a weight: int8 values and scales of one of 8 bits, else the weight itself."""
+    """Returns the tensors that hold a weight: int8 values and scales of one of 8 bits, else the weight itself."""
     if not hasattr(tensor, "qdata"):
         return [tensor]
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]

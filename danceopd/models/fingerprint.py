@@ -12,15 +12,17 @@ def fingerprint(path: Path) -> str:
     """Names the content of a file or a folder.
 
     Args:
-        path: a file, which is read whole; or a folder, of whose files the names, the sizes and both ends are read:
+        path: A file, which is read whole; or a folder, of whose files the names, the sizes and both ends are read:
             configurations are shorter than that, weights are not.
 
     Returns:
         32 hexadecimal digits.
 
     Raises:
-        UserError: there is no such file or folder, or the folder is empty.
+        UserError: There is no such file or folder, or the folder is empty.
     """
+    if not path.exists():
+        raise UserError(f"there is nothing at {path}; give the folder or file of a model")
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -1,4 +1,4 @@
-"""Frozen transformers in FP8: e4m3 weights with a scale for each row, and inputs with a scale for each token.
+"""Stores frozen transformers in FP8: e4m3 weights with a scale for each row, and inputs with a scale for each token.
 
 The linear layers of the blocks are stored so. Those that modulate (adaLN) take their input, one vector a sample, as it
 is: their weights are a third of some transformers, while their products are next to nothing. Embeddings, norms, biases
@@ -16,10 +16,14 @@ PART = 2**18  # entries of a weight that are rounded at a time, some of them in 
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen linear layer: x [..., in] in `dtype` -> [..., out], differentiable in x.
+    """A frozen linear layer in FP8: x [..., in] in `dtype` -> [..., out], differentiable in x.
 
-    weight [out, in] float8_e4m3fn, weight_scale [out, 1] float32. On GPUs before sm_89, which do not multiply FP8, and
-    in layers that modulate, x is multiplied as it is; elsewhere it is rounded to FP8 too (danceopd_kernels.fp8_linear).
+    On GPUs before sm_89, which do not multiply FP8, and in layers that modulate, x is multiplied as it is; elsewhere it
+    is rounded to FP8 too (danceopd_kernels.fp8_linear).
+
+    Attributes:
+        weight: [out, in] float8_e4m3fn.
+        weight_scale: [out, 1] float32.
     """
 
     def __init__(self, linear: nn.Linear, modulates: bool):
@@ -35,7 +39,7 @@ class Fp8Linear(nn.Linear):
 
     @torch.no_grad()
     def fill(self, weight: torch.Tensor) -> None:
-        """Round a weight [out, in] into the place of the old one."""
+        """Rounds a weight [out, in] into the place of the old one."""
         rows = max(1, PART // weight.shape[1])
         for part, codes, scale in zip(*(t.split(rows) for t in (weight, self.weight, self.weight_scale)), strict=True):
             for place, value in zip((codes, scale), fp8_quantize_rowwise(part), strict=True):
@@ -49,12 +53,12 @@ class Fp8Linear(nn.Linear):
 
 
 def numbers(weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the codes of a weight stand for."""
+    """Returns the weight that codes stand for: codes * scale, in `dtype`."""
     return (weight.float() * weight_scale).to(dtype)
 
 
 def check_fp8(device: torch.device | None) -> bool:
-    """True. Raises UserError for a GPU that cannot use FP8."""
+    """Checks that a device can use FP8; returns True, or raises UserError."""
     if device is not None and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip or capability < (8, 0):
@@ -67,9 +71,14 @@ def check_fp8(device: torch.device | None) -> bool:
 
 
 def to_fp8(transformer: nn.Module, device: torch.device | None = None) -> nn.Module:
-    """Store the linear layers of a transformer's blocks in FP8, in place and one by one; returns the transformer.
+    """Stores the linear layers of a transformer's blocks in FP8, in place and one by one.
 
-    device: where each is converted and left, its own if not given. Takes a transformer on the meta device too.
+    Args:
+        transformer: On the meta device too.
+        device: Where each layer is converted and left; its own if not given.
+
+    Returns:
+        The transformer.
     """
     for name, linear, modulates in block_layers(transformer):
         transformer.set_submodule(name, Fp8Linear(linear.to(device), modulates))

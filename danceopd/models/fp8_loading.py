@@ -27,17 +27,17 @@ def load_fp8(
     """Loads a transformer as to_fp8 would make it, with one file of its weights beside it in memory at most.
 
     Args:
-        folder: a pipeline's, or a transformer's own.
-        backbone: the module of the model's family.
-        dtype: of what is not in FP8.
-        device: where it is put; the CPU if not given.
-        lora: an adapter that is merged into the weights before they are rounded.
+        folder: A pipeline's, or a transformer's own.
+        backbone: The module of the model's family.
+        dtype: Of what is not in FP8.
+        device: Where it is put; the CPU if not given.
+        lora: An adapter that is merged into the weights before they are rounded.
 
     Returns:
         The transformer, frozen and in eval mode.
 
     Raises:
-        UserError: the folder is missing or damaged, of another family, or lacks weights.
+        UserError: The folder is missing or damaged, of another family, or lacks weights.
     """
     path, lora = transformer_folder(folder), lora or {}
     cls, device = transformer_class(path, backbone), device or torch.device("cpu")

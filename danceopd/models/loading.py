@@ -1,4 +1,4 @@
-"""Parts of a diffusers pipeline's folder: never from the network, whole or not at all, errors that name the path."""
+"""Loads parts of a diffusers pipeline's folder: never from the network, whole or not at all; errors name the path."""
 
 import json
 import re
@@ -17,7 +17,7 @@ SCALED = re.compile(r"scaled_fp8$|scale_(weight|input)$|(weight|input)_scale$|co
 
 
 def read_json(path: Path | str) -> dict:
-    """A JSON file of a pipeline. Raises UserError if it is not there or is damaged."""
+    """Reads a JSON file of a pipeline; a UserError if it is not there or is damaged."""
     path = Path(path)
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent}; give the folder of a whole diffusers pipeline")
@@ -30,9 +30,10 @@ def read_json(path: Path | str) -> dict:
 
 
 def class_name_of(folder: Path | str, served: tuple[str, ...] = ()) -> str:
-    """The pipeline's class named in a folder's model_index.json.
+    """Reads the pipeline's class from a folder's model_index.json.
 
-    Raises UserError if there is none, and if it is not one of `served`, where these are given.
+    Raises:
+        UserError: There is none, or it is not one of `served`, where these are given.
     """
     name = read_json(Path(folder) / "model_index.json").get("_class_name")
     if served and name not in served:
@@ -41,7 +42,7 @@ def class_name_of(folder: Path | str, served: tuple[str, ...] = ()) -> str:
 
 
 def load(cls: type, path: Path | str, **options):
-    """cls.from_pretrained of a folder. Raises UserError if it is not there or cannot be loaded."""
+    """Calls cls.from_pretrained with a folder; a UserError if it is not there or cannot be loaded."""
     path = Path(path)
     if not path.is_dir():  # else taken for the name of a repository
         raise UserError(f"there is no folder {path}; give the folder of a whole pipeline or model")
@@ -52,9 +53,10 @@ def load(cls: type, path: Path | str, **options):
 
 
 def load_model(cls: type, path: Path | str, dtype: torch.dtype) -> nn.Module:
-    """A model of diffusers or transformers from its folder, in eval mode on the CPU.
+    """Loads a model of diffusers or transformers from its folder, in eval mode on the CPU.
 
-    Raises UserError as load does, and for weights of another class of diffusers or with some missing.
+    Raises:
+        UserError: As load does; and for weights of another class of diffusers or with some missing.
     """
     path = Path(path)
     config = read_json(path / "config.json")
@@ -68,18 +70,19 @@ def load_model(cls: type, path: Path | str, dtype: torch.dtype) -> nn.Module:
 
 
 def load_transformer(cls: type, folder: Path | str, dtype: torch.dtype) -> nn.Module:
-    """load_model of a pipeline folder's transformer, or of a transformer folder itself."""
+    """Loads a pipeline folder's transformer, or a transformer folder itself, as load_model does."""
     return load_model(cls, transformer_folder(folder), dtype)
 
 
 def transformer_folder(folder: Path | str) -> Path:
-    """A pipeline folder's transformer, or a transformer folder itself."""
+    """Returns a pipeline folder's transformer, or a transformer folder itself."""
     folder = Path(folder)
     return folder if (folder / "config.json").is_file() else folder / "transformer"
 
 
 def input_dtype(transformer: nn.Module) -> torch.dtype:
-    """What a transformer takes its inputs in: its `takes` where it has one, else the dtype of its first weights.
+    """Returns what a transformer takes its inputs in: its `takes` where it has one, else the dtype of its first
+    weights.
 
     One that is trained has it, since a copy of it for rollouts may hold some of its weights in another dtype.
     """
@@ -87,17 +90,22 @@ def input_dtype(transformer: nn.Module) -> torch.dtype:
 
 
 def is_file_name(weights: Path | str) -> bool:
-    """Whether a transformer's weights are meant to be one file, which may be missing, and not a folder."""
+    """Returns whether a transformer's weights are meant to be one file, which may be missing, and not a folder."""
     path = Path(weights)
     return path.suffix == ".safetensors" or path.is_file()
 
 
 def check_transformer_file(path: Path | str, transformer: nn.Module) -> None:
-    """A transformer of the same architecture lies in a file, by its header alone: every name and shape is there.
+    """Checks by a file's header alone that a transformer of the same architecture lies in it, with every name and
+    shape.
 
-    path: a safetensors file under diffusers' names, or in a layout that diffusers converts for the transformer's class;
-    transformer: on any device. Raises UserError for a file that is missing, corrupt, quantized or incomplete, that is
-    of another model, and that holds anything that would be left out.
+    Args:
+        path: A safetensors file under diffusers' names, or in a layout that it converts for the transformer's class.
+        transformer: On any device.
+
+    Raises:
+        UserError: The file is missing, corrupt, quantized or incomplete, is of another model, or holds anything that
+            would be left out.
     """
     path, name = Path(path), type(transformer).__name__
     raw = _tensors(path, header_only=True)
@@ -125,10 +133,16 @@ def check_transformer_file(path: Path | str, transformer: nn.Module) -> None:
 
 
 def load_transformer_file(path: Path | str, like: nn.Module, folder: Path | str, dtype: torch.dtype) -> nn.Module:
-    """The transformer of one file, as check_transformer_file takes it, in eval mode on the CPU.
+    """Loads the transformer of one file in eval mode on the CPU.
 
-    like: a transformer of the same architecture; folder: its pipeline's or its own, for the configuration. Raises
-    UserError as check_transformer_file does.
+    Args:
+        path: As check_transformer_file takes it.
+        like: A transformer of the same architecture.
+        folder: Its pipeline's or its own, for the configuration.
+        dtype: Of the weights.
+
+    Raises:
+        UserError: As check_transformer_file does.
     """
     check_transformer_file(path, like)
     config, tensors = str(transformer_folder(folder)), _tensors(Path(path), header_only=False)
@@ -136,7 +150,10 @@ def load_transformer_file(path: Path | str, like: nn.Module, folder: Path | str,
 
 
 def _tensors(path: Path, header_only: bool) -> dict[str, torch.Tensor]:
-    """A file's tensors, those of the transformer alone where it holds other parts; header_only: on the meta device."""
+    """Reads a file's tensors, those of the transformer alone where it holds other parts.
+
+    Header_only: on the meta device.
+    """
     if not path.is_file():
         raise UserError(f"there is no file {path}; give a transformer's folder or its safetensors file")
     if path.suffix != ".safetensors":
@@ -162,7 +179,10 @@ def _tensors(path: Path, header_only: bool) -> dict[str, torch.Tensor]:
 
 
 def _converted(path: Path, tensors: dict[str, torch.Tensor], transformer: nn.Module) -> dict[str, torch.Tensor]:
-    """diffusers' conversion from the original layout, nothing where it fails; what it uses is taken out of tensors."""
+    """Converts tensors from the original layout by diffusers, nothing where it fails.
+
+    What it uses is taken out of them.
+    """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     name = type(transformer).__name__
@@ -176,7 +196,7 @@ def _converted(path: Path, tensors: dict[str, torch.Tensor], transformer: nn.Mod
 
 
 def stream_blocks(network: nn.Module, device: torch.device) -> nn.Module:
-    """Keep a network in host memory; its forward brings one block after another to the device, and takes it back.
+    """Keeps a network in host memory; its forward brings one block after another to the device, and takes it back.
 
     On CUDA the next block is copied from pinned memory while one computes, and the host waits for each block, such that
     two of them and what lies outside the blocks are there at a time. The same velocity comes out. Returns the network.
@@ -195,12 +215,15 @@ def stream_blocks(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def check_weights(folder: Path | str) -> None:
-    """A transformer's or VAE's weights are all there; none is opened. Raises UserError that names the missing ones."""
+    """Checks that a transformer's or VAE's weights are all there.
+
+    None is opened. A UserError names the missing ones.
+    """
     weight_files(folder)
 
 
 def weight_files(folder: Path | str) -> list[Path]:
-    """The files of a transformer's or VAE's weights, which are all there. Raises UserError that names missing ones."""
+    """Returns the files of a transformer's or VAE's weights, which are all there; a UserError names missing ones."""
     from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 
     folder = transformer_folder(folder)
@@ -219,10 +242,14 @@ def weight_files(folder: Path | str) -> list[Path]:
 
 
 def picture_codec(folder: Path | str, device: torch.device | str, dtype: torch.dtype) -> tuple[Callable, Callable]:
-    """(encode, decode) of a pipeline's AutoencoderKL, without gradient, both on `device` in `dtype`.
+    """Loads a pipeline's AutoencoderKL.
 
-    encode: pictures [n, 3, H, W] in [-1, 1] -> latents [n, C, h, w], the mode of the posterior, shifted and scaled;
-    decode: the inverse. Raises UserError for a missing VAE.
+    Returns:
+        encode(pictures [n, 3, H, W] in [-1, 1]) -> latents [n, C, h, w], the mode of the posterior, shifted and scaled,
+        and its inverse, on `device` in `dtype`, without gradient.
+
+    Raises:
+        UserError: The VAE is missing.
     """
     from diffusers import AutoencoderKL  # takes its time, and the embedded network's commands read folders too
 
@@ -241,7 +268,7 @@ def picture_codec(folder: Path | str, device: torch.device | str, dtype: torch.d
 
 
 def load_tokenizer(cls: type, path: Path | str):
-    """A tokenizer from its folder. Raises UserError as load does, and for missing files, which would make it empty."""
+    """Loads a tokenizer from its folder; a UserError as from load, and for missing files, which would make it empty."""
     path = Path(path)
     files = {kind: (path / file).is_file() for kind, file in cls.vocab_files_names.items()}
     if path.is_dir() and not files.pop("tokenizer_file", False) and not all(files.values()):
@@ -250,7 +277,7 @@ def load_tokenizer(cls: type, path: Path | str):
 
 
 def multiple_of(backbone, model: Path) -> int:
-    """What heights and widths are multiples of: the smallest picture that the model takes."""
+    """Returns what heights and widths are multiples of: the side of the smallest picture that the model takes."""
     for step in (8, 16, 32):
         try:
             backbone.latent_shape(model, step, step)

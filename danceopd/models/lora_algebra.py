@@ -1,4 +1,4 @@
-"""Sums, means and cuts of LoRAs."""
+"""Sums, averages and cuts LoRAs."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,10 @@ from torch import nn
 Lora = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # by module: A [rank, in], B [out, rank], scale
 
 
-def combine(loras: Sequence[Lora]) -> Lora:
-    """Several LoRAs as one, their exact sum: ranks add up, the scales are folded into B where modules are shared."""
+def sum_loras(loras: Sequence[Lora]) -> Lora:
+    """Returns several LoRAs as one, their exact sum: ranks add up, and scales are folded into B where modules are
+    shared.
+    """
     result = {}
     for name in dict.fromkeys(name for lora in loras for name in lora):
         parts = [lora[name] for lora in loras if name in lora]
@@ -22,13 +24,16 @@ def combine(loras: Sequence[Lora]) -> Lora:
 
 
 def average(loras: Sequence[Lora]) -> Lora:
-    """The plain mean of what the LoRAs add, exactly: of the sum of their ranks."""
-    return combine([{name: (a, b, scale / len(loras)) for name, (a, b, scale) in lora.items()} for lora in loras])
+    """Returns the mean of what the LoRAs add, exactly: its rank is the sum of theirs."""
+    return sum_loras([{name: (a, b, scale / len(loras)) for name, (a, b, scale) in lora.items()} for lora in loras])
 
 
 @torch.no_grad()
 def merge_into(transformer: nn.Module, lora: Lora) -> nn.Module:
-    """Add scale B A to the transformer's own weights, in float32, one layer at a time; returns the transformer."""
+    """Adds scale B A to a transformer's own weights, in float32, one layer at a time.
+
+    Returns the transformer.
+    """
     for name, (a, b, scale) in lora.items():
         weight = transformer.get_submodule(name).weight
         weight.copy_(added(weight, a, b, scale))
@@ -36,13 +41,15 @@ def merge_into(transformer: nn.Module, lora: Lora) -> nn.Module:
 
 
 def added(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """A weight + scale b a, summed in float32, in the weight's dtype."""
+    """Returns weight + scale b a, summed in float32, in the weight's dtype."""
     change = scale * (b.to(weight.device).float() @ a.to(weight.device).float())
     return (weight.float() + change).to(weight.dtype)
 
 
 def named_factors(lora: Lora, prefix: str = "") -> dict[str, torch.Tensor]:
-    """An adapter's factors by PEFT's names. Scales are folded into B: a file needs no metadata to be read right."""
+    """Names an adapter's factors as PEFT does. Scales are folded into B: a file needs no metadata to be read
+    right.
+    """
     tensors = {}
     for name, (a, b, scale) in lora.items():
         tensors[f"{prefix}{name}.lora_A.weight"] = a.contiguous()
@@ -51,10 +58,17 @@ def named_factors(lora: Lora, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def truncated(a: torch.Tensor, b: torch.Tensor, scale: float, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A [r, in], B [out, r]) in float32 whose product B A is the best of rank r <= `rank` of scale b a.
+    """Cuts scale b a to a rank by the SVD of the n x n product of their triangular parts.
 
-    a [n, in], b [out, n]; with n <= rank themselves, scaled. The SVD is of the n x n product of their triangular
-    parts; r is smaller where the product's rank is.
+    Args:
+        a: [n, in].
+        b: [out, n].
+        scale: Of their product.
+        rank: The largest wanted.
+
+    Returns:
+        A [r, in] and B [out, r] in float32 whose product B A is the best of rank r <= `rank`; with n <= rank
+        themselves, scaled. r is smaller where the product's rank is.
     """
     a, b = a.float(), b.float() * scale
     if len(a) <= rank:

@@ -1,4 +1,4 @@
-"""LoRA files as teachers: read in any layout that diffusers converts, merged, or many on one frozen transformer."""
+"""Reads LoRA files in any layout that diffusers converts, and writes adapters as it does."""
 
 import json
 import os
@@ -30,13 +30,23 @@ CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 def load_lora(
     path: str | Path, transformer: nn.Module, pipeline_class: type, scale: float = 1.0, header_only: bool = False
 ) -> Lora:
-    """A LoRA by module of the transformer, in float32, its scale alpha / rank times `scale`.
+    """Reads a LoRA by module of a transformer, in float32; nothing in the file is left out.
 
-    path: a PEFT folder, or a safetensors file (or the folder of one) in any layout that the pipeline class converts
-    by its lora_state_dict: diffusers', kohya's, ComfyUI's, ai-toolkit's. header_only: the factors on the meta device
-    and no tensor read, with scales that say nothing. Raises UserError for files that are missing or corrupt, for a
-    layout the class cannot convert, and for every key that is no factor of a linear layer of the transformer: nothing
-    in a file is left out. With header_only it raises RuntimeError where the conversion depends on values.
+    Args:
+        path: A PEFT folder, or a safetensors file (or the folder of one) in any layout that the pipeline class converts
+            by its lora_state_dict: diffusers', kohya's, ComfyUI's, ai-toolkit's.
+        transformer: Whose layers it changes, on any device.
+        pipeline_class: Diffusers' class of the pipeline.
+        scale: Multiplies alpha / rank.
+        header_only: Whether no tensor is read: the factors are on the meta device then, with scales that say nothing.
+
+    Returns:
+        {module: (A [rank, in], B [out, rank], scale)}.
+
+    Raises:
+        UserError: Files are missing or corrupt, the class cannot convert the layout, or a key is no factor of a linear
+            layer of the transformer.
+        RuntimeError: With header_only, where the conversion depends on values.
     """
     file = _find(Path(path))
     raw, config = _read(file, header_only)
@@ -67,9 +77,13 @@ def load_lora(
 
 
 def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: type) -> tuple[int, bool]:
-    """(parameters of a LoRA, whether its keys were checked), by its file's header alone.
+    """Counts a LoRA's parameters by its file's header alone.
 
-    Unchecked is a layout whose conversion depends on values: the count is the file's. Raises UserError as load_lora.
+    Returns:
+        The number, and whether its keys were checked: they are not in a layout whose conversion depends on values.
+
+    Raises:
+        UserError: As load_lora.
     """
     try:
         lora = load_lora(path, transformer, pipeline_class, header_only=True)
@@ -80,7 +94,7 @@ def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: ty
 
 
 def _find(path: Path) -> Path:
-    """The safetensors file that path is or holds."""
+    """Returns the safetensors file that path is or holds."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: a LoRA must be a safetensors file; files of other kinds may run code when read")
@@ -96,7 +110,7 @@ def _find(path: Path) -> Path:
 
 
 def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict | None]:
-    """(tensors in float32, PEFT's configuration by its own names or None)."""
+    """Reads (tensors in float32, PEFT's configuration by its own names or None)."""
     try:
         with safe_open(file, framework="pt") as opened:
             read = partial(_described, opened) if header_only else opened.get_tensor
@@ -131,7 +145,7 @@ def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict 
 
 
 def _described(opened, key: str) -> torch.Tensor:
-    """A tensor of the shape that a file's header gives; an alpha, whose value nothing depends on, is 1."""
+    """Makes a tensor of the shape that a file's header gives; an alpha, whose value nothing depends on, is 1."""
     entry = opened.get_slice(key)
     if key.endswith(".alpha"):
         return torch.ones(entry.get_shape())
@@ -140,7 +154,7 @@ def _described(opened, key: str) -> torch.Tensor:
 
 
 def _fold_alphas(file: Path, raw: dict[str, torch.Tensor], config: dict | None) -> dict[str, torch.Tensor]:
-    """Multiply every A by its alpha / rank; the alphas stay as the rank, since some converters want them.
+    """Multiplies every A by its alpha / rank; the alphas stay as the rank, since some converters want them.
 
     Converters do the same for most alphas, but not for all.
     """
@@ -164,7 +178,7 @@ def _fold_alphas(file: Path, raw: dict[str, torch.Tensor], config: dict | None) 
 
 
 def _convert(file: Path, raw: dict[str, torch.Tensor], pipeline_class: type) -> dict[str, torch.Tensor]:
-    """Diffusers' conversion; a UserError for what it leaves out, found by the gradient that does not come back."""
+    """Converts by diffusers; a UserError for what it leaves out, found by the gradient that does not come back."""
     with torch.enable_grad():
         leaves = {key: value.detach().requires_grad_() for key, value in raw.items() if not key.endswith(".alpha")}
         # Copies, since some converters multiply in place.
@@ -187,7 +201,10 @@ def _convert(file: Path, raw: dict[str, torch.Tensor], pipeline_class: type) -> 
 
 
 def _module(key: str, transformer: nn.Module) -> tuple[str, str] | None:
-    """(linear layer, "A" or "B") of a key as diffusers and PEFT name them; alphas by their layer, others None."""
+    """Returns (linear layer, "A" or "B") of a key as diffusers and PEFT name them.
+
+    Alphas by their layer, others None.
+    """
     name = next(iter(convert_unet_state_dict_to_peft({key: None})))  # diffusers' own older names
     if name.endswith(".alpha"):
         name, side = name.removesuffix(".alpha"), "alpha"
@@ -203,7 +220,7 @@ def _module(key: str, transformer: nn.Module) -> tuple[str, str] | None:
 
 
 def _configured_scale(file: Path, config: dict | None, name: str, rank: int) -> float:
-    """alpha / rank, or its root, as PEFT works it out for a module; 1 without a configuration."""
+    """Returns alpha / rank, or alpha over its root, as PEFT works it out for a module; 1 without a configuration."""
     if config is None:
         return 1.0
     patterns, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
@@ -227,9 +244,10 @@ def _unknown(file: Path, keys: Sequence[str], name: str) -> UserError:
 
 
 def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
-    """Write an adapter as the pipeline's own save_lora_weights does, so that load_lora_weights takes it; atomically.
+    """Writes an adapter as the pipeline's own save_lora_weights does, so that load_lora_weights takes it; atomically.
 
-    Raises UserError where it cannot be written.
+    Raises:
+        UserError: It cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILES[1]

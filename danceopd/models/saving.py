@@ -19,11 +19,17 @@ from danceopd.support.files import sync, write_atomic
 
 
 def save_transformer(transformer: nn.Module, weights: Weights, folder: Path) -> None:
-    """Write a transformer as its save_pretrained does, over an older one: a process that dies leaves either whole.
+    """Writes a transformer as its save_pretrained does, over an older one: a process that dies leaves either whole.
 
-    transformer: of diffusers, on any device; weights: what it holds, in float32. The shards get names of their own each
-    time, and the index that names them is replaced in one move. Raises UserError where the disk is full or the folder
-    read-only; what was there before stays good.
+    The shards get names of their own each time, and the index that names them is replaced in one move.
+
+    Args:
+        transformer: Of diffusers, on any device.
+        weights: What it holds, in float32.
+        folder: Where to.
+
+    Raises:
+        UserError: The disk is full or the folder read-only; what was there before stays good.
     """
     temporary = folder / ".new"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -60,10 +66,16 @@ SHARD = "5GB"  # of a file that is written, and so what is in memory at a time
 
 
 def save_pretrained(network: nn.Module, weights: Weights, folder: Path, dtype: torch.dtype) -> None:
-    """Write what the network's save_pretrained would with these weights in this dtype, one file's in memory at a time.
+    """Writes what the network's save_pretrained would with these weights, one file's in memory at a time.
 
-    network: of diffusers, on any device: its names, shapes and configuration are read. Raises OSError and
-    SafetensorError where the disk is full or the folder read-only.
+    Args:
+        network: Of diffusers, on any device: its names, shapes and configuration are read.
+        weights: What it holds.
+        folder: Where to.
+        dtype: Of what is written.
+
+    Raises:
+        OSError, SafetensorError: The disk is full or the folder read-only.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {

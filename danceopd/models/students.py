@@ -19,9 +19,15 @@ from danceopd.models.shared_base import SharedBase
 class LoraStudent(nn.Module):
     """A trainable adapter on a shared transformer: student(latents, sigma, conditioning) -> velocity.
 
-    Its parameters are the adapter alone, in float32; a deep copy is another adapter on the same transformer. layers:
-    as given to the SharedBase too. A is drawn as PEFT draws it and B is zero, so that it begins as the base; what it
-    adds is scaled by alpha / rank. embedded_guidance: of all its samples, where the transformer takes one.
+    Its parameters are the adapter alone, in float32; a deep copy is another adapter on the same transformer. A is drawn
+    as PEFT draws it and B is zero, so that it begins as the base; what it adds is scaled by alpha / rank.
+
+    Args:
+        shared: The transformer.
+        layers: Names of the layers that it changes, as given to the SharedBase too.
+        rank, alpha: Of the adapter.
+        generator: Draws A.
+        embedded_guidance: Of all its samples, where the transformer takes one.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class LoraStudent(nn.Module):
         return self._shared[0].student(latents, sigma, conditioning.embedding(self.embedded_guidance), self)
 
     def on_fp8(self) -> None:
-        """Go over to a copy of the transformer in FP8."""
+        """Goes over to a copy of the transformer in FP8."""
         self._shared = (self._shared[0].in_fp8(),)
 
     @property
@@ -61,18 +67,20 @@ class LoraStudent(nn.Module):
         return self._shared[0].transformer
 
     def layer(self, name: str, x, weight, bias=None, weight_scale=None) -> torch.Tensor:
-        """One linear layer with its adapter, or without where the student has none there; as frozen_linear."""
+        """Applies one linear layer with its adapter, or without where the student has none there, as
+        frozen_linear does.
+        """
         if _flat(name) not in self.factors:
             return frozen_linear(x, weight, bias, weight_scale)
         return self.factors[_flat(name)](x, weight, bias, weight_scale)
 
     def factors_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """A [rank, in] and B [out, rank] of a layer."""
+        """Returns A [rank, in] and B [out, rank] of a layer."""
         own = self.factors[_flat(name)]
         return own.lora_A, own.lora_B
 
     def lora(self) -> Lora:
-        """The adapter by module, detached, on the CPU."""
+        """Returns the adapter by module, detached, on the CPU."""
         return {
             name.replace("/", "."): (own.lora_A.detach().cpu(), own.lora_B.detach().cpu(), own.scale)
             for name, own in self.factors.items()
@@ -82,8 +90,11 @@ class LoraStudent(nn.Module):
 class FullStudent(nn.Module):
     """A trainable transformer of its own: student(latents, sigma, conditioning) -> velocity, as a LoraStudent.
 
-    transformer: in float32, changed into one that is trained; velocity: the backbone's; embedded_guidance: of all its
-    samples, where the transformer takes one; autocast: the dtype that its products run in, None for the weights' own.
+    Args:
+        transformer: In float32; it is changed into one that is trained.
+        velocity: The backbone's.
+        embedded_guidance: Of all its samples, where the transformer takes one.
+        autocast: The dtype that its products run in; None for the weights' own.
     """
 
     def __init__(

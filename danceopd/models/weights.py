@@ -1,4 +1,4 @@
-"""A network's weights, read a piece at a time: by ranks of which none has room for all, and to be written in shards."""
+"""Reads a network's weights a piece at a time: by ranks of which none has room for all, and to be written in shards."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,19 +16,24 @@ from danceopd.support.errors import UserError
 
 @dataclass(frozen=True)
 class Weights:
-    """shapes: of each tensor, by name; read(name, start, stop): these places of it, flattened, on the CPU."""
+    """A network's weights, wherever they lie.
+
+    Attributes:
+        shapes: Of each tensor, by name.
+        read: read(name, start, stop) gives these places of a tensor, flattened, on the CPU.
+    """
 
     shapes: Mapping[str, torch.Size]
     read: Callable[[str, int, int], torch.Tensor]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole one."""
+        """Reads a whole tensor."""
         shape = self.shapes[name]
         return self.read(name, 0, shape.numel()).reshape(shape)
 
 
 def of_folder(folder: Path | str) -> Weights:
-    """Of a transformer that save_pretrained wrote, or of a pipeline's. Raises UserError for files that are not good."""
+    """Reads the weights of a transformer that save_pretrained wrote, or of a pipeline's; a UserError for bad files."""
     shapes, places = {}, {}
     for file in weight_files(transformer_folder(folder)):
         try:
@@ -48,7 +53,7 @@ def of_folder(folder: Path | str) -> Weights:
 
 
 def of_tensors(tensors: Mapping[str, torch.Tensor]) -> Weights:
-    """Of tensors in memory."""
+    """Returns the weights that tensors in memory are."""
     return Weights(
         {name: tensor.shape for name, tensor in tensors.items()},
         lambda name, start, stop: tensors[name].detach().flatten()[start:stop].cpu(),
@@ -56,7 +61,7 @@ def of_tensors(tensors: Mapping[str, torch.Tensor]) -> Weights:
 
 
 def either(first: Weights, second: Weights) -> Weights:
-    """The first's, and the second's of what the first has not."""
+    """Returns the first weights, and of the second those that the first lack."""
     return Weights(
         {**second.shapes, **first.shapes},
         lambda name, *places: (first if name in first.shapes else second).read(name, *places),
@@ -64,7 +69,7 @@ def either(first: Weights, second: Weights) -> Weights:
 
 
 def plus(weights: Weights, lora: Lora) -> Weights:
-    """W + scale B A, in float32 where a layer has a LoRA."""
+    """Returns weights with a LoRA added: W + scale B A, in float32 where a layer has one."""
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         found = weights.read(name, start, stop)
@@ -80,7 +85,7 @@ def plus(weights: Weights, lora: Lora) -> Weights:
 
 
 def mean(parts: list[tuple[float, Weights]]) -> Weights:
-    """The sum of share times weights, in float32; all of the same shapes."""
+    """Returns the sum of share times weights, in float32; all are of the same shapes."""
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         return sum(share * weights.read(name, start, stop).float() for share, weights in parts)
@@ -89,7 +94,7 @@ def mean(parts: list[tuple[float, Weights]]) -> Weights:
 
 
 def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
-    """Of each tensor that a network is saved with."""
+    """Returns the shape of each tensor that a network is saved with."""
     return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
@@ -107,7 +112,9 @@ def check_fits(weights: Weights, network: nn.Module, where: Path | str) -> None:
 
 
 def _rows(shape: torch.Size, start: int, stop: int) -> tuple[int, int, int]:
-    """(first, last) row of a tensor in which these places of it lie, and the places of the first row before them."""
+    """Returns (first, last) row of a tensor in which these places of it lie, and the places of the first row before
+    them.
+    """
     width = shape[1:].numel()
     first = start // max(1, width)
     return first, ceil(stop / max(1, width)), start - first * width

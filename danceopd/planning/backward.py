@@ -1,4 +1,4 @@
-"""What a backward keeps, seen on a forward on the meta device."""
+"""Sees on a forward on the meta device what a backward keeps, and counts a forward's operations."""
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.models.eight_bit import stored
+from danceopd.models.footprint import forward_bytes
 
 
 class _Attention(torch.autograd.Function):
@@ -85,6 +86,7 @@ class _Kept:
         return sum(storage.nbytes() for key, storage in self.storages.items() if key not in seen)
 
 
+# Long: the sets of storages that it tells apart are filled in one forward.
 def kept_for_backward(
     student: nn.Module,
     transformer: nn.Module | None,
@@ -92,11 +94,18 @@ def kept_for_backward(
     conditioning: Conditioning,
     autocast: torch.dtype | None = None,
 ) -> tuple[int, int | None]:
-    """Bytes that a forward of one sample keeps for its backward, without and with gradient checkpointing.
+    """Counts the bytes that a forward of one sample keeps for its backward.
 
-    student: on the meta device; transformer: the one under its adapter, or its own, whose blocks a checkpointed run
-    computes again, one at a time; None where nothing can be. conditioning: of one sample. autocast: the dtype of
-    products; copies of the parameters in it are not counted.
+    Args:
+        student: On the meta device.
+        transformer: The one under its adapter, or its own, whose blocks a checkpointed run computes again, one at a
+            time; None where nothing can be.
+        shape: Of one sample's latents.
+        conditioning: Of one sample.
+        autocast: The dtype of products; copies of the parameters in it are not counted.
+
+    Returns:
+        The bytes without and with gradient checkpointing, the second None without a transformer.
     """
     fixed, outside, inputs, blocks = _Kept(), _Kept(), _Kept(), []
     for network in filter(None, (student, transformer)):
@@ -147,10 +156,42 @@ def kept_for_backward(
 
 
 @torch.no_grad()
-def operations(student: nn.Module, shape: tuple[int, ...], conditioning: Conditioning) -> int:
-    """Floating-point operations of a forward of one sample; a multiplication and its addition are two.
+def held_in_forward(
+    student: nn.Module, shape: tuple[int, ...], conditioning: Conditioning, autocast: torch.dtype | None = None
+) -> int:
+    """Returns the most bytes that one row of a forward without gradient holds at once, beside weights and inputs.
 
-    student: on the meta device; conditioning: of one sample.
+    Args:
+        student: On the meta device.
+        shape: Of one sample's latents.
+        conditioning: Of one sample.
+        autocast: The dtype of products.
+    """
+    adapter = hasattr(student, "layer")
+    if adapter:
+        student.layer = lambda name, x, weight, *_: _adapted(student, name, x, weight)
+    try:
+        for place in ("meta", "cpu"):  # as for kept_for_backward
+            try:
+                with _AsOnDevice(autocast) as device:
+                    held = forward_bytes(lambda: _forward(student, shape, conditioning, place))  # noqa: B023
+                return held - sum(cast.nbytes for cast in device.casts.values())
+            except RuntimeError:
+                if place == "cpu":
+                    raise
+    finally:
+        if adapter:
+            del student.layer
+
+
+@torch.no_grad()
+def operations(student: nn.Module, shape: tuple[int, ...], conditioning: Conditioning) -> int:
+    """Counts the floating-point operations of a forward of one sample; a multiplication and its addition are two.
+
+    Args:
+        student: On the meta device.
+        shape: Of one sample's latents.
+        conditioning: Of one sample.
     """
     adapter = hasattr(student, "layer")
     if adapter:

@@ -1,4 +1,4 @@
-"""Cards: their memory, speed and links."""
+"""Lists cards: their memory, speed and links."""
 
 import math
 from dataclasses import dataclass
@@ -10,9 +10,18 @@ NODE = 8  # cards in a machine
 
 @dataclass(frozen=True)
 class Card:
-    """As published: bytes of memory, dense bf16 operations a second, bytes a second in one direction over NVLink inside
-    a machine, over the card's own network adapter between machines, and to host memory; bytes a second of its memory,
-    and dense FP8 operations a second, None where it does not multiply FP8."""
+    """A card's figures as published.
+
+    Attributes:
+        name: The product's.
+        memory: Bytes.
+        operations: Dense bf16 operations a second.
+        nvlink: Bytes a second in one direction inside a machine.
+        network: Bytes a second in one direction between machines, over the card's own adapter.
+        host: Bytes a second in one direction to host memory.
+        bandwidth: Bytes a second of its memory.
+        fp8: Dense FP8 operations a second; None where it does not multiply FP8.
+    """
 
     name: str
     memory: float
@@ -37,7 +46,7 @@ CARDS = {
 
 
 def gather_seconds(size: float, gpus: int, card: Card) -> float:
-    """Of an all-gather whose result is `size` bytes on each of the cards, or of a reduce-scatter of as many.
+    """Estimates the seconds of an all-gather with `size` bytes on each card, or of a reduce-scatter of as many.
 
     Each card takes in what it has not; a machine takes in what its cards lack over all of their adapters together,
     and hands it on over NVLink at the same time.

@@ -13,7 +13,7 @@ from itertools import product
 from danceopd.config.sections import Config
 from danceopd.planning.cards import CARDS, NODE, Card, gather_seconds
 from danceopd.planning.dry_run import Examine, dry_run
-from danceopd.planning.memory import FLOAT, REPLICA, Findings
+from danceopd.planning.memory import ACTIVATIONS, BEYOND, FLOAT, REPLICA, Findings, beyond_activations
 from danceopd.support.memory import GIB, format_bytes
 from danceopd.training.rollouts.replica import multiplies_in_bf16
 from danceopd.training.zero.engine import GATHERED
@@ -39,10 +39,10 @@ class Setting:
 
     Attributes:
         stage: ZeRO's, 0 to 3.
-        offload: what lies in host memory: "" nothing; "optimizer" its states, the average and the float32 weights;
+        offload: What lies in host memory: "" nothing; "optimizer" its states, the average and the float32 weights;
             "all" the shards of the weights too.
-        checkpointing: whether the backward computes blocks again.
-        sharded: whether the frozen networks are split over the ranks.
+        checkpointing: Whether the backward computes blocks again.
+        sharded: Whether the frozen networks are split over the ranks.
     """
 
     stage: int
@@ -51,6 +51,7 @@ class Setting:
     sharded: bool = False
 
     def text(self) -> str:
+        """Returns the setting in words."""
         extra = {"optimizer": "optimizer in host memory", "all": "optimizer and weights in host memory"}
         parts = [f"ZeRO {self.stage}", extra.get(self.offload), "frozen networks sharded" if self.sharded else None]
         return ", ".join(filter(None, [*parts, "gradient checkpointing" if self.checkpointing else None]))
@@ -66,9 +67,11 @@ class Estimate:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def bytes(self) -> float:
+        """Returns the bytes on the card."""
         return sum(self.device.values())
 
     def time(self) -> float:
+        """Returns the seconds of an update."""
         return sum(self.seconds.values())
 
 
@@ -77,13 +80,13 @@ class Plan:
     """A run on several cards, and what it takes in each setting.
 
     Attributes:
-        config: the configuration of one rank's share of the batch.
-        findings: the dry run of what one rank computes.
-        gpus: number of cards, 8 in a machine.
-        card: what they are.
+        config: The configuration of one rank's share of the batch.
+        findings: The dry run of what one rank computes.
+        gpus: Number of cards, 8 in a machine.
+        card: What they are.
         bucket, live: DeepSpeed's sizes, in entries: a bucket of gradients, and the gathered weights kept at a time.
         operations: floating-point operations of a forward of one sample; None where they are not known.
-        notes: lines about what the estimate does not show.
+        notes: Lines about what the estimate does not show.
     """
 
     config: Config
@@ -115,9 +118,11 @@ class Plan:
             yield Setting(stage, offload, check, sharded)
 
     def own_setting(self, stage: int) -> Setting:
+        """Returns the configuration's own setting at a stage of ZeRO."""
         return Setting(stage, checkpointing=self.config.training.gradient_checkpointing)
 
     def estimate(self, setting: Setting) -> Estimate:
+        """Estimates what one rank takes in a setting."""
         found = Estimate(setting)
         self._memory(found)
         if self.operations and self.findings.evaluations:
@@ -155,8 +160,10 @@ class Plan:
                 continue
             if name.startswith("student in ") and stage == 3:
                 continue  # gathered in that dtype
-            if name == "activations for the backward":
+            if name == ACTIVATIONS:
                 size = findings.activations[setting.checkpointing]
+            elif name == BEYOND:
+                size = beyond_activations(findings, findings.activations[setting.checkpointing])
             elif name in FROZEN and setting.sharded:
                 live = min(size, self.live * half)
                 size = size / gpus + live
@@ -205,6 +212,7 @@ class Plan:
         return sorted((e for e in found if e.bytes() + LEFT <= self.card.memory), key=lambda e: round(e.time(), 4))
 
     def text(self) -> str:
+        """Returns the plan as it is printed."""
         return "\n".join(_text(self))
 
 
@@ -212,10 +220,10 @@ def plan(config: Config, examine: Examine, gpus: int, card: str, deepspeed: dict
     """Estimates what a configuration takes on so many cards, without loading a weight.
 
     Args:
-        config: the run's configuration.
-        examine: looks at the networks and the data, as for `planning.dry_run.dry_run`.
-        gpus: number of cards, 8 in a machine.
-        card: key of the card in CARDS.
+        config: The run's configuration.
+        examine: Looks at the networks and the data, as for `planning.dry_run.dry_run`.
+        gpus: Number of cards, 8 in a machine.
+        card: Key of the card in CARDS.
         deepspeed: DeepSpeed's settings, whose sizes of buckets are used.
 
     Returns:

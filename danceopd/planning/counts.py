@@ -1,4 +1,4 @@
-"""Network evaluations of one optimizer step."""
+"""Counts the network evaluations of an update."""
 
 from danceopd.config.sections import Config
 from danceopd.core.query import expected_depth
@@ -6,15 +6,18 @@ from danceopd.training.previews import MODEL_SAMPLES, PREVIEW_SAMPLES
 
 
 def evaluations_per_step(config: Config) -> dict[str, float] | None:
-    """Expected forwards of one sample in an optimizer step, by kind; a backward counts as two.
+    """Works out the expected forwards of one sample in an update of DanceOPD, by what they are for.
 
-    The mean over a run of DanceOPD, whose warm start rolls nothing out, with the capabilities' weights; None for other
-    methods.
+    It is the mean over a run, whose warm start rolls nothing out, with the capabilities' weights; a backward counts as
+    two.
+
+    Returns:
+        None for other methods.
     """
     options = config.method_options()
     if config.method not in ("danceopd", "danceopd_fast"):
         return None
-    capabilities, k = list(config.capabilities.values()), config.query.k
+    capabilities, k = list(config.capabilities.values()), min(config.query.k, config.rollout.num_inference_steps)
     weights = [1.0 if config.route == "round_robin" else c.weight for c in capabilities]
     shares = [weight / sum(weights) for weight in weights]
     # Guidance asks the network twice: with the prompt, and with the empty one.
@@ -39,7 +42,7 @@ def evaluations_per_step(config: Config) -> dict[str, float] | None:
 
 
 def grid_evaluations(config: Config) -> tuple[int, int]:
-    """(of every sample grid, of the sources' rows once in a run): forwards of one sample."""
+    """Counts the forwards of one sample for a sample grid, and for the sources' rows, which are drawn once in a run."""
     count = (MODEL_SAMPLES if config.model else PREVIEW_SAMPLES) * config.evaluation.num_inference_steps
     if config.evaluation.solver == "heun":
         count = 2 * count - count // config.evaluation.num_inference_steps  # its last step is Euler's

@@ -27,7 +27,7 @@ def dry_run(config: Config, examine: Examine) -> Findings:
     """Finds out all that a run takes and all that it lacks; nothing is written.
 
     Args:
-        config: the run's configuration.
+        config: The run's configuration.
         examine: `examine(config, findings, device)` fills in what concerns networks and data: planning.models.examine
             for a diffusers model, world.dry_run.examine for the embedded network.
 
@@ -54,7 +54,7 @@ def check_writable(folder: Path) -> None:
     """Checks that a folder could be made and written, by the nearest one that is there; nothing is made.
 
     Raises:
-        UserError: it could not.
+        UserError: It could not.
     """
     folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())

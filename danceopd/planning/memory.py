@@ -1,5 +1,6 @@
 """What a dry run finds, and how the memory of one rank adds up."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from danceopd.training.rollouts.replica import bytes_beside, make_replica, rollo
 FLOAT = 4  # bytes of a trainable parameter, its gradient, its average, and of one state of AdamW
 
 REPLICA = "replica for rollouts"
+ACTIVATIONS, BEYOND = "activations for the backward", "forwards without gradient, more"
 
 
 @dataclass
@@ -23,17 +25,18 @@ class Findings:
     """What a dry run found, as far as the files allow.
 
     Attributes:
-        problems: what keeps the run from starting, each as "key: message".
-        found: lines about files.
-        parameters: number of parameters by network.
-        memory: bytes of one rank by term, and how they come about.
-        host: bytes that wait in host memory, in the same way.
-        activations: bytes that the backward keeps, without and with gradient checkpointing (None where a network
+        problems: What keeps the run from starting, each as "key: message".
+        found: Lines about files.
+        parameters: Number of parameters by network.
+        memory: Bytes of one rank by term, and how they come about.
+        host: Bytes that wait in host memory, in the same way.
+        activations: Bytes that the backward keeps, without and with gradient checkpointing (None where a network
             cannot); None where they are not known.
-        evaluations: network evaluations of one update by what they are for; None for a method where they are not
+        forward: Bytes of one row of a forward without gradient, and how many rows it takes; None where not known.
+        evaluations: Network evaluations of one update by what they are for; None for a method where they are not
             worked out.
-        grid: network evaluations of a sample grid, and once in a run of its sources' rows.
-        operations: works out the floating-point operations of a forward of one sample, by capability.
+        grid: Network evaluations of a sample grid, and once in a run of its sources' rows.
+        operations: Works out the floating-point operations of a forward of one sample, by capability.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -42,6 +45,7 @@ class Findings:
     memory: dict[str, tuple[float, str]] = field(default_factory=dict)
     host: dict[str, tuple[float, str]] = field(default_factory=dict)
     activations: tuple[float, float | None] | None = None
+    forward: tuple[float, int] | None = None
     evaluations: dict[str, float] | None = None
     grid: tuple[int, int] | None = None
     operations: Callable[[], dict[str, int]] | None = None
@@ -124,20 +128,42 @@ def add_student(config: Config, findings: Findings, student: nn.Module) -> None:
         findings.memory["anchor"] = FLOAT * n, "the student as it was, for this method"
 
 
-def add_activations(config: Config, findings: Findings, plain: float, checkpointed: float | None) -> None:
-    """Adds what the backward keeps, from the bytes of one sample without and with gradient checkpointing."""
+def beyond_activations(findings: Findings, activations: float) -> float:
+    """Returns what a forward without gradient takes more than the activations, which are not there at the same time."""
+    return max(0.0, math.prod(findings.forward) - activations) if findings.forward else 0.0
+
+
+def add_activations(
+    config: Config, findings: Findings, plain: float, checkpointed: float | None, forward: float
+) -> None:
+    """Adds what forwards take.
+
+    Args:
+        config: the run's configuration.
+        findings: what to add to.
+        plain: bytes that the backward of one sample keeps.
+        checkpointed: the same with gradient checkpointing; None where there is none.
+        forward: Bytes of one row of a forward without gradient.
+    """
+    training, k = config.training, config.query.k
     guided = any(c.student_guidance_scale != 1 for c in config.capabilities.values())
-    rows = micro_batch(config) * config.query.k * (2 if guided else 1)
+    rows = micro_batch(config) * k * (2 if guided else 1)
     findings.activations = plain * rows, None if checkpointed is None else checkpointed * rows
     size, other = findings.activations
     text = "" if other is None else f"; {format_bytes(other)} with gradient checkpointing"
-    if config.training.gradient_checkpointing:
+    if training.gradient_checkpointing:
         size, text = other, f", gradient checkpointing; {format_bytes(size)} without it"
-    findings.memory["activations for the backward"] = size, f"{rows} samples in a forward{text}"
+    findings.memory[ACTIVATIONS] = size, f"{rows} samples in a forward{text}"
+    wanted = training.rollout_batch_size
+    at_once = training.batch_size if wanted == "auto" else min(wanted, training.batch_size)
+    findings.forward = forward, at_once
+    how = f"{at_once} rows x {format_bytes(forward)} of rollouts and queries; fewer where they do not fit"
+    findings.memory[BEYOND] = beyond_activations(findings, size), how
 
 
-def add_rollout_states(config: Config, findings: Findings, latents: int) -> None:
-    """Adds the states of a rollout; latents: bytes of one sample's latents in float32."""
-    micro, k = micro_batch(config), config.query.k
-    states = micro * latents * (k + 3)
-    findings.memory["rollout states"] = states, f"{micro} samples x ({k} asked + state, velocity, step) in float32"
+def add_questions(config: Config, findings: Findings, latents: int) -> None:
+    """Adds the states and answers of the whole batch; latents: bytes of one sample's latents in float32."""
+    samples, k = config.training.batch_size, config.query.k
+    size = samples * latents * (2 * k + 3)
+    how = f"{samples} samples x ({k} asked, {k} answered + state, velocity, step) in float32"
+    findings.memory["states and answers"] = size, how

@@ -16,21 +16,20 @@ from danceopd.models.blocks import blocks
 from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.loading import check_transformer_file, check_weights, is_file_name
-from danceopd.models.lora_algebra import combine
+from danceopd.models.lora_algebra import sum_loras
 from danceopd.models.lora_files import load_lora, lora_parameters
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase
 from danceopd.models.students import FullStudent, LoraStudent
 from danceopd.models.weights import shapes_of
-from danceopd.planning.backward import conditioning_bytes, kept_for_backward, operations
+from danceopd.planning.backward import conditioning_bytes, held_in_forward, kept_for_backward, operations
 from danceopd.planning.memory import (
     FLOAT,
     Findings,
     add_activations,
-    add_rollout_states,
+    add_questions,
     add_student,
     count,
-    micro_batch,
     nbytes,
 )
 from danceopd.support.errors import UserError
@@ -47,9 +46,9 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     """Adds to the findings what the networks and the prepared rows of a model's run take and lack.
 
     Args:
-        config: the configuration; its `model` names the pipeline's folder.
-        findings: what is found is added to it, as far as the files allow.
-        device: where the run will compute, None where it is not there.
+        config: The configuration; its `model` names the pipeline's folder.
+        findings: What is found is added to it, as far as the files allow.
+        device: Where the run will compute, None where it is not there.
     """
     attempt = findings.attempt
     backbone = attempt("model", backbone_of, config.model)
@@ -168,13 +167,14 @@ def _add_forward(
         if conditioning is None:
             return
         conditionings[name] = conditioning
-        activations.append(kept_for_backward(student, trained, group.shape, conditioning, autocast))
+        kept = kept_for_backward(student, trained, group.shape, conditioning, autocast)
+        activations.append((*kept, held_in_forward(student, group.shape, conditioning, autocast)))
     add_activations(config, findings, *(max(kept) for kept in zip(*activations, strict=True)))
-    latents, micro = FLOAT * math.prod(group.shape), micro_batch(config)
-    add_rollout_states(config, findings, latents)
-    inputs = micro * (latents + max(map(conditioning_bytes, conditionings.values())))
+    latents, samples = FLOAT * math.prod(group.shape), config.training.batch_size
+    add_questions(config, findings, latents)
+    inputs = samples * (latents + max(map(conditioning_bytes, conditionings.values())))
     findings.operations = lambda: {name: operations(student, group.shape, c) for name, c in conditionings.items()}
-    findings.memory["latents, prompts, sources"] = inputs, f"{micro} samples of the largest picture size, as prepared"
+    findings.memory["latents, prompts, sources"] = inputs, f"{samples} samples of the largest picture size, as prepared"
 
 
 def _student(config: Config, findings: Findings, backbone: ModuleType, transformer: nn.Module) -> nn.Module | None:
@@ -221,7 +221,7 @@ def _cut_layers(config: Config, transformer: nn.Module, layers: list[str]) -> in
         if config.student.init_from not in (name, "merge"):
             continue
         try:
-            loras[name] = combine([load_lora(x.path, transformer, pipeline_class, 1.0, True) for x in source.lora])
+            loras[name] = sum_loras([load_lora(x.path, transformer, pipeline_class, 1.0, True) for x in source.lora])
         except (UserError, RuntimeError):  # said of the source, where it is a problem
             return 0
     return sum(len(a) > config.student.lora.rank for a, _, _ in start_lora(config, loras, layers).values())

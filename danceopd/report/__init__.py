@@ -1,1 +1,1 @@
-"""The page and the tables of a run."""
+"""Turns a run's log and results into tables, words, charts and a page."""

@@ -1,4 +1,4 @@
-"""The charts of a report."""
+"""Draws the charts of a report."""
 
 import io
 import itertools
@@ -50,7 +50,7 @@ CHART_STYLE = {
 
 
 def _chart(name: str, panels: list[Callable]) -> Markup:
-    """Panels side by side as one inline SVG, each drawn by a function of its axes.
+    """Draws panels side by side as one inline SVG, each drawn by a function of its axes.
 
     Every id starts with name, so that the page's charts cannot point into one another.
     """
@@ -73,7 +73,7 @@ def _chart(name: str, panels: list[Callable]) -> Markup:
 
 
 def _curve(records: list[dict], *path: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
-    """The figure at path over the records' x (or step, where the record has no x): two [n] float64 arrays."""
+    """Returns the figure at path over the records' x (or step, where the record has no x): two [n] float64 arrays."""
     points = []
     for record in records:
         at, value = _number(record, x), _number(record, *path)
@@ -83,7 +83,7 @@ def _curve(records: list[dict], *path: str, x: str = "step") -> tuple[np.ndarray
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean with a triangular window of about a fifteenth of the curve: [n] to [n] float64."""
+    """Returns the centred moving mean of [n] float64, its window a triangle over about a fifteenth of the curve."""
     half = np.arange(1, len(values) // 30 + 2, dtype=float)
     window = np.concatenate([half, half[-2::-1]])
     weight = np.convolve(np.ones(len(values)), window, "same")
@@ -100,13 +100,13 @@ def _draw_losses(ax, title: str, curves: dict[str, tuple[np.ndarray, np.ndarray]
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_title(title)
-    ax.set_xlabel("optimizer step")
+    ax.set_xlabel("update")
     if len(curves) > 1:
         ax.legend()
 
 
 def _loss_chart(log: Log) -> Markup | None:
-    """The loss over steps, overall and for each capability; None without a loss."""
+    """Draws the loss over updates, overall and for each capability; None without a loss."""
     overall = _curve(log.training, "loss")
     if not len(overall[0]):
         return None
@@ -125,11 +125,11 @@ def _draw_curve(ax, title: str, x: np.ndarray, y: np.ndarray):
     ax.plot(x, smooth(y), color=_INK)
     ax.set_ylim(0, None)
     ax.set_title(title)
-    ax.set_xlabel("optimizer step")
+    ax.set_xlabel("update")
 
 
 def _effort_chart(log: Log) -> Markup | None:
-    """Gradient norm and samples per second over steps; None without either."""
+    """Draws the gradient norm and samples per second over updates; None without either."""
     curves = [
         (title, *_curve(log.training, key))
         for key, title in (("gradient_norm", "Gradient norm"), ("samples_per_second", "Samples per second"))
@@ -138,7 +138,7 @@ def _effort_chart(log: Log) -> Markup | None:
     return _chart("effort", panels) if panels else None
 
 
-def _draw_gap(ax, name: str, by_sigma: dict):
+def _draw_error(ax, name: str, by_sigma: dict):
     for who, color in (("before", _GREY), ("after", _BLUE)):
         ax.plot(by_sigma["sigma"], by_sigma[who], color=color, marker="o", markersize=3, label=who)
     ax.set_ylim(0, None)
@@ -148,13 +148,13 @@ def _draw_gap(ax, name: str, by_sigma: dict):
     ax.legend()
 
 
-def _gap_charts(results: dict) -> list[Markup]:
-    """The velocity error over noise levels, a panel for each capability, three in a row."""
+def _error_charts(results: dict) -> list[Markup]:
+    """Draws the velocity error over noise levels, a panel for each capability, three in a row."""
     panels = [
-        lambda ax, name=name, gap=gap: _draw_gap(ax, name, gap["by_sigma"])
-        for name, gap in (results.get("gaps") or {}).items()
+        lambda ax, name=name, error=error: _draw_error(ax, name, error["by_sigma"])
+        for name, error in (results.get("velocity_errors") or {}).items()
     ]
-    return [_chart(f"gap{i}", panels[i : i + 3]) for i in range(0, len(panels), 3)]
+    return [_chart(f"error{i}", panels[i : i + 3]) for i in range(0, len(panels), 3)]
 
 
 def _draw_score(ax, title: str, x: np.ndarray, y: np.ndarray, color: str, source: str, level, bar, x_label):
@@ -175,9 +175,9 @@ def _draw_score(ax, title: str, x: np.ndarray, y: np.ndarray, color: str, source
 
 
 def _score_chart(log: Log, results: dict) -> Markup | None:
-    """Both scores over network evaluations, with the source's level and its bar; None without a score."""
+    """Draws both scores over network evaluations, with the source's level and its bar; None without a score."""
     counted = all(_number(record, "network_evaluations") is not None for record in log.evaluations)
-    x, x_label = ("network_evaluations", "network evaluations") if counted else ("step", "optimizer step")
+    x, x_label = ("network_evaluations", "network evaluations") if counted else ("step", "update")
     panels = []
     for key, path, title, color, source, level, form in (
         ("t2i", "geneval_overall", "GenEval overall", _BLUE, T2I_SOURCE, ("geneval", "overall"), _GENEVAL),
@@ -200,7 +200,7 @@ def _score_chart(log: Log, results: dict) -> Markup | None:
 
 
 def _draw_health(ax, key: str, curves: dict[str, tuple[np.ndarray, np.ndarray]]):
-    """Ratios by noise level around 1, or the gradient norm's quantiles."""
+    """Draws ratios by noise level around 1, or the gradient norm's quantiles."""
     ratio = key.endswith("_ratio")
     colors = matplotlib.colormaps["viridis"](np.linspace(0.08, 0.88, len(curves)))
     for (name, (x, y)), color in zip(curves.items(), colors, strict=True):
@@ -210,7 +210,7 @@ def _draw_health(ax, key: str, curves: dict[str, tuple[np.ndarray, np.ndarray]])
         low, high = ax.get_ylim()
         ax.set_ylim(min(low, 0.9), max(high, 1.1))
     ax.set_title(label(key))
-    ax.set_xlabel("optimizer step")
+    ax.set_xlabel("update")
     ax.legend(fontsize=8.5, ncols=1 if len(curves) < 5 else 2)
 
 
@@ -222,7 +222,7 @@ def _sigma(text: str) -> float:
 
 
 def _health_chart(log: Log) -> Markup | None:
-    """The recorded ratios over steps, a line for each sigma; None without health records."""
+    """Draws the recorded ratios over updates, a line for each sigma; None without health records."""
     panels = []
     values = [record["health"] for record in log.health if isinstance(record["health"], dict)]
     for key in dict.fromkeys(key for health in values for key in health):

@@ -1,4 +1,4 @@
-"""How methods, tasks and numbers are written."""
+"""Writes the names of methods, tasks and numbers."""
 
 import math
 
@@ -49,13 +49,13 @@ KINDS = {
 
 
 def label(name: str) -> str:
-    """The printed form of a row's, capability's or machine entry's name."""
+    """Returns the printed form of a row's, capability's or machine entry's name."""
     words = str(name).replace("_", " ")
     return LABELS.get(name, words[:1].upper() + words[1:])
 
 
 def _number(tree: object, *path: str) -> float | None:
-    """The finite number at the path of keys, or None where it, or a key on the way, is absent."""
+    """Returns the finite number at the path of keys, or None where it, or a key on the way, is absent."""
     for key in path:
         if not isinstance(tree, dict):
             return None
@@ -66,12 +66,12 @@ def _number(tree: object, *path: str) -> float | None:
 
 
 def percent(share: float | None) -> str:
-    """ "96.3 %", cut rather than rounded, so that a share just under a bar is never printed as the bar."""
+    """Writes a share as "96.3 %", cut rather than rounded, so that one just under a bar is never printed as the bar."""
     return DASH if share is None else f"{math.floor(share * 1000 + 1e-9) / 10:.1f} %"
 
 
 def duration(seconds: float) -> str:
-    """ "48 s", "1,234 s (20.6 min)", "7,380 s (2.1 h)"."""
+    """Writes seconds: "48 s", "1,234 s (20.6 min)", "7,380 s (2.1 h)"."""
     text = f"{seconds:,.0f} s"
     if seconds >= 7200:
         return f"{text} ({seconds / 3600:.1f} h)"

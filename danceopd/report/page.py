@@ -1,4 +1,4 @@
-"""The page of a report."""
+"""Writes the page of a report."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ import yaml
 from danceopd.report.charts import (
     _curve,
     _effort_chart,
-    _gap_charts,
+    _error_charts,
     _health_chart,
     _loss_chart,
     _score_chart,
@@ -23,7 +23,7 @@ from danceopd.report.names import _number, duration, label
 from danceopd.report.tables import (
     _bar_title,
     _bars,
-    _gap_cells,
+    _error_cells,
     _held_out_columns,
     _kind_columns,
     _main_columns,
@@ -37,14 +37,14 @@ from danceopd.support.run_log import Log, read_log
 
 
 def _uris(what: str, pictures: torch.Tensor, n: int) -> list[str]:
-    """n pictures [n, 3, H, W] uint8 as data URIs. Raises ValueError where there are not n."""
+    """Returns n pictures [n, 3, H, W] uint8 as data URIs; a ValueError where there are not n."""
     if len(pictures) != n:
         raise ValueError(f"{what}: expected {n} pictures, got {len(pictures)}")
     return [tensor_uri(picture) for picture in pictures]
 
 
 def _marks(what: str, marks: Sequence | None, n: int) -> list:
-    """n marks as a list, n times None where there are none. Raises ValueError for another number."""
+    """Returns n marks as a list, n times None where there are none; a ValueError for another number."""
     marks = [None] * n if marks is None else [m.item() if hasattr(m, "item") else m for m in marks]
     if len(marks) != n:
         raise ValueError(f"{what}: expected {n} marks, got {len(marks)}")
@@ -52,7 +52,7 @@ def _marks(what: str, marks: Sequence | None, n: int) -> list:
 
 
 def _grid(section: dict, texts: str, marks: str) -> dict | None:
-    """Rows of a picture grid: section[texts] [N] down, the models of section["rows"] across.
+    """Lays out a picture grid: section[texts] [N] down, the models of section["rows"] across.
 
     Raises ValueError where a model's pictures or section[marks] are not N.
     """
@@ -80,7 +80,7 @@ def _grid(section: dict, texts: str, marks: str) -> dict | None:
 
 
 def _filmstrip(strips: list[dict]) -> list[dict]:
-    """Frames of each rollout. Raises ValueError where states and sigmas differ in number."""
+    """Lays out the frames of each rollout; a ValueError where states and sigmas differ in number."""
     return [
         {
             "prompt": strip["prompt"],
@@ -106,12 +106,12 @@ def _yaml(config: dict) -> str:
 
 
 def _run_facts(results: dict, log: Log) -> list[tuple[str, str]]:
-    """Name and value of what the run cost and where it ran, the machine's own entries last."""
+    """Lists name and value of what the run cost and where it ran, the machine's own entries last."""
     facts = []
     if results.get("seed") is not None:
         facts.append(("Seed", str(results["seed"])))
     if log.training:
-        facts.append(("Optimizer steps", f"{log.training[-1]['step']:,}"))
+        facts.append(("Updates", f"{log.training[-1]['step']:,}"))
     if (seconds := _number(results, "seconds")) is not None:
         facts.append(("Training time", duration(seconds)))
     if (evaluations := _number(results, "network_evaluations")) is not None:
@@ -126,7 +126,7 @@ def _run_facts(results: dict, log: Log) -> list[tuple[str, str]]:
 
 
 def render_report(run_name: str, results: dict, log: Log, pictures: dict) -> str:
-    """The page's HTML. Raises ValueError for pictures that do not match their prompts or are not uint8."""
+    """Renders the page's HTML; a ValueError for pictures that do not match their prompts or are not uint8."""
     bars = _bars(results)
     return render(
         Path(__file__).with_name("report.html.j2"),
@@ -144,9 +144,9 @@ def render_report(run_name: str, results: dict, log: Log, pictures: dict) -> str
         scores=_score_chart(log, results),
         effort=_effort_chart(log),
         health=_health_chart(log),
-        gaps=_gap_cells(results),
-        gap_charts=_gap_charts(results),
-        gap_samples=max((gap["samples"] for gap in (results.get("gaps") or {}).values()), default=0),
+        errors=_error_cells(results),
+        error_charts=_error_charts(results),
+        error_samples=max((error["samples"] for error in (results.get("velocity_errors") or {}).values()), default=0),
         samples=pictures.get("samples"),
         t2i=_grid(pictures.get("t2i") or {}, "prompts", "correct"),
         edit=_grid(pictures.get("edit") or {}, "instructions", "scores"),
@@ -159,13 +159,19 @@ def render_report(run_name: str, results: dict, log: Log, pictures: dict) -> str
 
 
 def write_report(run_dir: Path, results: dict, pictures: dict) -> Path:
-    """Write run_dir/report.html atomically and return its path.
+    """Writes run_dir/report.html atomically; what is absent is left out of the page.
 
-    results holds the scored rows, the run's cost, machine, configuration and warnings; run_dir/log.jsonl,
-    where there is one, the curves. pictures holds uint8 tensors: "t2i" and "edit" grids of [N, 3, H, W] for
-    each model, and "filmstrip", a list of rollouts with states [S, 3, H, W]; of a model's run "samples", its newest
-    grid as {"step", "uri", "width"}. What is absent is left out of
-    the page. Raises ValueError for pictures that do not match their prompts or are not uint8.
+    Args:
+        run_dir: The run's folder; the curves come from its log.jsonl, where there is one.
+        results: The scored rows, the run's cost, machine, configuration and warnings.
+        pictures: Uint8 tensors: "t2i" and "edit", grids of [N, 3, H, W] for each model; "filmstrip", a list of rollouts
+            with states [S, 3, H, W]; of a model's run "samples", its newest grid as {"step", "uri", "width"}.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: Pictures do not match their prompts or are not uint8.
     """
     run_dir = Path(run_dir)
     html = render_report(run_dir.resolve().name, results, read_log(run_dir / "log.jsonl"), pictures)

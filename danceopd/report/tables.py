@@ -1,4 +1,4 @@
-"""The report of a training run: one self-contained HTML page, and its main table as text and as markdown."""
+"""Makes the tables of a report, for the page, as text and as markdown."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -12,13 +12,13 @@ def _row(results: dict, name: str) -> dict | None:
 
 
 def _share(results: dict, row: dict | None, source: str, path: Sequence[str]) -> float | None:
-    """The row's figure over the source row's; None where either is absent or the source's is not above 0."""
+    """Returns the row's figure over the source row's; None where either is absent or the source's is not above 0."""
     value, level = _number(row, *path), _number(_row(results, source), *path)
     return value / level if value is not None and level is not None and level > 0 else None
 
 
 def shares(results: dict, row: dict | None) -> dict[str, float | None]:
-    """{"t2i": the row's share of the T2I source's overall, "edit": of the Edit source's average}."""
+    """Returns {"t2i": the row's share of the T2I source's overall, "edit": of the Edit source's average}."""
     return {
         "t2i": _share(results, row, T2I_SOURCE, ("geneval", "overall")),
         "edit": _share(results, row, EDIT_SOURCE, ("gedit", "average")),
@@ -30,14 +30,16 @@ def _bars(results: dict) -> dict[str, float]:
 
 
 def reaches_bars(results: dict, row: dict | None) -> bool:
-    """Does the row reach results["bars"] (0.95 unless given) of both sources?"""
+    """Returns whether a row reaches results["bars"] (0.95 unless given) of both sources."""
     bars = _bars(results)
     return all(share is not None and share >= bars[key] for key, share in shares(results, row).items())
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of figures: value, and error where it has one, of a row of results, printed with form."""
+    """One column of figures of a row of results: its value, the value's error where it has one, and how both are
+    printed.
+    """
 
     title: str
     value: Callable[[dict], float | None]
@@ -97,13 +99,13 @@ def _held_out_columns() -> list[Column]:
 
 
 def _best(texts: Iterable[str]) -> str | None:
-    """The greatest printed figure: rows that print alike tie. None where fewer than two rows have one."""
+    """Returns the greatest printed figure: rows that print alike tie. None where fewer than two rows have one."""
     figures = [text for text in texts if text != DASH]
     return max(figures, key=float) if len(figures) > 1 else None
 
 
 def _table(results: dict, columns: list[Column]) -> dict | None:
-    """What the page's table macro prints; columns without a figure are left out, None where all are."""
+    """Returns what the page's table macro prints; columns without a figure are left out, None where all are."""
     rows = list(results.get("rows", ()))
     columns = [column for column in columns if any(column.value(row) is not None for row in rows)]
     if not columns:
@@ -150,7 +152,7 @@ def _bar_title(results: dict) -> str:
 
 
 def _plain_cells(results: dict) -> list[list[str]]:
-    """Header and rows of the main table as text, the raw name first."""
+    """Returns header and rows of the main table as text, the raw name first."""
     columns = _main_columns(results)
     lines = [["name", *(column.title for column in columns), _bar_title(results)]]
     for row in results.get("rows", ()):
@@ -163,19 +165,21 @@ def _plain_cells(results: dict) -> list[list[str]]:
     return lines
 
 
-GAP_TITLES = ("Capability", "Source", "Error before", "Error after", "Relative error", "Gap closed")
+ERROR_TITLES = ("Capability", "Source", "Error before", "Error after", "Relative error", "Error closed")
 
 
-def _gap_cells(results: dict) -> list[list[str]]:
-    """Header and a line for each capability: how far the student was and is from its source. Empty without any."""
+def _error_cells(results: dict) -> list[list[str]]:
+    """Returns a header, and a line for each capability: how far the student was and is from its source; or nothing."""
     lines = []
-    for name, gap in (results.get("gaps") or {}).items():
-        error = _number(gap, "standard_error")
-        after = _short(_number(gap, "after")) + (f" ± {_short(error)}" if error is not None else "")
-        relative, closed = _number(gap, "relative"), _number(gap, "closed")
+    for name, measured in (results.get("velocity_errors") or {}).items():
+        error = _number(measured, "standard_error")
+        after = _short(_number(measured, "after")) + (f" ± {_short(error)}" if error is not None else "")
+        relative, closed = _number(measured, "relative"), _number(measured, "closed")
         share = DASH if relative is None else f"{100 * relative:.2g} %"
-        lines.append([name, str(gap["source"]), _short(_number(gap, "before")), after, share, percent(closed)])
-    return [list(GAP_TITLES), *lines] if lines else []
+        lines.append(
+            [name, str(measured["source"]), _short(_number(measured, "before")), after, share, percent(closed)]
+        )
+    return [list(ERROR_TITLES), *lines] if lines else []
 
 
 def _short(value: float | None) -> str:
@@ -183,8 +187,8 @@ def _short(value: float | None) -> str:
 
 
 def format_table(results: dict) -> str:
-    """The main table for a terminal: aligned columns, a rule under the header, no line break at the end."""
-    lines = _plain_cells(results) if results.get("rows") else _gap_cells(results)
+    """Writes the main table for a terminal: aligned columns, a rule under the header, no line break at the end."""
+    lines = _plain_cells(results) if results.get("rows") else _error_cells(results)
     if not lines:
         return "nothing was measured"
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -196,12 +200,12 @@ def format_table(results: dict) -> str:
 
 
 def format_markdown(results: dict) -> str:
-    """The main table in markdown, the best score of each column in bold; no line break at the end.
+    """Writes the main table in markdown, the best score of each column in bold; no line break at the end.
 
-    Of a model's run, the velocity errors from each source.
+    A model's run has the velocity errors from each source in its place.
     """
     if not results.get("rows"):
-        head, *lines = _gap_cells(results) or [["nothing was measured"]]
+        head, *lines = _error_cells(results) or [["nothing was measured"]]
         lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
     header, *_ = _plain_cells(results)

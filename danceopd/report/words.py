@@ -1,4 +1,4 @@
-"""The sentences of a report."""
+"""Writes the sentences of a report."""
 
 from danceopd.report.names import EDIT_SOURCE, T2I_SOURCE, _number, duration, label, percent
 from danceopd.report.tables import _GEDIT, _GENEVAL, _bars, _row, reaches_bars, shares
@@ -6,9 +6,9 @@ from danceopd.support.run_log import Log
 
 
 def summary(results: dict) -> str:
-    """One paragraph of plain text: what the student reaches of each source, at what cost."""
-    if "gaps" in results:
-        return _gap_summary(results)
+    """Writes one paragraph of plain text: what the student reaches of each source, at what cost."""
+    if "velocity_errors" in results:
+        return _error_summary(results)
     student = _row(results, results.get("student", "danceopd"))
     if student is None:
         return "The results hold no row of the student."
@@ -32,17 +32,17 @@ def summary(results: dict) -> str:
     return " ".join([sentence, *_verdict(results, student)])
 
 
-def _gap_summary(results: dict) -> str:
-    """Of a model's run: how much of the distance to each source is gone, at what cost."""
-    name, gaps = label(results.get("student", "danceopd")), results["gaps"]
-    if not gaps:
+def _error_summary(results: dict) -> str:
+    """Says how much of a model's distance to each source is gone, at what cost."""
+    name, errors = label(results.get("student", "danceopd")), results["velocity_errors"]
+    if not errors:
         return f"{name} was trained{_cost(results)}; its distance from the sources was not measured."
-    closed = [f"{percent(g['closed'])} for {name}" for name, g in gaps.items() if _number(g, "closed") is not None]
+    closed = [f"{percent(e['closed'])} for {name}" for name, e in errors.items() if _number(e, "closed") is not None]
     kept = [
-        f"For {name} it began as its source, and its error is now {100 * gap['relative']:.2g} % of the mean square of "
-        "the source’s velocity."
-        for name, gap in gaps.items()
-        if _number(gap, "closed") is None
+        f"For {name} it began as its source, and its error is now {100 * error['relative']:.2g} % of the mean square "
+        "of the source’s velocity."
+        for name, error in errors.items()
+        if _number(error, "closed") is None
     ]
     of = "Of the distance between the untrained student’s velocity and its source’s, measured as squared error"
     parts = [f"{of}, {name} has closed {_and(closed)}{_cost(results)}."] if closed else []
@@ -54,7 +54,7 @@ def _and(parts: list[str]) -> str:
 
 
 def _cost(results: dict) -> str:
-    """ " after 412 s of training and 5,120,000 network evaluations", as far as the results say."""
+    """Writes " after 412 s of training and 5,120,000 network evaluations", as far as the results say."""
     seconds, evaluations = _number(results, "seconds"), _number(results, "network_evaluations")
     cost = []
     if seconds is not None:
@@ -65,7 +65,7 @@ def _cost(results: dict) -> str:
 
 
 def _verdict(results: dict, student: dict) -> list[str]:
-    """A sentence on the bars where both shares are known, and one on who else reaches them."""
+    """Writes a sentence on the bars where both shares are known, and one on who else reaches them."""
     own, bars = shares(results, student), _bars(results)
     if None in own.values():
         return []
@@ -83,7 +83,7 @@ def _verdict(results: dict, student: dict) -> list[str]:
 
 
 def _warnings(results: dict, log: Log) -> list[str]:
-    """The results' warnings, then the log's, one line for each text with the steps that it was given at."""
+    """Lists the results' warnings, then the log's, one line for each text with the updates that it was given at."""
     given = [str(text) for text in results.get("warnings", ())]
     steps: dict[str, list[int]] = {}
     for record in log.warnings:

@@ -1,1 +1,1 @@
-"""The paper's tables and ablations, and what goes beyond them, on the picture world: `danceopd reproduce`."""
+"""Makes the paper's tables and ablations, and what goes beyond them, on the picture world: `danceopd reproduce`."""

@@ -1,4 +1,4 @@
-"""Each claim of the paper against the results: a line with the verdict and the figures."""
+"""Holds each claim of the paper against the results: a line with the verdict and the figures."""
 
 import math
 import statistics
@@ -66,7 +66,7 @@ ABLATION_CLAIMS = {
 
 
 def claims(tables: dict) -> list[Claim]:
-    """A line for every claim of the paper."""
+    """Returns a line for every claim of the paper."""
     found = [claim for setting in "AB" for claim in _setting_claims(setting, tables.get(setting, {}))]
     rows = tables.get("ablations", {})
     for text, others in ABLATION_CLAIMS.items():
@@ -79,7 +79,7 @@ def claims(tables: dict) -> list[Claim]:
 def _beats(
     text: str, rows: dict, name: str, others: tuple[str, ...], paper: dict, metric: str = GEDIT, share: float = 1.0
 ) -> Claim:
-    """Row `name` against `share` of each of the others: reproduced if above all, not if below one of them."""
+    """Compares row `name` with `share` of each of the others: reproduced if above all, not if below one of them."""
     ours = by_seed(rows.get(name), metric)
     gaps = {other: difference(ours, by_seed(rows.get(other), metric), share) for other in others}
     verdicts = {other: verdict(gap) for other, gap in gaps.items()}
@@ -99,7 +99,7 @@ def _beats(
 
 
 def _published(paper: dict, name: str, others: tuple[str, ...], metric: str) -> str:
-    """ "5.751; K = 4 5.330, K = 16 5.127" of the paper's table, empty where it gives no figures to compare."""
+    """Writes "5.751; K = 4 5.330, K = 16 5.127" of the paper's table, empty where it gives no figures to compare."""
     column = 0 if metric == GEDIT else 1
     given = {row: paper[row][column] for row in (name, *others) if row in paper and paper[row][column] is not None}
     theirs = ", ".join(f"{label(row)} {value:.3f}" for row, value in given.items() if row != name)
@@ -127,14 +127,14 @@ def _setting_claims(setting: str, rows: dict) -> list[Claim]:
 
 
 def _curves_by_seed(row: dict | None) -> dict[int | None, list]:
-    """The curve of each run, else the mean one as if of one run; empty without curves."""
+    """Returns the curve of each run, else the mean one as if of one run; empty without curves."""
     row = row or {}
     curves = {run["seed"]: run["curve"] for run in row.get("runs", ()) if run.get("curve") and "seed" in run}
     return curves or ({None: row["curve"]} if row.get("curve") else {})
 
 
 def _cheaper_claim(setting: str, rows: dict, other: str) -> Claim:
-    """By the shares of the seeds that both rows have; not reproduced where no seed ever gets there."""
+    """Compares the shares of the seeds that both rows have; not reproduced where no seed ever gets there."""
     text = f"{setting}: DanceOPD reaches the best of {label(other)} in fewer network evaluations"
     ours, theirs = _curves_by_seed(rows.get("danceopd")), _curves_by_seed(rows.get(other))
     shares = {seed: cheaper(ours[seed], theirs[seed]) for seed in ours.keys() & theirs.keys()}
@@ -170,7 +170,7 @@ def _style_claim(rows: dict) -> Claim:
 
 
 def by_scales(rows: dict) -> dict[tuple[int, int], Scores]:
-    """{(alpha, beta): scores by seed} of setting D's students."""
+    """Returns {(alpha, beta): scores by seed} of setting D's students."""
     return {
         (int(name.removeprefix("alpha")), int(metric.removeprefix("beta"))): by_seed(row, metric)
         for name, row in rows.items()
@@ -181,13 +181,15 @@ def by_scales(rows: dict) -> dict[tuple[int, int], Scores]:
 
 
 def own_guidance(rows: dict) -> dict[int, float]:
-    """{guidance scale: score} of the source, undistilled."""
+    """Returns {guidance scale: score} of the source, undistilled."""
     source = next((row for row in rows.values() if row.get("kind") == "source"), {})
     return {int(key.removeprefix("beta")): source[key]["mean"] for key in source if key.startswith("beta")}
 
 
 def onset(scores: dict[int, float], unguided: float) -> int | None:
-    """The least scale from which on every measured one scores below the unguided; None if the last one does not."""
+    """Returns the least scale from which on every measured one scores below the unguided; None if the last one does
+    not.
+    """
     kept = max((scale for scale, score in scores.items() if score >= unguided), default=0)
     return min((scale for scale in scores if scale > kept), default=None)
 
@@ -198,7 +200,9 @@ def _guidance_claims(rows: dict) -> list[Claim]:
 
 
 def _multiply_claim(cells: dict, own: dict[int, float]) -> Claim:
-    """Are students nearer to the source at alpha * beta than to it at beta alone, as if nothing were absorbed?"""
+    """Asks whether students are nearer to the source at alpha * beta than to it at beta alone, as if nothing
+    were absorbed.
+    """
     text = "D: absorbed and inference guidance multiply: nearer to the source at alpha x beta than at beta alone"
     pairs = {(a, b): s for (a, b), s in cells.items() if a > 1 and a * b in own and b in own}
     seeds = set.intersection(*(set(scores) for scores in pairs.values())) if pairs else set()

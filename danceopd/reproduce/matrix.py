@@ -1,4 +1,4 @@
-"""Which runs each table needs: a configuration, what differs from it in each row, and the budget of evaluations."""
+"""Says which runs each table needs: a configuration, what differs from it in each row, and the evaluations they get."""
 
 from dataclasses import dataclass, field
 
@@ -37,7 +37,7 @@ GRID_MORE = {  # where the best was the lowest
 
 
 def _data(method: str, size: int) -> dict:
-    """A method at its own learning rate with so many samples of each capability."""
+    """Returns a method at its own learning rate with so many samples of each capability."""
     sizes = {f"capabilities.{name}.data.size": size for name in ("t2i", "edit")}
     return {**METHODS[method], **sizes, "training.learning_rate": LEARNING_RATES[method]}
 
@@ -107,7 +107,16 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training and its measurement. setting: the table; row: its line; overrides: of the configuration."""
+    """One training and its measurement.
+
+    Attributes:
+        setting: The table.
+        row: Its line.
+        seed: Of the training.
+        config: The file of the setting.
+        overrides: Of the configuration.
+        after: The run whose student it begins as, if any.
+    """
 
     setting: str
     row: str
@@ -127,7 +136,7 @@ class Run:
 
 
 def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
-    """The runs of one table, in the order in which they are made. Raises KeyError for an unknown table."""
+    """Returns the runs of one table, in the order in which they are made. Raises KeyError for an unknown table."""
     made = {
         "A": lambda: _methods("A", "setting_a", budget),
         "B": lambda: _methods("B", "setting_b", budget),

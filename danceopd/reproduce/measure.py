@@ -1,4 +1,4 @@
-"""What each table measures of a network, and the rows that need no training: sources and merges."""
+"""Measures networks as each table does, and the rows that need no training: sources and merges."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +20,10 @@ BALANCE = ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0))  # of the first source against th
 
 
 def measure(setting: str, network: DiT, config: Config, seed: int | None = None) -> dict[str, float]:
-    """A table's metrics of one network, and "<metric>_error", the standard error over pictures, where there is one."""
+    """Measures one network by a table's metrics.
+
+    "<metric>_error" is the standard error over pictures, where there is one.
+    """
     sampler, evaluation = make_sampler(config, network.config), config.evaluation
     seed = evaluation.seed if seed is None else seed
     metrics = {
@@ -39,19 +42,19 @@ def measure(setting: str, network: DiT, config: Config, seed: int | None = None)
 
 
 def products() -> list[int]:
-    """Every training times inference scale of setting D."""
+    """Returns every training times inference scale of setting D."""
     return sorted({a * b for a in TRAINING_SCALES for b in INFERENCE_SCALES})
 
 
 def measure_products(network: DiT, config: Config) -> dict[str, float]:
-    """The undistilled source under each guidance scale that setting D's products reach."""
+    """Measures the undistilled source under each guidance scale that setting D's products reach."""
     sampler, evaluation = make_sampler(config, network.config), config.evaluation
     metrics = [partial(_guided, scale) for scale in products()]
     return _apply(metrics, network, sampler, evaluation.seed, evaluation.per_task, evaluation.per_kind)
 
 
 def _apply(metrics: list[Callable], network: DiT, sampler: Sampler, seed: int, per_task: int, per_kind: int) -> dict:
-    """What all metrics give; each names its own."""
+    """Returns what all metrics give; each names its own."""
     return {k: v for metric in metrics for k, v in metric(network, sampler, seed, per_task, per_kind).items()}
 
 
@@ -80,9 +83,12 @@ def _edit(kinds, network, sampler, seed, per_task, per_kind, name="gedit_average
 
 
 def untrained(setting: str, config: Config) -> Iterator[tuple[str, str, dict]]:
-    """(row, kind, metrics) of the base, the sources and, in A, B and C, the merges of a setting.
+    """Measures the base, the sources and, in A, B and C, the merges of a setting.
 
     Each merge is tuned on validation prompts; "weight_merge" is the best of them there.
+
+    Yields:
+        (row, kind, metrics).
     """
     base = load_model(resolve_weights(config.student.init_from)) if setting != "F" else None
     sources = {name: load_model(resolve_weights(s.weights)) for name, s in config.sources.items() if name != "self"}
@@ -119,10 +125,12 @@ def _merges(setting: str, config: Config, base: DiT, networks: list[DiT]) -> Ite
 
 
 def _merit(metrics: dict[str, float]) -> float:
-    """One number to choose by: GenEval's overall plus a tenth of the edits' average, or plus the style's share."""
+    """Returns one number to choose by: GenEval's overall plus a tenth of the edits' average, or plus the share of
+    style.
+    """
     return metrics["geneval_overall"] + metrics.get("gedit_average", 0) / 10 + metrics.get("style_share", 0)
 
 
 def student(folder: Path) -> DiT:
-    """The averaged student of a finished run."""
+    """Loads the averaged student of a finished run."""
     return load_model(folder / "student.safetensors")

@@ -154,7 +154,7 @@ def _amount(row: dict, key: str) -> str:
 
 
 def _cost(row: dict) -> list[str]:
-    """Seeds, network evaluations, updates, seconds, commit."""
+    """Returns seeds, network evaluations, updates, seconds, commit."""
     amounts = [_amount(row, key) for key in ("network_evaluations", "updates", "seconds")]
     return [str(len(row.get("seeds") or ())) if row.get("seeds") else DASH, *amounts, row.get("commit", DASH)]
 
@@ -163,7 +163,7 @@ COST = ["seeds", "network evaluations", "updates", "seconds", "commit"]
 
 
 def _bold_best(lines: list[list[str]], columns: range) -> None:
-    """Set the greatest printed figure of each column in bold; rows that print alike tie."""
+    """Sets the greatest printed figure of each column in bold; rows that print alike tie."""
     for column in columns:
         values = [line[column].split(" ")[0] for line in lines if line[column] != DASH]
         best = max(values, key=float) if len(values) > 1 else None
@@ -263,7 +263,7 @@ def _ablation(page: Page, axis: str, rows: dict) -> None:
 
 
 def _dots(ax, rows: dict, metric: str) -> None:
-    """A dot and its error for each row; the default's level goes on as a line."""
+    """Draws a dot and its error for each row; the default's level goes on as a line."""
     names = [name for name in rows if metric in rows[name]]
     for i, name in enumerate(names):
         value, error = rows[name][metric]["mean"], rows[name][metric].get("standard_error")
@@ -359,7 +359,7 @@ def _grid(page: Page, rows: dict) -> None:
 
 
 def _again(page: Page, files: dict[str, dict]) -> None:
-    """How to make it all anew, and what it took: budget and commits of each table, the machines."""
+    """Says how to make it all anew, and what it took: budget and commits of each table, the machines."""
     page.heading("Again")
     page.text("`danceopd reproduce all --budget paper` makes all of it; a killed run goes on where it was.")
     lines, machines = [], {}
@@ -381,7 +381,7 @@ def _again(page: Page, files: dict[str, dict]) -> None:
 
 
 def _figure(panels: list[Callable], height: float) -> Figure:
-    """Panels side by side, with one legend under them for what they name."""
+    """Draws panels side by side, with one legend under them for what they name."""
     with matplotlib.rc_context(CHART_STYLE):
         made = Figure(figsize=(10.4, height), layout="constrained")
         made.get_layout_engine().set(w_pad=0.08, wspace=0.04)

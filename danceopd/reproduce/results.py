@@ -45,7 +45,7 @@ REPRODUCED, NOT, UNDECIDED, MISSING = "reproduced", "not reproduced", "undecided
 
 
 def label(name: str) -> str:
-    """The printed form of a row's name."""
+    """Returns the printed form of a row's name."""
     if name in ROWS:
         return ROWS[name]
     if match := re.fullmatch(r"(\w+)_(500|2000|20000)", name):
@@ -71,11 +71,12 @@ def tables_of(files: dict[str, dict]) -> dict[str, dict[str, dict]]:
 
 
 def mean(row: dict | None, metric: str) -> float | None:
+    """Returns a metric's mean, None where there is none."""
     return row[metric]["mean"] if row and metric in row else None
 
 
 def figure(row: dict | None, metric: str, digits: int | None = None) -> str:
-    """ "0.891 ± 0.004", or a dash."""
+    """Writes "0.891 ± 0.004", or a dash."""
     if not row or metric not in row:
         return DASH
     digits = (2 if metric.endswith("_average") else 3) if digits is None else digits
@@ -88,7 +89,7 @@ Scores = dict[int | None, float]  # by seed; {None: score} of a row that was not
 
 
 def by_seed(row: dict | None, metric: str) -> Scores:
-    """A row's scores; empty where there are none."""
+    """Returns a row's scores; empty where there are none."""
     if not row or metric not in row:
         return {}
     values = row[metric].get("values") or [row[metric]["mean"]]
@@ -97,16 +98,16 @@ def by_seed(row: dict | None, metric: str) -> Scores:
 
 
 def mean_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error, None for a single value."""
+    """Returns mean and its standard error, None for a single value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.fmean(values), error
 
 
 def difference(ours: Scores, theirs: Scores, share: float = 1.0) -> tuple[float, float | None] | None:
-    """Mean of ours - share * theirs, and its standard error over seeds.
+    """Returns the mean of ours - share * theirs, and its standard error over seeds.
 
-    Seed by seed where both have the same (they share the evaluation's prompts and noise), or theirs needed no
-    training; else of two independent means. None where a figure is missing, error None for one seed.
+    It is taken seed by seed where both have the same (they share the evaluation's prompts and noise), or theirs needed
+    no training; else from two independent means. None where a figure is missing, error None for one seed.
     """
     if not ours or not theirs:
         return None
@@ -120,7 +121,7 @@ def difference(ours: Scores, theirs: Scores, share: float = 1.0) -> tuple[float,
 
 
 def verdict(gap: tuple[float, float | None] | None) -> str:
-    """Decided where the difference is two standard errors from nothing."""
+    """Decides where the difference is two standard errors from nothing."""
     if gap is None:
         return MISSING
     value, error = gap
@@ -130,17 +131,18 @@ def verdict(gap: tuple[float, float | None] | None) -> str:
 
 
 def signed(gap: tuple[float, float | None], digits: int) -> str:
+    """Writes a difference with its sign and its error."""
     value, error = gap
     return f"{value:+.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def merit(point: list[float]) -> float:
-    """One number of a point of a curve: GenEval overall plus a tenth of the edit average."""
+    """Returns one number of a point of a curve: GenEval overall plus a tenth of the edit average."""
     return point[1] + point[2] / 10
 
 
 def cheaper(ours: list[list[float]], theirs: list[list[float]]) -> float:
-    """The share of the evaluations in which our curve first reaches the best point of theirs (see `merit`).
+    """Returns the share of the evaluations in which our curve first reaches the best point of theirs (see `merit`).
 
     Between points the curve is a straight line. Infinite if it does not reach it.
     """
@@ -155,7 +157,7 @@ def cheaper(ours: list[list[float]], theirs: list[list[float]]) -> float:
 
 
 def rates(rows: dict) -> dict[str, dict[float, dict]]:
-    """{method: {learning rate: row}} of the grid."""
+    """Returns {method: {learning rate: row}} of the grid."""
     result: dict[str, dict[float, dict]] = {}
     for name, row in rows.items():
         method, _, rate = name.partition("@")
@@ -164,5 +166,5 @@ def rates(rows: dict) -> dict[str, dict[float, dict]]:
 
 
 def chosen_rate(rows: dict[float, dict]) -> float:
-    """The rate of the best row by `merit`."""
+    """Returns the rate of the best row by `merit`."""
     return max(rows, key=lambda rate: merit([0, mean(rows[rate], GENEVAL), mean(rows[rate], GEDIT)]))

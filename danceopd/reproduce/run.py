@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,53 +41,70 @@ UNTRAINED = "untrained"
 
 
 @dataclass(frozen=True)
-class Place:
-    """configs: folder of the settings' files; work: of the runs; results: of what is kept."""
+class Folders:
+    """Where a reproduction reads and writes.
+
+    Attributes:
+        configs: Folder of the settings' files.
+        work: Folder of the runs.
+        results: Folder of what is kept.
+    """
 
     configs: Path
     work: Path
     results: Path
 
 
-def raw_config(run: Run, place: Place) -> tuple[dict, list[str]]:
-    """A run's configuration as plain values, and the overrides that make it the run's own.
+def raw_config(run: Run, folders: Folders) -> tuple[dict, list[str]]:
+    """Returns a run's configuration as plain values, and the overrides that make it the run's own.
 
     Raises UserError if the settings' files are not there.
     """
-    path = place.configs / run.config
+    path = folders.configs / run.config
     if not path.is_file():
         raise UserError(f"no configuration at {path}; run this from the repository, or give --configs FOLDER")
     overrides = dict(run.overrides)
     if run.after:
-        weights = str(place.work / run.after / "student.safetensors")
+        weights = str(folders.work / run.after / "student.safetensors")
         overrides |= {"student.init_from": weights, "sources.self.weights": weights}
     lines = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     return yaml.safe_load(path.read_text(encoding="utf-8")), lines
 
 
-def digest(run: Run, place: Place) -> str:
+def config_of(run: Run, folders: Folders, overrides: Sequence[str] = ()) -> Config:
+    """Returns the checked configuration of a run, with more overrides."""
+    raw, own = raw_config(run, folders)
+    if run.overrides.get("method") == "joint":
+        del raw["rollout"]["num_inference_steps"]  # the setting's, of which joint training reads nothing
+    return parse_config(raw, [*own, *overrides], run.config)
+
+
+def digest(run: Run, folders: Folders) -> str:
     """Names what a run computes: equal for equal configurations, wherever they lie."""
-    raw, _ = raw_config(run, place)
+    raw, _ = raw_config(run, folders)
     text = json.dumps([raw, asdict(run)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def make_run(run: Run, place: Place) -> dict:
-    """Train and measure one run, going on where it stopped; {"seed", "digest", metrics, cost, "curve", "commit"}."""
-    folder = place.work / run.name
+def make_run(run: Run, folders: Folders) -> dict:
+    """Trains and measures one run, going on where it stopped.
+
+    Returns:
+        {"seed", "digest", metrics, cost, "curve", "commit"}.
+    """
+    folder = folders.work / run.name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a worker of a killed parent may still be at it
-        result = finished(run, place)
+        result = finished(run, folders)
         if result:
             return result
-        raw, overrides = raw_config(run, place)
-        config = parse_config(raw, [*overrides, f"training.output_dir={json.dumps(str(folder))}"], run.config)
+        config = config_of(run, folders, [f"training.output_dir={json.dumps(str(folder))}"])
         if run.row == UNTRAINED:
-            result = {"digest": digest(run, place), "rows": _untrained_rows(run.setting, config)}
+            result = {"digest": digest(run, folders), "rows": _untrained_rows(run.setting, config)}
             write_atomic(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
             return result
-        ours = digest(run, place)
+        ours = digest(run, folders)
         other = _begun(folder) != ours  # what an earlier version or budget left there is not gone on with
         write_atomic(folder / "digest", ours.encode())
         train(config, build, overwrite=other)
@@ -113,21 +131,24 @@ def make_run(run: Run, place: Place) -> dict:
 
 
 def _begun(folder: Path) -> str | None:
-    """The digest of the run whose checkpoints a folder holds."""
+    """Returns the digest of the run whose checkpoints a folder holds."""
     return (folder / "digest").read_text() if (folder / "digest").is_file() else None
 
 
-def finished(run: Run, place: Place) -> dict | None:
-    """The result of a run made before, from its folder; None if there is none, or it was of another configuration."""
+def finished(run: Run, folders: Folders) -> dict | None:
+    """Reads the result of a run made before, from its folder.
+
+    None if there is none, or it was of another configuration.
+    """
     try:
-        result = json.loads((place.work / run.name / "result.json").read_text())
+        result = json.loads((folders.work / run.name / "result.json").read_text())
     except (OSError, ValueError):
         return None
-    return result if result.get("digest") == digest(run, place) else None
+    return result if result.get("digest") == digest(run, folders) else None
 
 
 def commit() -> str:
-    """The commit of the code that runs, with "+" where files differ from it; "unknown" outside a repository."""
+    """Returns the commit of the code that runs, with "+" where files differ from it; "unknown" outside a repository."""
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here)]
@@ -138,22 +159,34 @@ def commit() -> str:
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def reproduce(settings: list[str], budget: Budget, place: Place, seeds: int, workers: int) -> list[Path]:
-    """Make every run of the tables that is not made yet, `workers` at a time; write the results after each.
+# Long: a third of it says what its arguments are.
+def reproduce(settings: list[str], budget: Budget, folders: Folders, seeds: int, workers: int) -> list[Path]:
+    """Makes every run of the tables that is not made yet, and writes the results after each.
 
-    Returns the files written. Raises UserError if a run fails, naming its log; KeyboardInterrupt after Ctrl-C,
-    with a checkpoint of each run at hand.
+    Args:
+        settings: The tables.
+        budget: Network evaluations of each run.
+        folders: Where to.
+        seeds: Trainings of each row.
+        workers: Runs at a time.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: A run failed; its log is named.
+        KeyboardInterrupt: After Ctrl-C, with a checkpoint of each run at hand.
     """
     todo = [run for setting in settings for run in (*untrained_run(setting), *runs(setting, budget, seeds))]
     for needed in [run.after for run in todo if run.after]:
         if all(run.name != needed for run in todo):
             todo = [*[run for run in runs("A", budget, seeds) if run.name == needed], *todo]
-    adopt(todo, place)
-    waiting = [run for run in todo if finished(run, place) is None]
+    adopt(todo, folders)
+    waiting = [run for run in todo if finished(run, folders) is None]
     for run in todo:
         student_is_needed = run.name in {r.after for r in waiting} and run not in waiting
-        if student_is_needed and not (place.work / run.name / "student.safetensors").exists():
-            (place.work / run.name / "result.json").unlink()
+        if student_is_needed and not (folders.work / run.name / "student.safetensors").exists():
+            (folders.work / run.name / "result.json").unlink()
             waiting.insert(0, run)
     total = sum(run.evaluations for run in todo)
     done = total - sum(run.evaluations for run in waiting)
@@ -161,41 +194,41 @@ def reproduce(settings: list[str], budget: Budget, place: Place, seeds: int, wor
     if not waiting:
         print("every run is finished already; --again makes them anew", file=sys.stderr)
     for setting in settings:
-        gather(setting, budget, place, seeds)
+        gather(setting, budget, folders, seeds)
     active: list[tuple[Run, subprocess.Popen]] = []
     try:
         while waiting or active:
-            for run in [r for r in waiting if not r.after or (place.work / r.after / "result.json").exists()]:
+            for run in [r for r in waiting if not r.after or (folders.work / r.after / "result.json").exists()]:
                 if len(active) < workers:
                     waiting.remove(run)
-                    active.append((run, _start(run, place, workers)))
+                    active.append((run, _start(run, folders, workers)))
             time.sleep(POLL_SECONDS)
-            bar.n = done + sum(_evaluations(run, place) for run, _ in active)
+            bar.n = done + sum(_evaluations(run, folders) for run, _ in active)
             bar.set_postfix_str(", ".join(run.name for run, _ in active))
             for run, process in list(active):
                 if process.poll() is None:
                     continue
                 active.remove((run, process))
                 if process.returncode:
-                    raise UserError(f"the run {run.name} failed; its log is {place.work / run.name / 'output.txt'}")
+                    raise UserError(f"the run {run.name} failed; its log is {folders.work / run.name / 'output.txt'}")
                 done += run.evaluations
                 if run.setting in settings:
-                    gather(run.setting, budget, place, seeds)
+                    gather(run.setting, budget, folders, seeds)
     finally:
         bar.close()
         for _, process in active:
             process.terminate()  # it ends after its update, with a checkpoint
         for _, process in active:
             process.wait()
-    return write_report(place.results)
+    return write_report(folders.results)
 
 
-def _start(run: Run, place: Place, workers: int) -> subprocess.Popen:
-    folder = place.work / run.name
+def _start(run: Run, folders: Folders, workers: int) -> subprocess.Popen:
+    folder = folders.work / run.name
     folder.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
-    order = {"run": asdict(run), "place": {key: str(value) for key, value in asdict(place).items()}}
+    order = {"run": asdict(run), "folders": {key: str(value) for key, value in asdict(folders).items()}}
     with open(folder / "output.txt", "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "danceopd.reproduce.worker", json.dumps(order)],
@@ -206,43 +239,43 @@ def _start(run: Run, place: Place, workers: int) -> subprocess.Popen:
         )
 
 
-def _evaluations(run: Run, place: Place) -> int:
-    log = read_log(place.work / run.name / "log.jsonl").training
+def _evaluations(run: Run, folders: Folders) -> int:
+    log = read_log(folders.work / run.name / "log.jsonl").training
     return min(log[-1]["network_evaluations"], run.evaluations) if log else 0
 
 
-def adopt(todo: list[Run], place: Place) -> None:
-    """Take over results that the results files hold already, so that a finished run needs no folder."""
+def adopt(todo: list[Run], folders: Folders) -> None:
+    """Takes over results that the results files hold already, so that a finished run needs no folder."""
     for setting in {run.setting for run in todo}:
-        table = _table(setting, place)
+        table = _table(setting, folders)
         by_digest = {result["digest"]: result for row in table.get("rows", ()) for result in row.get("runs", ())}
         if "untrained" in table:
             rows = [row for row in table["rows"] if row["kind"] != "trained" and row["method"] != "before"]
             by_digest[table["untrained"]] = {"digest": table["untrained"], "rows": rows}
         for run in todo:
-            if run.setting == setting and finished(run, place) is None and digest(run, place) in by_digest:
-                target = place.work / run.name / "result.json"
-                write_atomic(target, (json.dumps(by_digest[digest(run, place)], indent=1) + "\n").encode())
+            if run.setting == setting and finished(run, folders) is None and digest(run, folders) in by_digest:
+                target = folders.work / run.name / "result.json"
+                write_atomic(target, (json.dumps(by_digest[digest(run, folders)], indent=1) + "\n").encode())
 
 
-def _table(setting: str, place: Place) -> dict:
-    """The results file as it is, empty if there is none."""
-    path = place.results / f"{setting}.json"
+def _table(setting: str, folders: Folders) -> dict:
+    """Returns the results file as it is, empty if there is none."""
+    path = folders.results / f"{setting}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def gather(setting: str, budget: Budget, place: Place, seeds: int) -> None:
-    """Write results/<setting>.json from the runs that are finished."""
-    without = [finished(run, place) for run in untrained_run(setting)]
+def gather(setting: str, budget: Budget, folders: Folders, seeds: int) -> None:
+    """Writes results/<setting>.json from the runs that are finished."""
+    without = [finished(run, folders) for run in untrained_run(setting)]
     rows = [row for result in without if result for row in result["rows"]]
     grouped: dict[str, list[tuple[Run, dict]]] = {}
     for run in runs(setting, budget, seeds):
-        result = finished(run, place)
+        result = finished(run, folders)
         if result:
             grouped.setdefault(run.row, []).append((run, result))
     if setting == "F":
         before = [run for run in runs("A", budget, seeds) if run.row == "danceopd"]
-        rows += _before_rows(before, place)
+        rows += _before_rows(before, folders)
     axes = {row: axis for axis, members in ABLATIONS.items() for row in members} if setting == "ablations" else {}
     for row, members in grouped.items():
         rows.append(_row(row, "trained", [result for _, result in members], members[0][0], axes.get(row)))
@@ -258,11 +291,11 @@ def gather(setting: str, budget: Budget, place: Place, seeds: int) -> None:
     }
     if without and without[0]:
         table["untrained"] = without[0]["digest"]
-    write_atomic(place.results / f"{setting}.json", (json.dumps(table, indent=1) + "\n").encode())
+    write_atomic(folders.results / f"{setting}.json", (json.dumps(table, indent=1) + "\n").encode())
 
 
 def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str | None = None) -> dict:
-    """One line of a table: each metric's mean, standard error over the seeds (else over pictures) and values."""
+    """Makes one line of a table: each metric's mean, standard error over the seeds (else over pictures) and values."""
     row = {"method": name, "kind": kind} | ({"axis": axis} if axis else {})
     row["seeds"] = [result["seed"] for result in results] if run else []
     plain = {"seed", "digest", "network_evaluations", "updates", "seconds", "curve", "commit", "chosen"}
@@ -290,7 +323,7 @@ def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str |
 
 
 def untrained_run(setting: str) -> list[Run]:
-    """The one run that measures a table's base, sources and merges; none for tables without."""
+    """Returns the one run that measures a table's base, sources and merges; none for tables without."""
     if setting in ("ablations", "grid"):
         return []
     return [Run(setting, UNTRAINED, 0, f"setting_{setting.lower()}.yaml")]
@@ -301,16 +334,16 @@ def _untrained_rows(setting: str, config: Config) -> list[dict]:
     return [_row(name, kind, [metrics], None) | cost for name, kind, metrics in untrained(setting, config)]
 
 
-def _before_rows(before: list[Run], place: Place) -> list[dict]:
-    """Setting A's students, on setting F's metrics: what there was before the new capability."""
+def _before_rows(before: list[Run], folders: Folders) -> list[dict]:
+    """Measures setting A's students by setting F's metrics: what there was before the new capability."""
     results = []
     for run in before:
-        path = place.work / "F" / "before" / f"seed{run.seed}.json"
-        if finished(run, place) is None or not (place.work / run.name / "student.safetensors").exists():
+        path = folders.work / "F" / "before" / f"seed{run.seed}.json"
+        if finished(run, folders) is None or not (folders.work / run.name / "student.safetensors").exists():
             continue
         if not path.exists():
-            raw, overrides = raw_config(run, place)
-            metrics = measure("F", student(place.work / run.name), parse_config(raw, overrides, run.config))
+            raw, overrides = raw_config(run, folders)
+            metrics = measure("F", student(folders.work / run.name), parse_config(raw, overrides, run.config))
             write_atomic(path, json.dumps({"seed": run.seed, **metrics}).encode())
         results.append(json.loads(path.read_text()))
     if not results:
@@ -320,7 +353,7 @@ def _before_rows(before: list[Run], place: Place) -> list[dict]:
 
 
 def chosen(settings: str) -> list[str]:
-    """The tables that an argument names. Raises UserError for an unknown one."""
+    """Returns the tables that an argument names; a UserError for an unknown one."""
     if settings == "all":
         return list(SETTINGS)
     if settings not in SETTINGS:

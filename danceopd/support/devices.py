@@ -14,7 +14,7 @@ def find_device(name: str) -> torch.device:
     """Finds the device that a run names: "cpu", "cuda", or "auto" for CUDA where it is there.
 
     Raises:
-        UserError: there is no CUDA device, and "cuda" was asked for.
+        UserError: There is no CUDA device, and "cuda" was asked for.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is available; use cpu or auto")

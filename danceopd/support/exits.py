@@ -10,10 +10,16 @@ from danceopd.support.errors import Terminated, UserError
 
 
 def guarded(function, args) -> int:
-    """Run a command; what a user can mend is printed without a trace. Returns the exit status.
+    """Runs a command; what a user can mend is printed without a trace.
 
-    That is 2 for a UserError, 130 after Ctrl-C and 143 after a TERM signal. Of several ranks one prints; before they
-    have found each other, one of each machine.
+    Of several ranks one prints; before they have found each other, one of each machine.
+
+    Args:
+        function: Takes `args` and returns an exit status or None.
+        args: The command's.
+
+    Returns:
+        The exit status: 2 for a UserError, 130 after Ctrl-C and 143 after a TERM signal.
     """
     rank = int(os.environ.get("RANK", "0"))
     first = rank == 0
@@ -37,7 +43,7 @@ def guarded(function, args) -> int:
 
 
 def quieten() -> None:
-    """What libraries say while they are imported (parts that nobody asked for and that are missing) helps no user."""
+    """Silences what libraries say while they are imported, of parts that nobody asked for and that are missing."""
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     for name in ("torchao", "torch.utils._pytree", "DeepSpeed"):

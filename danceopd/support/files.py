@@ -12,7 +12,7 @@ from danceopd.support.errors import UserError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one whole: temporary file, fsync, rename."""
+    """Writes a file so that a crash leaves the old one or the new one whole: temporary file, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,9 +30,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which stands at `path` once the block has ended, and not at all if it fails.
+    """Gives a folder to write into, which stands at `path` once the block has ended, and not at all if it fails.
 
-    Raises UserError where something is there already, and for a safetensors file that the block could not write.
+    Raises:
+        UserError: Something is there already, or the block could not write a safetensors file.
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UserError(f"{path} is there already; remove it, or give another place")
@@ -53,7 +54,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or the names in a folder, are on the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

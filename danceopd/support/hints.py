@@ -8,9 +8,9 @@ def did_you_mean(word: object, valid: Iterable, otherwise: str | None = None) ->
     """Ends a message about a word that is not valid.
 
     Args:
-        word: what was given.
-        valid: what could have been.
-        otherwise: what is said where none of them is near; a list of them all if not given.
+        word: What was given.
+        valid: What could have been.
+        otherwise: What is said where none of them is near; a list of them all if not given.
 
     Returns:
         "; did you mean 'edit'?", or "; valid are edit, t2i".

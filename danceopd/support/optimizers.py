@@ -1,7 +1,7 @@
-"""AdamW, also with states of 8 bits, and Muon (Jordan et al., 2024) in float32 with matrices of one shape together.
+"""Makes AdamW, also with states of 8 bits, and Muon (Jordan et al., 2024) in float32.
 
-torch.optim.Muon iterates in bfloat16, one matrix at a time; on a CPU without bfloat16 products that doubled
-the time of a training step of the embedded network, where this costs a fifth.
+torch.optim.Muon iterates in bfloat16, one matrix at a time; on a CPU without bfloat16 products that doubled the time of
+an update of the embedded network, where this one, which takes matrices of one shape together, costs a fifth.
 """
 
 from importlib import import_module
@@ -16,8 +16,15 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is made orthogonal by five Newton-Schulz steps.
 
-    params: matrices only. The update's root mean square matches AdamW's (0.2 sqrt(max side)), so that
-    AdamW's learning rates carry over (arXiv 2502.16982). Raises ValueError for a tensor that is no matrix.
+    The update's root mean square matches AdamW's (0.2 sqrt(max side)), so that AdamW's learning rates carry over (arXiv
+    2502.16982).
+
+    Args:
+        params: Matrices only.
+        lr, momentum, weight_decay: As elsewhere.
+
+    Raises:
+        ValueError: A tensor is no matrix.
     """
 
     def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.01):
@@ -46,7 +53,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Bring the singular values of [N, rows, columns] near 1 by the quintic Newton-Schulz iteration."""
+    """Brings the singular values of [N, rows, columns] near 1 by the quintic Newton-Schulz iteration."""
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -56,7 +63,10 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def adamw_class(name: str) -> type[torch.optim.Optimizer]:
-    """torch's AdamW, or for "adamw_8bit" that of bitsandbytes or torchao. Raises UserError where neither is there."""
+    """Returns torch's AdamW, or for "adamw_8bit" that of bitsandbytes or torchao.
+
+    A UserError where neither is there.
+    """
     if name != "adamw_8bit":
         return torch.optim.AdamW
     for module in ("bitsandbytes.optim", "torchao.optim"):
@@ -68,7 +78,9 @@ def adamw_class(name: str) -> type[torch.optim.Optimizer]:
 
 
 def _eager(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Without torch.compile: torchao's compiles each shape of parameters, at up to 20 s a shape on a CPU."""
+    """Makes an optimizer run without torch.compile: torchao's compiles each shape of parameters, at up to 20 s on a
+    CPU.
+    """
 
     class Eager(cls):
         def step(self, closure=None):
@@ -81,9 +93,18 @@ def _eager(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
 def make_optimizers(
     model: torch.nn.Module, name: str, learning_rate: float, weight_decay: float, betas=(0.9, 0.999)
 ) -> list[torch.optim.Optimizer]:
-    """ "adamw", "adamw_8bit": one optimizer. "muon": Muon for products over tokens in the blocks, AdamW for the rest.
+    """Makes the optimizers of a network.
 
-    Raises ValueError for another name, and UserError for one whose library is not installed.
+    Args:
+        model: The network.
+        name: "adamw" or "adamw_8bit", one optimizer; "muon", Muon for the matrices in `model.blocks`, AdamW for the
+            rest.
+        learning_rate, weight_decay: Of all.
+        betas: AdamW's.
+
+    Raises:
+        ValueError: There is no such optimizer.
+        UserError: Its library is not installed.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; use one of {', '.join(OPTIMIZERS)}")
@@ -98,7 +119,10 @@ def make_optimizers(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Of the only group of parameters; torchao keeps it in a tensor, such that a new one compiles nothing again."""
+    """Sets the rate of an optimizer's only group.
+
+    Torchao keeps it in a tensor, such that a new one compiles nothing again.
+    """
     group = optimizer.param_groups[0]
     if isinstance(group["lr"], torch.Tensor):
         group["lr"].fill_(rate)

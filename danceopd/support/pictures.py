@@ -12,12 +12,12 @@ CELL = (96, 512)  # least and largest width of a picture in a grid, in pixels
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Pictures in [-1, 1] to uint8, clipped; NaN becomes black."""
+    """Converts pictures in [-1, 1] to uint8 on the CPU, clipped; NaN becomes black."""
     return ((images.float().nan_to_num(-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def save_grid(path: Path, rows: list[torch.Tensor], scale: int = 3) -> None:
-    """Write rows of pictures [N, 3, H, W] in [-1, 1] as one PNG, enlarged by whole pixels."""
+    """Writes rows of pictures [N, 3, H, W] in [-1, 1] as one PNG, enlarged by whole pixels."""
     lines = [torch.cat(list(to_uint8(row)), dim=2) for row in rows]
     width = max(line.shape[2] for line in lines)
     lines = [torch.nn.functional.pad(line, (0, width - line.shape[2]), value=255) for line in lines]
@@ -29,9 +29,15 @@ def save_grid(path: Path, rows: list[torch.Tensor], scale: int = 3) -> None:
 def labelled_grid(
     rows: Sequence[tuple[str, Sequence[torch.Tensor]]], columns: Sequence[str] = (), least=CELL[0]
 ) -> bytes:
-    """A PNG of rows of pictures [3, H, W] in [-1, 1], each row under its label; columns: their names, above all rows.
+    """Draws pictures in rows as a PNG; they are as wide as the first, at least `least` and at most 512 pixels.
 
-    Pictures are as wide as the first, at least `least` and at most 512 pixels.
+    Args:
+        rows: A label, and pictures [3, H, W] in [-1, 1], for each row.
+        columns: Names of the columns, above all rows.
+        least: Pixels.
+
+    Returns:
+        The PNG's bytes.
     """
     cell = min(max(rows[0][1][0].shape[2], least), CELL[1])
     line = max(16, cell // 16)
@@ -63,9 +69,10 @@ MAX_PIXELS = 64_000_000
 
 
 def decode_picture(path: Path) -> Image.Image:
-    """Decode a picture of any mode, turned upright, as 8-bit RGB; transparency becomes white.
+    """Decodes a picture of any mode, turned upright, as 8-bit RGB; transparency becomes white.
 
-    Raises ValueError with the reason if it can't be read to its end or has more than MAX_PIXELS.
+    Raises:
+        ValueError: It can't be read to its end, or has more than MAX_PIXELS; with the reason.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -82,7 +89,7 @@ def decode_picture(path: Path) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any mode; raises ValueError for pixels whose range isn't known."""
+    """Converts a picture of any mode to 8-bit RGB; a ValueError for pixels whose range isn't known."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, of unknown range")
     if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8 instead of scaling them

@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, and what all of them agree on."""
+"""Knows the processes of a run: which one this is, and what all of them agree on."""
 
 import os
 from collections.abc import Callable
@@ -13,20 +13,24 @@ from danceopd.support.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among `size` of them; one process that knows of no others by default.
+    """This process among those of a run; by default one that knows of no others.
 
     Every method but `slots` is a collective: all ranks call it, in the same order.
+
+    Attributes:
+        rank: This process's number.
+        size: How many there are.
     """
 
     rank: int = 0
     size: int = 1
 
     def slots(self, batch_size: int) -> range:
-        """The places of a global batch that are this rank's: in order, without overlap, none left out."""
+        """Returns the places of a global batch that are this rank's: in order, without overlap, none left out."""
         return range(batch_size * self.rank // self.size, batch_size * (self.rank + 1) // self.size)
 
     def gather(self, value) -> list:
-        """What each rank gives (anything that can be pickled among one's own processes), in the order of ranks."""
+        """Returns what each rank gives, in their order: anything that can be pickled among one's own processes."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -34,7 +38,7 @@ class Ranks:
         return values
 
     def from_first(self, value):
-        """Rank 0's value, whatever the others give."""
+        """Returns rank 0's value, whatever the others give."""
         if self.size == 1:
             return value
         values = [value]
@@ -42,7 +46,7 @@ class Ranks:
         return values[0]
 
     def most(self, number: int) -> int:
-        """The largest of the ranks' whole numbers."""
+        """Returns the largest of the ranks' whole numbers."""
         if self.size == 1:
             return int(number)
         largest = torch.tensor(int(number), dtype=torch.int64, device=device_of_collectives())
@@ -50,7 +54,7 @@ class Ranks:
         return int(largest)
 
     def wait(self) -> None:
-        """Go on when all are here."""
+        """Waits until all are here."""
         if self.size > 1:
             dist.barrier()
 
@@ -59,7 +63,7 @@ ALONE = Ranks()
 
 
 def torchruns() -> Ranks:
-    """This process among those that torchrun started, without DeepSpeed. Raises UserError where they don't meet."""
+    """Returns this process among those that torchrun started, without DeepSpeed; a UserError where they don't meet."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     try:
@@ -70,7 +74,11 @@ def torchruns() -> Ranks:
 
 
 def agreed(ranks: Ranks, function: Callable, *args):
-    """function(*args) on every rank; what a user can mend on one, as a file that it lacks, is a UserError of all."""
+    """Calls function(*args) on every rank.
+
+    Raises:
+        UserError: On all of them, for what a user can mend on one, as a file that it lacks.
+    """
     result, problem = None, None
     try:
         result = function(*args)
@@ -84,5 +92,5 @@ def agreed(ranks: Ranks, function: Callable, *args):
 
 
 def device_of_collectives() -> torch.device:
-    """Where the tensors of a collective lie."""
+    """Returns where the tensors of a collective lie."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

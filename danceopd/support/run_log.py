@@ -10,7 +10,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass(frozen=True)
 class Log:
-    """The records of a training log by what they hold, each list in the order of steps."""
+    """The records of a training's log by what they hold, each list in the order of updates.
+
+    Attributes:
+        training, evaluations, health, warnings: The records.
+        unreadable: Number of lines lost, other than the last.
+    """
 
     training: list[dict]
     evaluations: list[dict]
@@ -20,10 +25,10 @@ class Log:
 
 
 def read_log(path: Path) -> Log:
-    """Read log.jsonl; an absent file is an empty log.
+    """Reads log.jsonl; an absent file is an empty log.
 
-    A last line cut off by a killed process is left out. A run that was resumed writes some steps again:
-    what came before of the same kind from that step on is dropped.
+    A last line cut off by a killed process is left out. A run that was resumed writes some updates again: what came
+    before of the same kind from that update on is dropped.
     """
     kinds: dict[str, list[dict]] = {"loss": [], "evaluation": [], "health": [], "warning": []}
     lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
@@ -50,8 +55,12 @@ def read_log(path: Path) -> Log:
 class RunLog:
     """Appends records to log.jsonl and their numbers to TensorBoard.
 
-    On resuming at `step`, later records of the interrupted run are dropped, so that no step stands twice. silent: write
-    nothing, as all ranks but one.
+    On resuming, later records of the interrupted run are dropped, so that no update stands twice.
+
+    Args:
+        folder: The run's.
+        step: The update that the run goes on from.
+        silent: Whether nothing is written, as by all ranks but one.
     """
 
     def __init__(self, folder: Path, step: int, silent: bool = False):
@@ -65,7 +74,7 @@ class RunLog:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, record: dict) -> None:
-        """Add one record; numbers in it, nested or not, go to TensorBoard under their keys."""
+        """Adds one record; numbers in it, nested or not, go to TensorBoard under their keys."""
         if self.silent:
             return
         self.file.write(json.dumps({"step": step, **record}) + "\n")
@@ -74,13 +83,14 @@ class RunLog:
             self.board.add_scalar(key, value, step)
 
     def close(self) -> None:
+        """Closes the files."""
         if not self.silent:
             self.file.close()
             self.board.close()
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of a log that are whole; a killed run may leave half of one."""
+    """Reads the lines of a log that are whole; a killed run may leave half of one."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:

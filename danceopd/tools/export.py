@@ -1,4 +1,4 @@
-"""A run's student for others: an adapter that diffusers, ComfyUI or kohya's tools load, or a whole transformer."""
+"""Writes a run's student for others: an adapter for diffusers, ComfyUI or kohya's tools, or a whole transformer."""
 
 import json
 import os
@@ -46,12 +46,24 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def export(run: Path, output: Path, merge: bool = False, layout: str = "diffusers") -> Path:
-    """Write the student of a run's folder into a new folder, with a model card; returns the file of its weights.
+    """Writes the student of a run into a new folder, with a model card.
 
-    An adapter that the pipeline's load_lora_weights takes, or with merge the transformer with it, in the dtype of
-    the base's own files, that from_pretrained takes; of a run that trained all weights always the transformer.
-    layout: diffusers, comfyui or kohya. Raises UserError for a run without a student, a base that is no longer there,
-    a layout that the family lacks, and an output that is there.
+    An adapter is written as the pipeline's load_lora_weights takes it, or with `merge` the transformer with it, in the
+    dtype of the base's own files, as from_pretrained takes it; of a run that trained all weights always the
+    transformer.
+
+    Args:
+        run: The run's folder.
+        output: The new folder.
+        merge: Whether the adapter is merged into its transformer.
+        layout: "diffusers", "comfyui" or "kohya".
+
+    Returns:
+        The file of the weights.
+
+    Raises:
+        UserError: The run has no student, its base is no longer there, the family lacks the layout, or the output is
+            there.
     """
     config = _config_of(run)
     backbone = backbone_of(config.model)
@@ -89,7 +101,7 @@ def _export_full(run: Path, output: Path, config: Config, layout: str) -> Path:
 
 
 def _config_of(run: Path) -> Config:
-    """The configuration of a run that has something to export."""
+    """Returns the configuration of a run that has something to export."""
     config = read_run_config(run)
     if not config.model:
         raise UserError(f"{run} trained the embedded network; {run / 'student.safetensors'} is all of it")
@@ -100,7 +112,7 @@ def _config_of(run: Path) -> Config:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """What most weights of a transformer's folder are stored in. Raises UserError where none is a float's file."""
+    """Returns what most weights of a transformer's folder are stored in; a UserError where none is a float's file."""
     sizes: Counter = Counter()
     try:
         for path in sorted(folder.glob("*.safetensors")):
@@ -117,7 +129,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def _write_layout(lora: Lora, file: Path, layout: str, family: str, empty, pipeline_class: type) -> None:
-    """Write an adapter in another layout, and read it back by diffusers' own converter: it must be the same."""
+    """Writes an adapter in another layout, and read it back by diffusers' own converter: it must be the same."""
     try:
         prefix = LAYOUTS[layout][family]
     except KeyError:
@@ -144,7 +156,7 @@ def _write_layout(lora: Lora, file: Path, layout: str, family: str, empty, pipel
 
 
 def model_card(run: Path, config: Config, merge: bool, layout: str, transformer_class: str) -> ModelCard:
-    """What the student is, how to load it, what it was trained on and with, the end of its curve, its scores."""
+    """Writes what the student is, how to load it, what it was trained on and with, the end of its curve, its scores."""
     base, name = hub_id(config.model), class_name_of(config.model)
     edits = any(capability.task == "edit" for capability in config.capabilities.values())
     data = ModelCardData(
@@ -175,7 +187,10 @@ def model_card(run: Path, config: Config, merge: bool, layout: str, transformer_
 
 
 def hub_id(model: Path) -> str | None:
-    """The repository that a pipeline's folder came from, by the hub's cache or its own index; None where none says."""
+    """Finds the repository that a pipeline's folder came from, by the hub's cache or its own index.
+
+    None where none says.
+    """
     cached = [part for part in model.resolve().parts if part.startswith("models--")]
     if cached:
         return cached[-1].removeprefix("models--").replace("--", "/", 1)
@@ -202,7 +217,7 @@ def _usage(base: str, name: str, transformer_class: str, merge: bool, layout: st
 
 
 def _data_table(config: Config) -> str:
-    """One line a capability: how many rows it has, and who supervises them."""
+    """Returns one line a capability: how many rows it has, and who supervises them."""
     lines = [["capability", "task", "rows", "source", "guidance", "weight"], ["---"] * 6]
     for name, capability in config.capabilities.items():
         try:
@@ -217,7 +232,7 @@ def _data_table(config: Config) -> str:
 
 
 def _curve(run: Path, config: Config) -> str:
-    """The last losses that were logged, of all samples and by capability."""
+    """Returns the last losses that were logged, of all samples and by capability."""
     records = read_log(run / "log.jsonl").training[-LAST:]
     if not records:
         return "No losses were logged."
@@ -246,7 +261,7 @@ def _table(lines: list[list[str]]) -> str:
 
 
 def _without_places(value):
-    """A configuration's values with paths cut to their last names: a card tells nothing of whose disk it was."""
+    """Cuts paths in a configuration's values to their last names: a card tells nothing of whose disk it was."""
     if isinstance(value, dict):
         return {key: _without_places(item) for key, item in value.items()}
     if isinstance(value, list):

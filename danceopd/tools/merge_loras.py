@@ -1,4 +1,4 @@
-"""Several LoRAs of one model become one of the size of one: distilled by the trainer, from prompts alone."""
+"""Distils several LoRAs of one model into one of the size of one, by the trainer, from prompts alone."""
 
 import hashlib
 import json
@@ -46,9 +46,13 @@ CELL = 160  # least width of a picture in the grid, in pixels
 
 @dataclass(frozen=True)
 class Merged:
-    """The adapter's file, the picture that compares it, and {LoRA: {"weight average": error, "distilled": error}}.
+    """What came of a merge.
 
-    An error is the mean squared difference of velocities from the LoRA's, on the trajectories of the one compared.
+    Attributes:
+        path: The adapter's file.
+        grid: The picture that compares it.
+        errors: {LoRA: {"weight average": error, "distilled": error}}: the mean squared difference of velocities from
+            the LoRA's, on the trajectories of the one compared.
     """
 
     path: Path
@@ -56,6 +60,7 @@ class Merged:
     errors: dict[str, dict[str, float]]
 
 
+# Long: a third of it says what its arguments are.
 def merge_loras(
     base: Path,
     loras: Sequence[Path],
@@ -74,25 +79,25 @@ def merge_loras(
     """Distils LoRAs of one pipeline into one adapter, written as diffusers does, with a grid of pictures beside it.
 
     Args:
-        base: the pipeline's folder.
-        loras: two LoRAs or more. Each is called as its file, or as its folder where the file has the usual name.
-        prompts: a file of one prompt a line, for all LoRAs with their triggers in front, or for one of them as
+        base: The pipeline's folder.
+        loras: Two LoRAs or more. Each is called as its file, or as its folder where the file has the usual name.
+        prompts: A file of one prompt a line, for all LoRAs with their triggers in front, or for one of them as
             LORA<TAB>PROMPT.
-        output: the .safetensors file to write.
+        output: The .safetensors file to write.
         triggers: "LORA=WORDS", put in front of the LoRA's prompts.
-        rank: of the result; the largest of the LoRAs' if not given.
-        steps: number of updates.
-        resolution: sides of the pictures in pixels.
-        guidance_scale: that LoRAs and result are drawn with; a model's input where it embeds one.
-        work: folder of the encoded prompts and the run, which the same call goes on from after an interruption.
-        overwrite: whether to start again where another run lies.
-        overrides: of the training's configuration, as key.sub=value.
+        rank: Of the result; the largest of the LoRAs' if not given.
+        steps: Number of updates.
+        resolution: Sides of the pictures in pixels.
+        guidance_scale: That LoRAs and result are drawn with; a model's input where it embeds one.
+        work: Folder of the encoded prompts and the run, which the same call goes on from after an interruption.
+        overwrite: Whether to start again where another run lies.
+        overrides: Of the training's configuration, as key.sub=value.
 
     Returns:
         Where the adapter and the grid are, and how far it is from each LoRA.
 
     Raises:
-        UserError: something is missing or does not fit; said before anything is encoded.
+        UserError: Something is missing or does not fit; said before anything is encoded.
     """
     if output.suffix != ".safetensors":
         raise UserError(f"{output} must end in .safetensors: it is the file to write")
@@ -172,7 +177,7 @@ def _configuration(
 
 
 def name_loras(paths: Sequence[Path]) -> dict[str, Path]:
-    """{name: path}: a file's name without its ending, or its folder's. Raises UserError for one name of two."""
+    """Names LoRAs by their files without the ending, or by their folders; a UserError for one name of two."""
     if len(paths) < 2:
         raise UserError("a merge needs two LoRAs at least; give --lora for each of them")
     named: dict[str, Path] = {}
@@ -188,7 +193,7 @@ def name_loras(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def read_triggers(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """{name: words} of "NAME=WORDS". Raises UserError for another form or an unknown name."""
+    """Reads {name: words} from "NAME=WORDS"; a UserError for another form or an unknown name."""
     triggers = {}
     for text in given:
         name, equals, words = text.partition("=")
@@ -201,7 +206,7 @@ def read_triggers(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
 
 
 def read_prompts(path: Path, names: Sequence[str], triggers: dict[str, str]) -> dict[str, list[str]]:
-    """{name: prompts} as they will be asked, each once. Raises UserError that lists the lines that are of no use."""
+    """Reads {name: prompts} as they will be asked, each once; a UserError lists the lines that are of no use."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -246,7 +251,7 @@ def _load(named: dict[str, Path], empty: nn.Module, pipeline_class: type) -> dic
 
 
 def manifest_of(asked: dict[str, list[str]]) -> tuple[str, bytes]:
-    """(name, content) of the manifest: called after its content, since other prompts are another run."""
+    """Returns (name, content) of the manifest: called after its content, since other prompts are another run."""
     rows = [
         {"id": f"{name} {i}", "task": name, "prompt": prompt}
         for name, own in asked.items()
@@ -257,7 +262,7 @@ def manifest_of(asked: dict[str, list[str]]) -> tuple[str, bytes]:
 
 
 def targets_of(loras: Iterable[Lora], transformer: nn.Module) -> list[str]:
-    """The student's targets: the layers that any of the LoRAs changes, by their ends in a block where that says it."""
+    """Returns the student's targets: the layers that any LoRA changes, by their ends in a block where that says it."""
     names = sorted({name for lora in loras for name in lora})
     ends = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in names})
     return ends if set(target_layers(transformer, ends)) == set(names) else names
@@ -266,7 +271,7 @@ def targets_of(loras: Iterable[Lora], transformer: nn.Module) -> list[str]:
 def fields_of(
     config: Config, backbone: ModuleType, adapters: dict[str, Lora], empty_prompt, device
 ) -> dict[str, Field]:
-    """The fields of adapters on one base, guided as the students's are."""
+    """Makes the fields of adapters on one base, guided as the student's are."""
     transformer = backbone.load_transformer(config.model, PRECISIONS[config.training.precision]).to(device)
     shared = SharedBase(transformer, list(adapters.values()), backbone.velocity)
     scale = next(iter(config.capabilities.values())).student_guidance_scale
@@ -282,7 +287,7 @@ def _compare(
     resolution: int,
     device,
 ) -> tuple[dict[str, dict[str, float]], bytes]:
-    """(errors as in Merged, the grid as PNG): a prompt at a time, so that what trains fits here too."""
+    """Returns (errors as in Merged, the grid as PNG), a prompt at a time, so that what trains fits here too."""
     prepared = next(iter(config.capabilities.values())).data.prepared
     data = {name: PreparedData(prepared, name) for name in asked}
     empty_prompt = tree_map(lambda value: value.to(device), next(iter(data.values())).empty_prompt())

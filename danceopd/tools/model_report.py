@@ -1,4 +1,4 @@
-"""The report of a run on a diffusers model: its log, its sample grid, and how far the student is from each source."""
+"""Reports on a run on a diffusers model: its log, its sample grid, and how far the student is from each source."""
 
 import json
 from collections.abc import Callable
@@ -32,20 +32,30 @@ WIDTH = 2048  # most pixels across of the sample grid in the page
 
 
 def evaluate_model_run(folder: Path, progress: Callable = lambda items: items) -> dict:
-    """Write folder/results.json and report.html of a model's run, and return the results.
+    """Measures a model's run, and writes its results.json and report.html.
 
     Where the networks or the data are no longer there, the page is made without the velocity errors, and says so.
+
+    Args:
+        folder: The run's.
+        progress: Wraps the list of what is measured (tqdm fits).
+
+    Returns:
+        The results.
+
+    Raises:
+        UserError: The folder holds no run.
     """
     config = read_run_config(folder)
-    log, gaps, warnings, step = read_log(folder / "log.jsonl"), {}, [], None
+    log, errors, warnings, step = read_log(folder / "log.jsonl"), {}, [], None
     try:
-        step, gaps = measure_gaps(folder, config, progress)
+        step, errors = measure_errors(folder, config, progress)
     except UserError as error:
         warnings.append(f"velocity errors were not measured: {error}")
     last = log.training[-1] if log.training else {}
     results = {
         "rows": [],
-        "gaps": gaps,
+        "velocity_errors": errors,
         "step": last.get("step") if step is None else step,
         "student": config.method,
         "seconds": last.get("seconds"),
@@ -60,13 +70,24 @@ def evaluate_model_run(folder: Path, progress: Callable = lambda items: items) -
     return results
 
 
-def measure_gaps(folder: Path, config: Config, progress: Callable = lambda items: items) -> tuple[int, dict]:
-    """(step, {capability: its gap}): velocity errors of the student before training and of its newest average.
+def measure_errors(folder: Path, config: Config, progress: Callable = lambda items: items) -> tuple[int, dict]:
+    """Measures the student's velocity errors before training and those of its newest average.
 
-    Mean squared differences from the capability's own source, on noise that no update drew, at every noise level of
-    the rollouts of the one compared. A gap: source, samples, before, after, standard_error (of after, over samples),
-    closed (1 - after / before; None where the student began as its source), relative (after, to the mean square of
-    the source's velocity), by_sigma. Raises UserError for what is no longer there.
+    An error is the mean squared difference from the capability's own source, on noise that no update drew, at every
+    noise level of the rollouts of the one compared.
+
+    Args:
+        folder: The run's, where it lies now.
+        config: Its configuration.
+        progress: Wraps the list of what is measured.
+
+    Returns:
+        The update of the average, and {capability: its figures}: source, samples, before, after, standard_error (of
+        after, over samples), closed (1 - after / before; None where the student began as its source), relative (after,
+        to the mean square of the source's velocity), by_sigma.
+
+    Raises:
+        UserError: Something is no longer there.
     """
     # Where the run lies now, which need not be where it was trained.
     here = config.training.model_copy(update={"output_dir": folder, "sample_every": 0})
@@ -90,20 +111,22 @@ def measure_gaps(folder: Path, config: Config, progress: Callable = lambda items
         batch = batches[names[m]]
         found[who, names[m]] = velocity_errors(field, sources[m], batch.noise, batch.conditioning, batch.sigmas)
     return checkpoint.step, {
-        name: gap(config.capabilities[name].source, batches[name].sigmas, found["before", name], found["after", name])
+        name: error_figures(
+            config.capabilities[name].source, batches[name].sigmas, found["before", name], found["after", name]
+        )
         for name in names
     }
 
 
 def held_out(config: Config, parts: Parts, m: int) -> Batch:
-    """The samples that capability number m is measured on: its rows, with noise that no update drew."""
+    """Draws the samples that capability number m is measured on: its rows, with noise that no update drew."""
     only, seed = [float(i == m) for i in range(len(config.capabilities))], config.evaluation.seed
     batch = draw_batch(parts.samples, only, SAMPLES, seed, 0, guidance_scales(config), stream=HELD_OUT)
     return batch.to(parts.device)
 
 
-def gap(source: str, sigmas: torch.Tensor, before: list[torch.Tensor], after: list[torch.Tensor]) -> dict:
-    """One capability's figures, of (errors [B, N], powers [B, N]) before and after; as measure_gaps says."""
+def error_figures(source: str, sigmas: torch.Tensor, before: list[torch.Tensor], after: list[torch.Tensor]) -> dict:
+    """Works out one capability's figures of measure_errors from (errors [B, N], powers [B, N]) before and after."""
     (first, _), (last, power) = before, after
     start, end = float(first.mean()), float(last.mean())
     return {
@@ -123,7 +146,11 @@ def gap(source: str, sigmas: torch.Tensor, before: list[torch.Tensor], after: li
 
 
 def newest_grid(folder: Path) -> dict | None:
-    """{"step", "uri", "width"} of the newest sample grid as a JPEG no wider than WIDTH; None where none can be read."""
+    """Reads the newest sample grid as a JPEG no wider than WIDTH.
+
+    Returns:
+        {"step", "uri", "width"}; None where none can be read.
+    """
     for path in sorted(folder.glob("step-*.png"), reverse=True):
         try:
             with Image.open(path) as opened:

@@ -34,6 +34,7 @@ def bounds(numel: int, rank: int, size: int) -> tuple[int, int]:
     return min(rank * part, numel), min((rank + 1) * part, numel)
 
 
+# Long: what all ranks do in turn, with one place for what can go wrong in it.
 def save_state(
     folder: Path,
     step: int,

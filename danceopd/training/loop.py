@@ -89,7 +89,11 @@ class Trainer:
         self.slots = ranks.slots(config.training.batch_size)
         self.rows = self._choose_rows()
         self.previews = Previews(config, parts, self.rows)
-        if config.training.compile and self.engine.resident is not None:
+        if self.engine.resident is None:
+            for key in ("compile", "cuda_graphs"):
+                if getattr(config.training, key) is True:
+                    raise UserError(f"training.{key}: rollouts ask the student's shards; leave it out, or make room")
+        elif config.training.compile:
             compile_blocks(self.engine.resident)
         # Who learns, and who is asked: the student is rolled out without gradient, and trained with it.
         self.learners = {"student": self.engine, **getattr(self.method, "learners", {})}
@@ -256,7 +260,7 @@ class Trainer:
         self.spent.clear()
         tokens = sum((own for *_, own in everyone), Counter())
         # Of the evaluations, those of samples that have left; of the tokens, those that fill up shorter prompts.
-        self._padding = {key: self.evaluations[key] for key in self.evaluations.keys() & {"padding"}}
+        self._padding = {"padding": self.evaluations["padding"]} if hasattr(self.student, "rollout") else {}
         if tokens:
             self._padding["padding_tokens"] = tokens["padding"] / tokens["computed"]
         return join([own for own, *_ in everyone])
@@ -380,6 +384,9 @@ def train(
         UserError: For anything a user can mend, before the first step wherever possible.
     """
     torch.manual_seed(config.training.seed)
+    for key in ("rollout_on", "shard_sources") if settings is None else ():
+        if getattr(config.training, key) != "auto":
+            raise UserError(f"training.{key}: is for ZeRO; run with DeepSpeed, or leave it out")
     if (ranks.size > 1 and inspect.isclass(METHODS[config.method])) or (settings and "ema" in needs(config.method)):
         raise UserError(f"method: {config.method} runs in one process, without DeepSpeed")
     parts, first = agreed(ranks, build, config, ranks, settings), ranks.rank == 0

@@ -26,14 +26,14 @@ def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) ->
     """Loads the student, the sources and the data of a run on the embedded network.
 
     Args:
-        config: the configuration, without a `model`.
-        ranks, settings: taken as `training.assembly.build.build_model` takes them; each rank holds all of this.
+        config: The configuration, without a `model`.
+        ranks, settings: Taken as `training.assembly.build.build_model` takes them; each rank holds all of this.
 
     Returns:
         The parts of the run.
 
     Raises:
-        UserError: lists every file, row or device that is missing or does not fit.
+        UserError: Lists every file, row or device that is missing or does not fit.
     """
     problems = Problems()
     attempt = problems.attempt
@@ -88,13 +88,13 @@ def load_data(name: str, capability: Capability, image_size: int, with_clean: bo
     """Reads the rows of a capability.
 
     Args:
-        name: the capability's key in the configuration.
-        capability: its section there.
-        image_size: sides of the network's pictures in pixels.
-        with_clean: whether the method learns from finished pictures.
+        name: The capability's key in the configuration.
+        capability: Its section there.
+        image_size: Sides of the network's pictures in pixels.
+        with_clean: Whether the method learns from finished pictures.
 
     Raises:
-        UserError: the rows do not fit the capability's task or the method.
+        UserError: The rows do not fit the capability's task or the method.
     """
     data = capability.data
     if data.world:

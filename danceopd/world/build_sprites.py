@@ -1,4 +1,4 @@
-"""Rasterise the sprite sheet from Noto Emoji (Apache-2.0). Needed only to change the objects.
+"""Rasterises the sprite sheet from Noto Emoji (Apache-2.0). Needed only to change the objects.
 
 npm pack @iconify-json/noto && tar xzf iconify-json-noto-*.tgz
 pip install resvg-py
@@ -27,7 +27,7 @@ EMOJI = {
 
 
 def rasterise(icons: dict, name: str) -> Image.Image:
-    """Draw one icon at 16 times the sprite size, crop it to what is drawn, and shrink it by area."""
+    """Draws one icon at 16 times the sprite size, crop it to what is drawn, and shrink it by area."""
     import resvg_py
 
     icon = icons["icons"][name]

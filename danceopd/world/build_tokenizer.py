@@ -1,4 +1,4 @@
-"""Train the tokenizer on the prompts of the picture world: python -m danceopd.world.build_tokenizer."""
+"""Trains the tokenizer on the prompts of the picture world: python -m danceopd.world.build_tokenizer."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -1,4 +1,4 @@
-"""The picture world as training data: drawn on demand, or written out in the form of a user's own data."""
+"""Makes the picture world training data: drawn on demand, or written out in the form of a user's own data."""
 
 import json
 from collections.abc import Iterable
@@ -23,10 +23,18 @@ _CHUNK = 256  # pictures rendered at a time when writing
 
 
 class WorldData:
-    """`size` samples of one capability, the same for the same seed; pictures are 32 x 32.
+    """Samples of one capability, the same for the same seed; pictures are 32 x 32.
 
-    Only scenes and texts are kept; pictures are rendered when asked for. Raises UserError for an unknown
-    capability or split, or a size below 1.
+    Only scenes and texts are kept; pictures are rendered when asked for.
+
+    Args:
+        capability: One of CAPABILITIES.
+        size: Number of samples.
+        seed: Of all of them.
+        split: "seen" or "held_out".
+
+    Raises:
+        UserError: The capability or the split is unknown, or the size is below 1.
     """
 
     def __init__(self, capability: str, size: int, seed: int, split: str = "seen") -> None:
@@ -55,14 +63,18 @@ class WorldData:
         return len(self._texts)
 
     def prompts(self, indices: list[int]) -> list[str]:
+        """Returns the prompts of samples."""
         return [self._texts[i] for i in indices]
 
     def sources(self, indices: list[int]) -> torch.Tensor | None:
-        """[n, 3, 32, 32] float32 in [-1, 1] before the edit, or None for a capability without sources."""
+        """Returns the pictures before the edit, [n, 3, 32, 32] float32 in [-1, 1].
+
+        None for a capability without any.
+        """
         return None if self._before is None else _render(self._before, indices)
 
     def targets(self, indices: list[int]) -> torch.Tensor:
-        """[n, 3, 32, 32] float32 in [-1, 1]."""
+        """Returns the pictures asked for, [n, 3, 32, 32] float32 in [-1, 1]."""
         return _render(self._after, indices)
 
 
@@ -71,10 +83,20 @@ def _render(scene: Scene, indices: list[int]) -> torch.Tensor:
 
 
 def write_world(folder: str | Path, capabilities: Iterable[str], size: int, seed: int) -> Path:
-    """Write `size` samples of each capability as PNGs and a manifest, and return the manifest's path.
+    """Writes the samples of WorldData(capability, size, seed) as PNGs and a manifest.
 
-    The samples are those of WorldData(capability, size, seed). Raises UserError as WorldData does, before
-    anything is written, and FileExistsError if the folder has a manifest already.
+    Args:
+        folder: Where to.
+        capabilities: Each is written.
+        size: Samples of each.
+        seed: Of all of them.
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        UserError: As WorldData does, before anything is written.
+        FileExistsError: The folder has a manifest already.
     """
     folder = Path(folder)
     manifest = folder / "manifest.jsonl"
@@ -92,7 +114,7 @@ def write_world(folder: str | Path, capabilities: Iterable[str], size: int, seed
 
 
 def _write_chunk(folder: Path, data: WorldData, indices: list[int]) -> list[dict[str, str]]:
-    """Write the pictures of some samples; return their manifest lines."""
+    """Writes the pictures of some samples; return their manifest lines."""
     ids = [f"{data.capability}-{i:05d}" for i in indices]
     lines = [
         {"id": name, "task": data.capability, "prompt": prompt}

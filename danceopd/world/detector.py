@@ -54,7 +54,7 @@ class Detection:
 
 @lru_cache(maxsize=1)
 def _templates() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Templates [backgrounds, T, 768], their squared norms [backgrounds, T], and labels [T, 4]."""
+    """Returns templates [backgrounds, T, 768], their squared norms [backgrounds, T], and labels [T, 4]."""
     table = cells()[:EMPTY].reshape(-1, 4, CELL_SIZE, CELL_SIZE)
     table = torch.cat([table, torch.zeros(1, 4, CELL_SIZE, CELL_SIZE)])  # the empty cell comes last
     paper = background_rgb().view(-1, 1, 3, 1, 1)
@@ -67,7 +67,7 @@ def _templates() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def detect(images: torch.Tensor, chunk: int = 256) -> Detection:
-    """Read pictures [B, 3, 32, 32] in [-1, 1] (values outside are clipped, NaN counts as black).
+    """Reads pictures [B, 3, 32, 32] in [-1, 1] back into scenes (values outside are clipped, NaN counts as black).
 
     The background is the one under which the best matches of all four cells leave the least error.
     """

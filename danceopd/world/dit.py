@@ -1,4 +1,4 @@
-"""The embedded backbone: a small diffusion transformer over one sequence of prompt, source and noisy picture tokens."""
+"""The embedded network: a small diffusion transformer over one sequence of prompt, source and noisy picture tokens."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -24,11 +24,12 @@ class DiTConfig:
     text_length: int = 10
 
     def to_dict(self) -> dict:
+        """Returns plain values."""
         return asdict(self)
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Adaptive layer norm without the norm: [B, N, C] with [B, 1, C]."""
+    """Scales and shifts by a vector a sample, as adaptive layer norm does after its norm: [B, N, C] with [B, 1, C]."""
     return torch.addcmul(x + shift, x, scale)
 
 
@@ -89,21 +90,21 @@ class DiT(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] -> [B, tokens, 3 * patch * patch]."""
+        """Cuts pictures [B, 3, H, W] into tokens [B, tokens, 3 * patch * patch]."""
         grid, patch = self.grid, self.config.patch_size  # as F.unfold, which is slower
         cut = images.reshape(-1, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
         return cut.reshape(len(images), grid**2, -1)
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The inverse of patchify."""
+        """Puts pictures together from tokens: the inverse of patchify."""
         grid, patch, size = self.grid, self.config.patch_size, self.config.image_size
         return tokens.reshape(-1, grid, grid, 3, patch, patch).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, size, size)
 
     def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """latents [B, 3, H, W], sigma [B] in (0, 1] -> velocity [B, 3, H, W] in the latents' dtype.
+        """Returns the velocity [B, 3, H, W] in the latents' dtype, of latents [B, 3, H, W] at sigma [B] in (0, 1].
 
-        Samples with and without a source picture may be mixed: each kind makes one pass, so that no
-        sample pays for tokens it does not have.
+        Samples with and without a source picture may be mixed: each kind makes one pass, so that no sample pays for
+        tokens it does not have.
         """
         sourced, has_source = conditioning.sourced(), conditioning.has_source
         if sourced is False:

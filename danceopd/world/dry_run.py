@@ -8,8 +8,8 @@ from danceopd.config.sections import Config
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.methods import needs
 from danceopd.models.fp8 import to_fp8
-from danceopd.planning.backward import kept_for_backward, operations
-from danceopd.planning.memory import FLOAT, Findings, add_activations, add_rollout_states, add_student, count, nbytes
+from danceopd.planning.backward import held_in_forward, kept_for_backward, operations
+from danceopd.planning.memory import FLOAT, Findings, add_activations, add_questions, add_student, count, nbytes
 from danceopd.world.build import load_data
 from danceopd.world.dit import DiT
 from danceopd.world.files import read_config, resolve_weights
@@ -19,9 +19,9 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     """Adds to the findings what the networks and the data of a run take and lack.
 
     Args:
-        config: the configuration, without a `model`.
-        findings: what is found is added to it, as far as the files allow.
-        device: not looked at: the embedded network runs on any.
+        config: The configuration, without a `model`.
+        findings: What is found is added to it, as far as the files allow.
+        device: Not looked at: the embedded network runs on any.
     """
     attempt = findings.attempt
     student = attempt("student.init_from", empty_network, config.student.init_from)
@@ -53,8 +53,9 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
         name: operations(student, shape, Conditioning(tokens, picture, torch.tensor([c.task == "edit"])))
         for name, c in config.capabilities.items()
     }
-    add_activations(config, findings, *kept_for_backward(student, None, shape, conditioning))
-    add_rollout_states(config, findings, FLOAT * math.prod(shape))
+    held = held_in_forward(student, shape, conditioning)
+    add_activations(config, findings, *kept_for_backward(student, None, shape, conditioning), held)
+    add_questions(config, findings, FLOAT * math.prod(shape))
 
 
 def empty_network(weights: str) -> DiT:

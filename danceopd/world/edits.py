@@ -1,4 +1,4 @@
-"""Edit instructions with GEdit-Bench's kinds, their source scenes, and the scenes they ask for."""
+"""Draws edit instructions with GEdit-Bench's kinds, the scenes to edit, and the scenes they ask for."""
 
 from dataclasses import dataclass
 
@@ -27,14 +27,14 @@ class Edit:
 
 
 def _allowed_colors(split: str) -> torch.Tensor:
-    """[classes, colors] bool: tints of the split."""
+    """Returns [classes, colors] bool: tints of the split."""
     table = torch.zeros(len(CLASSES), len(COLORS), dtype=torch.bool)
     table[tuple(colored(split).T)] = True
     return table
 
 
 def _edit_groups(split: str) -> torch.Tensor:
-    """[N, 3] classes; for held-out edits those whose first and third are a held-out pair."""
+    """Returns [N, 3] classes; for held-out edits those whose first and third are a held-out pair."""
     table = groups(split, 3)
     if split == "seen":
         return table
@@ -43,7 +43,7 @@ def _edit_groups(split: str) -> torch.Tensor:
 
 
 def _draw_tint(cls: torch.Tensor, split: str, generator: torch.Generator) -> torch.Tensor:
-    """A tint of the split for each class index in `cls` (any shape)."""
+    """Returns a tint of the split for each class index in `cls` (any shape)."""
     weights = _allowed_colors(split)[cls.reshape(-1)].float()
     return torch.multinomial(weights, 1, generator=generator).view(cls.shape)
 
@@ -51,12 +51,20 @@ def _draw_tint(cls: torch.Tensor, split: str, generator: torch.Generator) -> tor
 def sample_edits(
     kinds: torch.Tensor, generator: torch.Generator, *, split: str = "seen"
 ) -> tuple[list[Edit], Scene, Scene]:
-    """One instruction, source scene and expected scene for each kind index in `kinds` [B].
+    """Draws one instruction with the scene to edit and the expected scene for each kind.
 
-    A source holds one to three objects of different classes, each in its natural colour or a tint. The
-    edited scene differs from the source in nothing but what was asked. With split "held_out" an object
-    added or put in another's place makes a held-out pair with the first (or takes the place of one that
-    would), and a colour altered becomes one held out for its class.
+    A scene to edit holds one to three objects of different classes, each in its natural colour or a tint. The edited
+    scene differs from it in nothing but what was asked. With split "held_out" an object added or put in another's place
+    makes a held-out pair with the first (or takes the place of one that would), and a colour altered becomes one held
+    out for its class.
+
+    Args:
+        kinds: [B] int64, indices into KINDS.
+        generator: Draws everything.
+        split: "seen" or "held_out".
+
+    Returns:
+        The edits, the scenes to edit, and the expected scenes.
     """
     n = len(kinds)
     row = torch.arange(n)
@@ -122,7 +130,7 @@ def _instructions(columns: tuple[torch.Tensor, ...]) -> list[Edit]:
 
 
 def _alternative_tint(cls: torch.Tensor, current: torch.Tensor, split: str, generator: torch.Generator) -> torch.Tensor:
-    """A tint of the split other than the current colour (of the seen ones where the split has no other)."""
+    """Returns a tint of the split other than the current colour (of the seen ones where the split has no other)."""
     weights = _allowed_colors(split)[cls]
     weights[torch.arange(len(cls)), current] = False
     empty = ~weights.any(-1)

@@ -33,7 +33,7 @@ PICTURES = 8
 
 
 def contestants(config: Config, student: DiT) -> dict[str, Field]:
-    """The rows of a run's table in order: base, every source, the merge of the sources, the student."""
+    """Loads the rows of a run's table in order: base, every source, the merge of the sources, the student."""
     sources = {name: load_model(resolve_weights(source.weights)) for name, source in config.sources.items()}
     fields = {"base": as_field(load_model(resolve_weights(config.student.init_from)))}
     for name, source in config.sources.items():
@@ -44,7 +44,7 @@ def contestants(config: Config, student: DiT) -> dict[str, Field]:
 
 
 def draw_pictures(fields: dict[str, Field], config: Config, network: DiT) -> dict:
-    """The report's pictures: prompts x models, edits x models, and the student's rollouts."""
+    """Draws the report's pictures: prompts x models, edits x models, and the student's rollouts."""
     sampler, seed = make_sampler(config, network.config), config.evaluation.seed + 17
     prompts, _ = t2i_set(seed, 2)
     prompts = prompts[:PICTURES]
@@ -75,7 +75,7 @@ def draw_pictures(fields: dict[str, Field], config: Config, network: DiT) -> dic
 
 
 def _filmstrip(field, config: Config, network: DiT, prompt: str, source, seed: int) -> dict:
-    """One rollout, every state of it, and the state that an update with this seed would ask."""
+    """Rolls out one sample, and notes the state that an update with this seed would query."""
     steps, size = config.rollout.num_inference_steps, network.config.image_size
     generator = step_generator(seed, 0)
     noise = torch.randn(1, 3, size, size, generator=generator)
@@ -92,10 +92,17 @@ def _filmstrip(field, config: Config, network: DiT, prompt: str, source, seed: i
 
 
 def evaluate_run(folder: Path, progress=lambda items: items) -> dict:
-    """Score every row of a run, write folder/results.json and folder/report.html, and return the results.
+    """Scores every row of a run, and writes its results.json and report.html.
 
-    A model's run is not scored: its student's distance from each source is measured. progress wraps the list of what
-    is done while it is worked through (tqdm fits). Raises UserError if the folder holds no run.
+    Args:
+        folder: The run's.
+        progress: Wraps the list of what is done while it is worked through (tqdm fits).
+
+    Returns:
+        The results.
+
+    Raises:
+        UserError: The folder holds no run, or no student.
     """
     config = read_run_config(folder)
     if not (folder / "student.safetensors").exists():

@@ -1,4 +1,4 @@
-"""Weights on disk: one safetensors file per network, its configuration in the header."""
+"""Keeps embedded networks on disk: one safetensors file for each, its configuration in the header."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,15 @@ SHIPPED = Path(__file__).parent / "assets" / "sources"
 
 
 def shipped_sources() -> list[str]:
-    """The names of the networks that ship with the package."""
+    """Returns the names of the networks that ship with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
 
 
 def resolve_weights(weights: str) -> Path:
-    """The file of an embedded network by its name ("base", "t2i", ...), or the path itself.
+    """Returns the file of an embedded network by its name ("base", "t2i", ...), or the path itself.
 
-    Raises FileNotFoundError that lists the names.
+    Raises:
+        FileNotFoundError: There is neither; the names are listed.
     """
     if weights in shipped_sources():
         return SHIPPED / f"{weights}.safetensors"
@@ -32,13 +33,13 @@ def resolve_weights(weights: str) -> Path:
 
 
 def save_model(model: DiT, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the weights in `dtype`, with the network's configuration as metadata, atomically."""
+    """Writes the weights in `dtype`, with the network's configuration as metadata, atomically."""
     weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     write_atomic(path, save(weights, {"config": json.dumps(model.config.to_dict())}))
 
 
 def read_config(path: Path) -> DiTConfig:
-    """A network's configuration, from its file's header alone. Raises as load_model does."""
+    """Reads a network's configuration from its file's header alone; raises as load_model does."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -54,9 +55,11 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def load_model(path: Path) -> DiT:
-    """Load a network written by save_model, in float32 and evaluation mode.
+    """Loads a network written by save_model, in float32 and evaluation mode.
 
-    Raises FileNotFoundError for a missing file and UserError for one that is damaged or not a DiT.
+    Raises:
+        FileNotFoundError: There is no such file.
+        UserError: It is damaged or not a DiT.
     """
     config = read_config(path)
     try:

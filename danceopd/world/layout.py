@@ -1,4 +1,4 @@
-"""The picture world's evaluation in GenEval's layout, so that runs can be compared picture by picture."""
+"""Writes the picture world's evaluation in GenEval's layout, so that runs can be compared picture by picture."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from danceopd.world.sprites import CLASSES, COLORS, NATURAL
 
 
 def geneval_metadata(prompt: Prompt) -> dict:
-    """A prompt of the picture world as a line of GenEval's metadata."""
+    """Returns a prompt of the picture world as a line of GenEval's metadata."""
     include = [
         {"class": CLASSES[cls], "count": prompt.count, **({} if color == NATURAL else {"color": COLORS[color]})}
         for cls, color in prompt.objects
@@ -26,9 +26,13 @@ def geneval_metadata(prompt: Prompt) -> dict:
 
 
 def write_pictures(folder: Path, prompts: list[Prompt], images: torch.Tensor, correct: torch.Tensor) -> None:
-    """A new folder with the pictures [B, 3, H, W] in [-1, 1] and results.jsonl; equal prompts' pictures are numbered.
+    """Writes a new folder with pictures and results.jsonl; equal prompts' pictures are numbered.
 
-    Raises UserError for a folder that is there.
+    Args:
+        folder: A UserError if it is there.
+        prompts: One a picture.
+        images: [B, 3, H, W] in [-1, 1].
+        correct: [B] bool.
     """
     pictures: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):

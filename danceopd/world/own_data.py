@@ -1,4 +1,4 @@
-"""A user's own pictures for the embedded network."""
+"""Reads a user's own pictures for the embedded network."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ CACHE_BYTES = 256 * 2**20  # of decoded pictures that each data set keeps
 
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:
-    """The middle square, resized to size x size; a picture of that size already comes back as it is."""
+    """Cuts out the middle square and resizes it to size x size; a picture of that size comes back as it is."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
@@ -23,7 +23,7 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
 
 
 def load_picture(path: Path, size: int) -> torch.Tensor:
-    """One picture as a field takes it: [3, size, size] float32 in [-1, 1]. Raises UserError if it can't be read."""
+    """Reads one picture as a field takes it: [3, size, size] float32 in [-1, 1]; a UserError if it can't be read."""
     if not path.is_file():
         raise UserError(f"no picture at {path}")
     try:
@@ -34,15 +34,22 @@ def load_picture(path: Path, size: int) -> torch.Tensor:
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
-    """[3, S, S] uint8."""
+    """Returns a picture as [3, S, S] uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 class ManifestData:
     """The rows of one capability in a manifest; pictures are decoded when asked for.
 
-    Raises what read_manifest does, and UserError if the manifest has problems or no row of the
-    capability, or if only some of its rows have a source picture, or one has several.
+    Args:
+        path: The manifest.
+        capability: The rows' name in it.
+        image_size: Sides of the pictures in pixels.
+        root: The folder that picture paths start from; the manifest's own if not given.
+
+    Raises:
+        UserError: The manifest has problems or no row of the capability, only some rows have a source picture, or one
+            has several; and what read_manifest raises.
     """
 
     def __init__(self, path: str | Path, capability: str, image_size: int, root: str | Path | None = None) -> None:
@@ -66,21 +73,27 @@ class ManifestData:
         return len(self.rows)
 
     def prompts(self, indices: list[int]) -> list[str]:
+        """Returns the prompts of rows."""
         return [self.rows[i].prompt for i in indices]
 
     def sources(self, indices: list[int]) -> torch.Tensor | None:
-        """[n, 3, S, S] float32 in [-1, 1], or None without sources; UserError for a damaged picture."""
+        """Reads the pictures to edit, [n, 3, S, S] float32 in [-1, 1]; None without any.
+
+        A UserError for a damaged one.
+        """
         return self._pictures("source_image", indices) if self.has_source else None
 
     def targets(self, indices: list[int]) -> torch.Tensor | None:
-        """[n, 3, S, S] float32 in [-1, 1], or None without targets; UserError for a damaged picture.
+        """Reads the pictures asked for, [n, 3, S, S] float32 in [-1, 1]; None without any.
+
+        A UserError for a damaged one.
 
         On-policy training asks for none, so only here is it an error that some rows have one and some not.
         """
         return self._pictures("target_image", indices) if self._all_or_none("target_image") else None
 
     def _all_or_none(self, column: str) -> bool:
-        """Whether the rows have this picture; raises UserError where some have it and some don't."""
+        """Returns whether the rows have this picture; raises UserError where some have it and some don't."""
         without = [row.line for row in self.rows if self._path(row, column) is None]
         if without and len(without) < len(self.rows):
             raise UserError(
@@ -100,7 +113,7 @@ class ManifestData:
         return next(iter(row.source_images), None) if column == "source_image" else row.target_image
 
     def _load(self, row: Row, column: str) -> torch.Tensor:
-        """One picture as [3, S, S] uint8, from memory if it was kept there."""
+        """Reads one picture as [3, S, S] uint8, from memory if it was kept there."""
         path = self._path(row, column)
         if path in self._cache:
             return self._cache[path]

@@ -1,4 +1,4 @@
-"""Text-to-image prompts with GenEval's six tasks and grammar, and the scenes that they describe."""
+"""Draws text-to-image prompts with GenEval's six tasks and grammar, and the scenes that they describe."""
 
 import itertools
 from dataclasses import dataclass
@@ -38,8 +38,11 @@ SPLITS = ("seen", "held_out")
 class Prompt:
     """One text-to-image prompt and what must be in the picture.
 
-    objects: class and colour indices of what is named, in order; count: how many of the first;
-    relation: index into RELATIONS of the first to the second, or -1.
+    Attributes:
+        text, task: Of the prompt.
+        objects: Class and colour indices of what is named, in order.
+        count: How many of the first.
+        relation: Index into RELATIONS of the first to the second, or -1.
     """
 
     text: str
@@ -50,24 +53,25 @@ class Prompt:
 
 
 def with_article(words: str) -> str:
+    """Puts "a" or "an" before words."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def describe(cls: int, color: int) -> str:
-    """ "a red car", "an apple"."""
+    """Writes "a red car", "an apple"."""
     name = CLASSES[cls]
     return with_article(name if color == NATURAL else f"{COLORS[color]} {name}")
 
 
 def colored(split: str) -> torch.Tensor:
-    """[N, 2] class and colour (never natural) indices of the split."""
+    """Returns [N, 2] class and colour (never natural) indices of the split."""
     pairs = itertools.product(range(len(CLASSES)), range(1, len(COLORS)))
     keep = [(c, k) for c, k in pairs if ((CLASSES[c], COLORS[k]) in HELD_OUT_COLORS) == (split == "held_out")]
     return torch.tensor(keep)
 
 
 def groups(split: str, size: int) -> torch.Tensor:
-    """[N, size] ordered tuples of distinct classes: without any held-out pair, or with at least one."""
+    """Returns [N, size] ordered tuples of distinct classes: without any held-out pair, or with at least one."""
     keep = []
     for group in itertools.permutations(range(len(CLASSES)), size):
         pairs = (frozenset((CLASSES[a], CLASSES[b])) for a, b in itertools.combinations(group, 2))
@@ -77,36 +81,45 @@ def groups(split: str, size: int) -> torch.Tensor:
 
 
 def draw(n: int, high: int, generator: torch.Generator) -> torch.Tensor:
-    """n uniform integers below `high`."""
+    """Draws n uniform integers below `high`."""
     return torch.randint(high, (n,), generator=generator)
 
 
 def draw_row(table: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
-    """n uniform rows of a table."""
+    """Draws n uniform rows of a table."""
     return table[draw(n, len(table), generator)]
 
 
 def draw_canvas(n: int, generator: torch.Generator) -> Scene:
-    """n empty pictures with a random background, and a random jitter waiting in every cell."""
+    """Makes n empty pictures with a random background, and a random jitter waiting in every cell."""
     scene = blank(n, draw(n, len(BACKGROUNDS), generator))
     scene.jitter = torch.randint(len(JITTER), (n, CELLS), generator=generator)
     return scene
 
 
 def draw_tasks(n: int, weights: dict[str, float] | None, generator: torch.Generator) -> torch.Tensor:
-    """n task indices, with the given weights (uniform without)."""
+    """Draws n task indices, with the given weights (uniform without)."""
     share = torch.tensor([1.0 if weights is None else float(weights.get(task, 0.0)) for task in TASKS])
     return torch.multinomial(share, n, replacement=True, generator=generator)
 
 
+# Long: everything is drawn in one order, on which the shipped networks' data depend.
 def sample_prompts(
     tasks: torch.Tensor, generator: torch.Generator, *, split: str = "seen", style: int = 0
 ) -> tuple[list[Prompt], Scene]:
-    """One prompt and one matching scene for each task index in `tasks` [B].
+    """Draws one prompt and one matching scene for each task.
 
-    With `style` 1 the prompt asks for a sketch and the scene is one. For split "held_out" only
-    PAIR_TASKS are possible: the others name no pair.
-    Raises ValueError for a held-out task without pairs.
+    Args:
+        tasks: [B] int64, indices into TASKS.
+        generator: Draws everything.
+        split: "seen" or "held_out", for which only PAIR_TASKS are possible: the others name no pair.
+        style: With 1 the prompt asks for a sketch and the scene is one.
+
+    Returns:
+        The prompts and the scenes.
+
+    Raises:
+        ValueError: A held-out task has no pairs.
     """
     n = len(tasks)
     if split == "held_out" and not all(TASKS[t] in PAIR_TASKS for t in set(tasks.tolist())):

@@ -1,4 +1,4 @@
-"""Batches of the embedded network."""
+"""Makes batches of the embedded network."""
 
 import torch
 
@@ -8,12 +8,12 @@ from danceopd.world.tokenizer import tokenize
 
 
 def make_conditioning(prompts: list[str], source: torch.Tensor | None, text_length: int) -> Conditioning:
-    """Tokenize prompts and attach their source pictures [B, 3, H, W] (or None)."""
+    """Tokenizes prompts and attaches their source pictures [B, 3, H, W] (or None)."""
     return Conditioning(tokenize(prompts, text_length), source, torch.full((len(prompts),), source is not None))
 
 
 def embedded_samples(data: list, text_length: int, image_size: int) -> Samples:
-    """For the embedded network: pictures of one size, prompts tokenized as they are drawn."""
+    """Makes samples of one picture size, whose prompts are tokenized as they are drawn."""
 
     def condition(rows, indices, without_prompt):
         prompts = ["" if empty else p for p, empty in zip(rows.prompts(indices), without_prompt, strict=True)]

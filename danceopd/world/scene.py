@@ -1,4 +1,4 @@
-"""What a picture of the world holds, and how it is drawn."""
+"""Describes what a picture of the world holds, and draws it."""
 
 from dataclasses import dataclass, fields
 
@@ -28,10 +28,11 @@ class Scene:
         return len(self.background)
 
     def __getitem__(self, index) -> "Scene":
-        """Select pictures by slice, mask or index tensor."""
+        """Selects pictures by slice, mask or index tensor."""
         return Scene(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def clone(self) -> "Scene":
+        """Returns a copy."""
         return Scene(**{f.name: getattr(self, f.name).clone() for f in fields(self)})
 
     @property
@@ -41,7 +42,7 @@ class Scene:
 
 
 def blank(n: int, background: torch.Tensor | None = None) -> Scene:
-    """n empty pictures in the photo style, sprites centred; backgrounds as given or all the first."""
+    """Makes n empty pictures in the photo style, sprites centred; backgrounds as given or all the first."""
     zeros = torch.zeros(n, dtype=torch.int64)
     return Scene(
         background=zeros.clone() if background is None else background.clone(),
@@ -53,7 +54,7 @@ def blank(n: int, background: torch.Tensor | None = None) -> Scene:
 
 
 def render(scene: Scene) -> torch.Tensor:
-    """Draw the pictures: [B, 3, 32, 32] float32 in [-1, 1]."""
+    """Draws the pictures of scenes: [B, 3, 32, 32] float32 in [-1, 1]."""
     n = len(scene)
     rgba = cells()[scene.objects, scene.colors, scene.style[:, None], scene.jitter]  # [B, 4 cells, 4, 16, 16]
     paper = background_rgb()[scene.background].view(n, 1, 3, 1, 1)

@@ -1,4 +1,4 @@
-"""Exact scores of the picture world: GenEval's tasks for text-to-image, VIEScore's two parts for edits."""
+"""Scores pictures of the world exactly: GenEval's tasks for text-to-image, VIEScore's two parts for edits."""
 
 import torch
 
@@ -15,18 +15,18 @@ _JITTER = torch.tensor(JITTER)
 
 
 def _centres(scene: Scene) -> torch.Tensor:
-    """Object centres in pixels: [B, 4, 2] (y, x)."""
+    """Returns object centres in pixels: [B, 4, 2] (y, x)."""
     cell = torch.arange(CELLS)
     corner = torch.stack([cell // GRID, cell % GRID], -1) * CELL_SIZE + CELL_SIZE / 2
     return corner + _JITTER[scene.jitter]
 
 
 def geneval_correct(prompts: list[Prompt], detection: Detection) -> torch.Tensor:
-    """[B] bool by GenEval's rules.
+    """Judges pictures by GenEval's rules: [B] bool.
 
-    Single object, two objects, colours and attribution: every object named is there, in its colour where
-    one is named. Counting: exactly that many. Position: some such pair of centres is apart by more than
-    half of their distance along the axis named.
+    Single object, two objects, colours and attribution: every object named is there, in its colour where one is named.
+    Counting: exactly that many. Position: some such pair of centres is apart by more than half of their distance along
+    the axis named.
     """
     found = detection.found
     objects, colors, centres = detection.scene.objects, detection.scene.colors, _centres(detection.scene)
@@ -52,17 +52,17 @@ def geneval_correct(prompts: list[Prompt], detection: Detection) -> torch.Tensor
 
 
 def _related(a: torch.Tensor, b: torch.Tensor, relation: int) -> bool:
-    """Is centre a left of, right of, above or below (0 to 3) centre b?"""
+    """Returns whether centre a is left of, right of, above or below (0 to 3) centre b."""
     dy, dx = ((a - b) / (a - b).norm().clamp(min=1e-6)).tolist()
     return (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)[relation]
 
 
 def edit_scores(edits: list[Edit], source: Scene, expected: Scene, detection: Detection) -> dict[str, torch.Tensor]:
-    """SC, PQ and O = sqrt(SC * PQ), each [B] float32 from 0 to 10, as VIEScore has them.
+    """Scores edits by SC, PQ and O = sqrt(SC * PQ), each [B] float32 from 0 to 10, as VIEScore has them.
 
-    SC is ten times the smaller of two shares: was the instruction followed, and how much of the rest
-    (each other cell with object, colour and style, and the background) is as it was. PQ falls linearly
-    with the error from the nearest clean rendering.
+    SC is ten times the smaller of two shares: was the instruction followed, and how much of the rest (each other cell
+    with object, colour and style, and the background) is as it was. PQ falls linearly with the error from the nearest
+    clean rendering.
     """
     n = len(edits)
     seen, clear, style = detection.scene, detection.clear, detection.style
@@ -103,12 +103,12 @@ def edit_scores(edits: list[Edit], source: Scene, expected: Scene, detection: De
 
 
 def _same_kind(seen: Scene, expected: Scene, style: torch.Tensor, clear: torch.Tensor) -> torch.Tensor:
-    """[B, 4] bool: as expected up to the jitter, which a replaced object need not keep."""
+    """Returns [B, 4] bool: as expected up to the jitter, which a replaced object need not keep."""
     same = (seen.objects == expected.objects) & (seen.colors == expected.colors)
     return same & (style == expected.style[:, None]) & clear
 
 
 def style_share(detection: Detection, style: int) -> torch.Tensor:
-    """[B] float32: the share of the objects found that are drawn in the style; 0 where none is found."""
+    """Returns the share of the objects found that are drawn in the style, [B] float32; 0 where none is found."""
     found = detection.found
     return ((detection.style == style) & found).sum(-1) / found.sum(-1).clamp(min=1)

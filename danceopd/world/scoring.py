@@ -27,7 +27,16 @@ HELD_OUT_SEED = 1_000_000  # added to the seed, so that the held-out pictures ar
 
 @dataclass(frozen=True)
 class Sampler:
-    """How pictures are drawn for an evaluation: noise levels [N + 1], solver, pictures at a time."""
+    """How pictures are drawn for an evaluation.
+
+    Attributes:
+        sigmas: Noise levels [N + 1].
+        solver: Of core.rollout.
+        batch_size: Pictures at a time.
+        text_length: Tokens of a prompt.
+        image_size: Sides in pixels.
+        device: Where it is drawn.
+    """
 
     sigmas: torch.Tensor
     solver: str = "euler"
@@ -38,7 +47,10 @@ class Sampler:
 
     @torch.inference_mode()
     def __call__(self, field: Field, prompts: list[str], source: torch.Tensor | None, seed: int) -> torch.Tensor:
-        """One picture a prompt: [B, 3, H, W] on the CPU; the noise depends on the seed and the place in the list."""
+        """Draws one picture a prompt: [B, 3, H, W] on the CPU.
+
+        The noise depends on the seed and the place in the list.
+        """
         shape = (len(prompts), 3, self.image_size, self.image_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         conditioning = make_conditioning(prompts, source, self.text_length)
@@ -51,14 +63,14 @@ class Sampler:
 
 
 def make_sampler(config: Config, network: DiTConfig, device: torch.device | str = "cpu") -> Sampler:
-    """The evaluation's sampler as a configuration has it."""
+    """Makes the evaluation's sampler as a configuration has it."""
     sigmas = sigma_grid(config.evaluation.num_inference_steps, config.rollout.shift)
     batch_size = config.evaluation.batch_size
     return Sampler(sigmas, config.evaluation.solver, batch_size, network.text_length, network.image_size, device)
 
 
 def t2i_set(seed: int, per_task: int, split: str = "seen", style: int = 0) -> tuple[list[Prompt], Scene]:
-    """The evaluation's prompts, `per_task` of each task in turn, and one right scene for each."""
+    """Draws the evaluation's prompts, `per_task` of each task in turn, and one right scene for each."""
     tasks = TASKS if split == "seen" else PAIR_TASKS
     index = torch.tensor([TASKS.index(task) for task in tasks]).repeat(per_task)
     return sample_prompts(index, torch.Generator().manual_seed(seed), split=split, style=style)
@@ -67,9 +79,13 @@ def t2i_set(seed: int, per_task: int, split: str = "seen", style: int = 0) -> tu
 def edit_set(
     seed: int, per_kind: int, split: str = "seen", kinds: tuple[str, ...] | None = None
 ) -> tuple[list[Edit], Scene, Scene]:
-    """The evaluation's instructions, `per_kind` of each kind in turn, their sources and what is expected.
+    """Draws the evaluation's instructions, `per_kind` of each kind in turn, the scenes to edit and what is expected.
 
-    kinds: all that the split has, if not given.
+    Args:
+        seed: Of all of them.
+        per_kind: Number of edits of each kind.
+        split: "seen" or "held_out".
+        kinds: All that the split has, if not given.
     """
     kinds = kinds or (KINDS if split == "seen" else HELD_OUT_KINDS)
     index = torch.tensor([KINDS.index(kind) for kind in kinds]).repeat(per_kind)
@@ -94,10 +110,20 @@ def score_geneval(
     style: int = 0,
     pictures: Path | None = None,
 ) -> dict:
-    """{"overall", "standard_error", and each task's share of right pictures}; overall is the mean of the tasks.
+    """Scores a field by GenEval's tasks.
 
-    With style 1 the prompts ask for sketches; "style" is then the share of the objects found that are. pictures: a new
-    folder, where they are kept in GenEval's layout.
+    Args:
+        field: What draws.
+        sampler: How it draws.
+        seed: Of prompts and noise.
+        per_task: Pictures of each task.
+        split: "seen" or "held_out".
+        style: With 1 the prompts ask for sketches.
+        pictures: A new folder, where they are kept in GenEval's layout.
+
+    Returns:
+        {"overall", "standard_error", and each task's share of right pictures}; overall is the mean of the tasks. With
+        style 1 also "style", the share of the objects found that are sketches.
     """
     prompts, _ = t2i_set(seed, per_task, split, style)
     images = sampler(field, [prompt.text for prompt in prompts], None, seed)
@@ -119,7 +145,19 @@ def score_gedit(
     split: str = "seen",
     kinds: tuple[str, ...] | None = None,
 ) -> dict:
-    """{"average", "standard_error", each kind's mean O in [0, 10], "sc", "pq"}; average is the mean of the kinds."""
+    """Scores a field by GEdit-Bench's kinds.
+
+    Args:
+        field: What draws.
+        sampler: How it draws.
+        seed: Of edits and noise.
+        per_kind: Pictures of each kind.
+        split: "seen" or "held_out".
+        kinds: All that the split has, if not given.
+
+    Returns:
+        {"average", "standard_error", each kind's mean O in [0, 10], "sc", "pq"}; average is the mean of the kinds.
+    """
     edits, source, expected = edit_set(seed, per_kind, split, kinds)
     detection = detect(sampler(field, [edit.text for edit in edits], render(source), seed + 1))
     scores = edit_scores(edits, source, expected, detection)
@@ -137,9 +175,17 @@ def score_row(
     held_out: bool = True,
     pictures: Path | None = None,
 ) -> dict:
-    """One row of results.json: both benchmarks, on seen pairs and, if asked, on held-out ones.
+    """Scores a field for one row of results.json: by both benchmarks, on seen pairs and, if asked, on held-out
+    ones.
 
-    pictures: a new folder, where GenEval's of the seen pairs are kept.
+    Args:
+        name: The row's.
+        field: What draws.
+        sampler: How it draws.
+        seed: Of all.
+        per_task, per_kind: Pictures of each task and kind.
+        held_out: Whether held-out pairs are scored too.
+        pictures: A new folder, where GenEval's of the seen pairs are kept.
     """
     geneval = score_geneval(field, sampler, seed, per_task, pictures=pictures)
     gedit = score_gedit(field, sampler, seed, per_kind)
@@ -161,8 +207,8 @@ def load_field(
     """Loads an embedded network, by its name or its file, as a field with the sampler that draws with it.
 
     Raises:
-        UserError: the file is damaged, or the number of steps or the shift is of no use.
-        FileNotFoundError: there is no such network.
+        UserError: The file is damaged, or the number of steps or the shift is of no use.
+        FileNotFoundError: There is no such network.
     """
     network = load_model(resolve_weights(weights))
     try:

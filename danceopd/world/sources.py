@@ -18,8 +18,8 @@ from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
 from danceopd.world.files import SHIPPED, load_model, save_model, shipped_sources
 from danceopd.world.prompts import draw, draw_tasks, sample_prompts
+from danceopd.world.sampling import make_conditioning
 from danceopd.world.scene import render
-from danceopd.world.tokenizer import tokenize
 
 SHIFT = 5.0  # of the training noise levels and of every sampler of these networks: layout is decided near noise
 
@@ -40,7 +40,18 @@ TASK_WEIGHTS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One network of the recipe. mix: the share of each capability; decay: the share of steps with falling rate."""
+    """One network of the recipe.
+
+    Attributes:
+        start_from: The network that it begins as; None for random weights.
+        mix: The share of each capability.
+        steps: Number of updates.
+        seed: Of data and noise.
+        batch_size: Samples of an update.
+        learning_rate: Its largest value.
+        decay: The share of updates with a falling rate.
+        task_weights: Of text-to-image tasks.
+    """
 
     start_from: str | None
     mix: dict[str, float]
@@ -68,7 +79,7 @@ STAGES = {
 def training_batch(
     capability: str, n: int, stage: Stage, text_length: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, Conditioning]:
-    """n clean pictures [n, 3, 32, 32] of one capability, and what they are conditioned on."""
+    """Draws n clean pictures [n, 3, 32, 32] of one capability, and what they are conditioned on."""
     if capability in ("t2i", "style"):
         tasks = draw_tasks(n, stage.task_weights, generator)
         prompts, scene = sample_prompts(tasks, generator, style=int(capability == "style"))
@@ -81,15 +92,14 @@ def training_batch(
     texts = [prompt.text for prompt in prompts]
     for i in (torch.rand(n, generator=generator) < EMPTY_PROMPT_SHARE).nonzero()[:, 0].tolist():
         texts[i] = ""
-    has_source = torch.full((n,), source is not None)
-    return render(scene), Conditioning(tokenize(texts, text_length), source, has_source)
+    return render(scene), make_conditioning(texts, source, text_length)
 
 
 def batches(stage: Stage, text_length: int, first_step: int) -> Iterator[tuple[torch.Tensor, Conditioning]]:
-    """The stage's training batches from a step on; each step's data depend on the seed and the step alone.
+    """Yields the stage's training batches from an update on; their data depend on the seed and the update alone.
 
-    Steps alternate between pictures with and without a source, in the stage's shares, so that one batch
-    is one forward.
+    Updates alternate between pictures with and without a source picture, in the stage's shares, so that one batch is
+    one forward.
     """
     shares = torch.tensor(list(stage.mix.values()))
     for step in range(first_step, stage.steps):
@@ -101,7 +111,7 @@ def batches(stage: Stage, text_length: int, first_step: int) -> Iterator[tuple[t
 def flow_matching_loss(
     model: DiT, clean: torch.Tensor, conditioning: Conditioning, generator: torch.Generator
 ) -> torch.Tensor:
-    """E sigma^2 ||v_theta - (eps - x)||^2, which for this network is the error of its clean estimate."""
+    """Returns E sigma^2 ||v_theta - (eps - x)||^2, which for this network is the error of its clean estimate."""
     n = len(clean)
     sigma = shift_sigma(torch.rand(n, generator=generator), SHIFT).clamp(min=1e-3)
     noise = torch.randn(clean.shape, generator=generator)
@@ -111,7 +121,7 @@ def flow_matching_loss(
 
 
 def rate(step: int, stage: Stage) -> float:
-    """The learning rate's factor: warm-up over 100 steps, constant, then down to 2 % over the last part."""
+    """Returns the learning rate's factor: warm-up over 100 updates, constant, then down to 2 % over the last part."""
     left = (stage.steps - step) / max(1.0, stage.decay * stage.steps)
     return min(1.0, (step + 1) / 100) * (0.02 + 0.98 * min(1.0, left) if stage.decay else 1.0)
 
@@ -180,7 +190,7 @@ def _save_state(path: Path, model: DiT, ema, optims: list, step: int, seconds: f
 
 
 def score_sources(seed: int = 1234, per_task: int = 100, per_kind: int = 100) -> list[dict]:
-    """Every shipped network on every task, own or not: name, and each score with its standard error."""
+    """Scores every shipped network on every task, own or not: name, and each score with its standard error."""
     from danceopd.world.scoring import Sampler, score_gedit, score_geneval  # not needed to train
 
     sampler, rows = Sampler(sigma_grid(16, SHIFT)), []
@@ -200,7 +210,7 @@ def score_sources(seed: int = 1234, per_task: int = 100, per_kind: int = 100) ->
 
 
 def write_card(folder: Path) -> Path:
-    """Score the shipped networks and write their model card beside them; folder holds their training logs."""
+    """Scores the shipped networks and writes their model card beside them; folder holds their training logs."""
     columns = ("T2I", "T2I as sketch", "Edit", "Local", "Global")
     scores = ["| network | " + " | ".join((*columns, "share of sketches")) + " |", "|---" * 7 + "|"]
     for row in score_sources():

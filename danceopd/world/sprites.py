@@ -1,4 +1,4 @@
-"""The objects of the picture world: emoji sprites, their tints, their rendering styles, as ready-made cells."""
+"""Draws the objects of the picture world: emoji sprites, their tints, their styles, as ready-made cells."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -45,12 +45,12 @@ SHEET = Path(__file__).parent / "assets" / "sprites.png"
 
 
 def background_rgb() -> torch.Tensor:
-    """The colour of each background: [backgrounds, 3] float32 in [0, 1]."""
+    """Returns the colour of each background: [backgrounds, 3] float32 in [0, 1]."""
     return torch.tensor(_BACKGROUND_RGB)
 
 
 def _tint(rgb: np.ndarray, color: str) -> np.ndarray:
-    """Recolour a sprite [H, W, 3] but keep its shading: dark stays darker, highlights stay lighter."""
+    """Recolours a sprite [H, W, 3] but keeps its shading: dark stays darker, highlights stay lighter."""
     if color == "natural":
         return rgb
     tint = np.array(_TINTS[color], dtype=np.float32)
@@ -61,7 +61,7 @@ def _tint(rgb: np.ndarray, color: str) -> np.ndarray:
 
 
 def _sketch(rgb: np.ndarray, alpha: np.ndarray, color: str) -> tuple[np.ndarray, np.ndarray]:
-    """White paper cut to the object's shape, with its contour and inner edges drawn in the object's colour."""
+    """Draws white paper cut to the object's shape, with its contour and inner edges in the object's colour."""
     ink = np.array(_TINTS.get(color, (0.15, 0.15, 0.15)), dtype=np.float32)
     shape = np.pad(alpha, 1)
     luma = np.pad(rgb @ _LUMA, 1, mode="edge")
@@ -74,7 +74,7 @@ def _sketch(rgb: np.ndarray, alpha: np.ndarray, color: str) -> tuple[np.ndarray,
 
 @lru_cache(maxsize=1)
 def cells() -> torch.Tensor:
-    """Every object as a ready cell: [classes + 1, colors, styles, jitters, 4, 16, 16] float32 in [0, 1].
+    """Draws every object as a ready cell: [classes + 1, colors, styles, jitters, 4, 16, 16] float32 in [0, 1].
 
     The four channels are premultiplied red, green, blue, and alpha; the last class is the empty cell.
     """

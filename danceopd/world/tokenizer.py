@@ -1,4 +1,4 @@
-"""The embedded tokenizer: byte-level BPE trained on the prompts of the picture world, any text encodes."""
+"""Tokenizes by byte-level BPE, trained on the prompts of the picture world; any text encodes."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ PATH = Path(__file__).parent / "assets" / "tokenizer.json"
 
 @lru_cache(maxsize=1)
 def load_tokenizer() -> Tokenizer:
-    """The tokenizer that ships with the package."""
+    """Loads the tokenizer that ships with the package."""
     return Tokenizer.from_file(str(PATH))
 
 
@@ -22,5 +22,5 @@ def _ids(prompt: str, length: int) -> tuple[int, ...]:
 
 
 def tokenize(prompts: list[str], length: int) -> torch.Tensor:
-    """[B, length] int64, padded or cut to `length`. The empty prompt is all padding."""
+    """Tokenizes prompts: [B, length] int64, padded or cut to `length`. The empty prompt is all padding."""
     return torch.tensor([_ids(prompt, length) for prompt in prompts], dtype=torch.int64).view(-1, length)

@@ -1,4 +1,4 @@
-"""Weight merge, no training: means of the sources' parameters, and of LoRA adapters by PEFT's own combinations."""
+"""Merges networks without training: means of their parameters, and of LoRA adapters by PEFT's own combinations."""
 
 import copy
 
@@ -11,9 +11,10 @@ COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_ties")
 
 @torch.no_grad()
 def weight_merge(networks: list[DiT], weights: list[float] | None = None) -> DiT:
-    """A network whose every parameter is the weighted mean (uniform without weights) of the others'.
+    """Returns a network whose every parameter is the weighted mean (uniform without weights) of the others'.
 
-    Raises ValueError if the configurations differ or the weights do not sum to a positive number.
+    Raises:
+        ValueError: The configurations differ, or the weights do not sum to a positive number.
     """
     if any(network.config != networks[0].config for network in networks):
         raise ValueError("only networks of one configuration can be merged")
@@ -30,7 +31,7 @@ def weight_merge(networks: list[DiT], weights: list[float] | None = None) -> DiT
 
 @torch.no_grad()
 def as_lora(base: DiT, networks: list[DiT], rank: int):
-    """A PEFT model of the base with an adapter "0", "1", ... for each network: the best of that rank.
+    """Makes a PEFT model of the base with an adapter "0", "1", ... for each network: the best of that rank.
 
     Each is the truncated SVD of what the network's linear layers differ in; everything else stays the base's.
     """
@@ -66,11 +67,18 @@ def lora_merge(
     rank: int | None = None,
     density: float = 0.5,
 ) -> DiT:
-    """The base with the networks' adapters (see `as_lora`) combined by PEFT's add_weighted_adapter.
+    """Merges the networks' adapters (see `as_lora`) into the base by PEFT's add_weighted_adapter.
 
-    combination: linear, cat, svd, ties or dare_ties; density: the share of entries that the last two keep.
-    rank: the smallest side of any layer if not given, above which svd cannot go.
-    Raises ValueError for another combination.
+    Args:
+        base: The network that the others began as.
+        networks: The others.
+        combination: One of COMBINATIONS.
+        weights: Of each adapter.
+        rank: The smallest side of any layer if not given, above which svd cannot go.
+        density: The share of entries that ties and dare_ties keep.
+
+    Raises:
+        ValueError: There is no such combination.
     """
     if combination not in COMBINATIONS:
         raise ValueError(f"unknown combination {combination!r}; use one of {', '.join(COMBINATIONS)}")

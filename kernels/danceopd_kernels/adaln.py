@@ -1,4 +1,7 @@
-"""Operation 6: layer norm without weights, modulated per sample; before it, if asked, a gated residual."""
+"""Operation 6: layer norm without weights, modulated per sample; before it, if asked, a gated residual.
+
+A part for other trainers: DanceOPD's does not use it (docs/kernels.md says what it saves).
+"""
 
 import torch
 

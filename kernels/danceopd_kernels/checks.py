@@ -134,7 +134,7 @@ def in_place(name: str, value, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     if not value.is_contiguous():
         raise ValueError(f"{name} is changed in place and must be contiguous, got strides {value.stride()}")
     no_gradient(**{name: value}, **inputs)
-    if torch.compiler.is_compiling():  # there are no addresses yet
+    if value.is_meta or torch.compiler.is_compiling():  # there are no addresses
         return value
     begin = value.data_ptr()
     for other, tensor in inputs.items():

@@ -52,7 +52,9 @@ def choose(
     """The backend to run: the one asked for by argument, else by DANCEOPD_KERNELS, else the fastest that can.
 
     The environment's is passed over where the operation cannot run on it; the argument's is not.
-    Raises ValueError for an unknown backend, or an argument's that cannot run.
+
+    Raises:
+        ValueError: The backend is unknown, or the argument's cannot run.
     """
     if backend is not None and not isinstance(backend, str):
         raise ValueError(f"unknown backend, a {type(backend).__name__}; use one of {', '.join(BACKENDS)}")
@@ -69,7 +71,14 @@ def choose(
 
 
 def info() -> str:
-    """What is in use here and why, a line for each backend and the order on each device."""
+    """Tells which backends are in use here, and why the rest are not.
+
+    Returns:
+        The environment's choice, a line for each backend, and the order on each device.
+
+    Example:
+        >>> print(info())
+    """
     lines = [f"{VARIABLE}={os.environ.get(VARIABLE, '')}" + ("" if os.environ.get(VARIABLE) else " (not set)")]
     for backend in BACKENDS[1:]:
         reason = unavailable(backend)

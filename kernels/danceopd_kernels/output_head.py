@@ -3,6 +3,7 @@
 A tile's error is made in registers, squared, and turned into the gradient at once: the velocity of neither network is
 ever written. The head is affine behind its modulation, so guidance is combined before the projection,
 uncond + g (cond - uncond) = W (y_uncond + g (y_cond - y_uncond)) + bias, and each target costs one product.
+A part for other trainers: DanceOPD's does not use it (docs/kernels.md says what it saves).
 """
 
 from collections.abc import Sequence
@@ -168,6 +169,7 @@ if has_triton():
             a, b = a.to(tl.float32), b.to(tl.float32)
         return tl.dot(a, b, total, input_precision=PRECISION)
 
+    # Long: one kernel, which nothing may be called from without a price.
     @triton.jit
     def _kernel(
         hidden, shift, scale, weight, bias,  # student
@@ -463,6 +465,7 @@ def _backward(ctx, upstream, *_):
 _operation.register_autograd(_backward, setup_context=_keep)
 
 
+# Long: half of it says what the arguments are.
 def fused_output_head_mse(
     student: Head,
     teachers: Head | Sequence[Head],

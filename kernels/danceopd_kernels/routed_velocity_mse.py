@@ -70,7 +70,7 @@ def _gathered(tensors: list[torch.Tensor], route: torch.Tensor, row: torch.Tenso
 # -------------------------------------------------------------------------------------------------- Triton
 
 if has_triton():
-
+    # Long: one kernel, which nothing may be called from without a price.
     @triton.jit(do_not_specialize=[f"{x}{i}" for x in "nk" for i in range(8)])  # they change from call to call
     def _kernel(
         student,
@@ -409,6 +409,7 @@ def _backward(ctx, upstream, *_):
 _operation.register_autograd(_backward, setup_context=_keep)
 
 
+# Long: half of it says what the arguments are.
 def routed_velocity_mse(
     student: torch.Tensor,
     teachers: torch.Tensor | Sequence[torch.Tensor],

@@ -1,4 +1,7 @@
-"""Operation 4: a solver's step in place, noise levels and the active mask read on the device."""
+"""Operation 4: a solver's step in place, noise levels and the active mask read on the device.
+
+heun_step_ and sde_step_ are parts for other trainers: DanceOPD's uses euler_step_ (docs/kernels.md: what they save).
+"""
 
 import math
 

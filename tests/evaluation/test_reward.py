@@ -187,18 +187,18 @@ def test_a_prompts_reward_is_the_mean_of_its_pictures(tmp_path):
 def test_the_share_by_hand_and_its_interval():
     rng = np.random.default_rng(0)
     base = rng.normal(0, 1, 400)
-    teacher, student = base + rng.normal(1, 0.2, 400), base + rng.normal(0.8, 0.2, 400)
-    gap = gap_closed(base, teacher, student)
-    assert gap.share == pytest.approx((student.mean() - base.mean()) / (teacher.mean() - base.mean()))
+    source, student = base + rng.normal(1, 0.2, 400), base + rng.normal(0.8, 0.2, 400)
+    gap = gap_closed(base, source, student)
+    assert gap.share == pytest.approx((student.mean() - base.mean()) / (source.mean() - base.mean()))
     assert gap.low < gap.share < gap.high
     assert gap.open_gap
     # Of a ratio of means of paired differences, by the delta method.
-    lead, way = teacher - base, student - base
+    lead, way = source - base, student - base
     error = np.std(way - gap.share * lead) / lead.mean() / np.sqrt(400)
     assert gap.high - gap.low == pytest.approx(2 * 1.96 * error, rel=0.1)
     order = rng.permutation(400)  # unpaired, the noise of the prompts would be in it
-    assert gap_closed(base, teacher[order], student[order[::-1]]).high - gap.low > 2 * (gap.high - gap.low)
-    assert gap == gap_closed(base, teacher, student)
+    assert gap_closed(base, source[order], student[order[::-1]]).high - gap.low > 2 * (gap.high - gap.low)
+    assert gap == gap_closed(base, source, student)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -214,15 +214,15 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 
 @given(st.floats(0.1, 5), st.floats(-3, 3), st.integers(2, 30), st.integers(0, 100))
 def test_the_share_does_not_depend_on_the_rewards_scale(scale, offset, count, seed):
-    base, teacher, student = np.random.default_rng(seed).normal([[0], [2], [1]], 0.1, (3, count))
-    one = gap_closed(base, teacher, student, resamples=50)
-    two = gap_closed(*(scale * x + offset for x in (base, teacher, student)), resamples=50)
+    base, source, student = np.random.default_rng(seed).normal([[0], [2], [1]], 0.1, (3, count))
+    one = gap_closed(base, source, student, resamples=50)
+    two = gap_closed(*(scale * x + offset for x in (base, source, student)), resamples=50)
     assert (two.share, two.low, two.high) == pytest.approx((one.share, one.low, one.high))
-    assert gap_closed(base, teacher, teacher, resamples=50).low == pytest.approx(1)
-    assert gap_closed(base, teacher, base, resamples=50).high == pytest.approx(0)
+    assert gap_closed(base, source, source, resamples=50).low == pytest.approx(1)
+    assert gap_closed(base, source, base, resamples=50).high == pytest.approx(0)
 
 
-def test_a_teacher_that_is_no_better_leaves_no_gap():
+def test_a_source_that_is_no_better_leaves_no_gap():
     rng = np.random.default_rng(2)
     base = rng.normal(0, 1, 50)
     assert not gap_closed(base, base + rng.normal(0, 1, 50), base).open_gap
@@ -235,12 +235,12 @@ def test_a_teacher_that_is_no_better_leaves_no_gap():
 
 def test_the_command_scores_and_closes_the_gap(clip, tmp_path, capsys):
     save_head(tmp_path / "head.safetensors")
-    drawn = {name: [pictures(2, 10 * s + i) for i in range(3)] for s, name in enumerate(("base", "teacher", "student"))}
+    drawn = {name: [pictures(2, 10 * s + i) for i in range(3)] for s, name in enumerate(("base", "source", "student"))}
     folders = {name: str(lay_out(tmp_path / name, PROMPTS, images)) for name, images in drawn.items()}
     models = ["--clip", str(clip), "--pickscore", str(clip), "--hps", str(clip)]
     models += ["--aesthetic", str(clip), "--aesthetic-head", str(tmp_path / "head.safetensors")]
     common = ["evaluate", "reward", folders["student"], "--device", "cpu", "--dtype", "float32", *models]
-    pair = ["--base", folders["base"], "--teacher", folders["teacher"], "--json", str(tmp_path / "out.json")]
+    pair = ["--base", folders["base"], "--source", folders["source"], "--json", str(tmp_path / "out.json")]
     assert main([*common, *pair]) == 0
     printed = capsys.readouterr().out
     assert printed.count("gap closed") == 4
@@ -249,7 +249,7 @@ def test_the_command_scores_and_closes_the_gap(clip, tmp_path, capsys):
     each = hps_score(clip)([p for images in drawn["student"] for p in images], [p for p in PROMPTS for _ in range(2)])
     assert results["hps"]["student"] == pytest.approx(float(each.mean()), abs=1e-5)
     hps = results["hps"]
-    assert hps["gap"]["share"] == pytest.approx((hps["student"] - hps["base"]) / (hps["teacher"] - hps["base"]))
+    assert hps["gap"]["share"] == pytest.approx((hps["student"] - hps["base"]) / (hps["source"] - hps["base"]))
     assert main(common) == 0
     assert "gap closed" not in capsys.readouterr().out
 
@@ -274,8 +274,8 @@ def test_what_a_user_gets_wrong(clip, tmp_path, capsys):
         (folder, [*head, str(tmp_path / "wide.safetensors")], "takes 13 features, and the CLIP"),
         (tmp_path / "nowhere", plain, "there is no folder"),
         (tmp_path, plain, "holds no pictures in GenEval's layout"),
-        (folder, [*plain, "--base", str(other), "--teacher", str(folder)], "1 differ, such as 00000"),
-        (folder, [*plain, "--base", str(folder), "--teacher", str(fewer)], "1 differ, such as 00002"),
+        (folder, [*plain, "--base", str(other), "--source", str(folder)], "1 differ, such as 00000"),
+        (folder, [*plain, "--base", str(folder), "--source", str(fewer)], "1 differ, such as 00002"),
     ]
     for at, more, said in cases:
         assert main(["evaluate", "reward", str(at), "--device", "cpu", *more]) == 2

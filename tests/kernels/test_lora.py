@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("danceopd_kernels")
 
-from danceopd_kernels import fp8_linear, fp8_quantize_rowwise, lora
+from danceopd_kernels import fp8_linear, fp8_quantize_rowwise
 from danceopd_kernels.lora import pack_adapters, routed_lora_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -297,12 +297,6 @@ def test_bad_input(new, message):
 def test_a_backend_that_cannot_run():
     with pytest.raises(ValueError, match="cannot run"):
         routed_lora_linear(**changed(), backend="cpu")
-
-
-def test_configurations_are_the_launchers():
-    pytest.importorskip("triton")
-    names = [c.name for c in lora.configurations()]
-    assert len(names) == len(set(names)) == 18
 
 
 @pytest.mark.gpu

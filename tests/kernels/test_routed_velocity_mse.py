@@ -374,11 +374,8 @@ def test_the_operator_is_well_formed():
         ({"teachers": [torch.zeros(1, 3, 5), torch.zeros(2, 3, 4)]}, r"teachers must be .*\[rows, 3, 5\]"),
         ({"teachers": [torch.zeros(1, 3, 5), torch.zeros(2, 3, 5).half()]}, "teachers must be float32"),
         ({"teachers": [torch.zeros(0, 3, 5)] * 9}, "1 to 8"),
-        ({"teachers": None}, "teachers must be a tensor or a list"),
-        ({"teachers": [None, torch.zeros(2, 3, 5)]}, "must be a tensor, got None"),
         ({"route": torch.tensor([1, 0])}, "route must be int64"),
         ({"route": torch.tensor([1.0, 0, 1])}, "route must be int64"),
-        ({"route": [1, 0, 1]}, "route must be a tensor"),
         ({"route": None}, "needs a route"),
         ({"teachers": torch.zeros(3, 3, 5), "row": torch.tensor([0, 1, 2])}, "a route is for a list"),
         ({"teachers": torch.zeros(3, 3, 5), "route": torch.tensor([0, -1, 2])}, "not be negative"),
@@ -389,21 +386,32 @@ def test_the_operator_is_well_formed():
         ({"uncond": torch.zeros(2, 3, 5), "guidance_scale": 2.0}, "holds .2. samples"),
         ({"uncond_row": torch.tensor([0, 1, 2])}, "needs uncond"),
         ({"weight": torch.ones(2)}, "weight must be"),
-        ({"weight": torch.ones(3, dtype=torch.int64)}, "weight must be"),
-        ({"weight": [1.0, 1.0, 1.0]}, "weight must be a number or a tensor"),
         ({"mask": torch.ones(3, 5, dtype=torch.bool)}, "mask must be"),
-        ({"mask": torch.ones(3, 3)}, "mask must be bool"),
-        ({"reduction": "sum"}, "unknown reduction"),
-        ({"norms": 1}, "norms must be True or False"),
-        ({"backend": "cudnn"}, "unknown backend"),
         ({"student": torch.zeros(0, 3, 5)}, "no sample"),
-        ({"student": torch.zeros(3, 3, 5, dtype=torch.int64)}, "student must be float32"),
     ],
 )  # fmt: skip
 def test_bad_input(change, message):
     made = problem((3, 5), [1, 0, 1], 2)
     with pytest.raises(ValueError, match=message):
         routed_velocity_mse(**made | change)
+
+
+def test_every_instruction_set():
+    module = compiled.module("cpu")
+    if module is None:
+        pytest.skip("the cpu module was not built")
+    made = problem((3, 60, 61), [1, 0, 1], 2, torch.float16, guided=True, weighted=True, masked=3)
+    widest = module.instruction_set()
+    try:
+        for name in {"avx512": ("base", "avx2", "avx512"), "avx2": ("base", "avx2"), "base": ("base",)}[widest]:
+            module.use(name)
+            for dtype in DTYPES:
+                values = [[t.to(dtype) for t in made[k]] for k in ("teachers", "uncond")]
+                here = made | {"teachers": values[0], "uncond": values[1], "student": made["student"].to(dtype)}
+                check(here, ("cpu", "cpu"))
+                check({k: v for k, v in here.items() if k != "mask"}, ("cpu", "cpu"))
+    finally:
+        module.use(widest)
 
 
 @pytest.mark.slow

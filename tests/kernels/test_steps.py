@@ -190,6 +190,11 @@ def test_bad_input(change, message):
         euler_step_(**made | change)
 
 
+def test_shapes_without_values():
+    z, velocity, level = (torch.zeros(shape, device="meta") for shape in ((2, 3), (2, 3), (2,)))
+    assert euler_step_(z, velocity, level, level.clone()) is z
+
+
 @pytest.mark.parametrize("shift", [0, 3])
 def test_what_shares_memory_with_its_input_is_refused(shift):
     both = torch.randn(30)

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 from PIL import Image
 
+from danceopd.evaluation.gedit.endpoint import EndpointJudge
 from danceopd.evaluation.gedit.judge import AGAIN, Edit
 
 SMALL = 48 * 48
@@ -77,3 +78,19 @@ def marks_of(body) -> str:
 
 def good(handler, body, count):
     answer(handler, marks_of(body))
+
+
+KEY = "sk-very-secret-0123456789"
+
+
+def judge_of(server: Server, **options) -> EndpointJudge:
+    return EndpointJudge(server.url, "tiny", **{"parallel": 2, "timeout": 2.0, "backoff": 0.01, **options})
+
+
+def first_badly(*ways):
+    """Each of the first requests gets its own bad answer, and all later ones good ones."""
+
+    def behave(handler, body, count):
+        ways[count](handler) if count < len(ways) else good(handler, body, count)
+
+    return behave

@@ -134,7 +134,7 @@ def prepare_place(root: Path, family: str) -> Path:
         if family == "klein":  # 64 tokens, not 512: most of the time
             short = partial(Flux2KleinPipeline._get_qwen3_prompt_embeds, max_sequence_length=64)
             patch.setattr(Flux2KleinPipeline, "_get_qwen3_prompt_embeds", short)
-        prepare(root / "rows.jsonl", model, root / "cache", backbone_of(model), resolution=PREPARED_SIZE)
+        prepare(root / "rows.jsonl", model, root / "cache", resolution=PREPARED_SIZE)
     return root
 
 

@@ -15,6 +15,7 @@ from released import CLASSES, MODELS
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from danceopd.api import builder_of, examiner_of
 from danceopd.config.reading import load_config
 from danceopd.core.fields import routed
 from danceopd.models.backbones import backbone_of, flux, pipeline_class_of
@@ -170,10 +171,10 @@ def test_the_picture_worlds_sources_in_fp8(tmp_path):
     plain, narrow = (
         load_config("configs/demo.yaml", [*changes, *extra]) for extra in ([], ["training.base_precision=fp8"])
     )
-    parts = build_model(narrow)
+    parts = builder_of(narrow)(narrow)
     assert [len(fp8_names(network)) for network in parts.fields] == [25, 25]
     assert not fp8_names(parts.student)
-    plans = dry_run(plain, examine), dry_run(narrow, examine)
+    plans = tuple(dry_run(config, examiner_of(config)) for config in (plain, narrow))
     assert [plan.problems for plan in plans] == [[], []]
     assert plans[1].memory["source weights"][0] == sum(map(nbytes, parts.fields))
     assert plans[1].memory["source weights"][0] < 0.55 * plans[0].memory["source weights"][0]

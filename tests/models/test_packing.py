@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from model_runs import FAMILIES, config_of
+from model_runs import FAMILIES
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.rollout import rollout
@@ -178,9 +178,7 @@ def asked_for(folders):
     }
 
     def attends(backbone, name, device="cpu", precision="bf16"):
-        config = config_of(of[backbone].parent)
-        training = config.training.model_copy(update={"attention_backend": name, "precision": precision})
-        return attention_backend(config.model_copy(update={"training": training}), backbone, torch.device(device))
+        return attention_backend(name, of[backbone], precision == "bf16", backbone, torch.device(device))
 
     return attends
 

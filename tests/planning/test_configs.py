@@ -13,6 +13,7 @@ import torch
 from model_runs import FAMILIES
 from released import MODELS, prompt_of
 
+from danceopd.api import examiner_of
 from danceopd.config.reading import load_config
 from danceopd.data.cache import Cache, key_of
 from danceopd.models.backbones import backbone_of, meta_transformer
@@ -135,7 +136,8 @@ def test_every_other_configuration_passes_it_too(config, tmp_path):
     changes = [f"training.output_dir={tmp_path}"]
     if config.stem == "setting_f":  # its student is another run's
         changes += ["student.init_from=t2i", "sources.self.weights=t2i"]
-    assert dry_run(load_config(config, changes), examine).problems == []
+    loaded = load_config(config, changes)
+    assert dry_run(loaded, examiner_of(loaded)).problems == []
 
 
 AT_REAL_SIZE = [

@@ -160,7 +160,7 @@ def test_the_expected_depth_is_the_mean_of_what_is_drawn(bias, k):
 
 
 def test_an_exact_count_by_hand(places):
-    """Two steps, uniform, k = 2: the deepest index is 1 in three of four draws; Heun takes two forwards a step."""
+    """Two steps and k = 2: both states are asked, the deeper after one step; Heun takes two forwards a step."""
     changes = {
         "rollout.num_inference_steps": 2,
         "rollout.solver": "heun",
@@ -173,7 +173,7 @@ def test_an_exact_count_by_hand(places):
     plan = dry_run(config_of(places("sd3"), **changes))
     own, asked = 1.75, 1.25  # three quarters of the samples are guided by the student, one quarter by their source
     assert plan.evaluations == {
-        "rollout to the deepest state asked": pytest.approx(4 * 0.75 * 2 * own),
+        "rollout to the deepest state asked": pytest.approx(4 * 2 * own),
         "source": pytest.approx(4 * 2 * asked),
         "student, forward": pytest.approx(4 * 2 * own),
         "student, backward": pytest.approx(4 * 2 * own * 2),

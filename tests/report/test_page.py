@@ -1,82 +1,15 @@
 """The report of a run: the page stands alone, escapes what users wrote, and prints the figures given."""
 
-import json
-import math
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 import torch
+from report_results import make_records, make_results, make_row, write_log, write_page
 
-from danceopd.report.charts import smooth
-from danceopd.report.names import KINDS, TASKS, percent
+from danceopd.report.names import KINDS, TASKS
 from danceopd.report.page import write_report
-from danceopd.report.tables import format_markdown, format_table
 from danceopd.support.run_log import read_log
-
-SCORES = {
-    "base": (0.312, 1.25),
-    "source_t2i": (0.880, 0.41),
-    "source_edit": (0.402, 7.60),
-    "weight_merge": (0.521, 2.07),
-    "danceopd": (0.861, 7.48),
-}
-
-
-def make_row(name, overall, average):
-    kinds = {kind: round(average * (0.9 + 0.03 * i), 3) for i, kind in enumerate(KINDS)}
-    tasks = {task: round(min(1.0, overall * (1.08 - 0.03 * i)), 4) for i, task in enumerate(TASKS)}
-    pairs = ("two_object", "colors", "position", "color_attr")
-    held_t2i = {task: 0.9 * tasks[task] for task in pairs} | {
-        "overall": 0.9 * overall,
-        "standard_error": 0.021,
-    }
-    held_edit = {kind: 0.9 * value for kind, value in kinds.items()} | {"average": 0.9 * average}
-    return {
-        "name": name,
-        "geneval": {"overall": overall, "standard_error": 0.012, "held_out": held_t2i} | tasks,
-        "gedit": {"average": average, "standard_error": 0.14, "held_out": held_edit} | kinds,
-    }
-
-
-def make_results(**changes):
-    return {
-        "rows": [make_row(name, *scores) for name, scores in SCORES.items()],
-        "seconds": 1234.0,
-        "network_evaluations": 5_120_000,
-        "machine": {"cpu": "Example CPU", "cores": 2, "memory_gib": 15.6, "torch": "2.9", "device": "cpu"},
-        "config": {"seed": 0, "rollout": {"steps": 16}, "query": {"distribution": "beta", "a": 5, "b": 2}},
-        "seed": 0,
-        "warnings": [],
-        "bars": {"t2i": 0.95, "edit": 0.95},
-    } | changes
-
-
-def make_records(steps=120):
-    records = []
-    for step in range(1, steps + 1):
-        loss = 0.05 + math.exp(-step / 20) * (1 + 0.3 * math.sin(9 * step))
-        records.append(
-            {
-                "step": step,
-                "loss": loss,
-                "loss_by_capability": {"t2i": 0.8 * loss, "edit": 1.2 * loss},
-                "gradient_norm": 0.4,
-                "learning_rate": 1e-3,
-                "samples_per_second": 210.0 + step % 7,
-                "network_evaluations": 4000 * step,
-                "seconds": 0.5 * step,
-            }
-        )
-        if step % 20 == 0:
-            ready = 1 - math.exp(-step / 30)
-            scores = {"geneval_overall": 0.87 * ready, "gedit_average": 7.5 * ready}
-            records.append({"step": step, "network_evaluations": 4000 * step, "evaluation": scores})
-            ratio = {str(sigma): 1 + 0.1 * sigma / step for sigma in (0.25, 0.5, 0.75)}
-            health = {"velocity_norm_ratio": ratio, "state_norm_ratio": ratio}
-            records.append({"step": step, "health": health})
-    return records
 
 
 def make_pictures(n=3, states=17, models=("base", "danceopd")):
@@ -107,17 +40,6 @@ def make_pictures(n=3, states=17, models=("base", "danceopd")):
             }
         ],
     }
-
-
-def write_log(run_dir, records, tail=""):
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (run_dir / "log.jsonl").write_text(lines + tail, "utf-8")
-
-
-def write_page(run_dir, results=None, pictures=None):
-    path = write_report(run_dir, make_results() if results is None else results, pictures or {})
-    assert path == run_dir / "report.html"
-    return path.read_text("utf-8").replace("\N{NO-BREAK SPACE}", " ")
 
 
 class Tags(HTMLParser):
@@ -215,13 +137,6 @@ def test_only_rows_that_reach_both_bars_are_ticked(tmp_path):
     assert "99 %" in missed
 
 
-def test_a_share_below_the_bar_is_never_printed_as_the_bar():
-    assert percent(0.94999) == "94.9 %"
-    assert percent(0.95) == "95.0 %"
-    assert percent(0.29) == "29.0 %"
-    assert percent(1.0) == "100.0 %"
-
-
 def test_missing_keys_print_a_dash(tmp_path):
     partial = {"name": "danceopd", "geneval": {"overall": 0.5, "colors": float("nan")}, "gedit": {}}
     page = write_page(tmp_path, make_results(rows=[make_row("source_t2i", 0.8, 0.4), partial]))
@@ -258,30 +173,10 @@ def test_cut_off_last_line_is_left_out_in_silence(tmp_path):
     assert cut_off == write_page(tmp_path)
 
 
-def test_damaged_line_in_the_middle_is_reported(tmp_path):
-    write_log(tmp_path, make_records(5), tail='{"step": 6, "loss\n{"step": 7, "loss": 1.0}\n')
-    log = read_log(tmp_path / "log.jsonl")
-    assert (log.unreadable, [r["step"] for r in log.training]) == (1, [1, 2, 3, 4, 5, 7])
-    assert "one line that cannot be read" in write_page(tmp_path)
-
-
-def test_resumed_run_replaces_the_steps_it_did_again(tmp_path):
-    first = [{"step": step, "loss": 1.0} for step in range(1, 9)]
-    again = [{"step": step, "loss": 2.0} for step in range(5, 7)]
-    write_log(tmp_path, first + again)
-    training = read_log(tmp_path / "log.jsonl").training
-    assert [(r["step"], r["loss"]) for r in training] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
 def test_losses_of_any_value_are_drawn(tmp_path, value):
     write_log(tmp_path, [{"step": 1, "loss": 100.0}, {"step": 2, "loss": value}, {"step": 3, "loss": 1.0}])
     assert "<svg" in write_page(tmp_path)
-
-
-def test_smooth_keeps_a_constant_and_short_curves():
-    torch.testing.assert_close(torch.tensor(smooth(np.full(500, 3.0))), torch.full((500,), 3.0, dtype=torch.float64))
-    assert smooth(np.array([1.0, 5.0])).tolist() == [1.0, 5.0]
 
 
 @pytest.mark.parametrize("change", ["few", "float", "grey", "marks", "sigmas"])
@@ -318,28 +213,6 @@ def test_marks_may_be_tensors_or_absent(tmp_path):
     page = write_page(tmp_path, pictures=pictures)
     assert page.count('class="frame right"') == 1
     assert page.count('class="frame"') == 3
-
-
-def test_format_table_is_aligned_and_holds_the_figures():
-    lines = format_table(make_results()).split("\n")
-    assert len(lines) == 2 + len(SCORES)
-    assert len({len(line) for line in lines}) == 1
-    assert " ".join(lines[-1].split()) == "danceopd 0.861 ± 0.012 97.8 % 7.48 ± 0.14 98.4 % yes"
-    assert lines[2].endswith("no")
-
-
-def test_format_markdown_has_one_width_and_bold_best():
-    lines = format_markdown(make_results()).split("\n")
-    assert {line.count("|") for line in lines} == {7}
-    assert lines[-1] == "| DanceOPD | 0.861 ± 0.012 | 97.8 % | 7.48 ± 0.14 | 98.4 % | yes |"
-    assert "| **0.880** ± 0.012 |" in lines[3]
-    assert "**7.60** ± 0.14" in lines[4]
-
-
-def test_tables_of_a_lone_row_without_sources():
-    results = {"rows": [{"name": "danceopd", "geneval": {"overall": 0.5}}]}
-    assert format_table(results).split("\n")[-1].split() == ["danceopd", "0.500", "–", "–", "–", "no"]
-    assert format_markdown(results).split("\n")[-1] == "| DanceOPD | 0.500 | – | – | – | no |"
 
 
 def test_report_is_the_same_for_the_same_run(tmp_path):

@@ -15,10 +15,9 @@ import torch
 import yaml
 
 from danceopd.cli.parser import main
-from danceopd.config.reading import parse_config
 from danceopd.reproduce import run as driver
 from danceopd.reproduce.matrix import ABLATIONS, BUDGETS, GRID, LEARNING_RATES, METHODS, SETTINGS, Budget, runs
-from danceopd.reproduce.run import Place, adopt, chosen, digest, finished, gather, raw_config, reproduce
+from danceopd.reproduce.run import Folders, adopt, chosen, config_of, digest, finished, gather, reproduce
 from danceopd.support.errors import UserError
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.files import save_model
@@ -48,18 +47,17 @@ def configs(tmp_path_factory):
 
 
 def place_of(configs, tmp_path):
-    return Place(configs, tmp_path / "work", tmp_path / "results")
+    return Folders(configs, tmp_path / "work", tmp_path / "results")
 
 
 def test_every_run_of_the_matrix_is_a_valid_configuration(tmp_path):
-    place = place_of(CONFIGS, tmp_path)
+    folders = place_of(CONFIGS, tmp_path)
     for setting in SETTINGS:
         made = runs(setting, BUDGETS["paper"], 3)
         names = [run.name for run in made]
         assert len(set(names)) == len(names)
         for run in made:
-            raw, overrides = raw_config(run, place)
-            config = parse_config(raw, overrides, run.config)
+            config = config_of(run, folders)
             assert config.training.seed == run.seed
             assert config.training.max_network_evaluations == run.overrides["training.max_network_evaluations"]
 
@@ -93,10 +91,10 @@ def test_a_run_is_named_by_what_it_computes(configs, tmp_path):
 
 
 def test_quick_setting_a_end_to_end_and_again(configs, tmp_path, capsys):
-    place = place_of(configs, tmp_path)
-    written = reproduce(["A"], TINY, place, seeds=1, workers=2)
-    assert place.results / "REPORT.md" in written
-    table = json.loads((place.results / "A.json").read_text())
+    folders = place_of(configs, tmp_path)
+    written = reproduce(["A"], TINY, folders, seeds=1, workers=2)
+    assert folders.results / "REPORT.md" in written
+    table = json.loads((folders.results / "A.json").read_text())
     rows = {row["method"]: row for row in table["rows"]}
     trained = {name for name, row in rows.items() if row["kind"] == "trained"}
     assert trained == {"joint", "off_policy", "diffusion_opd", "flow_opd", "danceopd"}
@@ -111,30 +109,30 @@ def test_quick_setting_a_end_to_end_and_again(configs, tmp_path, capsys):
         assert 0 <= row["gedit_average"]["mean"] <= 10
         assert row["curve"][0][0] == 0
         assert row["curve"][-1][0] >= 1500
-    assert not list(place.work.glob("A/*/seed0/checkpoints/*"))
-    before = {p: p.stat().st_mtime_ns for p in place.work.glob("A/*/seed0/result.json")}
-    reproduce(["A"], TINY, place, seeds=1, workers=2)
+    assert not list(folders.work.glob("A/*/seed0/checkpoints/*"))
+    before = {p: p.stat().st_mtime_ns for p in folders.work.glob("A/*/seed0/result.json")}
+    reproduce(["A"], TINY, folders, seeds=1, workers=2)
     assert "finished already" in capsys.readouterr().err
-    assert before == {p: p.stat().st_mtime_ns for p in place.work.glob("A/*/seed0/result.json")}
+    assert before == {p: p.stat().st_mtime_ns for p in folders.work.glob("A/*/seed0/result.json")}
 
     # The results file alone is enough to take a finished run over; another budget's is not taken.
-    elsewhere = Place(configs, tmp_path / "elsewhere", place.results)
+    elsewhere = Folders(configs, tmp_path / "elsewhere", folders.results)
     made = runs("A", TINY, 1)
     adopt(made, elsewhere)
-    assert all(finished(run, elsewhere) == finished(run, place) for run in made)
-    adopt(runs("A", BUDGETS["paper"], 1), Place(configs, tmp_path / "third", place.results))
+    assert all(finished(run, elsewhere) == finished(run, folders) for run in made)
+    adopt(runs("A", BUDGETS["paper"], 1), Folders(configs, tmp_path / "third", folders.results))
     assert not list((tmp_path / "third").glob("**/result.json"))
 
 
 def test_means_and_errors_over_seeds(configs, tmp_path):
-    place = place_of(configs, tmp_path)
+    folders = place_of(configs, tmp_path)
     values = {0: 0.5, 1: 0.6, 2: 0.9}
     for run in runs("ablations", TINY, 3):
         if run.row not in ("danceopd", "k4") or (run.row, run.seed) == ("k4", 2):
             continue
         result = {
             "seed": run.seed,
-            "digest": digest(run, place),
+            "digest": digest(run, folders),
             "geneval_overall": values[run.seed],
             "geneval_overall_error": 0.1,
             "network_evaluations": 10 + run.seed,
@@ -143,10 +141,10 @@ def test_means_and_errors_over_seeds(configs, tmp_path):
             "curve": [[0, run.seed, 1], [5, run.seed, 2]],
             "commit": "abc",
         }
-        (place.work / run.name).mkdir(parents=True)
-        (place.work / run.name / "result.json").write_text(json.dumps(result))
-    gather("ablations", TINY, place, 3)
-    rows = {row["method"]: row for row in json.loads((place.results / "ablations.json").read_text())["rows"]}
+        (folders.work / run.name).mkdir(parents=True)
+        (folders.work / run.name / "result.json").write_text(json.dumps(result))
+    gather("ablations", TINY, folders, 3)
+    rows = {row["method"]: row for row in json.loads((folders.results / "ablations.json").read_text())["rows"]}
     assert rows.keys() == {"danceopd", "k4"}
     score = rows["danceopd"]["geneval_overall"]
     assert score["mean"] == pytest.approx(2 / 3)
@@ -161,11 +159,11 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from danceopd.reproduce.matrix import Budget
-from danceopd.reproduce.run import Place
+from danceopd.reproduce.run import Folders
 from danceopd.reproduce.run import reproduce
 configs, base = map(Path, sys.argv[1:])
 budget = Budget("quick", main=8000, short=8000, ablation=8000, seeds=1)
-reproduce(["C", "E"], budget, Place(configs, base / "work", base / "results"), seeds=1, workers=1)
+reproduce(["C", "E"], budget, Folders(configs, base / "work", base / "results"), seeds=1, workers=1)
 """
 
 
@@ -191,13 +189,13 @@ def test_a_killed_reproduction_goes_on_without_repeating(configs, tmp_path):
 
 
 def test_a_run_of_another_budget_is_not_gone_on_with(configs, tmp_path, monkeypatch):
-    place = place_of(configs, tmp_path)
+    folders = place_of(configs, tmp_path)
     (first,), (second,) = (runs("C", Budget("quick", n, n, n, 1), 1) for n in (1500, 3000))
     with monkeypatch.context() as patch:
         patch.setattr(driver, "measure", lambda *_: 1 / 0)  # stopped before its checkpoints were removed
         with pytest.raises(ZeroDivisionError):
-            driver.make_run(first, place)
-    assert 3000 <= driver.make_run(second, place)["network_evaluations"] < 4500
+            driver.make_run(first, folders)
+    assert 3000 <= driver.make_run(second, folders)["network_evaluations"] < 4500
 
 
 def test_a_failed_run_is_named(configs, tmp_path, monkeypatch):
@@ -208,10 +206,10 @@ def test_a_failed_run_is_named(configs, tmp_path, monkeypatch):
         raw["training"]["learning_rat"] = 1
         (broken / path.name).write_text(yaml.safe_dump(raw))
     monkeypatch.setattr(driver, "untrained_run", lambda _: [])
-    place = place_of(broken, tmp_path)
+    folders = place_of(broken, tmp_path)
     with pytest.raises(UserError, match=r"C/danceopd/seed0 failed; its log is .*output\.txt"):
-        reproduce(["C"], TINY, place, seeds=1, workers=1)
-    assert "learning_rate" in (place.work / "C" / "danceopd" / "seed0" / "output.txt").read_text()
+        reproduce(["C"], TINY, folders, seeds=1, workers=1)
+    assert "learning_rate" in (folders.work / "C" / "danceopd" / "seed0" / "output.txt").read_text()
 
 
 def test_bad_arguments(tmp_path, capsys, monkeypatch):

@@ -171,5 +171,5 @@ def test_what_is_wrong_is_said_before_anything_is_encoded(place, tmp_path, monke
     refused("did you mean 'ink'", triggers=["inc=INK"])
     refused("not of the form", triggers=["ink"])
     refused("multiples of", resolution=33)
-    refused("greater than or equal to 1", rank=0)
+    refused("greater than 0", rank=0)
     refused("unknown key", overrides=["training.stepps=3"])

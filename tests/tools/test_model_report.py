@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import danceopd.tools.model_report
-import danceopd.training.loop
+import danceopd.training.previews
 from danceopd.api import distill
 from danceopd.cli.parser import main
 from danceopd.config.reading import load_config, parse_config
@@ -97,7 +97,7 @@ def test_a_grid_shows_the_student_beside_its_sources(place, tmp_path, monkeypatc
         seen.append(rows)
         return labelled_grid(rows, *args, **kwargs)
 
-    monkeypatch.setattr(danceopd.training.loop, "labelled_grid", spy)
+    monkeypatch.setattr(danceopd.training.previews, "labelled_grid", spy)
     trainer = Trainer(*(lambda c: (c, build_model(c)))(parse_config(config_of(place, tmp_path))))
     before, asked = trainer.evaluations.total(), []
 
@@ -161,7 +161,7 @@ def test_a_grid_that_fails_ends_no_run(place, tmp_path, monkeypatch, capsys):
     assert (folder / "student" / FILE).is_file()
 
 
-def test_a_source_with_nan_is_named_before_the_first_step(place, tmp_path):
+def test_a_source_with_nan_is_named_in_the_first_update(place, tmp_path):
     tensors = load_file(place / "two" / FILE)
     next(iter(tensors.values()))[0, 0] = float("nan")
     (tmp_path / "bad").mkdir()
@@ -170,7 +170,7 @@ def test_a_source_with_nan_is_named_before_the_first_step(place, tmp_path):
     raw["sources"]["two"]["lora"] = [{"path": str(tmp_path / "bad")}]
     with pytest.raises(UserError, match=r"sources\.two: .*not finite"):
         distill(parse_config(raw))
-    assert not (tmp_path / "run" / "log.jsonl").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()  # nothing was learnt from it
 
 
 def test_the_report(run, place, capsys, tmp_path, monkeypatch):
@@ -183,23 +183,23 @@ def test_the_report(run, place, capsys, tmp_path, monkeypatch):
     results = json.loads((moved / "results.json").read_text())
     assert results["step"] == 5
     assert results["network_evaluations"] > 0
-    assert set(results["gaps"]) == {"one", "two"}
-    for name, gap in results["gaps"].items():
+    assert set(results["velocity_errors"]) == {"one", "two"}
+    for name, gap in results["velocity_errors"].items():
         assert gap["source"] == name
         assert gap["after"] < gap["before"]
         assert gap["closed"] == pytest.approx(1 - gap["after"] / gap["before"])
         assert percent(gap["closed"]) in out
         assert len(gap["by_sigma"]["after"]) == STEPS
         assert sum(gap["by_sigma"]["after"]) / STEPS == pytest.approx(gap["after"], rel=1e-4)
-    check_the_error_before(results["gaps"]["one"], load_config(moved / "config.yaml"), place)
+    check_the_error_before(results["velocity_errors"]["one"], load_config(moved / "config.yaml"), place)
     page = (moved / "report.html").read_text()
     assert "data:image/jpeg;base64" in page
-    assert all(percent(gap["closed"]) in page for gap in results["gaps"].values())
+    assert all(percent(gap["closed"]) in page for gap in results["velocity_errors"].values())
     assert "<svg" in page
     card = moved.parent / "card"
     assert main(["export", str(moved), "-o", str(card)]) == 0
     (line,) = (x for x in (card / "README.md").read_text().splitlines() if x.startswith("| one | one |"))
-    assert line.endswith(f"| {percent(results['gaps']['one']['closed'])} |")
+    assert line.endswith(f"| {percent(results['velocity_errors']['one']['closed'])} |")
 
 
 def check_the_error_before(gap, config, place):
@@ -228,15 +228,18 @@ def test_without_the_model_the_page_says_what_it_lacks(run, tmp_path, capsys):
     assert "nothing was measured" in printed.out
     page = (moved / "report.html").read_text()
     assert "velocity errors were not measured" in page
-    assert "Gap closed" not in page
+    assert "Error closed" not in page
     assert "data:image/jpeg;base64" in page
-    assert json.loads((moved / "results.json").read_text())["gaps"] == {}
+    assert json.loads((moved / "results.json").read_text())["velocity_errors"] == {}
 
 
 def test_a_student_that_began_as_its_source():
     kept = {"source": "base", "samples": 8, "before": 0.0, "after": 0.01, "standard_error": 0.001, "closed": None}
     style = kept | {"source": "s", "before": 0.5, "closed": 0.98}
-    results = {"rows": [], "gaps": {"keep": kept | {"relative": 0.034}, "style|x": style | {"relative": 0.02}}}
+    results = {
+        "rows": [],
+        "velocity_errors": {"keep": kept | {"relative": 0.034}, "style|x": style | {"relative": 0.02}},
+    }
     assert format_table(results).splitlines()[2].split()[-1] == "–"
     assert "| style\\|x | s | 0.5 | 0.01 ± 0.001 | 2 % | 98.0 % |" in format_markdown(results)
     for figure in ("98.0 %", "3.4 %"):

@@ -66,6 +66,8 @@ def config_of(networks, folder, **sections):
     }
     for key, value in sections.items():
         raw[key] = {**raw[key], **value} if key in ("rollout", "training") else value
+    if sections.get("method") == "joint":
+        del raw["rollout"]  # it rolls nothing out
     return parse_config(raw)
 
 
@@ -199,7 +201,8 @@ def test_the_anchor_is_the_untrained_student(networks, tmp_path):
 
 def test_only_who_asks_for_pictures_or_an_anchor_gets_them(networks, tmp_path):
     for method, clean, anchor in (("danceopd", False, False), ("joint", True, False), ("flow_opd", False, True)):
-        config = config_of(networks, tmp_path, method=method)
+        options = {"group_size": 4} if method == "flow_opd" else {}
+        config = config_of(networks, tmp_path, method=method, options=options)
         trainer = Trainer(config, build(config))
         assert (trainer.parts.anchor is not None) == anchor
         batch = trainer.draw()

@@ -24,7 +24,7 @@ def example():
     names = {}
     exec(compile(CODE, "nudged.py", "exec"), names)
     exec(REGISTRATION, {"METHODS": METHODS, **names})
-    yield names["nudged_loss"]
+    yield names["nudged"]
     del METHODS["nudged"]
 
 
@@ -48,7 +48,7 @@ def test_the_message_is_the_real_one(tmp_path):
     overrides = ["method=nudged", "options.shar=1", "training.output_dir=x"]
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from danceopd.core.methods import METHODS\nfrom nudged import nudged_loss\n"
+        "from danceopd.core.methods import METHODS\nfrom nudged import nudged\n"
         f"{REGISTRATION}"
         "from danceopd.cli.parser import main\n"
         f"sys.exit(main(['train', '--config', 'configs/setting_a.yaml', *{overrides!r}]))\n"

@@ -14,9 +14,8 @@ from danceopd.cli.parser import main
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.edits import KINDS
 from danceopd.world.evaluate import evaluate_run
-from danceopd.world.files import SHIPPED, save_model
+from danceopd.world.files import save_model
 from danceopd.world.prompts import TASKS
-from danceopd.world.weight_merge import weight_merge
 
 
 @pytest.fixture
@@ -161,22 +160,3 @@ def test_python_m_danceopd(monkeypatch, capsys):
     out = capsys.readouterr().out
     for name in ("base", "t2i", "edit", "local", "global", "style"):
         assert f"{name}.safetensors" in out
-
-
-def test_weight_merge_is_the_arithmetic():
-    networks = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        networks.append(DiT(DiTConfig(width=32, depth=1, heads=2)))
-    merged = weight_merge(networks, [1, 2, 1]).state_dict()
-    for key, value in merged.items():
-        a, b, c = (network.state_dict()[key].double() for network in networks)
-        torch.testing.assert_close(value.double(), (a + 2 * b + c) / 4, atol=1e-6, rtol=1e-6)
-    with pytest.raises(ValueError, match="one configuration"):
-        weight_merge([networks[0], DiT(DiTConfig(width=64, depth=1))])
-    with pytest.raises(ValueError, match="positive sum"):
-        weight_merge(networks, [0, 0, 0])
-
-
-def test_shipped_networks_are_small():
-    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 25e6

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.world.dit import DiT, DiTConfig
-from danceopd.world.files import load_model, save_model
+from danceopd.world.files import SHIPPED, load_model, save_model
 
 SMALL = DiTConfig(image_size=16, patch_size=4, width=32, depth=2, heads=2, vocab_size=50, text_length=6)
 
@@ -194,3 +194,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call, existed):
     assert not existed or path.read_bytes() == before
     save_model(second, path)
     assert torch.equal(load_model(path).patch_out.weight, second.patch_out.weight)
+
+
+def test_shipped_networks_are_small():
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 25e6

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from danceopd.world.dit import DiT, DiTConfig
-from danceopd.world.weight_merge import COMBINATIONS, as_lora, lora_merge
+from danceopd.world.weight_merge import COMBINATIONS, as_lora, lora_merge, weight_merge
 
 TINY = DiTConfig(width=16, depth=1, heads=2, mlp_ratio=2, text_length=4)
 
@@ -92,3 +92,18 @@ def test_ties_drops_the_smaller_entries(networks):
 def test_an_unknown_combination_is_refused(networks):
     with pytest.raises(ValueError, match="linear, cat, svd, ties, dare_ties"):
         lora_merge(networks[0], networks[1], "magnitude", [1.0, 1.0])
+
+
+def test_weight_merge_is_the_arithmetic():
+    networks = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        networks.append(DiT(DiTConfig(width=32, depth=1, heads=2)))
+    merged = weight_merge(networks, [1, 2, 1]).state_dict()
+    for key, value in merged.items():
+        a, b, c = (network.state_dict()[key].double() for network in networks)
+        torch.testing.assert_close(value.double(), (a + 2 * b + c) / 4, atol=1e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match="one configuration"):
+        weight_merge([networks[0], DiT(DiTConfig(width=64, depth=1))])
+    with pytest.raises(ValueError, match="positive sum"):
+        weight_merge(networks, [0, 0, 0])

@@ -33,10 +33,10 @@ class Editing:
     """How edits are drawn; None leaves a value to the pipeline.
 
     Attributes:
-        resolution: the square root of a picture's number of pixels.
-        num_inference_steps: solver steps.
-        guidance_scale: of the pipeline's guidance.
-        seed: of the noise, with a row's place (seed_of).
+        resolution: The square root of a picture's number of pixels.
+        num_inference_steps: Solver steps.
+        guidance_scale: Of the pipeline's guidance.
+        seed: Of the noise, with a row's place (seed_of).
     """
 
     resolution: int = 1024
@@ -74,7 +74,7 @@ def check_pipeline(model: Path, lora: Path | None = None, transformer: Path | No
         The module of the pipeline's family.
 
     Raises:
-        UserError: the pipeline draws from text alone, or something could not be loaded.
+        UserError: The pipeline draws from text alone, or something could not be loaded.
     """
     backbone = backbone_of(model)
     if "edit" not in backbone.tasks(model):
@@ -119,18 +119,18 @@ def edit(pipeline, picture: Image.Image, instruction: str, size: tuple[int, int]
     """Edits one picture with an editing pipeline of diffusers.
 
     Args:
-        pipeline: as load_pipeline loads it.
-        picture: the picture to edit, RGB.
-        instruction: the prompt.
+        pipeline: As load_pipeline loads it.
+        picture: The picture to edit, RGB.
+        instruction: The prompt.
         size: (height, width) of the edit in pixels.
-        seed: of the noise, which is drawn on the CPU.
-        editing: how it is drawn.
+        seed: Of the noise, which is drawn on the CPU.
+        editing: How it is drawn.
 
     Returns:
         The edit as a PIL picture.
 
     Raises:
-        UserError: numbers in it are not finite, which diffusers would draw as black.
+        UserError: Numbers in it are not finite, which diffusers would draw as black.
     """
     height, width = size
     options = guidance_options(pipeline, editing.guidance_scale)

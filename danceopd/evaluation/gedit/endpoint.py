@@ -215,7 +215,7 @@ def _without_user(url: str) -> str:
 
 
 def _content(question: Question) -> list[dict]:
-    """The parts of an OpenAI message: pictures as PNGs in data URLs, then the text."""
+    """Returns the parts of an OpenAI message: pictures as PNGs in data URLs, then the text."""
     parts = []
     for picture in question.pictures:
         buffer = io.BytesIO()
@@ -239,7 +239,7 @@ def _read(response, deadline: float) -> bytes:
 
 
 def _message(body: bytes) -> str:
-    """What an error's body says, in one short line."""
+    """Returns what an error's body says, in one short line."""
     try:
         error = json.loads(body)["error"]
         text = error["message"] if isinstance(error, dict) else error

@@ -162,6 +162,7 @@ def method_folder(output: Path, method: str) -> Path:
     return output / method
 
 
+# Long: a third of it says what its arguments are.
 def evaluate_gedit(
     dataset: Path,
     output: Path,

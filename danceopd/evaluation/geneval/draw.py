@@ -25,13 +25,13 @@ class Drawing:
     """How pictures are drawn; None leaves a value to the pipeline.
 
     Attributes:
-        model, transformer, lora, device, dtype, offload: as for evaluation.pipelines.load_pipeline.
-        samples: pictures of a prompt.
-        seed: of the noise, with a picture's place (sample_seed).
-        num_inference_steps: solver steps.
-        guidance_scale: of the pipeline's guidance.
-        resolution: both sides of a picture in pixels.
-        batch_size: pictures at a time.
+        model, transformer, lora, device, dtype, offload: As for evaluation.pipelines.load_pipeline.
+        samples: Pictures of a prompt.
+        seed: Of the noise, with a picture's place (sample_seed).
+        num_inference_steps: Solver steps.
+        guidance_scale: Of the pipeline's guidance.
+        resolution: Both sides of a picture in pixels.
+        batch_size: Pictures at a time.
     """
 
     model: Path
@@ -61,17 +61,17 @@ def draw_pictures(
     Each picture is written atomically, so that after a kill the same call goes on.
 
     Args:
-        metadata: the benchmark's prompts, a line each.
-        folder: where the pictures are or will be.
-        how: what draws them, and how.
-        ranks: the processes that share the prompts; every one calls this.
-        progress: wraps the list of what is left (tqdm fits).
+        metadata: The benchmark's prompts, a line each.
+        folder: Where the pictures are or will be.
+        how: What draws them, and how.
+        ranks: The processes that share the prompts; every one calls this.
+        progress: Wraps the list of what is left (tqdm fits).
 
     Returns:
         The number of pictures drawn by this rank.
 
     Raises:
-        UserError: something else drew the folder's pictures, or the model or LoRA cannot be loaded.
+        UserError: Something else drew the folder's pictures, or the model or LoRA cannot be loaded.
     """
     agreed(ranks, check_draws_text, how.model)
     agreed(ranks, check_mark, metadata, folder, how)
@@ -117,7 +117,7 @@ def check_mark(metadata: list[dict], folder: Path, how: Drawing) -> None:
     """Checks that a folder's pictures are of these prompts, drawn in this way.
 
     Raises:
-        UserError: it holds other prompts' pictures, another model's, or another tool's.
+        UserError: It holds other prompts' pictures, another model's, or another tool's.
     """
     there = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdecimal()) if folder.is_dir() else []
     for place in there:
@@ -162,7 +162,7 @@ def load_drawer(how: Drawing) -> Callable[[str, list[int]], list]:
     The noise is drawn on the CPU, each picture's by its own seed.
 
     Raises:
-        UserError: as load_pipeline.
+        UserError: As load_pipeline.
     """
     pipeline = load_pipeline(how.model, how.lora, how.transformer, how.device, how.dtype, how.offload)
     options = guidance_options(pipeline, how.guidance_scale)

@@ -153,7 +153,7 @@ def objects_of(
 
 
 def box_of(mask: torch.Tensor) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) around a mask [H, W] bool that is not empty; the end is outside."""
+    """Returns (x0, y0, x1, y1) around a mask [H, W] bool that is not empty; the end is outside."""
     rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
@@ -181,7 +181,7 @@ def load_colors(folder: Path, device: torch.device | str) -> NameColors:
 
     @torch.inference_mode()
     def directions(name: str) -> torch.Tensor:
-        """[10, D]: of each colour the mean direction of its prompts."""
+        """Returns [10, D]: of each colour the mean direction of its prompts."""
         prompts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
         tokens = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(device)
         features = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)

@@ -84,7 +84,7 @@ def overlap(a: tuple, b: tuple) -> float:
 
 
 def relations(a: tuple, b: tuple) -> list[str]:
-    """Where box a is from box b: none, one or two of RELATIONS.
+    """Returns where box a is from box b: none, one or two of RELATIONS.
 
     The offset of the centres, shortened along each axis by a tenth of both boxes' sizes and divided by the whole
     offset's length, must be beyond a half. In float32, as detectors' boxes are in the source.
@@ -99,8 +99,8 @@ def relations(a: tuple, b: tuple) -> list[str]:
     return [name for name, holds in zip(RELATIONS, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5), strict=True) if holds]
 
 
-def judge(metadata: dict, objects: Objects, colors_of: ColorsOf) -> tuple[bool, str]:
-    """Judges one picture.
+def check_picture(metadata: dict, objects: Objects, colors_of: ColorsOf) -> tuple[bool, str]:
+    """Checks whether one picture is what its prompt asks.
 
     Each `include` clause looks at the `count` most confident objects of its class alone: enough of them must be there,
     have the colour, and all stand in the relation to all objects of an earlier clause, which must have held itself.
@@ -130,7 +130,7 @@ def judge(metadata: dict, objects: Objects, colors_of: ColorsOf) -> tuple[bool, 
 
 
 def _unmet(clause: dict, chosen: list[Found], groups: list, colors_of: ColorsOf) -> str | None:
-    """What an `include` clause lacks."""
+    """Returns what an `include` clause lacks."""
     name, count = clause["class"], clause["count"]
     if len(chosen) < count:
         return f"{name}: {count} asked, {len(chosen)} found"

@@ -11,13 +11,14 @@ from PIL import Image, ImageOps
 
 from danceopd.evaluation.geneval import models
 from danceopd.evaluation.geneval.layout import read_pictures, record, write_results
-from danceopd.evaluation.geneval.rules import judge, kept
+from danceopd.evaluation.geneval.rules import check_picture, kept
 from danceopd.models.fingerprint import fingerprint
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.ranks import ALONE, Ranks, agreed
 
 
+# Long: a third of it says what its arguments are.
 def score_folder(
     folder: Path,
     results: Path,
@@ -37,22 +38,22 @@ def score_folder(
     results, in results.scored, a file a prompt and a line a picture: after a kill the same call goes on from there.
 
     Args:
-        folder: pictures in GenEval's layout.
-        results: the file to write, a line a picture.
-        detector: the folder of a Mask2Former that was trained on COCO's instances.
-        clip: the folder of a CLIP, which names colours.
-        metadata: the prompts that must be there; not checked if not given.
-        samples: pictures that each prompt must have; at least one if not given.
-        max_overlap: of two boxes of a class that share more of their union, only the more confident one counts.
-        device: where both models compute.
-        ranks: the processes that share the prompts; every one calls this.
-        progress: wraps the list of this rank's prompts (tqdm fits).
+        folder: Pictures in GenEval's layout.
+        results: The file to write, a line a picture.
+        detector: The folder of a Mask2Former that was trained on COCO's instances.
+        clip: The folder of a CLIP, which names colours.
+        metadata: The prompts that must be there; not checked if not given.
+        samples: Pictures that each prompt must have; at least one if not given.
+        max_overlap: Of two boxes of a class that share more of their union, only the more confident one counts.
+        device: Where both models compute.
+        ranks: The processes that share the prompts; every one calls this.
+        progress: Wraps the list of this rank's prompts (tqdm fits).
 
     Returns:
         The results' lines, of all ranks.
 
     Raises:
-        UserError: pictures, prompts or models are missing, damaged or do not fit.
+        UserError: Pictures, prompts or models are missing, damaged or do not fit.
     """
     keep, keys, scored = results.with_suffix(".scored"), {}, {}  # the keys and lines of this rank's pictures
 
@@ -121,7 +122,9 @@ def read_kept(file: Path) -> dict[str, dict]:
 def score_pictures(
     metadata: dict, paths: list[Path], detect: Callable, name_colors: Callable | None, max_overlap: float = 1.0
 ) -> list[dict]:
-    """Scores the pictures of a prompt; returns their lines of the results. Raises UserError for a damaged picture."""
+    """Scores the pictures of a prompt; returns their lines of the results. Raises UserError for a damaged
+    picture.
+    """
     pictures = []
     for path in paths:
         try:
@@ -132,6 +135,6 @@ def score_pictures(
     lines = []
     for path, picture, found in zip(paths, pictures, detect(pictures), strict=True):
         objects = {name: kept(found[name], metadata["tag"], max_overlap) for name in found}
-        correct, reason = judge(metadata, objects, partial(name_colors, picture) if name_colors else None)
+        correct, reason = check_picture(metadata, objects, partial(name_colors, picture) if name_colors else None)
         lines.append(record(path, metadata, objects, correct, reason))
     return lines

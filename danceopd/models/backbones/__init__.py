@@ -1,9 +1,9 @@
-"""Networks as velocity fields: the embedded one (dit), and one module for each family of diffusers' models.
+"""Makes diffusers' models velocity fields: one module for each family.
 
 A family's module has PIPELINES, LORA_TARGETS, PROMPTS_SEE_PICTURES (whether an editing model's text encoder looks at
 the source pictures), PROMPTS_HAVE_MASKS (docs/lengths.md) and MAX_SOURCES (how many of them an editing model takes for
 one sample), and tasks, load_transformer, text_encoder, picture_codec, latent_shape, sigmas and velocity; also combine,
-where its pipelines have their own guidance. danceopd/backbones/sd3.py is the plainest.
+where its pipelines have their own guidance. danceopd/models/backbones/sd3.py is the plainest.
 """
 
 import json
@@ -19,7 +19,10 @@ FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image")
 
 
 def pipeline_class_of(folder: Path | str) -> type:
-    """diffusers' class of a pipeline's folder, which knows its LoRA layouts. Raises UserError as backbone_of does."""
+    """Returns diffusers' class of a pipeline's folder, which knows its LoRA layouts.
+
+    A UserError as from backbone_of.
+    """
     import diffusers
 
     backbone_of(folder)
@@ -27,9 +30,13 @@ def pipeline_class_of(folder: Path | str) -> type:
 
 
 def empty_transformer(folder: Path | str):
-    """The transformer of a pipeline's folder, or of its own, on the meta device: layers and shapes, without a weight.
+    """Makes the transformer of a folder on the meta device: layers and shapes, without a weight.
 
-    Raises UserError for a folder without one.
+    Args:
+        folder: A pipeline's, or a transformer's own.
+
+    Raises:
+        UserError: There is no transformer in it.
     """
     import diffusers
     import torch
@@ -43,9 +50,10 @@ def empty_transformer(folder: Path | str):
 
 
 def transformer_class(folder: Path | str, backbone: ModuleType) -> type:
-    """diffusers' class that a transformer's own folder is of, by its configuration.
+    """Finds diffusers' class of a transformer by its own folder's configuration.
 
-    Raises UserError for a configuration that is missing, damaged, or of a class that the backbone does not serve.
+    Raises:
+        UserError: The configuration is missing, damaged, or of a class that the backbone does not serve.
     """
     path = Path(folder) / "config.json"
     try:
@@ -61,9 +69,10 @@ def transformer_class(folder: Path | str, backbone: ModuleType) -> type:
 
 
 def meta_transformer(folder: Path | str, backbone: ModuleType, dtype):
-    """An empty_transformer of the class that the backbone serves, in this dtype, frozen, in eval mode.
+    """Makes an empty_transformer of the class that the backbone serves, in this dtype, frozen, in eval mode.
 
-    Raises UserError as transformer_class does.
+    Raises:
+        UserError: As transformer_class.
     """
     import torch
 
@@ -72,9 +81,10 @@ def meta_transformer(folder: Path | str, backbone: ModuleType, dtype):
 
 
 def backbone_of(folder: Path | str) -> ModuleType:
-    """The module that serves a pipeline's folder, by the class named in its model_index.json.
+    """Finds the module that serves a pipeline's folder, by the class named in its model_index.json.
 
-    Raises UserError if the folder is not a pipeline's, or of a family that none serves.
+    Raises:
+        UserError: The folder is not a pipeline's, or of a family that none serves.
     """
     name = class_name_of(folder)
     try:

@@ -1,4 +1,4 @@
-"""FLUX.1 (dev, schnell) and FLUX.1 Kontext by diffusers' classes: velocity = noise - data, latents [B, C, h, w]."""
+"""Serves FLUX.1 (dev, schnell) and FLUX.1 Kontext by diffusers' classes; latents are [B, C, h, w]."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,22 +28,33 @@ TEXT_LENGTH = 512  # T5 tokens, padding included: the pipelines' max_sequence_le
 
 
 def tasks(folder) -> tuple[str, ...]:
-    """("t2i",) for a FLUX pipeline folder, ("t2i", "edit") for a Kontext one. Raises UserError for another."""
+    """Returns ("t2i",) for a FLUX pipeline folder, ("t2i", "edit") for a Kontext one. Raises UserError for another."""
     return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "FluxKontextPipeline" else ("t2i",)
 
 
 def load_transformer(folder, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """FluxTransformer2DModel in eval mode, from a pipeline folder or a transformer folder itself.
+    """Loads the FluxTransformer2DModel of a pipeline folder, or of a transformer folder itself, in eval mode.
 
-    Raises UserError if it is not there, is another class, or lacks weights.
+    Raises:
+        UserError: It is not there, is another class, or lacks weights.
     """
     return loading.load_transformer(FluxTransformer2DModel, folder, dtype)
 
 
 def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32) -> Callable:
-    """Load CLIP and T5 once; encode(prompts) -> prompt_embeds [n, 512, C] (T5), pooled_prompt_embeds [n, C] (CLIP).
+    """Loads CLIP and T5 once.
 
-    On the CPU in `dtype`. `pictures` are not looked at. Raises UserError for a part that is missing.
+    Args:
+        folder: The pipeline's.
+        device: Where they compute.
+        dtype: Of weights and encodings.
+
+    Returns:
+        encode(prompts, pictures) -> prompt_embeds [n, 512, C] (T5) and pooled_prompt_embeds [n, C] (CLIP), on the CPU;
+        the pictures are not looked at.
+
+    Raises:
+        UserError: A part is missing.
     """
     folder = Path(folder)
     clip_tokenizer = loading.load_tokenizer(CLIPTokenizer, folder / "tokenizer")
@@ -66,9 +77,11 @@ def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32) -> Ca
 
 
 def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[Callable, Callable]:
-    """(encode, decode) of the VAE: pictures [n, 3, H, W] in [-1, 1] <-> latents [n, C, h, w], on `device` in `dtype`.
+    """Loads the VAE.
 
-    encode raises UserError for a size that does not fit.
+    Returns:
+        encode(pictures [n, 3, H, W] in [-1, 1]) -> latents [n, C, h, w] and its inverse, on `device` in `dtype`; encode
+        raises UserError for a size that does not fit.
     """
     encode_any, decode = loading.picture_codec(folder, device, dtype)
 
@@ -80,7 +93,9 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32) -> t
 
 
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
-    """(C, h, w) of one sample's noise. Raises UserError if height or width is no multiple of 16 (8 VAE, 2 packing)."""
+    """Returns (C, h, w) of one sample's noise. Raises UserError if height or width is no multiple of 16 (8 VAE, 2
+    packing).
+    """
     config = loading.read_json(Path(folder) / "vae" / "config.json")
     scale = 2 ** (len(config["block_out_channels"]) - 1)
     if height % (2 * scale) or width % (2 * scale) or min(height, width) < 1:
@@ -89,7 +104,7 @@ def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
 
 
 def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
-    """[N + 1] float32 from 1 to 0: the pipelines' default noise levels for this picture size."""
+    """Returns [N + 1] float32 from 1 to 0: the pipelines' default noise levels for this picture size."""
     scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")
     _, h, w = latent_shape(folder, height, width)
     config = scheduler.config
@@ -107,10 +122,21 @@ def velocity(
     sources: tuple[torch.Tensor, ...] = (),
     guidance: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """latents [B, C, h, w], sigma [B], rows of text_encoder, sources of [B, C, h_i, w_i] -> noise - data, as latents.
+    """Asks the transformer for the velocity noise - data.
 
-    guidance, a number or [B], is embedded by a distilled model (UserError if it is missing there) and ignored by
-    others. A transformer without sources draws, whether Kontext or not.
+    Args:
+        transformer: Of this family; one that draws takes no sources, whether Kontext or not.
+        latents: [B, C, h, w].
+        sigma: [B].
+        prompt: Rows of text_encoder.
+        sources: Latents of the source pictures, each [B, C, h_i, w_i].
+        guidance: A number or [B], embedded by a distilled model and ignored by others.
+
+    Returns:
+        [B, C, h, w], as the latents.
+
+    Raises:
+        UserError: A distilled model gets no guidance.
     """
     batch, channels, height, width = latents.shape
     device, dtype = latents.device, loading.input_dtype(transformer)
@@ -139,7 +165,7 @@ def velocity(
 
 
 def _positions(latents: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """[tokens, 3] float32: (kind, row, column) of every token, of kind 0 in the latents and 1 in the sources.
+    """Returns [tokens, 3] float32: (kind, row, column) of every token, of kind 0 in the latents and 1 in the sources.
 
     Kontext knows one source, whose grid begins at 0. Several are laid out as tiles of one picture, each to the right
     of all before it or below them, whichever keeps the whole the squarer: the layout of ComfyUI's "offset" method.
@@ -160,5 +186,5 @@ def _positions(latents: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> torc
 
 
 def _tokens(latents: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of tokens, each of 2 x 2 latents."""
+    """Returns the rows and columns of tokens, each of 2 x 2 latents."""
     return latents.shape[-2] // 2, latents.shape[-1] // 2

@@ -1,4 +1,4 @@
-"""FLUX.2 dev and klein: one model for text-to-image and for editing with one or several reference pictures.
+"""Serves FLUX.2 dev and klein: one model for text-to-image and for editing with one or several source pictures.
 
 Latents are the VAE's, in 2x2 patches and normalised by its batch norm: [B, 128, height / 16, width / 16]. The
 distilled klein takes no guidance, klein-base true classifier-free guidance, dev an embedded guidance number.
@@ -40,24 +40,29 @@ LORA_TARGETS = (
 
 
 def tasks(folder) -> tuple[str, ...]:
-    """("t2i", "edit"), of every model of the family. Raises UserError if the folder is of another pipeline."""
+    """Returns ("t2i", "edit"), of every model of the family. Raises UserError if the folder is of another pipeline."""
     loading.class_name_of(folder, PIPELINES)
     return ("t2i", "edit")
 
 
 def load_transformer(folder, dtype=torch.float32) -> nn.Module:
-    """The Flux2Transformer2DModel of a pipeline folder, or of a transformer folder itself, in eval mode.
+    """Loads the Flux2Transformer2DModel of a pipeline folder, or of a transformer folder itself, in eval mode.
 
-    Raises UserError if the folder, its config or some of its weights are missing.
+    Raises:
+        UserError: The folder, its config or some of its weights are missing.
     """
     return loading.load_transformer(Flux2Transformer2DModel, folder, dtype)
 
 
 def text_encoder(folder, device="cpu", dtype=torch.float32):
-    """encode(prompts, pictures=None) -> {"prompt_embeds": [n, 512, C]} in `dtype` on the CPU, C three layers' width.
+    """Loads the text encoder once; the pipelines do not mask the padding, so every prompt has all 512 rows.
 
-    It does not look at the pictures. The pipelines do not mask the padding, so every prompt has all 512 rows. Raises
-    UserError if something is missing.
+    Returns:
+        encode(prompts, pictures=None) -> {"prompt_embeds": [n, 512, C]} in `dtype` on the CPU, C the width of three
+        layers; the pictures are not looked at.
+
+    Raises:
+        UserError: Something is missing.
     """
     folder = Path(folder)
     if loading.class_name_of(folder, PIPELINES) == "Flux2Pipeline":
@@ -77,9 +82,14 @@ def text_encoder(folder, device="cpu", dtype=torch.float32):
 
 
 def picture_codec(folder, device="cpu", dtype=torch.float32):
-    """(encode, decode): pictures [n, 3, H, W] in [-1, 1] <-> latents [n, C, H / 16, W / 16], without gradient.
+    """Loads the VAE.
 
-    Raises UserError if the VAE is missing; encode, for a bad size.
+    Returns:
+        encode(pictures [n, 3, H, W] in [-1, 1]) -> latents [n, C, H / 16, W / 16] and its inverse, without gradient;
+        encode raises UserError for a size that does not fit.
+
+    Raises:
+        UserError: The VAE is missing.
     """
     vae = loading.load_model(AutoencoderKLFlux2, Path(folder) / "vae", dtype).to(device)
     mean = vae.bn.running_mean.view(1, -1, 1, 1)
@@ -100,7 +110,7 @@ def picture_codec(folder, device="cpu", dtype=torch.float32):
 
 
 def latent_shape(folder, height, width) -> tuple[int, int, int]:
-    """(C, height / 16, width / 16). Raises UserError if height or width is not a positive multiple of 16."""
+    """Returns (C, height / 16, width / 16). Raises UserError if height or width is not a positive multiple of 16."""
     config = loading.read_json(Path(folder) / "vae" / "config.json")
     multiple = 2 ** len(config["block_out_channels"])  # the VAE halves between its blocks, the 2x2 patches once more
     if height < 1 or width < 1 or height % multiple or width % multiple:
@@ -109,7 +119,7 @@ def latent_shape(folder, height, width) -> tuple[int, int, int]:
 
 
 def sigmas(folder, num_inference_steps, height, width) -> torch.Tensor:
-    """[num_inference_steps + 1] float32 from 1 to 0, shifted for the number of picture tokens and of steps."""
+    """Returns [num_inference_steps + 1] float32 from 1 to 0, shifted for the number of picture tokens and of steps."""
     if num_inference_steps < 1:
         raise UserError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
     _, h, w = latent_shape(folder, height, width)
@@ -121,7 +131,7 @@ def sigmas(folder, num_inference_steps, height, width) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _position_ids(text_length, size, source_sizes, device):
-    """(of the text [L, 4], of the picture and its references [N, 4]), kept on the device: no copy in each step."""
+    """Returns ids of the text [L, 4], and of the picture and its source pictures [N, 4], kept on the device."""
     shapes = [torch.empty(1, 1, *s, device="meta") for s in (size, *source_sizes)]
     text = Flux2Pipeline._prepare_text_ids(torch.empty(1, text_length, 1, device="meta"))[0]
     picture = [Flux2Pipeline._prepare_latent_ids(shapes[0])[0]]
@@ -131,10 +141,21 @@ def _position_ids(text_length, size, source_sizes, device):
 
 
 def velocity(transformer, latents, sigma, prompt, sources=(), guidance=None) -> torch.Tensor:
-    """noise - data [B, C, h, w] in the latents' dtype, of latents [B, C, h, w] at sigma [B].
+    """Asks the transformer for the velocity noise - data.
 
-    prompt: {"prompt_embeds": [B, L, C]}; sources: reference latents, each [B, C, h_i, w_i]; guidance: a number or [B],
-    which dev needs and klein ignores. Raises UserError if it is needed and missing.
+    Args:
+        transformer: Of this family.
+        latents: [B, C, h, w].
+        sigma: [B].
+        prompt: {"prompt_embeds": [B, L, C]}.
+        sources: Latents of the source pictures, each [B, C, h_i, w_i].
+        guidance: A number or [B], which dev needs and klein ignores.
+
+    Returns:
+        [B, C, h, w] in the latents' dtype.
+
+    Raises:
+        UserError: The guidance is needed and missing.
     """
     dtype, size = loading.input_dtype(transformer), latents.shape[-2:]
     if not transformer.config.guidance_embeds:

@@ -1,7 +1,7 @@
-"""Qwen-Image and Qwen-Image-Edit-Plus: diffusers' classes behind this project's conventions.
+"""Serves Qwen-Image and Qwen-Image-Edit-Plus by diffusers' classes.
 
 A folder of either pipeline serves: both hold the same transformer and VAE classes. The Edit-Plus text encoder also
-looks at the source pictures, and the transformer sees each reference's latents after those of the picture it draws.
+looks at the source pictures, and the transformer sees each one's latents after those of the picture it draws.
 """
 
 from pathlib import Path
@@ -32,36 +32,42 @@ MAX_PROMPT_TOKENS = 512  # the text-to-image pipeline's default; the editing pip
 
 
 def _pack(latents: torch.Tensor) -> torch.Tensor:
-    """[B, C, h, w] -> [B, h w / 4, 4 C]: 2 x 2 patches as the transformer's tokens."""
+    """Packs [B, C, h, w] as the transformer's tokens: 2 x 2 patches, [B, h w / 4, 4 C]."""
     return QwenImagePipeline._pack_latents(latents, *latents.shape)
 
 
 def _unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The inverse of _pack; height and width are the latents'."""
+    """Inverts _pack; height and width are the latents'."""
     return QwenImagePipeline._unpack_latents(tokens, height, width, vae_scale_factor=1)[:, :, 0]
 
 
 def tasks(folder) -> tuple[str, ...]:
-    """("t2i",) or ("t2i", "edit"): a text-to-image folder has no processor that could show its encoder a picture."""
+    """Returns ("t2i",) or ("t2i", "edit"): a text-to-image folder has no processor to show its encoder a picture."""
     return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "QwenImageEditPlusPipeline" else ("t2i",)
 
 
 def load_transformer(folder, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The transformer of a pipeline folder, or of a transformer folder itself, in eval mode.
+    """Loads the transformer of a pipeline folder, or of a transformer folder itself, in eval mode.
 
-    Raises UserError if the folder or its weights (safetensors, sharded or not) are missing.
+    Raises:
+        UserError: The folder or its weights (safetensors, sharded or not) are missing.
     """
     return loading.load_transformer(QwenImageTransformer2DModel, folder, dtype)
 
 
 def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32):
-    """encode(prompts, pictures=None) -> {"prompt_embeds": [n, L, C] in dtype, "prompt_mask": [n, L] bool}, on the CPU.
+    """Loads the text encoder once.
 
-    pictures: per prompt a list of its source pictures [3, H, W] in [-1, 1], in the order of the references; only an
-    Edit-Plus folder looks at them, each resized to about 384 x 384 pixels of its own shape. Rows are padded at
-    the end with zeros. The encoder counts a picture's tokens as the installed diffusers does: with transformers 5,
-    one after another instead of by row and column, until diffusers' issue 14194 is closed.
-    Raises UserError if the folder is not one of PIPELINES or lacks a part; Edit-Plus needs torchvision installed.
+    The encoder counts a picture's tokens as the installed diffusers does: with transformers 5, one after another
+    instead of by row and column, until diffusers' issue 14194 is closed.
+
+    Returns:
+        encode(prompts, pictures=None) -> {"prompt_embeds": [n, L, C] in dtype, "prompt_mask": [n, L] bool}, on the CPU,
+        rows padded at the end with zeros. pictures: Per prompt a list of its source pictures [3, H, W] in [-1, 1], in
+        their order; only an Edit-Plus folder looks at them, each resized to about 384 x 384 pixels of its own shape.
+
+    Raises:
+        UserError: The folder is not one of PIPELINES or lacks a part; Edit-Plus needs torchvision installed.
     """
     folder, edits = Path(folder), "edit" in tasks(folder)
     parts = {
@@ -74,7 +80,7 @@ def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32):
     pipeline = getattr(diffusers, PIPELINES[edits])(scheduler=None, vae=None, transformer=None, **parts).to(device)
 
     def shown(picture: torch.Tensor):
-        """The picture as 8-bit RGB, at the size at which the pipeline shows it to the text encoder."""
+        """Returns the picture as 8-bit RGB, at the size at which the pipeline shows it to the text encoder."""
         area, ratio = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE, picture.shape[2] / picture.shape[1]
         width, height = pipeline_qwenimage_edit_plus.calculate_dimensions(area, ratio)
         image = pipeline.image_processor.postprocess(picture[None].float(), output_type="pil")[0]
@@ -98,10 +104,15 @@ def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32):
 
 
 def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
-    """(encode, decode) between pictures [n, 3, H, W] in [-1, 1] and latents [n, C, h, w] that the transformer takes.
+    """Loads the VAE.
 
-    encode gives the posterior's mode, normalised by the VAE's latents_mean and latents_std. Both work in `dtype` on
-    `device` and give no gradient. Raises UserError if the folder lacks the VAE.
+    Returns:
+        encode(pictures [n, 3, H, W] in [-1, 1]) -> latents [n, C, h, w] that the transformer takes, and its inverse, in
+        `dtype` on `device`, without gradient. encode gives the posterior's mode, normalised by latents_mean and
+        latents_std.
+
+    Raises:
+        UserError: The folder lacks the VAE.
     """
     vae = loading.load_model(AutoencoderKLQwenImage, Path(folder) / "vae", dtype).to(device)
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(device, dtype)
@@ -120,7 +131,7 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
 
 
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
-    """(C, h, w) of one sample's noise. Raises UserError if a side is no multiple of two latent pixels."""
+    """Returns (C, h, w) of one sample's noise. Raises UserError if a side is no multiple of two latent pixels."""
     config = loading.read_json(Path(folder) / "vae" / "config.json")
     scale = 2 ** len(config["temperal_downsample"])
     if height < 1 or width < 1 or height % (2 * scale) or width % (2 * scale):
@@ -129,9 +140,10 @@ def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
 
 
 def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
-    """Noise levels [num_inference_steps + 1] float32 down to 0: the scheduler's, shifted for this picture size.
+    """Returns the scheduler's noise levels [num_inference_steps + 1] float32 down to 0, shifted for this picture size.
 
-    Raises UserError where the scheduler has none: a shift_terminal, as Qwen-Image's own has, needs two steps.
+    Raises:
+        UserError: The scheduler has none: a shift_terminal, as Qwen-Image's own has, needs two steps.
     """
     _, h, w = latent_shape(folder, height, width)
     scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")
@@ -152,11 +164,18 @@ def velocity(
     sources: tuple[torch.Tensor, ...] = (),
     guidance: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """noise - data [B, C, h, w] in the latents' dtype, for latents [B, C, h, w] and sigma [B].
+    """Asks the transformer for the velocity noise - data.
 
-    prompt: rows of text_encoder's dict, without a mask where all are of one length; sources: reference latents [B, C,
-    h_i, w_i] in the order in which the text encoder saw them. guidance is ignored: this transformer class has no such
-    input that works.
+    Args:
+        transformer: Of this family.
+        latents: [B, C, h, w].
+        sigma: [B].
+        prompt: Rows of text_encoder's dict, without a mask where all are of one length.
+        sources: Latents of the source pictures [B, C, h_i, w_i], in the order in which the text encoder saw them.
+        guidance: Ignored: this transformer class has no such input that works.
+
+    Returns:
+        [B, C, h, w] in the latents' dtype.
     """
     pictures = (latents, *sources)
     dtype = loading.input_dtype(transformer)
@@ -175,9 +194,14 @@ def velocity(
 
 
 def combine(cond: torch.Tensor, uncond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """Classifier-free guidance as these pipelines sample: each token keeps the norm of its conditional velocity.
+    """Guides as these pipelines do: classifier-free, each token keeping the norm of its conditional velocity.
 
-    cond, uncond: velocities [B, C, h, w]; scale: a number or [B]. Returns [B, C, h, w].
+    Args:
+        cond, uncond: Velocities [B, C, h, w].
+        scale: A number or [B].
+
+    Returns:
+        [B, C, h, w].
     """
     height, width = cond.shape[2:]
     cond, uncond = _pack(cond), _pack(uncond)

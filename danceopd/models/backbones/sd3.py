@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 from a diffusers pipeline folder: sigma and velocity as the rest of this package has them.
+"""Serves Stable Diffusion 3 and 3.5 from a diffusers pipeline folder.
 
 The transformer takes the picture as it is, [B, C, h, w], and always the same number of text tokens, so there is
 nothing to pack and nothing to mask.
@@ -33,15 +33,16 @@ TIMESTEPS = 1000  # the transformer's time is sigma times this
 
 
 def tasks(folder: str | Path) -> tuple[str, ...]:
-    """("t2i",): the family does not edit. Raises UserError if the folder is of another pipeline."""
+    """Returns ("t2i",): the family does not edit. Raises UserError if the folder is of another pipeline."""
     loading.class_name_of(folder, PIPELINES)
     return ("t2i",)
 
 
 def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The transformer of a pipeline folder, or of a transformer folder itself, in eval mode on the CPU.
+    """Loads the transformer of a pipeline folder, or of a transformer folder itself, in eval mode on the CPU.
 
-    Raises UserError if it is not there, cannot be read, or lacks weights.
+    Raises:
+        UserError: It is not there, cannot be read, or lacks weights.
     """
     return loading.load_transformer(SD3Transformer2DModel, folder, dtype)
 
@@ -49,11 +50,15 @@ def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
 def text_encoder(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Callable[..., dict[str, torch.Tensor]]:
-    """Load two CLIPs and the T5 and return encode(prompts), which has one row per prompt, in `dtype` on the CPU.
+    """Loads two CLIPs and the T5 once.
 
-    "prompt_embeds" [n, L, C]: the CLIPs' tokens, side by side and padded with zeros to T5's width C, then T5's 256;
-    "pooled_prompt_embeds" [n, C']: the CLIPs' pooled vectors. Where model_index.json has null for text_encoder_3
-    the T5 tokens are zeros, as in the pipeline. Raises UserError for what is missing or cannot be read.
+    Returns:
+        encode(prompts), on the CPU in `dtype`: "prompt_embeds" [n, L, C], the CLIPs' tokens side by side and padded
+        with zeros to T5's width C, then T5's 256; "pooled_prompt_embeds" [n, C'], the CLIPs' pooled vectors. Where
+        model_index.json has null for text_encoder_3 the T5 tokens are zeros, as in the pipeline.
+
+    Raises:
+        UserError: Something is missing or cannot be read.
     """
     folder, clips = Path(folder), []
     for suffix in ("", "_2"):
@@ -91,17 +96,23 @@ def text_encoder(
 def picture_codec(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-    """(encode, decode) of the VAE, without gradient: pictures [n, 3, H, W] in [-1, 1] <-> latents [n, C, h, w].
+    """Loads the VAE.
 
-    Both answer on `device` in `dtype`; encode takes the mode of the posterior. Raises UserError for a missing VAE.
+    Returns:
+        encode(pictures [n, 3, H, W] in [-1, 1]) -> latents [n, C, h, w], the mode of the posterior, and its inverse, on
+        `device` in `dtype`, without gradient.
+
+    Raises:
+        UserError: The VAE is missing.
     """
     return loading.picture_codec(folder, device, dtype)
 
 
 def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, ...]:
-    """(C, h, w) of one sample's noise for a picture of height x width pixels.
+    """Returns (C, h, w) of one sample's noise for a picture of height x width pixels.
 
-    Raises UserError if they are no multiple of a patch's pixels or exceed the transformer's position table.
+    Raises:
+        UserError: They are no multiple of a patch's pixels or exceed the transformer's position table.
     """
     transformer = loading.read_json(Path(folder) / "transformer" / "config.json")
     factor = 2 ** (len(loading.read_json(Path(folder) / "vae" / "config.json")["block_out_channels"]) - 1)
@@ -117,9 +128,9 @@ def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, ...]
 
 
 def sigmas(folder: str | Path, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
-    """[N + 1] float32, descending to 0: the pipeline's noise levels for a picture of height x width pixels.
+    """Returns the pipeline's noise levels [N + 1] float32, descending to 0, for a picture of height x width pixels.
 
-    The size matters only where the scheduler's config has use_dynamic_shifting. Raises UserError as latent_shape does.
+    The size matters only where the scheduler's config has use_dynamic_shifting; a UserError as from latent_shape.
     """
     scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")
     config, mu = scheduler.config, None
@@ -140,10 +151,21 @@ def velocity(
     sources: tuple[torch.Tensor, ...] = (),
     guidance: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """noise - data [B, C, h, w] in the latents' dtype, for latents [B, C, h, w] at sigma [B] and the prompts' rows.
+    """Asks the transformer for the velocity noise - data, differentiable in its parameters.
 
-    Differentiable in the transformer's parameters. guidance is ignored, no model of this family embeds it.
-    Raises UserError for sources: the family does not edit.
+    Args:
+        transformer: Of this family.
+        latents: [B, C, h, w].
+        sigma: [B].
+        prompt: Rows of text_encoder.
+        sources: None: the family does not edit.
+        guidance: Ignored: no model of this family embeds it.
+
+    Returns:
+        [B, C, h, w] in the latents' dtype.
+
+    Raises:
+        UserError: There are sources.
     """
     if len(sources):
         raise UserError("Stable Diffusion 3 takes no source pictures; use a model that edits")
@@ -159,7 +181,7 @@ def velocity(
 
 
 def _has_t5(folder: str | Path) -> bool:
-    """Whether model_index.json names a text_encoder_3; without that file, whether its folder is there."""
+    """Returns whether model_index.json names a text_encoder_3; without that file, whether its folder is there."""
     index, there = Path(folder) / "model_index.json", (Path(folder) / "text_encoder_3").is_dir()
     if not index.is_file():
         return there

@@ -1,4 +1,4 @@
-"""Z-Image and Z-Image Omni: a single-stream transformer that takes lists of pictures and prompts of any length.
+"""Serves Z-Image and Z-Image Omni, whose transformer takes lists of pictures and prompts of any length.
 
 The pipelines' guidance_scale g is added to the conditional field, v + g (v - v_empty): alpha = 1 + g in
 danceopd.core.fields.guided.
@@ -33,22 +33,27 @@ MAX_SOURCES = float("inf")  # where the folder edits
 
 
 def tasks(folder: str | Path) -> tuple[str, ...]:
-    """Only the omni pipeline takes source pictures. Raises UserError if model_index.json is of neither pipeline."""
+    """Returns what the pipeline does: only the omni one takes source pictures.
+
+    A UserError if it is neither pipeline.
+    """
     return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "ZImageOmniPipeline" else ("t2i",)
 
 
 def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The transformer in eval mode; folder: the pipeline's or the transformer's own. Raises UserError if missing."""
+    """Loads the transformer in eval mode from the pipeline's folder or its own; a UserError if it is missing."""
     return loading.load_transformer(ZImageTransformer2DModel, folder, dtype)
 
 
 def text_encoder(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
-    """encode(prompts, pictures=None) -> dict of tensors on the CPU, n rows each.
+    """Loads the text encoder once.
 
-    prompt_embeds [n, L, C] in dtype, zeros after the prompt's end, and prompt_mask [n, L] bool. From the omni pipeline
-    also prompt_parts [n, P] int64, the lengths of the parts that the pictures cut the prompt into (0: no part), and
-    with pictures (per prompt a list of [3, H, W] in [-1, 1]) siglip_embeds [n, R, N, C] with siglip_shapes
-    [n, R, 2] int64, the height and width in tokens (0: no picture). The negative prompt takes the same pictures.
+    Returns:
+        encode(prompts, pictures=None) -> dict of tensors on the CPU, n rows each: prompt_embeds [n, L, C] in dtype,
+        zeros after the prompt's end, and prompt_mask [n, L] bool. From the omni pipeline also prompt_parts [n, P]
+        int64, the lengths of the parts that the pictures cut the prompt into (0: no part), and with pictures (per
+        prompt a list of [3, H, W] in [-1, 1]) siglip_embeds [n, R, N, C] with siglip_shapes [n, R, 2] int64, the height
+        and width in tokens (0: no picture). The negative prompt takes the same pictures.
     """
     folder, name = Path(folder), loading.class_name_of(folder, PIPELINES)
     omni = name == "ZImageOmniPipeline"
@@ -64,7 +69,7 @@ def text_encoder(folder: str | Path, device: str | torch.device = "cpu", dtype: 
     to_pil = VaeImageProcessor().postprocess
 
     def embed(prompt, count):
-        """The prompt's parts, each [length, C]."""
+        """Returns the prompt's parts, each [length, C]."""
         if omni:
             return pipeline.encode_prompt(prompt, device, False, num_condition_images=count)[0][0]
         return pipeline.encode_prompt(prompt, device, False)[0]
@@ -97,15 +102,17 @@ def text_encoder(folder: str | Path, device: str | torch.device = "cpu", dtype: 
 
 
 def picture_codec(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
-    """(encode, decode) of the VAE, without gradient, both in dtype and on the device.
+    """Loads the VAE.
 
-    encode: pictures [n, 3, H, W] in [-1, 1] -> latents [n, C, H / 8, W / 8], scaled and shifted; decode: the inverse.
+    Returns:
+        encode(pictures [n, 3, H, W] in [-1, 1]) -> latents [n, C, H / 8, W / 8], scaled and shifted, and its inverse,
+        in dtype on the device, without gradient.
     """
     return loading.picture_codec(folder, device, dtype)
 
 
 def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of one picture. Raises UserError unless both sizes are multiples of the patch's."""
+    """Returns (C, h, w) of the latents of one picture; a UserError unless both sizes are multiples of the patch's."""
     config = loading.read_json(Path(folder) / "vae" / "config.json")
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if height < 1 or width < 1 or height % (2 * factor) or width % (2 * factor):
@@ -114,7 +121,7 @@ def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, int,
 
 
 def sigmas(folder: str | Path, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
-    """The pipeline's noise levels for this picture size: [N + 1] float32, down to 0."""
+    """Returns the pipeline's noise levels for this picture size: [N + 1] float32, down to 0."""
     scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")
     _, h, w = latent_shape(folder, height, width)
     config = scheduler.config
@@ -132,13 +139,25 @@ def velocity(
     sources: tuple[torch.Tensor, ...] = (),
     guidance: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """noise - data [B, C, h, w] in the latents' dtype, of latents [B, C, h, w] at sigma [B].
+    """Asks the transformer for the velocity noise - data.
 
-    prompt: rows of text_encoder; its masks, lengths and shapes may stay on the CPU, which saves a wait for the GPU.
-    Without a prompt_mask all prompts have the length that they have. With a prompt_keep all must be as long once the
-    transformer has filled them up to its multiple of 32 tokens, which is done here: nothing is read on the host then.
-    sources: clean latents, each [B, C, h_i, w_i]; guidance is ignored. Raises ValueError if the prompt was not
-    encoded with as many pictures as there are sources.
+    Args:
+        transformer: Of this family.
+        latents: [B, C, h, w].
+        sigma: [B].
+        prompt: Rows of text_encoder; its masks, lengths and shapes may stay on the CPU, which saves a wait for the GPU.
+            Without a prompt_mask all prompts have the length that they have. With a prompt_keep all must be as long
+            once
+            the transformer has filled them up to its multiple of 32 tokens, which is done here: nothing is read on the
+            host then.
+        sources: Clean latents of the source pictures, each [B, C, h_i, w_i].
+        guidance: Ignored.
+
+    Returns:
+        [B, C, h, w] in the latents' dtype.
+
+    Raises:
+        ValueError: The prompt was not encoded with as many pictures as there are sources.
     """
     dtype = loading.input_dtype(transformer)
     embeds = prompt["prompt_embeds"].to(dtype)
@@ -174,7 +193,7 @@ def velocity(
 
 @contextmanager
 def _own_padding(transformer: nn.Module, keep: torch.Tensor | None) -> Iterator[None]:
-    """Inside, the transformer sees its own padding token wherever keep [B, L] is False.
+    """Makes the transformer see its own padding token wherever keep [B, L] is False, inside the block.
 
     It would put it there itself, after so many tokens of each prompt as its list says: numbers on the host.
     """
@@ -195,7 +214,7 @@ def _own_padding(transformer: nn.Module, keep: torch.Tensor | None) -> Iterator[
 
 
 def _siglip_features(prompt, dtype):
-    """Per sample the list of its pictures' features [h, w, C]."""
+    """Returns, per sample, the list of its pictures' features [h, w, C]."""
     if "siglip_embeds" not in prompt:
         return [[]] * len(prompt["prompt_embeds"])
     embeds, shapes = prompt["siglip_embeds"].to(dtype), prompt["siglip_shapes"].tolist()

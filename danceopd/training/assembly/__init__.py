@@ -1,1 +1,1 @@
-"""Puts a run together from files."""
+"""Puts a model's run together from files."""

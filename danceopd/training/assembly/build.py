@@ -30,15 +30,15 @@ def build_model(config: Config, ranks: Ranks = ALONE, settings: dict | None = No
     """Loads the student, the sources and the prepared rows of a run on a diffusers model.
 
     Args:
-        config: the configuration; its `model` names the pipeline's folder.
-        ranks: the processes of the run; every rank calls this.
+        config: The configuration; its `model` names the pipeline's folder.
+        ranks: The processes of the run; every rank calls this.
         settings: DeepSpeed's, under which the ranks may share the sources and the student in shards.
 
     Returns:
         The parts of the run.
 
     Raises:
-        UserError: lists every file, row or device that is missing or does not fit.
+        UserError: Lists every file, row or device that is missing or does not fit.
     """
     problems = Problems()
     attempt = problems.attempt

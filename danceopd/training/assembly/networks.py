@@ -31,6 +31,7 @@ from danceopd.training.assembly.sources import (
 from danceopd.training.assembly.starts import begin, start_lora, start_weights
 
 
+# Long: each problem is noted, and the rest is still looked at.
 def load_networks(
     config: Config,
     backbone: ModuleType,
@@ -39,11 +40,20 @@ def load_networks(
     empty: dict[str, nn.Module],
     in_shards: Container[str] = (),
 ):
-    """(student, {source: (base, adapter) or a transformer}): adapters on one transformer, other weights on the host.
+    """Loads the student and the sources: adapters on one transformer, other weights on the host.
 
     A student of all weights is a transformer of its own, and the model's is loaded only where a source needs it.
-    empty: of own_networks; in_shards: "student" and "sources" are Unread. Where something cannot be loaded, attempt
-    takes the message and the result is (None, None).
+
+    Args:
+        config: The run's.
+        backbone: The module of the model's family.
+        device: Where the run computes.
+        attempt: Calls a function, and notes under a key what a user can mend.
+        empty: As own_networks makes it.
+        in_shards: "student" and "sources" where these are Unread.
+
+    Returns:
+        The student, and {source: (base, adapter) or a transformer}; (None, None) where something cannot be loaded.
     """
     transformer, layers = None, []
     if needs_base(config):
@@ -104,7 +114,7 @@ def make_student(
     shared: SharedBase | None = None,
     layers: Sequence[str] = (),
 ) -> nn.Module:
-    """The student on its device, as it begins: as an adapter on shared, or as a transformer."""
+    """Makes the student on its device, as it begins: as an adapter on shared, or as a transformer."""
     lora, embedded = config.student.lora, config.student.embedded_guidance
     checkpointing = config.training.gradient_checkpointing
     if lora is None:
@@ -121,13 +131,14 @@ def make_student(
 
 
 def start_folder(config: Config) -> Path | str:
-    """The folder with the configuration of the transformer that a student begins as, or that its adapter is of."""
+    """Returns the folder with the configuration of the transformer that a student begins as, or that it adapts."""
     source = config.sources.get(config.student.init_from)
     return config.model if source is None else source_folder(config, source)
 
 
 def student_layers(config: Config, backbone: ModuleType, transformer: nn.Module) -> list[str]:
-    """The layers that the student's adapter changes: the configuration's, or those of the family that are there.
+    """Returns the layers that the student's adapter changes: the configuration's, or those of the family that are
+    there.
 
     A family's list is that of its largest model. Raises UserError as target_layers does.
     """
@@ -136,7 +147,7 @@ def student_layers(config: Config, backbone: ModuleType, transformer: nn.Module)
 
 
 def _unread_start(config: Config, loras: dict[str, Lora], empty: nn.Module, others: dict[str, nn.Module]) -> Unread:
-    """What a student of all weights begins as."""
+    """Returns what a student of all weights begins as."""
 
     def own(name: str) -> Weights:
         return _unread(config.sources[name], config, None, others[name]).weights

@@ -22,17 +22,17 @@ class Parts:
     """The networks and data of a run, put together by `training.assembly.build.build_model` or `world.build.build`.
 
     Attributes:
-        student: the network that is trained, on its device.
-        fields: the frozen source of each route, in the order of `config.capabilities`.
-        samples: where batches are drawn from.
-        anchor: the student as it was before training, frozen; None where the method asks for none.
-        empty_prompt: the encoded empty prompt, which guidance asks with.
-        device: where the run computes.
+        student: The network that is trained, on its device.
+        fields: The frozen source of each route, in the order of `config.capabilities`.
+        samples: Where batches are drawn from.
+        anchor: The student as it was before training, frozen; None where the method asks for none.
+        empty_prompt: The encoded empty prompt, which guidance asks with.
+        device: Where the run computes.
         save: `save(checkpoint, folder)` writes the averaged student of a checkpoint as others load it.
-        combine: the model's own rule of guidance, for `core.fields.guided`; None for the usual one.
-        drawing_sigmas: noise levels [N + 1] of a finished picture by the latents' shape; of a model alone.
-        load_decoder: loads the function that decodes latents to pictures; of a model alone.
-        lockstep: keeps ranks in step where they share the sources' shards.
+        combine: The model's own rule of guidance, for `core.fields.guided`; None for the usual one.
+        drawing_sigmas: Noise levels [N + 1] of a finished picture by the latents' shape; of a model alone.
+        load_decoder: Loads the function that decodes latents to pictures; of a model alone.
+        lockstep: Keeps ranks in step where they share the sources' shards.
         score: `score(field)` gives the scores that the log's curves show; None where a run has none.
     """
 

@@ -19,7 +19,7 @@ def check_machine(config: Config, attempt: Callable) -> torch.device | None:
     """Finds the device of a run and checks its folder, its optimizer and its precisions.
 
     Args:
-        config: the run's configuration.
+        config: The run's configuration.
         attempt: `attempt(key, function, *args)` calls the function, and notes what a user can mend under the key.
 
     Returns:
@@ -42,7 +42,7 @@ def check_folder(folder: Path) -> None:
     """Makes the folder of a run and writes a file into it, so that a run fails now and not after an hour.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: The folder cannot be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,12 +56,12 @@ def check_room(folder: Path, parameters: int, checkpoints: int) -> None:
     """Checks that the disk has room for the checkpoints still to be written, and for the student.
 
     Args:
-        folder: the run's folder, which is there.
-        parameters: number of trained parameters; each has its value, its average and two states of its optimizer.
-        checkpoints: number of checkpoints still to be written.
+        folder: The run's folder, which is there.
+        parameters: Number of trained parameters; each has its value, its average and two states of its optimizer.
+        checkpoints: Number of checkpoints still to be written.
 
     Raises:
-        UserError: there is less room than that.
+        UserError: There is less room than that.
     """
     free, needed = shutil.disk_usage(folder).free, 16 * parameters * checkpoints + 4 * parameters + 2**24
     if free < needed:

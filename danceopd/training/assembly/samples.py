@@ -1,4 +1,4 @@
-"""The prepared rows of a model's run, in groups that share a batch."""
+"""Groups the prepared rows of a model's run by what may share a batch."""
 
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +16,7 @@ from danceopd.support.errors import UserError
 
 
 def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Samples | None:
-    """The prepared rows of every capability in groups that may share a batch; None where some cannot be used."""
+    """Reads the rows of every capability, in groups that may share a batch; None where some cannot be used."""
     steps = config.rollout.num_inference_steps
     encoders = fingerprints(config.model)
     for name, capability in config.capabilities.items():
@@ -44,14 +44,14 @@ def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Sa
 
 
 def drawing_sigmas(config: Config, backbone: ModuleType, samples: Samples) -> dict[tuple[int, ...], torch.Tensor]:
-    """{latents' shape: noise levels of a picture drawn in evaluation.num_inference_steps}."""
+    """Returns {latents' shape: noise levels of a picture drawn in evaluation.num_inference_steps}."""
     steps = config.evaluation.num_inference_steps
     sizes = {g.shape: next(tuple(rows.rows[0]["size"]) for rows in g.data if len(rows)) for g in samples.groups}
     return {tuple(shape): backbone.sigmas(config.model, steps, *size) for shape, size in sizes.items()}
 
 
 def check_decoder(config: Config) -> None:
-    """Sample grids need the VAE. Raises UserError where they are drawn and it is not there."""
+    """Checks that the VAE is there, which sample grids need; a UserError where they are drawn and it is not."""
     if config.training.sample_every and (config.model / "vae" / "config.json").is_file():  # else latent_shape says it
         try:
             check_weights(config.model / "vae")
@@ -67,9 +67,13 @@ def _check_task(task: str, backbone: ModuleType, model) -> None:
 
 
 def rows_of(path, name: str, capability, with_clean: bool) -> PreparedData:
-    """The prepared rows of a capability. Raises UserError for a file or rows that cannot be used.
+    """Reads the prepared rows of a capability; a UserError for a file or rows that cannot be used.
 
-    with_clean: whether the method learns from finished pictures.
+    Args:
+        path: The file.
+        name: The capability's key in the configuration.
+        capability: Its section there.
+        with_clean: Whether the method learns from finished pictures.
     """
     data = PreparedData(path, capability.capability or name)
     if (capability.task == "edit") != data.has_source:

@@ -1,4 +1,4 @@
-"""The frozen sources of a model's run."""
+"""Loads the frozen sources of a model's run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.fp8_loading import load_fp8
 from danceopd.models.loading import is_file_name, load_transformer_file, stream_blocks, transformer_folder
-from danceopd.models.lora_algebra import Lora, combine, merge_into
+from danceopd.models.lora_algebra import Lora, merge_into, sum_loras
 from danceopd.models.lora_files import load_lora
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase
@@ -30,7 +30,10 @@ from danceopd.training.zero.sharding import built, in_turn, sharded
 class Unread:
     """A transformer that is to be built, in shards or whole.
 
-    empty: on the meta device; folder: with its configuration; weights: what it will hold.
+    Attributes:
+        empty: On the meta device.
+        folder: With its configuration.
+        weights: What it will hold.
     """
 
     empty: nn.Module
@@ -39,7 +42,10 @@ class Unread:
 
 
 def own_networks(config: Config, backbone: ModuleType, attempt: Callable) -> dict[str, nn.Module]:
-    """{source of its own weights: its transformer on the meta device}; one network for sources that are the same."""
+    """Makes the transformer of each source with weights of its own on the meta device.
+
+    Sources that are the same have one.
+    """
     dtype, found, networks = PRECISIONS[config.training.precision], {}, {}
     for name, source in config.sources.items():
         if name in sources_on_base(config):
@@ -60,10 +66,16 @@ def place_sources(
     lockstep: Lockstep | None,
     settings: dict | None,
 ) -> dict:
-    """The sources of load_networks as model_fields takes them: transformers of their own as fields without guidance.
+    """Makes sources with transformers of their own fields without guidance, and moves them to where they wait to be
+    asked.
 
-    lockstep, settings: of the ranks and DeepSpeed, which keeps them in shards where they are Unread; every rank calls
-    it.
+    Args:
+        config, backbone, device: The run's.
+        networks: As load_networks returns them.
+        lockstep, settings: Of the ranks and DeepSpeed, which keeps Unread ones in shards; every rank calls this.
+
+    Returns:
+        The sources as model_fields takes them.
     """
     placed = {}
     for network in networks.values():
@@ -78,25 +90,32 @@ def place_sources(
 
 
 def needs_base(config: Config) -> bool:
-    """Whether a run keeps the model's own transformer, frozen: for its student's adapter or for sources."""
+    """Returns whether a run keeps the model's own transformer, frozen: for its student's adapter or for sources."""
     return bool(config.student.lora or sources_on_base(config))
 
 
 def source_folder(config: Config, source: Source) -> Path | str:
-    """The folder with the configuration of a source's transformer: a single file is of the model's architecture."""
+    """Returns the folder with the configuration of a source's transformer: a single file is of the model's
+    architecture.
+    """
     return config.model if source.weights in (None, "base") or is_file_name(source.weights) else source.weights
 
 
 def sources_on_base(config: Config) -> list[str]:
-    """The sources that are the model's own transformer, as it is or with adapters."""
+    """Returns the sources that are the model's own transformer, as it is or with adapters."""
     return [name for name, source in config.sources.items() if source.weights in (None, "base")]
 
 
 def model_fields(config: Config, combination: Callable | None, fields: dict, empty_prompt) -> list[Field]:
-    """Each route's field, in the order of the capabilities, guided where the configuration says so.
+    """Returns each route's field, in the order of the capabilities, guided where the configuration says so.
 
-    combination: the model's own guidance, for `guided`. Sources on one transformer are asked in one forward for a
-    mixed batch.
+    Sources on one transformer are asked in one forward for a mixed batch.
+
+    Args:
+        config: The run's.
+        combination: The model's own guidance, for `guided`.
+        fields: As place_sources returns them.
+        empty_prompt: Its encoding.
     """
     result = []
     for capability in config.capabilities.values():
@@ -116,17 +135,17 @@ def _ask(shared: SharedBase) -> Field:
 
 
 def _sum(source: Source, transformer: nn.Module, pipeline_class: type) -> Lora:
-    """The source's adapters as one; empty for the base itself."""
-    return combine([load_lora(lora.path, transformer, pipeline_class, lora.scale) for lora in source.lora])
+    """Reads the source's adapters as one; empty for the base itself."""
+    return sum_loras([load_lora(lora.path, transformer, pipeline_class, lora.scale) for lora in source.lora])
 
 
 def _field(network: nn.Module, backbone: ModuleType) -> Field:
-    """A transformer of its own as a field."""
+    """Makes a transformer of its own a field."""
     return SharedBase(network, [], backbone.velocity).field(-1)
 
 
 def _own_weights(source: Source, config: Config, backbone: ModuleType, empty: nn.Module) -> nn.Module:
-    """A source's own transformer, on the CPU in the dtype of the empty one, with its adapters merged."""
+    """Loads a source's own transformer, on the CPU in the dtype of the empty one, with its adapters merged."""
     if is_file_name(source.weights):
         network = load_transformer_file(source.weights, empty, config.model, empty.dtype)
     else:
@@ -135,7 +154,10 @@ def _own_weights(source: Source, config: Config, backbone: ModuleType, empty: nn
 
 
 def _unread(source: Source, config: Config, _: ModuleType, empty: nn.Module) -> Unread:
-    """The same, to be built. A single file is read as a whole: diffusers converts its layout so."""
+    """Finds the weights of a source's own transformer, to be built later.
+
+    A single file is read as a whole: diffusers converts its layout so.
+    """
     if is_file_name(source.weights):
         found = of_tensors(load_transformer_file(source.weights, empty, config.model, torch.float32).state_dict())
     else:
@@ -146,12 +168,15 @@ def _unread(source: Source, config: Config, _: ModuleType, empty: nn.Module) -> 
 
 
 def read(network: Unread, ranks: Ranks = ALONE, settings: dict | None = None) -> nn.Module:
-    """The transformer, on the CPU, in eval mode; with DeepSpeed's settings each of the ranks holds a shard of it."""
+    """Reads the transformer, on the CPU, in eval mode.
+
+    With DeepSpeed's settings each of the ranks holds a shard of it.
+    """
     return built(network.folder, network.weights, network.empty.dtype, ranks, settings)
 
 
 def _load(config: Config, backbone: ModuleType, folder, device: torch.device | None, lora: Lora | None = None):
-    """A frozen transformer, an adapter merged into it; in FP8, where it is wanted, on the device."""
+    """Loads a frozen transformer, an adapter merged into it; in FP8, where it is wanted, on the device."""
     dtype = PRECISIONS[config.training.precision]
     if config.training.base_precision == "fp8":
         return load_fp8(folder, backbone, dtype, device, lora)
@@ -161,7 +186,7 @@ def _load(config: Config, backbone: ModuleType, folder, device: torch.device | N
 def _own_frozen(
     source: Source, config: Config, backbone: ModuleType, empty: nn.Module, device: torch.device | None
 ) -> nn.Module:
-    """A source's own transformer to be asked, with its adapters merged."""
+    """Loads a source's own transformer to be asked, with its adapters merged."""
     fp8, device = config.training.base_precision == "fp8", None if config.training.offload_sources else device
     if fp8 and not is_file_name(source.weights):
         lora = _sum(source, empty, pipeline_class_of(config.model))
@@ -171,7 +196,7 @@ def _own_frozen(
 
 
 def _placed(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """A source's transformer as it waits to be asked: on the device, or in host memory."""
+    """Puts a source's transformer where it waits to be asked: on the device, or in host memory."""
     offload = config.training.offload_sources
     if config.training.base_precision == "int8":
         to_eight_bit(network, None if offload else device)

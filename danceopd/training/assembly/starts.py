@@ -1,4 +1,4 @@
-"""What a model's student begins as."""
+"""Decides what a model's student begins as."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,10 +12,15 @@ from danceopd.support.errors import UserError
 
 
 def start_weights(config: Config, loras: dict[str, Lora], own: Callable[[str], Weights]) -> Weights:
-    """What the transformer that a full student begins as holds.
+    """Returns the weights of the transformer that a full student begins as.
 
-    loras: what each source on the model's own transformer adds to it, by its name; own: the weights of any other
-    source. Raises UserError for weights that cannot be loaded, and for a merge of transformers that differ.
+    Args:
+        config: The run's.
+        loras: What each source on the model's own transformer adds to it, by its name.
+        own: Returns the weights of any other source.
+
+    Raises:
+        UserError: Weights cannot be loaded, or transformers to be merged differ.
     """
     start, base = config.student.init_from, of_folder(config.model)
     if start == "base":
@@ -32,7 +37,7 @@ def start_weights(config: Config, loras: dict[str, Lora], own: Callable[[str], W
 
 
 def check_alike(one: str, shapes: Mapping[str, torch.Size], other: str, others: Mapping[str, torch.Size]) -> None:
-    """Raises UserError where two networks have not the same tensors, so that no mean of them can be taken."""
+    """Checks that two networks have the same tensors, so that their mean can be taken; a UserError if not."""
     differing = sorted(key for key in shapes.keys() | others.keys() if shapes.get(key) != others.get(key))
     if differing:
         raise UserError(
@@ -42,10 +47,15 @@ def check_alike(one: str, shapes: Mapping[str, torch.Size], other: str, others: 
 
 
 def start_lora(config: Config, loras: dict[str, Lora], layers: list[str]) -> Lora:
-    """What a LoRA student on these layers begins as; empty for the base.
+    """Returns what a LoRA student begins as; empty for the base.
 
-    loras: each source's, by its name; one of the base alone is empty. Raises UserError that names the layers which
-    the student does not have.
+    Args:
+        config: The run's.
+        loras: Each source's, by its name; one of the base alone is empty.
+        layers: Those that the student changes.
+
+    Raises:
+        UserError: Names the layers which the student does not have.
     """
     start = config.student.init_from
     if start == "base":
@@ -63,7 +73,7 @@ def start_lora(config: Config, loras: dict[str, Lora], layers: list[str]) -> Lor
 
 @torch.no_grad()
 def begin(student: LoraStudent, lora: Lora) -> None:
-    """Make an adapter add what lora adds, as nearly as its rank can: exactly where lora's is no larger.
+    """Makes an adapter add what lora adds, as nearly as its rank can: exactly where lora's is no larger.
 
     What of the rank is not needed stays as it was, random in A and zero in B, so that it can be trained.
     """

@@ -91,7 +91,8 @@ class StaticField:
             for kind, rows in self._kinds(conditioning, lengths):
                 rows = rows[steps[rows].argsort(descending=True, stable=True)]
                 capacity = min(self.rows.rows, len(noise))
-                for own in rows[steps[rows] > 0].split(capacity):
+                rows = rows[steps[rows] > 0]
+                for own in rows.split(capacity) if len(rows) else ():
                     there, guided = own.to(noise.device), kind.guided
                     part = _of_kind(conditioning[there], kind)
                     program = self._program(noise[there], part, guided, capacity, solver)

@@ -1,9 +1,11 @@
 """Reads DeepSpeed's configuration."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from danceopd.support.errors import UserError
+from danceopd.support.hints import did_you_mean
 
 # What the run's own configuration says, and DeepSpeed's would say a second time.
 OURS = (
@@ -12,14 +14,58 @@ OURS = (
 )
 
 
+# The other sections of DeepSpeed that a run passes on. DeepSpeed itself passes over a section that it does not know.
+SECTIONS = (
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio"),
+    *("communication_data_type", "gradient_predivide_factor", "prescale_gradients", "sparse_gradients"),
+    *("comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print"),
+    *("tensorboard", "csv_monitor", "wandb", "comet", "disable_allgather", "compile", "data_types"),
+)
+
+
 def read_deepspeed(path: Path | str) -> dict:
-    """A DeepSpeed configuration. Raises UserError for one that cannot be read or says what the run's own says."""
+    """Reads a DeepSpeed configuration.
+
+    A value "auto" is taken where the run's own configuration says it, as transformers' users write it.
+
+    Args:
+        path: A JSON file.
+
+    Returns:
+        DeepSpeed's settings.
+
+    Raises:
+        UserError: For a file that cannot be read, for a section that is unknown or that the run's own configuration
+            says, and for a value "auto" that nobody would fill in.
+    """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} must be a JSON object of DeepSpeed's settings")
+    found = {key: value for key, value in found.items() if not (key in OURS and _filled_in(value))}
     if doubled := [key for key in OURS if key in found]:
         raise UserError(f"{path}: leave out {', '.join(doubled)}; the run's own configuration says it")
+    if unknown := [key for key in found if key not in SECTIONS]:
+        near = did_you_mean(unknown[0], SECTIONS)
+        raise UserError(f"{path}: no section {unknown[0]!r} is passed on to DeepSpeed{near}")
+    if keys := ", ".join(_automatic(found)):
+        raise UserError(f'{path}: "auto" is not filled in for {keys}; give a number, or leave it out')
     return found
+
+
+def _filled_in(value) -> bool:
+    """Whether a section leaves all that it says to the run's own configuration."""
+    if isinstance(value, dict):
+        return all(_filled_in(inner) for inner in value.values())
+    return value == "auto"
+
+
+def _automatic(values: dict, prefix: str = "") -> Iterator[str]:
+    """Names the keys whose value is "auto"."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _automatic(value, f"{prefix}{key}.")
+        elif value == "auto":
+            yield f"{prefix}{key}"

@@ -1,4 +1,6 @@
-"""A judge to ask: a real server that answers well or badly."""
+"""A benchmark, a model and a judge to ask."""
+
+from pathlib import Path
 
 import pytest
 from judge_server import SMALL, Server
@@ -22,3 +24,23 @@ def serve(monkeypatch):
     yield start
     for server in servers:
         server.close()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """benchmark: GEdit-Bench's shape in small; model: a tiny Kontext; lora: an adapter that changes its pictures."""
+    import tiny_flux  # diffusers takes seconds to import, which the judges' tests need not
+    import torch
+    from diffusers import FluxKontextPipeline
+    from gedit_runs import save
+    from peft import LoraConfig
+
+    folder = tmp_path_factory.mktemp("gedit")
+    save(folder / "benchmark")
+    tiny_flux.save_tiny(folder / "model")
+    pipeline = FluxKontextPipeline.from_pretrained(folder / "model")
+    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
+    state = {k.replace(".default", ""): v for k, v in pipeline.transformer.state_dict().items() if "lora_" in k}
+    state = {key: torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) for key, value in state.items()}
+    pipeline.save_lora_weights(folder / "run" / "student", transformer_lora_layers=state)
+    return folder

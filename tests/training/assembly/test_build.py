@@ -166,7 +166,7 @@ def test_a_method_that_learns_from_pictures_needs_them(place, tmp_path):
     for capability in raw["capabilities"].values():
         capability["data"]["prepared"] = str(tmp_path / "cache" / "rows.jsonl")
     build_model(parse_config(raw))
-    config = parse_config({**raw, "method": "joint"})
+    config = parse_config({**raw, "method": "joint", "rollout": {}})
     said = "capabilities.one.data.prepared: the method learns from finished pictures, but 3 of its 3 rows have no"
     assert any(problem.startswith(said) for problem in dry_run(config, examine).problems)
     with pytest.raises(UserError) as error:

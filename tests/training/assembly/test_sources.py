@@ -23,7 +23,7 @@ from danceopd.planning.dry_run import dry_run
 from danceopd.planning.memory import nbytes
 from danceopd.planning.models import examine
 from danceopd.support.errors import UserError
-from danceopd.tools.model_report import measure_gaps
+from danceopd.tools.model_report import measure_errors
 from danceopd.training.assembly.build import build_model
 from danceopd.training.checkpoints import load_newest
 
@@ -533,7 +533,7 @@ def learn_and_resume(root, tmp_path, **options):
     runs = [tmp_path / "whole", tmp_path / "again"]
     configs = [config_of(root, **options, **{"training.output_dir": str(folder)}) for folder in runs]
     distill(configs[0])
-    _, gaps = measure_gaps(runs[0], configs[0])
+    _, gaps = measure_errors(runs[0], configs[0])
     before, after = (sum(gap[when] for gap in gaps.values()) for when in ("before", "after"))
     assert after < 0.9 * before
     (runs[1] / "checkpoints").mkdir(parents=True)

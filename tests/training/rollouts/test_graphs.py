@@ -23,10 +23,10 @@ from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import FullStudent, LoraStudent
 from danceopd.training.loop import Trainer
 from danceopd.training.rollouts import static as graphs
-from danceopd.training.rollouts.capture import GraphSafe, NotCapturable, constants
+from danceopd.training.rollouts.capture import GraphSafe, NotCapturable, _storage, constants
 from danceopd.training.rollouts.compiled import compile_blocks
 from danceopd.training.rollouts.kinds import always_guided
-from danceopd.training.rollouts.program import Program
+from danceopd.training.rollouts.program import BUCKETS, Program
 from danceopd.training.rollouts.static import StaticField
 from danceopd.world.build import build
 from danceopd.world.dit import DiT, DiTConfig
@@ -101,7 +101,7 @@ def test_states_are_those_of_the_plain_rollout(n, k, steps, solver, data):
     assert torch.equal(found, levels)
     taken = until.amax(1) - start
     assert field.spent["student"] == counter["student"] == ((1 + (c.guidance_scale != 1)) * taken).sum()
-    if n <= graphs.BUCKETS:
+    if n <= BUCKETS:
         assert not field.spent["padding"]
 
 
@@ -118,7 +118,7 @@ def test_no_step_whose_result_nobody_reads():
     field = StaticField(watched, watched)
     rollout(field, noise_of(n, 3, 2, 2), c, sigma_grid(16), until)
     under_way = [(until > i).sum().item() for i in range(12)]
-    assert all(m <= size < m + n / graphs.BUCKETS + 1 for m, size in zip(under_way, sizes, strict=True))
+    assert all(m <= size < m + n / BUCKETS + 1 for m, size in zip(under_way, sizes, strict=True))
     assert field.spent["padding"] == sum(sizes) - sum(under_way) > 0
     assert field.spent["student"] == until.sum()
 
@@ -334,9 +334,9 @@ def check_safe(models, family, lora, device):
                 program.step(2)
         assert len(made) == count
         kept = set(guard.before)
-        assert {graphs._storage(t) for t in (program.z, program.numbers, program.previous)} <= kept
+        assert {_storage(t) for t in (program.z, program.numbers, program.previous)} <= kept
         if family != "dit" or edits == (source is not None):  # it has weights for sources alone
-            assert {graphs._storage(p) for p in student.parameters()} <= kept
+            assert {_storage(p) for p in student.parameters()} <= kept
 
 
 # FLUX's own class and Qwen-Image's are those that edit too.
@@ -384,7 +384,7 @@ def test_what_a_graph_repeats_is_not_refused():
         y = x[index] @ x.where(x > 0, 0)
         y[:, 1:] += 1
         y.masked_fill_(y > 1, 0).index_copy_(0, index, y.clone())
-    assert set(guard.before) == {graphs._storage(x), graphs._storage(index)}
+    assert set(guard.before) == {_storage(x), _storage(index)}
 
 
 def test_host_data_becomes_a_tensor_once():
@@ -410,7 +410,7 @@ def test_a_run_of_static_steps_is_one_without(raw, method):
         trainer = Trainer(config, build(config))
         found[wanted] = [trainer.update() for _ in range(3)]
     for plain, static in zip(found[False], found[True], strict=True):
-        assert static["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+        assert static["loss"] == pytest.approx(plain["loss"], rel=1e-4, abs=1e-5)  # a policy loss on policy is 0
         assert static["network_evaluations"] - static["padding"] == plain["network_evaluations"]
         assert "padding" not in plain
 

@@ -1,4 +1,4 @@
-"""GEdit-Bench: its rows, edits by real pipelines in the official layout, the averages, and the command."""
+"""GEdit by one command: averages by hand, comparisons, and runs that are killed."""
 
 import base64
 import csv
@@ -16,245 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_flux
-import tiny_flux2
-import tiny_qwen_image
 import torch
-from diffusers import FluxKontextPipeline
+from gedit_runs import EDITING, SIZE
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import answer, good, send
-from peft import LoraConfig
 from PIL import Image
 
 from danceopd.cli.parser import main
 from danceopd.evaluation.compare import compare, read_run
-from danceopd.evaluation.gedit.benchmark import KINDS, PAPER_KINDS, Row, kinds_of, read_benchmark
-from danceopd.evaluation.gedit.draw import Editing, edit, edit_rows, picture_file, seed_of, size_of
+from danceopd.evaluation.gedit.benchmark import PAPER_KINDS, Row, read_benchmark
+from danceopd.evaluation.gedit.draw import picture_file
 from danceopd.evaluation.gedit.endpoint import KEY_VARIABLE, EndpointJudge
 from danceopd.evaluation.gedit.judge import Verdict
 from danceopd.evaluation.gedit.score import evaluate_gedit, summarize
-from danceopd.evaluation.pipelines import load_pipeline
-from danceopd.support.errors import UserError
-from danceopd.support.ranks import Ranks
-
-datasets = pytest.importorskip("datasets")
-
-SIZE, EDITING = 32, Editing(resolution=32, num_inference_steps=1)
-
-
-def columns(kinds=PAPER_KINDS, languages=("en", "cn")) -> dict:
-    """Rows of the benchmark's columns: one of each kind in each language, pictures of several shapes."""
-    rows = [(kind, language) for kind in kinds for language in languages]
-    rng = np.random.default_rng(0)
-    sizes = [(20 + 3 * i, 40 - 2 * i) for i in range(len(rows))]
-    pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-    return {
-        "key": [f"{i:04x}" for i in range(len(rows))],
-        "task_type": [kind for kind, _ in rows],
-        "instruction": [
-            ("make it red" if language == "en" else "变成红色") + f" {i}" for i, (_, language) in enumerate(rows)
-        ],
-        "instruction_language": [language for _, language in rows],
-        "input_image": pictures,
-        "input_image_raw": [picture.resize((picture.width * 2, picture.height * 2)) for picture in pictures],
-        "Intersection_exist": [i % 3 > 0 for i in range(len(rows))],
-    }
-
-
-def save(folder: Path, **changed) -> Path:
-    made = {name: column for name, column in {**columns(), **changed}.items() if column is not None}
-    datasets.Dataset.from_dict(made).save_to_disk(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """benchmark: GEdit-Bench's shape in small; model: a tiny Kontext; lora: an adapter that changes its pictures."""
-    folder = tmp_path_factory.mktemp("gedit")
-    save(folder / "benchmark")
-    tiny_flux.save_tiny(folder / "model")
-    pipeline = FluxKontextPipeline.from_pretrained(folder / "model")
-    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
-    state = {k.replace(".default", ""): v for k, v in pipeline.transformer.state_dict().items() if "lora_" in k}
-    state = {key: torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) for key, value in state.items()}
-    pipeline.save_lora_weights(folder / "run" / "student", transformer_lora_layers=state)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipeline(root):
-    return load_pipeline(root / "model")
-
-
-# ------------------------------------------------------------------------------------------------- the benchmark
-
-
-def test_rows_of_kinds_languages_and_the_subset(root):
-    rows = read_benchmark(root / "benchmark").rows
-    assert [(row.kind, row.language, row.key) for row in rows] == [
-        (kind, "en", f"{2 * i:04x}") for i, kind in enumerate(PAPER_KINDS)
-    ]
-    assert len(read_benchmark(root / "benchmark", ["subject-add"], ["en", "cn"]).rows) == 2
-    inside = read_benchmark(root / "benchmark", PAPER_KINDS[1:3], ["en"], "intersection")
-    assert [row.key for row in inside.rows] == ["0002", "0004"]
-    assert inside.rows[0].instruction == "make it red 2"
-
-
-def test_a_data_set_with_splits_and_a_folder_of_parquet_are_the_same(root, tmp_path):
-    data = datasets.load_from_disk(str(root / "benchmark"))
-    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "splits")
-    (tmp_path / "parquet" / "data").mkdir(parents=True)
-    data.select(range(5)).to_parquet(tmp_path / "parquet" / "data" / "train-0.parquet")
-    data.select(range(5, 12)).to_parquet(tmp_path / "parquet" / "data" / "train-1.parquet")
-    plain = read_benchmark(root / "benchmark")
-    for folder in (tmp_path / "splits", tmp_path / "parquet"):
-        other = read_benchmark(folder)
-        assert other.rows == plain.rows
-        for raw in (False, True):
-            assert np.array_equal(other.picture(other.rows[3], raw), plain.picture(plain.rows[3], raw))
-
-
-def test_kinds_are_known_by_either_spelling():
-    assert kinds_of(["paper"]) == PAPER_KINDS
-    assert kinds_of(["all"]) == KINDS
-    assert kinds_of(["color-alter", "subject_add", "color_alter"]) == ("color_alter", "subject-add")
-    with pytest.raises(UserError, match="no kind 'colour'"):
-        kinds_of(["colour"])
-
-
-@pytest.mark.parametrize(
-    ("changed", "match"),
-    [
-        ({"key": None, "input_image": None}, "lacks the columns key, input_image; it has"),
-        ({"task_type": ["subject-add"] * 11 + ["dancing"]}, "row 11 is of task_type 'dancing'"),
-        ({"instruction_language": ["en"] * 11 + ["fr"]}, "language 'fr'"),
-        ({"key": ["../../evil", *("abcdefghijk")]}, "'../../evil' of row 0 is no file's name"),
-        ({"key": ["a"] * 12, "task_type": ["subject-add"] * 12}, "two rows have the key a in subject-add/en"),
-        ({"task_type": ["subject-add"] * 12}, "has no rows of subject-replace, background_change"),
-        ({"input_image": ["no picture"] * 12}, "cannot be read|holds no pictures"),
-    ],
-)
-def test_a_data_set_of_no_use(tmp_path, changed, match):
-    folder = save(tmp_path / "set", **changed)
-    with pytest.raises(UserError, match=match):
-        read_benchmark(folder).picture(read_benchmark(folder).rows[0])
-
-
-def test_a_picture_that_is_damaged_names_its_row(tmp_path):
-    broken = datasets.Dataset.from_dict({**columns(), "input_image": [{"bytes": b"\x89PNG no", "path": None}] * 12})
-    broken.save_to_disk(tmp_path / "set")
-    benchmark = read_benchmark(tmp_path / "set")
-    with pytest.raises(UserError, match="input_image of 0002 cannot be read"):
-        benchmark.picture(benchmark.rows[1])
-
-
-def test_a_folder_of_no_use(tmp_path):
-    with pytest.raises(UserError, match="there is no folder"):
-        read_benchmark(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no data set of save_to_disk"):
-        read_benchmark(tmp_path)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(UserError, match="nor of parquet"):
-        read_benchmark(tmp_path)
-    with pytest.raises(UserError, match="no column Intersection_exist"):
-        read_benchmark(save(tmp_path / "set", Intersection_exist=None), subset="intersection")
-    assert read_benchmark(tmp_path / "set").rows[0].intersection is None
-
-
-# ------------------------------------------------------------------------------------------------- editing
-
-
-@given(st.integers(16, 4000), st.integers(16, 4000), st.sampled_from([16, 32]))
-def test_an_edit_has_the_shape_of_its_source(width, height, multiple):
-    high, wide = size_of(Image.new("L", (width, height)), 1024, multiple)
-    assert high % multiple == wide % multiple == 0
-    if 0.25 < width / height < 4:
-        assert wide / high == pytest.approx(width / height, rel=0.05)
-        assert wide * high == pytest.approx(1024 * 1024, rel=0.05)
-
-
-def test_seeds_are_of_the_row_and_the_seed_alone():
-    rows = [Row(key, kind, language, "", None, 0) for key in "ab" for kind in KINDS for language in ("en", "cn")]
-    seeds = [seed_of(row, seed) for row in rows for seed in (0, 1)]
-    assert len(set(seeds)) == len(seeds)
-    assert seed_of(Row("a", KINDS[0], "en", "other", True, 9), 0) == seeds[0]
-
-
-def test_edits_are_the_plain_pipelines_in_the_official_layout(root, pipeline, tmp_path):
-    benchmark = read_benchmark(root / "benchmark", PAPER_KINDS[:1], ("en", "cn"))
-    edit_rows(benchmark, benchmark.rows, tmp_path, pipeline, 16, EDITING)
-    written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert written == sorted(f"fullset/{row.kind}/{row.language}/{row.key}.png" for row in benchmark.rows)
-    row = benchmark.rows[1]
-    source = benchmark.picture(row)
-    height, width = size_of(source, SIZE, 16)
-    plain = FluxKontextPipeline.from_pretrained(root / "model")
-    expected = plain(
-        image=source.resize((width, height), Image.Resampling.LANCZOS),
-        prompt=row.instruction,
-        height=height,
-        width=width,
-        max_area=height * width,
-        _auto_resize=False,
-        num_inference_steps=1,
-        generator=torch.Generator().manual_seed(seed_of(row, 0)),
-    ).images[0]
-    assert expected.size == (width, height)
-    assert np.array_equal(Image.open(picture_file(tmp_path, row)), expected)
-
-
-def test_a_stopped_run_goes_on_and_any_number_of_ranks_draws_the_same(root, pipeline, tmp_path):
-    benchmark = read_benchmark(root / "benchmark", PAPER_KINDS[:4])
-    edit_rows(benchmark, benchmark.rows, tmp_path / "one", pipeline, 16, EDITING)
-    for rank in (2, 0, 1):  # in any order
-        own = [benchmark.rows[i] for i in Ranks(rank, 3).slots(len(benchmark.rows))]
-        edit_rows(benchmark, own, tmp_path / "three", pipeline, 16, EDITING)
-    bytes_of = {row: picture_file(tmp_path / "one", row).read_bytes() for row in benchmark.rows}
-    assert bytes_of == {row: picture_file(tmp_path / "three", row).read_bytes() for row in benchmark.rows}
-    assert len(set(bytes_of.values())) == len(bytes_of)
-    picture_file(tmp_path / "one", benchmark.rows[2]).unlink()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").rglob("*.png")}
-    edit_rows(benchmark, benchmark.rows, tmp_path / "one", pipeline, 16, EDITING)
-    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
-    assert picture_file(tmp_path / "one", benchmark.rows[2]).read_bytes() == bytes_of[benchmark.rows[2]]
-
-
-@pytest.mark.parametrize("family", ["klein", "qwen", "kontext"])
-def test_every_family_edits_and_takes_a_guidance_scale(family, root, tmp_path, monkeypatch):
-    if family == "klein":
-        model = tiny_flux2.save_tiny(tmp_path / "model")
-    elif family == "qwen":
-        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as module
-
-        monkeypatch.setattr(module, "VAE_IMAGE_SIZE", 64 * 64)  # of the references: its own constant, large for a CPU
-        monkeypatch.setattr(module, "CONDITION_IMAGE_SIZE", 64 * 64)
-        model = tiny_qwen_image.save_tiny(tmp_path / "model", edit=True)
-    else:
-        model = root / "model"
-    pipeline = load_pipeline(model)
-    source = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
-    drawn = [
-        np.asarray(edit(pipeline, source, "a red cup", (64, 96), 7, Editing(SIZE, 2, scale))) for scale in (1.5, 6)
-    ]
-    assert drawn[0].shape == (64, 96, 3)
-    assert not np.array_equal(drawn[0], drawn[1])
-    if family == "qwen":  # its noise levels, scaled to their released last one, do not exist for one step
-        with pytest.raises(UserError, match="no finite numbers"):
-            edit(pipeline, source, "a red cup", (64, 96), 7, Editing(SIZE, 1))
-
-
-def test_a_lora_is_as_the_plain_pipeline_loads_it(root):
-    source, args = Image.new("RGB", (32, 32), "green"), ("a cup", (32, 32), 3, EDITING)
-    with_lora = np.asarray(edit(load_pipeline(root / "model", root / "run" / "student"), source, *args))
-    plain = FluxKontextPipeline.from_pretrained(root / "model")
-    base = np.asarray(edit(plain, source, *args))
-    plain.load_lora_weights(root / "run" / "student")
-    assert np.array_equal(with_lora, np.asarray(edit(plain, source, *args)))
-    assert not np.array_equal(with_lora, base)
-
-
-# ------------------------------------------------------------------------------------------------- averages
 
 
 def test_averages_by_hand():
@@ -287,9 +62,6 @@ def test_averages_do_not_depend_on_the_order_and_each_kind_counts_once(marks, da
         assert one["fullset"]["average"][part] == pytest.approx(mean)
         assert two["fullset"]["average"][part] == pytest.approx(mean)
         assert 0 <= mean <= 10
-
-
-# ------------------------------------------------------------------------------------------------- the command
 
 
 @pytest.fixture

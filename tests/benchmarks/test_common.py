@@ -1,0 +1,90 @@
+"""The benchmarks' common method: turns, ratios round by round, phases, counts and files."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import common
+
+
+def test_quartiles_are_numpys_and_ratios_are_taken_round_by_round():
+    values = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6]
+    assert common.quartiles(values) == pytest.approx(np.percentile(values, [25, 50, 75]))
+    assert common.quartiles([2.0]) == (2.0, 2.0, 2.0)
+    # A machine twice as slow in the second round slows both: the ratio stays, where that of the medians would not be 3.
+    assert common.ratios([3.0, 6.0, 3.0], [1.0, 2.0, 1.0]) == pytest.approx((3.0, 3.0, 3.0))
+    row = common.row("b", [1.0, 2.0, 4.0], samples=8, over=("a", [4.0, 4.0, 4.0]))
+    assert row["milliseconds"] == pytest.approx([1500, 2000, 3000])
+    assert row["samples_per_second"] == 4.0
+    assert row["ratio"] == pytest.approx([1.5, 2.0, 3.0])
+
+
+def test_every_variant_is_called_in_each_round_and_each_round_begins_with_another():
+    called, prepared = [], []
+    variants = {name: lambda name=name: called.append(name) for name in "abc"}
+    times = common.interleaved(variants, rounds=3, warmup=0, prepare=prepared.append)
+    assert called == prepared == list("abcbcacab")
+    assert [len(times[name]) for name in "abc"] == [3, 3, 3]
+    called.clear()
+    times = common.interleaved({"a": lambda: called.append("a")}, rounds=2, warmup=1, least=60.0)
+    assert len(called) == 2 + 2 * 50  # warmed up, then the most repeats
+    assert len(times["a"]) == 2
+
+
+def test_phases_inside_others_are_taken_out_of_them():
+    class Work:
+        def outer(self):
+            clock[0] += 1.0
+            self.inner()
+            return "done"
+
+        def inner(self):
+            clock[0] += 5.0
+
+    clock = [0.0]
+    work, phases = Work(), common.Phases({"outer": [(Work, "outer")], "inner": [(Work, "inner")]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.time, "perf_counter", lambda: clock[0])
+        with phases, phases.phase("rest"):
+            clock[0] += 0.5
+            assert work.outer() == "done"
+        work.outer()  # no longer timed
+    assert dict(phases.seconds) == pytest.approx({"inner": 5.0, "outer": 1.0, "rest": 0.5})
+
+
+def test_counts_are_those_of_the_operations():
+    a = torch.randn(32, 64)
+    assert common.flops(lambda: a @ a.T) == 2 * 32 * 64 * 32
+    q = torch.randn(1, 2, 16, 8)
+    assert common.flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 4 * 2 * 16 * 16 * 8
+    if common.device().type == "cpu":
+        assert common.peak_bytes(lambda: (a + 1) + 1) == pytest.approx(2 * a.nbytes, abs=64)  # and two numbers
+    limit = {"flops_per_second": {"float32": 100.0}, "copy_bytes_per_second": 10.0}
+    assert common.share_of_roofline(limit, 4.0, flops=200) == 0.5
+    assert common.share_of_roofline(limit, 4.0, flops=200, moved=30) == 0.75  # bound by memory
+    assert common.share_of_roofline(limit, 4.0, flops=200, dtype="bfloat16") is None
+
+
+def test_what_a_benchmark_writes(tmp_path, capsys):
+    args = common.arguments(argparse.ArgumentParser()).parse_args(
+        ["--json", str(tmp_path / "new" / "a.json"), "--plot", str(tmp_path / "a.png")]
+    )
+    rows = [
+        common.row("plain", [2.0, 2.2], settings={"batch": 4}, over=("plain", [2.0, 2.2])),
+        common.row("ours", [1.0, 1.1], settings={"batch": 4}, over=("plain", [2.0, 2.2]), flops=2 * 10**9, waste=0.25),
+    ]
+    common.finish(common.result("trial", rows), args)
+    plain, ours = capsys.readouterr().out.splitlines()[-2:]
+    assert plain.index("1.00") == ours.index("2.00")  # aligned
+    assert ours.endswith("0.25")
+    written = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert written["benchmark"] == "trial"
+    assert written["measured"] is True
+    assert written["device"]["name"]
+    assert written["rows"] == json.loads(json.dumps(rows))
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        common.arguments(argparse.ArgumentParser()).parse_args(["--rounds", "0"])
