@@ -14,6 +14,9 @@ HEAD = """# The stable names
 What `import danceopd` gives; `make docs` writes this file from the docstrings. The examples take `import torch` and
 `from danceopd import *` for granted. B is the number of samples, N the number of steps. Latents, states and velocities
 are float tensors [B, ...], of whatever shape the fields take.
+
+In the signatures `Tensors` is a tensor, or a dict or tuple of tensors; `Generator` is a torch.Generator; `Config` is a
+checked configuration; `Matched` is a tuple (loss, error, velocity_norm, target_norm) of tensors [Q].
 """
 SECTION = re.compile(r"^(Args|Returns|Raises|Example):\n((?:    .*\n|\n)+)", re.MULTILINE)
 Definition = ast.FunctionDef | ast.ClassDef
