@@ -158,7 +158,7 @@ class Trainer:
     @torch.no_grad()
     def ask(self, batch: Batch) -> dict[str, Questions]:
         """Asks the method for its questions about the whole local batch, by who learns from them."""
-        self.at(f"the questions of step {self.step}")
+        self.at(f"the rollout of step {self.step}")
         questions = self.method(self.student, self.sources, batch, **self.provided(batch), **self.options)
         return questions if isinstance(questions, dict) else {"student": questions}
 
