@@ -236,13 +236,15 @@ class Trainer:
         return StaticField(field, ask, both, networks, capture=on_cuda, spent=self.spent, rows=self.rows)
 
     def _choose_rows(self) -> Rows:
-        """Chooses how many rows a forward without gradient takes."""
-        weights = [capability.weight for capability in self.config.capabilities.values()]
-        batch = draw_batch(self.parts.samples, weights, 1, 0, 0, guidance_scales(self.config)).to(self.device)
-        one = in_precision(self.config, self.device, self.engine.rolled)
+        """Chooses how many rows a forward without gradient takes, by one of each capability at the largest size."""
+        samples, one = self.parts.samples, in_precision(self.config, self.device, self.engine.rolled)
+        group = max(samples.groups, key=lambda g: sum(map(math.prod, (g.shape, *g.source_shapes))))
+        latents, sigma = torch.zeros(1, *group.shape, device=self.device), torch.ones(1, device=self.device)
 
         def ask_one():  # of no update, and so not counted
-            one(batch.noise, torch.ones(1, device=self.device), batch.conditioning)
+            for rows in group.data:
+                if len(rows):
+                    one(latents, sigma, samples.condition(rows, [0], [False]).to(self.device))
 
         # Gradients and the optimizer's two states come with the first update.
         reserved = 12 * sum(p.numel() for p in self.parts.student.parameters() if p.requires_grad)
