@@ -387,8 +387,8 @@ def train(
     """
     torch.manual_seed(config.training.seed)
     for key in ("rollout_on", "shard_sources") if settings is None else ():
-        if getattr(config.training, key) != "auto":
-            raise UserError(f"training.{key}: is for ZeRO; run with DeepSpeed, or leave it out")
+        if getattr(config.training, key) != "auto":  # a configuration for many cards may run on one
+            print(f"warning: training.{key} is for ZeRO, and changes nothing in one process")
     if (ranks.size > 1 and inspect.isclass(METHODS[config.method])) or (settings and "ema" in needs(config.method)):
         raise UserError(f"method: {config.method} runs in one process, without DeepSpeed")
     parts, first = agreed(ranks, build, config, ranks, settings), ranks.rank == 0
