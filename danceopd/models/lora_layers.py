@@ -36,7 +36,7 @@ class _Route:
 
 
 class _RoutedLinear(nn.Linear):
-    """The parameters of a Linear and the adapters of all teachers; the forward takes its samples' from the route."""
+    """The parameters of a Linear and the adapters of all sources; the forward takes its samples' from the route."""
 
     def __init__(self, name: str, linear: nn.Linear, adapters: Sequence[tuple], route: _Route):
         nn.Module.__init__(self)  # without new parameters
@@ -72,7 +72,7 @@ class _RoutedLinear(nn.Linear):
             if x.dim() < 2 or rest or copies not in (1, self.route.stacked):
                 raise ValueError(
                     f"{self.name}: the first axis of its input {list(x.shape)} is not the batch of {len(adapter)}, so "
-                    "its rows cannot be routed; ask each teacher alone (field), or leave this layer out of the LoRAs"
+                    "its rows cannot be routed; ask each source alone (field), or leave this layer out of the LoRAs"
                 )
             adapter = adapter if copies == 1 else adapter.repeat(copies)
             rows = x.reshape(len(x), -1, x.shape[-1])

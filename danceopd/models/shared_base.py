@@ -18,10 +18,10 @@ from danceopd.support.errors import UserError
 
 
 class SharedBase:
-    """LoRA teachers on one frozen transformer: shared(latents, sigma, conditioning, adapter) -> velocity.
+    """LoRA sources on one frozen transformer: shared(latents, sigma, conditioning, adapter) -> velocity.
 
-    One forward serves a batch whose samples ask different teachers. The transformer is changed in place: it is frozen,
-    and its layers that a LoRA targets, which keep their parameters, get the adapters of all teachers beside them, in
+    One forward serves a batch whose samples ask different sources. The transformer is changed in place: it is frozen,
+    and its layers that a LoRA targets, which keep their parameters, get the adapters of all sources beside them, in
     the weight's dtype. velocity: the backbone's; layers: more of them, for a LoraStudent. Raises UserError for a LoRA
     of another transformer.
     """
@@ -45,7 +45,7 @@ class SharedBase:
                 raise UserError(f"{type(transformer).__name__} has no layer {name}, which a LoRA changes") from None
             dtype = linear.dtype if isinstance(linear, Fp8Linear) else linear.weight.dtype
             like = {"dtype": dtype, "device": linear.weight.device}
-            # of rank 0 where a teacher leaves the layer as it is
+            # of rank 0 where a source leaves the layer as it is
             none = (torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0), 1.0)
             parts = [lora.get(name, none) for lora in loras]
             adapters = [(a.to(**like), b.to(**like), scale) for a, b, scale in parts]
@@ -72,7 +72,7 @@ class SharedBase:
         return copied
 
     def __call__(self, latents, sigma, conditioning: Conditioning, adapter: torch.Tensor) -> torch.Tensor:
-        """latents [B, ...], sigma [B], adapter [B] int64: the teacher of each sample, -1 for the base alone.
+        """latents [B, ...], sigma [B], adapter [B] int64: the source of each sample, -1 for the base alone.
 
         Where only some samples have source pictures, these and the others are two forwards. Raises ValueError for an
         adapter of another shape or dtype, on the CPU for one that is not there, and for a layer whose input's first
@@ -84,7 +84,7 @@ class SharedBase:
         return self._ask(latents, sigma, conditioning, adapter.to(latents.device), same=False)
 
     def field(self, m: int) -> Field:
-        """Teacher m alone, -1 for the base, as a field (latents, sigma, conditioning) -> velocity."""
+        """Source m alone, -1 for the base, as a field (latents, sigma, conditioning) -> velocity."""
         self._check(torch.tensor([m]))
 
         def velocity(latents, sigma, conditioning):
@@ -95,7 +95,7 @@ class SharedBase:
 
     def _check(self, adapter: torch.Tensor) -> None:
         if adapter.device.type == "cpu" and len(adapter) and not -1 <= adapter.min() <= adapter.max() < self.count:
-            raise ValueError(f"adapter must name one of {self.count} teachers, or -1 for the base, got {adapter}")
+            raise ValueError(f"adapter must name one of {self.count} sources, or -1 for the base, got {adapter}")
 
     def student(self, latents, sigma, conditioning: Conditioning, student: nn.Module) -> torch.Tensor:
         """The transformer with a student's adapter, differentiable in it."""

@@ -16,7 +16,7 @@ from torch import nn
 from danceopd.config.sections import Config
 from danceopd.support.optimizers import make_optimizers, set_learning_rate
 from danceopd.training.checkpoints import Checkpoint
-from danceopd.training.rollouts.replica import make_replica, places, rollout_precision
+from danceopd.training.rollouts.replica import destinations, make_replica, rollout_precision
 
 
 class Local:
@@ -103,9 +103,9 @@ class Local:
     @torch.no_grad()
     def _refresh(self) -> None:
         """Put the student's weights into the replica."""
-        found = {} if self.replica is None else places(self.replica)
-        for name, place in found.items():
-            place.put(self.student.get_parameter(name).to(place.dtype))
+        found = {} if self.replica is None else destinations(self.replica)
+        for name, destination in found.items():
+            destination.write(self.student.get_parameter(name).to(destination.dtype))
 
     def _states(self) -> Iterator[tuple[str, nn.Parameter, dict]]:
         """(name, parameter, its optimizer's state) of each parameter that has one."""

@@ -33,14 +33,14 @@ from danceopd.training.assembly.parts import Parts
 from danceopd.training.assembly.room import check_room
 from danceopd.training.checkpoints import Checkpoint, checkpoints, load_newest, save_state
 from danceopd.training.engine import Local
-from danceopd.training.gaps import Gaps
 from danceopd.training.health import Health
 from danceopd.training.previews import Previews
 from danceopd.training.progress import Progress
 from danceopd.training.resume import go_on, state_of
 from danceopd.training.rollouts.compiled import compile_blocks
-from danceopd.training.rollouts.kinds import always_guided
+from danceopd.training.rollouts.layouts import always_guided
 from danceopd.training.rollouts.static import StaticField
+from danceopd.training.running_errors import RunningErrors
 from danceopd.training.stopping import stop_requests
 from danceopd.training.trace import traced
 
@@ -77,7 +77,7 @@ class Trainer:
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.evaluations: Counter = Counter()  # of all ranks, up to the last update
         self.spent: Counter = Counter()  # of this rank, since then
-        self.gaps, self.health = Gaps(len(self.names), len(self.sigmas) - 1), Health(self.names, self.sigmas)
+        self.errors, self.health = RunningErrors(len(self.names), len(self.sigmas) - 1), Health(self.names, self.sigmas)
         method = METHODS[config.method]
         self.method = method(parts.student) if inspect.isclass(method) else method
         if settings is None:
@@ -120,7 +120,7 @@ class Trainer:
         self._check(seen)
         if updated:
             self.health.update(seen, norm)
-            self.gaps.update(seen)
+            self.errors.update(seen)
         self.skipped += not updated
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
         self.step += 1
@@ -142,7 +142,7 @@ class Trainer:
         weights, dropout = [c.weight for c in capabilities], [c.prompt_dropout for c in capabilities]
         return draw_batch(
             self.parts.samples,
-            self.gaps.route_weights(weights) if self.config.route == "adaptive" else weights,
+            self.errors.route_weights(weights) if self.config.route == "adaptive" else weights,
             training.batch_size,
             training.seed,
             self.step,
@@ -187,7 +187,7 @@ class Trainer:
             "solver": lambda: rollout.solver,
             "bias": lambda: query.bias,
             "k": lambda: query.k,
-            "gap": self.gaps.query_weights,
+            "gap": self.errors.query_weights,
             "progress": self.progress,
             "clean": lambda: batch.clean,
             "ema": lambda: self._asked(self.engine.ema.module, "ema"),

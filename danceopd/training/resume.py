@@ -42,7 +42,7 @@ def state_of(trainer) -> dict:
         "step": trainer.step,
         "engine": trainer.engine.rest(),
         "health": trainer.health.state_dict(),
-        "gaps": trainer.gaps.state_dict(),
+        "errors": trainer.errors.state_dict(),
         "method": trainer.method.state_dict() if inspect.isclass(METHODS[trainer.config.method]) else {},
         "evaluations": dict(trainer.evaluations),
         "seconds": trainer.seconds,
@@ -63,7 +63,7 @@ def go_on(trainer, checkpoint: Checkpoint) -> None:
         )
     trainer.engine.load(checkpoint)
     trainer.health.load_state_dict(state["health"])
-    trainer.gaps.load_state_dict(state["gaps"])
+    trainer.errors.load_state_dict(state["errors"])
     if state["method"]:
         trainer.method.load_state_dict(state["method"])
     trainer.evaluations.update(state["evaluations"])

@@ -9,7 +9,7 @@ from danceopd.core.conditioning import Conditioning
 from danceopd.core.fields import Field
 from danceopd.core.solver import extrapolate
 from danceopd.training.rollouts.capture import GraphSafe, NotCapturable, constants
-from danceopd.training.rollouts.kinds import _flat
+from danceopd.training.rollouts.layouts import _flat
 
 # Sizes of a batch, in equal steps. Under low_t with 16 or 8 indices the padding is none of the evaluations up to 16
 # samples, 1.6 % at 32, 2.4 % at 64; eight sizes would be 2.8, 4.3 and 5.1 %, powers of two 11, 12 and 13 %.
@@ -17,7 +17,7 @@ BUCKETS = 16
 
 
 class Program:
-    """The static step of one kind and shape of samples, of up to `capacity` of them, and its graphs by their number.
+    """The static step of one layout and shape of samples, of up to `capacity` of them, and its graphs by their number.
 
     Buffers: latents z [capacity, ...] float32; numbers [3, capacity] float32, the rows sigma, next sigma and half the
     ratio of the step to the one before (ab2; 0 in a trajectory's first); active [capacity] bool; conditioning;

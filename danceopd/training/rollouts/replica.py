@@ -11,11 +11,11 @@ from danceopd.models.fp8 import Fp8Linear, to_fp8
 from danceopd.models.twins import twin
 
 
-class Place(NamedTuple):
+class Destination(NamedTuple):
     """Where a parameter's value goes: put(value), which comes in dtype."""
 
     dtype: torch.dtype
-    put: Callable[[torch.Tensor], object]
+    write: Callable[[torch.Tensor], object]
 
 
 def rollout_precision(config: Config) -> str | None:
@@ -32,7 +32,7 @@ def multiplies_in_bf16(config: Config) -> bool:
 
 
 def make_replica(student: nn.Module, device: torch.device, config: Config) -> nn.Module:
-    """A copy to be filled through `places`, whose addresses stay.
+    """A copy to be filled through `destinations`, whose addresses stay.
 
     student: whose values are not read, but those of the frozen base under an adapter. In the student's own precision
     the weights that autocast casts to bfloat16 are stored so. rollout_precision: bf16 stores the same ones and makes
@@ -54,12 +54,12 @@ def make_replica(student: nn.Module, device: torch.device, config: Config) -> nn
     return copied
 
 
-def places(network: nn.Module) -> dict[str, Place]:
+def destinations(network: nn.Module) -> dict[str, Destination]:
     """The place of each parameter by its name."""
-    found = {name: Place(p.dtype, p.copy_) for name, p in network.named_parameters()}
+    found = {name: Destination(p.dtype, p.copy_) for name, p in network.named_parameters()}
     for name, module in network.named_modules():
         if isinstance(module, Fp8Linear):
-            found[f"{name}.weight"] = Place(module.dtype, module.fill)
+            found[f"{name}.weight"] = Destination(module.dtype, module.fill)
     return found
 
 

@@ -2,7 +2,7 @@
 
 A step evaluates the field and moves the latents in place. Noise levels and the mask of active samples are read on the
 device, and what a field would look up there is settled on the host before the first step: samples with and without
-source pictures, guided or not, with prompts of other lengths, go apart, each kind through all of its steps. As samples
+source pictures, guided or not, with prompts of other lengths, go apart, a layout through all its steps. As samples
 leave, a step shrinks to one of `BUCKETS` sizes; rows up to that size are of samples that have left, and are counted as
 padding. On the CPU the same steps run without graphs.
 """
@@ -21,10 +21,10 @@ from danceopd.core.solver import half_ratio
 from danceopd.models.packing import TOKENS
 from danceopd.training.asking import Rows
 from danceopd.training.rollouts.capture import NotCapturable
-from danceopd.training.rollouts.kinds import Kind, _device, _filled, _flat, _lengths, _of_kind, _tokens
+from danceopd.training.rollouts.layouts import Layout, _device, _filled, _flat, _in_layout, _lengths, _tokens
 from danceopd.training.rollouts.program import Program
 
-PROGRAMS = 32  # kinds and shapes of samples whose buffers and graphs are kept, the least recently used goes first
+PROGRAMS = 32  # layouts and shapes of samples whose buffers and graphs are kept, the least recently used goes first
 
 
 class StaticField:
@@ -88,16 +88,16 @@ class StaticField:
         sigmas = sigmas.to(noise.device)
         states = noise.float()[:, None].repeat(1, until.shape[1], *(1,) * (noise.dim() - 1))
         try:
-            for kind, rows in self._kinds(conditioning, lengths):
+            for layout, rows in self._layouts(conditioning, lengths):
                 rows = rows[steps[rows].argsort(descending=True, stable=True)]
                 capacity = min(self.rows.rows, len(noise))
                 rows = rows[steps[rows] > 0]
                 for own in rows.split(capacity) if len(rows) else ():
-                    there, guided = own.to(noise.device), kind.guided
-                    part = _of_kind(conditioning[there], kind)
+                    there, guided = own.to(noise.device), layout.guided
+                    part = _in_layout(conditioning[there], layout)
                     program = self._program(noise[there], part, guided, capacity, solver)
                     spent += self._integrate(program, sigmas, start[own], until[own], states, there, 1 + guided)
-                    tokens += _tokens(noise, part, kind, steps[own], lengths[own])
+                    tokens += _tokens(noise, part, layout, steps[own], lengths[own])
         except torch.OutOfMemoryError as error:
             self.programs.clear()
             self.rows.halve(capacity, error)
@@ -137,10 +137,11 @@ class StaticField:
     def fixed(self, conditioning: Conditioning) -> Field:
         """The velocity of these samples without gradient: a field that its caller gives no other conditioning."""
         lengths = _lengths(conditioning)
-        kinds = [
-            (kind, lengths[own], own.to(_device(conditioning))) for kind, own in self._kinds(conditioning, lengths)
+        layouts = [
+            (layout, lengths[own], own.to(_device(conditioning)))
+            for layout, own in self._layouts(conditioning, lengths)
         ]
-        parts = [_of_kind(conditioning[own], kind) for kind, _, own in kinds]
+        parts = [_in_layout(conditioning[own], layout) for layout, _, own in layouts]
         programs: list[Program] = []
 
         def velocity(latents, sigma, _):
@@ -148,8 +149,8 @@ class StaticField:
                 return self.field(latents, sigma, conditioning)
             result, spent, tokens = torch.empty_like(latents), Counter(), Counter()
             try:
-                for i, (kind, length, own) in enumerate(kinds):
-                    guided = kind.guided
+                for i, (layout, length, own) in enumerate(layouts):
+                    guided = layout.guided
                     if i == len(programs):
                         programs.append(self._program(latents[own], parts[i], guided, len(latents), None))
                     program, n = programs[i], len(own)
@@ -160,7 +161,7 @@ class StaticField:
                     result[own] = program.velocity[:n].to(result.dtype)
                     spent[self.name] += (1 + guided) * n
                     spent["padding"] += (1 + guided) * (size - n)
-                    tokens += _tokens(latents, parts[i], kind, torch.ones(n, dtype=torch.int64), length)
+                    tokens += _tokens(latents, parts[i], layout, torch.ones(n, dtype=torch.int64), length)
             except NotCapturable as error:
                 self._give_up(error)
                 return self.field(latents, sigma, conditioning)
@@ -170,16 +171,21 @@ class StaticField:
 
         return velocity
 
-    def _kinds(self, conditioning: Conditioning, lengths: torch.Tensor) -> list[tuple["Kind", torch.Tensor]]:
-        """(each kind there is, the numbers of its samples on the CPU)."""
+    def _layouts(self, conditioning: Conditioning, lengths: torch.Tensor) -> list[tuple[Layout, torch.Tensor]]:
+        """(each layout there is, the numbers of its samples on the CPU)."""
         n = len(conditioning)
         sourced, guided = conditioning.sourced(), torch.zeros(n, dtype=torch.bool)
         has = conditioning.has_source.cpu() if sourced is None else torch.full((n,), sourced)
         if self.both is not None:
             guided = conditioning.guidance_scale.cpu() != 1
-        kinds = [Kind(*kind) for kind in zip(has.tolist(), guided.tolist(), _filled(lengths).tolist(), strict=True)]
-        places = {kind: torch.tensor([i for i, own in enumerate(kinds) if own == kind]) for kind in sorted(set(kinds))}
-        return list(places.items())
+        layouts = [
+            Layout(*layout) for layout in zip(has.tolist(), guided.tolist(), _filled(lengths).tolist(), strict=True)
+        ]
+        samples = {
+            layout: torch.tensor([i for i, own in enumerate(layouts) if own == layout])
+            for layout in sorted(set(layouts))
+        }
+        return list(samples.items())
 
     def _program(self, z, conditioning, guided: bool, capacity: int, solver: str | None) -> Program:
         """The program of such samples, filled with these."""

@@ -22,15 +22,15 @@ from danceopd.support.optimizers import make_optimizers
 from danceopd.support.ranks import Ranks
 from danceopd.training.checkpoints import Checkpoint, bounds
 from danceopd.training.rollouts.replica import (
-    Place,
+    Destination,
     bytes_beside,
+    destinations,
     make_replica,
     multiplied,
     multiplies_in_bf16,
-    places,
     rollout_precision,
 )
-from danceopd.training.zero.lockstep import QUERY, ROLLOUT, Asked, Lockstep
+from danceopd.training.zero.lockstep import QUERY, ROLLOUT, Inputs, Lockstep
 
 STATES = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -70,7 +70,7 @@ class Zero:
             "steps_per_print": 2**31,
         }
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=_Asked(student.train()), optimizer=optimizer, config={**settings, **fixed}
+            model=_SeveralBatches(student.train()), optimizer=optimizer, config={**settings, **fixed}
         )
         if self.stage in (1, 2):
             self.optimizer.check_grad_overflow = True  # skip what is not finite, as stage 3 does
@@ -105,7 +105,7 @@ class Zero:
             return self.lockstep.ask(ROLLOUT, latents, sigma, conditioning)
         return self._ask([(latents, sigma, conditioning)])[0]
 
-    def _ask(self, asked: Sequence[Asked]) -> Sequence[torch.Tensor]:
+    def _ask(self, asked: Sequence[Inputs]) -> Sequence[torch.Tensor]:
         return self.engine(*(value for one in asked for value in one))
 
     def finish(self) -> None:
@@ -288,7 +288,7 @@ class Zero:
     def _hold(self, values: dict[str, torch.Tensor] | None) -> None:
         """Put values in the student's place: what each rank holds, flat and without padding too; None: the average."""
         if values is None:
-            self._fill(places(self.network), self.ema.get)
+            self._fill(destinations(self.network), self.ema.get)
             return
         for name, p in self.parameters.items():
             held = self._held(p)
@@ -299,15 +299,15 @@ class Zero:
     def _refresh(self, part: Callable[[str], torch.Tensor]) -> None:
         """Gather every rank's part of each parameter into the replica."""
         if self.replica is not None:
-            self._fill(places(self.replica), part)
+            self._fill(destinations(self.replica), part)
 
     @torch.no_grad()
-    def _fill(self, targets: dict[str, Place], part: Callable[[str], torch.Tensor]) -> None:
+    def _fill(self, targets: dict[str, Destination], part: Callable[[str], torch.Tensor]) -> None:
         """Gather every rank's part of each parameter into the place of its name."""
         for names in _bundles(targets, self.shapes):
             self._gather(names, part, targets)
 
-    def _gather(self, names: list[str], part: Callable[[str], torch.Tensor], targets: dict[str, Place]) -> None:
+    def _gather(self, names: list[str], part: Callable[[str], torch.Tensor], targets: dict[str, Destination]) -> None:
         """One collective for some parameters of one dtype."""
         size = self.ranks.size
         widths = [-(-self.shapes[name].numel() // size) for name in names]
@@ -322,10 +322,10 @@ class Zero:
             everyone[0] = mine
         for columns, name in zip(everyone.split(widths, dim=1), names, strict=True):
             shape = self.shapes[name]
-            targets[name].put(columns.flatten()[: shape.numel()].view(shape))
+            targets[name].write(columns.flatten()[: shape.numel()].view(shape))
 
 
-class _Asked(nn.Module):
+class _SeveralBatches(nn.Module):
     """A student asked for several batches in one forward: DeepSpeed wants one of them for each backward."""
 
     def __init__(self, student: nn.Module):
@@ -336,11 +336,11 @@ class _Asked(nn.Module):
         return tuple(self.student(*asked[i : i + 3]) for i in range(0, len(asked), 3))
 
 
-def _bundles(targets: dict[str, Place], shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
+def _bundles(targets: dict[str, Destination], shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
     """Names in runs of one dtype with at most GATHERED entries, but at least one name."""
     names: list[str] = []
-    for name, place in targets.items():
-        same = not names or targets[names[0]].dtype == place.dtype
+    for name, destination in targets.items():
+        same = not names or targets[names[0]].dtype == destination.dtype
         if names and not (same and sum(shapes[n].numel() for n in [*names, name]) <= GATHERED):
             yield names
             names = []

@@ -9,9 +9,9 @@ from danceopd.core.conditioning import Conditioning
 from danceopd.models.packing import whole_batches
 from danceopd.support.ranks import Ranks, device_of_collectives
 
-Asked = tuple[torch.Tensor, torch.Tensor, Conditioning]  # latents, sigma, conditioning, as a field takes them
+Inputs = tuple[torch.Tensor, torch.Tensor, Conditioning]  # latents, sigma, conditioning, as a field takes them
 
-Network = Callable[[Sequence[Asked]], Sequence[torch.Tensor]]  # each velocity, in one forward of the whole
+Network = Callable[[Sequence[Inputs]], Sequence[torch.Tensor]]  # each velocity, in one forward of the whole
 
 # In this order: who has ended its rollout helps the others with theirs before anybody asks a source. The query with
 # gradient comes when nobody asks anything else, so that all make it, and its backward, at once.
@@ -30,13 +30,13 @@ class Lockstep:
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.networks: dict[int, Network] = {}
-        self._examples: dict[tuple[int, bool], Asked] = {}  # of one sample, by network and whether it has sources
+        self._examples: dict[tuple[int, bool], Inputs] = {}  # of one sample, by network and whether it has sources
 
     def add(self, network: Network, number: int | None = None) -> int:
         """The number of a network; the next source's if none is given. All ranks add the same."""
         number = next(n for n in SOURCES if n not in self.networks) if number is None else number
 
-        def whole(asked: Sequence[Asked]) -> Sequence[torch.Tensor]:
+        def whole(asked: Sequence[Inputs]) -> Sequence[torch.Tensor]:
             with whole_batches():  # lengths are each rank's own
                 return network(asked)
 
@@ -118,7 +118,7 @@ def _bit(network: int, kind: bool) -> int:
     return 2 * network + kind
 
 
-def _by_kind(latents, sigma, conditioning: Conditioning) -> dict[bool, tuple[torch.Tensor | None, Asked]]:
+def _by_kind(latents, sigma, conditioning: Conditioning) -> dict[bool, tuple[torch.Tensor | None, Inputs]]:
     """{whether they have source pictures: (their rows, None for all; the samples)}."""
     sourced, has = conditioning.sourced(), conditioning.has_source
     if sourced is not None:

@@ -17,7 +17,7 @@ from danceopd.models.packing import picture_tokens
 TEXT = 32
 
 
-class Kind(NamedTuple):
+class Layout(NamedTuple):
     """Of samples that share a step: whether they have source pictures and are guided, tokens of their prompts or 0."""
 
     sourced: bool
@@ -35,15 +35,15 @@ def _device(conditioning: Conditioning) -> torch.device:
     return tree_leaves(conditioning.prompt)[0].device
 
 
-def _of_kind(conditioning: Conditioning, kind: Kind) -> Conditioning:
-    """The same samples, all of one kind, with nothing that the kind does not read."""
-    empty = conditioning.empty_prompt if kind.guided else None
+def _in_layout(conditioning: Conditioning, layout: Layout) -> Conditioning:
+    """The same samples, all of one layout, with nothing that the layout does not read."""
+    empty = conditioning.empty_prompt if layout.guided else None
     return replace(
         conditioning,
-        prompt=_kept(conditioning.prompt, kind.length),
-        source=conditioning.source if kind.sourced else None,
+        prompt=_kept(conditioning.prompt, layout.length),
+        source=conditioning.source if layout.sourced else None,
         has_source=None,
-        guidance_scale=conditioning.guidance_scale if kind.guided else None,
+        guidance_scale=conditioning.guidance_scale if layout.guided else None,
         empty_prompt=None if empty is None else _kept(empty),
     )
 
@@ -74,13 +74,13 @@ def _kept(prompt: Tensors, length: int = 0) -> Tensors:
     return filled
 
 
-def _tokens(latents, part: Conditioning, kind: Kind, steps: torch.Tensor, lengths: torch.Tensor) -> Counter:
-    """What is computed of samples of a kind in so many steps each, as packing.TOKENS; of prompts, not empty."""
-    if not kind.length:
+def _tokens(latents, part: Conditioning, layout: Layout, steps: torch.Tensor, lengths: torch.Tensor) -> Counter:
+    """What is computed of samples of a layout in so many steps each, as packing.TOKENS; of prompts, not empty."""
+    if not layout.length:
         return Counter()
     sources = part.source if isinstance(part.source, tuple) else () if part.source is None else (part.source,)
-    computed = int(steps.sum()) * (picture_tokens(latents, sources) + kind.length)
-    return Counter(computed=computed, padding=int((steps * (kind.length - lengths)).sum()))
+    computed = int(steps.sum()) * (picture_tokens(latents, sources) + layout.length)
+    return Counter(computed=computed, padding=int((steps * (layout.length - lengths)).sum()))
 
 
 def always_guided(field: Field, empty_prompt: Tensors, combine: Callable | None = None) -> Field:

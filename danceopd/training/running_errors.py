@@ -9,7 +9,7 @@ MOMENTUM = 0.95
 LIMIT = 3.0  # an adaptive route's weight stays within this factor of the configuration's
 
 
-class Gaps:
+class RunningErrors:
     """Running mean squared velocity error of each capability [M] and at each trajectory index [N]; 0 is unseen."""
 
     def __init__(self, capabilities: int, num_inference_steps: int):
