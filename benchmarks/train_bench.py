@@ -355,7 +355,7 @@ def twin(ours: Trainer) -> Trainer:
     made = copy.copy(ours)
     made.parts = replace(ours.parts, student=copy.deepcopy(ours.parts.student))
     made.engine = Local(made.parts.student, made.config)
-    made.health, made.errors = copy.deepcopy((ours.health, ours.errors))
+    made.health, made.gaps = copy.deepcopy((ours.health, ours.gaps))
     made.static = made._static_field()
     return made
 

@@ -41,6 +41,9 @@ def check_machine(config: Config, attempt: Callable) -> torch.device | None:
 def check_folder(folder: Path) -> None:
     """Makes the folder of a run and writes a file into it, so that a run fails now and not after an hour.
 
+    Args:
+        folder: The run's training.output_dir.
+
     Raises:
         UserError: The folder cannot be made or written.
     """

@@ -18,7 +18,13 @@ TEXT = 32
 
 
 class Layout(NamedTuple):
-    """Of samples that share a step: whether they have source pictures and are guided, tokens of their prompts or 0."""
+    """Tells what samples that share a static step have in common.
+
+    Attributes:
+        sourced: Whether they have source pictures.
+        guided: Whether they are guided.
+        length: Tokens of their prompts, filled up; 0 where prompts have no mask.
+    """
 
     sourced: bool
     guided: bool
@@ -26,17 +32,18 @@ class Layout(NamedTuple):
 
 
 def _flat(conditioning: Conditioning) -> tuple[list[torch.Tensor], TreeSpec]:
-    """Its tensors and their names."""
+    """Takes the tensors apart from their names."""
     values = {field.name: getattr(conditioning, field.name) for field in fields(Conditioning)}
     return tree_flatten({name: value for name, value in values.items() if value is not None})
 
 
 def _device(conditioning: Conditioning) -> torch.device:
+    """Returns the device of the prompts."""
     return tree_leaves(conditioning.prompt)[0].device
 
 
 def _in_layout(conditioning: Conditioning, layout: Layout) -> Conditioning:
-    """The same samples, all of one layout, with nothing that the layout does not read."""
+    """Gives the samples, all of one layout, without anything that the layout does not read."""
     empty = conditioning.empty_prompt if layout.guided else None
     return replace(
         conditioning,
@@ -49,7 +56,7 @@ def _in_layout(conditioning: Conditioning, layout: Layout) -> Conditioning:
 
 
 def _lengths(conditioning: Conditioning) -> torch.Tensor:
-    """[B] int64 on the CPU: tokens of each prompt that has a mask, else 0. Waits for the device."""
+    """Counts the tokens of each prompt that has a mask, else 0: [B] int64 on the CPU. It waits for the device."""
     prompt = conditioning.prompt
     if _has_lengths(prompt):
         return prompt["prompt_mask"].sum(1).cpu()
@@ -57,16 +64,17 @@ def _lengths(conditioning: Conditioning) -> torch.Tensor:
 
 
 def _has_lengths(prompt: Tensors) -> bool:
-    """Not of prompts in parts, each of which Z-Image's transformer fills up by itself."""
+    """Tells whether prompts have a mask; not those in parts, which Z-Image's transformer fills up by itself."""
     return isinstance(prompt, dict) and "prompt_mask" in prompt and "prompt_parts" not in prompt
 
 
 def _filled(length):
+    """Rounds a length up to a multiple of TEXT."""
     return -(-length // TEXT) * TEXT
 
 
 def _kept(prompt: Tensors, length: int = 0) -> Tensors:
-    """A prompt that has a mask, cut or filled up to `length` (0: to a multiple of TEXT), which it is to keep."""
+    """Cuts or fills up a prompt that has a mask to `length` (0: to a multiple of TEXT), which it is to keep."""
     if not _has_lengths(prompt):
         return prompt
     filled = with_length(prompt, length or _filled(prompt["prompt_mask"].shape[1]))
@@ -75,7 +83,7 @@ def _kept(prompt: Tensors, length: int = 0) -> Tensors:
 
 
 def _tokens(latents, part: Conditioning, layout: Layout, steps: torch.Tensor, lengths: torch.Tensor) -> Counter:
-    """What is computed of samples of a layout in so many steps each, as packing.TOKENS; of prompts, not empty."""
+    """Counts the tokens computed for samples in so many steps each, as packing.TOKENS; not of empty prompts."""
     if not layout.length:
         return Counter()
     sources = part.source if isinstance(part.source, tuple) else () if part.source is None else (part.source,)
@@ -84,6 +92,15 @@ def _tokens(latents, part: Conditioning, layout: Layout, steps: torch.Tensor, le
 
 
 def always_guided(field: Field, empty_prompt: Tensors, combine: Callable | None = None) -> Field:
-    """danceopd.core.fields.guided for a step of samples that are all guided: nothing is read on the device."""
+    """Guides a field as danceopd.core.fields.guided does, for a step of samples that are all guided.
+
+    Args:
+        field: The field to guide.
+        empty_prompt: One sample's empty prompt.
+        combine: A model family's own combination.
+
+    Returns:
+        The guided field, which reads nothing on the device.
+    """
     kept = _kept(tree_map(lambda value: value[None], empty_prompt))
     return guided(field, tree_map(lambda value: value[0], kept), combine=combine, every=True)
