@@ -10,7 +10,7 @@ from danceopd.config.sections import Config
 from danceopd.core.watch import Watched
 from danceopd.support.errors import UserError
 
-RATIO_LIMITS = (0.8, 1.25)  # of a norm to what it is held against
+RATIO_LIMITS = (0.8, 1.25)  # a norm over what it is held against
 
 MOMENTUM = 0.9
 

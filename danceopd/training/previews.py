@@ -20,8 +20,8 @@ from danceopd.training.asking import as_student, guidance_scales
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.rows import Rows, in_parts
 
-PREVIEW_SAMPLES, MODEL_SAMPLES = 8, 4  # of each capability in a sample grid: of the embedded network, of a model
-STREAM = 2  # of the randomness of a step: none that an update draws from
+PREVIEW_SAMPLES, MODEL_SAMPLES = 8, 4  # of each capability: the embedded network's grid, a model's
+STREAM = 2  # of a step's randomness, which no update draws from
 
 
 class Previews:

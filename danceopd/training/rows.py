@@ -8,7 +8,7 @@ from danceopd.core.fields import Field
 from danceopd.models.footprint import forward_bytes
 from danceopd.support.memory import format_bytes, free_bytes
 
-SHARE = 0.8  # of the memory that is free, which forwards without gradient may take
+SHARE = 0.8  # the part of the free memory that forwards without gradient may take
 
 
 class Rows:

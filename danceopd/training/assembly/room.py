@@ -49,7 +49,7 @@ def check_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # of a name that no other rank has
+        with tempfile.TemporaryFile(dir=folder):  # under a name that no other rank has
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another output_dir") from None

@@ -32,7 +32,7 @@ class Program:
     """
 
     def __init__(self, field: Field, z: torch.Tensor, conditioning: Conditioning, capacity: int, solver: str | None):
-        def room(value: torch.Tensor) -> torch.Tensor:  # of real samples, such that padding computes nothing strange
+        def room(value: torch.Tensor) -> torch.Tensor:  # filled with real samples, so padding computes nothing strange
             return value[:1].repeat(capacity, *(1,) * (value.dim() - 1))
 
         self.field, self.capacity, self.solver = field, capacity, solver

@@ -13,8 +13,8 @@ Inputs = tuple[torch.Tensor, torch.Tensor, Conditioning]  # latents, sigma, cond
 
 Network = Callable[[Sequence[Inputs]], Sequence[torch.Tensor]]  # each velocity, in one forward of the whole
 
-# In this order: who has ended its rollout helps the others with theirs before anybody asks a source. The query with
-# gradient comes when nobody asks anything else, so that all make it, and its backward, at once.
+# The lowest goes first: who has ended its rollout helps the others with theirs before anybody asks a source. The query
+# with gradient comes when nobody asks anything else, so that all make it, and its backward, at once.
 ROLLOUT, SOURCES, QUERY, DONE = 0, range(1, 30), 30, 31
 
 
@@ -33,7 +33,7 @@ class Lockstep:
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.networks: dict[int, Network] = {}
-        self._examples: dict[tuple[int, bool], Inputs] = {}  # of one sample, by network and whether it has sources
+        self._examples: dict[tuple[int, bool], Inputs] = {}  # one sample by network and whether it has sources
 
     def add(self, network: Network, number: int | None = None) -> int:
         """Adds a network; all ranks add the same ones, in the same order.

@@ -71,7 +71,7 @@ def built(folder: Path, weights: Weights, dtype: torch.dtype, ranks: Ranks, sett
     if settings is not None:
         import deepspeed
 
-        # By the configuration: with Init's own dtype a device without float16 gets bfloat16, whatever is asked.
+        # The configuration gives the dtype: by Init's own argument a device without float16 gets bfloat16 in any case.
         zero = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": settings["zero_optimization"],
