@@ -13,8 +13,8 @@ from danceopd.core.conditioning import Conditioning, with_length
 
 FORWARD = 0.05  # what a forward more costs, as a share of a sample's tokens, and the most that may be padding
 
-# Counts the tokens of prompts and pictures that forwards computed where prompts have a mask, and those of them that were
-# padding. It counts for the whole process: who wants to know takes the difference.
+# Counts the tokens of prompts and pictures that forwards computed where prompts have a mask, and those of them that
+# were padding. It counts for the whole process: who wants to know takes the difference.
 TOKENS: Counter = Counter()
 
 _whole: ContextVar[bool] = ContextVar("whole", default=False)
