@@ -67,7 +67,7 @@ def _processor() -> str:
 
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
-    """Of one call, over `repeats` in a row: by events on a GPU, by the clock on a CPU."""
+    """Measures the seconds of one call, over `repeats` in a row: by events on a GPU, by the clock on a CPU."""
     synchronize()
     on_gpu, begin = device().type == "cuda", time.perf_counter()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []

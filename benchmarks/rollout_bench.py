@@ -36,7 +36,7 @@ from danceopd.core.sde import sde_rollout
 from danceopd.models.fp8 import to_fp8
 from danceopd.support.memory import keep_freed_memory
 from danceopd.training.rollouts.compiled import compile_blocks
-from danceopd.training.rollouts.kinds import always_guided
+from danceopd.training.rollouts.layouts import always_guided
 from danceopd.training.rollouts.static import StaticField
 
 STEPS, SHIFT = 16, 3.0

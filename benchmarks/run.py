@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import common
 
 ROOT = Path(__file__).parents[1]
-# By name: the module, what "all" gives it, and what "quick" does.
+# Each name has its module, the arguments of "all" and those of "quick".
 SUITE = {
     "rollout": ("rollout_bench", [], ["--rounds", "3", "--batch", "16", "--variants", "full", "depth", "depth+static"]),
     "rollout-guided": (

@@ -10,7 +10,14 @@ from torch.profiler import record_function
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A range around a block, or as a decorator around a function: in NVTX on CUDA, and in torch's profiler."""
+    """Puts a range around a block, or as a decorator around a function: in NVTX on CUDA, and in torch's profiler.
+
+    Args:
+        name: The name of the range.
+
+    Returns:
+        The context.
+    """
     with ExitStack() as ranges:
         if torch.cuda.is_initialized():
             ranges.enter_context(torch.cuda.nvtx.range(name))

@@ -29,7 +29,14 @@ NOT_IDENTITY = (
 
 
 def identity(config: Config) -> dict:
-    """Takes the part of a configuration that a resumed run must share."""
+    """Takes the part of a configuration that a resumed run must share.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        Its values, without what may change.
+    """
     values = config.to_dict()
     values.pop("evaluation")
     values["training"] = {k: v for k, v in values["training"].items() if k not in NOT_IDENTITY}
@@ -37,12 +44,19 @@ def identity(config: Config) -> dict:
 
 
 def state_of(trainer) -> dict:
-    """Collects what a checkpoint of a `Trainer` keeps beside the large tensors."""
+    """Collects what a checkpoint keeps beside the large tensors.
+
+    Args:
+        trainer: The run's `Trainer`.
+
+    Returns:
+        Small tensors and plain values.
+    """
     return {
         "step": trainer.step,
         "engine": trainer.engine.rest(),
         "health": trainer.health.state_dict(),
-        "gaps": trainer.gaps.state_dict(),
+        "errors": trainer.errors.state_dict(),
         "method": trainer.method.state_dict() if inspect.isclass(METHODS[trainer.config.method]) else {},
         "evaluations": dict(trainer.evaluations),
         "seconds": trainer.seconds,
@@ -52,7 +66,15 @@ def state_of(trainer) -> dict:
 
 
 def go_on(trainer, checkpoint: Checkpoint) -> None:
-    """Puts a checkpoint's state into a `Trainer`. Raises UserError for one of another configuration."""
+    """Puts a checkpoint's state into a `Trainer`.
+
+    Args:
+        trainer: The run's `Trainer`, before its first update.
+        checkpoint: The checkpoint.
+
+    Raises:
+        UserError: For a checkpoint of another configuration; it names the keys that differ.
+    """
     state, config = checkpoint.rest, trainer.config
     saved, ours = _given(state["identity"]), _given(identity(config))
     if saved != ours:
@@ -63,7 +85,7 @@ def go_on(trainer, checkpoint: Checkpoint) -> None:
         )
     trainer.engine.load(checkpoint)
     trainer.health.load_state_dict(state["health"])
-    trainer.gaps.load_state_dict(state["gaps"])
+    trainer.errors.load_state_dict(state["errors"])
     if state["method"]:
         trainer.method.load_state_dict(state["method"])
     trainer.evaluations.update(state["evaluations"])

@@ -8,9 +8,15 @@ import threading
 
 @contextlib.contextmanager
 def stop_requests(silent: bool = False):
-    """A list that gets an entry at the first Ctrl-C or TERM signal; the second Ctrl-C interrupts at once.
+    """Notes the first Ctrl-C or TERM signal; the second Ctrl-C interrupts at once.
 
     An update is never torn: a half-applied one would make the resumed run differ.
+
+    Args:
+        silent: Prints nothing, as all ranks but one.
+
+    Returns:
+        The context of a list that gets an entry, the signal's number, at each signal.
     """
     requests: list[int] = []
 
