@@ -32,6 +32,7 @@ SUITE = {
     "query": ("query_bench", [], ["--teachers", "4", "--rounds", "3"]),
     "train-world": ("train_bench", ["--world"], ["--world", "--rounds", "1", "--batch-size", "8"]),
     "train": ("train_bench", [], ["--only-ratio", "--rounds", "1", "--batch-size", "2"]),
+    "stream": ("stream_bench", [], ["--rounds", "1"]),
     "kernels": ("kernel_bench", [], ["--shape", "4", "16", "32", "32", "--dtypes", "float32", "--no-compile"]),
     "zero3": ("zero3_bench", [], ["--rounds", "1", "--width", "128", "--depth", "2"]),
 }

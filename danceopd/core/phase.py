@@ -1,11 +1,13 @@
 """Ranges around the parts of an update, for profilers."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch.autograd import profiler
 from torch.profiler import record_function
+
+recorders: list[Callable[[str], AbstractContextManager]] = []  # recorder(name) is entered around every phase
 
 
 @contextmanager
@@ -23,4 +25,6 @@ def phase(name: str) -> Iterator[None]:
             ranges.enter_context(torch.cuda.nvtx.range(name))
         if profiler._is_profiler_enabled:  # a range without one is 20 us for nothing
             ranges.enter_context(record_function(name))
+        for recorder in recorders:
+            ranges.enter_context(recorder(name))
         yield

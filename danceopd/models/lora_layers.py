@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 from danceopd_kernels import pack_adapters, routed_lora_linear
-from danceopd_kernels.lora import Adapters, frozen_linear
+from danceopd_kernels.lora import Adapters, frozen_linear, lora_linear
 from torch import nn
 
 from danceopd.models.eight_bit import as_multiplied
@@ -95,13 +95,7 @@ class _Factors(nn.Module):
         self.lora_A, self.lora_B, self.scale = nn.Parameter(a), nn.Parameter(b), scale
 
     def forward(self, x, weight, bias=None, weight_scale=None) -> torch.Tensor:
-        first = _constant((0, len(self.lora_A)), torch.int64, x.device)
-        scale = _constant((self.scale,), torch.float32, x.device)
-        adapters = Adapters(self.lora_A, self.lora_B.mT, first, scale, len(self.lora_A))
-        rows = x.reshape(1, -1, x.shape[-1])
-        everyone = _constant((0,), torch.int64, x.device)
-        out = routed_lora_linear(rows, weight, bias, adapters, everyone, weight_scale=weight_scale)
-        return out.reshape(*x.shape[:-1], len(weight))
+        return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, weight_scale)
 
 
 def _flat(name: str) -> str:
