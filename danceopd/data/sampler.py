@@ -69,6 +69,7 @@ class Samples:
         return rows.tolist()
 
 
+# Long: half of it says what the arguments are.
 def draw_batch(
     samples: Samples,
     weights: list[float],

@@ -1,5 +1,6 @@
 """How an update asks: the student as a field, with gradient and without."""
 
+import math
 from collections import Counter
 
 import torch
@@ -7,7 +8,6 @@ from torch import nn
 
 from danceopd.config.sections import Config
 from danceopd.core.fields import Field, guided
-from danceopd.data.sampler import draw_batch
 from danceopd.support.ranks import Ranks
 from danceopd.training.rollouts.layouts import always_guided
 from danceopd.training.rollouts.static import StaticField
@@ -90,7 +90,7 @@ def rolled_out(config: Config, parts, network: nn.Module | None, field: Field, r
 
 
 def rows_of_run(config: Config, parts, rolled: Field, ranks: Ranks) -> Rows:
-    """Chooses how many rows a run's forwards without gradient take; ``auto`` measures one of one sample.
+    """Chooses how many rows a run's forwards without gradient take; ``auto`` measures one of the largest size.
 
     Args:
         config: The run's.
@@ -101,12 +101,14 @@ def rows_of_run(config: Config, parts, rolled: Field, ranks: Ranks) -> Rows:
     Returns:
         The rows to begin with.
     """
-    weights = [capability.weight for capability in config.capabilities.values()]
-    batch = draw_batch(parts.samples, weights, 1, 0, 0, guidance_scales(config)).to(parts.device)
-    one = in_precision(config, parts.device, rolled)
+    samples, one = parts.samples, in_precision(config, parts.device, rolled)
+    group = max(samples.groups, key=lambda g: sum(map(math.prod, (g.shape, *g.source_shapes))))
+    latents, sigma = torch.zeros(1, *group.shape, device=parts.device), torch.ones(1, device=parts.device)
 
-    def ask_one():  # belongs to no update, and so is not counted
-        one(batch.noise, torch.ones(1, device=parts.device), batch.conditioning)
+    def ask_one():  # belongs to no update, and so is not counted; the capabilities may differ in what they take
+        for rows in group.data:
+            if len(rows):
+                one(latents, sigma, samples.condition(rows, [0], [False]).to(parts.device))
 
     # Gradients and the optimizer's two states come with the first update.
     reserved = 12 * sum(p.numel() for p in parts.student.parameters() if p.requires_grad)

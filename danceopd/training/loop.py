@@ -185,7 +185,7 @@ class Trainer:
         Returns:
             The questions, by who learns from them.
         """
-        self.at(f"the questions of step {self.step}")
+        self.at(f"the rollout of step {self.step}")
         questions = self.method(self.student, self.sources, batch, **self.provided(batch), **self.options)
         return questions if isinstance(questions, dict) else {"student": questions}
 
