@@ -344,7 +344,7 @@ class Trainer:
                     self._score(progress)
                 stopped = self.ranks.most(stop[0] if stop else 0)  # a signal may have reached one rank alone
                 if stopped and not stop and first:
-                    print("\nanother rank was told to stop", file=sys.stderr)
+                    print("\nanother rank was told to stop, and so this run stops with a checkpoint", file=sys.stderr)
                 if stopped or self.step % training.save_every == 0 or done == 1:
                     progress.log.write(self.step, {"health": self.health.summary()})
                     self.save()

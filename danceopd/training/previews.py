@@ -48,7 +48,7 @@ class Previews:
         try:
             self.write(self.config.training.output_dir / "samples" / f"step-{step:08d}.png", network)
         except (UserError, OSError, torch.OutOfMemoryError) as error:
-            warning = f"no sample grid: {str(error).splitlines()[0]}"
+            warning = f"no sample grid: {str(error).splitlines()[0]}; the run goes on without it"
             tqdm.write(f"warning at step {step}: {warning}", file=sys.stderr)
             log.write(step, {"warning": warning})
 

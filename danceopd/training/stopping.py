@@ -25,7 +25,7 @@ def stop_requests(silent: bool = False):
             raise KeyboardInterrupt
         requests.append(number)
         if not silent and len(requests) == 1:
-            print("\nstopping after this update, with a checkpoint", file=sys.stderr)
+            print("\nstopping after this update, with a checkpoint; Ctrl-C once more stops at once", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield requests

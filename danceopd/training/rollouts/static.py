@@ -235,4 +235,7 @@ class StaticField:
         """Notes and says why rollouts ask `field` from now on."""
         self.reason = str(error)
         self.programs.clear()
-        print(f"rollouts run without CUDA graphs: {self.reason}", file=sys.stderr)
+        print(
+            f"rollouts run without CUDA graphs: {self.reason} (training.cuda_graphs: false leaves them out)",
+            file=sys.stderr,
+        )

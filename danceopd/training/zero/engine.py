@@ -61,7 +61,8 @@ class Zero:
         if training.batch_size // ranks.size < training.gradient_accumulation_steps:
             raise UserError(
                 f"training.batch_size: {training.batch_size} samples are not one for each of {ranks.size} ranks' "
-                f"{training.gradient_accumulation_steps} micro-batches"
+                f"{training.gradient_accumulation_steps} micro-batches; raise it, or lower "
+                "training.gradient_accumulation_steps"
             )
         self.ranks, self.decay, self.updates, self.stage = ranks, training.ema_decay, 0, zero.get("stage", 0)
         self.max_grad_norm = training.max_grad_norm
