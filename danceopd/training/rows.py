@@ -50,12 +50,13 @@ def in_parts(network: Field, rows: Rows) -> Field:
     """
 
     def velocity(latents, sigma, conditioning):
-        done, start, n = [], 0, len(latents)
-        while start < n:
+        asked, done, start, n = (latents, sigma, conditioning), [], 0, len(latents)
+        while start < n or not done:
             left = n - start
-            stop = start + -(-left // -(-left // rows.rows))  # equal parts
+            stop = n if left <= rows.rows else start + -(-left // -(-left // rows.rows))  # equal parts
             try:
-                done.append(network(latents[start:stop], sigma[start:stop], conditioning[start:stop]))
+                whole = stop - start == n  # nothing to cut
+                done.append(network(*(asked if whole else [value[start:stop] for value in asked])))
                 start = stop
             except torch.OutOfMemoryError as error:
                 rows.halve(stop - start, error)
