@@ -88,7 +88,8 @@ def decode_picture(file: Path | BinaryIO) -> Image.Image:
         if image.format in SERIES and getattr(image, "n_frames", 1) > 1:
             raise ValueError(f"holds {image.n_frames} pictures, not one; save the one that is meant")
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
 
 
 def check_picture_file(file: Path) -> None:
@@ -130,7 +131,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if alpha:
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # The kind of pixels that a profile is of, by Pillow's mode.
@@ -146,4 +147,4 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
                 return ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         pass
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

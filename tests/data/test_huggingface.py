@@ -49,7 +49,7 @@ def test_a_column_of_lists_of_pictures(folder, tmp_path):
         datasets.Features({"prompt": datasets.Value("string"), "source_image": datasets.List(datasets.Image())}),
     )
     rows.save_to_disk(tmp_path / "lists")
-    manifest, _ = import_dataset(tmp_path / "lists", tmp_path / "out", task="edit")
+    manifest = import_dataset(tmp_path / "lists", tmp_path / "out", task="edit").path
     read, problems = read_manifest(manifest, needs_source=["edit"], decode=True)
     assert problems == []
     assert [len(row.source_images) for row in read] == [1, 2]

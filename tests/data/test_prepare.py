@@ -141,7 +141,7 @@ def test_bad_rows_are_listed_and_the_rest_goes_on(manifest, model, tmp_path):
     for line, words in ((4, "not there"), (5, "broken.png: can't be decoded"), (6, "no prompt"), (7, "leads out")):
         assert words in told[line]
     with pytest.raises(UserError, match=r"line 4.*\n.*line 5.*\n.*line 6.*\n.*line 7"):
-        run(manifest, model, tmp_path, strict=True)
+        run(manifest, model, tmp_path, on_bad_row="refuse")
     manifest.write_text(json.dumps(more[0]) + "\n")
     with pytest.raises(UserError, match=r"no row of .* can be used"):
         run(manifest, model, tmp_path)

@@ -40,6 +40,11 @@ def test_the_benchmarks_own_lines_are_read(tmp_path):
         (lambda m: {**m, "include": [clause("dog", color="grey")]}, "the colour 'grey'"),
         (lambda m: {**m, "include": [clause("dog", position=["left of", 0])]}, "an earlier clause"),
         (lambda m: {**m, "include": [clause("dog"), clause("cat", position=["left", 0])]}, "an earlier clause"),
+        (lambda m: {**m, "include": [clause("dog"), clause("cat", position=["left of", 0.0])]}, "an earlier clause"),
+        (lambda m: {**m, "include": [clause("dog"), clause("cat", position=["left of", False])]}, "an earlier clause"),
+        (lambda m: {**m, "include": [clause(["dog"])]}, "asks for the class ['dog']"),
+        (lambda m: {**m, "include": [clause("dog", {})]}, "needs a count"),
+        (lambda m: {**m, "exclude": None}, "must be a list"),
         (lambda m: {**m, "exclude": [clause("dog", color="red")]}, "unknown key 'color'"),
     ],
 )
@@ -51,11 +56,16 @@ def test_wrong_metadata_is_said_with_its_line(tmp_path, change, message):
 
 
 def test_files_that_are_no_metadata_are_said(tmp_path):
-    for text, message in (("{", r":1: not JSON, or torn"), ("\n", "is empty")):
+    for text, message in (
+        ("{", r":1: not JSON, or torn"),
+        ("\n", "is empty"),
+        ("[" * 9999, "nests too deep"),
+        ('{"tag": "a", "tag": "b"}', "'tag' stands twice"),
+    ):
         (tmp_path / "m.jsonl").write_text(text)
         with pytest.raises(UserError, match=message):
             read_metadata(tmp_path / "m.jsonl")
-    (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "m.jsonl").write_bytes(b"a\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
         read_metadata(tmp_path / "m.jsonl")
     with pytest.raises(UserError, match="there is no file"):
@@ -112,3 +122,14 @@ def test_lines_that_are_no_results_are_said(tmp_path):
 def test_check_metadata_returns_the_line_itself():
     metadata = tiny.line(note="kept")
     assert check_metadata(metadata, "here") is metadata
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\u2029"])
+def test_a_prompt_with_a_separator_in_a_marked_file(tmp_path, separator):
+    lines = [tiny.line(f"a{separator}dog"), tiny.line("two")]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "m.jsonl").write_text(text, encoding="utf-8-sig")
+    assert read_metadata(tmp_path / "m.jsonl") == lines
+    (tmp_path / "m.jsonl").write_text(text + "{torn\n", encoding="utf-8-sig")
+    with pytest.raises(UserError, match=r"m\.jsonl:3: not JSON"):
+        read_metadata(tmp_path / "m.jsonl")
