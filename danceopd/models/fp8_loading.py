@@ -6,13 +6,13 @@ from types import ModuleType
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from danceopd.models.backbones import transformer_class
 from danceopd.models.fp8 import Fp8Linear, to_fp8
 from danceopd.models.loading import read_json, transformer_folder, weight_files
 from danceopd.models.lora_algebra import Lora, added
+from danceopd.models.tensor_files import opened
 from danceopd.support.errors import UserError
 
 
@@ -47,9 +47,9 @@ def load_fp8(
         places = network.state_dict()
         missing = {key for key in places if not key.endswith(".weight_scale")}
         for file in weight_files(path):
-            with safe_open(file, framework="pt") as opened:
-                for key in missing & set(opened.keys()):
-                    value, name = opened.get_tensor(key), key.removesuffix(".weight")
+            with opened(file) as stored:
+                for key in missing & set(stored.keys()):
+                    value, name = stored.get_tensor(key), key.removesuffix(".weight")
                     if value.shape != places[key].shape:
                         raise UserError(
                             f"{file}: {key} is {list(value.shape)} there and {list(places[key].shape)} in a "
@@ -61,7 +61,7 @@ def load_fp8(
                         value = added(value, *lora[name])
                     (layers[key].fill if key in layers else places[key].copy_)(value)
                     missing.remove(key)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: cannot be loaded as {cls.__name__}: {error}") from error

@@ -2,16 +2,25 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
+from danceopd.models.tensor_files import opened, read_header
 from danceopd.support.errors import UserError
 
 INSIDE = "model.diffusion_model."  # in front of a transformer's names where a file holds a VAE and encoders beside it
+
+# The weights' names in a variant, as save_pretrained(variant="fp16") writes them: of one file, of shards, of the index.
+VARIANT = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?\.(?:safetensors\.index\.)?([a-z]\w*)(?:-\d+-of-\d+)?"
+    r"\.(?:safetensors|json)"
+)
+
+PLAIN = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?\.safetensors|.*\.safetensors\.index\.json")
 
 SCALED = re.compile(r"scaled_fp8$|scale_(weight|input)$|(weight|input)_scale$|comfy_quant$")
 
@@ -46,6 +55,10 @@ def load(cls: type, path: Path | str, **options):
     path = Path(path)
     if not path.is_dir():  # else taken for the name of a repository
         raise UserError(f"there is no folder {path}; give the folder of a whole pipeline or model")
+    if options.get("use_safetensors"):
+        parts = path.iterdir() if (path / "model_index.json").is_file() else (path,)
+        variants = {variant_of(part) for part in parts if part.is_dir()} - {None}
+        options |= {"variant": min(variants)} if variants else {}
     try:
         return cls.from_pretrained(str(path), local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
@@ -62,6 +75,11 @@ def load_model(cls: type, path: Path | str, dtype: torch.dtype) -> nn.Module:
     config = read_json(path / "config.json")
     if config.get("_class_name", cls.__name__) != cls.__name__:
         raise UserError(f"{path} holds a {config['_class_name']}, not a {cls.__name__}")
+    variant = variant_of(path)
+    for file in path.glob("*.safetensors"):
+        match = VARIANT.fullmatch(file.name)
+        if (match and match[1]) == variant:  # what lies there of other variants is not read
+            read_header(file)
     model, info = load(cls, path, dtype=dtype, use_safetensors=True, output_loading_info=True)
     if info["missing_keys"]:  # the libraries only warn, and leave them random
         missing = sorted(info["missing_keys"])
@@ -158,23 +176,19 @@ def _tensors(path: Path, header_only: bool) -> dict[str, torch.Tensor]:
         raise UserError(f"there is no file {path}; give a transformer's folder or its safetensors file")
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: weights must be a safetensors file; files of other kinds may run code when read")
-    try:
-        with safe_open(path, framework="pt") as opened:
-            keys = list(opened.keys())
-            inside = [key for key in keys if key.startswith(INSIDE)] or keys
-            described = {key: opened.get_slice(key) for key in inside}
-            odd = [k for k in inside if SCALED.search(k) or not described[k].get_dtype().startswith(("F", "BF"))]
-            if odd:
-                raise UserError(
-                    f"{path}: is quantized ({odd[0]}), and diffusers would read its numbers without their scales; take "
-                    "the file in bf16 or fp16"
-                )
-            if header_only:
-                read = {key: torch.empty(entry.get_shape(), device="meta") for key, entry in described.items()}
-            else:
-                read = {key: opened.get_tensor(key) for key in inside}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors, copy it again: {error}") from error
+    header = read_header(path)
+    inside = [key for key in header if key.startswith(INSIDE)] or list(header)
+    odd = [key for key in inside if SCALED.search(key) or not header[key][0].startswith(("F", "BF"))]
+    if odd:
+        raise UserError(
+            f"{path}: is quantized ({odd[0]}), and diffusers would read its numbers without their scales; take "
+            "the file in bf16 or fp16"
+        )
+    if header_only:
+        read = {key: torch.empty(header[key][1], device="meta") for key in inside}
+    else:
+        with opened(path) as file:
+            read = {key: file.get_tensor(key) for key in inside}
     return {key.removeprefix(INSIDE): value for key, value in read.items()}
 
 
@@ -214,12 +228,49 @@ def stream_blocks(network: nn.Module, device: torch.device) -> nn.Module:
     return network
 
 
-def check_weights(folder: Path | str) -> None:
-    """Checks that a transformer's or VAE's weights are all there.
+def check_weights(folder: Path | str, network: nn.Module | None = None) -> None:
+    """Checks by their headers alone that a transformer's or VAE's weights are all there, and whole.
 
-    None is opened. A UserError names the missing ones.
+    Args:
+        folder: A pipeline's, of whose transformer the weights are looked at, or a part's own.
+        network: The transformer, on any device: then each of its tensors must be there, in its shape.
+
+    Raises:
+        UserError: A file is missing, cut off or no safetensors file, or the weights are not the network's.
     """
-    weight_files(folder)
+    shapes = {}
+    for file in weight_files(folder):
+        shapes |= {name: shape for name, (_, shape) in read_header(file).items()}
+    if network is not None:
+        check_shapes(shapes, network, transformer_folder(folder))
+
+
+def check_shapes(shapes: Mapping[str, torch.Size], network: nn.Module, where: Path | str) -> None:
+    """Raises UserError where tensors of these shapes are not those of a network (which may be on the meta device)."""
+    expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    if missing := sorted(expected.keys() - shapes.keys()):
+        raise UserError(f"{where}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise UserError(
+                f"{where}: {name} is {list(shapes[name])} in the file and {list(shape)} by config.json; copy "
+                "the folder again"
+            )
+
+
+def variant_of(folder: Path | str) -> str | None:
+    """Returns the variant that a part's weights are saved as, such as "fp16"; None where they have their plain names.
+
+    Raises:
+        UserError: There are several variants, and no plain weights.
+    """
+    names = [path.name for path in Path(folder).glob("*.safetensors*")]
+    found = {match[1] for match in map(VARIANT.fullmatch, names) if match}
+    if any(map(PLAIN.fullmatch, names)) or not found:
+        return None
+    if len(found) > 1:
+        raise UserError(f"{folder} has its weights as {' and '.join(sorted(found))}; leave one of these variants there")
+    return found.pop()
 
 
 def weight_files(folder: Path | str) -> list[Path]:
@@ -227,17 +278,24 @@ def weight_files(folder: Path | str) -> list[Path]:
     from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 
     folder = transformer_folder(folder)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = [SAFETENSORS_WEIGHTS_NAME]
+    variant = variant_of(folder)
+    index, names = folder / SAFE_WEIGHTS_INDEX_NAME, [SAFETENSORS_WEIGHTS_NAME]
+    if variant:
+        index = folder / SAFE_WEIGHTS_INDEX_NAME.replace(".json", f".{variant}.json")
+        names = [SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", f".{variant}.safetensors")]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if any(Path(name).name != name for name in names):
+                raise ValueError("it names files outside its folder")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged ({error}); copy it again") from None
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"no weights {', '.join(missing[:3])}{more} in {folder}; copy the folder again")
+        other = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".gguf"))
+        beside = f" (there is {other[0]}, which is not read: get the weights as safetensors)" if other else ""
+        raise UserError(f"no weights {', '.join(missing[:3])}{more} in {folder}{beside}; copy the folder again")
     return [folder / name for name in names]
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,10 +12,22 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from danceopd.models.lora_algebra import Lora, named_factors
+from danceopd.models.lora_formats import (
+    MERGED,
+    PREFIXES,
+    as_factors,
+    kind_of,
+    known_layers,
+    layers_of,
+    nearest,
+    refused,
+    whose,
+)
+from danceopd.models.tensor_files import opened, read_header
 from danceopd.support.errors import UserError
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of PEFT and of diffusers
@@ -33,8 +45,9 @@ def load_lora(
     """Reads a LoRA by module of a transformer, in float32; nothing in the file is left out.
 
     Args:
-        path: A PEFT folder, or a safetensors file (or the folder of one) in any layout that the pipeline class converts
-            by its lora_state_dict: diffusers', kohya's, ComfyUI's, ai-toolkit's.
+        path: A PEFT folder, or a safetensors file (or the folder of one) with LoRA, LoKr, LoHa or full changes of
+            weights, whose names are the transformer's own, those of lora_formats.known_layers, or in a layout that the
+            pipeline class converts by its lora_state_dict: kohya's, ComfyUI's, ai-toolkit's.
         transformer: Whose layers it changes, on any device.
         pipeline_class: Diffusers' class of the pipeline.
         scale: Multiplies alpha / rank.
@@ -44,53 +57,67 @@ def load_lora(
         {module: (A [rank, in], B [out, rank], scale)}.
 
     Raises:
-        UserError: Files are missing or corrupt, the class cannot convert the layout, or a key is no factor of a linear
-            layer of the transformer.
+        UserError: Files are missing or corrupt, hold numbers that are not finite or a format that is no sum of factors,
+            the class cannot convert the layout, or a key is no factor of a linear layer of the transformer.
         RuntimeError: With header_only, where the conversion depends on values.
     """
     file = _find(Path(path))
     raw, config = _read(file, header_only)
-    raw = _fold_alphas(file, raw, config)
-    if any(_module(key, transformer) is None for key in raw):
-        raw = _convert(file, raw, pipeline_class)
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in raw.items():
-        if not key.endswith(".alpha"):  # folded in
-            name, side = _module(key, transformer) or (None, None)
-            if name is None:
-                unknown = [k for k in raw if not k.endswith(".alpha") and _module(k, transformer) is None]
-                raise _unknown(file, unknown, type(transformer).__name__)
-            pairs.setdefault(name, {})[side] = value
-    lora = {}
-    for name, pair in pairs.items():
+    if found := refused(raw):
+        raise UserError(f"{file}: {found[0]} ({_first(found[1])})")
+    try:
+        raw = as_factors(raw)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    raw, known = _fold_alphas(file, raw, config), known_layers(transformer)
+    named = {key: _named(key, known) for key in raw}
+    odd = {_once(key): raw[key] for key, found in named.items() if found is None}
+    pairs = _pairs((found, raw[key]) for key, found in named.items() if found)
+    if any(not key.endswith(".alpha") for key in odd):
+        converted = _convert(file, odd, pipeline_class, transformer, known)
+        named = {key: _named(key, known) for key in converted}
+        unknown = [key for key, found in named.items() if found is None]
+        if unknown:
+            raise _unknown(file, unknown, transformer, known, of=odd)
+        pairs |= _pairs((found, converted[key]) for key, found in named.items())
+    lora, fused = {}, []
+    for (name, layers), pair in pairs.items():
         if len(pair) != 2:
             raise UserError(f"{file}: {name} has only one of its two factors; the file is incomplete")
-        a, b = pair["A"], pair["B"]
-        out, width = transformer.get_submodule(name).weight.shape
-        if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1] or a.shape[1] != width or len(b) != out:
-            raise UserError(
-                f"{file}: {name} is {width} -> {out} in {type(transformer).__name__}, the LoRA's factors are "
-                f"{list(a.shape)} and {list(b.shape)}; it was trained for another model"
-            )
-        lora[name] = (a, b, scale * _configured_scale(file, config, name, len(a)))
+        parts = _parts(file, name, layers, transformer, pair["A"], pair["B"])
+        factor = scale * _configured_scale(file, config, name, len(pair["A"]))
+        made = {layer: (pair["A"], b, factor) for layer, b in zip(layers, parts, strict=True)}
+        if len(layers) > 1:
+            fused.append((name, made))
+        else:
+            lora |= made
+    for name, made in fused:
+        _add_fused(file, name, made, lora)
+    if not lora:
+        raise UserError(f"{file}: holds no factors of any layer; train or copy it again")
     return lora
 
 
-def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: type) -> tuple[int, bool]:
-    """Counts a LoRA's parameters by its file's header alone.
+def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: type) -> tuple[int, str]:
+    """Counts a LoRA's parameters as load_lora would give them, with one tensor of the file in memory at a time.
+
+    The whole file is in memory only where its layout's conversion depends on values.
 
     Returns:
-        The number, and whether its keys were checked: they are not in a layout whose conversion depends on values.
+        The number, and the name of the file's format, such as "LoKr".
 
     Raises:
         UserError: As load_lora.
     """
+    file = _find(Path(path))
     try:
         lora = load_lora(path, transformer, pipeline_class, header_only=True)
+        with opened(file) as stored:
+            for key in stored.keys():  # noqa: SIM118
+                _check_finite(file, key, stored.get_tensor(key))
     except RuntimeError:
-        raw, _ = _read(_find(Path(path)), header_only=True)
-        return sum(value.numel() for key, value in raw.items() if not key.endswith(".alpha")), False
-    return sum(a.numel() + b.numel() for a, b, _ in lora.values()), True
+        lora = load_lora(path, transformer, pipeline_class)
+    return sum(a.numel() + b.numel() for a, b, _ in lora.values()), kind_of(read_header(file))
 
 
 def _find(path: Path) -> Path:
@@ -111,15 +138,14 @@ def _find(path: Path) -> Path:
 
 def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict | None]:
     """Reads (tensors in float32, PEFT's configuration by its own names or None)."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            read = partial(_described, opened) if header_only else opened.get_tensor
-            raw = {key: read(key) for key in opened.keys()}  # noqa: SIM118
-            config = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read as safetensors, copy it again: {error}") from error
+    with opened(file) as stored:
+        read = partial(_described, stored) if header_only else stored.get_tensor
+        raw = {key: read(key) for key in stored.keys()}  # noqa: SIM118
+        config = (stored.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    for key, value in raw.items() if not header_only else ():
+        _check_finite(file, key, value)
     if not raw:
-        raise UserError(f"{file}: holds no tensors")
+        raise UserError(f"{file}: holds no tensors; train or copy it again")
     beside = file.with_name("adapter_config.json")
     try:
         if file.name == FILES[0]:
@@ -132,7 +158,7 @@ def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict 
     if config is not None and any(key.startswith("transformer.") for key in config):
         config = {k.removeprefix("transformer."): v for k, v in config.items() if k.startswith("transformer.")}
     if config is not None and config.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{file}: its kind is {config['peft_type']}; only LORA is taken")
+        raise UserError(f"{file}: is a {config['peft_type']} of PEFT, of whose kinds only LORA is taken; {MERGED}")
     if config is not None and str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
         raise UserError(
             f"{file}: trained with init_lora_weights={config['init_lora_weights']}, which changes the base model; "
@@ -177,7 +203,9 @@ def _fold_alphas(file: Path, raw: dict[str, torch.Tensor], config: dict | None) 
     return result
 
 
-def _convert(file: Path, raw: dict[str, torch.Tensor], pipeline_class: type) -> dict[str, torch.Tensor]:
+def _convert(
+    file: Path, raw: dict[str, torch.Tensor], pipeline_class: type, transformer: nn.Module, known: dict
+) -> dict[str, torch.Tensor]:
     """Converts by diffusers; a UserError for what it leaves out, found by the gradient that does not come back."""
     with torch.enable_grad():
         leaves = {key: value.detach().requires_grad_() for key, value in raw.items() if not key.endswith(".alpha")}
@@ -188,23 +216,18 @@ def _convert(file: Path, raw: dict[str, torch.Tensor], pipeline_class: type) -> 
         except Exception as error:  # of any kind: the converters assume what they expect
             if "meta tensor" in str(error):  # read by its header alone, and the converter asks for values
                 raise
-            raise UserError(
-                f"{file}: diffusers cannot convert this LoRA for {pipeline_class.__name__}: "
-                f"{str(error).strip()[:400]}; check that it was trained for this model"
-            ) from error
+            said = " ".join(str(error).split())[:200]
+            raise _unknown(file, list(leaves), transformer, known, f" (diffusers' converter: {said})") from error
         kept = [value.sum() for value in converted.values() if value.requires_grad]
         gradients = torch.autograd.grad(sum(kept), leaves.values(), allow_unused=True) if kept else [None] * len(leaves)
     lost = [key for (key, leaf), grad in zip(leaves.items(), gradients, strict=True) if grad is None and leaf.any()]
     if lost:
-        raise _unknown(file, lost, pipeline_class.__name__)
-    return {key: value.detach() for key, value in converted.items()}
+        raise _unknown(file, lost, transformer, known)
+    return {key: value.detach() for key, value in converted.items() if not key.endswith(".alpha")}
 
 
-def _module(key: str, transformer: nn.Module) -> tuple[str, str] | None:
-    """Returns (linear layer, "A" or "B") of a key as diffusers and PEFT name them.
-
-    Alphas by their layer, others None.
-    """
+def _named(key: str, known: dict[str, tuple[str, ...]]) -> tuple[str, tuple[str, ...], str] | None:
+    """Returns (name, layers, "A", "B" or "alpha") of a key that names layers of the transformer; None for others."""
     name = next(iter(convert_unet_state_dict_to_peft({key: None})))  # diffusers' own older names
     if name.endswith(".alpha"):
         name, side = name.removesuffix(".alpha"), "alpha"
@@ -212,11 +235,55 @@ def _module(key: str, transformer: nn.Module) -> tuple[str, str] | None:
         name, side = match[1], "A" if (match[2] or match[3]) in ("A", "down") else "B"
     else:
         return None
-    name = name.removeprefix("base_model.model.").removeprefix("transformer.")
-    try:
-        return (name, side) if isinstance(transformer.get_submodule(name), nn.Linear) else None
-    except AttributeError:
-        return None
+    layers = layers_of(name, known)
+    return layers and (layers[0] if len(layers) == 1 else name, layers, side)
+
+
+def _pairs(named: Iterable[tuple]) -> dict[tuple, dict[str, torch.Tensor]]:
+    """Collects {(name, layers): {"A" or "B": factor}}."""
+    pairs: dict[tuple, dict[str, torch.Tensor]] = {}
+    for (name, layers, side), value in named:
+        if side != "alpha":  # folded in
+            pairs.setdefault((name, layers), {})[side] = value
+    return pairs
+
+
+def _once(key: str) -> str:
+    """Returns a key with a prefix that stands there twice once."""
+    for prefix in PREFIXES:
+        while key.startswith(2 * prefix):
+            key = key.removeprefix(prefix)
+    return key
+
+
+def _parts(file: Path, name: str, layers: Sequence[str], transformer: nn.Module, a, b) -> Sequence[torch.Tensor]:
+    """Returns the rows of B that are each layer's; a UserError for factors of other shapes."""
+    shapes = [transformer.get_submodule(layer).weight.shape for layer in layers]
+    rows, width = [shape[0] for shape in shapes], shapes[0][1]
+    if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1] or a.shape[1] != width or len(b) != sum(rows):
+        raise UserError(
+            f"{file}: {name} is {width} -> {sum(rows)} in {type(transformer).__name__}, the LoRA's factors are "
+            f"{list(a.shape)} and {list(b.shape)}; it was trained for another model"
+        )
+    return b.split(rows)
+
+
+def _add_fused(file: Path, name: str, made: Lora, lora: Lora) -> None:
+    """Adds the layers of a fused one; those that a file names themselves too must have the same change there."""
+    for layer, (a, b, scale) in made.items():
+        if layer in lora and not a.is_meta:
+            other_a, other_b, other = lora[layer]
+            if not torch.allclose(scale * b @ a, other * other_b @ other_a, rtol=1e-4, atol=1e-6):
+                raise UserError(f"{file}: {name} and {layer} are the same layer, and the file changes it in two ways")
+        lora.setdefault(layer, (a, b, scale))
+
+
+def _check_finite(file: Path, key: str, value: torch.Tensor) -> None:
+    if value.is_floating_point() and not value.float().isfinite().all():
+        raise UserError(
+            f"{file}: {key} holds numbers that are not finite (NaN or infinity), so it can teach nothing; take an "
+            "earlier file of its training, or copy it again"
+        )
 
 
 def _configured_scale(file: Path, config: dict | None, name: str, rank: int) -> float:
@@ -235,11 +302,16 @@ def _first(keys: Sequence[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _unknown(file: Path, keys: Sequence[str], name: str) -> UserError:
+def _unknown(
+    file: Path, keys: Sequence[str], transformer: nn.Module, known: dict, said: str = "", of: Iterable[str] = ()
+) -> UserError:
+    """Returns the error of keys that cannot be taken; `of`: what they were in the file, where that was converted."""
+    stems = [match[1] if (match := FACTOR.fullmatch(key)) else key for key in keys]
+    hint = whose(of or stems, transformer) or nearest(stems[0], known) or "check that it was trained for this model"
     return UserError(
         f"{file}: cannot take all of this LoRA: {_first(keys)} would be left out, being no LoRA factors of linear "
-        f"layers of {name}'s transformer. Check that it was trained for this model; train it without text encoders, "
-        "biases, norms and DoRA, or remove these keys from the file"
+        f"layers of {type(transformer).__name__}{said}; {hint}. Take a LoRA of this model, trained without text "
+        "encoders, biases and norms, or remove these keys from the file"
     )
 
 

@@ -6,12 +6,11 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from danceopd.models.loading import transformer_folder, weight_files
+from danceopd.models.loading import check_shapes, transformer_folder, weight_files
 from danceopd.models.lora_algebra import Lora
-from danceopd.support.errors import UserError
+from danceopd.models.tensor_files import opened, read_header
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,13 @@ def of_folder(folder: Path | str) -> Weights:
     """Reads the weights of a transformer that save_pretrained wrote, or of a pipeline's; a UserError for bad files."""
     shapes, places = {}, {}
     for file in weight_files(transformer_folder(folder)):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    shapes[name], places[name] = torch.Size(opened.get_slice(name).get_shape()), file
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: cannot be read as safetensors, copy it again: {error}") from error
+        for name, (_, shape) in read_header(file).items():
+            shapes[name], places[name] = shape, file
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         first, last, skipped = _rows(shapes[name], start, stop)
-        with safe_open(places[name], framework="pt") as opened:
-            found = opened.get_slice(name)[first:last] if shapes[name] else opened.get_tensor(name)
+        with opened(places[name]) as file:
+            found = file.get_slice(name)[first:last] if shapes[name] else file.get_tensor(name)
         return found.flatten()[skipped : skipped + stop - start]
 
     return Weights(shapes, read)
@@ -100,15 +95,7 @@ def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
 
 def check_fits(weights: Weights, network: nn.Module, where: Path | str) -> None:
     """Raises UserError where weights are not those of this network (which may be on the meta device)."""
-    expected = shapes_of(network)
-    if missing := sorted(expected.keys() - weights.shapes.keys()):
-        raise UserError(f"{where}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again")
-    for name, shape in expected.items():
-        if weights.shapes[name] != shape:
-            raise UserError(
-                f"{where}: {name} is {list(weights.shapes[name])} in the file and {list(shape)} by config.json; copy "
-                "the folder again"
-            )
+    check_shapes(weights.shapes, network, where)
 
 
 def _rows(shape: torch.Size, start: int, stop: int) -> tuple[int, int, int]:

@@ -67,7 +67,7 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     findings.found += samples.never_drawn if samples else ()
     transformer = attempt("model", meta_transformer, config.model, backbone, PRECISIONS[config.training.precision])
     if needs_base(config) or config.student.init_from == "base":
-        attempt("model", check_weights, config.model)
+        attempt("model", check_weights, config.model, transformer)
     attempt("training.sample_every", check_decoder, config)
     parameters, networks = _sources(config, findings, backbone, transformer)
     if transformer is None:
@@ -106,8 +106,7 @@ def _sources(
             sources[name] = None if None in files else sum(parameters for parameters, _ in files)
         for lora, result in zip(source.lora, files, strict=True):
             if result:
-                checked = "all keys fit" if result[1] else "keys are checked when it is loaded: its layout needs values"
-                findings.found.append(f"{name}: {lora.path}, {checked}")
+                findings.found.append(f"{name}: {lora.path}, {result[1]}, all keys fit")
     return sources, networks
 
 
@@ -262,8 +261,9 @@ def _own_transformer(
     """Makes a source's own transformer without values; None, and a problem, where its weights cannot be used."""
     key, weights, dtype = f"sources.{name}.weights", config.sources[name].weights, PRECISIONS[config.training.precision]
     if not is_file_name(weights):
-        attempt(key, check_weights, weights)
-        return attempt(key, meta_transformer, weights, backbone, dtype)
+        network = attempt(key, meta_transformer, weights, backbone, dtype)
+        attempt(key, check_weights, weights, network)
+        return network
     if transformer is not None:
         attempt(key, check_transformer_file, weights, transformer)
         return meta_transformer(config.model, backbone, dtype)

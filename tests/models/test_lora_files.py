@@ -14,7 +14,7 @@ from tiny_sd3 import save_tiny
 
 from danceopd.models.backbones import sd3
 from danceopd.models.lora_algebra import merge_into
-from danceopd.models.lora_files import load_lora
+from danceopd.models.lora_files import load_lora, lora_parameters
 from danceopd.models.shared_base import SharedBase
 from danceopd.support.errors import UserError
 
@@ -182,21 +182,34 @@ def ab(shapes):
 @pytest.mark.parametrize(
     ("family", "state", "message"),
     [
-        ("sd3", ab(GOOD) | {f"{Q}.lora_magnitude_vector": torch.ones(16)}, "lora_magnitude_vector would be left out"),
+        ("sd3", ab(GOOD) | {f"{Q}.lora_magnitude_vector": torch.ones(16)}, "is a DoRA.*merge it into its base.*lora_m"),
         ("sd3", ab(GOOD) | {f"{Q}.lora_B.bias": torch.ones(16)}, "to_q.lora_B.bias would"),
-        ("sd3", ab(GOOD) | {f"{Q}.diff": torch.ones(16, 16)}, "to_q.diff would"),
+        ("sd3", ab(GOOD) | {f"{Q}.diff": torch.ones(16, 16)}, "to_q has a LoRA and another change beside it"),
+        ("sd3", {f"{Q}.lokr_w1": torch.ones(4, 4)}, "to_q has no lokr_w2_a; the file is incomplete"),
+        ("sd3", {f"{Q}.lokr_w1": torch.ones(4, 4), f"{Q}.lokr_w2": torch.ones(3, 3)}, "trained for another model"),
+        ("sd3", {f"{Q}.oft_blocks": torch.ones(2, 4, 4)}, "is an OFT or BOFT"),
+        ("sd3", ab({"hidden.transformer_blocks.0.attn.to_q": (16, 16)}), "the prefix 'hidden.' is none that is known"),
+        ("sd3", ab({"transformer.transformer_blocks.0.atn.to_q": (16, 16)}), "nearest layers to .*blocks.0.attn.to_q"),
+        ("sd3", factors({"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k": (16, 16)}),
+         "its keys are those of a UNet, as Stable Diffusion"),
+        ("flux", factors({"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (16, 16)}),
+         "its keys are those of a UNet, as Stable Diffusion"),
+        ("z", factors({"lora_unet_double_blocks_0_img_attn_qkv": (16, 48)}), "its keys are those of FLUX"),
+        ("sd3", ab(GOOD) | {f"{Q}.lora_A.weight": torch.full((4, 16), float("nan"))}, "to_q.lora_A.weight.*not finite"),
+        ("sd3", {f"{Q}.alpha": torch.ones(())}, "no number beside a pair"),
         ("sd3", ab(GOOD) | ab({"text_encoder.layers.0.fc1": (8, 8)}), r"text_encoder.*fc1.*without text encoders"),
         ("sd3", ab(GOOD) | ab({"transformer.transformer_blocks.9.attn.to_q": (16, 16)}), "blocks.9.attn.to_q.lora_A"),
         ("sd3", ab(GOOD) | ab({"transformer.pos_embed.proj": (16, 16)}), "pos_embed.proj.lora_A"),
         ("sd3", ab({Q: (24, 24)}), r"to_q is 16 -> 16 .* \[4, 24\] and \[24, 4\]; it was trained for another"),
         ("sd3", {f"{Q}.lora_A.weight": torch.ones(4, 16)}, "only one of its two factors"),
-        ("sd3", factors({"lora_unet_joint_blocks_0_x_block_attn_proj": (16, 16)}), "cannot take all of this LoRA"),
+        ("sd3", factors({"lora_unet_joint_blocks_1_context_block_adaLN_modulation_1": (16, 32)}),
+         "cannot take all of this LoRA"),
         ("sd3", ab(GOOD) | {f"{Q}.alpha": torch.ones(2)}, "no number beside a pair"),
         ("sd3", ab(GOOD) | {"transformer.x.alpha": torch.ones(())}, "transformer.x.alpha: no number beside a pair"),
         ("sd3", ab(GOOD) | {f"{Q}.lora_A.weight": torch.ones(4, 16, dtype=torch.int8)}, "not floating point"),
         # what diffusers' converters leave out in silence
         ("flux", factors({"lora_unet_double_blocks_0_img_attn_proj": (16, 16)})
-         | {"lora_unet_double_blocks_0_img_attn_proj.dora_scale": torch.ones(16, 1)}, "dora_scale would be left out"),
+         | {"lora_unet_double_blocks_0_img_attn_proj.dora_scale": torch.ones(16, 1)}, "is a DoRA"),
         ("flux", factors({"lora_unet_double_blocks_0_img_attn_proj": (16, 16),
                           "text_encoders.t5xxl.transformer.block": (8, 8)}), "t5xxl.* would be left out"),
         ("flux", factors({"lora_unet_double_blocks_0_img_attn_proj": (16, 16)})
@@ -206,10 +219,11 @@ def ab(shapes):
         ("flux", factors({"lora_te1_text_model_encoder_layers_0_mlp_fc1": (8, 8),
                           "lora_unet_double_blocks_0_img_attn_proj": (16, 16)}, alpha=2.0),
          "text_encoder.*would be left out"),
-        ("flux", factors({"lora_unet_double_blocks_44_img_attn_proj": (16, 16)}), "cannot convert this LoRA for Flux"),
+        ("flux", factors({"lora_unet_double_blocks_44_img_attn_proj": (16, 16)}),
+         "double_blocks_44_.*diffusers' converter: Incompatible keys"),
         ("flux", factors({"lora_unet_double_blocks_7_img_attn_proj": (16, 16)}), r"blocks\.7\.attn\.to_out"),
         ("qwen", ab({"diffusion_model.transformer_blocks.0.attn.to_q": (16, 16)})
-         | {"diffusion_model.norm.diff": torch.ones(3)}, "cannot convert this LoRA for QwenImagePipeline"),
+         | {"diffusion_model.norm.diff": torch.ones(3)}, "norm.diff has 1 axes and changes no linear layer"),
     ],
 )  # fmt: skip
 def test_a_key_that_cannot_be_taken_is_an_error(family, state, message, tmp_path):
@@ -218,6 +232,140 @@ def test_a_key_that_cannot_be_taken_is_an_error(family, state, message, tmp_path
     with pytest.raises(UserError, match=message) as error:
         load_lora(tmp_path / "lora.safetensors", build(), pipeline_class)
     assert str(tmp_path / "lora.safetensors") in str(error.value)
+
+
+# {a file's name of a fused or renamed layer: the layers that it stands for, by family}
+OTHER_NAMES = {
+    "z, original": ("z", "diffusion_model.layers.{}.attention.", {
+        "qkv": ("to_q", "to_k", "to_v"), "out": ("to_out.0",)}),
+    "z, kohya": ("z", "lora_unet_layers_{}_attention_", {"qkv": ("to_q", "to_k", "to_v"), "out": ("to_out.0",)}),
+    "sd3, original": ("sd3", "diffusion_model.joint_blocks.{}.", {
+        "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "x_block.attn.proj": ("attn.to_out.0",),
+        "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "x_block.mlp.fc1": ("ff.net.0.proj",), "x_block.mlp.fc2": ("ff.net.2",)}),
+    "sd3, kohya": ("sd3", "lora_unet_joint_blocks_{}_", {
+        "x_block_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "context_block_attn_qkv": (
+            "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")}),
+    "flux, fused by diffusers": ("flux", "transformer.transformer_blocks.{}.attn.", {
+        "to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}),
+    "qwen, twice wrapped": ("qwen", "base_model.model.transformer.transformer.transformer_blocks.{}.attn.", {
+        "to_q": ("to_q",), "to_qkv": ("to_q", "to_k", "to_v")}),
+}  # fmt: skip
+
+OWN = {"z": "layers.{}.attention.", "sd3": "transformer_blocks.{}."}
+
+
+@pytest.mark.parametrize("layout", OTHER_NAMES)
+@pytest.mark.parametrize("block", [0, 1])
+def test_fused_and_renamed_layers_get_the_rows_that_are_theirs(layout, block, tmp_path):
+    family, prefix, names = OTHER_NAMES[layout]
+    pipeline_class, build = TINY[family]
+    transformer, own = build(), OWN.get(family, "transformer_blocks.{}.attn.").format(block)
+    for alpha, (name, layers) in enumerate(names.items(), 1):
+        shapes = [transformer.get_submodule(own + layer).weight.shape for layer in layers]
+        key = prefix.format(block) + name
+        state = factors({key: (shapes[0][1], sum(out for out, _ in shapes))}, alpha=alpha)
+        save_file(state, tmp_path / "lora.safetensors")
+        lora = load_lora(tmp_path, transformer, pipeline_class, scale=0.5)
+        change = 0.5 * alpha / 4 * state[f"{key}.lora_up.weight"] @ state[f"{key}.lora_down.weight"]
+        assert [*lora] == [own + layer for layer in layers]
+        assert lora_parameters(tmp_path, transformer, pipeline_class) == (sum(map(numbers, lora.values())), "LoRA")
+        for (a, b, scale), rows in zip(lora.values(), change.split([out for out, _ in shapes]), strict=True):
+            close(scale * b @ a, rows)
+
+
+def numbers(factors_of_one):
+    a, b, _ = factors_of_one
+    return a.numel() + b.numel()
+
+
+def test_a_layer_that_is_named_alone_and_in_a_fused_one_must_have_one_change(tmp_path):
+    fused = factors({"diffusion_model.layers.0.attention.qkv": (16, 48)})
+    (down, up), key = fused.values(), "diffusion_model.layers.0.attention.to_k"
+    same = {f"{key}.lora_down.weight": down.clone(), f"{key}.lora_up.weight": up[16:32].clone()}
+    save_file(fused | same, tmp_path / "lora.safetensors")
+    pipeline_class, build = TINY["z"]
+    lora = load_lora(tmp_path, build(), pipeline_class)
+    assert sorted(name[-4:] for name in lora) == ["to_k", "to_q", "to_v"]
+    save_file(fused | same | {f"{key}.lora_up.weight": up[:16].clone()}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="are the same layer, and the file changes it in two ways"):
+        load_lora(tmp_path, build(), pipeline_class)
+
+
+def lokr(key, w1, w2, alpha=None, seed=0):
+    """A LoKr's tensors: each part [rows, columns] whole, or [rows, rank, columns] as two factors; and their product."""
+    generator, state, parts = torch.Generator().manual_seed(seed), {}, []
+    for name, shape in (("w1", w1), ("w2", w2)):
+        if len(shape) == 2:
+            parts.append(torch.randn(shape, generator=generator))
+            state[f"{key}.lokr_{name}"] = parts[-1]
+        else:
+            b, a = torch.randn(shape[:2], generator=generator), torch.randn(shape[1:], generator=generator)
+            state |= {f"{key}.lokr_{name}_a": b, f"{key}.lokr_{name}_b": a}
+            parts.append(b @ a)
+    if alpha:
+        state[f"{key}.alpha"] = torch.tensor(alpha)
+    return state, torch.kron(*parts)
+
+
+Z_Q = "layers.0.attention.to_q"
+NAMES = ["diffusion_model.layers.0.attention.to_q", "lycoris_layers_0_attention_to_q", f"transformer.{Z_Q}", Z_Q]
+
+
+@pytest.mark.parametrize("key", NAMES)
+@pytest.mark.parametrize(
+    ("w1", "w2", "factor", "rank"),
+    [
+        ((4, 4), (4, 4), 1.0, 16),  # alpha counts only where something has a rank
+        ((4, 4), (4, 2, 4), 3.0 / 2, 8),
+        ((2, 1, 2), (8, 8), 3.0 / 1, 8),
+        ((2, 1, 2), (8, 3, 8), 3.0 / 3, 3),
+        ((2, 8), (8, 2), 1.0, 4),
+    ],
+)
+def test_a_lokr_is_its_kronecker_product(key, w1, w2, factor, rank, tmp_path):
+    state, product = lokr(key, w1, w2, alpha=3.0)
+    save_file(state, tmp_path / "lora.safetensors")
+    pipeline_class, build = TINY["z"]
+    transformer = build()
+    (a, b, scale) = load_lora(tmp_path, transformer, pipeline_class)[Z_Q]
+    assert len(a) == rank
+    close(scale * b @ a, factor * product)
+    assert lora_parameters(tmp_path, transformer, pipeline_class) == (32 * rank, "LoKr")
+
+
+@pytest.mark.parametrize("rank", [2, 5])  # of which the product's, 4 and 25, is smaller and larger than the layer
+def test_a_loha_is_the_product_of_two_products_entry_by_entry(rank, tmp_path):
+    generator, key = torch.Generator().manual_seed(0), f"transformer.{QUERY}"
+    shapes = {"w1_a": (16, rank), "w1_b": (rank, 16), "w2_a": (16, rank), "w2_b": (rank, 16)}
+    parts = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    state = {f"{key}.hada_{name}": value for name, value in parts.items()} | {f"{key}.alpha": torch.tensor(1.0)}
+    save_file(state, tmp_path / "lora.safetensors")
+    (a, b, scale) = load_lora(tmp_path, small_sd3(), SD3)[QUERY]
+    close(scale * b @ a, (parts["w1_a"] @ parts["w1_b"]) * (parts["w2_a"] @ parts["w2_b"]) / rank)
+    assert len(a) == min(16, rank * rank)
+
+
+@pytest.mark.parametrize("layer", ["attn.to_q", "ff.net.0.proj", "ff.net.2"])
+def test_a_full_change_of_a_weight_is_taken_whole(layer, tmp_path):
+    name, transformer = f"transformer_blocks.0.{layer}", small_sd3()
+    change = torch.randn(transformer.get_submodule(name).weight.shape)
+    save_file({f"diffusion_model.{name}.diff": change}, tmp_path / "lora.safetensors")
+    expected = transformer.get_submodule(name).weight + 0.5 * change
+    merged = merge_into(transformer, load_lora(tmp_path, transformer, SD3, 0.5))
+    close(merged.get_submodule(name).weight, expected)
+
+
+def test_a_lokr_of_a_layout_that_diffusers_converts_is_taken(tmp_path):
+    # of FLUX's own fused layer, whose LoKr diffusers itself cannot split
+    key = "diffusion_model.double_blocks.0.img_attn.qkv"
+    state, product = lokr(key, (6, 4), (8, 4))
+    save_file(state, tmp_path / "lora.safetensors")
+    pipeline_class, build = TINY["flux2"]
+    lora = load_lora(tmp_path, build(), pipeline_class)
+    for x, rows in zip("qkv", product.chunk(3), strict=True):
+        a, b, scale = lora[f"transformer_blocks.0.attn.to_{x}"]
+        close(scale * b @ a, rows)
 
 
 def test_a_change_that_is_zero_may_be_left_out(tmp_path):
@@ -243,7 +391,15 @@ def test_a_file_that_is_not_there_or_broken_is_an_error_with_its_path(tmp_path):
     refused(tmp_path, "found one.safetensors, two.safetensors; name the file itself")
     refused(tmp_path / "two.safetensors", "cannot be read as safetensors")
     (tmp_path / "two.safetensors").write_bytes(b"")
-    refused(tmp_path / "two.safetensors", "cannot be read as safetensors")
+    refused(tmp_path / "two.safetensors", "cannot be read as safetensors: it is empty, of 0 bytes; copy it again")
+    (tmp_path / "two.safetensors").write_bytes(whole[:20])
+    refused(tmp_path / "two.safetensors", "cut off within its header")
+    (tmp_path / "two.safetensors").write_bytes(b"<!DOCTYPE html><html>Please log in</html>")
+    refused(tmp_path / "two.safetensors", "is a web page and no safetensors file")
+    torch.save({}, tmp_path / "two.safetensors")
+    refused(tmp_path / "two.safetensors", "pickled weights under a .safetensors name")
+    (tmp_path / "two.safetensors").write_text(f"version https://git-lfs.github.com/spec/v1\noid {'a' * 64}\nsize 97\n")
+    refused(tmp_path / "two.safetensors", "Git LFS pointer of .* in place of the file of 97 bytes.*git lfs pull")
     save_file({}, tmp_path / "two.safetensors")
     refused(tmp_path / "two.safetensors", "holds no tensors")
 

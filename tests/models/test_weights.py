@@ -1,7 +1,9 @@
 """Weights that are read a piece at a time: what they say is what whole networks hold."""
 
 import copy
+import json
 import re
+import shutil
 
 import hypothesis.strategies as st
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from danceopd.models import saving
 from danceopd.models.backbones import empty_transformer, sd3
+from danceopd.models.loading import check_weights
 from danceopd.models.lora_algebra import merge_into
 from danceopd.models.saving import save_pretrained
 from danceopd.models.weights import check_fits, either, mean, of_folder, of_tensors, plus
@@ -96,5 +99,73 @@ def test_files_that_are_not_good_are_named(place, tmp_path):
     with pytest.raises(UserError, match=re.escape("proj_out.bias is [1] in the file")):
         check_fits(of_folder(tmp_path / "lacking"), empty, "here")
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(UserError, match="cannot be read as safetensors, copy it again"):
+    with pytest.raises(
+        UserError, match=r"diffusion_pytorch_model.safetensors: is cut off within its header.*copy it again"
+    ):
         of_folder(tmp_path / "lacking")
+
+
+@pytest.mark.parametrize("name", ["model", "several"])
+def test_weights_of_a_variant_are_read_like_any_others(name, place, tmp_path):
+    network = sd3.load_transformer(place / name)
+    sharded = {"max_shard_size": 80_000} if name == "several" else {}
+    network.save_pretrained(tmp_path, variant="bf16", **sharded)
+    assert all("bf16" in file.name for file in tmp_path.glob("*.safetensors*"))
+    empty = empty_transformer(place / "model")
+    check_weights(tmp_path, empty)
+    state, found = network.state_dict(), of_folder(tmp_path)
+    again = sd3.load_transformer(tmp_path).state_dict()
+    for key, value in state.items():
+        assert torch.equal(found.tensor(key), value)
+        assert torch.equal(again[key], value)
+    for file in tmp_path.glob("*bf16*.safetensors"):
+        (tmp_path / file.name.replace("bf16", "fp16")).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="has its weights as bf16 and fp16; leave one"):
+        check_weights(tmp_path)
+    network.save_pretrained(tmp_path)  # its plain names count, whatever lies beside them
+    next(tmp_path.glob("*fp16*.safetensors")).write_bytes(b"")
+    check_weights(tmp_path, empty)
+    sd3.load_transformer(tmp_path)
+
+
+@pytest.mark.parametrize("read", [check_weights, of_folder, sd3.load_transformer])
+def test_a_file_that_is_no_whole_safetensors_file_is_named_with_what_it_is(read, place, tmp_path):
+    network = sd3.load_transformer(place / "model")
+    network.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    shorter = whole.replace(b'"F32"', b'"F16"', 1)
+    for content, message in (
+        (whole[:-1], f"is cut off at {len(whole) - 1} of {len(whole)} bytes; copy it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123456\n", "Git LFS pointer.*123456 bytes"),
+        (b"<html>", "is a web page"),
+        (b"", "it is empty"),
+        (whole + b"x", "cannot be read as safetensors"),
+        (shorter, "cannot be read as safetensors"),
+        (b"\xff" * 5000, "cannot be read as safetensors"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=message) as error:
+            read(tmp_path)
+        assert str(file) in str(error.value)
+
+
+def test_a_tensor_that_is_in_none_of_the_files_is_named_by_their_headers(place, tmp_path):
+    shutil.copytree(place / "several", tmp_path / "lacking")
+    index = tmp_path / "lacking" / "diffusion_pytorch_model.safetensors.index.json"
+    files = sorted(index.parent.glob("*.safetensors"))
+    check_weights(index.parent, empty_transformer(place / "model"))
+    content = json.loads(index.read_text())
+    content["weight_map"] = {key: name for key, name in content["weight_map"].items() if name != files[0].name}
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"the weights lack \d+ tensors"):
+        check_weights(index.parent, empty_transformer(place / "model"))
+    content["weight_map"]["proj_out.bias"] = "../model.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="names files outside its folder"):
+        check_weights(index.parent)
+    for file in (*files, index):
+        file.unlink()
+    torch.save({}, index.parent / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"there is diffusion_pytorch_model.bin, which is not read"):
+        check_weights(index.parent)

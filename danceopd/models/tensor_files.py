@@ -1,0 +1,108 @@
+"""Opens safetensors files, and says of those that cannot be read what they are."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from danceopd.support.errors import UserError
+
+MOST = 100_000_000  # bytes of a header: the format's own limit
+
+POINTER = b"version https://git-lfs.github.com/spec/"  # begins what Git LFS puts in a file's place
+
+BITS = {f"{kind}{bits}": bits for kind in "FIU" for bits in (8, 16, 32, 64)} | {"BF16": 16, "BOOL": 8}
+
+
+@contextmanager
+def opened(path: Path | str) -> Iterator[safe_open]:
+    """Opens a safetensors file for torch.
+
+    Raises:
+        UserError: It cannot be read; also where the block finds that.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise damaged(Path(path), error) from error
+
+
+def read_header(path: Path | str) -> dict[str, tuple[str, torch.Size]]:
+    """Reads what a safetensors file says of its tensors, and checks that it is as long as it says.
+
+    Returns:
+        {name: (dtype as the format names it, shape)}.
+
+    Raises:
+        UserError: It cannot be read, is cut off, or is no safetensors file.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > MOST or 8 + length > size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found = {name: (entry["dtype"], torch.Size(entry["shape"])) for name, entry in header.items()}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(path, error) from None
+    wrong = [n for n, (kind, shape) in found.items() if kind in BITS and BITS[kind] * prod(shape) != 8 * sizes[n]]
+    if wrong or 8 + length + end != size:
+        raise damaged(path, f"{wrong[0]} has not the bytes of its shape" if wrong else "its parts do not fill it")
+    return found
+
+
+def damaged(path: Path, error: object) -> UserError:
+    """Returns the error of a file that cannot be read as safetensors: what it is, as far as it shows, and what to do.
+
+    Args:
+        path: The file.
+        error: What was said when it was read.
+    """
+    try:
+        with open(path, "rb") as file:
+            begin, size = file.read(512), os.fstat(file.fileno()).st_size
+    except OSError as trouble:
+        return UserError(f"{path}: cannot be read: {trouble.strerror or trouble}")
+    return UserError(f"{path}: {_what(path, begin, size) or f'cannot be read as safetensors, copy it again: {error}'}")
+
+
+def _what(path: Path, begin: bytes, size: int) -> str | None:
+    """Says what a file is that is no whole safetensors file, and what to do; None where that does not show."""
+    if size == 0:
+        return "cannot be read as safetensors: it is empty, of 0 bytes; copy it again"
+    if begin.startswith(POINTER):
+        words = begin.decode(errors="replace").split()
+        whole = f" of {words[words.index('size') + 1]} bytes" if "size" in words[:-1] else ""
+        return (
+            f"is a Git LFS pointer of {size} bytes in place of the file{whole}; fetch it: run `git lfs pull` in "
+            f"{path.parent}, with Git LFS installed, or download the file itself"
+        )
+    if begin.lstrip().startswith(b"<"):
+        return "is a web page and no safetensors file, as a download without access leaves it; download it again"
+    if begin.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        return "holds pickled weights under a .safetensors name, which may run code when read; get it as safetensors"
+    length = int.from_bytes(begin[:8], "little")
+    if length <= MOST and begin[8:9] in (b"{", b""):
+        if 8 + length > size:
+            return f"is cut off within its header, at {size} bytes; the download did not end: copy it again"
+        try:
+            with open(path, "rb") as file:
+                file.seek(8)
+                header = json.loads(file.read(length))
+            end = 8 + length + max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            return None
+        if end > size:
+            return f"cannot be read as safetensors: it is cut off at {size} of {end} bytes; copy it again"
+    return None
