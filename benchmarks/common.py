@@ -211,7 +211,7 @@ def flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def roofline(dtypes: Sequence[str] = ("float32",), rounds: int = 5) -> dict:
+def roofline(dtypes: Sequence[str] = ("float32",), rounds: int = 5, clock: str = "wall") -> dict:
     """Measured here: {"flops_per_second": {dtype: of a large matrix product}, "copy_bytes_per_second": read and write}.
 
     The best of the rounds, since it is to be a limit. "float8_e4m3fn" is torch._scaled_mm with a scale a row.
@@ -228,10 +228,10 @@ def roofline(dtypes: Sequence[str] = ("float32",), rounds: int = 5) -> dict:
             a, b = a.to(getattr(torch, name)), b.to(getattr(torch, name))
             run = lambda: a @ b  # noqa: B023, E731
         with suppress(RuntimeError):  # the device has no such product
-            found[name] = 2 * n**3 / min(interleaved({"product": run}, rounds, least=0.02)["product"])
+            found[name] = 2 * n**3 / min(interleaved({"product": run}, rounds, least=0.02, clock=clock)["product"])
     source = torch.randn((2**30 if on_gpu else 2**28) // 4, device=device())
     target = torch.empty_like(source)
-    copied = min(interleaved({"copy": lambda: target.copy_(source)}, rounds)["copy"])
+    copied = min(interleaved({"copy": lambda: target.copy_(source)}, rounds, clock=clock)["copy"])
     return {"flops_per_second": found, "copy_bytes_per_second": 2 * source.nbytes / copied}
 
 

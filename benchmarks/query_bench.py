@@ -164,7 +164,9 @@ def main(argv: list[str] | None = None) -> dict:
     keep_freed_memory()
     where, resolution = common.device(), args.resolution or networks.RESOLUTIONS[args.model]
     network = networks.load(args.model, resolution, where)
-    limit = common.roofline([network.dtype, *(["float8_e4m3fn"] if any("fp8" in v for v in args.variants) else [])])
+    limit = common.roofline(
+        [network.dtype, *(["float8_e4m3fn"] if any("fp8" in v for v in args.variants) else [])], clock=args.clock
+    )
     rows = []
     for count in args.teachers:
         for guidance in args.guidance:

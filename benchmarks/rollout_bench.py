@@ -213,7 +213,9 @@ def main(argv: list[str] | None = None) -> dict:
     rows, dtypes = [], {"fp8": "float8_e4m3fn", "bf16": "bfloat16"}
     resolutions = args.resolution or [networks.RESOLUTIONS[args.model]]
     asked = {dtype for word, dtype in dtypes.items() if any(word in name for name in args.variants)}
-    limit = common.roofline(sorted(asked | {"bfloat16" if common.device().type == "cuda" else "float32"}))
+    limit = common.roofline(
+        sorted(asked | {"bfloat16" if common.device().type == "cuda" else "float32"}), clock=args.clock
+    )
     for resolution in resolutions:
         network = networks.load(args.model, resolution, common.device())
         for batch in args.batch:
