@@ -106,7 +106,7 @@ class PreparedData:
 
     def _check_cache(self) -> None:
         """Checks that every entry that a row names is there; whether it is whole shows when it is read."""
-        named = {key for row in self.rows for key in (row["prompt"], row["target"], *row["sources"]) if key}
+        named = {key for row in self.rows for key in (row["prompt"], row["target"], *row["sources"]) if key is not None}
         named |= {key for row in self.rows for key in row.get("negative_prompts", {}).values()}
         named |= set(self.head["negative_prompts"].values())
         missing = [key for key in named if key not in self.cache]
@@ -116,7 +116,7 @@ class PreparedData:
                 "run `danceopd data prepare` again"
             )
         for row in self.rows:
-            for key in (*row["sources"], *filter(None, [row["target"]])):
+            for key in (*row["sources"], *([] if row["target"] is None else [row["target"]])):
                 if "latents" not in self.cache.names(key):
                     raise UserError(
                         f"{self.path}: the entry {key} of row {row['id']} holds no latents of a picture; "

@@ -6,7 +6,10 @@ import shutil
 import pytest
 import tiny_geneval as tiny
 from geneval_runs import as_results, clause, result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from danceopd.evaluation.geneval import Found, check_picture
 from danceopd.evaluation.geneval.layout import check_metadata, read_metadata, read_pictures, read_results
 from danceopd.evaluation.geneval.rules import CLASSES
 from danceopd.support.errors import UserError
@@ -133,3 +136,35 @@ def test_a_prompt_with_a_separator_in_a_marked_file(tmp_path, separator):
     (tmp_path / "m.jsonl").write_text(text + "{torn\n", encoding="utf-8-sig")
     with pytest.raises(UserError, match=r"m\.jsonl:3: not JSON"):
         read_metadata(tmp_path / "m.jsonl")
+
+
+ODD = [None, True, -1, 0.0, 1.5, "x", "", "dog", [], {}, ["left of", 0], [[]], {"class": "dog"}, 10**30, "\ud800"]
+
+
+@given(st.data())
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_odd_metadata_is_refused_or_judged(tmp_path, data):
+    """One value anywhere in a prompt's line replaced or taken out: a message with its line, or a verdict."""
+    clauses = [clause("cat", 2), clause("dog", color="red", position=["left of", 0])]
+    line = {"tag": "x", "prompt": "y", "include": clauses, "exclude": [clause("dog", 3)]}
+    place, key = {"line": line}, "line"
+    while isinstance(place[key], dict | list) and place[key] and data.draw(st.integers(0, 4)):
+        place = place[key]
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+    if isinstance(place, dict) and data.draw(st.booleans()) and place is not line:
+        place.pop(key)
+    else:
+        place[key] = data.draw(st.sampled_from(ODD))
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps(line if "line" not in place else place["line"]) + "\n")
+    said = ""
+    try:
+        (read,) = read_metadata(path)
+    except UserError as error:
+        said = str(error)
+    if said:
+        assert "m.jsonl" in said
+        return
+    objects = {"cat": [Found((0, 0, 9, 9), 0.9)] * 2, "dog": [Found((20, 0, 29, 9), 0.9)]}
+    correct, reason = check_picture(read, objects, lambda name, found: ["red"] * len(found))
+    assert correct == (not reason)
