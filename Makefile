@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench bench-gpu clean
+.PHONY: demo test test-all lint docs bench bench-gpu clean
 
 demo: .venv/installed
 	$(BIN)/danceopd train --config configs/demo.yaml
@@ -17,6 +17,10 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+docs: .venv/installed-test  # what is made from the code: a test says where it is not up to date
+	$(BIN)/python docs/make_api.py
+	$(BIN)/python docs/make_notebook.py
 
 bench: .venv/installed-test  # at small sizes, on whatever is there
 	$(BIN)/python -m benchmarks.run --suite quick --output bench-results

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+if sys.version_info < (3, 11):  # noqa: UP036 (an older Python runs this file all the same)
+    sys.exit("danceopd needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": install it with python3.11")
+
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 from build_csrc import BuildExtensions, extensions
 
@@ -13,7 +16,7 @@ setup(
     version="0.1.0",
     description="On-policy generative field distillation: several flow-matching models become one student",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["danceopd", "danceopd.*"]), "danceopd_kernels"],
     package_dir={"danceopd_kernels": "kernels/danceopd_kernels"},
     ext_modules=extensions(),

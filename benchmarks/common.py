@@ -1,11 +1,12 @@
 """One method and one look for all benchmarks: how variants are timed and compared, and how figures are shown.
 
 Variants are called in turn within each round, so that a machine that slows down slows all of them; a figure is the
-median of the rounds beside its quartiles, and a ratio is taken within each round. Shares are of what a matrix product
-and a copy reach here, measured in the same run. A benchmark is
+median of the rounds beside its quartiles, and a ratio is taken within each round. On a CPU that others use too,
+`--clock cpu` takes the processor time of all threads in place of the wall's. Shares are of what a matrix product and a
+copy reach here, measured in the same run. A benchmark is
 
     args = common.arguments(parser).parse_args(argv)
-    times = common.interleaved({"plain": plain, "ours": ours}, args.rounds)
+    times = common.interleaved({"plain": plain, "ours": ours}, args.rounds, clock=args.clock)
     rows = [common.row(name, times[name], over=("plain", times["plain"])) for name in times]
     return common.finish(common.result("name", rows), args)
 """
@@ -16,10 +17,11 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from danceopd_kernels import info
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from danceopd.core.phase import phase
+from danceopd.core.phase import phase, recorders
 
 
 def device() -> torch.device:
@@ -66,10 +68,14 @@ def _processor() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def seconds(run: Callable[[], object], repeats: int = 1) -> float:
-    """Of one call, over `repeats` in a row: by events on a GPU, by the clock on a CPU."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def seconds(run: Callable[[], object], repeats: int = 1, clock: str = "wall") -> float:
+    """Times one call, over `repeats` in a row: by events on a GPU, by one of `CLOCKS` on a CPU."""
     synchronize()
-    on_gpu, begin = device().type == "cuda", time.perf_counter()
+    on_gpu, now = device().type == "cuda", CLOCKS[clock]
+    begin = now()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
     for event in events[:1]:
         event.record()
@@ -78,17 +84,30 @@ def seconds(run: Callable[[], object], repeats: int = 1) -> float:
     for event in events[1:]:
         event.record()
         event.synchronize()
-    taken = events[0].elapsed_time(events[1]) / 1e3 if on_gpu else time.perf_counter() - begin
+    taken = events[0].elapsed_time(events[1]) / 1e3 if on_gpu else now() - begin
     return taken / repeats
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, least: float = 0.0, prepare=None
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    least: float = 0.0,
+    prepare: Callable[[str], object] | None = None,
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; each round begins with another one of them.
+    """Times each variant in each round; each round begins with another one of them.
 
-    least: seconds that a timing should last, for which a short variant is repeated up to 50 times in a row. prepare:
-    called with the variant's name before each timing, which it is not part of.
+    Args:
+        variants: What is called, by name.
+        rounds: How often each is timed.
+        warmup: Rounds that are not.
+        least: Seconds that a timing should last, for which a short variant is repeated up to 50 times in a row.
+        prepare: Is called with the variant's name before each timing, which it is not part of.
+        clock: One of `CLOCKS`, on a CPU.
+
+    Returns:
+        The seconds of each round, by name.
     """
     times, repeats, names = {name: [] for name in variants}, dict.fromkeys(variants, 1), list(variants)
     for i in range(-warmup - bool(least), rounds):
@@ -96,7 +115,7 @@ def interleaved(
         for name in names[turn:] + names[:turn]:
             if prepare:
                 prepare(name)
-            taken = seconds(variants[name], repeats[name])
+            taken = seconds(variants[name], repeats[name], clock)
             if i >= 0:
                 times[name].append(taken)
             elif i == -1 and least:
@@ -117,40 +136,35 @@ def ratios(over: Sequence[float], times: Sequence[float]) -> tuple[float, float,
 
 
 class Phases:
-    """Splits what runs while it is entered: seconds by phase, each also a range as danceopd.core.phase.phase makes it.
+    """Splits what runs while it is entered by the phases of danceopd.core.phase: `seconds` of each, by name.
 
-    places: {phase: [(module or object, name of a function of it)]}. A phase inside another counts as its own alone.
-    On a GPU the ends of phases are waited for, so that this is no way to time the whole.
+    A phase inside another counts as its own alone. On a GPU the ends of phases are waited for, so that this is no way
+    to time the whole.
+
+    Args:
+        clock: One of `CLOCKS`.
     """
 
-    def __init__(self, places: Mapping[str, Sequence[tuple[object, str]]]):
-        self.places = [(phase, *place) for phase, where in places.items() for place in where]
-        self.seconds, self._open = defaultdict(float), []
+    def __init__(self, clock: str = "wall"):
+        self.now, self.seconds, self._open = CLOCKS[clock], defaultdict(float), []
 
-    def __enter__(self):
-        self._patches = ExitStack()
-        for part, owner, name in self.places:
-            plain, own = getattr(owner, name), name in vars(owner)
-            # A context manager made by contextmanager also wraps a function.
-            setattr(owner, name, self.phase(part)(plain))
-            restore = (setattr, owner, name, plain) if own else (delattr, owner, name)
-            self._patches.callback(*restore)
+    def __enter__(self) -> "Phases":
+        recorders.append(self._record)
         return self
 
     def __exit__(self, *raised) -> None:
-        self._patches.close()
+        recorders.remove(self._record)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def _record(self, name: str) -> Iterator[None]:
         synchronize()
-        start, around = time.perf_counter(), self._open
+        start, around = self.now(), self._open
         self._open = inside = []  # seconds of the phases inside
         try:
-            with phase(name):
-                yield
-                synchronize()
+            yield
+            synchronize()
         finally:
-            taken, self._open = time.perf_counter() - start, around
+            taken, self._open = self.now() - start, around
             self.seconds[name] += taken - sum(inside)
             around.append(taken)
 
@@ -172,6 +186,22 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return max(accumulate((event.nbytes() for event in events if event.name() == "[memory]"), initial=0))
 
 
+def python_calls(run: Callable[[], object]) -> int:
+    """Counts the calls of Python and built-in functions in one call, on this thread."""
+    count = 0
+
+    def seen(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(seen)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
 def flops(run: Callable[[], object]) -> int:
     """Of the products and attention in one call, by torch's counter; it sees no fused or compiled kernel's."""
     operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to the counter
@@ -181,7 +211,7 @@ def flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def roofline(dtypes: Sequence[str] = ("float32",), rounds: int = 5) -> dict:
+def roofline(dtypes: Sequence[str] = ("float32",), rounds: int = 5, clock: str = "wall") -> dict:
     """Measured here: {"flops_per_second": {dtype: of a large matrix product}, "copy_bytes_per_second": read and write}.
 
     The best of the rounds, since it is to be a limit. "float8_e4m3fn" is torch._scaled_mm with a scale a row.
@@ -198,10 +228,10 @@ def roofline(dtypes: Sequence[str] = ("float32",), rounds: int = 5) -> dict:
             a, b = a.to(getattr(torch, name)), b.to(getattr(torch, name))
             run = lambda: a @ b  # noqa: B023, E731
         with suppress(RuntimeError):  # the device has no such product
-            found[name] = 2 * n**3 / min(interleaved({"product": run}, rounds, least=0.02)["product"])
+            found[name] = 2 * n**3 / min(interleaved({"product": run}, rounds, least=0.02, clock=clock)["product"])
     source = torch.randn((2**30 if on_gpu else 2**28) // 4, device=device())
     target = torch.empty_like(source)
-    copied = min(interleaved({"copy": lambda: target.copy_(source)}, rounds)["copy"])
+    copied = min(interleaved({"copy": lambda: target.copy_(source)}, rounds, clock=clock)["copy"])
     return {"flops_per_second": found, "copy_bytes_per_second": 2 * source.nbytes / copied}
 
 
@@ -245,6 +275,8 @@ def heading(result: dict) -> str:
     machine = result["device"]
     where = f"{machine['threads']} threads" if machine["kind"] == "cpu" else f"clocks {machine['clocks']}"
     lines = [f"{result['benchmark']}: measured on {machine['name']}, {where}, torch {machine['torch']}"]
+    if result.get("clock") == "cpu":
+        lines.append("times are of the processor, summed over threads")
     if limit := result.get("roofline"):
         products = [f"{name} {value / 1e12:.3g} TFLOP/s" for name, value in limit["flops_per_second"].items()]
         lines.append(f"roofline: {', '.join(products)}, copy {limit['copy_bytes_per_second'] / 1e9:.3g} GB/s")
@@ -304,8 +336,9 @@ def plot(result: dict, file: Path) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser, rounds: int = 5) -> argparse.ArgumentParser:
-    """Add what every benchmark takes: --rounds, --json, --plot, --profile."""
+    """Add what every benchmark takes: --rounds, --clock, --json, --plot, --profile."""
     parser.add_argument("--rounds", type=positive, default=rounds, help="in each of which all variants are timed")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a CPU (%(default)s)")
     for flag, metavar, text in (
         ("--json", "FILE", "file to write the figures to"),
         ("--plot", "FILE.png", "file to draw the figures in"),
@@ -324,6 +357,7 @@ def positive(text: str) -> int:
 
 def finish(result: dict, args: argparse.Namespace) -> dict:
     """Print the table, write what was asked for, and return the result."""
+    result["clock"] = args.clock if result["device"]["kind"] == "cpu" else "wall"
     print(f"{heading(result)}\n\n{table(result['rows'])}", flush=True)
     write(result, args.json)
     if args.plot:

@@ -34,7 +34,7 @@ HEADS, WIDE, TEXT = 4, 256, 32  # of a random transformer: heads, channels, prom
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one part, "velocity" or a block, in one bin: worst is the smallest cosine of a sample."""
+    """Holds what one part, "velocity" or a block, gave in one bin; worst is the smallest cosine of a sample."""
 
     network: str
     part: str

@@ -81,7 +81,7 @@ def measure(case: Case, copy: Callable, copied: int, settings: dict, args: argpa
     if not args.no_compile:
         torch.compiler.reset()
         contenders["compiled"] = torch.compile(lambda: case.run("torch"))
-    times = common.interleaved(contenders | {"copy": copy}, args.rounds, warmup=2, least=0.02)
+    times = common.interleaved(contenders | {"copy": copy}, args.rounds, warmup=2, least=0.02, clock=args.clock)
     rows = []
     for by, run in contenders.items():
         pairs = zip(times[by], times["copy"], strict=True)

@@ -36,7 +36,7 @@ from danceopd.core.sde import sde_rollout
 from danceopd.models.fp8 import to_fp8
 from danceopd.support.memory import keep_freed_memory
 from danceopd.training.rollouts.compiled import compile_blocks
-from danceopd.training.rollouts.kinds import always_guided
+from danceopd.training.rollouts.layouts import always_guided
 from danceopd.training.rollouts.static import StaticField
 
 STEPS, SHIFT = 16, 3.0
@@ -97,7 +97,7 @@ def measure(network, names: list[str], batch: int, guidance: float, args, limit:
     variants = {name: runs(name) for name in names}
     # As many rounds of warming up as there are, where a size of the batch that is new is compiled or captured.
     once_more = any("compiled" in name or "static" in name for name in names)
-    times = common.interleaved(variants, args.rounds, warmup=args.rounds if once_more else 1)
+    times = common.interleaved(variants, args.rounds, warmup=args.rounds if once_more else 1, clock=args.clock)
     sigma = sigmas[:1].expand(batch)
     each = common.flops(lambda: network.field(network.module)(noise, sigma, conditioning)) / batch
     deepest = {"full": STEPS, "depth": statistics.median(int(depth.max()) for depth in depths)}
@@ -133,7 +133,7 @@ def evaluations(batch: int = 64, repeats: int = 8) -> list[dict]:
     conditioning = Conditioning(torch.zeros(batch, 1), None, torch.zeros(batch, dtype=torch.bool))
 
     def network(latents, sigma, conditioning):
-        return latents
+        return torch.zeros_like(latents)
 
     def spend(name, k, static):
         generator, spent, least = torch.Generator().manual_seed(0), Counter(), 0
@@ -213,7 +213,9 @@ def main(argv: list[str] | None = None) -> dict:
     rows, dtypes = [], {"fp8": "float8_e4m3fn", "bf16": "bfloat16"}
     resolutions = args.resolution or [networks.RESOLUTIONS[args.model]]
     asked = {dtype for word, dtype in dtypes.items() if any(word in name for name in args.variants)}
-    limit = common.roofline(sorted(asked | {"bfloat16" if common.device().type == "cuda" else "float32"}))
+    limit = common.roofline(
+        sorted(asked | {"bfloat16" if common.device().type == "cuda" else "float32"}), clock=args.clock
+    )
     for resolution in resolutions:
         network = networks.load(args.model, resolution, common.device())
         for batch in args.batch:

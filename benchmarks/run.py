@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import common
 
 ROOT = Path(__file__).parents[1]
-# By name: the module, what "all" gives it, and what "quick" does.
+# Each name has its module, the arguments of "all" and those of "quick".
 SUITE = {
     "rollout": ("rollout_bench", [], ["--rounds", "3", "--batch", "16", "--variants", "full", "depth", "depth+static"]),
     "rollout-guided": (
@@ -32,6 +32,7 @@ SUITE = {
     "query": ("query_bench", [], ["--teachers", "4", "--rounds", "3"]),
     "train-world": ("train_bench", ["--world"], ["--world", "--rounds", "1", "--batch-size", "8"]),
     "train": ("train_bench", [], ["--only-ratio", "--rounds", "1", "--batch-size", "2"]),
+    "stream": ("stream_bench", [], ["--rounds", "1"]),
     "kernels": ("kernel_bench", [], ["--shape", "4", "16", "32", "32", "--dtypes", "float32", "--no-compile"]),
     "zero3": ("zero3_bench", [], ["--rounds", "1", "--width", "128", "--depth", "2"]),
 }

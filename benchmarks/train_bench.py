@@ -1,22 +1,25 @@
 """Training updates beside a plain loop with the published schedule, in turn in one run: how many times as fast.
 
     python benchmarks/train_bench.py                        # a small SD3.5, on a GPU if there is one
+    python benchmarks/train_bench.py --size medium --batch-size 4 --micro-batch 4 1 --only-ratio --clock cpu
     python benchmarks/train_bench.py --world                # the picture world's network, as in configs/demo.yaml
     python benchmarks/train_bench.py --rounds 3 --json results.json
 
-The small SD3.5 is of the real classes with random weights; it, its text encoders, four LoRA teachers and a LoRA
-student are saved into a temporary folder and loaded from there by both. The plain loop is diffusers and PEFT alone: one
-sample a micro-step, its prompt encoded there, a rollout of all steps although one state is asked, each teacher a copy
-of the network with its LoRA fused, gradient checkpointing, gradients accumulated to the same batch. (Published, all
-samples of an update have one route, too; the cost is the same.) On the picture world it is the same loop over that
-network with all its weights trained, its prompts' tokens and source pictures made in the loop; both use AdamW there.
+The SD3.5 is of the real classes with random weights; it, its text encoders, four LoRA teachers and a LoRA student are
+saved into a temporary folder and loaded from there by both. The plain loop is diffusers and PEFT alone: one sample a
+micro-step, its prompt encoded there, a rollout of all steps although one state is asked, each teacher a copy of the
+network with its LoRA fused, gradient checkpointing, gradients accumulated to the same batch. (Published, all samples of
+an update have one route, too; the cost is the same.) On the picture world it is the same loop over that network with
+all its weights trained, its prompts' tokens and source pictures made in the loop; both use AdamW there.
 
-Ours is the trainer's own update, with everything else that it does. Both take the same rows, noise and queries and
-begin with the same weights, so that their losses must agree. "ours, fast" rolls out half the steps by the two-step
-solver ab2, so that its states are others and its loss is too.
+Ours is the trainer's own update, with everything else that it does; `--micro-batch` says how many samples it matches at
+a time. Both take the same rows, noise and queries and begin with the same weights, so that their losses must agree.
+"ours, fast" rolls out half the steps by the two-step solver ab2, so that its states are others and its loss is too; the
+second half of a run of danceopd_fast makes this very update with these settings.
 
 Of the SD3.5, each idea is then switched off alone: time_over_ours is the update's time without it over the time with
-it. All of them give the same loss. At the end one more update of each is split by phase.
+it. All of them give the same loss. At the end one more update of each is split by phase, and another is counted in
+calls of Python functions.
 """
 
 import argparse
@@ -27,7 +30,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -55,20 +58,16 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import danceopd.core.fields
-import danceopd.core.methods.danceopd
 from benchmarks import common
 from benchmarks.networks import random_lora, small_sd3
 from danceopd.config.reading import parse_config
 from danceopd.core.batch import Batch
 from danceopd.core.conditioning import Conditioning
-from danceopd.core.fields import routed
-from danceopd.core.methods.danceopd import danceopd_loss
-from danceopd.core.objectives import velocity_mse
+from danceopd.core.phase import phase
 from danceopd.core.query import query
+from danceopd.core.questions import Questions, on_rollout
 from danceopd.core.randomness import sample_generators
 from danceopd.core.rollout import rollout
-from danceopd.core.watch import Observed
 from danceopd.data.prepare import prepare
 from danceopd.data.sampler import Samples, draw_batch
 from danceopd.models.backbones import sd3
@@ -76,13 +75,25 @@ from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora, save_lora
 from danceopd.models.shared_base import SharedBase
 from danceopd.support.memory import keep_freed_memory
-from danceopd.training.assembly.build import build
-from danceopd.training.engine import Local
+from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import BATCH, QUERY, Trainer
+from danceopd.world.build import build
 from danceopd.world.files import load_model, resolve_weights
 
-SIDE = 128  # pixels: 64 image tokens beside SD3's 333 of text
-WIDTH, LAYERS, HEADS, RANK = 192, 8, 4, 16
+
+@dataclass(frozen=True)
+class Size:
+    """Of an SD3.5: pixels of a side, channels, layers, heads, rank of each LoRA."""
+
+    side: int
+    width: int
+    layers: int
+    heads: int
+    rank: int
+
+
+# 64 and 256 tokens of picture beside SD3's 333 of text; 12 and 48 million parameters.
+SIZES = {"small": Size(128, 192, 8, 4, 16), "medium": Size(256, 384, 8, 6, 32)}
 TEACHERS = ("ink", "clay", "neon", "film")
 ROWS = 32  # prompts of each
 STEPS, RATE = 16, 2e-4  # as published
@@ -92,11 +103,11 @@ DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 # ------------------------------------------------------------------------------------- the model and its data
 
 
-def save_pipeline(folder: Path) -> Path:
+def save_pipeline(folder: Path, size: Size) -> Path:
     """A StableDiffusion3Pipeline whose text encoders have about half the transformer's parameters, together."""
     torch.manual_seed(0)
     text = 256
-    transformer = small_sd3(SIDE, WIDTH, LAYERS, HEADS, text)
+    transformer = small_sd3(size.side, size.width, size.layers, size.heads, text)
     vae = AutoencoderKL(
         block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
         up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609,
@@ -138,53 +149,54 @@ def _clip(folder: Path, characters: str, width: int) -> tuple[CLIPTokenizer, CLI
     return tokenizer, CLIPTextModelWithProjection(config)
 
 
-def save_teachers(model: Path, folder: Path) -> None:
+def save_teachers(model: Path, folder: Path, rank: int) -> None:
     """A random LoRA for each teacher, as diffusers writes it."""
     transformer = sd3.load_transformer(model)
     for seed, name in enumerate(TEACHERS):
-        save_lora(random_lora(transformer, RANK, seed), folder / name, StableDiffusion3Pipeline)
+        save_lora(random_lora(transformer, rank, seed), folder / name, StableDiffusion3Pipeline)
 
 
-def save_rows(model: Path, folder: Path) -> dict[str, list[str]]:
+def save_rows(model: Path, folder: Path, side: int) -> dict[str, list[str]]:
     """Prompts of every teacher, as a manifest and prepared; returned by teacher, in the rows' order."""
     prompts = {name: [f"a photo of {i} cups in the style of {name}" for i in range(ROWS)] for name in TEACHERS}
     rows = [{"id": f"{name}-{i}", "task": name, "prompt": p} for name in TEACHERS for i, p in enumerate(prompts[name])]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(folder / "rows.jsonl", model, folder / "cache", resolution=SIDE)
+    prepare(folder / "rows.jsonl", model, folder / "cache", resolution=side)
     return prompts
 
 
-def trainer_of(model: Path, folder: Path, batch_size: int, rollout: dict) -> Trainer:
+def trainer_of(model: Path, folder: Path, rank: int, training: dict, rollout: dict) -> Trainer:
     config = {
         "model": str(model),
-        "student": {"lora": {"rank": RANK}},
+        "student": {"lora": {"rank": rank}},
         "sources": {name: {"lora": [{"path": str(folder / name)}]} for name in TEACHERS},
         "capabilities": {
             name: {"source": name, "task": "t2i", "data": {"prepared": str(folder / "cache" / "rows.jsonl")}}
             for name in TEACHERS
         },
         "rollout": rollout,
-        "training": training(folder, batch_size),
+        "training": training,
     }
     config = parse_config(config)
-    return Trainer(config, build(config))
+    return Trainer(config, build_model(config))
 
 
-def training(folder: Path, batch_size: int) -> dict:
+def training_of(folder: Path, batch_size: int, micro_batch: int) -> dict:
     return {
         "output_dir": str(folder / "run"),
         "batch_size": batch_size,
+        "gradient_accumulation_steps": -(-batch_size // micro_batch),
         "learning_rate": RATE,
         "warmup_steps": 0,
         "sample_every": 0,
     }
 
 
-def world_trainer(folder: Path, batch_size: int, rollout: dict) -> Trainer:
+def world_trainer(training: dict, rollout: dict) -> Trainer:
     """configs/demo.yaml with the published method, optimizer and number of steps."""
     config = yaml.safe_load(DEMO.read_text(encoding="utf-8")) | {"method": "danceopd"}
     config["rollout"] |= rollout
-    config["training"] = training(folder, batch_size)
+    config["training"] = training
     config = parse_config(config)
     return Trainer(config, build(config))
 
@@ -193,7 +205,15 @@ def world_trainer(folder: Path, batch_size: int, rollout: dict) -> Trainer:
 
 
 class Plain:
-    """The published schedule. encode(route, row) -> what the networks take of a prompt; ask(network, z, sigma, it)."""
+    """The published schedule, its parts ranges as a trainer's are.
+
+    Args:
+        ours: Whose rows, noise and queries it takes.
+        student: Is trained.
+        teachers: One of each route.
+        encode: ``encode(route, row)`` gives what the networks take of a prompt.
+        ask: ``ask(network, z, sigma, prompt)`` gives a velocity.
+    """
 
     def __init__(self, ours: Trainer, student, teachers: list, encode: Callable, ask: Callable):
         self.ours, self.sigmas, self.step = ours, ours.sigmas, 0
@@ -201,6 +221,7 @@ class Plain:
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=RATE, weight_decay=0.0)
 
+    @phase("route")
     def draw(self) -> tuple[Batch, torch.Tensor]:
         """The samples and queries of ours, the prompts as numbers of rows."""
 
@@ -209,7 +230,8 @@ class Plain:
 
         config, step = self.ours.config, self.step
         samples, seed = Samples(self.ours.parts.samples.groups, numbers), config.training.seed
-        batch = draw_batch(samples, self.ours.weights, config.training.batch_size, seed, step, stream=BATCH)
+        weights = [capability.weight for capability in config.capabilities.values()]
+        batch = draw_batch(samples, weights, config.training.batch_size, seed, step, stream=BATCH)
         numbered = [step * len(batch) + i for i in range(len(batch))]
         return batch, query(len(batch), STEPS, sample_generators(seed, QUERY, numbered), bias="low_t")
 
@@ -218,7 +240,8 @@ class Plain:
         for i in range(len(batch)):
             route, row = int(batch.route[i]), int(batch.conditioning.prompt[i])
             with torch.no_grad():
-                prompt = self.encode(route, row)
+                with phase("encode"):
+                    prompt = self.encode(route, row)
                 states = self.roll_out(batch.noise[i : i + 1].to(self.sigmas.device), prompt)
                 asked = states[int(depth[i])], self.sigmas[int(depth[i])], prompt
                 target = self.ask_teacher(route, *asked)
@@ -227,20 +250,25 @@ class Plain:
         self.step += 1
         return total
 
+    @phase("rollout")
     def roll_out(self, noise: torch.Tensor, prompt) -> list[torch.Tensor]:
         states = [noise]
         for now, after in zip(self.sigmas, self.sigmas[1:], strict=False):
             states.append(states[-1] + (after - now) * self.ask(self.student, states[-1], now, prompt))
         return states
 
+    @phase("query")
     def ask_teacher(self, route: int, z: torch.Tensor, sigma: torch.Tensor, prompt) -> torch.Tensor:
         return self.ask(self.teachers[route], z, sigma, prompt)
 
     def learn(self, target: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, prompt) -> float:
-        loss = mse_loss(self.ask(self.student, z, sigma, prompt), target)
-        (loss / self.ours.config.training.batch_size).backward()
+        with phase("match"):
+            loss = mse_loss(self.ask(self.student, z, sigma, prompt), target)
+        with phase("backward"):
+            (loss / self.ours.config.training.batch_size).backward()
         return float(loss.detach())
 
+    @phase("step")
     def update_weights(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
@@ -258,7 +286,8 @@ def plain_sd3(model: Path, folder: Path, prompts: dict[str, list[str]], ours: Tr
         teacher.unload_lora()
         teachers.append(teacher.to(ours.device).requires_grad_(False).eval())
     student = SD3Transformer2DModel.from_pretrained(model / "transformer").requires_grad_(False)
-    student.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(sd3.LORA_TARGETS)))
+    rank = ours.parts.student.rank
+    student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(sd3.LORA_TARGETS)))
     for name, (a, b, _) in ours.parts.student.lora().items():  # begin with the same adapter
         layer = student.get_submodule(name)
         layer.lora_A["default"].weight.data.copy_(a)
@@ -300,26 +329,16 @@ def _again(function: Callable, *args):
 # ------------------------------------------------------------------------------------------------ the switches
 
 
-def all_steps(student, sources, batch, *, sigmas, solver, generator, **rest) -> Observed:
-    """danceopd_loss whose rollouts go on to the end."""
-    depth = query(len(batch), len(sigmas) - 1, generator, bias=rest["bias"])
+def all_steps(student, sources, batch, *, sigmas, solver, generator, bias, **rest) -> Questions:
+    """The method danceopd with rollouts that go on to the end."""
+    depth = query(len(batch), len(sigmas) - 1, generator, bias=bias)
     until = torch.cat([depth, torch.full_like(depth, len(sigmas) - 1)], dim=1)
-    states, _ = rollout(student, batch.noise, batch.conditioning, sigmas, until, solver)
-    states = states[:, 0]
-    sigma = sigmas[depth[:, 0].to(sigmas.device)]
-    target = routed(sources, batch.route, states, sigma, batch.conditioning)
-    velocity = student(states, sigma, batch.conditioning)
-    return Observed(velocity_mse(velocity, target), batch.route, depth[:, 0], states, velocity.detach(), target)
+    states, sigma = rollout(student, batch.noise, batch.conditioning, sigmas, until, solver)
+    return on_rollout(sources, batch, depth, states[:, :1], sigma[:, :1], sigmas)
 
 
-def recomputed(student, sources, batch, **provided) -> Observed:
-    """danceopd_loss whose backward computes the student's activations again."""
-
-    return danceopd_loss(partial(_again, student), sources, batch, **provided)
-
-
-def switches(model: Path, folder: Path, prompts: dict[str, list[str]], ours: Trainer) -> dict[str, Callable]:
-    """By name: what takes one idea out of a trainer."""
+def switched_off(model: Path, folder: Path, prompts: dict[str, list[str]], ours: Trainer) -> dict[str, Trainer]:
+    """Trainers that begin where ours does and share with it what is frozen, each without one idea, by its name."""
     encode = sd3.text_encoder(model, ours.device)
     base = sd3.load_transformer(model)
     networks = [
@@ -327,84 +346,63 @@ def switches(model: Path, folder: Path, prompts: dict[str, list[str]], ours: Tra
     ]
     copies = [SharedBase(network.to(ours.device), [], sd3.velocity).field(-1) for network in networks]
 
-    def one_sample(trainer):
-        size = trainer.config.training.batch_size
-        training = trainer.config.training.model_copy(update={"gradient_accumulation_steps": size})
-        trainer.config = trainer.config.model_copy(update={"training": training})
-
     def encoded(rows, indices, without_prompt):
         return Conditioning(
             encode([prompts[rows.capability][i] for i in indices]), None, torch.zeros(len(indices), dtype=torch.bool)
         )
 
-    def encode_every_step(trainer):
-        trainer.parts = copy.copy(trainer.parts)
-        trainer.parts.samples = Samples(trainer.parts.samples.groups, encoded)
+    def twin(training: dict | None = None, **parts) -> Trainer:
+        changed = ours.config.training.model_copy(update=training or {})
+        parts = {"student": copy.deepcopy(ours.parts.student)} | parts
+        return Trainer(ours.config.model_copy(update={"training": changed}), replace(ours.parts, **parts))
 
+    size = ours.config.training.batch_size
+    full, recomputed = twin(), twin()
+    full.method = all_steps
+    recomputed.trained["student"] = partial(_again, recomputed.trained["student"])
     return {
-        "stopping at the queried state": lambda trainer: setattr(trainer, "method", all_steps),
-        "batching over routes": one_sample,
-        "cached encodings": encode_every_step,
-        "teachers on one network": lambda trainer: setattr(trainer, "fields", copies),
-        "keeping activations": lambda trainer: setattr(trainer, "method", recomputed),
+        "stopping at the queried state": full,
+        "batching over routes": twin({"gradient_accumulation_steps": size, "rollout_batch_size": 1}),
+        "cached encodings": twin(samples=Samples(ours.parts.samples.groups, encoded)),
+        "teachers on one network": twin(fields=copies),
+        "keeping activations": recomputed,
     }
-
-
-def twin(ours: Trainer) -> Trainer:
-    """Another run from where ours is, that shares with it what is frozen."""
-    made = copy.copy(ours)
-    made.parts = replace(ours.parts, student=copy.deepcopy(ours.parts.student))
-    made.engine = Local(made.parts.student, made.config)
-    made.health, made.gaps = copy.deepcopy((ours.health, ours.gaps))
-    made.static = made._static_field()
-    return made
 
 
 # --------------------------------------------------------------------------------------------- the comparison
 
-PLAIN_PHASES = {
-    "route, data": ["draw"], "encoding": ["encode"], "rollout": ["roll_out"], "query": ["ask_teacher"],
-    "student": ["learn"], "step": ["update_weights"],
-}  # fmt: skip
 
-
-def split(update: Callable[[], object], places: dict) -> dict[str, float]:
-    """Milliseconds of an update by phase."""
-    with common.Phases(places) as phases, phases.phase("rest"):
+def split(update: Callable[[], object], clock: str) -> dict[str, float]:
+    """Percent of an update by phase."""
+    with common.Phases(clock) as phases, phase("rest"):
         update()
-    return {phase: 1e3 * taken for phase, taken in phases.seconds.items()}
-
-
-def phases_of(trainer: Trainer) -> dict:
-    module, here = danceopd.core.methods.danceopd, sys.modules[__name__]
-    return {
-        "route, data": [(trainer, "draw")],
-        "rollout": [(module, "rollout"), (here, "rollout")],
-        "query": [(danceopd.core.fields, "routed"), (here, "routed")],
-        "student": [(trainer, "method"), (trainer.engine, "backward")],
-        "step": [(trainer.engine, "step")],
-    }
+    whole = sum(phases.seconds.values())
+    return {name: 100 * taken / whole for name, taken in phases.seconds.items()}
 
 
 def compare(folder: Path, args: argparse.Namespace) -> list[dict]:
     """Rows of the plain loop, ours, ours with the fast recipe, and ours without each idea."""
-    exact, without = {"num_inference_steps": STEPS, "solver": "euler"}, {}
-    if args.world:
-        ours, fast = (world_trainer(folder, args.batch_size, rollout) for rollout in (exact, FAST))
-        plain = plain_world(ours)
-    else:
-        model = save_pipeline(folder)
-        save_teachers(model, folder)
-        prompts = save_rows(model, folder)
-        ours, fast = (trainer_of(model, folder, args.batch_size, rollout) for rollout in (exact, FAST))
-        plain = plain_sd3(model, folder, prompts, ours)
-        if not args.only_ratio:
-            without = switches(model, folder, prompts, ours)
+    recipes = {"ours": {"num_inference_steps": STEPS, "solver": "euler"}, "ours, fast": FAST}
+    whole, trainers, without = args.micro_batch[0], {}, {}
+    if not args.world:
+        size = SIZES[args.size]
+        model = save_pipeline(folder, size)
+        save_teachers(model, folder, size.rank)
+        prompts = save_rows(model, folder, size.side)
+    for micro in args.micro_batch:
+        training = training_of(folder, args.batch_size, micro)
+        for name, recipe in recipes.items():
+            if args.world:
+                trainer = world_trainer(training, recipe)
+            else:
+                trainer = trainer_of(model, folder, size.rank, training, recipe)
+            trainers[name if micro == whole else f"{name}, {micro} at a time"] = trainer
+    ours = trainers["ours"]
+    plain = plain_world(ours) if args.world else plain_sd3(model, folder, prompts, ours)
+    if not args.world and not args.only_ratio:
+        without = switched_off(model, folder, prompts, ours)
     print(_sizes(ours, plain, args) + "\n", flush=True)
-    trainers = {"ours": ours, "ours, fast": fast}
-    for name, change in without.items():
-        trainers[f"ours without {name}"] = changed = twin(ours)
-        change(changed)
+    trainers |= {f"ours without {name}": trainer for name, trainer in without.items()}
     updates = {"plain loop": plain.update}
     updates |= {name: lambda trainer=trainer: trainer.update()["loss"] for name, trainer in trainers.items()}
     losses = defaultdict(list)
@@ -412,13 +410,9 @@ def compare(folder: Path, args: argparse.Namespace) -> list[dict]:
     def kept(name):
         return lambda: losses[name].append(updates[name]())  # a number, so that the device is waited for
 
-    times = common.interleaved({name: kept(name) for name in updates}, args.rounds)
+    times = common.interleaved({name: kept(name) for name in updates}, args.rounds, clock=args.clock)
     rows = []
     for name, update in updates.items():
-        if name in trainers:
-            phases = split(update, phases_of(trainers[name]))
-        else:
-            phases = split(update, {phase: [(plain, m) for m in where] for phase, where in PLAIN_PHASES.items()})
         more = {"time_over_ours": common.ratios(times[name], times["ours"])[1]} if "without" in name else {}
         row = common.row(
             name,
@@ -427,7 +421,8 @@ def compare(folder: Path, args: argparse.Namespace) -> list[dict]:
             samples=args.batch_size,
             over=("plain loop", times["plain loop"]),
             loss=sum(losses[name]) / len(losses[name]),
-            phases=phases,
+            phases=split(update, args.clock),
+            python_calls=common.python_calls(update),
             **more,
         )
         if args.profile:
@@ -447,10 +442,10 @@ def _sizes(ours: Trainer, plain: Plain, args: argparse.Namespace) -> str:
         together = [student, *plain.teachers]
     else:
         kind = (
-            f"SD3.5 of {LAYERS} layers, {millions(plain.teachers[0]):.1f} M parameters, text encoders "
-            f"{millions(*plain.encoders):.1f} M, {SIDE} px, a LoRA student of rank {RANK}"
+            f"SD3.5 of {SIZES[args.size].layers} layers, {millions(plain.teachers[0]):.1f} M parameters, text encoders "
+            f"{millions(*plain.encoders):.1f} M, {SIZES[args.size].side} px, a LoRA student of rank {student.rank}"
         )
-        own, together = [*own, *plain.encoders], [student, student._shared[0].transformer]
+        own, together = [*own, *plain.encoders], [student, student.transformer]
     return (
         f"{kind}, batches of {args.batch_size}, {STEPS} steps, {len(plain.teachers)} teachers\n"
         f"networks in memory while training: ours {millions(*together):.1f} M parameters, "
@@ -461,21 +456,26 @@ def _sizes(ours: Trainer, plain: Plain, args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", action="store_true", help="the picture world's network instead of a small SD3.5")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the SD3.5 (%(default)s)")
     parser.add_argument("--batch-size", type=common.positive, help="8; 64 with --world")
+    parser.add_argument(
+        "--micro-batch", type=common.positive, nargs="+", help="samples that ours matches at a time; the whole batch"
+    )
     parser.add_argument("--only-ratio", action="store_true", help="leave the contribution of each idea out")
     args = common.arguments(parser).parse_args(argv)
     args.batch_size = args.batch_size or (64 if args.world else 8)
+    args.micro_batch = list(dict.fromkeys(args.micro_batch or [args.batch_size]))
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
     keep_freed_memory()  # as `danceopd train` does on a CPU; the plain loop has it too
     with tempfile.TemporaryDirectory() as folder:
         rows = compare(Path(folder), args)
-    name = f"training update, {'the picture world' if args.world else 'small SD3.5'}"
+    name = f"training update, {'the picture world' if args.world else f'{args.size} SD3.5'}"
     result = common.finish(common.result(name, rows), args)
-    print("\nms of one update by phase (phases are waited for, so that they are no timing of the whole):")
+    print("\n% of one update by phase (phases are waited for, so that they are no timing of the whole):")
     for row in rows:
-        print(f"  {row['name']:<44}" + ", ".join(f"{phase} {ms:.0f}" for phase, ms in row["phases"].items()))
+        print(f"  {row['name']:<44}" + ", ".join(f"{name} {share:.1f}" for name, share in row["phases"].items()))
     return result
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/zero3_bench.py                        # starts two processes on the host
     python benchmarks/zero3_bench.py --rounds 3 --json results.json
+    python benchmarks/zero3_bench.py --only trainer         # the trainer's own updates alone
     python benchmarks/zero3_bench.py --only paper           # the computed table alone
 
 The plain loop is DeepSpeed alone (and PEFT, for an adapter): a rollout of all steps on the sharded student, then one
@@ -11,8 +12,12 @@ begin alike, so that their losses must agree. Both roll out all steps; training 
 
 Bytes are counted, not computed: the output of every all-gather that reaches torch.distributed, whoever calls it, on
 one rank in one update. Times are of other updates, without the counting. A ratio is the median over rounds, in each of
-which either makes one update; quartiles stand beside it. The second part computes, for the published models, what 8 to
-512 cards would gather; no figure there is measured.
+which either makes one update; quartiles stand beside it.
+
+The second part is the trainer's own update (training.loop.Trainer) of the picture world's network, in 1 and 4
+micro-batches, with rollouts that ask a replica or the shards. It rolls out and asks the sources once an update, and
+matches once a micro-batch. The third part computes, for the published models, what 8 to 512 cards would gather; no
+figure there is measured.
 """
 
 import argparse
@@ -45,6 +50,8 @@ from danceopd.core.schedule import sigma_grid
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
 from danceopd.support.ranks import Ranks
+from danceopd.training.loop import Trainer
+from danceopd.world.build import build
 from danceopd.world.dit import DiT, DiTConfig
 
 STEPS, RATE = 16, 1e-4
@@ -52,6 +59,7 @@ RANK = 40  # of the adapter: to the width as 128 is to FLUX.1's
 TARGETS = ("qkv", "out", "up", "down")
 STUDENTS = ("all weights", "adapter")
 IMAGE, PATCH, TEXT = 32, 16, 4  # few tokens: a step on the host must take seconds
+WAYS = [(ask, parts) for ask in ("replica", "shards") for parts in (1, 4)]  # of the trainer
 
 
 # ------------------------------------------------------------------------------------------------ the counting
@@ -232,24 +240,68 @@ def measure(kind: str, args: argparse.Namespace, ranks: Ranks) -> dict:
     }
 
 
+def measure_trainer(args: argparse.Namespace, ranks: Ranks) -> list[dict]:
+    """The trainer's updates on this rank, each of WAYS in turn; one rank's time is about the other's."""
+    made = {way: trainer_of(*way, ranks) for way in WAYS}
+    found = {way: {"seconds": []} for way in WAYS}
+    for step in range(args.rounds + 2):  # as in `measure`
+        for way in WAYS if step % 2 else WAYS[::-1]:
+            ranks.wait()
+            start = time.perf_counter()
+            if step == 1:
+                with Gathered() as gathered:
+                    record = made[way].update()
+                found[way] |= {"gathered_bytes": gathered.bytes, "all_gathers": dict(gathered.calls)}
+            else:
+                record = made[way].update()
+            ranks.wait()
+            if step > 1:
+                found[way]["seconds"].append(time.perf_counter() - start)
+            found[way]["loss"] = record["loss"]
+    return [{"rollouts_ask": way[0], "micro_batches": way[1], **found[way]} for way in WAYS]
+
+
+def trainer_of(rollout_on: str, micro_batches: int, ranks: Ranks) -> Trainer:
+    """A run of the picture world, text to image and editing, 16 samples an update, all weights trained."""
+    training = {
+        "output_dir": "unused", "batch_size": 16, "gradient_accumulation_steps": micro_batches,
+        "rollout_on": rollout_on, "learning_rate": RATE, "warmup_steps": 0, "sample_every": 0,
+    }  # fmt: skip
+    tasks = ("t2i", "edit")
+    config = parse_config(
+        {
+            "student": {"init_from": "base"},
+            "sources": {task: {"weights": task} for task in tasks},
+            "capabilities": {
+                task: {"source": task, "task": task, "data": {"world": task, "size": 64, "seed": 1}} for task in tasks
+            },
+            "rollout": {"num_inference_steps": STEPS, "shift": 5.0, "solver": "euler"},
+            "evaluation": {"times": 0},
+            "training": training,
+        }
+    )
+    parts = build(config, ranks)
+    return Trainer(config, parts, ranks, settings(sum(p.numel() for p in parts.student.parameters())))
+
+
 def work(args: argparse.Namespace) -> None:
     """What each started process does; rank 0 writes the figures."""
     from danceopd.training.zero.launch import begin
 
     ranks, _ = begin(None, "cpu", 300)
-    figures = measure(args.student[0], args, ranks)
+    figures = measure_trainer(args, ranks) if args.only == "trainer" else measure(args.student[0], args, ranks)
     if ranks.rank == 0:
         args.worker.write_text(json.dumps(figures), encoding="utf-8")
     ranks.wait()
 
 
-def start(kind: str, argv: list[str], ranks: int) -> dict:
-    """Measure one kind of student in processes of their own."""
+def start(argv: list[str], ranks: int):
+    """Measure in processes of their own; returns what rank 0 wrote."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         ended = subprocess.run(
-            [*launcher, __file__, *argv, "--student", kind, "--worker", str(file)],
+            [*launcher, __file__, *argv, "--worker", str(file)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         if ended.returncode:
@@ -273,6 +325,21 @@ def rows(figures: dict, samples: int) -> list[dict]:
             loss=sum(figures[name]["losses"]) / len(figures[name]["losses"]),
         )
         for name in ("plain loop", "gather once")
+    ]
+
+
+def trainer_rows(figures: list[dict]) -> list[dict]:
+    """Of the trainer's updates."""
+    return [
+        common.row(
+            "trainer",
+            way["seconds"],
+            settings={"rollouts ask": way["rollouts_ask"], "micro-batches": way["micro_batches"]},
+            gathered_MB=way["gathered_bytes"] / 1e6,
+            all_gathers=sum(way["all_gathers"].values()),
+            loss=way["loss"],
+        )
+        for way in figures
     ]
 
 
@@ -341,22 +408,23 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--width", type=common.positive, default=1024, help="of the network (%(default)s)")
     parser.add_argument("--depth", type=common.positive, default=6, help="its blocks (%(default)s)")
     parser.add_argument("--student", nargs="+", choices=STUDENTS, default=STUDENTS)
-    parser.add_argument("--only", choices=("measured", "paper"), help="one of the two parts")
+    parser.add_argument("--only", choices=("measured", "trainer", "paper"), help="one of the three parts")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = common.arguments(parser).parse_args(argv)
     if args.width < 64:
         parser.error("--width must be at least 64")
     if args.worker:
         return work(args)
-    students, computed = [], [] if args.only == "measured" else paper()
-    for kind in [] if args.only == "paper" else args.student:
-        own = ("rounds", "batch-size", "width", "depth")
-        forwarded = [f"--{key}={vars(args)[key.replace('-', '_')]}" for key in own]
-        students.append(start(kind, forwarded, args.ranks))
-    lines = [row for figures in students for row in rows(figures, args.ranks * args.batch_size)]
-    result = common.result("ZeRO-3", lines, processes=args.ranks, students=students, computed=computed)
+    parts = {args.only} if args.only else {"measured", "trainer", "paper"}
+    own = ("rounds", "batch-size", "width", "depth")
+    forwarded = [f"--{key}={vars(args)[key.replace('-', '_')]}" for key in own]
+    students = [start([*forwarded, "--student", kind], args.ranks) for kind in args.student if "measured" in parts]
+    trainer = start([*forwarded, "--only", "trainer"], args.ranks) if "trainer" in parts else []
+    computed = paper() if "paper" in parts else []
+    lines = [row for figures in students for row in rows(figures, args.ranks * args.batch_size)] + trainer_rows(trainer)
+    result = common.result("ZeRO-3", lines, processes=args.ranks, students=students, trainer=trainer, computed=computed)
     result["device"]["threads"] = int(os.environ["OMP_NUM_THREADS"])  # of each process
-    if not students:
+    if not lines:
         common.write(result | {"measured": False}, args.json)
     else:
         common.finish(result, args)

@@ -8,8 +8,12 @@ the update for a training loop of one's own.
     loss = danceopd.danceopd_loss(student, sources, batch, sigmas=danceopd.sigma_grid(16, shift=3.0), generator=g)
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+if sys.version_info < (3, 11):  # noqa: UP036 (an older Python runs this file all the same)
+    raise ImportError(f"danceopd needs Python 3.11 or newer, this is {sys.version.split()[0]}")
 
 if TYPE_CHECKING:
     from danceopd.api import distill

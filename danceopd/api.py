@@ -44,7 +44,14 @@ def distill(
 
 
 def builder_of(config: Config) -> Build:
-    """Returns what puts a run's parts together: the model's builder, or the embedded network's."""
+    """Finds what puts a run's parts together: the model's builder, or the embedded network's.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        ``build(config, ranks, settings) -> Parts``.
+    """
     if config.model:
         from danceopd.training.assembly.build import build_model  # imports diffusers, which takes its time
 
@@ -55,7 +62,14 @@ def builder_of(config: Config) -> Build:
 
 
 def examiner_of(config: Config) -> Callable:
-    """Returns what a dry run looks at networks and data with: the model's examiner, or the embedded network's."""
+    """Finds what a dry run looks at networks and data with: the model's examiner, or the embedded network's.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        The function that `danceopd.planning.dry_run.dry_run` takes.
+    """
     if config.model:
         from danceopd.planning.models import examine  # imports diffusers, which takes its time
     else:

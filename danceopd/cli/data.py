@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from danceopd.cli.arguments import add_command, add_device
+from danceopd.data.bad_rows import ON_BAD_ROW, Problem, shown
 from danceopd.support.errors import UserError
 
 
@@ -17,6 +18,7 @@ def add_data(commands) -> None:
         "manifest", type=Path, help="JSONL or CSV: id, task, prompt, source_image (or a list), target_image"
     )
     _add_rows(check)
+    _add_bad_rows(check, "refuse")
 
     prepare = add_command(
         actions, "prepare", run_prepare, "encode a manifest's prompts and pictures once, for training"
@@ -29,7 +31,7 @@ def add_data(commands) -> None:
     prepare.add_argument("--batch-size", type=int, default=8)
     prepare.add_argument("--workers", type=int, default=4, help="threads that read pictures (%(default)s)")
     add_device(prepare)
-    prepare.add_argument("--strict", action="store_true", help="stop at problems instead of leaving rows out")
+    _add_bad_rows(prepare, "skip")
 
     imported = add_command(
         actions, "import", run_import, "write a Hugging Face data set on disk as pictures and a manifest"
@@ -38,6 +40,7 @@ def add_data(commands) -> None:
     imported.add_argument("out", type=Path)
     imported.add_argument("--split", default="train", help="of several (%(default)s)")
     imported.add_argument("--task", help="of every row, where the data set has no such column")
+    _add_bad_rows(imported, "skip")
 
     world = add_command(actions, "world", run_world, "write pictures of the world as PNGs with a manifest")
     world.add_argument("folder", type=Path)
@@ -51,15 +54,36 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--needs-source", nargs="*", default=(), metavar="TASK", help="tasks that must have sources")
 
 
-def run_check(args: argparse.Namespace) -> int:
-    """Prints every problem of a manifest; returns 1 where there is one."""
-    from danceopd.data.manifest import check_manifest
+def _add_bad_rows(parser: argparse.ArgumentParser, default: str) -> None:
+    help = "leave bad rows out and list them, or refuse them all (%(default)s)"
+    parser.add_argument("--on-bad-row", choices=ON_BAD_ROW, default=default, help=help)
+    parser.add_argument("--max-bad-rows", type=int, metavar="N", help="with skip: refuse more than so many")
 
-    problems = check_manifest(args.manifest, args.root, tuple(args.needs_source))
+
+def _say_left_out(file: Path, problems: list[Problem], listed: Path | None) -> None:
+    """Prints the first rows that were left out, how many there are, and where all of them are listed."""
+    for line in shown(problems):
+        print(f"left out: {line}")
+    if problems:
+        print(f"{len({problem.line for problem in problems})} rows of {file} are left out, listed in {listed}")
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Prints every problem of a manifest; returns 1 where there is one, or with skip where too many rows are bad."""
+    from danceopd.data.bad_rows import BadRows
+    from danceopd.data.manifest import read_manifest
+
+    rows, problems = read_manifest(args.manifest, args.root, needs_source=tuple(args.needs_source), decode=True)
     for problem in problems:
         print(problem)
-    print(f"{args.manifest}: " + (f"{len(problems)} problems" if problems else "no problems"))
-    return 1 if problems else 0
+    bad = len({problem.line for problem in problems})
+    found = f"{len(problems)} problems in {bad} of {bad + len(rows)} rows" if problems else "no problems"
+    print(f"{args.manifest}: {found}")
+    try:
+        BadRows(args.on_bad_row, args.max_bad_rows).settle(args.manifest, problems, len(rows))
+    except UserError:
+        return 1  # all of it was printed
+    return 0
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -82,10 +106,12 @@ def run_prepare(args: argparse.Namespace) -> None:
         workers=args.workers,
         device=str(find_device(args.device)),
         dtype=getattr(torch, args.dtype),
-        strict=args.strict,
+        on_bad_row=args.on_bad_row,
+        max_bad_rows=args.max_bad_rows,
     )
-    for problem in done.problems:
-        print(f"left out: {problem}")
+    _say_left_out(args.manifest, done.problems, done.listed)
+    for note in done.notes:
+        print(f"warning: {note}")
     if done.damaged:
         print(f"mended: {len(done.damaged)} damaged shards, {', '.join(done.damaged[:3])}")
     print(f"{done.rows} rows in {done.path}: {done.made} entries encoded, {done.found} found")
@@ -95,8 +121,9 @@ def run_import(args: argparse.Namespace) -> None:
     """Writes a data set as pictures and a manifest."""
     from danceopd.data.huggingface import import_dataset
 
-    path, count = import_dataset(args.folder, args.out, args.split, args.task)
-    print(f"{count} rows: {path}")
+    done = import_dataset(args.folder, args.out, args.split, args.task, args.on_bad_row, args.max_bad_rows)
+    _say_left_out(args.folder, done.problems, done.listed)
+    print(f"{done.rows} rows: {done.path}")
 
 
 def run_world(args: argparse.Namespace) -> None:

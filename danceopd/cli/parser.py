@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from danceopd.cli.compare import add_compare
 from danceopd.cli.data import add_data
@@ -59,6 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["evaluate"] and argv[1:2] and argv[1] in ("geneval", "gedit", "reward"):
         argv[:2] = [" ".join(argv[:2])]  # commands of their own beside `evaluate CHECKPOINT`
     args = build_parser().parse_args(argv)
+    for name, value in vars(args).items():  # a shell leaves the ~ of --cache=~/x to the command
+        if isinstance(value, Path):
+            setattr(args, name, value.expanduser())
+        elif isinstance(value, list) and all(isinstance(one, Path) for one in value):
+            setattr(args, name, [one.expanduser() for one in value])
     quieten()
     return guarded(args.run, args)
 

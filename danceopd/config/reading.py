@@ -1,5 +1,6 @@
 """Reads a configuration from YAML, with overrides."""
 
+import os
 from pathlib import Path
 
 import yaml
@@ -9,6 +10,10 @@ from danceopd.config.checks import _cross_check, _explain
 from danceopd.config.sections import Config
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
+from danceopd.support.paths import near_path
+from danceopd.support.texts import read_text
+
+LARGEST = 100_000  # values of a configuration, those counted again that stand behind an alias
 
 
 def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
@@ -22,13 +27,77 @@ def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
         UserError: Lists every mistake with its key, and for an unknown key the nearest valid one.
     """
     path = Path(path)
+    if not path.exists():
+        near = near_path(path) or did_you_mean(path, path.parent.glob("*.y*ml"), "")
+        raise UserError(f"no configuration at {path}{near}")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no configuration at {path}{did_you_mean(path, path.parent.glob('*.y*ml'), '')}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raw = read_yaml(read_text(path, "configuration"))
+    except ValueError as error:
         raise UserError(f"cannot read {path}: {error}") from None
     return parse_config(raw, overrides, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values; a key that stands twice in one mapping is an error, and not the last of them the value."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # such as of a date that is none
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            raise ValueError(
+                f"{node.value[:40]!r} in line {node.start_mark.line + 1}: {error}; put it in quotes"
+            ) from None
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:  # merged mappings, whose keys may be given anew, are not among them yet
+            if isinstance(key, yaml.ScalarNode):
+                merge = key.tag == "tag:yaml.org,2002:merge"
+                name, line = key.value if merge else self.construct_object(key), key.start_mark.line + 1
+                if name in lines:
+                    raise ValueError(f"the key {key.value!r} stands twice, in lines {lines[name]} and {line}; keep one")
+                lines[name] = line
+        return node
+
+
+def read_yaml(text: str) -> object:
+    """Reads plain values from YAML.
+
+    Raises:
+        ValueError: It is no YAML, has a key twice, a date that is none, nests too deep, or is too large.
+    """
+    try:
+        found = yaml.load(text, _Loader)  # a SafeLoader
+        if _count(found, {}) > LARGEST:
+            raise ValueError(f"it holds more than {LARGEST} values, those behind its aliases counted each time")
+    except RecursionError:
+        raise ValueError("it nests too deep, or in itself") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    return found
+
+
+def _count(value: object, known: dict[int, int]) -> int:
+    """Counts the values in a value; known: earlier counts, by id, since a few aliases can stand for millions."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        raise ValueError("it holds a number of more than 300 digits")
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        inside = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(one, known) for one in inside)
+    return known[id(value)]
+
+
+def _at_home(value: object) -> object:
+    """Copies a configuration with the home folder for ~ at the beginning of its texts, all of them names or paths."""
+    if isinstance(value, dict):
+        return {key: _at_home(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def read_run_config(folder: Path) -> Config:
@@ -46,7 +115,7 @@ def parse_config(raw: dict, overrides: list[str] = (), name: str = "configuratio
     """Checks a configuration given as plain values.
 
     Args:
-        raw: A mapping of keys to values; the overrides are written into it.
+        raw: A mapping of keys to values.
         overrides: As for load_config.
         name: What messages call it.
 
@@ -55,6 +124,7 @@ def parse_config(raw: dict, overrides: list[str] = (), name: str = "configuratio
     """
     if not isinstance(raw, dict):
         raise UserError(f"{name} must be a mapping of keys to values, found {type(raw).__name__}")
+    raw = _at_home(raw)  # each part by itself too: an override must not reach what an alias shares
     for override in overrides:
         _override(raw, override)
     try:
@@ -77,14 +147,15 @@ def _override(raw: dict, override: str) -> None:
     if not equals or not key.strip():
         raise UserError(f"override {override!r} is not of the form key.sub=value")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        parsed = read_yaml(value)
+    except ValueError as error:
         raise UserError(f"the value of override {override!r} is not YAML: {error}") from None
     if isinstance(parsed, str):  # YAML 1.1 reads 5e-4 as text
         try:
             parsed = float(parsed)
         except ValueError:
             pass
+    parsed = _at_home(parsed)
     *parents, last = key.strip().split(".")
     node = raw
     for parent in parents:

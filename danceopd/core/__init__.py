@@ -1,1 +1,1 @@
-"""The paper's update: route, roll out, query, match. It knows torch and the kernels, nothing else."""
+"""The paper's update: route, roll out, query, match; it imports torch and the kernels alone."""

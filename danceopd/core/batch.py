@@ -9,7 +9,7 @@ from danceopd.core.conditioning import Conditioning
 
 @dataclass
 class Batch:
-    """B samples of any mixture of capabilities.
+    """Holds B samples of any mixture of capabilities.
 
     Args:
         noise: Float tensor [B, ...], the states at sigma = 1, in the shape of the student's latents.
@@ -39,6 +39,13 @@ class Batch:
         return Batch(self.noise[index], self.conditioning[index], self.route[index], clean, self.sigmas)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copies everything but the routes, which the host reads, to a device."""
+        """Copies everything but the routes, which the host reads, to a device.
+
+        Args:
+            device: Where the copies lie.
+
+        Returns:
+            The same samples there.
+        """
         clean, sigmas = (None if value is None else value.to(device) for value in (self.clean, self.sigmas))
         return Batch(self.noise.to(device), self.conditioning.to(device), self.route, clean, sigmas)

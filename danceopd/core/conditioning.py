@@ -12,7 +12,7 @@ Tensors = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, ...]
 
 @dataclass
 class Conditioning:
-    """Prompts and source pictures of B samples.
+    """Holds the prompts and source pictures of B samples.
 
     Args:
         prompt: What the backbone's text encoder gives, a tensor or a dict of them, each [B, ...]; the embedded network
@@ -47,15 +47,18 @@ class Conditioning:
 
     @property
     def device(self) -> torch.device:
+        """Returns the device of the prompts."""
         return self._first().device
 
     def _first(self) -> torch.Tensor:
+        """Returns one tensor that has a row for each sample."""
         return tree_leaves(self.prompt)[0] if self.has_source is None else self.has_source
 
     def sourced(self) -> bool | None:
-        """Tells whether all samples have source pictures: True; none has: False; some have: None.
+        """Tells whether the samples have source pictures; it reads `has_source`, which waits for its device.
 
-        `has_source` is read for it, which waits for its device.
+        Returns:
+            True where all have them, False where none has, None where some have.
         """
         if self.source is None:
             return False
@@ -64,40 +67,75 @@ class Conditioning:
         return bool(self.has_source.all()) or (None if self.has_source.any() else False)
 
     def _map(self, function) -> "Conditioning":
+        """Applies a function to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         mapped = {name: tree_map(function, value) for name, value in values.items() if value is not None}
         return replace(self, **mapped)
 
     def __getitem__(self, index) -> "Conditioning":
-        """Select samples by slice, mask or index tensor."""
+        """Selects samples by slice, mask or index tensor."""
         return self._map(lambda value: value[index])
 
     def to(self, device: torch.device | str) -> "Conditioning":
-        """Copies everything to a device."""
+        """Copies everything to a device.
+
+        Args:
+            device: Where the copies lie.
+
+        Returns:
+            The same samples there.
+        """
         return self._map(lambda value: value.to(device))
 
     def repeat(self, k: int) -> "Conditioning":
-        """Repeats each sample k times in a row: [B] -> [B k]."""
+        """Repeats each sample k times in a row.
+
+        Args:
+            k: How often a sample stands in the result.
+
+        Returns:
+            B k samples.
+        """
         return self._map(lambda value: value.repeat_interleave(k, dim=0))
 
     def embedding(self, guidance: float | None) -> "Conditioning":
-        """Gives all samples one embedded guidance; None is none."""
+        """Gives all samples one embedded guidance.
+
+        Args:
+            guidance: The number that a guidance-distilled model takes as an input; None leaves the input out.
+
+        Returns:
+            The same samples with it.
+        """
         if guidance is None:
             return replace(self, embedded_guidance=None)
         return replace(self, embedded_guidance=torch.full((len(self),), guidance, device=self._first().device))
 
     def without_prompt(self, empty: Tensors) -> "Conditioning":
-        """Gives the samples their own empty prompts, else `empty`, one sample's; their source pictures stay."""
+        """Gives the samples empty prompts, their own where they have some; their source pictures stay.
+
+        Args:
+            empty: One sample's empty prompt, as `prompt` without the batch, for samples that have none of their own.
+
+        Returns:
+            The same samples with empty prompts.
+        """
         if self.empty_prompt is not None:
             return replace(self, prompt=self.empty_prompt, empty_prompt=None)
         return replace(self, prompt=tree_map(lambda value: value.expand(len(self), *value.shape), empty))
 
 
 def concatenate(parts: list[Conditioning]) -> Conditioning:
-    """Join samples of one picture size, in order; those without a source get a blank one, marked as absent.
+    """Joins samples of one picture size, in order; those without a source picture get a blank one, marked as absent.
 
     Prompts of different length are filled up with zeros at the end, masks with False, and so are tensors of a prompt's
     dict that only some parts have. What only some parts have of the optional rest is dropped.
+
+    Args:
+        parts: The samples to be joined.
+
+    Returns:
+        All of them, in order.
     """
     some = next((p.source for p in parts if p.source is not None), None)
     sources = None
@@ -115,7 +153,15 @@ def concatenate(parts: list[Conditioning]) -> Conditioning:
 
 
 def with_length(prompt: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
-    """A prompt that has a prompt_mask, its tensors [B, L, ...] cut or filled up with zeros to another L; a new dict."""
+    """Cuts a prompt to another length, or fills it up with zeros.
+
+    Args:
+        prompt: Tensors [B, L, ...], among them a ``prompt_mask``; others stay as they are.
+        length: The new L.
+
+    Returns:
+        A new dict.
+    """
     old = prompt["prompt_mask"].shape[1]
 
     def change(value: torch.Tensor) -> torch.Tensor:
@@ -127,6 +173,7 @@ def with_length(prompt: dict[str, torch.Tensor], length: int) -> dict[str, torch
 
 
 def _join_marks(parts: list[Conditioning]) -> torch.Tensor | None:
+    """Joins `has_source` of the parts; None where all have source pictures or none has."""
     if all(p.has_source is None for p in parts) and len({p.source is None for p in parts}) == 1:
         return None
     marks = [
@@ -137,6 +184,7 @@ def _join_marks(parts: list[Conditioning]) -> torch.Tensor | None:
 
 
 def _join_prompts(prompts: Sequence[Tensors]) -> Tensors:
+    """Joins prompts by name, with blanks for tensors that a part lacks."""
     named = [prompt for prompt in prompts if isinstance(prompt, dict)]
     if len(named) == len(prompts):
         some = {name: value for prompt in named for name, value in prompt.items()}
@@ -148,11 +196,12 @@ def _join_prompts(prompts: Sequence[Tensors]) -> Tensors:
 
 
 def _blank(like: torch.Tensor, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Makes zeros like a tensor of another prompt, with the batch of this one."""
     return like.new_zeros(len(next(iter(prompt.values()))), *like.shape[1:])
 
 
 def _join(*values: torch.Tensor) -> torch.Tensor:
-    """[B_i, L_i, ...] one after the other, each filled up to the longest L; [B_i] as they are."""
+    """Joins tensors [B_i, L_i, ...], each filled up to the longest L, or [B_i] as they are."""
     longest = max((value.shape[1] for value in values if value.dim() > 1), default=0)
     filled = [
         F.pad(value, (0, 0) * (value.dim() - 2) + (0, longest - value.shape[1])) if value.dim() > 1 else value

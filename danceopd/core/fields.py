@@ -13,7 +13,7 @@ from danceopd.core.phase import phase
 
 
 class Field(Protocol):
-    """A velocity field over one flow-matching state space.
+    """Gives a velocity at every state of one flow-matching state space.
 
     A field may bring more than its call: ``answer``, what its forwards gave before it is combined (`Answers`);
     ``rollout``, a way of its own through a whole trajectory (`danceopd.core.rollout.rollout`); and ``fixed``, itself
@@ -36,7 +36,7 @@ class Field(Protocol):
 
 @dataclass
 class Answers:
-    """What sources answered to Q queries, as their forwards gave it: nothing is combined yet, and nothing copied.
+    """Holds what sources answered to Q queries as their forwards gave it: nothing is combined yet, and nothing copied.
 
     The target of a query is ``u + guidance_scale (c - u)`` with ``c = velocities[network][row]`` and
     ``u = velocities[network][uncond_row]``. A query without guidance has its own row as uncond_row, and scale 1.
@@ -63,7 +63,14 @@ class Answers:
 
     @classmethod
     def of(cls, velocity: torch.Tensor) -> "Answers":
-        """Wraps one velocity [Q, ...] of each query, in their order."""
+        """Wraps one velocity of each query.
+
+        Args:
+            velocity: Float tensor [Q, ...], in the order of the queries.
+
+        Returns:
+            Answers without guidance.
+        """
         rows = torch.arange(len(velocity), device=velocity.device)
         return cls([velocity], torch.zeros_like(rows), rows)
 
@@ -76,7 +83,11 @@ class Answers:
         return Answers(self.velocities, self.network[queries], self.row[queries], *chosen)
 
     def target(self) -> torch.Tensor:
-        """Writes the target of each query: [Q, ...] in float32 (float64 of velocities in float64)."""
+        """Writes the target of each query, u + guidance_scale (c - u).
+
+        Returns:
+            Tensor [Q, ...] in float32, in float64 where the velocities are in float64.
+        """
         one = self.joined()
         wide = torch.promote_types(one.velocities[0].dtype, torch.float32)
         conditional = one.velocities[0][one.row].to(wide)
@@ -87,7 +98,14 @@ class Answers:
         return unconditional + scale * (conditional - unconditional)
 
     def to(self, dtype: torch.dtype) -> "Answers":
-        """Copies the rows of these queries in another dtype; itself where they have it."""
+        """Copies the rows of these queries in another dtype.
+
+        Args:
+            dtype: The dtype of the velocities.
+
+        Returns:
+            The same answers in it; these themselves where they have it.
+        """
         if all(velocity.dtype == dtype for velocity in self.velocities):
             return self
         one, rows = self.joined(), torch.arange(len(self), device=self.row.device)
@@ -97,7 +115,11 @@ class Answers:
         return Answers([copied], torch.zeros_like(rows), rows, uncond_row, self.guidance_scale)
 
     def joined(self) -> "Answers":
-        """Copies the velocities of several forwards into one tensor, in their widest dtype."""
+        """Copies the velocities of several forwards into one tensor, in their widest dtype.
+
+        Returns:
+            The same answers of one tensor; these themselves where there is one.
+        """
         if len(self.velocities) == 1:
             return self
         first = torch.tensor([0, *(len(v) for v in self.velocities[:-1])], device=self.row.device).cumsum(0)
@@ -109,14 +131,32 @@ class Answers:
 
 
 def answer(field: Field, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> Answers:
-    """Asks a field for Q velocities as its forwards give them."""
+    """Asks a field for Q velocities as its forwards give them.
+
+    Args:
+        field: The field to ask.
+        latents: Float tensor [Q, ...].
+        sigma: Float tensor [Q].
+        conditioning: What the Q queries are conditioned on.
+
+    Returns:
+        The answers, in the order of the queries.
+    """
     own = getattr(field, "answer", None)
     return Answers.of(field(latents, sigma, conditioning)) if own is None else own(latents, sigma, conditioning)
 
 
 @dataclass(frozen=True)
 class Guided:
-    """Classifier-free guidance as an operator over a field; see `guided`, which makes one."""
+    """Guides a field by classifier-free guidance; `guided` makes one and describes it.
+
+    Args:
+        field: The field to guide.
+        empty_prompt: As in `guided`, and so are the others.
+        guidance_scale: The number alpha, or float tensor [B]; None takes each sample's own.
+        combine: A model family's own combination.
+        every: Evaluates both branches for all samples.
+    """
 
     field: Field
     empty_prompt: Tensors
@@ -134,7 +174,19 @@ class Guided:
         return mixed if isinstance(rows, slice) else cond.to(mixed.dtype).index_copy(0, rows, mixed)
 
     def answer(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> Answers:
-        """Asks for both branches and leaves them as they are; a family's own combination is written."""
+        """Asks for both branches and leaves them as they are; a family's own combination is written.
+
+        Args:
+            latents: Float tensor [Q, ...].
+            sigma: Float tensor [Q].
+            conditioning: What the Q queries are conditioned on.
+
+        Returns:
+            The answers, in the order of the queries.
+
+        Raises:
+            ValueError: If there are neither one guidance scale nor Q of them.
+        """
         if self.combine:
             return Answers.of(self(latents, sigma, conditioning))
         alpha, rows, both = self._branches(latents, sigma, conditioning)
@@ -144,7 +196,7 @@ class Guided:
         return Answers([both], torch.zeros_like(row), row, uncond_row, alpha.float())
 
     def _branches(self, latents, sigma, conditioning):
-        """(scale [B], the rows that are guided, their conditional velocities [B, ...] and then the unconditional)."""
+        """Asks both branches: (scale [B], guided rows, conditional velocities [B, ...] and then the unconditional)."""
         alpha = conditioning.guidance_scale if self.guidance_scale is None else self.guidance_scale
         alpha = torch.as_tensor(alpha, dtype=latents.dtype, device=latents.device)
         if alpha.numel() not in (1, len(latents)):  # a rollout reorders its batch: there, use None
@@ -200,14 +252,14 @@ def guided(
 
 
 def _kept_length(conditioning: Conditioning) -> int | None:
-    """The length of prompts that are computed at the length that they have."""
+    """Returns the length of prompts that are computed at the length that they have; None for others."""
     prompt = conditioning.prompt
     return prompt["prompt_keep"].shape[1] if isinstance(prompt, dict) and "prompt_keep" in prompt else None
 
 
 @dataclass(frozen=True)
 class SharedField:
-    """One of several sources that one network answers for in one forward, whatever mixture of them a batch asks.
+    """Is one of several sources that one network answers for in one forward, whatever mixture of them a batch asks.
 
     Called as a field it is this source alone.
 
@@ -231,7 +283,16 @@ class SharedField:
 
 
 def ask_for(fields: Sequence[SharedField], which: torch.Tensor, conditioning: Conditioning) -> Conditioning:
-    """Marks each sample with the source of a shared network that it asks; which [B] int64 on the CPU: of `fields`."""
+    """Marks each sample with the source of a shared network that it asks.
+
+    Args:
+        fields: The sources of one network.
+        which: int64 tensor [B] on the CPU, the place in `fields` of each sample's source.
+        conditioning: What the B samples are conditioned on.
+
+    Returns:
+        The same samples with their source's adapter, guidance scale and embedded guidance.
+    """
     device = conditioning.device
 
     def each(values: list, dtype: torch.dtype) -> torch.Tensor:
@@ -266,7 +327,8 @@ def routed(
         route: int64 tensor [Q] on the CPU, the number of each query's field.
         latents: Float tensor [Q, ...].
         sigma: Float tensor [Q].
-        conditioning: Of the Q queries, or where `sample` is given of the samples that they are about.
+        conditioning: What the Q queries are conditioned on; where `sample` is given, what the samples that they are
+            about are conditioned on.
         sample: int64 tensor [Q] on the CPU, which sample of the conditioning each query is about.
 
     Returns:
@@ -379,7 +441,15 @@ def hard(fields: Sequence[Field], route: torch.Tensor) -> Field:
 
 
 def within(field: Field, wrap: Callable[[Field], Field]) -> Field:
-    """Puts `wrap` around the network that a field asks, inside of guidance and of sharing."""
+    """Puts `wrap` around the network that a field asks, inside of guidance and of sharing.
+
+    Args:
+        field: A network as a field, guided, shared or as it is.
+        wrap: Makes another field of the network.
+
+    Returns:
+        The field that asks the wrapped network.
+    """
     if isinstance(field, SharedField):
         return replace(field, ask=within(field.ask, wrap))
     if isinstance(field, Guided):
@@ -388,7 +458,16 @@ def within(field: Field, wrap: Callable[[Field], Field]) -> Field:
 
 
 def counted(field: Field, counter: Counter, name: str) -> Field:
-    """Makes the same field count: counter[name] grows by one for each sample that its network evaluates."""
+    """Makes a field count its evaluations: counter[name] grows by one for each sample that its network evaluates.
+
+    Args:
+        field: The field to be counted.
+        counter: Is counted up.
+        name: The key of the field's evaluations.
+
+    Returns:
+        The same field, counting.
+    """
 
     def counting(network: Field) -> Field:
         def velocity(latents, sigma, conditioning):

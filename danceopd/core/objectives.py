@@ -1,7 +1,4 @@
-"""What is matched at the queried state: losses of one sample each, [B, ...] -> [B] in float32.
-
-Written with latents z, noise level sigma [B], velocity v = noise - data and clean estimate x = z - sigma v.
-"""
+"""What is matched at the queried state: losses of one sample each, [B, ...] -> [B] in float32."""
 
 import math
 from typing import Literal, cast, get_args
@@ -17,7 +14,15 @@ WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
 def per_sample(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[B] -> [B, 1, ...] that broadcasts over the latents."""
+    """Shapes one number for each sample so that it broadcasts over the latents.
+
+    Args:
+        value: Tensor [B].
+        like: Float tensor [B, ...], whose dtype and device the result has.
+
+    Returns:
+        Float tensor [B, 1, ...].
+    """
     return value.to(like).view(-1, *(1,) * (like.dim() - 1))
 
 
@@ -77,14 +82,24 @@ def velocity_mse(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def weighting(name: str, sigma: torch.Tensor, next_sigma: torch.Tensor) -> torch.Tensor:
-    """The weight of the squared error at sigma [B], whose trajectory goes on to next_sigma [B]: [B] float32.
+    """Works out the weight of a squared error at sigma, whose trajectory goes on to next_sigma.
 
-    mse: 1. sigma_sqrt and cosmap: as diffusers' compute_loss_weighting_for_sd3 (SD3, arXiv 2403.03206).
-    logit_normal and mode: in SD3 and diffusers densities to draw sigma from; here, where the query has drawn it,
-    the same densities as weights (logit-normal with mean 0 and deviation 1; mode with scale 1.29).
-    clean: sigma^2, which makes it the error of the clean estimate.
-    kl: (next_sigma - sigma)^2 / 2, the KL of two Gaussian steps (DiffusionOPD, arXiv 2605.15055).
-    Raises ValueError for another name.
+    ``mse`` is 1. ``sigma_sqrt`` and ``cosmap`` are diffusers' compute_loss_weighting_for_sd3 (SD3, arXiv 2403.03206).
+    ``logit_normal`` and ``mode`` are densities to draw sigma from in SD3 and diffusers; here, where the query has drawn
+    it, the same densities are weights (logit-normal with mean 0 and deviation 1; mode with scale 1.29). ``clean`` is
+    sigma^2, which makes the error that of the clean estimate z - sigma v. ``kl`` is (next_sigma - sigma)^2 / 2, the KL
+    of two Gaussian steps (DiffusionOPD, arXiv 2605.15055).
+
+    Args:
+        name: One of `WEIGHTINGS`.
+        sigma: Float tensor [B].
+        next_sigma: Float tensor [B].
+
+    Returns:
+        float32 tensor [B].
+
+    Raises:
+        ValueError: For another name.
     """
     s = sigma.double().clamp(1e-3, 1 - 1e-3)  # the densities' poles
     if name == "mse":
@@ -107,7 +122,15 @@ def weighting(name: str, sigma: torch.Tensor, next_sigma: torch.Tensor) -> torch
 
 
 def mode_density(sigma: torch.Tensor, scale: float = 1.29) -> torch.Tensor:
-    """Density of sigma = 1 - u - scale (cos^2(pi u / 2) - 1 + u) for u uniform on [0, 1] (SD3, eq. 20)."""
+    """Works out the density of sigma = 1 - u - scale (cos^2(pi u / 2) - 1 + u) for u uniform on [0, 1] (SD3, eq. 20).
+
+    Args:
+        sigma: float64 tensor [B] in (0, 1).
+        scale: The scale of the equation.
+
+    Returns:
+        float64 tensor [B].
+    """
     low, high, u = torch.zeros_like(sigma), torch.ones_like(sigma), torch.full_like(sigma, 0.5)
     for _ in range(50):  # sigma falls from 1 to 0 in u; bisection finds its u
         above = 1 - u - scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u) > sigma
@@ -118,13 +141,26 @@ def mode_density(sigma: torch.Tensor, scale: float = 1.29) -> torch.Tensor:
 
 
 def noised(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Brings pictures to noise levels: z = (1 - sigma) clean + sigma noise, [B, ...] at sigma [B]."""
+    """Brings pictures to noise levels: z = (1 - sigma) clean + sigma noise.
+
+    Args:
+        clean: Float tensor [B, ...].
+        noise: Float tensor [B, ...].
+        sigma: Float tensor [B].
+
+    Returns:
+        Float tensor [B, ...].
+    """
     s = per_sample(sigma, clean)
     return (1 - s) * clean + s * noise
 
 
 def renoised(clean: torch.Tensor, generator: Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Brings clean estimates [B, ...] back to fresh noise levels, uniform in [0.02, 0.98].
+    """Brings clean estimates back to fresh noise levels, uniform in [0.02, 0.98].
+
+    Args:
+        clean: Float tensor [B, ...].
+        generator: Draws the batch's randomness.
 
     Returns:
         The states [B, ...], their sigma [B] and the noise [B, ...].

@@ -27,7 +27,7 @@ def query(
     Args:
         batch: Number of samples B.
         num_inference_steps: Number N of steps of the rollout.
-        generator: Of the batch's randomness.
+        generator: Draws the batch's randomness.
         bias: ``low_t``, ``mid_t``, ``high_t`` (the fraction u of the trajectory follows a Beta, index floor(N u)),
             ``uniform``, ``stratified`` (one index in each of k equal parts of the trajectory) or ``gap`` (with
             probability proportional to `gap`, uniform without one).

@@ -1,8 +1,4 @@
-"""What a method asks in an update, and how the student is matched with the answers.
-
-An update has two phases. Without gradient, a method turns the whole local batch into questions: states, and what the
-sources answer there. Then the student is asked the same questions with gradient, some at a time, and matched.
-"""
+"""What a method asks in an update, and how the student is matched with the answers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,17 +15,20 @@ from danceopd.core.phase import phase
 
 @dataclass
 class Questions:
-    """Q queries about S samples, made without gradient.
+    """Holds Q queries about S samples, made without gradient.
+
+    An update has two phases. Without gradient, a method turns the whole local batch into questions: states, and what
+    the sources answer there. Then the student is asked the same questions with gradient, some at a time, and matched.
 
     Args:
         states: Float tensor [Q, ...], the states z that are asked.
         sigma: Float tensor [Q], their noise levels.
-        conditioning: Of the S samples.
+        conditioning: What the S samples are conditioned on.
         route: int64 tensor [S] on the CPU, the source of each sample.
         sample: int64 tensor [Q] on the CPU, the sample that a query is about.
         answers: What the sources answered.
-        weight: float32 tensor [Q], of each query's loss. An update descends the sum of the weighted losses over the
-            number of samples of the whole batch, so the weights of one sample's queries usually sum to 1.
+        weight: float32 tensor [Q], the factor of each query's loss. An update descends the sum of the weighted losses
+            over the number of samples of the whole batch, so the weights of one sample's queries usually sum to 1.
         depth: int64 tensor [Q] on the CPU, the trajectory index of each state; None off the rollout's noise levels.
         match: ``match(velocity [Q, ...], questions) -> Matched``: the loss, and what is watched of it.
         rest: More tensors with a row for each query, for a match of one's own.
@@ -63,12 +62,23 @@ class Questions:
         )
 
     def split(self, parts: int) -> list["Questions"]:
-        """Cuts the queries into so many parts, equal up to one query; fewer where there are fewer queries."""
+        """Cuts the queries into parts, equal up to one query.
+
+        Args:
+            parts: Their number; there are fewer where there are fewer queries.
+
+        Returns:
+            The parts, in order.
+        """
         n, parts = len(self), min(parts, len(self))
         return [self[n * i // parts : n * (i + 1) // parts] for i in range(parts)]
 
     def query_route(self) -> torch.Tensor:
-        """The source of each query: int64 [Q] on the CPU."""
+        """Returns the source of each query.
+
+        Returns:
+            int64 tensor [Q] on the CPU.
+        """
         return self.route[self.sample]
 
 
@@ -112,7 +122,7 @@ def on_rollout(
 
 @phase("match")
 def matched(student: Field, questions: Questions) -> Matched:
-    """Asks the student the same questions, with gradient, and compares.
+    """Asks the student the same questions, with gradient, and compares its velocities with the answers.
 
     Args:
         student: The field that is trained.

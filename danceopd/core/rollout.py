@@ -30,7 +30,7 @@ def rollout(
     Args:
         field: The field to integrate.
         noise: Float tensor [B, ...], the states at index 0, or at `start` where that is given.
-        conditioning: Of the B samples.
+        conditioning: What the B samples are conditioned on.
         sigmas: float32 tensor [N + 1], the noise levels, falling from 1.
         until: int64 tensor [B, K] on the CPU, so that no step waits for the device: the indices asked, in [0, N].
         solver: ``euler``, ``heun`` or ``ab2``, the two-step Adams-Bashforth method.
@@ -102,7 +102,12 @@ def _integrate(field, noise, conditioning, sigmas, until, solver, start) -> torc
 
 
 def rows_by_index(asked: torch.Tensor, last: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Finds where asked [n, K] (int64 on the CPU) is 0, 1, ..., last.
+    """Finds where the indices asked are 0, 1, ..., last.
+
+    Args:
+        asked: int64 tensor [n, K] on the CPU, with entries in [0, last].
+        last: The largest index.
+        device: Where the result goes.
 
     Returns:
         For each index the (rows, columns), int64 tensors on the device, copied there at once.
@@ -123,7 +128,19 @@ def rollout_by_route(
     until: torch.Tensor,
     solver: str = "euler",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rolls out each sample by its own field: route [B] int64 on the CPU indexes `fields`; the rest as in `rollout`."""
+    """Rolls out each sample by its own field.
+
+    Args:
+        fields: The sources.
+        route: int64 tensor [B] on the CPU, the number of each sample's field.
+        noise, conditioning, sigmas, until, solver: As in `rollout`.
+
+    Returns:
+        The states [B, K, ...] in float32 and their sigmas [B, K].
+
+    Raises:
+        ValueError: As `rollout` does.
+    """
     states = torch.empty(len(noise), until.shape[1], *noise.shape[1:], device=noise.device)
     for m, field in enumerate(fields):
         index = (route == m).nonzero()[:, 0]
@@ -141,7 +158,7 @@ def sample(
     Args:
         field: The field to integrate.
         noise: Float tensor [B, ...].
-        conditioning: Of the B samples.
+        conditioning: What the B samples are conditioned on.
         sigmas: float32 tensor [N + 1], such as `sigma_grid` makes.
         solver: As in `rollout`.
 

@@ -13,7 +13,7 @@ def route(batch: int, weights: torch.Tensor | Sequence[float], generator: torch.
     Args:
         batch: Number of samples B.
         weights: M numbers, one for each capability.
-        generator: Of the batch's randomness.
+        generator: Draws the batch's randomness.
 
     Returns:
         int64 tensor [batch] on the CPU, with entries in [0, M - 1].
@@ -32,5 +32,17 @@ def route(batch: int, weights: torch.Tensor | Sequence[float], generator: torch.
 
 
 def round_robin(batch: int, capabilities: int) -> torch.Tensor:
-    """The capabilities in turn, [batch] int64: equal parts of every batch and micro-batch."""
+    """Takes the capabilities in turn: equal parts of every batch and micro-batch.
+
+    Args:
+        batch: Number of samples B.
+        capabilities: Their number M.
+
+    Returns:
+        int64 tensor [batch] on the CPU, with entries in [0, M - 1].
+
+    Example:
+        >>> round_robin(5, 2)
+        tensor([0, 1, 0, 1, 0])
+    """
     return torch.arange(batch) % capabilities

@@ -4,7 +4,19 @@ import torch
 
 
 def shift_sigma(sigma: torch.Tensor, shift: float) -> torch.Tensor:
-    """Move noise levels towards noise: shift * s / (1 + (shift - 1) * s), as in SD3 (arXiv 2403.03206, eq. 23)."""
+    """Moves noise levels towards noise: shift s / (1 + (shift - 1) s), as in SD3 (arXiv 2403.03206, eq. 23).
+
+    Args:
+        sigma: Float tensor of any shape, in [0, 1].
+        shift: The shift; 1 is none.
+
+    Returns:
+        Float tensor of the same shape.
+
+    Example:
+        >>> shift_sigma(torch.tensor([0.0, 0.5, 1.0]), 3.0)
+        tensor([0.0000, 0.7500, 1.0000])
+    """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

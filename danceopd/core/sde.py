@@ -38,14 +38,34 @@ def transition(
 
 
 def log_probability(value: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-    """Works out the log density of the Gaussian step at value, averaged over the entries of a sample: [B]."""
+    """Works out the log density of a Gaussian step, averaged over the entries of a sample.
+
+    Args:
+        value: Float tensor [B, ...], where the step went.
+        mean: Float tensor [B, ...].
+        deviation: Float tensor [B], the standard deviation.
+
+    Returns:
+        Float tensor [B].
+    """
     d = per_sample(deviation, value)
     density = -((value - mean) / d).square() / 2 - d.log() - math.log(2 * math.pi) / 2
     return density.flatten(1).mean(1)
 
 
 def kl(mean: torch.Tensor, other: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-    """Works out the KL of two Gaussian steps of one deviation [B], averaged over the entries of a sample: [B]."""
+    """Works out the KL of two Gaussian steps of one deviation, averaged over the entries of a sample.
+
+        KL = mean((mean - other)^2) / (2 deviation^2)
+
+    Args:
+        mean: Float tensor [B, ...].
+        other: Float tensor [B, ...], the mean of the other step.
+        deviation: Float tensor [B], the standard deviation of both.
+
+    Returns:
+        Float tensor [B].
+    """
     return ((mean - other).square().flatten(1).mean(1)) / (2 * deviation.square())
 
 
@@ -63,10 +83,10 @@ def sde_rollout(
     Args:
         field: The field to integrate; one that brings ``fixed`` is asked by the steps that it has for these samples.
         noise: Float tensor [B, ...], the states at sigma 1.
-        conditioning: Of the B samples.
+        conditioning: What the B samples are conditioned on.
         sigmas: float32 tensor [N + 1], the noise levels.
         noise_level: a in the transition's deviation; 0 would be the ODE.
-        generator: Of the batch's randomness.
+        generator: Draws the batch's randomness.
 
     Returns:
         Every state [B, N + 1, ...], the velocity at the first N of them [B, N, ...], and each step's log density

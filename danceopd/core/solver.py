@@ -9,12 +9,30 @@ SOLVERS = ("euler", "heun", "ab2")
 
 
 def half_ratio(before: torch.Tensor, sigma: torch.Tensor, next_sigma: torch.Tensor) -> torch.Tensor:
-    """Works out half the ratio of a step from sigma to next_sigma to the one before it, which began at `before`."""
+    """Works out half the ratio of a step of the solver to the one before it.
+
+    Args:
+        before: Tensor of noise levels at which the step before began.
+        sigma: Tensor of the same shape, at which this step begins.
+        next_sigma: Tensor of the same shape, at which it ends.
+
+    Returns:
+        (next_sigma - sigma) / (2 (sigma - before)).
+    """
     return (next_sigma - sigma) / (sigma - before) / 2
 
 
 def extrapolate(velocity: torch.Tensor, previous: torch.Tensor, half: torch.Tensor | float) -> torch.Tensor:
-    """Takes the two-step Adams-Bashforth velocity v + half (v - previous); half = 0 is Euler's."""
+    """Takes the velocity of the two-step Adams-Bashforth method, v + half (v - previous).
+
+    Args:
+        velocity: Float tensor [B, ...], v.
+        previous: Float tensor [B, ...], the velocity of the step before.
+        half: What `half_ratio` gives, as it broadcasts over the velocity; 0 makes the step Euler's.
+
+    Returns:
+        Float tensor [B, ...].
+    """
     return velocity + half * (velocity - previous)
 
 
@@ -31,7 +49,7 @@ def step(
     Args:
         field: The field to integrate.
         z: float32 tensor [B, ...], the states at sigma.
-        conditioning: Of the B samples.
+        conditioning: What the B samples are conditioned on.
         sigma: float32 scalar tensor, the noise level of all of them.
         next_sigma: float32 scalar tensor, the noise level to go to.
         solver: ``euler``, ``heun``; ``ab2`` takes Euler's step, as its first is.

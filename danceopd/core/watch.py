@@ -11,10 +11,10 @@ from danceopd.core.questions import Questions
 
 @dataclass
 class Watched:
-    """Q queries about B samples, on the CPU.
+    """Holds what is watched of Q queries about B samples, on the CPU.
 
     Args:
-        samples: B.
+        samples: The number B of samples.
         loss: float32 tensor [Q], the weighted losses.
         route: int64 tensor [Q], the source of each query.
         depth: int64 tensor [Q], its trajectory index; -1 off the rollout's noise levels.
@@ -34,7 +34,14 @@ class Watched:
     state_norm: torch.Tensor
 
     def mean_loss(self, route: int | None = None) -> float | None:
-        """Takes the mean over the samples of a source, or of all; every sample has equally many queries."""
+        """Takes the mean loss over samples; every sample has equally many queries.
+
+        Args:
+            route: The source whose samples count; None takes all.
+
+        Returns:
+            The mean, or None where there is no such sample.
+        """
         own = self.loss if route is None else self.loss[self.route == route]
         if not len(own):
             return None
@@ -48,6 +55,9 @@ def watched(questions: Questions, parts: Sequence[Matched], samples: int) -> Wat
         questions: Q of them.
         parts: What their matching gave, in their order.
         samples: The number of samples of the batch.
+
+    Returns:
+        What is watched of the Q queries, in their order.
     """
     depth = torch.full((len(questions),), -1) if questions.depth is None else questions.depth
     norms = questions.states.flatten(1).norm(dim=1).float()
@@ -57,6 +67,13 @@ def watched(questions: Questions, parts: Sequence[Matched], samples: int) -> Wat
 
 
 def join(parts: Sequence[Watched]) -> Watched:
-    """Puts together what the ranks watched, in their order."""
+    """Puts together what the ranks watched.
+
+    Args:
+        parts: What each rank watched, in their order.
+
+    Returns:
+        What is watched of all their queries.
+    """
     columns = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Watched)[1:]}
     return Watched(sum(part.samples for part in parts), **columns)

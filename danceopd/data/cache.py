@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.texts import parse_json
 
 ENTRIES = "entries"  # key of a shard's header
 
@@ -37,6 +38,11 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Returns the name of a tensor with values that are not finite, which training could not recover from."""
+    return next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
 
 
 class Cache:
@@ -95,6 +101,8 @@ class Cache:
         if key not in self._verified:
             if checksum(tensors) != expected:
                 raise self._damage(key, path, "its checksum differs")
+            if lost := not_finite(tensors):
+                raise self._damage(key, path, f"its {lost} holds values that are not finite")
             self._verified.add(key)
         return tensors
 
@@ -113,15 +121,22 @@ class Cache:
             return False
         return True
 
+    def names(self, key: str) -> list[str]:
+        """Returns the names of an entry's tensors; a KeyError if there is no such entry."""
+        return self._where[key][2]
+
     def _add(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()[ENTRIES])
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError):
+                header, there = parse_json(file.metadata()[ENTRIES]), set(file.keys())
+            entries = {key: (path, value, names) for key, (value, names) in header.items()}
+            for key, (_, value, names) in entries.items():
+                if not isinstance(value, str) or not there.issuperset(f"{key}/{name}" for name in names):
+                    raise ValueError(f"{key} is not as it is written")
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError):
             self.damaged.append(path.name)
             return
-        for key, (value, names) in header.items():
-            self._where[key] = (path, value, names)
+        self._where |= entries
 
     def _damage(self, key: str, path: Path, reason: str) -> UserError:
         return UserError(f"entry {key} of {path} is damaged ({reason}); run `danceopd data prepare` again to mend it")

@@ -1,13 +1,16 @@
 """A Hugging Face datasets folder on disk, written out as pictures and a manifest."""
 
+import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
+from danceopd.data.bad_rows import BadRows, Problem, list_path, write_list
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.pictures import decode_picture
 
 COLUMNS = {  # a manifest's column: the names it is looked for by, the first that is there
     "id": ("id", "uid"),
@@ -18,7 +21,31 @@ COLUMNS = {  # a manifest's column: the names it is looked for by, the first tha
 }
 
 
-def import_dataset(folder: Path, out: Path, split: str = "train", task: str | None = None) -> tuple[Path, int]:
+@dataclass(frozen=True)
+class Imported:
+    """What came of an import.
+
+    Attributes:
+        path: The manifest.
+        rows: Number of rows in it.
+        problems: What was wrong with rows that were left out.
+        listed: The file that lists these; None without any.
+    """
+
+    path: Path
+    rows: int
+    problems: list[Problem]
+    listed: Path | None
+
+
+def import_dataset(
+    folder: Path,
+    out: Path,
+    split: str = "train",
+    task: str | None = None,
+    on_bad_row: str = "skip",
+    max_bad_rows: int | None = None,
+) -> Imported:
     """Writes a data set saved by `save_to_disk` as a manifest with PNGs beside it; a stopped import goes on.
 
     Args:
@@ -26,55 +53,107 @@ def import_dataset(folder: Path, out: Path, split: str = "train", task: str | No
         out: Folder of the manifest and the pictures; pictures that are there already are kept.
         split: Of a data set with several.
         task: Of every row, where the data set has no such column.
+        on_bad_row: "skip" leaves bad rows out and lists them beside the manifest, "refuse" names them and writes none.
+        max_bad_rows: How many may be left out; any number if not given.
 
     Returns:
-        The manifest's path, and the number of rows.
+        The manifest, and what was left out of it.
 
     Raises:
-        UserError: The folder is no data set, or has no prompts, pictures or task.
+        UserError: The folder is no data set, or has no prompts, pictures or task; or bad rows may not be left out.
     """
-    try:
-        from datasets import DatasetDict, load_from_disk
-    except ModuleNotFoundError:
-        raise UserError("reading a Hugging Face data set needs datasets; pip install datasets") from None
-    try:
-        rows = load_from_disk(str(folder))
-    except (FileNotFoundError, ValueError, OSError) as error:
-        raise UserError(f"{folder} is not a data set written by save_to_disk ({error})") from None
-    if isinstance(rows, DatasetDict):
-        if split not in rows:
-            raise UserError(f"{folder} has no split {split!r}; there are {', '.join(rows)}")
-        rows = rows[split]
+    rows, bad_rows = _open(folder, split), BadRows(on_bad_row, max_bad_rows)
     found = {column: next((n for n in names if n in rows.column_names), None) for column, names in COLUMNS.items()}
     if not found["prompt"]:
         names = ", ".join(COLUMNS["prompt"])
         raise UserError(f"{folder} has no column of prompts ({names}); it has {', '.join(rows.column_names)}")
     if not found["task"] and not task:
         raise UserError(f"{folder} has no column task; say what all of its rows teach by --task")
-    lines = []
-    for i, row in enumerate(tqdm(rows, "rows")):
-        record = {"id": str(row[found["id"]]) if found["id"] else f"{split}-{i}", "task": task or row[found["task"]]}
+    task_names = getattr(rows.features.get(found["task"] or ""), "names", None)  # of a column of class numbers
+    lines, problems, ids = [], [], {}
+    stored = rows.with_format("arrow")  # pictures as they were stored, so that each can be refused on its own
+    for i in tqdm(range(len(rows)), "rows"):
+        (row,) = stored[i : i + 1].to_pylist()
+        record = {"id": row[found["id"]] if found["id"] else f"{split}-{i}", "task": task or row[found["task"]]}
+        if task_names and type(record["task"]) is int and 0 <= record["task"] < len(task_names):
+            record["task"] = task_names[record["task"]]
         record["prompt"] = row[found["prompt"]]
-        for column in ("source_image", "target_image"):
-            picture, name = row[found[column]] if found[column] else None, f"{i:08d}-{column.removesuffix('_image')}"
-            if isinstance(picture, list) and column == "source_image":
-                record[column] = [_write_picture(p, out, f"{name}-{n}.png", folder) for n, p in enumerate(picture)]
-            elif picture is not None:
-                record[column] = _write_picture(picture, out, f"{name}.png", folder)
-        lines.append(json.dumps(record))
+        try:
+            _check_texts(record, ids, i)
+            for column in ("source_image", "target_image"):
+                if found[column]:
+                    record |= _pictures(column, row[found[column]], out, i)
+        except ValueError as error:
+            problems.append(Problem(i, f"{record['id']}: {error}", "row"))
+        else:
+            lines.append(json.dumps(record))
+    bad_rows.settle(folder, problems, len(lines))
+    if not lines:
+        raise UserError(f"{folder} has no rows in its split {split!r}")
     path = out / "manifest.jsonl"
+    write_list(path, folder, problems)
     write_atomic(path, ("\n".join(lines) + "\n").encode())
-    return path, len(lines)
+    return Imported(path, len(lines), problems, list_path(path) if problems else None)
 
 
-def _write_picture(picture, out: Path, name: str, folder: Path) -> str:
+def _open(folder: Path, split: str):
+    """Opens a data set; a UserError if it is none, or has not that split."""
+    try:
+        from datasets import DatasetDict, load_from_disk
+    except ModuleNotFoundError:
+        raise UserError("reading a Hugging Face data set needs datasets; pip install datasets") from None
+    try:
+        rows = load_from_disk(str(folder))
+    except Exception as error:  # of many kinds, by the file that is damaged
+        raise UserError(f"{folder} is not a data set written by save_to_disk ({error})") from None
+    if isinstance(rows, DatasetDict):
+        if split not in rows:
+            raise UserError(f"{folder} has no split {split!r}; there are {', '.join(rows)}")
+        rows = rows[split]
+    return rows
+
+
+def _check_texts(record: dict, ids: dict[str, int], row: int) -> None:
+    """Checks a row's id, task and prompt as a manifest's reader does, and makes its id a text; a ValueError if not."""
+    if type(record["id"]) in (int, str):
+        record["id"] = str(record["id"])
+    for column in ("id", "task", "prompt"):
+        value = record[column]
+        if not isinstance(value, str):
+            raise ValueError(f"{column} is a {type(value).__name__}, not text")
+        if not value.strip():
+            raise ValueError(f"{column} is empty")
+    if (first := ids.setdefault(record["id"].strip(), row)) != row:
+        raise ValueError(f"its id is that of row {first} too")
+
+
+def _pictures(column: str, stored: object, out: Path, row: int) -> dict:
+    """Writes a row's pictures of a column; returns {column: names}, nothing if there is none."""
+    name = f"{row:08d}-{column.removesuffix('_image')}"
+    if stored is None:
+        return {}
+    if isinstance(stored, list) and column == "source_image":
+        return {column: [_write_picture(column, one, out, f"{name}-{n}.png") for n, one in enumerate(stored)]}
+    return {column: _write_picture(column, stored, out, f"{name}.png")}
+
+
+def _write_picture(column: str, stored: object, out: Path, name: str) -> str:
     """Writes a picture where it is not there yet; returns its name, relative to the manifest."""
-    if not isinstance(picture, Image.Image):
-        raise UserError(f"{folder}: a picture is a {type(picture).__name__}; cast its column to datasets.Image() first")
+    if not isinstance(stored, dict) or "bytes" not in stored:
+        raise ValueError(
+            f"{column} is a {type(stored).__name__}, no picture; cast its column to datasets.Image() first"
+        )
+    if stored["bytes"] is None:
+        raise ValueError(
+            f"{column} names a file, {stored.get('path')}, and holds no picture; save the data set with it"
+        )
     path = out / "images" / name
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        picture.save(temporary, format="PNG")
-        temporary.replace(path)
+        try:
+            picture = decode_picture(io.BytesIO(stored["bytes"]))
+        except ValueError as error:
+            raise ValueError(f"{column}: {error}") from None
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        write_atomic(path, buffer.getvalue())
     return f"images/{name}"

@@ -13,12 +13,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from danceopd.data.bad_rows import Problem
 from danceopd.support.errors import UserError
+from danceopd.support.paths import near_path
 from danceopd.support.pictures import decode_picture
+from danceopd.support.texts import lines_of, parse_json
 
 SUFFIXES = (".jsonl", ".csv")
 
 _SHOWN = 5  # problems or lines named in one error message
+
+LONGEST_SIDE = 8  # times the shorter one, of a picture that is used: of a longer one little would be left
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,6 @@ class Row:
     def pictures(self) -> tuple[Path, ...]:
         """The sources, then the target."""
         return self.source_images + ((self.target_image,) if self.target_image else ())
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with one line of a manifest, and what to do about it."""
-
-    line: int
-    message: str
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.message}"
 
 
 def read_manifest(
@@ -80,12 +74,13 @@ def read_manifest(
     records = _json_records(text) if path.suffix.lower() == ".jsonl" else _csv_records(text)
     rows, problems = [], []
     first_line: dict[str, int] = {}
+    listed: dict = {}  # folders that were looked through for a name
     damage: dict[Path, str] = {}  # so that a picture shared by many rows is decoded once
     for line, record in records:
         if isinstance(record, str):
             problems.append(Problem(line, record))
             continue
-        row, messages = _parse_row(line, record, root)
+        row, messages = _parse_row(line, record, root, listed)
         if row.id in first_line:
             messages.append(f"id {row.id!r} is that of line {first_line[row.id]} too; make it unique")
         first_line.setdefault(row.id, line)
@@ -115,7 +110,7 @@ def _read_text(path: Path) -> str:
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the manifest in it (a {' or '.join(SUFFIXES)} file)")
     if not path.is_file():
-        raise FileNotFoundError(f"no manifest at {path}; check the path")
+        raise FileNotFoundError(f"no manifest at {path}{near_path(path) or '; check the path'}")
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path} is neither JSONL nor CSV by its name; it must end in {' or '.join(SUFFIXES)}")
     data = path.read_bytes()
@@ -131,12 +126,10 @@ def _read_text(path: Path) -> str:
 
 def _json_records(text: str) -> Iterator[tuple[int, dict | str]]:
     """Returns the line and object of each line that is not blank, or a message in the object's place."""
-    for line, content in enumerate(text.split("\n"), start=1):  # not splitlines: JSON may hold U+2028
-        if not content.strip():
-            continue
+    for line, content in lines_of(text):
         try:
-            record = json.loads(content)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(content)
+        except ValueError as error:
             yield line, f"not JSON ({error}); write one object on each line"
             continue
         yield line, record if isinstance(record, dict) else "not a JSON object; write {...} on each line"
@@ -169,8 +162,8 @@ def _csv_records(text: str) -> Iterator[tuple[int, dict | str]]:
             sources = record.get("source_image", "").strip()
             if sources.startswith("[") and sources.endswith("]"):
                 try:
-                    record["source_image"] = json.loads(sources)
-                except (ValueError, RecursionError) as error:
+                    record["source_image"] = parse_json(sources)
+                except ValueError as error:
                     yield line, f'source_image is not JSON ({error}); write a list as ["a.png", "b.png"]'
                     continue
             yield line, record
@@ -188,7 +181,7 @@ def _header_problem(header: list[str]) -> str:
     return ""
 
 
-def _parse_row(line: int, record: dict, root: Path) -> tuple[Row, list[str]]:
+def _parse_row(line: int, record: dict, root: Path, listed: dict) -> tuple[Row, list[str]]:
     """Returns the row as far as it can be read, and what is wrong with it."""
     messages: list[str] = []
 
@@ -207,7 +200,7 @@ def _parse_row(line: int, record: dict, root: Path) -> tuple[Row, list[str]]:
         return None
 
     def found(column: str, name: str) -> Path | None:
-        path, message = _find_picture(name, root)
+        path, message = _find_picture(name, root, listed)
         if message:
             messages.append(f"{column} {name[:200]!r} {message}")
         return path
@@ -245,7 +238,7 @@ def _parse_row(line: int, record: dict, root: Path) -> tuple[Row, list[str]]:
     return row, messages
 
 
-def _find_picture(name: str, root: Path) -> tuple[Path | None, str]:
+def _find_picture(name: str, root: Path, listed: dict) -> tuple[Path | None, str]:
     """Returns the file that a picture path stands for; or None, and why there is none."""
     outside = f"leads out of the folder {root}; move the picture into it"
     try:
@@ -255,16 +248,28 @@ def _find_picture(name: str, root: Path) -> tuple[Path | None, str]:
         if not path.is_relative_to(root):
             return None, outside
         if not path.is_file():
-            return None, "is not there (or not a file)"
+            return None, f"is not there (or not a file){near_path(name, root, listed)}"
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, a ring of links
         return None, f"is not a path that can be opened ({type(error).__name__}: {error})"
     return path, ""
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    """Decodes a picture to its end; returns its (width, height) in pixels.
+
+    Raises:
+        ValueError: It cannot be used, with the reason.
+    """
+    width, height = decode_picture(path).size
+    if max(width, height) > LONGEST_SIDE * min(width, height):
+        raise ValueError(f"{width} x {height} is longer than {LONGEST_SIDE} : 1; cut it")
+    return width, height
+
+
 def _damage(path: Path) -> str:
     """Returns why a picture can't be used, or ""."""
     try:
-        decode_picture(path)
+        size_of(path)
     except ValueError as error:
         return str(error)
     return ""

@@ -13,14 +13,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from danceopd.data.cache import Cache, key_of
-from danceopd.data.manifest import Problem, Row, read_manifest
+from danceopd.data.bad_rows import BadRows, Problem, list_path, write_list
+from danceopd.data.cache import Cache, key_of, not_finite
+from danceopd.data.manifest import Row, read_manifest, size_of
+from danceopd.data.prompt_limits import look_at_prompts, prompt_notes
 from danceopd.models.backbones import backbone_of
 from danceopd.models.fingerprint import fingerprint
 from danceopd.models.loading import class_name_of, multiple_of
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pictures import decode_picture
+from danceopd.support.texts import lines_of, parse_json
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "processor", "siglip")  # what a pipeline's text encodings depend on
 
@@ -37,6 +40,8 @@ class Prepared:
         made, found: Entries that were encoded, and that were in the cache.
         problems: What was wrong with rows that were left out.
         damaged: Shards that were mended.
+        notes: What the encoders change in prompts, a line each.
+        listed: The file that lists what was left out; None without any.
     """
 
     path: Path
@@ -45,6 +50,8 @@ class Prepared:
     found: int
     problems: list[Problem]
     damaged: list[str]
+    notes: list[str]
+    listed: Path | None
 
 
 def fingerprints(model: Path) -> dict[str, str]:
@@ -139,13 +146,15 @@ def prepare(
     workers: int = 2,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    strict: bool = False,
+    on_bad_row: str = "skip",
+    max_bad_rows: int | None = None,
 ) -> Prepared:
     """Encodes what a manifest names and is not in the cache yet, and writes the rows that training reads.
 
     Prompts are encoded first, and their encoders let go before the pictures'. Equal prompts and pictures are encoded
     once, whatever rows or manifests name them. A row's picture is of the target's shape, else of the first source's,
-    else a square. A row with more source pictures than the model takes is a problem.
+    else a square. A row with more source pictures than the model takes is bad, and so is one that cannot be encoded
+    to finite values; the others go on. What was left out is listed beside the rows, in NAME.left_out.txt.
 
     Args:
         manifest: JSONL or CSV, as data.manifest reads it.
@@ -159,15 +168,17 @@ def prepare(
         entries_per_shard: After so many a shard of the cache is written, which a killed process leaves behind.
         workers: Threads that read pictures.
         device, dtype: Of the encoders.
-        strict: Whether to stop at problems instead of leaving rows out.
+        on_bad_row: "skip" leaves bad rows out, "refuse" ends before the next step where there is any.
+        max_bad_rows: How many may be left out; any number if not given.
 
     Returns:
         Where the rows are, and what came of them.
 
     Raises:
-        UserError: The manifest, model or cache is of no use; with strict, any problem.
+        UserError: The manifest, model or cache is of no use, bad rows may not be left out, or the rows would overwrite
+            those of another manifest.
     """
-    backbone = backbone_of(model)
+    backbone, bad_rows = backbone_of(model), BadRows(on_bad_row, max_bad_rows)
     rows, problems = read_manifest(manifest, root, needs_source=needs_source)
     sizes = buckets(resolution, multiple_of(backbone, model))
     rows, too_many = _check_counts(rows, backbone, model)
@@ -175,9 +186,7 @@ def prepare(
         backbone.latent_shape(model, resolution, resolution)
     rows, seen, unreadable = _look_at_pictures(rows, sizes, workers)
     problems = sorted([*problems, *too_many, *unreadable], key=lambda problem: problem.line)
-    if problems and (strict or not rows):
-        head = f"{manifest} has problems:" if strict else f"no row of {manifest} can be used:"
-        raise UserError("\n  ".join([head, *map(str, problems)]))
+    bad_rows.settle(manifest, problems, len(rows))
     encoders = fingerprints(model)
     if PICTURE_PART not in encoders:
         raise UserError(f"no {PICTURE_PART} with weights in {model}; give the folder of a whole pipeline")
@@ -187,26 +196,91 @@ def prepare(
         seen,
         backbone.PROMPTS_SEE_PICTURES and "edit" in backbone.tasks(model),
     )
+    path = folder / f"{manifest.stem}.jsonl"
+    made_from = {"path": str(manifest.resolve()), "rows": key_of(*(str(_record(row, names, (), 0)) for row in rows))}
+    _check_not_anothers(path, made_from)
     cache = Cache(folder)
     run = partial(_encode, cache=cache, batch_size=batch_size, entries_per_shard=entries_per_shard)
     prompts = {names.prompt(row.prompt, row.source_images): (row.prompt, row.source_images) for row in rows}
     shown = {row.source_images for row in rows} if names.prompts_see_pictures else set()
     for sources in sorted({(), *shown}):
         prompts |= {names.prompt(prompt, sources): (prompt, sources) for prompt in negative_prompts}
-    pictures = {names.picture(path): path for path in sorted(seen)}
+    bad: dict[str, str] = {}
     new_prompts = {key: value for key, value in prompts.items() if not cache.sound(key)}
-    new_pictures = {key: path for key, path in pictures.items() if not cache.sound(key)}
     if new_prompts:
-        run(list(new_prompts), _prompt_encoder(backbone, model, device, dtype, new_prompts, names), name="prompts")
+        bad = run(
+            list(new_prompts), _prompt_encoder(backbone, model, device, dtype, new_prompts, names), name="prompts"
+        )
+    for prompt in negative_prompts:
+        if (key := names.prompt(prompt)) in bad:
+            raise UserError(f"the negative prompt {prompt!r} cannot be encoded by {model}: {bad[key]}")
+    rows, unencoded = _without(bad, rows, names, negative_prompts)
+    problems = sorted([*problems, *unencoded], key=lambda problem: problem.line)
+    bad_rows.settle(manifest, problems, len(rows))
+    pictures = {names.picture(path): path for path in sorted({path for row in rows for path in row.pictures})}
+    new_pictures = {key: path for key, path in pictures.items() if not cache.sound(key)}
+    bad = {}
     if new_pictures:
         encode = _picture_encoder(backbone, model, device, dtype, new_pictures, seen, workers)
         for size in sorted({seen[path].size for path in new_pictures.values()}):  # one batch is of one size
             group = [key for key, path in new_pictures.items() if seen[path].size == size]
-            run(group, encode, name=f"pictures {size[0]} x {size[1]}")
-    made = len(new_prompts) + len(new_pictures)
-    head = {"model": str(model), "encoders": encoders}
-    path = _write_rows(folder / f"{manifest.stem}.jsonl", rows, names, head, negative_prompts, resolution)
-    return Prepared(path, len(rows), made, len(prompts) + len(pictures) - made, problems, cache.damaged)
+            bad |= run(group, encode, name=f"pictures {size[0]} x {size[1]}")
+    rows, unencoded = _without(bad, rows, names, negative_prompts)
+    problems = sorted([*problems, *unencoded], key=lambda problem: problem.line)
+    bad_rows.settle(manifest, problems, len(rows))
+    changed, limits = look_at_prompts(backbone, model, list(dict.fromkeys(row.prompt for row in rows)))
+    records = [_record(row, names, negative_prompts, resolution) | changed.get(row.prompt, {}) for row in rows]
+    head = {"model": str(model), "encoders": encoders, "manifest": made_from, "prompt_limits": limits}
+    head["left_out"] = len({problem.line for problem in problems})
+    write_list(path, manifest, problems)
+    _write_rows(path, records, names, head, negative_prompts)
+    return Prepared(
+        path,
+        len(rows),
+        made=sum(key in cache for key in (*new_prompts, *new_pictures)),
+        found=len(prompts) + len(pictures) - len(new_prompts) - len(new_pictures),
+        problems=problems,
+        damaged=cache.damaged,
+        notes=prompt_notes(records, limits),
+        listed=list_path(path) if problems else None,
+    )
+
+
+def _check_not_anothers(path: Path, made_from: dict) -> None:
+    """Raises UserError where rows are those of another manifest: manifests may share a cache, and each has its rows."""
+    if not path.is_file():
+        return
+    try:
+        before = parse_json(lines_of(path.read_text(encoding="utf-8"))[0][1])["manifest"]
+        same = before["path"] == made_from["path"] or before["rows"] == made_from["rows"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):  # damaged, or of an older version: made again
+        return
+    if not same:
+        raise UserError(
+            f"{path} holds the rows of another manifest, {before['path']}; rename {made_from['path']}, give another "
+            f"--cache, or remove {path.name} if its rows are no longer needed"
+        )
+
+
+def _without(
+    bad: dict[str, str], rows: list[Row], names: Names, negative_prompts: tuple[str, ...]
+) -> tuple[list[Row], list[Problem]]:
+    """Returns the rows all of whose entries were encoded, and what is wrong with the others.
+
+    bad: of entries that were not, the reason.
+    """
+    good, problems = [], []
+    for row in rows if bad else ():
+        what = {names.prompt(row.prompt, row.source_images): f"prompt {row.prompt[:80]!r}"}
+        if names.prompts_see_pictures:
+            what |= {
+                names.prompt(prompt, row.source_images): f"negative prompt {prompt!r}" for prompt in negative_prompts
+            }
+        what |= {names.picture(path): f"picture {path.name}" for path in row.pictures}
+        own = [Problem(row.line, f"{row.id}: {name}: {bad[key]}") for key, name in what.items() if key in bad]
+        problems += own
+        good += [] if own else [row]
+    return (good if bad else rows), problems
 
 
 def _prompt_encoder(backbone, model: Path, device, dtype, prompts: dict, names: Names) -> Callable:
@@ -235,33 +309,35 @@ def _picture_encoder(backbone, model: Path, device, dtype, pictures: dict, seen:
     return encode
 
 
-def _write_rows(
-    path: Path, rows: list[Row], names: Names, head: dict, negative_prompts: tuple[str, ...], resolution: int
-) -> Path:
-    """Writes the names of each row's entries in the cache, a line a row; before them, head and the negative prompts."""
+def _negative(names: Names, negative_prompts: tuple[str, ...], sources: tuple[Path, ...] = ()) -> dict[str, str]:
+    return {prompt: names.prompt(prompt, sources) for prompt in negative_prompts}
 
-    def negative(sources: tuple[Path, ...]) -> dict[str, str]:
-        return {prompt: names.prompt(prompt, sources) for prompt in negative_prompts}
 
-    sees = names.prompts_see_pictures
-    lines = [{**head, "negative_prompts": negative(()), "prompts_see_pictures": sees}]
-    for row in rows:
-        shaped_by = [row.target_image] if row.target_image else row.source_images
-        size = names.seen[shaped_by[0]].size if shaped_by else (resolution, resolution)
-        lines.append(
-            {
-                "id": row.id,
-                "capability": row.capability,
-                "prompt": names.prompt(row.prompt, row.source_images),
-                "sources": [names.picture(path) for path in row.source_images],
-                "source_sizes": [list(names.seen[path].size) for path in row.source_images],
-                "target": names.picture(row.target_image) if row.target_image else None,
-                "size": list(size),
-                **({"negative_prompts": negative(row.source_images)} if sees and row.source_images else {}),
-            }
-        )
-    write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return path
+def _record(row: Row, names: Names, negative_prompts: tuple[str, ...], resolution: int) -> dict:
+    """Returns the names of a row's entries in the cache, and its sizes; one without pictures is a square."""
+    shaped_by = [row.target_image] if row.target_image else row.source_images
+    size = names.seen[shaped_by[0]].size if shaped_by else (resolution, resolution)
+    own = names.prompts_see_pictures and row.source_images
+    return {
+        "id": row.id,
+        "capability": row.capability,
+        "prompt": names.prompt(row.prompt, row.source_images),
+        "sources": [names.picture(path) for path in row.source_images],
+        "source_sizes": [list(names.seen[path].size) for path in row.source_images],
+        "target": names.picture(row.target_image) if row.target_image else None,
+        "size": list(size),
+        **({"negative_prompts": _negative(names, negative_prompts, row.source_images)} if own else {}),
+    }
+
+
+def _write_rows(path: Path, records: list[dict], names: Names, head: dict, negative_prompts: tuple[str, ...]) -> None:
+    """Writes a line a row; before them, head and the negative prompts."""
+    head = {
+        **head,
+        "negative_prompts": _negative(names, negative_prompts),
+        "prompts_see_pictures": names.prompts_see_pictures,
+    }
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in (head, *records)).encode())
 
 
 def _check_counts(rows: list[Row], backbone, model: Path) -> tuple[list[Row], list[Problem]]:
@@ -281,7 +357,7 @@ def _look_at_pictures(rows: list[Row], sizes, workers: int) -> tuple[list[Row], 
 
     def look(path: Path) -> Seen | str:
         try:
-            width, height = decode_picture(path).size
+            width, height = size_of(path)
             return Seen(hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(), bucket_of(height, width, sizes))
         except (ValueError, OSError) as error:
             return str(error)
@@ -303,16 +379,48 @@ def _look_at_pictures(rows: list[Row], sizes, workers: int) -> tuple[list[Row], 
 @torch.no_grad()
 def _encode(
     keys: list[str], encode: Callable, *, cache: Cache, batch_size: int, entries_per_shard: int, name: str
-) -> None:
-    """Encodes entries batch by batch; what is done is on disk after every shard."""
+) -> dict[str, str]:
+    """Encodes entries batch by batch; what is done is on disk after every shard.
+
+    Returns:
+        The reason for each entry that has no encoding, or none that is finite; nothing is kept of it.
+    """
     waiting: dict[str, dict[str, torch.Tensor]] = {}
+    bad: dict[str, str] = {}
     with tqdm(total=len(keys), desc=name, unit="entry") as bar:
         for start in range(0, len(keys), batch_size):
             part = keys[start : start + batch_size]
-            waiting |= dict(zip(part, encode(part), strict=True))
+            encoded, refused = _encoded(part, encode)
+            bad |= refused
+            for key, tensors in encoded.items():
+                if lost := not_finite(tensors):
+                    dtype = str(tensors[lost].dtype).removeprefix("torch.")
+                    wider = "; another dtype may hold it (--dtype float32)" if dtype != "float32" else ""
+                    bad[key] = f"its encoding in {dtype} has values that are not finite, in {lost}{wider}"
+                else:
+                    waiting[key] = tensors
             bar.update(len(part))
             if len(waiting) >= entries_per_shard:
                 cache.write(waiting)
                 waiting = {}
     if waiting:
         cache.write(waiting)
+    return bad
+
+
+def _encoded(keys: list[str], encode: Callable) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
+    """Encodes a batch, or where that fails one entry after another, so that a bad one does not take others with it."""
+    try:
+        return dict(zip(keys, encode(keys), strict=True)), {}
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # tokenizers, processors and models raise almost anything
+        if len(keys) == 1:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            return {}, {keys[0]: f"the encoder refuses it ({reason})"}
+    encoded, bad = {}, {}
+    for key in keys:
+        one, refused = _encoded([key], encode)
+        encoded |= one
+        bad |= refused
+    return encoded, bad

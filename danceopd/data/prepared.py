@@ -1,7 +1,6 @@
 """Samples whose prompts and pictures were encoded before (danceopd.data.prepare): training reads nothing else."""
 
 import copy
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,11 @@ import torch
 
 from danceopd.core.conditioning import Conditioning, concatenate
 from danceopd.data.cache import Cache
+from danceopd.data.prompt_limits import prompt_notes
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
+from danceopd.support.paths import near_path
+from danceopd.support.texts import lines_of, parse_json, read_text
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -35,19 +37,12 @@ class PreparedData:
 
     def __init__(self, path: Path | str, capability: str):
         self.path, self.capability, self.cache = Path(path), capability, Cache(Path(path).parent)
-        try:
-            lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-            self.head, rows = lines[0], lines[1:]
-            self.rows = [row for row in rows if row["capability"] == capability]
-            self._by_kind: dict[Kind, list[dict]] = {}
-            for row in self.rows:
-                self._by_kind.setdefault(_kind(row), []).append(row)
-        except FileNotFoundError:
-            raise UserError(f"no prepared rows at {self.path}; make them by `danceopd data prepare`") from None
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError(
-                f"{self.path} is damaged or of an older version ({error}); run `danceopd data prepare` again"
-            ) from None
+        self.head, rows = _read_rows(self.path)
+        self.rows = [row for row in rows if row["capability"] == capability]
+        self._all = self.rows  # a part has some of them
+        self._by_kind: dict[Kind, list[dict]] = {}
+        for row in self.rows:
+            self._by_kind.setdefault(_kind(row), []).append(row)
         if not self.rows:
             known = did_you_mean(capability, {row["capability"] for row in rows})
             raise UserError(f"{self.path} has no rows of {capability!r}{known}")
@@ -86,6 +81,13 @@ class PreparedData:
             return None
         return torch.stack([self.cache.read(self.rows[i]["target"])["latents"] for i in indices])
 
+    def notes(self) -> list[str]:
+        """Says what was changed or left out when the capability was prepared, a line each, none where nothing was."""
+        lines = prompt_notes(self._all, self.head.get("prompt_limits", {}))
+        if left_out := self.head.get("left_out"):
+            lines.append(f"{left_out} rows of the manifest were left out of {self.path} when it was prepared")
+        return lines
+
     def empty_prompt(self) -> dict[str, torch.Tensor]:
         """Reads the empty prompt's encoding, of one sample without source pictures."""
         return self.cache.read(self.head["negative_prompts"][""])
@@ -104,21 +106,88 @@ class PreparedData:
 
     def _check_cache(self) -> None:
         """Checks that every entry that a row names is there; whether it is whole shows when it is read."""
-        named = {key for row in self.rows for key in (row["prompt"], row["target"], *row["sources"]) if key}
+        named = {key for row in self.rows for key in (row["prompt"], row["target"], *row["sources"]) if key is not None}
         named |= {key for row in self.rows for key in row.get("negative_prompts", {}).values()}
-        missing = [key for key in named | set(self.head["negative_prompts"].values()) if key not in self.cache]
+        named |= set(self.head["negative_prompts"].values())
+        missing = [key for key in named if key not in self.cache]
         if missing:
             raise UserError(
                 f"{self.path}: {len(missing)} of its entries are not in the cache {self.path.parent}; "
                 "run `danceopd data prepare` again"
             )
+        for row in self.rows:
+            for key in (*row["sources"], *([] if row["target"] is None else [row["target"]])):
+                if "latents" not in self.cache.names(key):
+                    raise UserError(
+                        f"{self.path}: the entry {key} of row {row['id']} holds no latents of a picture; "
+                        "run `danceopd data prepare` again"
+                    )
+
+
+def _read_rows(path: Path) -> tuple[dict, list[dict]]:
+    """Reads the head and the rows that prepare wrote; a UserError that names a line which is not as it writes them."""
+    if not path.exists():
+        raise UserError(f"no prepared rows at {path}{near_path(path) or '; make them by `danceopd data prepare`'}")
+    again = "run `danceopd data prepare` again"
+    rows = []
+    for number, line in lines_of(read_text(path, "file of prepared rows")):
+        try:
+            row = parse_json(line)
+            (_check_row if rows else _check_head)(row)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{path}, line {number}, is damaged or of an older version ({reason}); {again}") from None
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} is empty; {again}")
+    return rows[0], rows[1:]
+
+
+def _need(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
+
+
+def _check_negative(prompts: object) -> None:
+    good = isinstance(prompts, dict) and "" in prompts and _texts([*prompts.values()])
+    _need(good, "negative_prompts is no list of entries by prompt, with the empty one's")
+
+
+def _check_head(head: object) -> None:
+    _need(isinstance(head, dict), "not a JSON object")
+    _check_negative(head["negative_prompts"])
+    _need(isinstance(head["model"], str), "model is no text")
+    for key in ("encoders", "prompt_limits"):
+        _need(isinstance(head.get(key, {}), dict), f"{key} is no JSON object")
+    _need(type(head.get("prompts_see_pictures", False)) is bool, "prompts_see_pictures is neither true nor false")
+
+
+def _check_row(row: object) -> None:
+    _need(isinstance(row, dict), "not a JSON object")
+    for key in ("id", "capability", "prompt"):
+        _need(isinstance(row[key], str), f"{key} is no text")
+    _need(row["target"] is None or isinstance(row["target"], str), "target is no text")
+    _need(_texts(row["sources"]), "sources is no list of texts")
+    sizes = row.get("source_sizes", [])
+    _need(isinstance(sizes, list) and all(map(_is_size, sizes)), "source_sizes is no list of [height, width]")
+    _need(len(row["sources"]) == len(sizes), f"row {row['id']} has {len(row['sources'])} sources of {len(sizes)} sizes")
+    _need(_is_size(row["size"]), "size is not [height, width]")
+    for key in ("cut", "special"):
+        _need(_texts(row.get(key, [])), f"{key} is no list of texts")
+    if "negative_prompts" in row:
+        _check_negative(row["negative_prompts"])
 
 
 def _kind(row: dict) -> Kind:
-    sizes = row.get("source_sizes", [])
-    if len(row["sources"]) != len(sizes):
-        raise ValueError(f"row {row['id']} has {len(row['sources'])} sources of {len(sizes)} sizes")
-    return tuple(row["size"]), tuple(map(tuple, sizes))
+    return tuple(row["size"]), tuple(map(tuple, row.get("source_sizes", [])))
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,15 @@ from danceopd.support.ranks import Ranks
 
 @dataclass(frozen=True)
 class Group:
-    """Samples that may share a batch: one data set a capability, their latents' shape, and how many rows it adds.
+    """Holds samples that may share a batch: one data set a capability, their latents' shape, and how many rows it adds.
 
-    rows: by which groups are drawn; a fraction where rows stand in several groups. sigmas: the noise levels of a
-    rollout of this shape, where they are the model's and not the configuration's. source_shapes: of each source
-    picture's latents.
+    Attributes:
+        data: A data set for each capability, in the order of the routes.
+        shape: The shape of one sample's latents.
+        rows: The weight by which groups are drawn; a fraction where rows stand in several groups.
+        sigmas: float32 tensor [N + 1], the noise levels of a rollout of this shape, where they are the model's and not
+            the configuration's.
+        source_shapes: The shape of each source picture's latents.
     """
 
     data: list
@@ -30,9 +34,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Samples:
-    """Where batches come from. condition(data, indices, without_prompt): what rows of a data set are conditioned on.
+    """Holds what batches are drawn from.
 
-    never_drawn: lines about rows that are in no group.
+    Attributes:
+        groups: The samples, in groups of which a batch takes one.
+        condition: ``condition(data, indices, without_prompt)`` gives what rows of a data set are conditioned on.
+        never_drawn: Lines about rows that are in no group.
     """
 
     groups: list[Group]
@@ -41,7 +48,16 @@ class Samples:
     _orders: dict = field(default_factory=dict, repr=False)  # each data set's rows in the order of its newest epoch
 
     def rows_at(self, slots: torch.Tensor, length: int, *seed: int) -> list[int]:
-        """The row of `length` that each slot asks for: each row once in an epoch of `length` slots, in random order."""
+        """Finds the row that each slot asks for: each row once in an epoch of `length` slots, in random order.
+
+        Args:
+            slots: int64 tensor [n], numbers of samples of the run.
+            length: Number of rows of the data set.
+            seed: Whole numbers that the order depends on.
+
+        Returns:
+            n numbers of rows.
+        """
         epochs, rows = slots // length, torch.empty_like(slots)
         for epoch in epochs.unique().tolist():
             if (known := self._orders.get((length, *seed))) is None or known[0] != epoch:
@@ -53,6 +69,7 @@ class Samples:
         return rows.tolist()
 
 
+# Long: half of it says what the arguments are.
 def draw_batch(
     samples: Samples,
     weights: list[float],
@@ -68,17 +85,30 @@ def draw_batch(
     world_size: int = 1,
     stream: int = 0,
 ) -> Batch:
-    """This rank's part of a step's batch: a group drawn by its rows, a capability per sample, a row of its data, noise.
-
-    weights, guidance_scales, prompt_dropout: one of each capability, in the order of the routes: how often it is
-    drawn; the student's own scale for its samples, or None; the share of its prompts that is left empty. in_turn:
-    equal parts of the capabilities whatever their weights. with_clean: the data's own pictures.
+    """Draws a rank's part of a step's batch: a group by its rows, a capability a sample, a row of its data, noise.
 
     The batch is a function of (seed, stream, step) alone: a run goes on from any step without any state, and the parts
     of `world_size` ranks, equal up to one sample, are one rank's batch in order. Slot i of step s is
     number n = s * batch_size + i of the run; it asks for row n modulo their number of the rows of its
     capability and group, in an order that is new in each epoch of so many slots. So no row is drawn twice in an epoch,
     on whatever ranks; which of them are drawn is left to the routes, that share the slots out among the capabilities.
+
+    Args:
+        samples: What is drawn from.
+        weights: How often each capability is drawn, in the order of the routes.
+        batch_size: Number of samples of all ranks.
+        seed: The run's.
+        step: The number of the update.
+        guidance_scales: The student's own scale for each capability's samples; None gives them none.
+        in_turn: Takes equal parts of the capabilities, whatever their weights.
+        prompt_dropout: The share of each capability's prompts that is left empty.
+        with_clean: Adds the data's own pictures.
+        rank: This process's number.
+        world_size: Number of processes.
+        stream: Tells apart what is drawn for different ends.
+
+    Returns:
+        The samples, on the CPU.
     """
     generator = step_generator(seed, step, stream)
     group = samples.groups[0]

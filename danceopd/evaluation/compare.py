@@ -1,7 +1,9 @@
 """Compares runs on the same prompts and seeds picture by picture: paired differences, and a page to look at."""
 
+import io
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +18,8 @@ from danceopd.evaluation.geneval.layout import read_results
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pages import data_uri, render
+from danceopd.support.pictures import decode_picture
+from danceopd.support.texts import parse_json
 
 RESAMPLES, LEVEL = 10_000, 0.95
 
@@ -40,7 +44,7 @@ class Scored:
         tag: What scores are averaged by: GenEval's tag, or an edit's kind and language.
         prompt: Its text.
         score: 0 or 1 by a verdict, or a mark.
-        path: The picture.
+        path: The picture; None where it is not in the run's folder, of which nothing else is looked at.
         reason: Why it has this score.
         right: The verdict; None where the score is a mark.
         index: An edit's place in its data set.
@@ -49,7 +53,7 @@ class Scored:
     tag: str
     prompt: str
     score: float
-    path: Path
+    path: Path | None
     reason: str = ""
     right: bool | None = None
     index: int | None = None
@@ -115,21 +119,23 @@ def _read_geneval(file: Path) -> Run:
     folder, pictures = file.parent, {}
     for line in read_results(file):
         named = Path(line["filename"])
-        if not named.stem.isdecimal():
+        if not re.fullmatch(r"\d{1,9}", named.stem):
             raise UserError(f"{file}: {named} has no number as its name; give GenEval's results")
         try:
-            metadata = json.loads(line["metadata"])
-        except ValueError:
-            raise UserError(f"{file}: the 'metadata' of {named} is not JSON; give GenEval's results") from None
+            metadata = parse_json(line["metadata"])
+        except ValueError as error:
+            raise UserError(
+                f"{file}: the 'metadata' of {named} is not JSON ({error}); give GenEval's results"
+            ) from None
         key = (json.dumps(metadata, sort_keys=True), int(named.stem))
         if key in pictures:
             raise UserError(f"{file} has two lines for picture {named.stem} of the same prompt; remove one")
-        here, right = folder.joinpath(*named.parts[-3:]), line["correct"]
+        right = line["correct"]
         pictures[key] = Scored(
             line["tag"],
             str(line.get("prompt", "")),
             float(right),
-            here if here.is_file() else named,
+            _inside(folder, Path(*named.parts[-3:])) or _inside(folder, named),
             str(line.get("reason") or ""),
             right,
         )
@@ -140,7 +146,7 @@ def _read_geneval(file: Path) -> Run:
 def _read_gedit(file: Path) -> Run:
     """Returns the O of each edit, by kind and language, at its place in the layout."""
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = parse_json(file.read_bytes())
         ours = isinstance(results, dict) and results.get("benchmark") == GEDIT
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}); {AGAIN}") from None
@@ -150,14 +156,17 @@ def _read_gedit(file: Path) -> Run:
         )
     pictures = {}
     try:
-        folder = file.resolve().parents[3] / results["method"]
+        method = results["method"]
+        if method != Path(method).name:
+            raise ValueError(f"the method {method!r} is no folder's name")
+        folder = file.resolve().parents[3] / method
         for row in results["rows"]:
             sc, pq = min(row["sc"]), min(row["pq"])
             pictures[f"{row['kind']}/{row['language']}/{row['key']}", 0] = Scored(
                 f"{row['kind']} {row['language']}",
                 row["instruction"],
                 math.sqrt(sc * pq),
-                folder / row["picture"],
+                _inside(folder, Path(row["picture"])),
                 f"SC {sc:g}, PQ {pq:g}",
                 index=row["index"],
             )
@@ -169,9 +178,18 @@ def _read_gedit(file: Path) -> Run:
     return Run(folder.name, pictures, GEDIT, _seed(folder / "made_by.json"), judge, dataset)
 
 
+def _inside(folder: Path, named: Path) -> Path | None:
+    """Returns a file by its name in a folder, or None: results may come from anywhere, their pictures may not."""
+    try:
+        path = (folder / named).resolve()  # follows links, so that none leads out unnoticed
+        return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a null character, a ring of links
+        return None
+
+
 def _seed(file: Path) -> int | None:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["seed"]
+        return parse_json(file.read_bytes())["seed"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -272,6 +290,9 @@ def warnings_of(runs: list[Run], comparisons: list[Comparison]) -> list[str]:
     if len(set(judges.values())) > 1:
         asked = ", ".join(f"{name} {judge}" for name, judge in judges.items())
         said.append(f"scored by different judges ({asked}), whose marks cannot be compared; score all with one")
+    for run in runs:
+        if lost := sum(one.path is None for one in run.pictures.values()):
+            said.append(f"{run.name}: {lost} of its pictures are not in its folder and cannot be shown")
     for run, comparison in zip(runs[1:], comparisons, strict=True):
         if comparison.unpaired:
             said.append(
@@ -340,14 +361,18 @@ def _sources(run: Run) -> Callable[[Key, Scored], Image.Image | None]:
 
     @cache
     def data():
+        import datasets
+
         from danceopd.evaluation.gedit.benchmark import load_data  # diffusers comes with it, which takes its time
 
-        return load_data(run.dataset).select_columns(["key", "input_image"])
+        rows = load_data(run.dataset).select_columns(["key", "input_image"])
+        return rows.cast_column("input_image", datasets.Image(decode=False))
 
     def source_of(key: Key, scored: Scored) -> Image.Image | None:
         try:
             row = data()[scored.index]
-            return row["input_image"].convert("RGB") if key[0].endswith(f"/{row['key']}") else None
+            own = key[0].endswith(f"/{row['key']}")
+            return decode_picture(io.BytesIO(row["input_image"]["bytes"])) if own else None
         except Exception:  # on damaged files decoders raise almost anything, and the page does without
             return None
 
@@ -375,12 +400,11 @@ def _picture(scored: Scored, number: int) -> dict:
     return {"uri": file_uri(scored.path), "verdict": verdict, "reason": scored.reason, "number": number}
 
 
-def file_uri(path: Path) -> str | None:
+def file_uri(path: Path | None) -> str | None:
     """Reads a picture's file for the page; None where it is not there or cannot be read."""
     try:
-        with Image.open(path) as opened:
-            return small_uri(opened.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return small_uri(decode_picture(path)) if path else None
+    except ValueError:
         return None
 
 

@@ -39,11 +39,13 @@ class _Alive(TorchDispatchMode):
         return out
 
     def _purge(self) -> None:
+        """Forgets the storages that are gone."""
         for key in [key for key, (storage, _) in self.alive.items() if storage.expired()]:
             self.now -= self.alive.pop(key)[1]
 
 
 def _key(tensor: torch.Tensor) -> int:
+    """Returns a number of the storage that a tensor lies in."""
     try:
         return tensor.untyped_storage()._cdata
     except NotImplementedError:  # a tensor of several

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 from danceopd_kernels import pack_adapters, routed_lora_linear
-from danceopd_kernels.lora import Adapters, frozen_linear
+from danceopd_kernels.lora import Adapters, frozen_linear, lora_linear
 from torch import nn
 
 from danceopd.models.eight_bit import as_multiplied
@@ -14,7 +14,7 @@ from danceopd.models.fp8 import Fp8Linear, numbers
 
 
 class _Route:
-    """Which adapter the rows of the forward now running ask; None: the base alone."""
+    """Holds which adapter the rows of the forward now running ask; None is the base alone."""
 
     def __init__(self, stacked: int):
         self.stacked = stacked
@@ -24,6 +24,7 @@ class _Route:
 
     @contextmanager
     def of(self, adapter: torch.Tensor | None, same: bool, student: nn.Module | None = None) -> Iterator[None]:
+        """Sets the adapter, or the student, for the forwards inside."""
         self.adapter, self.same, self.student = adapter, same, student
         try:
             yield
@@ -31,12 +32,12 @@ class _Route:
             self.adapter = self.student = None
 
     def again(self) -> tuple:
-        """Contexts of a block's forward and of its recomputation in the backward, when this forward is long over."""
+        """Gives the contexts of a block's forward and of its recomputation, when this forward is long over."""
         return nullcontext(), self.of(self.adapter, self.same, self.student)
 
 
 class _RoutedLinear(nn.Linear):
-    """The parameters of a Linear and the adapters of all teachers; the forward takes its samples' from the route."""
+    """Holds a Linear's parameters and all sources' adapters; the forward takes its samples' from the route."""
 
     def __init__(self, name: str, linear: nn.Linear, adapters: Sequence[tuple], route: _Route):
         nn.Module.__init__(self)  # without new parameters
@@ -72,7 +73,7 @@ class _RoutedLinear(nn.Linear):
             if x.dim() < 2 or rest or copies not in (1, self.route.stacked):
                 raise ValueError(
                     f"{self.name}: the first axis of its input {list(x.shape)} is not the batch of {len(adapter)}, so "
-                    "its rows cannot be routed; ask each teacher alone (field), or leave this layer out of the LoRAs"
+                    "its rows cannot be routed; ask each source alone (field), or leave this layer out of the LoRAs"
                 )
             adapter = adapter if copies == 1 else adapter.repeat(copies)
             rows = x.reshape(len(x), -1, x.shape[-1])
@@ -84,9 +85,9 @@ class _RoutedLinear(nn.Linear):
 
 
 class _Factors(nn.Module):
-    """One layer's part of a student's adapter: A [rank, in], B [out, rank], what they add times scale.
+    """Adds one layer's part of a student's adapter: A [rank, in], B [out, rank], what they add times scale.
 
-    A module with a forward of its own, so that its parameters are there while it runs where DeepSpeed shards them.
+    It has a forward of its own, so that its parameters are there while it runs where DeepSpeed shards them.
     """
 
     def __init__(self, a: torch.Tensor, b: torch.Tensor, scale: float):
@@ -94,21 +95,16 @@ class _Factors(nn.Module):
         self.lora_A, self.lora_B, self.scale = nn.Parameter(a), nn.Parameter(b), scale
 
     def forward(self, x, weight, bias=None, weight_scale=None) -> torch.Tensor:
-        first = _constant((0, len(self.lora_A)), torch.int64, x.device)
-        scale = _constant((self.scale,), torch.float32, x.device)
-        adapters = Adapters(self.lora_A, self.lora_B.mT, first, scale, len(self.lora_A))
-        rows = x.reshape(1, -1, x.shape[-1])
-        everyone = _constant((0,), torch.int64, x.device)
-        out = routed_lora_linear(rows, weight, bias, adapters, everyone, weight_scale=weight_scale)
-        return out.reshape(*x.shape[:-1], len(weight))
+        return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, weight_scale)
 
 
 def _flat(name: str) -> str:
+    """Makes a layer's name one that a ModuleDict takes."""
     return name.replace(".", "/")
 
 
 @cache
 def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A small tensor copied to a device once."""
+    """Copies a small tensor to a device once."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)

@@ -13,21 +13,29 @@ from danceopd.core.conditioning import Conditioning, with_length
 
 FORWARD = 0.05  # what a forward more costs, as a share of a sample's tokens, and the most that may be padding
 
-# Of prompts and pictures, in forwards where prompts have a mask: how many were computed, and how many of them for
-# nothing. For the whole process: who wants to know takes the difference.
+# Counts the tokens of prompts and pictures that forwards computed where prompts have a mask, and those of them that
+# were padding. It counts for the whole process: who wants to know takes the difference.
 TOKENS: Counter = Counter()
 
 _whole: ContextVar[bool] = ContextVar("whole", default=False)
 
 
 def by_sources(ask: Callable, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-    """The velocity [B, ...] of a transformer that takes source pictures, and prompts of one length, for all of a batch.
+    """Asks a transformer that takes source pictures, and prompts of one length, for all of a batch.
 
-    ask(latents, sigma, conditioning, sources, rows): one forward, of the samples `rows` [n] int64 of the batch (None:
-    of all) with sources, a tuple of [n, C, h, w] or (). Samples with sources and those without are two forwards, and
-    each of them is as many as `split_by_length` says where prompts have a prompt_mask: the prompts of each are cut to
-    its longest, and have no mask where all are as long. The masks are read for it. One transformer's samples do not
-    see each other, so that the velocity is the same.
+    Samples with sources and those without are two forwards, and each of them is as many as `split_by_length` says where
+    prompts have a prompt_mask: the prompts of each are cut to its longest, and have no mask where all are as long. The
+    masks are read for it. One transformer's samples do not see each other, so that the velocity is the same.
+
+    Args:
+        ask: ``ask(latents, sigma, conditioning, sources, rows)`` makes one forward of the samples `rows` [n] int64 of
+            the batch (None: of all) with sources, a tuple of [n, C, h, w] or ().
+        latents: Float tensor [B, ...].
+        sigma: Float tensor [B].
+        conditioning: What the B samples are conditioned on.
+
+    Returns:
+        The velocity [B, ...].
     """
     sourced, has = conditioning.sourced(), conditioning.has_source
     if sourced is None:
@@ -45,7 +53,7 @@ def by_sources(ask: Callable, latents: torch.Tensor, sigma: torch.Tensor, condit
 
 
 def _by_length(latents, rows: torch.Tensor | None, part: Conditioning) -> list[tuple]:
-    """[(samples of the batch, their conditioning)] for each forward of these rows, all with source pictures or none."""
+    """Lists the samples and their conditioning for each forward of these rows, all with source pictures or none."""
     if not isinstance(part.prompt, dict) or "prompt_mask" not in part.prompt:
         return [(rows, part)]
     lengths, picture = part.prompt["prompt_mask"].sum(1).tolist(), picture_tokens(latents, _sources(part))
@@ -66,15 +74,26 @@ def _by_length(latents, rows: torch.Tensor | None, part: Conditioning) -> list[t
 
 
 def split_by_length(lengths: Sequence[int], picture: int) -> list[list[int]]:
-    """Samples in groups of similar length, each to be a forward whose prompts are cut to its longest.
+    """Groups samples of similar length, each group to be a forward whose prompts are cut to its longest.
 
-    lengths: tokens of each sample's prompt; picture: those of its pictures. Of all ways to cut the sorted samples, the
-    one of least padding where a forward more costs as much as `FORWARD` of a mean sample's tokens. As taking each
-    sample alone would save all padding for less than so much a sample, what is left is under that share of all tokens.
+    Of all ways to cut the sorted samples, it takes the one of least padding where a forward more costs as much as
+    `FORWARD` of a mean sample's tokens. As taking each sample alone would save all padding for less than so much a
+    sample, what is left is under that share of all tokens.
+
+    Args:
+        lengths: Tokens of each sample's prompt.
+        picture: Tokens of a sample's pictures.
+
+    Returns:
+        The samples of each group, by their place in lengths.
+
+    Example:
+        >>> split_by_length([100, 10, 11, 99], 0)
+        [[0, 3], [1, 2]]
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     price = FORWARD * (picture + sum(lengths) / len(lengths))
-    best, begin = [0.0], [0]  # of the first `end` samples: the least cost, and where their last group begins
+    best, begin = [0.0], [0]  # the least cost of the first `end` samples, and where their last group begins
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
         costs = [best[start] + price + (end - start) * longest for start in range(end)]
@@ -88,18 +107,31 @@ def split_by_length(lengths: Sequence[int], picture: int) -> list[list[int]]:
 
 
 def picture_tokens(latents: torch.Tensor, sources: Sequence[torch.Tensor]) -> int:
-    """Of one sample: 2 x 2 latents each, in both families whose prompts have a mask."""
+    """Counts the tokens of one sample's pictures: 2 x 2 latents each, in both families whose prompts have a mask.
+
+    Args:
+        latents: Float tensor [B, C, h, w].
+        sources: The source pictures' latents, each [B, C, h, w].
+
+    Returns:
+        The number of tokens.
+    """
     return sum(math.prod(picture.shape[2:]) // 4 for picture in (latents, *sources))
 
 
 def _sources(conditioning: Conditioning) -> tuple[torch.Tensor, ...]:
+    """Returns the source pictures' latents as a tuple."""
     source = conditioning.source
     return () if source is None else source if isinstance(source, tuple) else (source,)
 
 
 @contextmanager
 def whole_batches() -> Iterator[None]:
-    """Inside, prompts of different length are one forward: where ranks agree on the number of forwards."""
+    """Makes prompts of different length one forward inside, where ranks agree on the number of forwards.
+
+    Returns:
+        The context.
+    """
     token = _whole.set(True)
     try:
         yield

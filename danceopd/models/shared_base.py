@@ -18,12 +18,21 @@ from danceopd.support.errors import UserError
 
 
 class SharedBase:
-    """LoRA teachers on one frozen transformer: shared(latents, sigma, conditioning, adapter) -> velocity.
+    """Puts the LoRAs of several sources on one frozen transformer.
 
-    One forward serves a batch whose samples ask different teachers. The transformer is changed in place: it is frozen,
-    and its layers that a LoRA targets, which keep their parameters, get the adapters of all teachers beside them, in
-    the weight's dtype. velocity: the backbone's; layers: more of them, for a LoraStudent. Raises UserError for a LoRA
-    of another transformer.
+    ``shared(latents, sigma, conditioning, adapter) -> velocity`` serves in one forward a batch whose samples ask
+    different sources. The transformer is changed in place: it is frozen, and its layers that a LoRA targets, which keep
+    their parameters, get the adapters of all sources beside them, in the weight's dtype.
+
+    Args:
+        transformer: The model's.
+        loras: The adapters, one for each source.
+        velocity: The backbone's.
+        layers: Names of more layers, for a LoraStudent.
+
+    Raises:
+        UserError: For a LoRA of another transformer.
+        ValueError: For a transformer that is shared already.
     """
 
     def __init__(
@@ -45,14 +54,14 @@ class SharedBase:
                 raise UserError(f"{type(transformer).__name__} has no layer {name}, which a LoRA changes") from None
             dtype = linear.dtype if isinstance(linear, Fp8Linear) else linear.weight.dtype
             like = {"dtype": dtype, "device": linear.weight.device}
-            # of rank 0 where a teacher leaves the layer as it is
+            # An adapter of rank 0 stands for a source that leaves the layer as it is.
             none = (torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0), 1.0)
             parts = [lora.get(name, none) for lora in loras]
             adapters = [(a.to(**like), b.to(**like), scale) for a, b, scale in parts]
             transformer.set_submodule(name, _RoutedLinear(name, linear, adapters, self._route))
 
     def enable_gradient_checkpointing(self) -> None:
-        """A backward computes each block again instead of keeping what the forward had inside it."""
+        """Lets a backward compute each block again instead of keeping what the forward had inside it."""
 
         def run(block, *args):
             return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=self._route.again)
@@ -60,7 +69,11 @@ class SharedBase:
         self.transformer.enable_gradient_checkpointing(run)
 
     def in_fp8(self) -> "SharedBase":
-        """A copy with the blocks' linear layers in FP8, for students alone: all its other tensors are this one's."""
+        """Copies the transformer with the blocks' linear layers in FP8, for students alone.
+
+        Returns:
+            The copy, all of whose other tensors are this one's.
+        """
         tensors = (*self.transformer.parameters(), *self.transformer.buffers())
         copied = deepcopy(self, {id(t): t for t in tensors})
         for name, linear, modulates in block_layers(copied.transformer):
@@ -72,11 +85,22 @@ class SharedBase:
         return copied
 
     def __call__(self, latents, sigma, conditioning: Conditioning, adapter: torch.Tensor) -> torch.Tensor:
-        """latents [B, ...], sigma [B], adapter [B] int64: the teacher of each sample, -1 for the base alone.
+        """Asks each sample's own source.
 
-        Where only some samples have source pictures, these and the others are two forwards. Raises ValueError for an
-        adapter of another shape or dtype, on the CPU for one that is not there, and for a layer whose input's first
-        axis is not the batch.
+        Where only some samples have source pictures, these and the others are two forwards.
+
+        Args:
+            latents: Float tensor [B, ...].
+            sigma: Float tensor [B].
+            conditioning: What the B samples are conditioned on.
+            adapter: int64 tensor [B], the source of each sample; -1 for the base alone.
+
+        Returns:
+            The velocity [B, ...].
+
+        Raises:
+            ValueError: For an adapter of another shape or dtype, on the CPU for one that is not there, and for a layer
+                whose input's first axis is not the batch.
         """
         if adapter.shape != (len(latents),) or adapter.dtype != torch.int64:
             raise ValueError(f"adapter must be int64 [{len(latents)}], got {adapter.dtype} {list(adapter.shape)}")
@@ -84,7 +108,17 @@ class SharedBase:
         return self._ask(latents, sigma, conditioning, adapter.to(latents.device), same=False)
 
     def field(self, m: int) -> Field:
-        """Teacher m alone, -1 for the base, as a field (latents, sigma, conditioning) -> velocity."""
+        """Makes one source a field.
+
+        Args:
+            m: The source's number; -1 for the base.
+
+        Returns:
+            The field (latents, sigma, conditioning) -> velocity.
+
+        Raises:
+            ValueError: For a source that is not there.
+        """
         self._check(torch.tensor([m]))
 
         def velocity(latents, sigma, conditioning):
@@ -94,14 +128,27 @@ class SharedBase:
         return velocity
 
     def _check(self, adapter: torch.Tensor) -> None:
+        """Checks on the host, where the numbers are there, that they name sources."""
         if adapter.device.type == "cpu" and len(adapter) and not -1 <= adapter.min() <= adapter.max() < self.count:
-            raise ValueError(f"adapter must name one of {self.count} teachers, or -1 for the base, got {adapter}")
+            raise ValueError(f"adapter must name one of {self.count} sources, or -1 for the base, got {adapter}")
 
     def student(self, latents, sigma, conditioning: Conditioning, student: nn.Module) -> torch.Tensor:
-        """The transformer with a student's adapter, differentiable in it."""
+        """Asks the transformer with a student's adapter, differentiable in it.
+
+        Args:
+            latents: Float tensor [B, ...].
+            sigma: Float tensor [B].
+            conditioning: What the B samples are conditioned on.
+            student: The `LoraStudent`.
+
+        Returns:
+            The velocity [B, ...].
+        """
         return self._ask(latents, sigma, conditioning, None, same=True, student=student)
 
     def _ask(self, latents, sigma, conditioning, adapter, same, student=None):
+        """Asks the transformer by `by_sources`, with the route set for each forward."""
+
         def ask(latents, sigma, conditioning, sources, rows):
             part = adapter if same or rows is None else adapter[rows]
             with self._route.of(part, same, student):
@@ -113,9 +160,18 @@ class SharedBase:
 
 
 def target_layers(transformer: nn.Module, targets: Sequence[str], every: bool = True) -> list[str]:
-    """The linear layers whose names end in one of targets, at a dot.
+    """Finds the linear layers whose names end in one of the targets, at a dot.
 
-    Raises UserError for a target that none has, or if not `every` one must be found, where none has any.
+    Args:
+        transformer: The transformer.
+        targets: Ends of names, such as ``attn.to_q``.
+        every: Whether each target must be found; else one of them.
+
+    Returns:
+        The layers' names, in the transformer's order.
+
+    Raises:
+        UserError: For a target that no layer has, or if not `every` one must be found, where none has any.
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     found = {target: [n for n in linear if n == target or n.endswith(f".{target}")] for target in targets}

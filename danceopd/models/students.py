@@ -17,7 +17,7 @@ from danceopd.models.shared_base import SharedBase
 
 
 class LoraStudent(nn.Module):
-    """A trainable adapter on a shared transformer: student(latents, sigma, conditioning) -> velocity.
+    """Trains an adapter on a shared transformer: student(latents, sigma, conditioning) -> velocity.
 
     Its parameters are the adapter alone, in float32; a deep copy is another adapter on the same transformer. A is drawn
     as PEFT draws it and B is zero, so that it begins as the base; what it adds is scaled by alpha / rank.
@@ -25,9 +25,10 @@ class LoraStudent(nn.Module):
     Args:
         shared: The transformer.
         layers: Names of the layers that it changes, as given to the SharedBase too.
-        rank, alpha: Of the adapter.
+        rank: The rank of A and B.
+        alpha: The adapter's scale, times rank.
         generator: Draws A.
-        embedded_guidance: Of all its samples, where the transformer takes one.
+        embedded_guidance: The input of all its samples, where the transformer takes one.
     """
 
     def __init__(
@@ -63,24 +64,44 @@ class LoraStudent(nn.Module):
 
     @property
     def transformer(self) -> nn.Module:
-        """The frozen transformer that the adapter is of."""
+        """Returns the frozen transformer that the adapter is of."""
         return self._shared[0].transformer
 
     def layer(self, name: str, x, weight, bias=None, weight_scale=None) -> torch.Tensor:
-        """Applies one linear layer with its adapter, or without where the student has none there, as
-        frozen_linear does.
+        """Applies one linear layer as frozen_linear does, with its adapter where the student has one there.
+
+        Args:
+            name: The layer's.
+            x: Float tensor [..., in].
+            weight: Tensor [out, in], the frozen layer's.
+            bias: Tensor [out], or None.
+            weight_scale: Tensor [out] of a weight in FP8, or None.
+
+        Returns:
+            Float tensor [..., out].
         """
         if _flat(name) not in self.factors:
             return frozen_linear(x, weight, bias, weight_scale)
         return self.factors[_flat(name)](x, weight, bias, weight_scale)
 
     def factors_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Returns A [rank, in] and B [out, rank] of a layer."""
+        """Returns the factors of a layer's adapter.
+
+        Args:
+            name: The layer's.
+
+        Returns:
+            A [rank, in] and B [out, rank].
+        """
         own = self.factors[_flat(name)]
         return own.lora_A, own.lora_B
 
     def lora(self) -> Lora:
-        """Returns the adapter by module, detached, on the CPU."""
+        """Returns the adapter by module.
+
+        Returns:
+            A, B and the scale of each layer by its name, detached, on the CPU.
+        """
         return {
             name.replace("/", "."): (own.lora_A.detach().cpu(), own.lora_B.detach().cpu(), own.scale)
             for name, own in self.factors.items()
@@ -88,12 +109,12 @@ class LoraStudent(nn.Module):
 
 
 class FullStudent(nn.Module):
-    """A trainable transformer of its own: student(latents, sigma, conditioning) -> velocity, as a LoraStudent.
+    """Trains all weights of a transformer of its own: student(latents, sigma, conditioning) -> velocity.
 
     Args:
-        transformer: In float32; it is changed into one that is trained.
+        transformer: The transformer in float32; it is changed into one that is trained.
         velocity: The backbone's.
-        embedded_guidance: Of all its samples, where the transformer takes one.
+        embedded_guidance: The input of all its samples, where the transformer takes one.
         autocast: The dtype that its products run in; None for the weights' own.
     """
 
@@ -111,7 +132,7 @@ class FullStudent(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The linear layers over tokens in the blocks, without those that modulate: Muon trains these."""
+        """Lists the linear layers over tokens in the blocks, without those that modulate: Muon trains these."""
         return nn.ModuleList(layer for _, layer, modulates in block_layers(self.transformer) if not modulates)
 
     def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:

@@ -150,7 +150,7 @@ class Plan:
         if stage == 3:
             device[REPLICA] = findings.memory[REPLICA][0] if REPLICA in findings.memory else half * n
             device["gathered at a time"] = half * min(n, self.live)
-            # Of the update: AdamW's two of its part's size, then what a part of the replica is gathered into and from.
+            # The update takes AdamW's two of its part's size, then what the replica is gathered from and into.
             update = 0 if setting.offload else 2 * FLOAT * share
             device["working space of the update"] = max(update, half * min(n, GATHERED) * (1 + 1 / gpus))
         if stage > 1:

@@ -63,6 +63,7 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     for m, (name, capability) in enumerate(config.capabilities.items()) if samples else ():
         rows = sum(map(len, {id(group.data[m]): group.data[m] for group in samples.groups}.values()))
         findings.found.append(f"{name}: {rows} rows in {capability.data.prepared}")
+        findings.found += [f"{name}: {note}" for note in samples.groups[0].data[m].notes()]
     findings.found += samples.never_drawn if samples else ()
     transformer = attempt("model", meta_transformer, config.model, backbone, PRECISIONS[config.training.precision])
     if needs_base(config) or config.student.init_from == "base":

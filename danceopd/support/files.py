@@ -1,5 +1,6 @@
 """Writes files so that a process that dies leaves either the old or the new."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+# What file systems without an fsync of folders answer.
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EISDIR}
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Gives a folder to write into, which stands at `path` once the block has ended, and not at all if it fails.
@@ -54,9 +59,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    opened = os.open(path, os.O_RDONLY)
+    """Waits until a file, or the names in a folder, are on the disk; a folder only where its file system can."""
     try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError as error:  # some network mounts have no fsync of a folder, and some do not even open one
+        if error.errno not in NO_FOLDER_SYNC or not path.is_dir():
+            raise

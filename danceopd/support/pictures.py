@@ -1,12 +1,14 @@
 """Reads pictures safely, and writes grids of them."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 CELL = (96, 512)  # least and largest width of a picture in a grid, in pixels
 
@@ -67,19 +69,43 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 MAX_PIXELS = 64_000_000
 
+SERIES = ("PNG", "WEBP", "GIF", "TIFF")  # formats that may hold several pictures of which none is the first by right
 
-def decode_picture(path: Path) -> Image.Image:
-    """Decodes a picture of any mode, turned upright, as 8-bit RGB; transparency becomes white.
+
+def decode_picture(file: Path | BinaryIO) -> Image.Image:
+    """Decodes a picture of any mode, turned upright, as 8-bit sRGB; transparency becomes white.
+
+    Colours of an embedded ICC profile are converted to sRGB; a profile that is damaged or of another kind of pixels is
+    not looked at, as in browsers.
+
+    Args:
+        file: A path, or a file opened to read bytes.
 
     Raises:
-        ValueError: It can't be read to its end, or has more than MAX_PIXELS; with the reason.
+        ValueError: It can't be read to its end, is animated, or has more than MAX_PIXELS; with the reason.
     """
+    with _opened(file) as image:
+        if image.format in SERIES and getattr(image, "n_frames", 1) > 1:
+            raise ValueError(f"holds {image.n_frames} pictures, not one; save the one that is meant")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+
+
+def check_picture_file(file: Path) -> None:
+    """Checks a picture's header and the checksums in it, without decoding it; raises as decode_picture."""
+    with _opened(file) as image:
+        image.verify()
+
+
+@contextmanager
+def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
+    """Opens a picture in one of FORMATS, no larger than MAX_PIXELS; a ValueError for all that goes wrong with it."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} is over {MAX_PIXELS / 1e6:.0f} megapixels")
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except UnidentifiedImageError as error:
         raise ValueError(f"not a picture, or damaged (readable are {', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
@@ -89,16 +115,36 @@ def decode_picture(path: Path) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a picture of any mode to 8-bit RGB; a ValueError for pixels whose range isn't known."""
+    """Converts a picture of any mode to 8-bit sRGB; a ValueError for pixels whose range isn't known."""
+    profile = image.info.get("icc_profile")
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, of unknown range")
     if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8 instead of scaling them
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its pixels have more than 16 bits")
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 / 255 is 257
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    image = _to_srgb(image, profile)
+    if alpha:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# The kind of pixels that a profile is of, by Pillow's mode.
+PROFILED = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Converts a picture in one of PROFILED from its ICC profile's colours to sRGB."""
+    try:
+        if profile:
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if own.profile.xcolor_space.strip() == PROFILED[image.mode]:
+                return ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        pass
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -2,10 +2,15 @@
 
 import json
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+
+from danceopd.support.files import write_atomic
+from danceopd.support.texts import parse_json
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Log:
     evaluations: list[dict]
     health: list[dict]
     warnings: list[dict]
-    unreadable: int = 0  # lines lost, other than the last
+    unreadable: int = 0
 
 
 def read_log(path: Path) -> Log:
@@ -31,17 +36,13 @@ def read_log(path: Path) -> Log:
     before of the same kind from that update on is dropped.
     """
     kinds: dict[str, list[dict]] = {"loss": [], "evaluation": [], "health": [], "warning": []}
-    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = list(_lines(path))
     unreadable = 0
     for i, line in enumerate(lines):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        step = record.get("step") if isinstance(record, dict) else None
-        if isinstance(step, bool) or not isinstance(step, int | float) or not math.isfinite(step):
+        record = _record(line)
+        if record is None:
             unreadable += i < len(lines) - 1
             continue
         for kind in kinds.keys() & record.keys():
@@ -68,9 +69,12 @@ class RunLog:
         if silent:
             return
         path = folder / "log.jsonl"
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step] if step else []
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        records = ((line, _record(line)) for line in (_lines(path) if step else ()))
+        kept = [line for line, record in records if record is not None and record["step"] <= step]
+        # Aside and then in its place: a kill or a full disk leaves the old log, and a link is not followed.
+        write_atomic(path, "".join(line + "\n" for line in kept).encode())
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        self.file = open(descriptor, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, record: dict) -> None:
@@ -89,15 +93,22 @@ class RunLog:
             self.board.close()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Reads the lines of a log that are whole; a killed run may leave half of one."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            lines += [line] if "step" in json.loads(line) else []
-        except json.JSONDecodeError:
-            continue
-    return lines
+def _lines(path: Path) -> Iterator[str]:
+    """Yields the lines of a log, none if it is not there; bytes that are no text are replaced."""
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            for line in file:
+                yield line.removesuffix("\n")
+
+
+def _record(line: str) -> dict | None:
+    """Reads a line of a log: an object with a finite step; None for any other, as of a run that was killed."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int or (type(step) is float and math.isfinite(step)) else None
 
 
 def _flat(record: dict, prefix: str = ""):

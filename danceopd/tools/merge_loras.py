@@ -30,6 +30,7 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.hints import did_you_mean
 from danceopd.support.pictures import labelled_grid
+from danceopd.support.texts import lines_of, read_text
 from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import train
 
@@ -115,7 +116,7 @@ def merge_loras(
     device = find_device(config.training.device)
     dtype = PRECISIONS[config.training.precision]
     write_atomic(work / manifest, rows)
-    prepare(work / manifest, base, cache, resolution=resolution, device=str(device), dtype=dtype, strict=True)
+    prepare(work / manifest, base, cache, resolution=resolution, device=str(device), dtype=dtype, on_bad_row="refuse")
     student = train(config, build_model, overwrite) / "student" / FILES[1]
     adapters[AVERAGE] = average(list(adapters.values()))
     adapters[STUDENT] = load_lora(student, empty, pipeline_class_of(base))
@@ -207,16 +208,13 @@ def read_triggers(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
 
 def read_prompts(path: Path, names: Sequence[str], triggers: dict[str, str]) -> dict[str, list[str]]:
     """Reads {name: prompts} as they will be asked, each once; a UserError lists the lines that are of no use."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the prompts cannot be read as UTF-8 text: {error}") from None
+    lines = lines_of(read_text(path, "file of prompts"))
     asked: dict[str, dict[str, None]] = {name: {} for name in names}
     problems = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         name, tab, prompt = line.partition("\t")
         if not tab:
-            for lora in names if line.strip() else ():
+            for lora in names:
                 asked[lora][f"{triggers.get(lora, '')} {line.strip()}".strip()] = None
         elif name.strip() not in names:
             problems.append(f"line {number}: no LoRA {name.strip()!r}{did_you_mean(name.strip(), names)}")

@@ -19,10 +19,11 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pages import data_uri
 from danceopd.support.run_log import read_log
-from danceopd.training.asking import Rows, as_student, guidance_scales, in_parts
+from danceopd.training.asking import as_student, guidance_scales
 from danceopd.training.assembly.build import build_model
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.checkpoints import load_newest
+from danceopd.training.rows import Rows, in_parts
 
 HELD_OUT = 3  # stream of randomness that no step of a training draws from
 

@@ -1,94 +1,28 @@
-"""How an update asks: the student as a field, and every network in as many rows at a time as fit."""
+"""How an update asks: the student as a field, with gradient and without."""
 
-import sys
+import math
+from collections import Counter
 
 import torch
+from torch import nn
 
 from danceopd.config.sections import Config
 from danceopd.core.fields import Field, guided
-from danceopd.models.footprint import forward_bytes
-from danceopd.support.memory import format_bytes, free_bytes
-
-SHARE = 0.8  # of the memory that is free, which forwards without gradient may take
-
-
-class Rows:
-    """How many rows a forward without gradient takes; fewer once memory has run out.
-
-    Args:
-        rows: The number to begin with, at least 1.
-    """
-
-    def __init__(self, rows: int):
-        self.rows = rows
-
-    def halve(self, asked: int, error: torch.OutOfMemoryError) -> None:
-        """Takes half of the rows that did not fit, and says so; raises the error where one row did not."""
-        if asked == 1:
-            raise error
-        self.rows = asked // 2
-        print(
-            f"warning: {asked} rows of a forward without gradient did not fit; going on with {self.rows} at a time "
-            f"(training.rollout_batch_size: {self.rows} begins so)",
-            file=sys.stderr,
-        )
-
-
-def in_parts(network: Field, rows: Rows) -> Field:
-    """Asks a network for no more rows at a time than `rows`, and for half of them again where memory runs out."""
-
-    def velocity(latents, sigma, conditioning):
-        done, start, n = [], 0, len(latents)
-        while start < n:
-            left = n - start
-            stop = start + -(-left // -(-left // rows.rows))  # equal parts
-            try:
-                done.append(network(latents[start:stop], sigma[start:stop], conditioning[start:stop]))
-                start = stop
-            except torch.OutOfMemoryError as error:
-                rows.halve(stop - start, error)
-                error = None  # its traceback holds the tensors of the forward
-        return done[0] if len(done) == 1 else torch.cat(done)
-
-    return velocity
-
-
-def rows_that_fit(samples: int, bytes_a_row: int, device: torch.device, reserved: int = 0) -> int:
-    """Works out how many rows of a forward without gradient fit the memory that is free now.
-
-    Args:
-        samples: No more than these are wanted.
-        bytes_a_row: What one row takes, as `forward_bytes` measures it.
-        device: Where.
-        reserved: Bytes that will be taken later, as gradients and an optimizer's states.
-    """
-    free = SHARE * (free_bytes(device) - reserved)
-    return max(1, min(samples, int(free // max(bytes_a_row, 1))))
-
-
-def choose_rows(wanted: int | str, samples: int, ask_one, device: torch.device, reserved: int = 0) -> Rows:
-    """Chooses the rows of a forward without gradient.
-
-    Args:
-        wanted: training.rollout_batch_size.
-        samples: Those of this rank's whole batch.
-        ask_one: Asks the network to be rolled out for one row, which `auto` measures.
-        device: Of the network.
-        reserved: As in `rows_that_fit`.
-    """
-    if wanted != "auto":
-        return Rows(min(wanted, samples))
-    if samples == 1:
-        return Rows(1)
-    one = forward_bytes(ask_one)
-    rows = rows_that_fit(samples, one, device, reserved)
-    if rows < samples:
-        print(f"rollouts and queries take {rows} of {samples} rows at a time: {format_bytes(one)} each")
-    return Rows(rows)
+from danceopd.support.ranks import Ranks
+from danceopd.training.rollouts.layouts import always_guided
+from danceopd.training.rollouts.static import StaticField
+from danceopd.training.rows import Rows, choose_rows
 
 
 def guidance_scales(config: Config) -> list[float] | None:
-    """Lists the student's own scale for each capability's samples; None where all are 1."""
+    """Lists the student's own guidance scale for each capability's samples.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        A number for each capability, in the order of the routes; None where all are 1.
+    """
     scales = [capability.student_guidance_scale for capability in config.capabilities.values()]
     return None if all(scale == 1 for scale in scales) else scales
 
@@ -100,6 +34,9 @@ def as_student(config: Config, parts, network: Field) -> Field:
         config: The run's.
         parts: Its `Parts`, of which the empty prompt and the combination are read.
         network: The student's, or another in its place.
+
+    Returns:
+        The field.
     """
     velocity = in_precision(config, parts.device, network)
     if guidance_scales(config) is None:
@@ -108,7 +45,16 @@ def as_student(config: Config, parts, network: Field) -> Field:
 
 
 def in_precision(config: Config, device: torch.device, network: Field) -> Field:
-    """Asks a network in the student's precision."""
+    """Asks a network in the student's precision.
+
+    Args:
+        config: The run's.
+        device: Where the network lies.
+        network: The network as a field.
+
+    Returns:
+        The field, under autocast where the precision is bf16 and the network is the embedded one.
+    """
     bf16 = config.training.precision == "bf16" and not config.model
 
     def velocity(latents, sigma, conditioning):
@@ -116,3 +62,57 @@ def in_precision(config: Config, device: torch.device, network: Field) -> Field:
             return network(latents, sigma, conditioning)
 
     return velocity
+
+
+def rolled_out(config: Config, parts, network: nn.Module | None, field: Field, rows: Rows, spent: Counter) -> Field:
+    """Makes the student the field that is asked without gradient, by static steps where these are wanted.
+
+    Args:
+        config: The run's.
+        parts: Its `Parts`.
+        network: The engine's `resident`, which static steps read; None where there is none.
+        field: The engine's `rolled`, counted and in as many rows at a time as fit.
+        rows: How many rows a static step takes at most.
+        spent: Counts the evaluations of static steps.
+
+    Returns:
+        The student as a field, which may bring a rollout of its own.
+    """
+    field, on_cuda = as_student(config, parts, field), parts.device.type == "cuda"
+    wanted = on_cuda if config.training.cuda_graphs == "auto" else config.training.cuda_graphs
+    if not wanted or network is None:
+        return field
+    ask, both = in_precision(config, parts.device, network), None
+    if guidance_scales(config) is not None:
+        both = always_guided(ask, parts.empty_prompt, parts.combine)
+    networks = list(dict.fromkeys([network, getattr(network, "transformer", network)]))
+    return StaticField(field, ask, both, networks, capture=on_cuda, spent=spent, rows=rows)
+
+
+def rows_of_run(config: Config, parts, rolled: Field, ranks: Ranks) -> Rows:
+    """Chooses how many rows a run's forwards without gradient take.
+
+    ``auto`` measures one row of each capability, at the largest picture size.
+
+    Args:
+        config: The run's.
+        parts: Its `Parts`.
+        rolled: The engine's network that is asked without gradient.
+        ranks: The processes that share each batch.
+
+    Returns:
+        The rows to begin with.
+    """
+    samples, one = parts.samples, in_precision(config, parts.device, rolled)
+    group = max(samples.groups, key=lambda g: sum(map(math.prod, (g.shape, *g.source_shapes))))
+    latents, sigma = torch.zeros(1, *group.shape, device=parts.device), torch.ones(1, device=parts.device)
+
+    def ask_one():  # belongs to no update, and so is not counted
+        for rows in group.data:
+            if len(rows):
+                one(latents, sigma, samples.condition(rows, [0], [False]).to(parts.device))
+
+    # Gradients and the optimizer's two states come with the first update.
+    reserved = 12 * sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
+    most = -(-config.training.batch_size // ranks.size)  # the same on all ranks: they ask together
+    return choose_rows(config.training.rollout_batch_size, most, ask_one, parts.device, reserved)

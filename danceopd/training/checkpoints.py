@@ -1,10 +1,4 @@
-"""Checkpoints of a run: any number of ranks write them, any other number reads them.
-
-A checkpoint is a folder step-NNNNNNNN of one safetensors file a rank with its slices of all large tensors, one small
-file with the rest, and a manifest with the checksum of each. It is written beside its place and renamed when it is
-whole, so that a process killed at any moment leaves it there or not at all. (DeepSpeed's own are pickles that must be
-converted before another number of ranks reads them.)
-"""
+"""Checkpoints of a run: any number of ranks write them, any other number reads them."""
 
 import hashlib
 import json
@@ -29,7 +23,20 @@ MANIFEST, REST = "manifest.json", "rest.pt"
 
 
 def bounds(numel: int, rank: int, size: int) -> tuple[int, int]:
-    """The slice of a flattened tensor that is a rank's: as ZeRO-3 cuts it, equal parts of which the last may lack."""
+    """Finds a rank's slice of a flattened tensor: ZeRO-3's equal parts, of which the last ones may lack entries.
+
+    Args:
+        numel: Number of the tensor's entries.
+        rank: The rank.
+        size: Number of ranks.
+
+    Returns:
+        The first entry, and the one after the last.
+
+    Example:
+        >>> [bounds(5, rank, 2) for rank in range(2)]
+        [(0, 3), (3, 5)]
+    """
     part = math.ceil(numel / size)
     return min(rank * part, numel), min((rank + 1) * part, numel)
 
@@ -44,11 +51,27 @@ def save_state(
     keep: int,
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`; every rank calls it.
+    """Writes a checkpoint, then removes all but the newest; every rank calls it.
 
-    tensors: this rank's slices (`bounds`), flat, of the tensors of these `shapes`; rest: tensors and plain values of
-    which rank 0's are written. Raises UserError on every rank where one cannot write (disk full, folder read-only);
-    what was there before stays good.
+    A checkpoint is a folder step-NNNNNNNN of one safetensors file a rank with its slices of all large tensors, one
+    small file with the rest, and a manifest with the checksum of each. It is written beside its place and renamed when
+    it is whole, so that a process killed at any moment leaves it there or not at all. (DeepSpeed's own are pickles that
+    must be converted before another number of ranks reads them.)
+
+    Args:
+        folder: The folder of the run's checkpoints.
+        step: Number of updates that are done.
+        tensors: This rank's slices (`bounds`), flat, by name.
+        shapes: The shapes of the whole tensors, by name.
+        rest: Small tensors and plain values, of which rank 0's are written.
+        keep: Number of checkpoints that stay.
+        ranks: The processes of the run.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: On every rank, where one cannot write (disk full, folder read-only); older checkpoints stay good.
     """
     path, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
     written = {}
@@ -129,31 +152,49 @@ def _digest(manifest: dict) -> str:
 
 
 def _first(troubles: list[str | None], ranks: Ranks) -> str | None:
-    """The first rank's trouble, with its number where there are several."""
+    """Returns the first rank's trouble, with its number where there are several."""
     found = ((rank, trouble) for rank, trouble in enumerate(troubles) if trouble)
     return next((f"rank {rank}: {trouble}" if ranks.size > 1 else trouble for rank, trouble in found), None)
 
 
 def _reason(error: Exception) -> str:
-    """In a line; torch's writer hides the system's error behind one of its own."""
+    """Says in a line what went wrong; torch's writer hides the system's error behind one of its own."""
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         error = error.__context__
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 def _checksum(path: Path) -> dict:
-    """Of a file: its size and digest."""
+    """Works out a file's size and digest."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, "blake2b").hexdigest()}
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first."""
+    """Lists the checkpoints of a folder.
+
+    Args:
+        folder: The folder of a run's checkpoints; it may be missing.
+
+    Returns:
+        Their folders, oldest first.
+    """
     return sorted(path for path in folder.glob(PATTERN) if (path / MANIFEST).is_file())
 
 
 class Checkpoint:
-    """A whole checkpoint on the disk. shapes: of the large tensors, by name; rest: the small ones and plain values."""
+    """Reads a whole checkpoint on the disk: the rest at once, the large tensors as they are asked for.
+
+    Args:
+        path: The checkpoint's folder.
+        manifest: What its manifest holds.
+
+    Attributes:
+        step: Number of updates that were done.
+        ranks: Number of processes that wrote it.
+        shapes: The shapes of the large tensors, by name.
+        rest: Small tensors and plain values.
+    """
 
     def __init__(self, path: Path, manifest: dict):
         self.path, self.step, self.ranks = path, manifest["step"], manifest["ranks"]
@@ -162,11 +203,27 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
-        """A checkpoint that is known to be whole."""
+        """Reads a checkpoint that is known to be whole.
+
+        Args:
+            path: Its folder.
+
+        Returns:
+            The checkpoint.
+        """
         return cls(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Places start to stop of a large tensor, flattened; no more than these are read."""
+        """Reads a slice of a large tensor, flattened, and no more of the files.
+
+        Args:
+            name: The tensor's.
+            start: The first entry.
+            stop: The one after the last.
+
+        Returns:
+            Tensor [stop - start].
+        """
         parts = []
         for rank in range(self.ranks):
             first, last = bounds(self.shapes[name].numel(), rank, self.ranks)
@@ -176,7 +233,11 @@ class Checkpoint:
         return torch.cat(parts) if parts else torch.empty(0)
 
     def optimizer_states(self) -> dict[str, dict[str, str]]:
-        """{parameter: {key of its optimizer's state: the large tensor's name}}."""
+        """Finds the large tensors that are states of the optimizer.
+
+        Returns:
+            {parameter: {key of its optimizer's state: the large tensor's name}}.
+        """
         found: dict[str, dict[str, str]] = {}
         for full in self.shapes:
             kind, key, name = (*full.split("/", 2), "")[:3]
@@ -185,15 +246,30 @@ class Checkpoint:
         return found
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A large tensor, whole."""
+        """Reads a large tensor, whole.
+
+        Args:
+            name: The tensor's.
+
+        Returns:
+            The tensor, in its shape.
+        """
         shape = self.shapes[name]
         return self.slice(name, 0, shape.numel()).reshape(shape)
 
 
 def load_newest(folder: Path, ranks: Ranks = ALONE) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole (None without any), and a message for each damaged one passed over.
+    """Reads the newest checkpoint that is whole; the ranks share the checking of its files, and agree.
 
-    The ranks share the checking of its files, and agree. Raises UserError if there are checkpoints but none is whole.
+    Args:
+        folder: The folder of the run's checkpoints.
+        ranks: The processes of the run.
+
+    Returns:
+        The checkpoint, None without any, and a message for each damaged one passed over.
+
+    Raises:
+        UserError: If there are checkpoints but none is whole.
     """
     messages: list[str] = []
     for path in reversed(ranks.from_first(checkpoints(folder))):
@@ -210,7 +286,7 @@ def load_newest(folder: Path, ranks: Ranks = ALONE) -> tuple[Checkpoint | None, 
 
 
 def _checked(path: Path, ranks: Ranks) -> tuple[dict, str | None]:
-    """The manifest, and what is wrong with the checkpoint as all ranks see it."""
+    """Reads the manifest, and finds what is wrong with the checkpoint as all ranks see it."""
     manifest, reason = {}, None
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -227,7 +303,15 @@ def _checked(path: Path, ranks: Ranks) -> tuple[dict, str | None]:
 
 
 def of_checkpoint(checkpoint: Checkpoint, prefix: str) -> Weights:
-    """Of a run's checkpoint, those whose names begin so."""
+    """Takes some of a checkpoint's tensors as weights.
+
+    Args:
+        checkpoint: The checkpoint.
+        prefix: How their names begin there, and no longer in the weights.
+
+    Returns:
+        The weights, which read the files as they are asked for.
+    """
     return Weights(
         {n.removeprefix(prefix): shape for n, shape in checkpoint.shapes.items() if n.startswith(prefix)},
         lambda name, start, stop: checkpoint.slice(prefix + name, start, stop),

@@ -1,10 +1,4 @@
-"""What holds the student and its optimizer in one process. danceopd.training.zero.engine has the same for many.
-
-Both have: `student`, asked with gradient; `rolled`, the same weights, asked without; `resident`, the network that
-`rolled` asks, the student or a replica, or None where its forwards gather weights; `finish`, `backward` and `step`;
-`averaged`,
-the running mean of the student as a network to draw with; and `tensors`, `rest` and `load` for checkpoints.
-"""
+"""What holds the student and its optimizer in one process."""
 
 import math
 from collections.abc import Iterator
@@ -16,11 +10,21 @@ from torch import nn
 from danceopd.config.sections import Config
 from danceopd.support.optimizers import make_optimizers, set_learning_rate
 from danceopd.training.checkpoints import Checkpoint
-from danceopd.training.rollouts.replica import make_replica, places, rollout_precision
+from danceopd.training.rollouts.replica import destinations, make_replica, rollout_precision
 
 
 class Local:
-    """A student in one process, its optimizers and its average."""
+    """Holds a student in one process, its optimizers and its average.
+
+    danceopd.training.zero.engine.Zero has the same for many processes. Both have: `student`, asked with gradient;
+    `rolled`, the same weights, asked without; `resident`, the network that `rolled` asks, the student or a replica, or
+    None where its forwards gather weights; `finish`, `backward` and `step`; `averaged`, the running mean of the student
+    as a network to draw with; and `tensors`, `rest` and `load` for checkpoints.
+
+    Args:
+        student: The network that is trained.
+        config: The run's.
+    """
 
     def __init__(self, student: nn.Module, config: Config):
         training = config.training
@@ -35,14 +39,25 @@ class Local:
         self.optimizers = make_optimizers(student, training.optimizer, training.learning_rate, training.weight_decay)
 
     def finish(self) -> None:
-        """Is called once nobody asks without gradient any more in an update."""
+        """Does nothing: no other rank asks without gradient."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of one of an update's micro-batches; loss: its share of the mean over the batch."""
+        """Adds the gradient of one of an update's micro-batches.
+
+        Args:
+            loss: A scalar tensor with gradient, the micro-batch's share of the mean over the batch.
+        """
         loss.backward()
 
     def step(self, rate: float) -> tuple[float, bool]:
-        """(norm of the gradient, whether the student was updated): it is not where the norm is not finite."""
+        """Makes one optimizer step, but none where the gradient's norm is not finite, and forgets the gradient.
+
+        Args:
+            rate: The learning rate.
+
+        Returns:
+            The norm of the gradient before it is clipped, and whether the student was updated.
+        """
         for p in self.student.parameters():
             if p.grad is None:  # what no sample of this batch passes through; DeepSpeed takes it so too
                 p.grad = torch.zeros_like(p)
@@ -59,11 +74,19 @@ class Local:
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The average as a network."""
+        """Gives the average as a network.
+
+        Returns:
+            The context of it.
+        """
         yield self.ema.module
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Size]]:
-        """Weights, average and the optimizer's states, flat, and their shapes, by the names of a checkpoint."""
+        """Collects the weights, the average and the optimizer's states, by the names of a checkpoint.
+
+        Returns:
+            The tensors, flat, and their shapes.
+        """
         named = {f"student/{name}": p for name, p in self.student.named_parameters()}
         named |= {f"ema/{name}": p for name, p in self.ema.module.named_parameters()}
         for name, p, state in self._states():
@@ -71,7 +94,11 @@ class Local:
         return {name: t.detach().flatten() for name, t in named.items()}, {name: t.shape for name, t in named.items()}
 
     def rest(self) -> dict:
-        """What is not of a parameter's shape: numbers of steps, and states of eight bits."""
+        """Collects what is not of a parameter's shape: numbers of steps, and states of eight bits.
+
+        Returns:
+            What a checkpoint keeps beside the large tensors.
+        """
         others = {
             name: {key: value for key, value in state.items() if not _like(value, p)}
             for name, p, state in self._states()
@@ -80,7 +107,11 @@ class Local:
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, of however many ranks."""
+        """Goes on from a checkpoint, of however many ranks.
+
+        Args:
+            checkpoint: The checkpoint.
+        """
         rest = checkpoint.rest["engine"]
         for kind, network in (("student", self.student), ("ema", self.ema.module)):
             for name, p in network.named_parameters():
@@ -102,13 +133,13 @@ class Local:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """Put the student's weights into the replica."""
-        found = {} if self.replica is None else places(self.replica)
-        for name, place in found.items():
-            place.put(self.student.get_parameter(name).to(place.dtype))
+        """Writes the student's weights into the replica."""
+        found = {} if self.replica is None else destinations(self.replica)
+        for name, destination in found.items():
+            destination.write(self.student.get_parameter(name).to(destination.dtype))
 
     def _states(self) -> Iterator[tuple[str, nn.Parameter, dict]]:
-        """(name, parameter, its optimizer's state) of each parameter that has one."""
+        """Gives the name, the parameter and its optimizer's state of each parameter that has one."""
         names = {p: name for name, p in self.student.named_parameters()}
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
@@ -116,5 +147,5 @@ class Local:
 
 
 def _like(value, p: torch.Tensor) -> bool:
-    """A state that is a plain tensor as large as its parameter; those of eight bits are tensors of their own kind."""
+    """Tells whether a state is a plain tensor as large as its parameter; a state of eight bits is not."""
     return type(value) is torch.Tensor and value.shape == p.shape and value.is_floating_point()

@@ -6,9 +6,11 @@ from collections import deque
 
 import torch
 
+from danceopd.config.sections import Config
 from danceopd.core.watch import Watched
+from danceopd.support.errors import UserError
 
-RATIO_LIMITS = (0.8, 1.25)  # of a norm to what it is held against
+RATIO_LIMITS = (0.8, 1.25)  # a norm over what it is held against
 
 MOMENTUM = 0.9
 
@@ -22,7 +24,7 @@ GRADIENT_FACTOR = 5.0
 
 
 class Health:
-    """Running ratios of norms by (capability, trajectory index).
+    """Keeps running ratios of norms by capability and trajectory index.
 
     The student's velocity is held against its source's, and a state of its rollouts against the mean of the first
     `MIN_OBSERVATIONS` of the run there, so that nothing has to be asked before the first update.
@@ -40,7 +42,12 @@ class Health:
         self.gradients: deque[float] = deque(maxlen=GRADIENT_WINDOW)
 
     def update(self, seen: Watched, gradient_norm: float) -> None:
-        """Takes in one update's queries and gradient norm."""
+        """Takes in one update.
+
+        Args:
+            seen: What was watched of its queries.
+            gradient_norm: The norm of its gradient.
+        """
         if math.isfinite(gradient_norm):
             self.gradients.append(gradient_norm)
         columns = (seen.route, seen.depth, seen.velocity_norm, seen.target_norm, seen.state_norm)
@@ -56,18 +63,27 @@ class Health:
                 self._average(self.state, key, s / max(total / count, 1e-12))
 
     def _average(self, table: dict[str, list[float]], key: str, value: float) -> None:
+        """Moves the running mean of a key towards a value."""
         mean, count = table.get(key, (value, 0))
         table[key] = [MOMENTUM * mean + (1 - MOMENTUM) * value, count + 1]
 
     def quantiles(self) -> dict[str, float]:
-        """The gradient norm's running 0.1, 0.5 and 0.9 quantiles."""
+        """Works out the gradient norm's running quantiles.
+
+        Returns:
+            ``p10``, ``p50`` and ``p90``; empty before the first update.
+        """
         if not self.gradients:
             return {}
         values = torch.quantile(torch.tensor(list(self.gradients)), torch.tensor([0.1, 0.5, 0.9])).tolist()
         return dict(zip(("p10", "p50", "p90"), values, strict=True))
 
     def summary(self) -> dict:
-        """Ratios averaged over capabilities, by sigma: {"velocity_norm_ratio": {"0.62": 1.01}, ...}."""
+        """Averages the ratios over capabilities.
+
+        Returns:
+            The ratios by sigma, as {"velocity_norm_ratio": {"0.620": 1.01}, ...}, and the gradient norm's quantiles.
+        """
         result = {}
         for name, table in (("velocity_norm_ratio", self.velocity), ("state_norm_ratio", self.state)):
             by_sigma: dict[str, list[float]] = {}
@@ -78,7 +94,11 @@ class Health:
         return {**result, "gradient_norm": self.quantiles()}
 
     def warnings(self) -> dict[str, str]:
-        """What is drifting now: a short name and a sentence for each; empty while all is well."""
+        """Finds what is drifting now.
+
+        Returns:
+            A short name and a sentence for each; empty while all is well.
+        """
         low, high = RATIO_LIMITS
         found = {}
         for what, table in (("velocity", self.velocity), ("rollout state", self.state)):
@@ -97,8 +117,38 @@ class Health:
         return found
 
     def state_dict(self) -> dict:
+        """Collects what a checkpoint keeps.
+
+        Returns:
+            The running ratios and the gradient norms.
+        """
         return {"velocity": self.velocity, "state": self.state, "first": self.first, "gradients": list(self.gradients)}
 
     def load_state_dict(self, state: dict) -> None:
+        """Goes on from a checkpoint.
+
+        Args:
+            state: What state_dict returned.
+        """
         self.velocity, self.state, self.first = state["velocity"], state["state"], state["first"]
         self.gradients.extend(state["gradients"])
+
+
+def check_answers(config: Config, seen: Watched) -> None:
+    """Checks that the sources' answers at finite states are finite.
+
+    Args:
+        config: The run's.
+        seen: What was watched of an update.
+
+    Raises:
+        UserError: For the first source whose answers are not.
+    """
+    broken = seen.state_norm.isfinite() & ~seen.target_norm.isfinite()
+    for m, (name, capability) in enumerate(config.capabilities.items()):
+        if bool((broken & (seen.route == m)).any()):
+            raise UserError(
+                f"sources.{capability.source}: its answers for {name} are not finite, so nothing can be learnt "
+                "from it. Its weights or the prepared rows hold numbers that are not, or overflow in "
+                f"{config.training.precision}; copy or train them again"
+            )

@@ -28,19 +28,18 @@ from danceopd.support.errors import Terminated, UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.memory import keep_freed_memory
 from danceopd.support.ranks import ALONE, Ranks, agreed
-from danceopd.training.asking import Rows, as_student, choose_rows, guidance_scales, in_parts, in_precision
+from danceopd.training.asking import as_student, guidance_scales, rolled_out, rows_of_run
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.assembly.room import check_room
 from danceopd.training.checkpoints import Checkpoint, checkpoints, load_newest, save_state, tidy
 from danceopd.training.engine import Local
-from danceopd.training.gaps import Gaps
-from danceopd.training.health import Health
+from danceopd.training.health import Health, check_answers
 from danceopd.training.previews import Previews
 from danceopd.training.progress import Progress
 from danceopd.training.resume import go_on, identity, state_of
 from danceopd.training.rollouts.compiled import compile_blocks
-from danceopd.training.rollouts.kinds import always_guided
-from danceopd.training.rollouts.static import StaticField
+from danceopd.training.rows import in_parts
+from danceopd.training.running_errors import RunningErrors
 from danceopd.training.stopping import stop_requests
 from danceopd.training.trace import traced
 
@@ -50,7 +49,7 @@ Build = Callable[[Config, Ranks, dict | None], Parts]
 
 
 class Trainer:
-    """A run: its parts, its state, and one update after another.
+    """Trains a student: it holds a run's parts and state, and makes one update after another.
 
     Args:
         config: The run's.
@@ -58,6 +57,9 @@ class Trainer:
         ranks: The processes that share each batch.
         settings: DeepSpeed's, which shards the student over the ranks; None for one process without it.
         at: Is told the places that every rank comes to.
+
+    Raises:
+        UserError: For settings that do not go with the student's shards or the number of ranks.
     """
 
     def __init__(
@@ -71,14 +73,19 @@ class Trainer:
         self.config, self.parts, self.device, self.ranks, self.at = config, parts, parts.device, ranks, at
         self.identity = identity(config)  # now: its files may be changed while it trains
         self.names, self.needs, self.options = list(config.capabilities), needs(config.method), config.method_options()
+        self.slots = ranks.slots(config.training.batch_size)
         sigmas = parts.samples.groups[0].sigmas
         if sigmas is None:
             sigmas = sigma_grid(config.rollout.num_inference_steps, config.rollout.shift)
         self.sigmas = sigmas.to(self.device)
+
+        # What has been done, and what was seen of it: a checkpoint keeps these.
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
-        self.evaluations: Counter = Counter()  # of all ranks, up to the last update
-        self.spent: Counter = Counter()  # of this rank, since then
-        self.gaps, self.health = Gaps(len(self.names), len(self.sigmas) - 1), Health(self.names, self.sigmas)
+        self.evaluations: Counter = Counter()  # all ranks' network evaluations, up to the last update
+        self.spent: Counter = Counter()  # this rank's, since then
+        self.errors, self.health = RunningErrors(len(self.names), len(self.sigmas) - 1), Health(self.names, self.sigmas)
+
+        # Who learns: the student, and what a method trains beside it.
         method = METHODS[config.method]
         self.method = method(parts.student) if inspect.isclass(method) else method
         if settings is None:
@@ -87,41 +94,50 @@ class Trainer:
             from danceopd.training.zero.engine import Zero
 
             self.engine = Zero(parts.student, config, settings, ranks, parts.lockstep)
-        self.slots = ranks.slots(config.training.batch_size)
-        self.rows = self._choose_rows()
+        self.learners = {"student": self.engine, **getattr(self.method, "learners", {})}
+
+        # Who is asked: the student is rolled out without gradient, and trained with it.
+        self.rows = rows_of_run(config, parts, self.engine.rolled, ranks)
         self.previews = Previews(config, parts, self.rows)
         if self.engine.resident is None:
             for key in ("compile", "cuda_graphs"):
                 if getattr(config.training, key) is True:
-                    raise UserError(f"training.{key}: rollouts ask the student's shards; leave it out, or make room")
+                    raise UserError(
+                        f"training.{key}: does not go with rollouts on the student's shards; leave it out, or set "
+                        "training.rollout_on: replica"
+                    )
         elif config.training.compile:
             compile_blocks(self.engine.resident)
-        # Who learns, and who is asked: the student is rolled out without gradient, and trained with it.
-        self.learners = {"student": self.engine, **getattr(self.method, "learners", {})}
+        rolled = self._asked(self.engine.rolled, "student")
+        self.student = rolled_out(config, parts, self.engine.resident, rolled, self.rows, self.spent)
         self.sources = [self._asked(field, "sources") for field in parts.fields]
-        self.student = self._rolled_out()
         self.trained = {name: self._trained(name, learner) for name, learner in self.learners.items()}
 
     # --- one update -----------------------------------------------------------------------------------
 
     def update(self) -> dict:
-        """Makes one optimizer step, or skips it where it is not finite: {"loss", "gradient_norm", ...}."""
-        training, rate = self.config.training, self.learning_rate()
-        batch, tokens = self.draw(), Counter(TOKENS)
-        asked = self.ask(batch)
+        """Makes one update: draws a batch, asks about it, matches the student, and steps where the step is finite.
+
+        Returns:
+            The update's record: its loss, gradient norm and learning rate, and what the run has spent so far.
+        """
+        rate, tokens = self.learning_rate(), Counter(TOKENS)
+        batch = self.draw()
+        questions = self.ask(batch)
         self.engine.finish()  # no rank asks without gradient any more
-        seen = self.match(asked, training.gradient_accumulation_steps)
+        found = self.match(questions, self.config.training.gradient_accumulation_steps)
         self.at(f"the update of step {self.step}")
         with phase("step"):
             norm, updated = self.engine.step(rate)
             for name, learner in self.learners.items():
                 if updated and name != "student":
                     learner.step(rate)
-        seen = self._count(watched(asked["student"], seen, len(batch)), Counter(TOKENS) - tokens)
-        self._check(seen)
+        seen = self._count(watched(questions["student"], found, len(batch)), Counter(TOKENS) - tokens)
+        if self.step == 0:
+            check_answers(self.config, seen)
         if updated:
             self.health.update(seen, norm)
-            self.gaps.update(seen)
+            self.errors.update(seen)
         self.skipped += not updated
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
         self.step += 1
@@ -138,12 +154,16 @@ class Trainer:
 
     @phase("route")
     def draw(self) -> Batch:
-        """Draws this rank's part of the step's batch, the same at any number of ranks and interruptions."""
+        """Draws this rank's part of the step's batch, the same at any number of ranks and interruptions.
+
+        Returns:
+            The samples, on the run's device.
+        """
         training, capabilities = self.config.training, self.config.capabilities.values()
         weights, dropout = [c.weight for c in capabilities], [c.prompt_dropout for c in capabilities]
         return draw_batch(
             self.parts.samples,
-            self.gaps.route_weights(weights) if self.config.route == "adaptive" else weights,
+            self.errors.route_weights(weights) if self.config.route == "adaptive" else weights,
             training.batch_size,
             training.seed,
             self.step,
@@ -158,13 +178,28 @@ class Trainer:
 
     @torch.no_grad()
     def ask(self, batch: Batch) -> dict[str, Questions]:
-        """Asks the method for its questions about the whole local batch, by who learns from them."""
-        self.at(f"the questions of step {self.step}")
+        """Asks the method for its questions about the whole local batch, without gradient.
+
+        Args:
+            batch: This rank's samples.
+
+        Returns:
+            The questions, by who learns from them.
+        """
+        self.at(f"the rollout of step {self.step}")
         questions = self.method(self.student, self.sources, batch, **self.provided(batch), **self.options)
         return questions if isinstance(questions, dict) else {"student": questions}
 
     def match(self, asked: dict[str, Questions], parts: int) -> list:
-        """Asks every learner its questions in micro-batches, with gradient; returns what the student's gave."""
+        """Asks every learner its questions in micro-batches, with gradient, and adds up their gradients.
+
+        Args:
+            asked: The questions, by who learns from them.
+            parts: Number of micro-batches.
+
+        Returns:
+            What matching the student gave, for each of its micro-batches.
+        """
         seen = {}
         for name, questions in asked.items():
             seen[name] = []
@@ -179,7 +214,14 @@ class Trainer:
         return seen["student"]
 
     def provided(self, batch: Batch) -> dict:
-        """Collects what the method wants by keyword (danceopd.core.methods.PROVIDED)."""
+        """Collects what the method wants by keyword (danceopd.core.methods.PROVIDED).
+
+        Args:
+            batch: This rank's samples.
+
+        Returns:
+            The values, by the method's keywords.
+        """
         rollout, query, training = self.config.rollout, self.config.query, self.config.training
         numbers = [self.step * training.batch_size + slot for slot in self.slots]
         provide = {
@@ -188,7 +230,7 @@ class Trainer:
             "solver": lambda: rollout.solver,
             "bias": lambda: query.bias,
             "k": lambda: query.k,
-            "gap": self.gaps.query_weights,
+            "gap": self.errors.query_weights,
             "progress": self.progress,
             "clean": lambda: batch.clean,
             "ema": lambda: self._asked(self.engine.ema.module, "ema"),
@@ -199,14 +241,22 @@ class Trainer:
         return {key: provide[key]() for key in self.needs}
 
     def progress(self) -> float:
-        """Works out the share of the run that is done: of its steps or its evaluations, whichever is further."""
+        """Works out the share of the run that is done: of its steps or its evaluations, whichever is further.
+
+        Returns:
+            A number between 0 and 1.
+        """
         training, done = self.config.training, self.step / self.config.training.max_steps
         if training.max_network_evaluations:
             done = max(done, self.evaluations.total() / training.max_network_evaluations)
         return min(1.0, done)
 
     def learning_rate(self) -> float:
-        """Works out the learning rate of the next update."""
+        """Works out the learning rate of the next update, after warm-up and schedule.
+
+        Returns:
+            The learning rate.
+        """
         training = self.config.training
         factor = min(1.0, (self.step + 1) / max(1, training.warmup_steps))
         if training.lr_schedule == "cosine":
@@ -224,33 +274,6 @@ class Trainer:
         network = counted(lambda *asked: learner.student(*asked), self.spent, name)
         return as_student(self.config, self.parts, network) if name == "student" else network
 
-    def _rolled_out(self) -> Field:
-        """Makes the student the field that is asked without gradient, by static steps where these are wanted."""
-        field = as_student(self.config, self.parts, self._asked(self.engine.rolled, "student"))
-        wanted, network, on_cuda = self.config.training.cuda_graphs, self.engine.resident, self.device.type == "cuda"
-        if not (on_cuda if wanted == "auto" else wanted) or network is None:
-            return field
-        ask, both = in_precision(self.config, self.device, network), None
-        if guidance_scales(self.config) is not None:
-            both = always_guided(ask, self.parts.empty_prompt, self.parts.combine)
-        networks = list(dict.fromkeys([network, getattr(network, "transformer", network)]))
-        return StaticField(field, ask, both, networks, capture=on_cuda, spent=self.spent, rows=self.rows)
-
-    def _choose_rows(self) -> Rows:
-        """Chooses how many rows a forward without gradient takes."""
-        weights = [capability.weight for capability in self.config.capabilities.values()]
-        batch = draw_batch(self.parts.samples, weights, 1, 0, 0, guidance_scales(self.config)).to(self.device)
-        one = in_precision(self.config, self.device, self.engine.rolled)
-
-        def ask_one():  # of no update, and so not counted
-            one(batch.noise, torch.ones(1, device=self.device), batch.conditioning)
-
-        # Gradients and the optimizer's two states come with the first update.
-        reserved = 12 * sum(p.numel() for p in self.parts.student.parameters() if p.requires_grad)
-        wanted = self.config.training.rollout_batch_size
-        most = -(-self.config.training.batch_size // self.ranks.size)  # the same on all ranks: they ask together
-        return choose_rows(wanted, most, ask_one, self.device, reserved)
-
     # --- what came of it ------------------------------------------------------------------------------
 
     def _count(self, seen: Watched, tokens: Counter) -> Watched:
@@ -260,25 +283,21 @@ class Trainer:
             self.evaluations.update(spent)
         self.spent.clear()
         tokens = sum((own for *_, own in everyone), Counter())
-        # Of the evaluations, those of samples that have left; of the tokens, those that fill up shorter prompts.
+        # Evaluations of samples that have left, and the share of tokens that fill up shorter prompts, were in vain.
         self._padding = {"padding": self.evaluations["padding"]} if hasattr(self.student, "rollout") else {}
         if tokens:
             self._padding["padding_tokens"] = tokens["padding"] / tokens["computed"]
         return join([own for own, *_ in everyone])
 
-    def _check(self, seen: Watched) -> None:
-        """Raises UserError where a source's answers at finite states are not finite in the first update."""
-        broken = seen.state_norm.isfinite() & ~seen.target_norm.isfinite()
-        for m, (name, capability) in enumerate(self.config.capabilities.items()):
-            if self.step == 0 and bool((broken & (seen.route == m)).any()):
-                raise UserError(
-                    f"sources.{capability.source}: its answers for {name} are not finite, so nothing can be learnt "
-                    "from it. Its weights or the prepared rows hold numbers that are not, or overflow in "
-                    f"{self.config.training.precision}; copy or train them again"
-                )
-
     def save(self) -> Path:
-        """Writes the checkpoint and, beside it, the averaged weights as a network of its own."""
+        """Writes the checkpoint and, beside it, the averaged weights as a network of its own.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            UserError: If a checkpoint cannot be written.
+        """
         self.at(f"the checkpoint of step {self.step}")
         folder, keep = self.config.training.output_dir, self.config.training.keep_checkpoints
         path = save_state(
@@ -330,7 +349,7 @@ class Trainer:
                     self._score(progress)
                 stopped = self.ranks.most(stop[0] if stop else 0)  # a signal may have reached one rank alone
                 if stopped and not stop and first:
-                    print("\nanother rank was told to stop", file=sys.stderr)
+                    print("\nanother rank was told to stop, and so this run stops with a checkpoint", file=sys.stderr)
                 if stopped or self.step % training.save_every == 0 or done == 1:
                     progress.log.write(self.step, {"health": self.health.summary()})
                     self.save()
@@ -338,6 +357,7 @@ class Trainer:
                     raise Terminated if stopped == signal.SIGTERM else KeyboardInterrupt
 
     def _stop_where_nothing_is_finite(self) -> None:
+        """Ends the run, with a checkpoint, where too many updates in a row were not finite."""
         if self.skipped_in_a_row >= self.config.training.max_nonfinite_steps:
             self.save()
             raise UserError(
@@ -354,6 +374,7 @@ class Trainer:
                 function(network)
 
     def _score(self, progress: Progress) -> None:
+        """Writes the scores of the student's average to the log, where the run has scores."""
         if self.config.evaluation.times and self.parts.score:
             spent = {"network_evaluations": self.evaluations.total()}
             self._with_average(
@@ -377,10 +398,10 @@ def train(
         config: The run's.
         build: Puts its parts together from files.
         overwrite: Starts again where a finished or another run lies.
-        ranks: As of a `Trainer`, as are settings and at; every rank calls it.
-        settings: DeepSpeed's.
+        ranks: The processes that share each batch; every rank calls this.
+        settings: DeepSpeed's, which shards the student over the ranks; None for one process without it.
         at: Is told the places that every rank comes to.
-        callbacks: As of `Trainer.run`.
+        callbacks: Each is given every update's record, as `Trainer.run` does.
 
     Returns:
         The folder of the run.
@@ -390,10 +411,10 @@ def train(
     """
     torch.manual_seed(config.training.seed)
     for key in ("rollout_on", "shard_sources") if settings is None else ():
-        if getattr(config.training, key) != "auto":
-            raise UserError(f"training.{key}: is for ZeRO; run with DeepSpeed, or leave it out")
+        if getattr(config.training, key) != "auto":  # a configuration for many cards may run on one
+            print(f"warning: training.{key} is for ZeRO, and changes nothing in one process")
     if (ranks.size > 1 and inspect.isclass(METHODS[config.method])) or (settings and "ema" in needs(config.method)):
-        raise UserError(f"method: {config.method} runs in one process, without DeepSpeed")
+        raise UserError(f"method: {config.method} runs in one process; start the run without a launcher and DeepSpeed")
     parts, first = agreed(ranks, build, config, ranks, settings), ranks.rank == 0
     for line in parts.samples.never_drawn if first else ():
         print(f"warning: {line}")

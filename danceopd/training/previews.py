@@ -16,11 +16,12 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pictures import labelled_grid
 from danceopd.support.run_log import RunLog
-from danceopd.training.asking import Rows, as_student, guidance_scales, in_parts
+from danceopd.training.asking import as_student, guidance_scales
 from danceopd.training.assembly.parts import Parts
+from danceopd.training.rows import Rows, in_parts
 
-PREVIEW_SAMPLES, MODEL_SAMPLES = 8, 4  # of each capability in a sample grid: of the embedded network, of a model
-STREAM = 2  # of the randomness of a step: none that an update draws from
+PREVIEW_SAMPLES, MODEL_SAMPLES = 8, 4  # of each capability: the embedded network's grid, a model's
+STREAM = 2  # of a step's randomness, which no update draws from
 
 
 class Previews:
@@ -37,11 +38,17 @@ class Previews:
         self._from_sources: list[torch.Tensor] | None = None
 
     def show(self, step: int, network: Field, log: RunLog) -> None:
-        """Writes the grid of a step; what goes wrong with it is said, and ends no run."""
+        """Writes the grid of a step; what goes wrong with it is said, and ends no run.
+
+        Args:
+            step: Number of updates that are done.
+            network: The network to draw with.
+            log: Is told what goes wrong.
+        """
         try:
             self.write(self.config.training.output_dir / "samples" / f"step-{step:08d}.png", network)
         except (UserError, OSError, torch.OutOfMemoryError) as error:
-            warning = f"no sample grid: {str(error).splitlines()[0]}"
+            warning = f"no sample grid: {str(error).splitlines()[0]}; the run goes on without it"
             tqdm.write(f"warning at step {step}: {warning}", file=sys.stderr)
             log.write(step, {"warning": warning})
 
@@ -50,6 +57,13 @@ class Previews:
         """Writes a PNG of each capability's samples: the pictures to edit, the network's, its source's.
 
         A model's VAE is loaded for as long as this takes.
+
+        Args:
+            path: The file.
+            network: The network to draw with.
+
+        Raises:
+            UserError: If the VAE cannot be loaded.
         """
         batches = [self._samples(m) for m in range(len(self.config.capabilities))]
         student = as_student(self.config, self.parts, network)

@@ -9,7 +9,7 @@ from danceopd.support.run_log import RunLog
 
 
 class Progress:
-    """The bar in the terminal and the log in the run's folder; a context that closes both.
+    """Shows a run's bar in the terminal and writes the log in its folder; as a context it closes both.
 
     Args:
         config: The run's.
@@ -38,7 +38,14 @@ class Progress:
         self.log.close()
 
     def show(self, step: int, record: dict, drifting: dict[str, str], done: float) -> None:
-        """Takes in one update: its record, what drifts now by a short name, and the share of the run that is done."""
+        """Takes in one update.
+
+        Args:
+            step: Number of updates that are done.
+            record: The update's record.
+            drifting: A sentence for each thing that drifts now, by a short name; each is said once.
+            done: The share of the run that is done.
+        """
         text = f"loss {record['loss']:.4f}, {record['samples_per_second']:.0f} samples/s"
         if record["skipped"]:
             text += f", {record['skipped']} skipped"

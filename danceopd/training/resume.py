@@ -51,7 +51,14 @@ MAY_CHANGE = (
 
 
 def identity(config: Config) -> dict:
-    """Takes the part of a configuration that a resumed run must share, with the digests of the files that it names."""
+    """Takes the part of a configuration that a resumed run must share.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        Its values, without what may change and without paths; "contents" holds the digests of what these name.
+    """
     values, contents = config.to_dict(), {}
     values.pop("evaluation")
     values["training"] = {k: v for k, v in values["training"].items() if k not in MAY_CHANGE}
@@ -123,12 +130,19 @@ def _joined(parts) -> str:
 
 
 def state_of(trainer) -> dict:
-    """Collects what a checkpoint of a `Trainer` keeps beside the large tensors."""
+    """Collects what a checkpoint keeps beside the large tensors.
+
+    Args:
+        trainer: The run's `Trainer`.
+
+    Returns:
+        Small tensors and plain values.
+    """
     return {
         "step": trainer.step,
         "engine": trainer.engine.rest(),
         "health": trainer.health.state_dict(),
-        "gaps": trainer.gaps.state_dict(),
+        "errors": trainer.errors.state_dict(),
         "method": trainer.method.state_dict() if inspect.isclass(METHODS[trainer.config.method]) else {},
         "evaluations": dict(trainer.evaluations),
         "seconds": trainer.seconds,
@@ -138,7 +152,15 @@ def state_of(trainer) -> dict:
 
 
 def go_on(trainer, checkpoint: Checkpoint) -> None:
-    """Puts a checkpoint's state into a `Trainer`. Raises UserError for one of another configuration or other files."""
+    """Puts a checkpoint's state into a `Trainer`.
+
+    Args:
+        trainer: The run's `Trainer`, before its first update.
+        checkpoint: The checkpoint.
+
+    Raises:
+        UserError: For a checkpoint of another configuration, or of other files; it names the keys that differ.
+    """
     state, folder = checkpoint.rest, trainer.config.training.output_dir
     saved, ours = _given(state["identity"]), _given(trainer.identity)
     changed = [key for key in _differences(saved, ours) if not key.startswith("contents")]
@@ -159,7 +181,7 @@ def go_on(trainer, checkpoint: Checkpoint) -> None:
         )
     trainer.engine.load(checkpoint)
     trainer.health.load_state_dict(state["health"])
-    trainer.gaps.load_state_dict(state["gaps"])
+    trainer.errors.load_state_dict(state["errors"])
     if state["method"]:
         trainer.method.load_state_dict(state["method"])
     trainer.evaluations.update(state["evaluations"])

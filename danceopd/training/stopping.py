@@ -8,9 +8,15 @@ import threading
 
 @contextlib.contextmanager
 def stop_requests(silent: bool = False):
-    """A list that gets an entry at the first Ctrl-C or TERM signal; the second Ctrl-C interrupts at once.
+    """Notes the first Ctrl-C or TERM signal; the second Ctrl-C interrupts at once.
 
     An update is never torn: a half-applied one would make the resumed run differ.
+
+    Args:
+        silent: Prints nothing, as all ranks but one.
+
+    Returns:
+        The context of a list that gets an entry, the signal's number, at each signal.
     """
     requests: list[int] = []
 
@@ -19,7 +25,7 @@ def stop_requests(silent: bool = False):
             raise KeyboardInterrupt
         requests.append(number)
         if not silent and len(requests) == 1:
-            print("\nstopping after this update, with a checkpoint", file=sys.stderr)
+            print("\nstopping after this update, with a checkpoint; Ctrl-C once more stops at once", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield requests

@@ -9,9 +9,16 @@ from torch.profiler import profile, schedule, tensorboard_trace_handler
 
 @contextmanager
 def traced(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
-    """Torch's trace of a run's second update and those after it, `steps` in all, as a file in the folder; 0: none.
+    """Traces a run's second update and those after it by torch's profiler.
 
-    Gives what is to be called after every update. What ends early leaves the trace of what there was.
+    What ends early leaves the trace of what there was.
+
+    Args:
+        folder: Where the trace is written.
+        steps: Number of updates in it; 0 traces none.
+
+    Returns:
+        The context of a function that is to be called after every update.
     """
     if not steps:
         yield lambda: None

@@ -9,6 +9,7 @@ from safetensors.torch import save
 
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.texts import parse_json
 from danceopd.world.dit import DiT, DiTConfig
 
 SHIPPED = Path(__file__).parent / "assets" / "sources"
@@ -39,15 +40,33 @@ def save_model(model: DiT, path: Path, dtype: torch.dtype = torch.float32) -> No
 
 
 def read_config(path: Path) -> DiTConfig:
-    """Reads a network's configuration from its file's header alone; raises as load_model does."""
+    """Reads a network's configuration from its file's header, which must be that network's; raises as load_model."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            return DiTConfig(**json.loads(file.metadata()["config"]))
+            config = DiTConfig(**parse_json(file.metadata()["config"]))
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        _check_shapes(config, shapes)
+        return config
     except Exception as error:  # safetensors and JSON errors alike: the file is of no use
         raise _damaged(path, error) from error
+
+
+def _check_shapes(config: DiTConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError where a configuration is not of a network with these tensors; no memory is taken for it."""
+    for key, value in config.to_dict().items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{key} of its configuration is {value!r}, not a number from 1 on")
+    if config.depth > len(shapes):
+        raise ValueError(f"its configuration says {config.depth} blocks, but it holds {len(shapes)} tensors")
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in DiT(config).state_dict().items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
+            there, said = (str(of[name]) if name in of else "no such tensor" for of in (shapes, expected))
+            raise ValueError(f"{name}: it holds {there}, by its configuration {said}")
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -64,20 +64,27 @@ def reference(x, weight, bias, adapters: Adapters, route, weight_scale=None) -> 
 # ------------------------------------------------------------------------------------------------------ host
 
 
+def merges(tokens: int, x: torch.Tensor, weight: torch.Tensor, weight_scale, gradient: bool) -> bool:
+    """Whether so many tokens are multiplied by the sum of the weight and its adapter, which is dropped at once.
+
+    It takes less than two more products with many tokens. In bfloat16 the sum would lose the small adapter's last bits.
+    """
+    if gradient or weight_scale is not None or x.dtype != torch.float32:
+        return False
+    return tokens * sum(weight.shape) > MERGED * weight.numel()
+
+
 def on_host(x, weight, bias, adapters: Adapters, route: list[int], gradient: bool, weight_scale=None) -> torch.Tensor:
     """The definition where the routes are known: without masks, and equal routes in a row together.
 
-    With a gradient all samples have one route. Without one a run of many tokens is multiplied by the sum of the weight
-    and its adapter, which takes less than two more products with the tokens, and is dropped at once.
+    With a gradient all samples have one route.
     """
     samples, tokens, width = x.shape
     rows, weight, bias = x.reshape(-1, width), weight.detach(), None if bias is None else bias.detach()
     runs = [(m, len(list(run))) for m, run in groupby(route)]
     first, scale, rank = adapters.first.tolist(), adapters.scale.tolist(), adapters.rank
     chosen, shortest = [m for m, _ in runs], tokens * min(length for _, length in runs)
-    # In bfloat16 the sum would lose the small adapter's last bits.
-    merge = not gradient and x.dtype == torch.float32 and shortest * (width + len(weight)) > MERGED * weight.numel()
-    merge &= weight_scale is None
+    merge = merges(shortest, x, weight, weight_scale, gradient)
     alike = rank * len(scale) == first[-1] and min(chosen) >= 0 and len({scale[m] for m in chosen}) == 1
     if merge:
         out, end = x.new_empty(len(rows), len(weight)), 0
@@ -417,6 +424,44 @@ def pack_adapters(
         scale.detach().float(),
         max(len(a) for a, _ in adapters),
     )
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    weight_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Applies a frozen linear layer and one adapter for all rows, as routed_lora_linear does: without a route to read.
+
+    Args:
+        x: [..., in], not empty.
+        weight: W [out, in], frozen, in x's dtype or in codes.
+        bias: [out], frozen; or None.
+        a: A [rank, in].
+        b: B [out, rank].
+        scale: Of what the adapter adds.
+        weight_scale: [out, 1] float32, of codes.
+
+    Returns:
+        [..., out] in x's dtype. Differentiable in x, A and B.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or choose(x, None, DTYPES) == "triton":
+        first, alone = (_constant(values, torch.int64, x.device) for values in ((0, len(a)), (0,)))
+        adapters = Adapters(a, b.mT, first, _constant((scale,), torch.float32, x.device), len(a))
+        rows = x.reshape(1, -1, x.shape[-1])
+        out = routed_lora_linear(rows, weight, bias, adapters, alone, weight_scale=weight_scale)
+    else:
+        rows, a, b = x.reshape(-1, x.shape[-1]), a.to(x.dtype), b.to(x.dtype)
+        gradient = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad)
+        if merges(len(rows), x, weight, weight_scale, gradient):
+            out = frozen_linear(rows, torch.addmm(weight, b, a, alpha=scale), bias)
+        else:
+            out = frozen_linear(rows, weight, bias, weight_scale).addmm_(rows @ a.mT, b.mT, alpha=scale)
+    return out.reshape(*x.shape[:-1], len(weight))
 
 
 def routed_lora_linear(

@@ -62,7 +62,7 @@ def reference_sde_step(z, velocity, sigma, next_sigma, noise, pole, noise_level,
 
 
 def _log_density(mean_square, sigma, next_sigma, pole, noise_level) -> torch.Tensor:
-    """Of the Gaussian step, averaged over a sample's entries: [B] float32. mean_square [B]: of the noise."""
+    """Works out a Gaussian step's log density, averaged over a sample's entries, from its noise's mean square [B]."""
     s2 = noise_level**2 * sigma / (1 - torch.where(sigma == 1, pole, sigma))
     deviation = (s2 * (sigma - next_sigma)).sqrt()
     return -mean_square / 2 - deviation.log() - math.log(2 * math.pi) / 2

@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from contextlib import contextmanager
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,13 +68,14 @@ def triton_traffic():
         moved["written"] += bytes_of(pointers, mask)
         return store(pointers, value, mask, *rest)
 
-    with (
-        mock.patch.object(builder, "create_masked_load", counted_load),
-        mock.patch.object(builder, "create_masked_store", counted_store),
-    ):
+    builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
+    try:
         yield moved
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
 
 
+# Long: a case for each operation, one after the other.
 def account(samples: int = 4, shape: tuple[int, ...] = (16, 64, 64), dtype=torch.bfloat16) -> list[tuple]:
     """Counts the bytes that operations move in Triton's interpreter and in eager PyTorch.
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import common
+from danceopd.core.phase import phase
 
 
 def test_quartiles_are_numpys_and_ratios_are_taken_round_by_round():
@@ -34,25 +35,32 @@ def test_every_variant_is_called_in_each_round_and_each_round_begins_with_anothe
     assert len(times["a"]) == 2
 
 
-def test_phases_inside_others_are_taken_out_of_them():
-    class Work:
-        def outer(self):
-            clock[0] += 1.0
-            self.inner()
-            return "done"
-
-        def inner(self):
+def test_phases_inside_others_are_taken_out_of_them(monkeypatch):
+    @phase("outer")
+    def outer():
+        clock[0] += 1.0
+        with phase("inner"):
             clock[0] += 5.0
+        return "done"
 
     clock = [0.0]
-    work, phases = Work(), common.Phases({"outer": [(Work, "outer")], "inner": [(Work, "inner")]})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.time, "perf_counter", lambda: clock[0])
-        with phases, phases.phase("rest"):
-            clock[0] += 0.5
-            assert work.outer() == "done"
-        work.outer()  # no longer timed
+    monkeypatch.setitem(common.CLOCKS, "wall", lambda: clock[0])
+    with common.Phases() as phases, phase("rest"):
+        clock[0] += 0.5
+        assert outer() == "done"
+    outer()  # no longer timed
     assert dict(phases.seconds) == pytest.approx({"inner": 5.0, "outer": 1.0, "rest": 0.5})
+
+
+def test_calls_of_functions_are_counted():
+    def called():
+        len([])
+
+    def twice():
+        called()
+        called()
+
+    assert common.python_calls(twice) - common.python_calls(called) == 3  # called once more, len once more, and twice
 
 
 def test_counts_are_those_of_the_operations():

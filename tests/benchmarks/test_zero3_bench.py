@@ -41,3 +41,17 @@ def test_a_plain_loop_gathers_six_times_as_much_and_learns_the_same(tmp_path, ca
     assert figures["largest_difference_of_losses"] < 1e-5
     assert len(set(plain["losses"])) == len(plain["losses"]) == 3
     assert "times fewer bytes" in capsys.readouterr().out
+
+
+def test_the_trainer_gathers_for_rollouts_once_an_update_in_however_many_micro_batches(tmp_path):
+    pytest.importorskip("diffusers")
+    file = tmp_path / "figures.json"
+    bench.main(["--only", "trainer", "--rounds", "1", "--json", str(file)])
+    found = {(way["rollouts_ask"], way["micro_batches"]): way for way in json.loads(file.read_text())["trainer"]}
+    assert found.keys() == set(bench.WAYS)
+    gathered = {way: figures["gathered_bytes"] for way, figures in found.items()}
+    # Three more micro-batches are matched, at a forward and a backward each; nothing else is gathered again.
+    matched = {ask: gathered[ask, 4] - gathered[ask, 1] for ask in ("replica", "shards")}
+    assert matched["replica"] == pytest.approx(matched["shards"], rel=0.05)
+    assert gathered["shards", 1] > 3 * gathered["replica", 1]
+    assert [way["loss"] for way in found.values()] == pytest.approx([found["replica", 1]["loss"]] * 4, rel=1e-4)

@@ -1,5 +1,8 @@
 """Reading a configuration: overrides are typed, files that are none are named."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 from config_mistakes import DEMO
@@ -30,3 +33,64 @@ def test_not_a_configuration(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match=r"bad\.yaml"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("training: {seed: 1}\nmodel: a\ntraining: {seed: 2}\n", "'training' stands twice, in lines 1 and 3"),
+        ("training:\n  seed: 3\n  'seed': 3\n", "'seed' stands twice, in lines 2 and 3"),
+        ("sources:\n  a: {lora: [{path: x,\n     path: y}]}\n", "'path' stands twice, in lines 2 and 3"),
+        ("<<: {a: 1}\n<<: {a: 2}\n", "'<<' stands twice"),
+        ("a: 2024-13-45\n", "'2024-13-45' in line 1: month must be in 1..12; put it in quotes"),
+        ("a:\n- 2024-02-30\n", "'2024-02-30' in line 2: day is out of range"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nests too deep"),
+        ("a: &a [*a]", "nests too deep, or in itself"),
+        ("a: " + "9" * 5000, "Exceeds the limit"),
+        ("a: 0x" + "9" * 5000, "more than 300 digits"),
+        ("\n".join([f"k0: &k0 [{'1,' * 9}]"] + [f"k{i}: &k{i} [{f'*k{i - 1},' * 9}]" for i in range(1, 12)]), "100000"),
+    ],
+)
+def test_what_yaml_would_pass_over_or_choke_on(tmp_path, text, said):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"cannot read .*bad\.yaml: .*{re.escape(said)}"):
+        load_config(path)
+
+
+def test_overrides_that_are_no_yaml():
+    for value in ("2024-13-45", "{a: 1, a: 2}", "[" * 3000):
+        with pytest.raises(UserError, match="the value of override"):
+            load_config(DEMO, [f"training.seed={value}"])
+
+
+def test_a_merged_mapping_may_be_changed_and_an_override_reaches_no_other(tmp_path):
+    text = (
+        Path(DEMO)
+        .read_text()
+        .replace("  t2i: {source", "  t2i: &one {source")
+        .replace("  edit: {source", "  edit: {<<: *one, source")
+    )
+    assert text.count("*one") == 1
+    path = tmp_path / "merged.yaml"
+    path.write_text(text)
+    assert load_config(path) == load_config(DEMO)
+    shared = yaml.safe_load(Path(DEMO).read_text())
+    shared["sources"]["t2i"] = shared["sources"]["edit"]  # one object, as an alias makes it
+    config = parse_config(shared, ["sources.t2i.guidance_scale=3"])
+    assert (config.sources["t2i"].guidance_scale, config.sources["edit"].guidance_scale) == (3, 1)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(DEMO, ["training.output_dir=~/runs/a", "student.init_from=~/net.safetensors"])
+    assert config.training.output_dir == tmp_path / "runs" / "a"
+    assert config.student.init_from == str(tmp_path / "net.safetensors")
+
+
+def test_a_marked_file_and_one_in_another_case(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(Path(DEMO).read_text(), encoding="utf-8-sig")
+    assert load_config(path) == load_config(DEMO)
+    with pytest.raises(UserError, match=r"there is .*run\.yaml, with other upper and lower case"):
+        load_config(tmp_path / "Run.yaml")

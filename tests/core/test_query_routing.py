@@ -12,7 +12,7 @@ from danceopd.core.query import BETA, QUERIES, expected_depth, probabilities, qu
 from danceopd.core.routing import round_robin, route
 from danceopd.core.watch import Watched
 from danceopd.data.sampler import draw_batch
-from danceopd.training.gaps import LIMIT, Gaps
+from danceopd.training.running_errors import LIMIT, RunningErrors
 from danceopd.world.data import WorldData
 from danceopd.world.sampling import embedded_samples
 from danceopd.world.tokenizer import tokenize
@@ -233,37 +233,37 @@ def observed(route, depth, error, k=1) -> Watched:
     return Watched(n // k, error, torch.tensor(route).repeat_interleave(k), depth, error, error, error, error)
 
 
-def test_gaps_are_running_means():
-    gaps = Gaps(2, 3)
-    assert gaps.query_weights() is None
-    gaps.update(observed([0, 0], [2, 2, 0, 2], [1.0, 2.0, 6.0, 3.0], k=2))
-    assert gaps.route_weights([2.0, 3.0]) == [2.0, 3.0]  # nothing is known of the other
+def test_errors_are_running_means():
+    running = RunningErrors(2, 3)
+    assert running.query_weights() is None
+    running.update(observed([0, 0], [2, 2, 0, 2], [1.0, 2.0, 6.0, 3.0], k=2))
+    assert running.route_weights([2.0, 3.0]) == [2.0, 3.0]  # nothing is known of the other
     # Index 2 saw 1, 2 and 3, index 0 saw 6, and index 1 is taken as the mean of the others.
-    torch.testing.assert_close(gaps.query_weights(), torch.tensor([6.0, 4.0, 2.0]).double().sqrt())
-    gaps.update(observed([1, 0], [2, 2, 0, 0], [4.0, 6.0, 1.0, 3.0], k=2))
+    torch.testing.assert_close(running.query_weights(), torch.tensor([6.0, 4.0, 2.0]).double().sqrt())
+    running.update(observed([1, 0], [2, 2, 0, 0], [4.0, 6.0, 1.0, 3.0], k=2))
     expected = torch.tensor([0.95 * 6 + 0.05 * 2, 0, 0.95 * 2 + 0.05 * 5]).double()
     expected[1] = (expected[0] + expected[2]) / 2
-    torch.testing.assert_close(gaps.query_weights(), expected.sqrt())
+    torch.testing.assert_close(running.query_weights(), expected.sqrt())
     mine = 0.95 * 3 + 0.05 * 2  # capability 0 saw a mean of 3, then 2; capability 1 saw 5
     mean = (mine + 5) / 2
-    assert gaps.route_weights([2.0, 3.0]) == pytest.approx([2 * mine / mean, 3 * 5 / mean])
+    assert running.route_weights([2.0, 3.0]) == pytest.approx([2 * mine / mean, 3 * 5 / mean])
 
 
-def test_gaps_off_the_rollouts_levels_are_of_capabilities_alone():
-    gaps = Gaps(2, 3)
-    gaps.update(observed([0, 1], None, [1.0, 3.0]))
-    assert gaps.query_weights() is None
-    assert gaps.route_weights([1.0, 1.0]) == pytest.approx([0.5, 1.5])
+def test_errors_off_the_rollouts_levels_are_of_capabilities_alone():
+    running = RunningErrors(2, 3)
+    running.update(observed([0, 1], None, [1.0, 3.0]))
+    assert running.query_weights() is None
+    assert running.route_weights([1.0, 1.0]) == pytest.approx([0.5, 1.5])
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 10), st.floats(1e-4, 1e4)), min_size=1, max_size=5))
-def test_adaptive_weights_follow_the_gaps_within_the_limit(rows):
+def test_adaptive_weights_follow_the_errors_within_the_limit(rows):
     weights, errors = zip(*rows, strict=True)
-    gaps = Gaps(len(rows), 1)
+    running = RunningErrors(len(rows), 1)
     for _ in range(3):
-        gaps.update(observed(list(range(len(rows))), None, list(errors)))
+        running.update(observed(list(range(len(rows))), None, list(errors)))
     mean = sum(errors) / len(errors)
-    adapted = gaps.route_weights(list(weights))
+    adapted = running.route_weights(list(weights))
     for w, e, a in zip(weights, errors, adapted, strict=True):
         assert a / w == pytest.approx(min(max(e / mean, 1 / LIMIT), LIMIT), rel=1e-4)
     factors = [a / w for a, w in zip(adapted, weights, strict=True)]
@@ -271,11 +271,11 @@ def test_adaptive_weights_follow_the_gaps_within_the_limit(rows):
     assert all(factors[i] <= factors[j] * (1 + 1e-6) for i, j in itertools.pairwise(order))
 
 
-def test_gaps_go_on_from_their_state():
-    a, b = Gaps(2, 3), Gaps(2, 3)
+def test_running_errors_go_on_from_their_state():
+    a, b = RunningErrors(2, 3), RunningErrors(2, 3)
     a.update(observed([0, 1], [0, 2], [1.0, 3.0]))
     b.load_state_dict(a.state_dict())
-    for gaps in (a, b):
-        gaps.update(observed([0, 1], [1, 2], [2.0, 5.0]))
+    for running in (a, b):
+        running.update(observed([0, 1], [1, 2], [2.0, 5.0]))
     assert torch.equal(a.query_weights(), b.query_weights())
     assert a.route_weights([1.0, 1.0]) == b.route_weights([1.0, 1.0])

@@ -1,5 +1,6 @@
 """A Hugging Face data set on disk becomes a manifest."""
 
+import io
 import json
 
 import numpy as np
@@ -49,7 +50,7 @@ def test_a_column_of_lists_of_pictures(folder, tmp_path):
         datasets.Features({"prompt": datasets.Value("string"), "source_image": datasets.List(datasets.Image())}),
     )
     rows.save_to_disk(tmp_path / "lists")
-    manifest, _ = import_dataset(tmp_path / "lists", tmp_path / "out", task="edit")
+    manifest = import_dataset(tmp_path / "lists", tmp_path / "out", task="edit").path
     read, problems = read_manifest(manifest, needs_source=["edit"], decode=True)
     assert problems == []
     assert [len(row.source_images) for row in read] == [1, 2]
@@ -89,3 +90,99 @@ def test_the_published_column_layout(tmp_path):
     (row,), problems = read_manifest(tmp_path / "m.jsonl")
     assert problems == []
     assert (row.id, row.capability, row.prompt) == ("7", "edit", "x")
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+RED = Image.new("RGB", (16, 16), (210, 40, 60))
+PICTURES = {  # bytes of a file, and the colour that it shows or a word of why it cannot be used
+    "rgb": (encoded(RED), (210, 40, 60)),
+    "cmyk jpeg": (encoded(RED.convert("CMYK"), "JPEG", quality=100, subsampling=0), (210, 40, 60)),
+    "cmyk tiff": (encoded(RED.convert("CMYK"), "TIFF"), (210, 40, 60)),
+    "palette": (encoded(RED.quantize(4)), (210, 40, 60)),
+    "16 bits": (encoded(Image.fromarray(np.full((16, 16), 40_000, np.uint16))), (156, 156, 156)),
+    "transparent": (encoded(Image.new("RGBA", (16, 16), (9, 9, 9, 0))), (255, 255, 255)),
+    "one pixel": (encoded(Image.new("RGB", (1, 1), (1, 2, 3))), (1, 2, 3)),
+    "floats": (encoded(Image.fromarray(np.full((16, 16), 0.5, np.float32)), "TIFF"), "floating-point"),
+    "animated": (encoded(RED, "GIF", save_all=True, append_images=[Image.new("RGB", (16, 16))]), "holds 2 pictures"),
+    "truncated": (encoded(Image.effect_noise((64, 64), 90))[:-900], "can't be decoded"),
+    "huge": (encoded(Image.new("1", (9000, 9000))), "over 64 megapixels"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "readable are"),
+    "empty": (b"", "readable are"),
+    "missing": (None, "names a file, /etc/hostname, and holds no picture"),
+}
+
+
+def save_pictures(folder, names):
+    """A data set of these pictures; as plain bytes and paths where one has no bytes, which datasets itself reads in."""
+    rows = [{"bytes": PICTURES[name][0], "path": "/etc/hostname" if name == "missing" else None} for name in names]
+    stored = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    text, kind = datasets.Value("string"), stored if "missing" in names else datasets.Image()
+    columns = {"id": list(names), "prompt": ["x"] * len(names), "image": rows}
+    features = datasets.Features({"id": text, "prompt": text, "image": kind})
+    datasets.Dataset.from_dict(columns, features).save_to_disk(folder)
+    return folder
+
+
+def test_each_picture_is_written_in_its_colours_or_left_out_by_row(tmp_path, capsys):
+    folder = save_pictures(tmp_path / "set", PICTURES)
+    assert main(["data", "import", str(folder), str(tmp_path / "out"), "--task", "t2i"]) == 0
+    said, names = capsys.readouterr().out, list(PICTURES)
+    assert "7 rows of " in said
+    assert check_manifest(tmp_path / "out" / "manifest.jsonl") == []
+    rows = {row.id: row for row in read_manifest(tmp_path / "out" / "manifest.jsonl")[0]}
+    listed = (tmp_path / "out" / "manifest.left_out.txt").read_text()
+    for i, (name, (_, shows)) in enumerate(PICTURES.items()):
+        if isinstance(shows, str):
+            assert name not in rows
+            (line,) = (line for line in listed.splitlines() if f"row {i}: {names[i]}: target_image" in line)
+            assert shows in line
+            assert str(folder) in line
+        else:
+            seen = np.asarray(Image.open(rows[name].target_image)).astype(int)
+            assert np.abs(seen - shows).max() <= 3
+
+
+def test_bad_rows_can_be_refused(tmp_path, capsys):
+    folder = save_pictures(tmp_path / "set", ["rgb", "floats", "empty"])
+    arguments = ["data", "import", str(folder), str(tmp_path / "out"), "--task", "t2i"]
+    for more in (["--on-bad-row", "refuse"], ["--max-bad-rows", "1"]):
+        assert main([*arguments, *more]) == 2
+        said = capsys.readouterr().err
+        assert "row 1: floats" in said
+        assert "row 2: empty" in said
+        assert not (tmp_path / "out" / "manifest.jsonl").exists()
+    assert main([*arguments, "--max-bad-rows", "2"]) == 0
+    assert (
+        main(["data", "import", str(save_pictures(tmp_path / "bad", ["floats"])), str(tmp_path / "o"), "--task", "a"])
+        == 2
+    )
+    assert "no row of" in capsys.readouterr().err
+
+
+def test_odd_texts_are_left_out_by_row(tmp_path):
+    rows = {
+        "id": ["a", "a", "c", "d", "e"],
+        "task": [0, 1, 0, 5, 0],
+        "text": ["one", "two", None, "four", "  "],
+    }
+    features = {
+        "id": datasets.Value("string"),
+        "task": datasets.ClassLabel(names=["t2i", "edit"]),
+        "text": datasets.Value("string"),
+    }
+    rows["task"][3] = None
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(tmp_path / "set")
+    done = import_dataset(tmp_path / "set", tmp_path / "out")
+    assert [str(problem) for problem in done.problems] == [
+        "row 1: a: its id is that of row 0 too",
+        "row 2: c: prompt is a NoneType, not text",
+        "row 3: d: task is a NoneType, not text",
+        "row 4: e: prompt is empty",
+    ]
+    (row,), problems = read_manifest(done.path)
+    assert (row.id, row.capability, problems) == ("a", "t2i", [])

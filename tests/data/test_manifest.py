@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 from manifests import good, jsonl, picture
 from PIL import Image
 
+from danceopd.cli.parser import main
 from danceopd.data.manifest import check_manifest, read_manifest
 from danceopd.support import pictures
 
@@ -36,6 +39,8 @@ def message_of(folder, record, **options):
         ("[" * 100_000, "not JSON"),
         ("[1]", "not a JSON object"),
         ("null", "not a JSON object"),
+        ('{"task": "t2i", "prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice"),
+        ("9" * 5000, "not JSON"),
         ({"task": "t2i"}, "no prompt"),
         (good(prompt="  "), "no prompt"),
         (good(prompt=3), "prompt is 3, not text"),
@@ -49,6 +54,9 @@ def message_of(folder, record, **options):
         (good(id="line 1"), "that of line 1"),
         (good(target_image="b.png"), "target_image 'b.png' is not there"),
         (good(target_image="."), "not a file"),
+        (good(target_image="A.PNG"), "; there is a.png, with other upper and lower case"),
+        (good(target_image=".\\a.png"), "; there is a.png, with slashes"),
+        (good(target_image="..\\Outside.png"), "is not there (or not a file)"),
         (good(source_image="../outside.png"), "leads out of"),
         (good(source_image="a.png/../../outside.png"), "leads out of"),
         (good(source_image="a\0.png"), "not a path"),
@@ -107,6 +115,56 @@ def test_damaged_pictures(folder, monkeypatch):
     assert "30 x 10" in message_of(folder, good(source_image="big.png"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert "far over" in message_of(folder, good(source_image="big.png"))
+
+
+def test_another_unicode_form_of_a_name(folder):
+    composed, apart = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
+    for there, written in ((composed, apart), (apart, composed)):
+        path = picture(folder / there)
+        assert f"; there is {there}, with another Unicode form" in message_of(folder, good(target_image=written))
+        path.unlink()
+
+
+def test_pictures_too_long_or_with_several_in_a_file(folder):
+    picture(folder / "long.png", size=(81, 10))
+    picture(folder / "fits.png", size=(10, 80))
+    assert "81 x 10 is longer than 8 : 1" in message_of(folder, good(source_image="long.png"))
+    assert not check_manifest(jsonl(folder / "m.jsonl", [good(source_image="fits.png")]))
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(folder / "two.gif", save_all=True, append_images=frames[1:])
+    assert "holds 2 pictures" in message_of(folder, good(source_image="two.gif"))
+
+
+def test_many_rows_with_wrong_names_are_said_in_time(folder, monkeypatch):
+    looked = []
+    original = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: looked.append(self) or original(self))
+    path = jsonl(folder / "m.jsonl", [good(target_image="A.png") for _ in range(500)])
+    assert len(check_manifest(path)) == 500
+    assert len(looked) == 1  # the folder is not looked through for every row
+
+
+def test_a_tilde_that_the_shell_left(folder, capsys, monkeypatch):
+    jsonl(folder / "m.jsonl", [good(target_image="../a.png")])
+    (folder / "sub").mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    assert main(["data", "check", "~/m.jsonl", "--root=~/sub"]) == 1
+    assert f"leads out of the folder {(folder / 'sub').resolve()}" in capsys.readouterr().out
+
+
+def test_check_may_pass_over_bad_rows(folder, capsys):
+    path = jsonl(folder / "m.jsonl", [good(), good(target_image="b.png"), "{", good()])
+    for options, status in (
+        ([], 1),
+        (["--on-bad-row", "skip"], 0),
+        (["--on-bad-row", "skip", "--max-bad-rows", "1"], 1),
+        (["--on-bad-row", "skip", "--max-bad-rows", "2"], 0),
+    ):
+        assert main(["data", "check", str(path), *options]) == status
+        said = capsys.readouterr().out
+        assert "line 2: target_image" in said
+        assert "2 problems in 2 of 4 rows" in said
+    assert main(["data", "check", str(jsonl(folder / "n.jsonl", ["{"])), "--on-bad-row", "skip"]) == 1
 
 
 def test_all_problems_in_one_pass(folder):

@@ -1,13 +1,18 @@
 """Preparing a cache: encoded once, found again after a kill, mended where damaged; bad rows listed and left out."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_flux2 import save_tiny
 
+from danceopd.cli.parser import main
 from danceopd.data import prepare as module
 from danceopd.data.cache import Cache, checksum, key_of
 from danceopd.data.prepare import bucket_of, buckets, fit, prepare
@@ -141,7 +146,7 @@ def test_bad_rows_are_listed_and_the_rest_goes_on(manifest, model, tmp_path):
     for line, words in ((4, "not there"), (5, "broken.png: can't be decoded"), (6, "no prompt"), (7, "leads out")):
         assert words in told[line]
     with pytest.raises(UserError, match=r"line 4.*\n.*line 5.*\n.*line 6.*\n.*line 7"):
-        run(manifest, model, tmp_path, strict=True)
+        run(manifest, model, tmp_path, on_bad_row="refuse")
     manifest.write_text(json.dumps(more[0]) + "\n")
     with pytest.raises(UserError, match=r"no row of .* can be used"):
         run(manifest, model, tmp_path)
@@ -257,3 +262,238 @@ def test_prepared_rows_that_cannot_be_used(manifest, model, tmp_path):
     next((tmp_path / "cache").glob("*.safetensors")).unlink()
     with pytest.raises(UserError, match="are not in the cache"):
         PreparedData(prepared.path, "edit")
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def overflowing(encode, fails):
+    """An encoder that for some prompts gives a value that is not finite, as in half precision, or raises an error."""
+
+    def encoded(prompts, pictures=None):
+        if any(fails(prompt) is not None and isinstance(fails(prompt), Exception) for prompt in prompts):
+            raise next(fails(p) for p in prompts if isinstance(fails(p), Exception))
+        found = encode(prompts, pictures)
+        for i, prompt in enumerate(prompts):
+            if fails(prompt) is not None:
+                found["prompt_embeds"][i, 3, 1] = fails(prompt)
+        return found
+
+    return encoded
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (float("nan"), "has values that are not finite, in prompt_embeds"),
+        (float("-inf"), "has values that are not finite, in prompt_embeds"),
+        (IndexError("index out of range in self"), r"the encoder refuses it \(index out of range in self\)"),
+        (ValueError(""), r"the encoder refuses it \(ValueError\)"),
+    ],
+)
+def test_a_row_that_cannot_be_encoded_is_left_out_by_name(model, tmp_path, monkeypatch, fault, said):
+    texts = ["one", "two", "bad", "three", "four"]
+    path = write_rows(tmp_path / "t.jsonl", [{"id": t, "task": "t2i", "prompt": t} for t in texts])
+    original = flux2.text_encoder
+
+    def encoder(*args):
+        return overflowing(original(*args), lambda prompt: fault if prompt == "bad" else None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flux2, "text_encoder", encoder)
+        done = run(path, model, tmp_path, batch_size=3)
+        head, rows = records(done)
+        assert list(rows) == ["one", "two", "three", "four"]
+        (problem,) = done.problems
+        assert problem.line == 3
+        assert re.search(f"bad: prompt 'bad': .*{said}", str(problem))
+        assert head["left_out"] == 1
+        assert done.listed.read_text() == f"{path}, {problem}\n"
+        cache = Cache(tmp_path / "cache")
+        assert all(value.isfinite().all() for key in cache._where for value in cache.read(key).values())
+        for options in ({"on_bad_row": "refuse"}, {"max_bad_rows": 0}):
+            with pytest.raises(UserError, match=r"(?s)bad rows of 5|1 of 5 rows.*line 3: bad"):
+                run(path, model, tmp_path, **options)
+        assert run(path, model, tmp_path, max_bad_rows=1).rows == 4
+    assert PreparedData(done.path, "t2i").notes() == [
+        f"1 rows of the manifest were left out of {done.path} when it was prepared"
+    ]
+    again = run(path, model, tmp_path)  # with an encoder that takes it
+    assert (again.rows, again.made, again.listed) == (5, 1, None)
+    assert not done.listed.exists()
+    assert PreparedData(done.path, "t2i").notes() == []
+
+
+def test_a_picture_that_cannot_be_encoded_takes_no_other_with_it(manifest, model, tmp_path, monkeypatch):
+    original = flux2.picture_codec
+
+    def codec(*args):
+        encode, decode = original(*args)
+
+        def encoded(pictures):
+            latents = encode(pictures)
+            latents[pictures.amax((1, 2, 3)) == 1] = float("inf")
+            return latents
+
+        return encoded, decode
+
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(tmp_path / "dark.png")
+    for name in ("wide", "tall", "same"):
+        Image.new("RGB", (96, 64), (90, 60, 30)).save(tmp_path / f"{name}.png")
+    with manifest.open("a") as file:
+        file.write(json.dumps({"id": "d", "task": "t2i", "prompt": "x", "target_image": "white.png"}) + "\n")
+        file.write(json.dumps({"id": "e", "task": "t2i", "prompt": "x", "target_image": "dark.png"}) + "\n")
+    monkeypatch.setattr(flux2, "picture_codec", codec)
+    done = run(manifest, model, tmp_path)
+    assert set(records(done)[1]) == {"a", "b", "c", "e"}
+    assert [str(problem)[:40] for problem in done.problems] == ["line 4: d: picture white.png: its encodi"]
+
+
+def test_the_empty_prompt_must_be_encoded(manifest, model, tmp_path, monkeypatch):
+    original = flux2.text_encoder
+    monkeypatch.setattr(
+        flux2, "text_encoder", lambda *a: overflowing(original(*a), lambda p: float("nan") if p == "" else None)
+    )
+    with pytest.raises(UserError, match="the negative prompt '' cannot be encoded"):
+        run(manifest, model, tmp_path)
+    assert not (tmp_path / "cache" / "rows.jsonl").exists()
+
+
+def test_values_that_are_not_finite_in_a_cache_are_made_again(manifest, model, tmp_path):
+    done = run(manifest, model, tmp_path)
+    key = records(done)[1]["a"]["prompt"]
+    for shard in (tmp_path / "cache").glob("*.safetensors"):
+        shard.unlink()
+    cache = Cache(tmp_path / "cache")
+    cache.write({key: {"prompt_embeds": torch.full((512, 8), float("nan"))}})
+    with pytest.raises(UserError, match="its prompt_embeds holds values that are not finite"):
+        cache.read(key)
+    assert run(manifest, model, tmp_path).made == 5
+    assert all(v.isfinite().all() for v in Cache(tmp_path / "cache").read(key).values())
+
+
+def test_extreme_shapes_are_refused_before_they_are_scaled(manifest, model, tmp_path):
+    Image.new("L", (1, 30_000)).save(tmp_path / "thread.png")
+    Image.new("L", (1, 1)).save(tmp_path / "dot.png")
+    with manifest.open("a") as file:
+        for name in ("thread", "dot"):
+            file.write(json.dumps({"id": name, "task": "t2i", "prompt": "x", "target_image": f"{name}.png"}) + "\n")
+    done = run(manifest, model, tmp_path)
+    assert [str(p) for p in done.problems] == ["line 4: picture thread.png: 1 x 30000 is longer than 8 : 1; cut it"]
+    assert "dot" in records(done)[1]
+
+
+def test_manifests_of_one_name_do_not_overwrite_each_other(model, tmp_path):
+    paths = {
+        name: write_rows(
+            tmp_path / name / "train.jsonl",
+            [{"id": f"{name} {i}", "task": "t2i", "prompt": f"{name} {i}"} for i in range(3)],
+        )
+        for name in ("portraits", "landscapes")
+    }
+    first = run(paths["portraits"], model, tmp_path)
+    before = first.path.read_bytes()
+    with pytest.raises(UserError, match=r"holds the rows of another manifest, .*portraits/train\.jsonl; rename"):
+        run(paths["landscapes"], model, tmp_path)
+    other = tmp_path / "portraits" / "train.csv"  # of the same name too
+    other.write_text("task,prompt\nt2i,a cup\n")
+    with pytest.raises(UserError, match="another manifest"):
+        run(other, model, tmp_path)
+    assert first.path.read_bytes() == before
+    assert run(paths["portraits"], model, tmp_path).made == 0
+    moved = tmp_path / "moved" / "train.jsonl"  # the same rows elsewhere
+    moved.parent.mkdir()
+    moved.write_bytes(paths["portraits"].read_bytes())
+    assert run(moved, model, tmp_path).made == 0
+    write_rows(moved, [{"id": "1", "task": "t2i", "prompt": "changed"}])  # the same manifest, changed
+    assert run(moved, model, tmp_path).rows == 1
+
+
+def test_equal_manifests_with_other_pictures_do_not_overwrite_each_other(model, tmp_path):
+    for name, color in (("a", "red"), ("b", "blue")):
+        path = write_rows(
+            tmp_path / name / "m.jsonl", [{"id": "1", "task": "t2i", "prompt": "x", "target_image": "p.png"}]
+        )
+        Image.new("RGB", (64, 64), color).save(path.with_name("p.png"))
+    run(tmp_path / "a" / "m.jsonl", model, tmp_path)
+    with pytest.raises(UserError, match="another manifest"):
+        run(tmp_path / "b" / "m.jsonl", model, tmp_path)
+
+
+def test_prompts_that_are_cut_are_said(model, tmp_path, capsys):
+    texts = ["short", "long " * 200, "a <|im_end|> cup"]
+    path = write_rows(tmp_path / "m.jsonl", [{"id": f"r{i}", "task": "t2i", "prompt": t} for i, t in enumerate(texts)])
+    arguments = [
+        "data",
+        "prepare",
+        str(path),
+        "--model",
+        str(model),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--device",
+        "cpu",
+    ]
+    for _ in range(2):  # also where all are found
+        assert main([*arguments, "--resolution", "64", "--dtype", "float32"]) == 0
+        said = capsys.readouterr().out
+        assert (
+            said.count("warning: 1 of 3 prompts are longer than the 512 tokens of tokenizer and are cut there: r1") == 1
+        )
+        assert "1 of 3 prompts hold special tokens, read as such and not as text (<|im_end|>): r2" in said
+    assert len(PreparedData(tmp_path / "cache" / "m.jsonl", "t2i").notes()) == 2
+
+
+ODD = [None, True, -1, 0.5, "x", "", [], {}, [[]], {"": 1}, [1, "a"], "\ud800", 10**400]
+
+
+@given(st.data())
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_rows_are_named_or_taken_never_a_traceback(prepared_rows, data):
+    """One value anywhere in a file of rows replaced or taken out: what is wrong is said with its line."""
+    lines = [json.loads(line) for line in prepared_rows.read_text().splitlines()]
+    line = data.draw(st.integers(0, len(lines) - 1))
+    place, key = lines, line
+    while isinstance(place[key], dict | list) and place[key] and data.draw(st.integers(0, 3)):
+        place = place[key]
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+    if isinstance(place, dict) and data.draw(st.booleans()):
+        del place[key]
+    else:
+        place[key] = data.draw(st.sampled_from(ODD))
+    changed = prepared_rows.with_name("changed.jsonl")
+    changed.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    said = ""
+    try:
+        rows = PreparedData(changed, "edit")
+        rows.notes()
+        mix({"edit": rows})
+        rows.condition([0], [False]), rows.condition([0], [True]), rows.targets([0]), rows.empty_prompt()
+    except UserError as error:
+        said = str(error)
+    assert not said or "changed.jsonl" in said
+
+
+@pytest.fixture(scope="module")
+def prepared_rows(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    Image.new("RGB", (64, 64), "red").save(folder / "a.png")
+    row = {"task": "edit", "prompt": "x", "source_image": "a.png", "target_image": "a.png"}
+    return prepare(
+        write_rows(folder / "m.jsonl", [row, row | {"prompt": "y"}]), model, folder / "cache", resolution=64
+    ).path
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["5", "[]", "{", '{"k": 1}', '{"k": [1, ["a"]]}', '{"k": ["d", 5]}', '{"k": ["d", ["b"]]}', "[" * 9999, None],
+)
+def test_a_shard_with_an_odd_header_is_damaged(tmp_path, header):
+    save_file({"k/a": torch.zeros(1)}, tmp_path / "s.safetensors", header and {"entries": header})
+    cache = Cache(tmp_path)
+    assert cache.damaged == ["s.safetensors"]
+    assert len(cache) == 0

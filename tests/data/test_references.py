@@ -155,7 +155,7 @@ def test_more_references_than_the_model_takes_are_a_rows_problem(tmp_path, save,
     for problem, words in zip(done.problems, said, strict=True):
         assert words in str(problem)
     with pytest.raises(UserError, match="line 3: 2 source pictures"):
-        prepare(manifest, model, tmp_path / "cache", resolution=64, strict=True)
+        prepare(manifest, model, tmp_path / "cache", resolution=64, on_bad_row="refuse")
 
 
 # ------------------------------------------------------------------------------------------- encoders compared

@@ -3,12 +3,14 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_geneval as tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from danceopd.cli.parser import main
 from danceopd.evaluation.compare import (
@@ -28,7 +30,7 @@ from danceopd.support.errors import UserError
 
 def as_run(name, scores, tag=lambda prompt: "colors"):
     """scores: by (prompt, number)."""
-    pictures = {key: Scored(tag(key[0]), key[0], float(value), None) for key, value in scores.items()}
+    pictures = {key: Scored(tag(key[0]), key[0], float(value), Path("0.png")) for key, value in scores.items()}
     return Run(name, pictures)
 
 
@@ -229,3 +231,62 @@ def test_runs_of_the_picture_world_are_compared(tmp_path, capsys):
     assert "t2i - base" in capsys.readouterr().out
     assert main(["evaluate", "base", *few, "--pictures", str(tmp_path / "base")]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def renamed(run, names):
+    """The results of a run with other file names, one for each of its pictures."""
+    lines = [
+        line | {"filename": str(name)} for line, name in zip(read_results(run / "results.jsonl"), names, strict=True)
+    ]
+    write_results(run / "results.jsonl", lines)
+    return run
+
+
+def test_no_picture_from_outside_a_runs_folder_is_in_the_page(tmp_path, capsys):
+    tiny.picture(0, 8, 8).save(tmp_path / "0.png")
+    (tmp_path / "secret").mkdir()
+    tiny.picture(0, 8, 8).save(tmp_path / "secret" / "0.png")
+    a, b = (save_run(tmp_path / name, [[name == "a"]] * 3) for name in "ab")
+    (b / "links").mkdir()
+    (b / "links" / "1.png").symlink_to(tmp_path / "secret" / "0.png")
+    renamed(a, [tmp_path / "0.png", "../secret/0.png", "x/../../secret/0.png"])
+    renamed(b, [tmp_path / "secret" / "0.png", "links/1.png", "/proc/self/../0.png"])
+    assert all(one.path is None for run in (a, b) for one in read_run(run).pictures.values())
+    assert main(["compare", str(a), str(b), "-o", str(tmp_path / "page.html")]) == 0
+    assert "warning: a: 3 of its pictures are not in its folder" in capsys.readouterr().out
+    assert "data:image" not in (tmp_path / "page.html").read_text()
+
+
+def test_pictures_of_other_formats_or_sizes_are_not_opened(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    for name, data in (
+        ("ps.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"),
+        ("torn.png", b"\x89PNG\r\n\x1a\n"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert file_uri(tmp_path / name) is None
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "large.png")
+    assert file_uri(tmp_path / "large.png") is None
+    assert not (tmp_path / "started").exists()
+
+
+def test_results_of_odd_kinds_are_said(tmp_path):
+    a = save_run(tmp_path / "a", [[True], [False], [True]])
+    lines = read_results(a / "results.jsonl")
+    for change, message in (
+        ({"metadata": "[" * 9999}, "nests too deep"),
+        ({"metadata": '{"tag": 1, "tag": 2}'}, "stands twice"),
+        ({"filename": "1" * 5000 + ".png"}, "no number as its name"),
+    ):
+        write_results(tmp_path / "b.jsonl", [lines[0] | change])
+        with pytest.raises(UserError, match=message):
+            read_run(tmp_path / "b.jsonl")
+    place = tmp_path / "out" / "scores" / "method" / "judge"
+    place.mkdir(parents=True)
+    for text in (json.dumps({"benchmark": "GEdit-Bench", "method": "../..", "rows": []}), "[" * 9999, "5"):
+        (place / "results.json").write_text(text)
+        with pytest.raises(UserError, match=r"results\.json"):
+            read_run(place)

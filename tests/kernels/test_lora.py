@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 pytest.importorskip("danceopd_kernels")
 
 from danceopd_kernels import fp8_linear, fp8_quantize_rowwise
-from danceopd_kernels.lora import pack_adapters, routed_lora_linear
+from danceopd_kernels.lora import lora_linear, pack_adapters, routed_lora_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter rounds to bfloat16 towards zero, at twice the error.
@@ -86,6 +86,29 @@ def test_on_the_host_without_gradient(tokens, route, ranks, scale, dtype):
             want = plain(x, weight, added, adapters, torch.tensor(route), each)
         assert got.dtype == dtype
         assert error(got, want) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("dtype", "of_adapter"), [("float32", "float32"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("tokens", [3, 400])  # the second: the adapter is added to the weight
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_one_adapter_for_all_rows(gradient, dtype, of_adapter, tokens, backend, monkeypatch):
+    if backend == "triton" and tokens > 3 and DEVICE == "cpu":
+        pytest.skip("the interpreter is slow")
+    x, weight, bias, [(a, b)], _, _ = case((4,), tokens, dtype=getattr(torch, dtype))
+    a, b = (t.detach().to(getattr(torch, of_adapter)).requires_grad_() for t in (a, b))
+    monkeypatch.setenv("DANCEOPD_KERNELS", backend)
+    with torch.set_grad_enabled(gradient):
+        got = lora_linear(x, weight, bias, a, b, 0.7)
+        want = plain(x, weight, bias, [(a, b)], torch.zeros(len(x), dtype=torch.int64), [0.7])
+    limit = 1e-5 if dtype == "float32" else 2e-2
+    assert got.shape == want.shape
+    assert got.dtype == x.dtype
+    assert error(got, want) < limit
+    if gradient:
+        upstream = torch.randn(got.shape, device=DEVICE)
+        for mine, exact in zip(*(gradients(y, (x, a, b), upstream) for y in (got, want)), strict=True):
+            assert error(mine, exact) < limit
 
 
 @settings(max_examples=10)

@@ -18,7 +18,7 @@ from danceopd.models.packing import FORWARD, TOKENS, split_by_length, whole_batc
 from danceopd.models.shared_base import SharedBase
 from danceopd.models.students import FullStudent
 from danceopd.support.errors import UserError
-from danceopd.training.rollouts.kinds import Kind, _of_kind
+from danceopd.training.rollouts.layouts import Layout, _in_layout
 from danceopd.training.rollouts.static import StaticField
 
 LENGTHS = st.lists(st.integers(1, 48), min_size=1, max_size=5)
@@ -147,7 +147,7 @@ def test_equal_lengths_are_one_forward_without_a_mask(students):
 def test_z_image_fills_up_prompts_itself(students, lengths):
     """Static steps: the transformer's own padding, without a length read on the host."""
     latents, sigma, c = batch_of(students["z"], lengths)
-    kept = _of_kind(c, Kind(False, False, -(-max(lengths) // 32) * 32))
+    kept = _in_layout(c, Layout(False, False, -(-max(lengths) // 32) * 32))
     assert "prompt_mask" not in kept.prompt
     for found, expected in zip(
         answered(students["z"], latents, sigma, kept), answered(students["z"], latents, sigma, c), strict=True

@@ -172,8 +172,8 @@ def test_z_image_shares_its_layers_but_not_its_embedder_of_joined_tokens():
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (torch.tensor([0, 4]), "one of 4 teachers"),
-        (torch.tensor([0, -2]), "one of 4 teachers"),
+        (torch.tensor([0, 4]), "one of 4 sources"),
+        (torch.tensor([0, -2]), "one of 4 sources"),
         (torch.tensor([0]), r"int64 \[2\]"),
         (torch.tensor([0, 1], dtype=torch.int32), "int32"),
     ],

@@ -134,6 +134,16 @@ def test_prompts(tmp_path, capsys):
     assert "1 prompts are asked of every LoRA" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0c", "\x1e"])
+def test_a_prompt_with_a_separator_is_one(tmp_path, separator):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(f"a cup{separator}on a table\r\na dog\r\n".encode("utf-8-sig"))
+    assert read_prompts(path, ["ink"], {}) == {"ink": [f"a cup{separator}on a table", "a dog"]}
+    path.write_text(f"a cup{separator}on a table\na dog\nnone\tx\n", encoding="utf-8")
+    with pytest.raises(UserError, match="line 3: no LoRA 'none'"):
+        read_prompts(path, ["ink"], {})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -166,7 +176,7 @@ def test_what_is_wrong_is_said_before_anything_is_encoded(place, tmp_path, monke
     refused("needs two LoRAs", loras=loras[:1])
     refused("two LoRAs would be called 'ink'", loras=[*loras, place / "ink"])
     refused(r"gone.*no LoRA there[\s\S]*trained for another model", loras=[tmp_path / "gone", tmp_path / "wide"])
-    refused("cannot be read", prompts=tmp_path / "gone.txt")
+    refused("no file of prompts", prompts=tmp_path / "gone.txt")
     refused("must end in .safetensors", out=tmp_path / "out")
     refused("did you mean 'ink'", triggers=["inc=INK"])
     refused("not of the form", triggers=["ink"])

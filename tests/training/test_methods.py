@@ -245,8 +245,8 @@ def test_adaptive_routes_and_gap_queries_follow_the_runs_own_gaps(networks, tmp_
     )
     trainer = Trainer(config, build(config))
     assert (trainer.draw().route == 1).double().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 20)
-    trainer.gaps.capability[:] = torch.tensor([1.0, 4.0])
-    trainer.gaps.index[:] = torch.tensor([1.0, 0.0, 9.0, 2.0])
+    trainer.errors.capability[:] = torch.tensor([1.0, 4.0])
+    trainer.errors.index[:] = torch.tensor([1.0, 0.0, 9.0, 2.0])
     share = 1.6 / (0.4 + 1.6)
     assert (trainer.draw().route == 1).double().mean().item() == pytest.approx(share, abs=4 * 0.4 / 20)
     weights = torch.tensor([1.0, 4.0, 9.0, 2.0]).sqrt()
@@ -266,7 +266,7 @@ def test_a_run_learns_its_gaps(networks, tmp_path):
     trainer.update()
     mean = {m: float(error[batch.route == m].mean()) for m in (0, 1)}
     average = (mean[0] + mean[1]) / 2
-    assert trainer.gaps.route_weights([1.0, 1.0]) == pytest.approx([mean[0] / average, mean[1] / average], rel=1e-3)
+    assert trainer.errors.route_weights([1.0, 1.0]) == pytest.approx([mean[0] / average, mean[1] / average], rel=1e-3)
 
 
 @pytest.mark.parametrize(("times", "at"), [(0, []), (1, [0, 5]), (3, [0, 2, 3, 5]), (5, [0, 1, 2, 3, 4, 5])])

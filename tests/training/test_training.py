@@ -514,5 +514,5 @@ def test_a_trace_has_the_phases_of_the_steps_asked_for(raw):
     folder = distill(parse_config({**config.to_dict(), "evaluation": {"times": 0}}))
     (trace,) = (folder / "profile").iterdir()
     names = Counter(event.get("name") for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X")
-    phases = ("route", "rollout", "query", "student", "loss", "backward", "step")
+    phases = ("route", "rollout", "query", "match", "backward", "step")
     assert {name: names[name] for name in phases} == dict.fromkeys(phases, 2)

@@ -1,6 +1,7 @@
 """The embedded network as a field, and its weights on disk."""
 
 import errno
+import json
 import os
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from danceopd.core.conditioning import Conditioning
+from danceopd.support.errors import UserError
 from danceopd.world.dit import DiT, DiTConfig
-from danceopd.world.files import SHIPPED, load_model, save_model
+from danceopd.world.files import SHIPPED, load_model, read_config, save_model
 
 SMALL = DiTConfig(image_size=16, patch_size=4, width=32, depth=2, heads=2, vocab_size=50, text_length=6)
 
@@ -167,6 +169,30 @@ def test_files_of_something_else(tmp_path):
     path.write_text("<html>not found</html>")
     with pytest.raises(ValueError, match="not a whole"):
         load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text_length": 10**9}, "text_pool.0.weight: it holds"),
+        ({"width": 10**12}, "not a whole"),
+        ({"depth": 10**9}, "says 1000000000 blocks"),
+        ({"depth": 3}, r"blocks\.2\..*: it holds no such tensor"),
+        ({"depth": 1}, r"blocks\.1\..*by its configuration no such tensor"),
+        ({"heads": 0}, "heads of its configuration is 0"),
+        ({"patch_size": 2.0}, "patch_size of its configuration is 2.0"),
+        ({"mlp_ratio": True}, "mlp_ratio of its configuration is True"),
+        ({"depths": 3}, "not a whole"),
+    ],
+)
+def test_a_header_that_claims_another_network(tmp_path, change, said, monkeypatch):
+    model, path = make(), tmp_path / "x.safetensors"
+    config = model.config.to_dict() | change
+    save_file(model.state_dict(), path, {"config": json.dumps(config)})
+    monkeypatch.setattr(DiT, "load_state_dict", lambda *_: 1 / 0)  # nothing is loaded
+    for read in (read_config, load_model):
+        with pytest.raises(UserError, match=said):
+            read(path)
 
 
 def test_missing_file(tmp_path):

@@ -26,7 +26,15 @@ def consistency(
 ) -> Questions:
     """Asks for the clean estimate of the student's average, one step nearer the data on the source's flow.
 
-    At the last step that state is the data, and so the estimate itself (arXiv 2303.01469).
+    The goal of z at sigma is the average's estimate at z' = z + (sigma' - sigma) v_source, sigma' the next noise level
+    (arXiv 2303.01469). At the last step z' is the data, and so the estimate itself.
+
+    Args:
+        student, sources, batch, sigmas, generator, solver, bias: As in `danceopd`.
+        ema: The student's average, which is asked without gradient.
+
+    Returns:
+        B questions; each weighs sigma^2, and its goal is in ``rest``.
     """
     q = danceopd(student, sources, batch, sigmas=sigmas, generator=generator, solver=solver, bias=bias)
     assert q.depth is not None  # asked on the rollout
@@ -43,7 +51,12 @@ def consistency(
 def to_goal(velocity: torch.Tensor, q: Questions) -> Matched:
     """Takes the squared error of the clean estimate z - sigma v from its goal: sigma^2 times that of velocities.
 
-    What is watched is the velocity against the source's, as everywhere.
+    Args:
+        velocity: Float tensor [Q, ...], the student's, with gradient.
+        q: The questions, with the goals' velocities in ``rest``.
+
+    Returns:
+        The loss against the goals; what is watched is the velocity against the source's, as everywhere.
     """
     goal = replace(q, answers=Answers.of(q.rest["goal"]))
     return velocity_loss(velocity.detach(), q)._replace(loss=velocity_loss(velocity, goal).loss)

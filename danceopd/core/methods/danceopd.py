@@ -37,7 +37,7 @@ def danceopd(
         sources: The field of each route.
         batch: B routed samples.
         sigmas: float32 tensor [N + 1], the noise levels of the rollout.
-        generator: Of the batch's randomness.
+        generator: Draws the batch's randomness.
         solver: As in `rollout`.
         bias: As in `query`.
         k: Queries a sample.
@@ -79,7 +79,7 @@ def danceopd_loss(
         sources: The frozen field of each route.
         batch: B routed samples.
         sigmas: float32 tensor [N + 1], the noise levels of the rollout, such as `sigma_grid` makes.
-        generator: Of the update's randomness.
+        generator: Draws the update's randomness.
         solver: As in `rollout`.
         bias: As in `query`.
         k: Queries a sample.

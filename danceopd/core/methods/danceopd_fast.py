@@ -25,7 +25,18 @@ def danceopd_fast(
     progress: float = 1.0,
     warm_start: float = 0.5,
 ) -> Questions:
-    """Asks off the policy for the first share `warm_start` of the run, and as `danceopd` from then on."""
+    """Asks at noised data for the first share `warm_start` of the run, and as `danceopd` from then on.
+
+    Args:
+        student, sources, batch, sigmas, generator, solver, bias, k: As in `danceopd`.
+        clean: Float tensor [B, ...], the data's own pictures.
+        shift: The shift of the rollout's noise levels.
+        progress: The share of the run that is done.
+        warm_start: The share of the run that rolls nothing out.
+
+    Returns:
+        The questions of `off_policy` or of `danceopd`.
+    """
     common = {"sigmas": sigmas, "solver": solver, "generator": generator}
     if progress < warm_start:
         return off_policy(student, sources, batch, clean=clean, shift=shift, **common)

@@ -15,6 +15,12 @@ def diffusion_opd(
 
     That is the KL of two Gaussian steps of one variance, summed over the trajectory. Run it with
     ``route: round_robin``, so that each update holds all tasks in equal parts.
+
+    Args:
+        student, sources, batch, sigmas, solver: As in `danceopd`.
+
+    Returns:
+        B N questions.
     """
     depth = torch.arange(len(sigmas) - 1).expand(len(batch), -1)
     states, sigma = rollout(student, batch.noise, batch.conditioning, sigmas, depth, solver)

@@ -39,10 +39,10 @@ def flow_opd(
             prompt and route of their first.
         anchor: The untrained student.
         noise_level: a of the transition's deviation.
-        group_size: SDE rollouts of one prompt.
-        max_advantage: The advantage is clipped to +- this.
-        clip_range: The ratio of probabilities is clipped to 1 +- this.
-        anchor_weight: Of the per-step KL to the untrained student.
+        group_size: Number of SDE rollouts of one prompt.
+        max_advantage: Bounds the advantage to +- this.
+        clip_range: Bounds the ratio of probabilities to 1 +- this.
+        anchor_weight: The factor of the per-step KL to the untrained student.
         detach_advantage: False keeps the reward's gradient, as the released code does: what it then descends is the
             distillation loss itself, over the group's deviation.
 
@@ -97,7 +97,17 @@ def clipped_policy(
     anchor_weight: float,
     detach_advantage: bool,
 ) -> Matched:
-    """Takes the clipped policy loss of each step, max(-A r, -A clip(r)), r the ratio of its probabilities."""
+    """Takes the clipped policy loss of each step, max(-A r, -A clip(r)), r the ratio of its probabilities.
+
+    Args:
+        velocity: Float tensor [Q, ...], the student's, with gradient.
+        q: The questions that `flow_opd` made.
+        sigmas: float32 tensor [N + 1], the noise levels.
+        noise_level, max_advantage, clip_range, anchor_weight, detach_advantage: As in `flow_opd`.
+
+    Returns:
+        The loss, and what is watched of the velocities.
+    """
     assert q.depth is not None  # asked on the rollout
     target = q.answers.target()
     mean, deviation = transition(velocity, q.states, q.depth, sigmas, noise_level)

@@ -17,6 +17,17 @@ def joint(
 
     Noise levels have the rollout's shift. The weight sigma^2 makes it the error of the clean estimate, as the embedded
     sources were trained.
+
+    Args:
+        student: Is not asked.
+        sources: Are not asked.
+        batch: B samples.
+        clean: Float tensor [B, ...], the data's own pictures.
+        shift: The shift of the noise levels.
+        generator: Draws the batch's randomness.
+
+    Returns:
+        B questions off the rollout's noise levels.
     """
     sigma = shift_sigma(rand(generator, len(batch)), shift).clamp(min=1e-3).to(clean)
     states, sample = noised(clean, batch.noise, sigma), torch.arange(len(batch))

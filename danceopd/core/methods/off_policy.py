@@ -29,6 +29,16 @@ def off_policy(
 
     Noise levels are drawn with the rollout's shift, and the weight is sigma^2, as in joint training, so that only the
     answers differ from it.
+
+    Args:
+        student: Is not asked.
+        sources, batch, sigmas, generator, solver: As in `danceopd`.
+        clean: Float tensor [B, ...], the data's own pictures.
+        shift: The shift of the noise levels.
+        states_from: ``data`` noises the data's pictures, ``sources`` those that the sources draw.
+
+    Returns:
+        B questions off the rollout's noise levels.
     """
     sigma = shift_sigma(rand(generator, len(batch)), shift).clamp(min=1e-3).to(clean)
     noise = batch.noise

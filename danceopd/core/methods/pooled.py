@@ -14,10 +14,13 @@ from danceopd.core.rollout import rollout
 
 
 class Pooled:
-    """Each trajectory is asked at `visits` indices, from the noisiest on, and goes on with the student of its day.
+    """Asks each trajectory at `visits` indices, from the noisiest on, which goes on with the student of each update.
 
     An update starts B / visits trajectories, goes on with those of the updates before, and asks each once: in the
     long run every visit is equally frequent, so the indices asked follow the query's own distribution.
+
+    Args:
+        student: Is not read.
     """
 
     def __init__(self, student: torch.nn.Module):
@@ -37,7 +40,15 @@ class Pooled:
         gap: torch.Tensor | None = None,
         visits: int = 2,
     ) -> Questions:
-        """Asks each trajectory under way once: B questions (up to a multiple of visits), fewer in the first updates."""
+        """Asks each trajectory under way once.
+
+        Args:
+            student, sources, batch, sigmas, generator, solver, bias, gap: As in `danceopd`.
+            visits: How often a trajectory is asked, each time in another update.
+
+        Returns:
+            B questions (up to a multiple of visits), fewer in the first updates.
+        """
         fresh = batch[: -(-len(batch) // visits)]
         depth = query(len(fresh), len(sigmas) - 1, generator, bias=bias, k=visits, gap=gap)
         older = [(old.to(batch.noise.device), *rest) for old, *rest in self.waiting]
@@ -57,6 +68,11 @@ class Pooled:
         return on_rollout(sources, asked, until[:, None], states, sigma, sigmas, share=share)
 
     def state_dict(self) -> dict:
+        """Collects what a checkpoint keeps.
+
+        Returns:
+            The trajectories under way.
+        """
         return {
             "waiting": [
                 [batch.noise, batch.route, [getattr(batch.conditioning, f.name) for f in fields(Conditioning)], *rest]
@@ -65,6 +81,11 @@ class Pooled:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Goes on from a checkpoint.
+
+        Args:
+            state: What state_dict returned.
+        """
         self.waiting = [
             (Batch(noise, Conditioning(*values), route), *rest) for noise, route, values, *rest in state["waiting"]
         ]

@@ -22,7 +22,14 @@ def sds(
     solver: str = "euler",
     bias: str = "low_t",
 ) -> Questions:
-    """Asks the sources where the student's clean estimate should move, against the noise itself (arXiv 2209.14988)."""
+    """Asks the sources where the student's clean estimate should move, against the noise itself (arXiv 2209.14988).
+
+    Args:
+        student, sources, batch, sigmas, generator, solver, bias: As in `danceopd`.
+
+    Returns:
+        B questions, whose moves are in ``rest``.
+    """
     return score_questions(student, sources, batch, sigmas, generator, solver, bias)[0]
 
 
@@ -31,7 +38,7 @@ def score_questions(student, sources, batch, sigmas, generator, solver, bias, fa
 
     Args:
         student, sources, batch, sigmas, generator, solver, bias: As in `danceopd`.
-        fake: The network whose velocity the source's is held against; None is the noise itself.
+        fake: The field whose velocity the source's is compared with; None compares it with the noise itself.
 
     Returns:
         The questions, and the student's clean estimates [B, ...].
@@ -60,7 +67,12 @@ def score_questions(student, sources, batch, sigmas, generator, solver, bias, fa
 def moved(velocity: torch.Tensor, q: Questions) -> Matched:
     """Takes half the squared distance of the clean estimate to itself moved: its gradient is the move's opposite.
 
-    What is watched is how far the source is from what its velocity is held against.
+    Args:
+        velocity: Float tensor [Q, ...], the student's, with gradient.
+        q: The questions, with the moves in ``rest``.
+
+    Returns:
+        The loss; what is watched is how far the source is from the velocity that it is compared with.
     """
     clean = q.states - per_sample(q.sigma, q.states) * velocity.to(q.states.dtype)
     loss = velocity_mse(clean, clean.detach() + q.rest["move"]) / 2 * q.weight

@@ -16,6 +16,7 @@ from danceopd.models.loading import class_name_of
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.ranks import ALONE, Ranks, agreed
+from danceopd.support.texts import parse_json
 
 MARK = "generation.json"  # what drew a folder's pictures
 
@@ -125,7 +126,7 @@ def check_mark(metadata: list[dict], folder: Path, how: Drawing) -> None:
         if not line.exists():
             continue
         try:
-            same = index < len(metadata) and json.loads(line.read_text(encoding="utf-8")) == metadata[index]
+            same = index < len(metadata) and parse_json(line.read_bytes()) == metadata[index]
         except ValueError:
             same = False
         if not same:
@@ -139,7 +140,7 @@ def check_mark(metadata: list[dict], folder: Path, how: Drawing) -> None:
             raise UserError(f"{folder} holds pictures that another tool drew; leave out --model to score them")
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = parse_json(path.read_bytes())
         changed = [key for key in now if before[key] != now[key]]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; draw into another folder") from None

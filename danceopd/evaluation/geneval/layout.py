@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from danceopd.evaluation.geneval.rules import CLASSES, CLAUSE, COLORS, RELATIONS, SAMPLE, Objects
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.hints import did_you_mean
+from danceopd.support.pictures import check_picture_file
+from danceopd.support.texts import lines_of, parse_json, read_text
 
 
 def check_metadata(metadata: dict, where: str) -> dict:
@@ -47,6 +47,7 @@ def check_metadata(metadata: dict, where: str) -> dict:
                     isinstance(position, list)
                     and len(position) == 2
                     and position[0] in RELATIONS
+                    and type(position[1]) is int  # 0.0 and false are equal to 0, and no place in a list
                     and position[1] in range(place)
                 )
                 need(good, f"{at} has the position {position!r}; it is [{'|'.join(RELATIONS)}, an earlier clause]")
@@ -55,19 +56,12 @@ def check_metadata(metadata: dict, where: str) -> dict:
 
 def read_lines(path: Path) -> list[tuple[str, dict]]:
     """Reads a JSONL file: (where it stands, the object) of every line; a UserError for what is none."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
     lines = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                lines.append((f"{path}:{number}", json.loads(line)))
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON, or torn ({error}); make the file again") from None
+    for number, line in lines_of(read_text(path)):
+        try:
+            lines.append((f"{path}:{number}", parse_json(line)))
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not JSON, or torn ({error}); make the file again") from None
     if not lines:
         raise UserError(f"{path} is empty")
     return lines
@@ -152,9 +146,8 @@ def _some(names: list[str]) -> str:
 
 def _is_whole(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
-            image.verify()  # every chunk's checksum: decoding them all would take minutes
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        check_picture_file(path)  # every chunk's checksum: decoding them all would take minutes
+    except ValueError:
         return False
     return True
 

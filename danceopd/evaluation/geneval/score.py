@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 
 from danceopd.evaluation.geneval import models
 from danceopd.evaluation.geneval.layout import read_pictures, record, write_results
@@ -15,7 +14,9 @@ from danceopd.evaluation.geneval.rules import check_picture, kept
 from danceopd.models.fingerprint import fingerprint
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.pictures import decode_picture
 from danceopd.support.ranks import ALONE, Ranks, agreed
+from danceopd.support.texts import parse_json
 
 
 # Long: a third of it says what its arguments are.
@@ -109,10 +110,10 @@ def key_of(picture: Path, metadata: dict, by: str) -> str:
 def read_kept(file: Path) -> dict[str, dict]:
     """Reads the results of a prompt that score_folder kept, by key_of; a line that is torn is left out."""
     lines = {}
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
+    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
         try:
-            entry = json.loads(line)
-            if isinstance(entry["record"]["correct"], bool):
+            entry = parse_json(line)
+            if isinstance(entry["record"]["correct"], bool) and isinstance(entry["key"], str):
                 lines[entry["key"]] = entry["record"]
         except (ValueError, KeyError, TypeError):
             continue
@@ -128,10 +129,9 @@ def score_pictures(
     pictures = []
     for path in paths:
         try:
-            with Image.open(path) as opened:
-                pictures.append(ImageOps.exif_transpose(opened).convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it and draw it again") from None
+            pictures.append(decode_picture(path))
+        except ValueError as error:
+            raise UserError(f"{path} cannot be used ({error}); remove it and draw it again") from None
     lines = []
     for path, picture, found in zip(paths, pictures, detect(pictures), strict=True):
         objects = {name: kept(found[name], metadata["tag"], max_overlap) for name in found}

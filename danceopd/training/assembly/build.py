@@ -89,7 +89,19 @@ def build_model(config: Config, ranks: Ranks = ALONE, settings: dict | None = No
 
 
 def run_attention(config: Config, backbone, device) -> str:
-    """Returns the attention backend of a run, as `models.attention.attention_backend` finds it for these settings."""
+    """Finds the attention backend of a run, by `models.attention.attention_backend` for these settings.
+
+    Args:
+        config: The run's.
+        backbone: The module of the model's family.
+        device: Where the run computes.
+
+    Returns:
+        The backend's name, as diffusers calls it.
+
+    Raises:
+        UserError: If the backend that the configuration names cannot be had.
+    """
     # A student of all weights is in float32: autocast casts for torch's attention, and for no other.
     half = config.training.precision == "bf16" and config.student.lora is not None
     return attention_backend(config.training.attention_backend, config.model, half, backbone, device)

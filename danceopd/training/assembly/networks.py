@@ -114,7 +114,19 @@ def make_student(
     shared: SharedBase | None = None,
     layers: Sequence[str] = (),
 ) -> nn.Module:
-    """Makes the student on its device, as it begins: as an adapter on shared, or as a transformer."""
+    """Makes the student on its device, as it begins: as an adapter on shared, or as a transformer.
+
+    Args:
+        config: The run's.
+        backbone: The module of the model's family.
+        start: What it begins as: an adapter, or a transformer in float32.
+        device: Where the run computes.
+        shared: The transformer that an adapter lies on.
+        layers: The layers that an adapter changes.
+
+    Returns:
+        The student.
+    """
     lora, embedded = config.student.lora, config.student.embedded_guidance
     checkpointing = config.training.gradient_checkpointing
     if lora is None:
@@ -131,23 +143,38 @@ def make_student(
 
 
 def start_folder(config: Config) -> Path | str:
-    """Returns the folder with the configuration of the transformer that a student begins as, or that it adapts."""
+    """Finds the folder with the configuration of the transformer that a student begins as, or that it adapts.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        The folder, of the model or of a source.
+    """
     source = config.sources.get(config.student.init_from)
     return config.model if source is None else source_folder(config, source)
 
 
 def student_layers(config: Config, backbone: ModuleType, transformer: nn.Module) -> list[str]:
-    """Returns the layers that the student's adapter changes: the configuration's, or those of the family that are
-    there.
+    """Finds the layers that the student's adapter changes.
 
-    A family's list is that of its largest model. Raises UserError as target_layers does.
+    Args:
+        config: The run's, whose targets are taken where it gives some.
+        backbone: The module of the model's family, whose list is that of its largest model.
+        transformer: The transformer that is adapted.
+
+    Returns:
+        Their names; of the family's list those that are there.
+
+    Raises:
+        UserError: As target_layers does.
     """
     targets = config.student.lora.targets
     return target_layers(transformer, targets or backbone.LORA_TARGETS, every=bool(targets))
 
 
 def _unread_start(config: Config, loras: dict[str, Lora], empty: nn.Module, others: dict[str, nn.Module]) -> Unread:
-    """Returns what a student of all weights begins as."""
+    """Finds what a student of all weights begins as."""
 
     def own(name: str) -> Weights:
         return _unread(config.sources[name], config, None, others[name]).weights

@@ -19,7 +19,7 @@ from danceopd.training.zero.lockstep import Lockstep
 
 @dataclass
 class Parts:
-    """The networks and data of a run, put together by `training.assembly.build.build_model` or `world.build.build`.
+    """Holds a run's networks and data, put together by `training.assembly.build.build_model` or `world.build.build`.
 
     Attributes:
         student: The network that is trained, on its device.
@@ -54,14 +54,29 @@ class Problems(list[str]):
     """Collects what is wrong with a run, so that all of it is said at once: a list of "key: message"."""
 
     def attempt(self, key: str, function: Callable, *args):
-        """Returns function(*args), or None after noting under the key what a user can mend."""
+        """Calls a function, and notes under a key what a user can mend.
+
+        Args:
+            key: The configuration's key that the function is about.
+            function: Is called with args.
+
+        Returns:
+            What the function returns, or None where it raised ValueError or OSError.
+        """
         try:
             return function(*args)
         except (ValueError, OSError) as error:
             self.append(f"{key}: {error}")
 
     def stop(self, ranks: Ranks = ALONE) -> None:
-        """Raises UserError if anything is wrong; with several ranks, on all of them if anything is on one."""
+        """Stops the run if anything is wrong; with several ranks, on all of them if anything is on one.
+
+        Args:
+            ranks: The processes of the run.
+
+        Raises:
+            UserError: Lists what is wrong.
+        """
         for rank, found in sorted(enumerate(ranks.gather(list(self))), key=lambda item: item[0] != ranks.rank):
             if found:
                 where = "" if rank == ranks.rank else f" on rank {rank}"
@@ -69,5 +84,13 @@ class Problems(list[str]):
 
 
 def averaged_student(empty: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """Returns the averaged student (EMA) of a checkpoint, in float32 on the CPU; empty: the student without values."""
+    """Makes the averaged student (EMA) of a checkpoint.
+
+    Args:
+        empty: The student without values.
+        checkpoint: The checkpoint.
+
+    Returns:
+        The network, in float32 on the CPU.
+    """
     return twin(empty, lambda name, p: checkpoint.tensor(f"ema/{name}"))

@@ -41,12 +41,15 @@ def check_machine(config: Config, attempt: Callable) -> torch.device | None:
 def check_folder(folder: Path) -> None:
     """Makes the folder of a run and writes a file into it, so that a run fails now and not after an hour.
 
+    Args:
+        folder: The run's training.output_dir.
+
     Raises:
         UserError: The folder cannot be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # of a name that no other rank has
+        with tempfile.TemporaryFile(dir=folder):  # under a name that no other rank has
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another output_dir") from None

@@ -16,7 +16,16 @@ from danceopd.support.errors import UserError
 
 
 def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Samples | None:
-    """Reads the rows of every capability, in groups that may share a batch; None where some cannot be used."""
+    """Reads the prepared rows of every capability, in groups that may share a batch.
+
+    Args:
+        config: The run's.
+        backbone: The module of the model's family.
+        attempt: Calls a function, and notes under a key what a user can mend.
+
+    Returns:
+        The samples; None where some rows cannot be used.
+    """
     steps = config.rollout.num_inference_steps
     encoders = fingerprints(config.model)
     for name, capability in config.capabilities.items():
@@ -44,14 +53,30 @@ def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Sa
 
 
 def drawing_sigmas(config: Config, backbone: ModuleType, samples: Samples) -> dict[tuple[int, ...], torch.Tensor]:
-    """Returns {latents' shape: noise levels of a picture drawn in evaluation.num_inference_steps}."""
+    """Works out the noise levels of pictures drawn in evaluation.num_inference_steps.
+
+    Args:
+        config: The run's.
+        backbone: The module of the model's family.
+        samples: The run's samples, of whose sizes pictures are drawn.
+
+    Returns:
+        {the latents' shape: float32 tensor [N + 1]}.
+    """
     steps = config.evaluation.num_inference_steps
     sizes = {g.shape: next(tuple(rows.rows[0]["size"]) for rows in g.data if len(rows)) for g in samples.groups}
     return {tuple(shape): backbone.sigmas(config.model, steps, *size) for shape, size in sizes.items()}
 
 
 def check_decoder(config: Config) -> None:
-    """Checks that the VAE is there, which sample grids need; a UserError where they are drawn and it is not."""
+    """Checks that the VAE is there, which sample grids need.
+
+    Args:
+        config: The run's.
+
+    Raises:
+        UserError: Sample grids are drawn and it is not there.
+    """
     if config.training.sample_every and (config.model / "vae" / "config.json").is_file():  # else latent_shape says it
         try:
             check_weights(config.model / "vae")
@@ -60,6 +85,7 @@ def check_decoder(config: Config) -> None:
 
 
 def _check_task(task: str, backbone: ModuleType, model) -> None:
+    """Checks that the model does a capability's task."""
     if task not in backbone.tasks(model):
         raise UserError(
             f"{task}, but a {class_name_of(model)} has no source pictures; use the family's model that edits"
@@ -67,13 +93,19 @@ def _check_task(task: str, backbone: ModuleType, model) -> None:
 
 
 def rows_of(path, name: str, capability, with_clean: bool) -> PreparedData:
-    """Reads the prepared rows of a capability; a UserError for a file or rows that cannot be used.
+    """Reads the prepared rows of a capability.
 
     Args:
         path: The file.
         name: The capability's key in the configuration.
         capability: Its section there.
         with_clean: Whether the method learns from finished pictures.
+
+    Returns:
+        The rows.
+
+    Raises:
+        UserError: The file or its rows cannot be used.
     """
     data = PreparedData(path, capability.capability or name)
     if (capability.task == "edit") != data.has_source:

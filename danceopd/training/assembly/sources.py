@@ -28,7 +28,7 @@ from danceopd.training.zero.sharding import built, in_turn, sharded
 
 @dataclass
 class Unread:
-    """A transformer that is to be built, in shards or whole.
+    """Describes a transformer that is to be built, in shards or whole.
 
     Attributes:
         empty: On the meta device.
@@ -44,7 +44,13 @@ class Unread:
 def own_networks(config: Config, backbone: ModuleType, attempt: Callable) -> dict[str, nn.Module]:
     """Makes the transformer of each source with weights of its own on the meta device.
 
-    Sources that are the same have one.
+    Args:
+        config: The run's.
+        backbone: The module of the model's family.
+        attempt: Calls a function, and notes under a key what a user can mend.
+
+    Returns:
+        The transformers by source; sources that are the same have one.
     """
     dtype, found, networks = PRECISIONS[config.training.precision], {}, {}
     for name, source in config.sources.items():
@@ -66,13 +72,15 @@ def place_sources(
     lockstep: Lockstep | None,
     settings: dict | None,
 ) -> dict:
-    """Makes sources with transformers of their own fields without guidance, and moves them to where they wait to be
-    asked.
+    """Makes sources with transformers of their own fields without guidance, and moves them to where they wait.
 
     Args:
-        config, backbone, device: The run's.
+        config: The run's.
+        backbone: The module of the model's family.
+        device: Where the run computes.
         networks: As load_networks returns them.
-        lockstep, settings: Of the ranks and DeepSpeed, which keeps Unread ones in shards; every rank calls this.
+        lockstep: Keeps the ranks in step; every rank calls this.
+        settings: DeepSpeed's, which keeps Unread ones in shards.
 
     Returns:
         The sources as model_fields takes them.
@@ -90,24 +98,44 @@ def place_sources(
 
 
 def needs_base(config: Config) -> bool:
-    """Returns whether a run keeps the model's own transformer, frozen: for its student's adapter or for sources."""
+    """Tells whether a run keeps the model's own transformer, frozen: for its student's adapter or for sources.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        Whether it does.
+    """
     return bool(config.student.lora or sources_on_base(config))
 
 
 def source_folder(config: Config, source: Source) -> Path | str:
-    """Returns the folder with the configuration of a source's transformer: a single file is of the model's
-    architecture.
+    """Finds the folder with the configuration of a source's transformer.
+
+    Args:
+        config: The run's.
+        source: The source.
+
+    Returns:
+        The folder; the model's where the source's weights are a single file, which is of the model's architecture.
     """
     return config.model if source.weights in (None, "base") or is_file_name(source.weights) else source.weights
 
 
 def sources_on_base(config: Config) -> list[str]:
-    """Returns the sources that are the model's own transformer, as it is or with adapters."""
+    """Lists the sources that are the model's own transformer, as it is or with adapters.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        Their names.
+    """
     return [name for name, source in config.sources.items() if source.weights in (None, "base")]
 
 
 def model_fields(config: Config, combination: Callable | None, fields: dict, empty_prompt) -> list[Field]:
-    """Returns each route's field, in the order of the capabilities, guided where the configuration says so.
+    """Makes each route's field, guided where the configuration says so.
 
     Sources on one transformer are asked in one forward for a mixed batch.
 
@@ -115,7 +143,10 @@ def model_fields(config: Config, combination: Callable | None, fields: dict, emp
         config: The run's.
         combination: The model's own guidance, for `guided`.
         fields: As place_sources returns them.
-        empty_prompt: Its encoding.
+        empty_prompt: The encoded empty prompt.
+
+    Returns:
+        The fields, in the order of the capabilities.
     """
     result = []
     for capability in config.capabilities.values():
@@ -131,6 +162,7 @@ def model_fields(config: Config, combination: Callable | None, fields: dict, emp
 
 
 def _ask(shared: SharedBase) -> Field:
+    """Makes a shared transformer the field that its samples' adapters answer."""
     return lambda latents, sigma, conditioning: shared(latents, sigma, conditioning, conditioning.adapter)
 
 
@@ -170,7 +202,13 @@ def _unread(source: Source, config: Config, _: ModuleType, empty: nn.Module) -> 
 def read(network: Unread, ranks: Ranks = ALONE, settings: dict | None = None) -> nn.Module:
     """Reads the transformer, on the CPU, in eval mode.
 
-    With DeepSpeed's settings each of the ranks holds a shard of it.
+    Args:
+        network: What is to be built.
+        ranks: The processes of the run.
+        settings: DeepSpeed's, with which each of the ranks holds a shard of it; None for the whole.
+
+    Returns:
+        The transformer.
     """
     return built(network.folder, network.weights, network.empty.dtype, ranks, settings)
 
@@ -204,10 +242,12 @@ def _placed(network: nn.Module, config: Config, device: torch.device) -> nn.Modu
 
 
 def _embedding(field: Field, guidance: float | None) -> Field:
+    """Gives a field's samples one embedded guidance."""
     return lambda latents, sigma, conditioning: field(latents, sigma, conditioning.embedding(guidance))
 
 
 def _check_embedded(transformer: nn.Module, given: float | None) -> None:
+    """Checks that an embedded guidance is given where a transformer takes one, and nowhere else."""
     takes, name = getattr(transformer.config, "guidance_embeds", False), type(transformer).__name__
     if takes and given is None:
         raise UserError(f"this {name} takes its guidance as an input; give the number, such as its pipeline's default")

@@ -12,12 +12,15 @@ from danceopd.support.errors import UserError
 
 
 def start_weights(config: Config, loras: dict[str, Lora], own: Callable[[str], Weights]) -> Weights:
-    """Returns the weights of the transformer that a full student begins as.
+    """Finds the weights of the transformer that a full student begins as.
 
     Args:
         config: The run's.
         loras: What each source on the model's own transformer adds to it, by its name.
         own: Returns the weights of any other source.
+
+    Returns:
+        The weights.
 
     Raises:
         UserError: Weights cannot be loaded, or transformers to be merged differ.
@@ -37,7 +40,17 @@ def start_weights(config: Config, loras: dict[str, Lora], own: Callable[[str], W
 
 
 def check_alike(one: str, shapes: Mapping[str, torch.Size], other: str, others: Mapping[str, torch.Size]) -> None:
-    """Checks that two networks have the same tensors, so that their mean can be taken; a UserError if not."""
+    """Checks that two networks have the same tensors, so that their mean can be taken.
+
+    Args:
+        one: What the first is called.
+        shapes: Its tensors' shapes by name.
+        other: What the second is called.
+        others: Its tensors' shapes by name.
+
+    Raises:
+        UserError: They differ.
+    """
     differing = sorted(key for key in shapes.keys() | others.keys() if shapes.get(key) != others.get(key))
     if differing:
         raise UserError(
@@ -47,12 +60,15 @@ def check_alike(one: str, shapes: Mapping[str, torch.Size], other: str, others: 
 
 
 def start_lora(config: Config, loras: dict[str, Lora], layers: list[str]) -> Lora:
-    """Returns what a LoRA student begins as; empty for the base.
+    """Finds the adapter that a LoRA student begins as.
 
     Args:
         config: The run's.
         loras: Each source's, by its name; one of the base alone is empty.
         layers: Those that the student changes.
+
+    Returns:
+        The adapter; empty for the base.
 
     Raises:
         UserError: Names the layers which the student does not have.
@@ -76,6 +92,10 @@ def begin(student: LoraStudent, lora: Lora) -> None:
     """Makes an adapter add what lora adds, as nearly as its rank can: exactly where lora's is no larger.
 
     What of the rank is not needed stays as it was, random in A and zero in B, so that it can be trained.
+
+    Args:
+        student: Whose factors are changed.
+        lora: What it adds from then on.
     """
     for name, factors in lora.items():
         a, b = truncated(*factors, student.rank)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class NotCapturable(Exception):
-    """Why a step cannot be a graph."""
+    """Says why a step cannot be a graph."""
 
 
 class GraphSafe(TorchDispatchMode):
@@ -43,6 +43,7 @@ class GraphSafe(TorchDispatchMode):
 
 
 def _storage(tensor: torch.Tensor) -> int:
+    """Returns a number of the storage that a tensor lies in."""
     try:
         return tensor.untyped_storage()._cdata
     except NotImplementedError:  # a tensor of several
@@ -50,6 +51,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _refusal(func, args, kwargs, tensors: list[torch.Tensor]) -> str | None:
+    """Says why a graph could not repeat an operation; None where it could."""
     name, tags = str(func).split(".")[1] if "." in str(func) else str(func), getattr(func, "tags", ())
     if torch.Tag.data_dependent_output in tags:
         return "reads a value on the host"
@@ -70,10 +72,16 @@ def _refusal(func, args, kwargs, tensors: list[torch.Tensor]) -> str | None:
 
 @contextmanager
 def constants(made: dict) -> Iterator[None]:
-    """Numbers and lists that this thread makes tensors of become the same tensor each time, kept in `made`.
+    """Makes numbers and lists that this thread makes tensors of the same tensor each time.
 
     Models make some at every step; a graph could not repeat the copy to the device. The two functions are replaced,
     since a mode of torch's would have compiled blocks compiled once more.
+
+    Args:
+        made: Keeps the tensors.
+
+    Returns:
+        The context.
     """
     thread = threading.get_ident()
 

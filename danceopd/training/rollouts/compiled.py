@@ -9,12 +9,19 @@ from danceopd.models.fp8 import Fp8Linear
 
 
 def compile_blocks(network: nn.Module, backend: str | Callable = "inductor") -> int:
-    """torch.compile each repeated block of a transformer in place: the modules in the lists at its top; their number.
+    """Compiles each repeated block of a transformer in place, by torch.compile: the modules in the lists at its top.
 
     Blocks of one class and layout share what is compiled. A second size of the batch makes the size a symbol, and no
     further one compiles anything but a single sample, which torch always takes apart. Layers with adapters, each of
     which is looked up by its name, run as they are: compiled, each block would be one of its own. So do those in FP8,
     whose kernels torch does not see into.
+
+    Args:
+        network: The transformer, or a student that has one.
+        backend: As torch.compile takes it.
+
+    Returns:
+        The number of blocks.
     """
     import torch._dynamo  # takes its time
 

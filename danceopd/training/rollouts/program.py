@@ -9,7 +9,7 @@ from danceopd.core.conditioning import Conditioning
 from danceopd.core.fields import Field
 from danceopd.core.solver import extrapolate
 from danceopd.training.rollouts.capture import GraphSafe, NotCapturable, constants
-from danceopd.training.rollouts.kinds import _flat
+from danceopd.training.rollouts.layouts import _flat
 
 # Sizes of a batch, in equal steps. Under low_t with 16 or 8 indices the padding is none of the evaluations up to 16
 # samples, 1.6 % at 32, 2.4 % at 64; eight sizes would be 2.8, 4.3 and 5.1 %, powers of two 11, 12 and 13 %.
@@ -17,15 +17,22 @@ BUCKETS = 16
 
 
 class Program:
-    """The static step of one kind and shape of samples, of up to `capacity` of them, and its graphs by their number.
+    """Steps the samples of one layout and shape in buffers that stay where they are, and keeps the step's graphs.
 
-    Buffers: latents z [capacity, ...] float32; numbers [3, capacity] float32, the rows sigma, next sigma and half the
-    ratio of the step to the one before (ab2; 0 in a trajectory's first); active [capacity] bool; conditioning;
-    previous, the velocity before (ab2). solver None: the field's velocity is left in `velocity`, and z stays.
+    The buffers are the latents z [capacity, ...] float32; numbers [3, capacity] float32, whose rows are sigma, the next
+    sigma and half the ratio of the step to the one before (ab2; 0 in a trajectory's first); active [capacity] bool; the
+    conditioning; and previous, the velocity before (ab2).
+
+    Args:
+        field: The field of the step.
+        z: Float tensor [n, ...], real samples of the shape.
+        conditioning: What they are conditioned on.
+        capacity: Number of samples that there is room for.
+        solver: ``euler`` or ``ab2``; None leaves the field's velocity in `velocity`, and z as it is.
     """
 
     def __init__(self, field: Field, z: torch.Tensor, conditioning: Conditioning, capacity: int, solver: str | None):
-        def room(value: torch.Tensor) -> torch.Tensor:  # of real samples, such that padding computes nothing strange
+        def room(value: torch.Tensor) -> torch.Tensor:  # filled with real samples, so padding computes nothing strange
             return value[:1].repeat(capacity, *(1,) * (value.dim() - 1))
 
         self.field, self.capacity, self.solver = field, capacity, solver
@@ -39,7 +46,12 @@ class Program:
         self.graphs: dict[int, tuple] = {}  # by number of samples; with the tensors that the graph reads
 
     def fill(self, z: torch.Tensor, conditioning: Conditioning) -> None:
-        """Take n samples, at the beginning of their trajectories."""
+        """Takes samples, at the beginning of their trajectories.
+
+        Args:
+            z: Float tensor [n, ...], their latents.
+            conditioning: What they are conditioned on.
+        """
         n = len(z)
         self.z[:n].copy_(z)
         for own, value in zip(_flat(self.conditioning)[0], _flat(conditioning)[0], strict=True):
@@ -49,11 +61,22 @@ class Program:
             self.previous.zero_()
 
     def size(self, n: int) -> int:
-        """The number of samples that a step of n takes."""
+        """Finds the number of samples that a step takes.
+
+        Args:
+            n: Number of samples that are under way.
+
+        Returns:
+            The smallest size that holds them.
+        """
         return next(size for size in self.sizes if size >= n)
 
     def step(self, n: int) -> None:
-        """What is captured: one step of the first n samples."""
+        """Makes one step of the first samples; this is what a graph captures.
+
+        Args:
+            n: Their number, one of `sizes`.
+        """
         if n not in self._first:
             conditioning, shape = self.conditioning[:n], (-1, *(1,) * (self.z.dim() - 1))
             rest = [None if t is None else t[:n] for t in (self.active, self.previous, self.velocity)]
@@ -71,7 +94,17 @@ class Program:
         euler_step_(z, velocity.contiguous(), sigma, next_sigma, active=active)
 
     def capture(self, n: int, made: dict, stream: torch.cuda.Stream, pool) -> None:
-        """Make the graph of n samples. Raises NotCapturable with the reason; the buffers stay as they were."""
+        """Captures the graph of one size; the buffers stay as they were.
+
+        Args:
+            n: The size, a number of samples.
+            made: Keeps the tensors that `constants` makes.
+            stream: The stream to capture on.
+            pool: The memory pool that all graphs share.
+
+        Raises:
+            NotCapturable: With the reason.
+        """
         kept = [t[:n].clone() for t in (self.z, self.previous) if t is not None]
         before, graph = GraphSafe(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
@@ -97,7 +130,7 @@ class Program:
 
 @contextmanager
 def _no_kept_casts():
-    """Of weights that autocast casts: one that outlives a step would be an old one in later steps."""
+    """Keeps autocast from caching the weights that it casts: one that outlives a step would be old in later steps."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

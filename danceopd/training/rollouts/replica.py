@@ -11,15 +11,27 @@ from danceopd.models.fp8 import Fp8Linear, to_fp8
 from danceopd.models.twins import twin
 
 
-class Place(NamedTuple):
-    """Where a parameter's value goes: put(value), which comes in dtype."""
+class Destination(NamedTuple):
+    """Tells where a parameter's value goes.
+
+    Attributes:
+        dtype: The dtype that the value comes in.
+        write: ``write(value)`` puts it there.
+    """
 
     dtype: torch.dtype
-    put: Callable[[torch.Tensor], object]
+    write: Callable[[torch.Tensor], object]
 
 
 def rollout_precision(config: Config) -> str | None:
-    """What training.rollout_precision asks beyond the student itself: nothing of an adapter whose base is in it."""
+    """Tells what training.rollout_precision asks beyond the student itself.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        ``bf16`` or ``fp8``; None for the student's own precision, and for that of the base under an adapter.
+    """
     wanted, training = config.training.rollout_precision, config.training
     if config.student.lora and wanted in (training.precision, training.base_precision):
         return None
@@ -27,17 +39,31 @@ def rollout_precision(config: Config) -> str | None:
 
 
 def multiplies_in_bf16(config: Config) -> bool:
-    """Whether autocast is on around the student; an adapter runs as its base does."""
+    """Tells whether autocast is on around the student; an adapter runs as its base does.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        Whether it is.
+    """
     return config.training.precision == "bf16" and not config.student.lora
 
 
 def make_replica(student: nn.Module, device: torch.device, config: Config) -> nn.Module:
-    """A copy to be filled through `places`, whose addresses stay.
+    """Makes a copy of the student to be filled through `destinations`, whose addresses stay.
 
-    student: whose values are not read, but those of the frozen base under an adapter. In the student's own precision
-    the weights that autocast casts to bfloat16 are stored so. rollout_precision: bf16 stores the same ones and makes
-    the products in it too; fp8 stores the linear layers in the blocks so, from what the student multiplies with, and
-    leaves the rest to bf16. An adapter keeps its float32, on a copy of its base in FP8.
+    In the student's own precision the weights that autocast casts to bfloat16 are stored so. Of rollout_precision, bf16
+    stores the same ones and makes the products in it too; fp8 stores the linear layers in the blocks so, from what the
+    student multiplies with, and leaves the rest to bf16. An adapter keeps its float32, on a copy of its base in FP8.
+
+    Args:
+        student: Whose values are not read, but those of the frozen base under an adapter.
+        device: Where the copy lies.
+        config: The run's.
+
+    Returns:
+        The replica, in eval mode.
     """
     precision = rollout_precision(config)
     narrow = multiplied(student) if multiplies_in_bf16(config) or precision == "bf16" else set()
@@ -54,17 +80,31 @@ def make_replica(student: nn.Module, device: torch.device, config: Config) -> nn
     return copied
 
 
-def places(network: nn.Module) -> dict[str, Place]:
-    """The place of each parameter by its name."""
-    found = {name: Place(p.dtype, p.copy_) for name, p in network.named_parameters()}
+def destinations(network: nn.Module) -> dict[str, Destination]:
+    """Finds where the value of each parameter goes.
+
+    Args:
+        network: A replica, or a student.
+
+    Returns:
+        The destinations by the parameters' names.
+    """
+    found = {name: Destination(p.dtype, p.copy_) for name, p in network.named_parameters()}
     for name, module in network.named_modules():
         if isinstance(module, Fp8Linear):
-            found[f"{name}.weight"] = Place(module.dtype, module.fill)
+            found[f"{name}.weight"] = Destination(module.dtype, module.fill)
     return found
 
 
 def multiplied(module: nn.Module) -> set[str]:
-    """The parameters that autocast casts to bf16."""
+    """Finds the parameters that autocast casts to bfloat16.
+
+    Args:
+        module: The network.
+
+    Returns:
+        Their names.
+    """
     return {
         f"{name}.{own}"
         for name, part in module.named_modules()
@@ -74,11 +114,20 @@ def multiplied(module: nn.Module) -> set[str]:
 
 
 def bytes_beside(replica: nn.Module, student: nn.Module) -> int:
-    """What a replica holds that the student does not hold too."""
+    """Adds up what a replica holds that the student does not hold too.
+
+    Args:
+        replica: The replica.
+        student: The student.
+
+    Returns:
+        Bytes.
+    """
     own, other = _tensors(replica), _tensors(student)
     return sum(tensor.nbytes for key, tensor in own.items() if key not in other)
 
 
 def _tensors(network: nn.Module) -> dict[int, torch.Tensor]:
+    """Finds a network's parameters and buffers, and those of the transformer under an adapter."""
     parts = (network, getattr(network, "transformer", network))  # the latter is no module of an adapter
     return {id(t): t for part in parts for t in (*part.parameters(), *part.buffers())}

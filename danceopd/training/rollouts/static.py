@@ -1,11 +1,4 @@
-"""Rollouts of static steps: tensors that stay where they are, and on CUDA a captured graph of each number of samples.
-
-A step evaluates the field and moves the latents in place. Noise levels and the mask of active samples are read on the
-device, and what a field would look up there is settled on the host before the first step: samples with and without
-source pictures, guided or not, with prompts of other lengths, go apart, each kind through all of its steps. As samples
-leave, a step shrinks to one of `BUCKETS` sizes; rows up to that size are of samples that have left, and are counted as
-padding. On the CPU the same steps run without graphs.
-"""
+"""Rollouts of static steps: tensors that stay where they are, and on CUDA a graph of each number of samples."""
 
 import sys
 from collections import Counter, OrderedDict
@@ -19,27 +12,33 @@ from danceopd.core.fields import Field
 from danceopd.core.rollout import rows_by_index
 from danceopd.core.solver import half_ratio
 from danceopd.models.packing import TOKENS
-from danceopd.training.asking import Rows
 from danceopd.training.rollouts.capture import NotCapturable
-from danceopd.training.rollouts.kinds import Kind, _device, _filled, _flat, _lengths, _of_kind, _tokens
+from danceopd.training.rollouts.layouts import Layout, _device, _filled, _flat, _in_layout, _lengths, _tokens
 from danceopd.training.rollouts.program import Program
+from danceopd.training.rows import Rows
 
-PROGRAMS = 32  # kinds and shapes of samples whose buffers and graphs are kept, the least recently used goes first
+PROGRAMS = 32  # layouts and shapes of samples whose buffers and graphs are kept, the least recently used goes first
 
 
 class StaticField:
-    """A field whose rollouts are static steps; asked by itself it is `field`.
+    """Rolls a field out in static steps; asked by itself it is `field`.
+
+    A step evaluates the field and moves the latents in place. Noise levels and the mask of active samples are read on
+    the device, and what a field would look up there is settled on the host before the first step: samples with and
+    without source pictures, guided or not, with prompts of other lengths, go apart, a layout through all its steps. As
+    samples leave, a step shrinks to one of `BUCKETS` sizes; rows up to that size are of samples that have left, and are
+    counted as padding. On the CPU the same steps run without graphs.
 
     Args:
         field: The field that is asked where no static steps are.
         ask: The same network as a field, for samples without guidance.
-        both: With guidance for all of them (always_guided).
+        both: The same with guidance for all of them (always_guided).
         networks: Whose parameters these read.
         capture: Makes graphs of the steps, on CUDA. Where a step cannot be captured, `reason` is printed once, and
             rollouts ask `field`.
         spent: Counts evaluations, which no step passes through `field` for: by `name` those of samples under way, as
             "padding" those of samples that have left.
-        name: See spent.
+        name: The key of the evaluations in spent.
         rows: How many rows a step takes at most.
     """
 
@@ -78,9 +77,13 @@ class StaticField:
         solver: str,
         start: torch.Tensor,
     ) -> torch.Tensor | None:
-        """The states [B, K, ...] float32 of danceopd.core.rollout.rollout; None where a step cannot be static.
+        """Integrates as danceopd.core.rollout.rollout does; each sample steps from its own start, so that none waits.
 
-        Each sample steps from its own start, so that none waits for another to come along.
+        Args:
+            noise, conditioning, sigmas, until, solver, start: As in `danceopd.core.rollout.rollout`.
+
+        Returns:
+            The states [B, K, ...] in float32; None where a step cannot be static.
         """
         if solver not in self.SOLVERS or self.reason:
             return None
@@ -88,16 +91,16 @@ class StaticField:
         sigmas = sigmas.to(noise.device)
         states = noise.float()[:, None].repeat(1, until.shape[1], *(1,) * (noise.dim() - 1))
         try:
-            for kind, rows in self._kinds(conditioning, lengths):
+            for layout, rows in self._layouts(conditioning, lengths):
                 rows = rows[steps[rows].argsort(descending=True, stable=True)]
                 capacity = min(self.rows.rows, len(noise))
                 rows = rows[steps[rows] > 0]
                 for own in rows.split(capacity) if len(rows) else ():
-                    there, guided = own.to(noise.device), kind.guided
-                    part = _of_kind(conditioning[there], kind)
+                    there, guided = own.to(noise.device), layout.guided
+                    part = _in_layout(conditioning[there], layout)
                     program = self._program(noise[there], part, guided, capacity, solver)
                     spent += self._integrate(program, sigmas, start[own], until[own], states, there, 1 + guided)
-                    tokens += _tokens(noise, part, kind, steps[own], lengths[own])
+                    tokens += _tokens(noise, part, layout, steps[own], lengths[own])
         except torch.OutOfMemoryError as error:
             self.programs.clear()
             self.rows.halve(capacity, error)
@@ -110,7 +113,7 @@ class StaticField:
         return states
 
     def _integrate(self, program: Program, sigmas, start, until, states, there, cost: int) -> Counter:
-        """All steps of the samples in a program, the deepest first; their states go into the rows `there` of states."""
+        """Makes all steps of a program's samples, the deepest first, and writes the rows `there` of states."""
         device, steps = sigmas.device, until.amax(1) - start
         number = torch.arange(int(steps[0]))[:, None]
         under_way = number < steps
@@ -135,12 +138,20 @@ class StaticField:
         return spent
 
     def fixed(self, conditioning: Conditioning) -> Field:
-        """The velocity of these samples without gradient: a field that its caller gives no other conditioning."""
+        """Makes the field of these samples without gradient, whose caller gives no other conditioning.
+
+        Args:
+            conditioning: What the samples are conditioned on.
+
+        Returns:
+            The field.
+        """
         lengths = _lengths(conditioning)
-        kinds = [
-            (kind, lengths[own], own.to(_device(conditioning))) for kind, own in self._kinds(conditioning, lengths)
+        layouts = [
+            (layout, lengths[own], own.to(_device(conditioning)))
+            for layout, own in self._layouts(conditioning, lengths)
         ]
-        parts = [_of_kind(conditioning[own], kind) for kind, _, own in kinds]
+        parts = [_in_layout(conditioning[own], layout) for layout, _, own in layouts]
         programs: list[Program] = []
 
         def velocity(latents, sigma, _):
@@ -148,8 +159,8 @@ class StaticField:
                 return self.field(latents, sigma, conditioning)
             result, spent, tokens = torch.empty_like(latents), Counter(), Counter()
             try:
-                for i, (kind, length, own) in enumerate(kinds):
-                    guided = kind.guided
+                for i, (layout, length, own) in enumerate(layouts):
+                    guided = layout.guided
                     if i == len(programs):
                         programs.append(self._program(latents[own], parts[i], guided, len(latents), None))
                     program, n = programs[i], len(own)
@@ -160,7 +171,7 @@ class StaticField:
                     result[own] = program.velocity[:n].to(result.dtype)
                     spent[self.name] += (1 + guided) * n
                     spent["padding"] += (1 + guided) * (size - n)
-                    tokens += _tokens(latents, parts[i], kind, torch.ones(n, dtype=torch.int64), length)
+                    tokens += _tokens(latents, parts[i], layout, torch.ones(n, dtype=torch.int64), length)
             except NotCapturable as error:
                 self._give_up(error)
                 return self.field(latents, sigma, conditioning)
@@ -170,19 +181,24 @@ class StaticField:
 
         return velocity
 
-    def _kinds(self, conditioning: Conditioning, lengths: torch.Tensor) -> list[tuple["Kind", torch.Tensor]]:
-        """(each kind there is, the numbers of its samples on the CPU)."""
+    def _layouts(self, conditioning: Conditioning, lengths: torch.Tensor) -> list[tuple[Layout, torch.Tensor]]:
+        """Lists each layout that there is, with the numbers of its samples on the CPU."""
         n = len(conditioning)
         sourced, guided = conditioning.sourced(), torch.zeros(n, dtype=torch.bool)
         has = conditioning.has_source.cpu() if sourced is None else torch.full((n,), sourced)
         if self.both is not None:
             guided = conditioning.guidance_scale.cpu() != 1
-        kinds = [Kind(*kind) for kind in zip(has.tolist(), guided.tolist(), _filled(lengths).tolist(), strict=True)]
-        places = {kind: torch.tensor([i for i, own in enumerate(kinds) if own == kind]) for kind in sorted(set(kinds))}
-        return list(places.items())
+        layouts = [
+            Layout(*layout) for layout in zip(has.tolist(), guided.tolist(), _filled(lengths).tolist(), strict=True)
+        ]
+        samples = {
+            layout: torch.tensor([i for i, own in enumerate(layouts) if own == layout])
+            for layout in sorted(set(layouts))
+        }
+        return list(samples.items())
 
     def _program(self, z, conditioning, guided: bool, capacity: int, solver: str | None) -> Program:
-        """The program of such samples, filled with these."""
+        """Finds the program of such samples, or makes it, and fills it with these."""
         self._check_addresses()
         leaves, spec = _flat(conditioning)
         shapes = [(value.shape[1:], value.dtype) for value in (z, *leaves)]
@@ -198,6 +214,7 @@ class StaticField:
         return program
 
     def _step(self, program: Program, size: int) -> None:
+        """Makes one step, by a graph where steps are captured."""
         if self._stream is None:
             program.step(size)
             return
@@ -206,7 +223,7 @@ class StaticField:
         program.graphs[size][0].replay()
 
     def _check_addresses(self) -> None:
-        """A graph reads where the weights were as it was captured: drop all graphs where one has moved since."""
+        """Drops all graphs where a weight has moved: a graph reads where the weights were as it was captured."""
         if self._stream is not None:
             now = tuple(t.data_ptr() for n in self.networks for t in (*n.parameters(), *n.buffers()))
             if now != self._addresses:
@@ -215,6 +232,10 @@ class StaticField:
                 self._addresses = now
 
     def _give_up(self, error: NotCapturable) -> None:
+        """Notes and says why rollouts ask `field` from now on."""
         self.reason = str(error)
         self.programs.clear()
-        print(f"rollouts run without CUDA graphs: {self.reason}", file=sys.stderr)
+        print(
+            f"rollouts run without CUDA graphs: {self.reason} (training.cuda_graphs: false leaves them out)",
+            file=sys.stderr,
+        )

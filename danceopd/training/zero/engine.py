@@ -1,9 +1,4 @@
-"""A student that DeepSpeed shards over ranks (ZeRO 0 to 3), with rollouts on a replica that is gathered once an update.
-
-Under ZeRO-3 every forward all-gathers every parameter, so that a rollout of 16 steps would do it 16 times. Here the
-weights are gathered once an update, some at a time, into a plain copy that the rollout asks, and only the query with
-gradient runs on the shards.
-"""
+"""A student that DeepSpeed shards over ranks (ZeRO 0 to 3), rolled out on a replica gathered once an update."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,15 +17,15 @@ from danceopd.support.optimizers import make_optimizers
 from danceopd.support.ranks import Ranks
 from danceopd.training.checkpoints import Checkpoint, bounds
 from danceopd.training.rollouts.replica import (
-    Place,
+    Destination,
     bytes_beside,
+    destinations,
     make_replica,
     multiplied,
     multiplies_in_bf16,
-    places,
     rollout_precision,
 )
-from danceopd.training.zero.lockstep import QUERY, ROLLOUT, Asked, Lockstep
+from danceopd.training.zero.lockstep import QUERY, ROLLOUT, Inputs, Lockstep
 
 STATES = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -38,7 +33,22 @@ GATHERED = 2**26  # entries of the weights that are gathered at a time
 
 
 class Zero:
-    """The student of all ranks. It offers what danceopd.training.engine.Local does; all ranks call each of it."""
+    """Holds the student of all ranks, as training.engine.Local does in one process; all ranks call each method.
+
+    Under ZeRO-3 every forward all-gathers every parameter, so that a rollout of 16 steps would do it 16 times. Here the
+    weights are gathered once an update, some at a time, into a plain copy that the rollout asks, and only the query
+    with gradient runs on the shards.
+
+    Args:
+        student: The network that is trained.
+        config: The run's.
+        settings: DeepSpeed's.
+        ranks: The processes of the run.
+        lockstep: The one that sharded sources have; a new one if not given.
+
+    Raises:
+        UserError: For an optimizer or a batch that cannot be shared out.
+    """
 
     def __init__(
         self, student: nn.Module, config: Config, settings: dict, ranks: Ranks, lockstep: Lockstep | None = None
@@ -51,7 +61,8 @@ class Zero:
         if training.batch_size // ranks.size < training.gradient_accumulation_steps:
             raise UserError(
                 f"training.batch_size: {training.batch_size} samples are not one for each of {ranks.size} ranks' "
-                f"{training.gradient_accumulation_steps} micro-batches"
+                f"{training.gradient_accumulation_steps} micro-batches; raise it, or lower "
+                "training.gradient_accumulation_steps"
             )
         self.ranks, self.decay, self.updates, self.stage = ranks, training.ema_decay, 0, zero.get("stage", 0)
         self.max_grad_norm = training.max_grad_norm
@@ -70,7 +81,7 @@ class Zero:
             "steps_per_print": 2**31,
         }
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=_Asked(student.train()), optimizer=optimizer, config={**settings, **fixed}
+            model=_SeveralBatches(student.train()), optimizer=optimizer, config={**settings, **fixed}
         )
         if self.stage in (1, 2):
             self.optimizer.check_grad_overflow = True  # skip what is not finite, as stage 3 does
@@ -93,19 +104,38 @@ class Zero:
         self._refresh(self._slice)
 
     def student(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The velocity [B, ...] with gradient; as often as all other ranks."""
+        """Asks the student with gradient; every rank asks equally often.
+
+        Args:
+            latents: Float tensor [B, ...].
+            sigma: Float tensor [B].
+            conditioning: What the B samples are conditioned on.
+
+        Returns:
+            The velocity [B, ...].
+        """
         return self.lockstep.ask(QUERY, latents, sigma, conditioning)
 
     @torch.no_grad()
     def rolled(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The velocity [B, ...] without gradient; as often as this rank likes."""
+        """Asks the student without gradient; a rank asks as often as it likes.
+
+        Args:
+            latents: Float tensor [B, ...].
+            sigma: Float tensor [B].
+            conditioning: What the B samples are conditioned on.
+
+        Returns:
+            The velocity [B, ...].
+        """
         if self.replica is not None:
             return self.replica(latents, sigma, conditioning)
         if self.stage == 3:
             return self.lockstep.ask(ROLLOUT, latents, sigma, conditioning)
         return self._ask([(latents, sigma, conditioning)])[0]
 
-    def _ask(self, asked: Sequence[Asked]) -> Sequence[torch.Tensor]:
+    def _ask(self, asked: Sequence[Inputs]) -> Sequence[torch.Tensor]:
+        """Asks DeepSpeed's engine for several batches in one forward."""
         return self.engine(*(value for one in asked for value in one))
 
     def finish(self) -> None:
@@ -113,14 +143,25 @@ class Zero:
         self.lockstep.finish()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of one of an update's micro-batches; loss: its share of the mean over the global batch."""
+        """Adds the gradient of one of an update's micro-batches.
+
+        Args:
+            loss: A scalar tensor with gradient, the micro-batch's share of the mean over the global batch.
+        """
         # DeepSpeed divides by the number of micro-batches and averages over the ranks.
         self.engine.backward(loss * (self.engine.gradient_accumulation_steps() * self.ranks.size))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # counts the micro-batch
 
     def step(self, rate: float) -> tuple[float, bool]:
-        """(norm of the gradient, whether the student was updated): on no rank where it is not finite on one."""
+        """Makes one optimizer step, but on no rank where the gradient is not finite on one.
+
+        Args:
+            rate: The learning rate.
+
+        Returns:
+            The norm of the gradient before it is clipped, and whether the student was updated.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = None
@@ -142,7 +183,11 @@ class Zero:
 
     @contextmanager
     def averaged(self) -> Iterator[Callable]:
-        """The average as a field: all ranks enter and leave together, any of them may draw with it in between."""
+        """Gives the average as a field: all ranks enter and leave together, any of them may draw with it in between.
+
+        Returns:
+            The context of it.
+        """
         if self.replica is not None:
             self._refresh(self.ema.get)
         else:
@@ -159,7 +204,11 @@ class Zero:
                 self._hold(kept)
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Size]]:
-        """This rank's flat slices, and the whole shapes, by the names of a checkpoint."""
+        """Collects this rank's slices of weights, average and optimizer's states, by the names of a checkpoint.
+
+        Returns:
+            The slices, flat on the CPU, and the shapes of the whole tensors.
+        """
         found = {f"student/{name}": self._slice(name) for name in self.parameters}
         found |= {f"ema/{name}": value for name, value in self.ema.items()}
         found |= {f"optimizer/{key}/{name}": self._state(name, key) for key in STATES for name in self.parameters}
@@ -170,7 +219,11 @@ class Zero:
         }
 
     def rest(self) -> dict:
-        """The numbers of updates."""
+        """Collects the numbers of updates.
+
+        Returns:
+            What a checkpoint keeps beside the large tensors.
+        """
         done = next((state["step"] for state in self._states() if "step" in state), torch.tensor(0.0))
         # A tensor of its own for each: one process would count it up once for every parameter that shares it.
         states = {name: {"step": done.to("cpu", copy=True)} for name in self.parameters}
@@ -178,7 +231,11 @@ class Zero:
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, of however many ranks and whatever stage."""
+        """Goes on from a checkpoint, of however many ranks and whatever stage.
+
+        Args:
+            checkpoint: The checkpoint.
+        """
         rest = checkpoint.rest["engine"]
         self._make_states()
         for name in self.parameters:
@@ -195,10 +252,11 @@ class Zero:
     # --- slices ---------------------------------------------------------------------------------------
 
     def _bounds(self, name: str) -> tuple[int, int]:
+        """Finds this rank's slice of a parameter."""
         return bounds(self.shapes[name].numel(), self.ranks.rank, self.ranks.size)
 
     def _slice(self, name: str) -> torch.Tensor:
-        """This rank's part of a parameter, flat float32."""
+        """Takes this rank's slice of a parameter, flat float32."""
         from deepspeed.utils import safe_get_local_fp32_param
 
         start, stop = self._bounds(name)
@@ -207,7 +265,7 @@ class Zero:
         return self.parameters[name].detach().flatten()[start:stop]
 
     def _state(self, name: str, key: str) -> torch.Tensor:
-        """This rank's part of a state of the optimizer, flat."""
+        """Takes this rank's slice of a state of the optimizer, flat."""
         from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
         p, (start, stop) = self.parameters[name], self._bounds(name)
@@ -219,7 +277,7 @@ class Zero:
         return state[key].flatten()[start:stop] if key in state else torch.zeros(stop - start)
 
     def _set(self, name: str, key: str | None, checkpoint: Checkpoint) -> None:
-        """Take a parameter, or a state of its optimizer, from a checkpoint."""
+        """Takes a parameter, or a state of its optimizer, from a checkpoint."""
         from deepspeed import utils
 
         p, full = self.parameters[name], f"optimizer/{key}/{name}" if key else f"student/{name}"
@@ -242,7 +300,7 @@ class Zero:
             self.optimizer.state[p][key] = value
 
     def _make_states(self) -> None:
-        """The optimizer's states before its first step, which else makes them."""
+        """Makes the optimizer's states before its first step, which else makes them."""
         base = getattr(self.optimizer, "optimizer", self.optimizer)
         kept = {0: "", 3: "fp32_partitioned_groups_flat"}.get(self.stage, "single_partition_of_fp32_groups")
         for p in getattr(self.optimizer, kept) if kept else self.parameters.values():
@@ -252,11 +310,11 @@ class Zero:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _states(self) -> list[dict]:
-        """The states of the optimizer that DeepSpeed drives: of flat parts, or in stage 0 of parameters."""
+        """Lists the states of the optimizer that DeepSpeed drives: of flat parts, or in stage 0 of parameters."""
         return list(getattr(self.optimizer, "optimizer", self.optimizer).state.values())
 
     def _forget_gradients(self) -> None:
-        """Of a parameter that the next update's forwards do not pass through, DeepSpeed would take this one's again."""
+        """Clears the gradients: a parameter that the next update passes by would get this one's again."""
         if self.stage == 3:
             self.optimizer.grad_partitions_flat_buffer.zero_()
             for flat in self.optimizer.fp32_partitioned_groups_flat:
@@ -266,7 +324,7 @@ class Zero:
     # --- what is drawn with ---------------------------------------------------------------------------
 
     def _fits(self, wanted: str, bf16: bool) -> bool:
-        """Whether rollouts run on a replica: as wanted, or where it takes no more than half of what is free."""
+        """Tells whether rollouts run on a replica: as wanted, or where it takes no more than half of what is free."""
         narrow = multiplied(self.empty) if bf16 else set()
         needed = sum(shape.numel() * (2 if name in narrow else 4) for name, shape in self.shapes.items())
         free = -self.ranks.most(-free_bytes(self.engine.device))
@@ -281,14 +339,14 @@ class Zero:
         return chosen
 
     def _held(self, p: nn.Parameter) -> torch.Tensor:
-        """What this rank holds of a parameter: a shard, or before stage 3 all of it."""
+        """Returns what this rank holds of a parameter: a shard, or before stage 3 all of it."""
         return p.ds_tensor if self.stage == 3 else p
 
     @torch.no_grad()
     def _hold(self, values: dict[str, torch.Tensor] | None) -> None:
-        """Put values in the student's place: what each rank holds, flat and without padding too; None: the average."""
+        """Writes values over what each rank holds of the student, flat and without padding; None: the average."""
         if values is None:
-            self._fill(places(self.network), self.ema.get)
+            self._fill(destinations(self.network), self.ema.get)
             return
         for name, p in self.parameters.items():
             held = self._held(p)
@@ -297,18 +355,18 @@ class Zero:
             self.engine.empty_partition_cache()  # what is gathered still, which is the old
 
     def _refresh(self, part: Callable[[str], torch.Tensor]) -> None:
-        """Gather every rank's part of each parameter into the replica."""
+        """Gathers every rank's part of each parameter into the replica."""
         if self.replica is not None:
-            self._fill(places(self.replica), part)
+            self._fill(destinations(self.replica), part)
 
     @torch.no_grad()
-    def _fill(self, targets: dict[str, Place], part: Callable[[str], torch.Tensor]) -> None:
-        """Gather every rank's part of each parameter into the place of its name."""
+    def _fill(self, targets: dict[str, Destination], part: Callable[[str], torch.Tensor]) -> None:
+        """Gathers every rank's part of each parameter into the destination of its name."""
         for names in _bundles(targets, self.shapes):
             self._gather(names, part, targets)
 
-    def _gather(self, names: list[str], part: Callable[[str], torch.Tensor], targets: dict[str, Place]) -> None:
-        """One collective for some parameters of one dtype."""
+    def _gather(self, names: list[str], part: Callable[[str], torch.Tensor], targets: dict[str, Destination]) -> None:
+        """Gathers some parameters of one dtype by one collective."""
         size = self.ranks.size
         widths = [-(-self.shapes[name].numel() // size) for name in names]
         mine = torch.zeros(sum(widths), dtype=targets[names[0]].dtype, device=self.engine.device)
@@ -322,11 +380,11 @@ class Zero:
             everyone[0] = mine
         for columns, name in zip(everyone.split(widths, dim=1), names, strict=True):
             shape = self.shapes[name]
-            targets[name].put(columns.flatten()[: shape.numel()].view(shape))
+            targets[name].write(columns.flatten()[: shape.numel()].view(shape))
 
 
-class _Asked(nn.Module):
-    """A student asked for several batches in one forward: DeepSpeed wants one of them for each backward."""
+class _SeveralBatches(nn.Module):
+    """Asks a student for several batches in one forward: DeepSpeed wants one forward for each backward."""
 
     def __init__(self, student: nn.Module):
         super().__init__()
@@ -336,11 +394,11 @@ class _Asked(nn.Module):
         return tuple(self.student(*asked[i : i + 3]) for i in range(0, len(asked), 3))
 
 
-def _bundles(targets: dict[str, Place], shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
-    """Names in runs of one dtype with at most GATHERED entries, but at least one name."""
+def _bundles(targets: dict[str, Destination], shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
+    """Cuts the names into runs of one dtype with at most GATHERED entries, but at least one name."""
     names: list[str] = []
-    for name, place in targets.items():
-        same = not names or targets[names[0]].dtype == place.dtype
+    for name, destination in targets.items():
+        same = not names or targets[names[0]].dtype == destination.dtype
         if names and not (same and sum(shapes[n].numel() for n in [*names, name]) <= GATHERED):
             yield names
             names = []

@@ -30,9 +30,18 @@ DEFAULT = {"zero_optimization": {"stage": 3}}  # DeepSpeed's settings where seve
 
 
 def begin(deepspeed_config: Path | None, device: str, patience: float) -> tuple[Ranks, dict | None]:
-    """(this process among those that were started, DeepSpeed's settings): (ALONE, None) for one without settings.
+    """Joins the processes that were started, which find each other here.
 
-    device: of the configuration; patience: seconds after which a rank that does nothing counts as hung.
+    Args:
+        deepspeed_config: The file of DeepSpeed's settings; None without one.
+        device: The configuration's training.device.
+        patience: Seconds after which a rank that does nothing counts as hung.
+
+    Returns:
+        This process among the others, and DeepSpeed's settings; ALONE and None for one process without settings.
+
+    Raises:
+        UserError: DeepSpeed is not installed or refuses the settings, or the ranks cannot find each other.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and deepspeed_config is None:
@@ -73,7 +82,16 @@ def begin(deepspeed_config: Path | None, device: str, patience: float) -> tuple[
 
 
 def guard(ranks: Ranks, folder: Path, function: Callable, *args):
-    """function(*args); where it fails, its traceback goes to this rank's own file, in `ranks` of the run's folder."""
+    """Calls a function; where it fails, its traceback goes to this rank's own file, in `ranks` of the run's folder.
+
+    Args:
+        ranks: The processes of the run.
+        folder: The run's folder.
+        function: Is called with args.
+
+    Returns:
+        What the function returns.
+    """
     try:
         return function(*args)
     except BaseException as error:
@@ -91,10 +109,14 @@ def guard(ranks: Ranks, folder: Path, function: Callable, *args):
 
 
 class Watch:
-    """Where each rank is, told to all; threads of each name those that stay behind and end the run.
+    """Tells all ranks where each of them is; threads name those that stay behind, and end the run.
 
-    patience: seconds without any rank's moving; the start may take longer. The threads also ask this rank to stop, as
-    a TERM signal does, where the launcher is gone: deepspeed's passes no signal on.
+    The threads also ask this rank to stop, as a TERM signal does, where the launcher is gone: deepspeed's passes no
+    signal on.
+
+    Args:
+        ranks: The processes of the run.
+        patience: Seconds without any rank's moving; the start may take longer.
     """
 
     def __init__(self, ranks: Ranks, patience: float):
@@ -109,14 +131,18 @@ class Watch:
                 threading.Thread(target=work, daemon=True).start()
 
     def at(self, place: str) -> None:
-        """This rank comes to a place. All ranks come to the same places, in the same order."""
+        """Tells that this rank comes to a place; all ranks come to the same places, in the same order.
+
+        Args:
+            place: What the place is called.
+        """
         self.together |= self.place.startswith("the update")  # has ended, which it does on no rank without the others
         self.passed, self.place = self.passed + 1, place
         if self.ranks.size > 1:
             self.store.set(f"watch/{self.ranks.rank}", f"{self.passed} {socket.gethostname()} {place}")
 
     def _ask(self) -> None:
-        """Keep what the ranks tell. The answer never comes where the process that keeps it has stopped."""
+        """Keeps what the ranks tell; the answer never comes where the process that keeps it has stopped."""
         keys = [f"watch/{rank}" for rank in range(self.ranks.size)]
         with contextlib.suppress(RuntimeError, ValueError):  # that process has ended
             while True:
@@ -127,6 +153,7 @@ class Watch:
                 time.sleep(self._pause())
 
     def _judge(self) -> None:
+        """Ends the run where no rank has moved for too long, and stops this rank where the launcher is gone."""
         patience = self.patience + min(5 * self.ranks.rank, 60)  # the first that is alive speaks
         launchers, asked = _launchers(), False
         while True:
@@ -141,11 +168,12 @@ class Watch:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _pause(self) -> float:
+        """Returns the seconds between two looks."""
         return min(1.0, self.patience / 10)
 
 
 def _launchers() -> list[psutil.Process]:
-    """The processes that a launcher is: torchrun's one, or deepspeed's two."""
+    """Finds the processes that a launcher is: torchrun's one, or deepspeed's two."""
     found, words = [], ("torchrun", "torch.distributed", "deepspeed.launcher.launch")
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().parents()[:2]:
@@ -157,9 +185,15 @@ def _launchers() -> list[psutil.Process]:
 
 
 def hung(told: dict[int, str], patience: float, answers: bool) -> str:
-    """Which ranks are furthest behind.
+    """Says which ranks are furthest behind, and what to do.
 
-    told: by rank "number host place"; answers: whether rank 0, that keeps it, does.
+    Args:
+        told: "number host place" by rank.
+        patience: Seconds that no rank has moved for.
+        answers: Whether rank 0, that keeps what is told, answers.
+
+    Returns:
+        The message, in lines.
     """
     numbers = {rank: int(text.split()[0]) for rank, text in told.items()}
     behind = [rank for rank, number in numbers.items() if number == min(numbers.values())] if answers else [0]

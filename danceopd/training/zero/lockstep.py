@@ -9,34 +9,45 @@ from danceopd.core.conditioning import Conditioning
 from danceopd.models.packing import whole_batches
 from danceopd.support.ranks import Ranks, device_of_collectives
 
-Asked = tuple[torch.Tensor, torch.Tensor, Conditioning]  # latents, sigma, conditioning, as a field takes them
+Inputs = tuple[torch.Tensor, torch.Tensor, Conditioning]  # latents, sigma, conditioning, as a field takes them
 
-Network = Callable[[Sequence[Asked]], Sequence[torch.Tensor]]  # each velocity, in one forward of the whole
+Network = Callable[[Sequence[Inputs]], Sequence[torch.Tensor]]  # each velocity, in one forward of the whole
 
-# In this order: who has ended its rollout helps the others with theirs before anybody asks a source. The query with
-# gradient comes when nobody asks anything else, so that all make it, and its backward, at once.
+# The lowest goes first: who has ended its rollout helps the others with theirs before anybody asks a source. The query
+# with gradient comes when nobody asks anything else, so that all make it, and its backward, at once.
 ROLLOUT, SOURCES, QUERY, DONE = 0, range(1, 30), 30, 31
 
 
 class Lockstep:
-    """What the ranks agree on before each forward of a sharded network, so that none waits for another for ever.
+    """Lets the ranks agree before each forward of a sharded network, so that none waits for another for ever.
 
     The one of the lowest number that a rank asks is asked on all: who asks another, or nothing, asks a sample of its
     own or another rank's in vain. So the numbers of forwards may differ, by the depth of rollouts and by routes. A
     forward of samples with source pictures and one of samples without gather different weights: both are made where
     any rank has both kinds, or two ranks one each.
+
+    Args:
+        ranks: The processes of the run.
     """
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.networks: dict[int, Network] = {}
-        self._examples: dict[tuple[int, bool], Asked] = {}  # of one sample, by network and whether it has sources
+        self._examples: dict[tuple[int, bool], Inputs] = {}  # one sample by network and whether it has sources
 
     def add(self, network: Network, number: int | None = None) -> int:
-        """The number of a network; the next source's if none is given. All ranks add the same."""
+        """Adds a network; all ranks add the same ones, in the same order.
+
+        Args:
+            network: Asks it for several batches in one forward.
+            number: ROLLOUT or QUERY; the next source's if not given.
+
+        Returns:
+            The network's number.
+        """
         number = next(n for n in SOURCES if n not in self.networks) if number is None else number
 
-        def whole(asked: Sequence[Asked]) -> Sequence[torch.Tensor]:
+        def whole(asked: Sequence[Inputs]) -> Sequence[torch.Tensor]:
             with whole_batches():  # lengths are each rank's own
                 return network(asked)
 
@@ -44,7 +55,17 @@ class Lockstep:
         return number
 
     def ask(self, number: int, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The velocity [B, ...] of a network, when its turn has come. Of the query, with gradient."""
+        """Asks a network when its turn has come; the query with gradient.
+
+        Args:
+            number: The network's.
+            latents: Float tensor [B, ...].
+            sigma: Float tensor [B].
+            conditioning: What the B samples are conditioned on.
+
+        Returns:
+            The velocity [B, ...].
+        """
         network = self.networks[number]
         if self.ranks.size == 1:
             return network([(latents, sigma, conditioning)])[0]
@@ -69,12 +90,12 @@ class Lockstep:
         return result
 
     def finish(self) -> None:
-        """This rank asks nothing more until all come here."""
+        """Helps the others until all have come here; this rank asks nothing more in this update."""
         if self.ranks.size > 1 and self.networks.keys() - {QUERY}:  # all make the query, and nothing else is asked
             self._turn(DONE, set())
 
     def _turn(self, number: int, kinds: set[bool]) -> list[bool]:
-        """Take part in what the others ask until it is `number`; the kinds of samples that it is asked with then."""
+        """Takes part in what the others ask until it is `number`, and returns the kinds that it is asked with."""
         while True:
             lowest, asked = self._agree(number, kinds)
             if lowest == number:
@@ -83,7 +104,7 @@ class Lockstep:
                 self.networks[lowest]([self._examples[_weights(lowest), kind] for kind in asked])
 
     def _agree(self, number: int, kinds: set[bool]) -> tuple[int, list[bool]]:
-        """The lowest number of all ranks, and the kinds it is asked with; then every rank has an example of each."""
+        """Finds the lowest number of all ranks and the kinds it is asked with, and shares examples of them."""
         known = sum(1 << _bit(*key) for key in self._examples)
         mine = torch.tensor([number, sum(1 << kind for kind in kinds), known], device=device_of_collectives())
         everyone = torch.empty(self.ranks.size * 3, dtype=torch.int64, device=mine.device)
@@ -98,7 +119,7 @@ class Lockstep:
         return lowest, asked
 
     def _share(self, network: int, kind: bool, rank: int) -> None:
-        """Send a rank's example to all that have none."""
+        """Sends a rank's example to all that have none."""
         device, values = device_of_collectives(), [None]
         if self.ranks.rank == rank:
             latents, sigma, conditioning = self._examples[network, kind]
@@ -110,16 +131,17 @@ class Lockstep:
 
 
 def _weights(number: int) -> int:
-    """Rollout and query ask the same network."""
+    """Returns the number whose weights a number asks: rollout and query ask the same network."""
     return ROLLOUT if number == QUERY else number
 
 
 def _bit(network: int, kind: bool) -> int:
+    """Returns the bit that stands for an example."""
     return 2 * network + kind
 
 
-def _by_kind(latents, sigma, conditioning: Conditioning) -> dict[bool, tuple[torch.Tensor | None, Asked]]:
-    """{whether they have source pictures: (their rows, None for all; the samples)}."""
+def _by_kind(latents, sigma, conditioning: Conditioning) -> dict[bool, tuple[torch.Tensor | None, Inputs]]:
+    """Parts samples by whether they have source pictures: {whether: (their rows, None for all; the samples)}."""
     sourced, has = conditioning.sourced(), conditioning.has_source
     if sourced is not None:
         return {sourced: (None, (latents, sigma, conditioning))}

@@ -56,7 +56,7 @@ def read_deepspeed(path: Path | str) -> dict:
 
 
 def _filled_in(value) -> bool:
-    """Whether a section leaves all that it says to the run's own configuration."""
+    """Tells whether a section leaves all that it says to the run's own configuration."""
     if isinstance(value, dict):
         return all(_filled_in(inner) for inner in value.values())
     return value == "auto"

@@ -19,9 +19,19 @@ from danceopd.training.zero.lockstep import Lockstep
 
 
 def shares_sources(config: Config, sources: list[nn.Module], device: torch.device, lockstep: Lockstep) -> bool:
-    """Whether the sources are kept in shards: as training.shard_sources says, or where they take half of what is free.
+    """Decides whether the sources are kept in shards; all ranks agree, and rank 0 says why.
 
-    sources: on the meta device. All ranks agree; rank 0 says why. Raises UserError for what cannot be sharded.
+    Args:
+        config: The run's; training.shard_sources ``auto`` shards them where they take half of what is free.
+        sources: The sources' networks, on the meta device.
+        device: Where the run computes.
+        lockstep: Holds the ranks.
+
+    Returns:
+        Whether they are.
+
+    Raises:
+        UserError: For what cannot be sharded.
     """
     wanted, ranks, training = config.training.shard_sources, lockstep.ranks, config.training
     fixed = [key for key in ("base_precision", "offload_sources") if getattr(training, key)]
@@ -44,16 +54,24 @@ def shares_sources(config: Config, sources: list[nn.Module], device: torch.devic
 
 @torch.no_grad()
 def built(folder: Path, weights: Weights, dtype: torch.dtype, ranks: Ranks, settings: dict | None) -> nn.Module:
-    """A transformer with these weights, on the CPU, in eval mode.
+    """Builds a transformer with these weights; all ranks do it at once.
 
-    folder: with its configuration; settings: DeepSpeed's, under which each rank reads and holds its shard alone, and
-    no more than one layer whole while the network is made; None for the whole of it. All ranks make it at once.
+    Args:
+        folder: The folder with its configuration.
+        weights: What it holds.
+        dtype: The dtype of its parameters.
+        ranks: The processes of the run.
+        settings: DeepSpeed's, under which each rank reads and holds its shard alone, and no more than one layer whole
+            while the network is made; None for the whole of it.
+
+    Returns:
+        The transformer, on the CPU, in eval mode.
     """
     where = nullcontext()
     if settings is not None:
         import deepspeed
 
-        # By the configuration: with Init's own dtype a device without float16 gets bfloat16, whatever is asked.
+        # The configuration gives the dtype: by Init's own argument a device without float16 gets bfloat16 in any case.
         zero = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": settings["zero_optimization"],
@@ -78,7 +96,15 @@ def built(folder: Path, weights: Weights, dtype: torch.dtype, ranks: Ranks, sett
 
 
 def sharded(network: nn.Module, settings: dict) -> nn.Module:
-    """A frozen network, each rank with a part of its weights; a forward gathers them layer by layer."""
+    """Shards a frozen network, of which each rank has a part; a forward gathers the weights layer by layer.
+
+    Args:
+        network: The network, as `built` gives it.
+        settings: DeepSpeed's.
+
+    Returns:
+        The network, in eval mode.
+    """
     import deepspeed
 
     zero = settings.get("zero_optimization", {})
@@ -98,7 +124,15 @@ def sharded(network: nn.Module, settings: dict) -> nn.Module:
 
 
 def in_turn(field: Field, lockstep: Lockstep) -> Field:
-    """A sharded network's field, asked on all ranks wherever one asks it."""
+    """Makes the field of a sharded network, which all ranks ask wherever one asks it.
+
+    Args:
+        field: The network as a field.
+        lockstep: Keeps the ranks in step.
+
+    Returns:
+        The field.
+    """
 
     @torch.no_grad()
     def ask(asked):

@@ -17,7 +17,7 @@ from danceopd.core.methods import METHODS, needs
 from danceopd.core.questions import matched
 from danceopd.core.randomness import sample_generators
 from danceopd.core.schedule import sigma_grid
-from danceopd.training.asking import Rows, in_parts
+from danceopd.training.rows import Rows, in_parts
 
 B, WIDTH = 12, 5
 EMPTY = torch.zeros(3, dtype=torch.float64)

@@ -6,7 +6,10 @@ import shutil
 import pytest
 import tiny_geneval as tiny
 from geneval_runs import as_results, clause, result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from danceopd.evaluation.geneval import Found, check_picture
 from danceopd.evaluation.geneval.layout import check_metadata, read_metadata, read_pictures, read_results
 from danceopd.evaluation.geneval.rules import CLASSES
 from danceopd.support.errors import UserError
@@ -40,6 +43,11 @@ def test_the_benchmarks_own_lines_are_read(tmp_path):
         (lambda m: {**m, "include": [clause("dog", color="grey")]}, "the colour 'grey'"),
         (lambda m: {**m, "include": [clause("dog", position=["left of", 0])]}, "an earlier clause"),
         (lambda m: {**m, "include": [clause("dog"), clause("cat", position=["left", 0])]}, "an earlier clause"),
+        (lambda m: {**m, "include": [clause("dog"), clause("cat", position=["left of", 0.0])]}, "an earlier clause"),
+        (lambda m: {**m, "include": [clause("dog"), clause("cat", position=["left of", False])]}, "an earlier clause"),
+        (lambda m: {**m, "include": [clause(["dog"])]}, "asks for the class ['dog']"),
+        (lambda m: {**m, "include": [clause("dog", {})]}, "needs a count"),
+        (lambda m: {**m, "exclude": None}, "must be a list"),
         (lambda m: {**m, "exclude": [clause("dog", color="red")]}, "unknown key 'color'"),
     ],
 )
@@ -51,11 +59,16 @@ def test_wrong_metadata_is_said_with_its_line(tmp_path, change, message):
 
 
 def test_files_that_are_no_metadata_are_said(tmp_path):
-    for text, message in (("{", r":1: not JSON, or torn"), ("\n", "is empty")):
+    for text, message in (
+        ("{", r":1: not JSON, or torn"),
+        ("\n", "is empty"),
+        ("[" * 9999, "nests too deep"),
+        ('{"tag": "a", "tag": "b"}', "'tag' stands twice"),
+    ):
         (tmp_path / "m.jsonl").write_text(text)
         with pytest.raises(UserError, match=message):
             read_metadata(tmp_path / "m.jsonl")
-    (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "m.jsonl").write_bytes(b"a\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
         read_metadata(tmp_path / "m.jsonl")
     with pytest.raises(UserError, match="there is no file"):
@@ -112,3 +125,46 @@ def test_lines_that_are_no_results_are_said(tmp_path):
 def test_check_metadata_returns_the_line_itself():
     metadata = tiny.line(note="kept")
     assert check_metadata(metadata, "here") is metadata
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\u2029"])
+def test_a_prompt_with_a_separator_in_a_marked_file(tmp_path, separator):
+    lines = [tiny.line(f"a{separator}dog"), tiny.line("two")]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "m.jsonl").write_text(text, encoding="utf-8-sig")
+    assert read_metadata(tmp_path / "m.jsonl") == lines
+    (tmp_path / "m.jsonl").write_text(text + "{torn\n", encoding="utf-8-sig")
+    with pytest.raises(UserError, match=r"m\.jsonl:3: not JSON"):
+        read_metadata(tmp_path / "m.jsonl")
+
+
+ODD = [None, True, -1, 0.0, 1.5, "x", "", "dog", [], {}, ["left of", 0], [[]], {"class": "dog"}, 10**30, "\ud800"]
+
+
+@given(st.data())
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_odd_metadata_is_refused_or_judged(tmp_path, data):
+    """One value anywhere in a prompt's line replaced or taken out: a message with its line, or a verdict."""
+    clauses = [clause("cat", 2), clause("dog", color="red", position=["left of", 0])]
+    line = {"tag": "x", "prompt": "y", "include": clauses, "exclude": [clause("dog", 3)]}
+    place, key = {"line": line}, "line"
+    while isinstance(place[key], dict | list) and place[key] and data.draw(st.integers(0, 4)):
+        place = place[key]
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+    if isinstance(place, dict) and data.draw(st.booleans()) and place is not line:
+        place.pop(key)
+    else:
+        place[key] = data.draw(st.sampled_from(ODD))
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps(line if "line" not in place else place["line"]) + "\n")
+    said = ""
+    try:
+        (read,) = read_metadata(path)
+    except UserError as error:
+        said = str(error)
+    if said:
+        assert "m.jsonl" in said
+        return
+    objects = {"cat": [Found((0, 0, 9, 9), 0.9)] * 2, "dog": [Found((20, 0, 29, 9), 0.9)]}
+    correct, reason = check_picture(read, objects, lambda name, found: ["red"] * len(found))
+    assert correct == (not reason)

@@ -25,7 +25,7 @@ from danceopd.training.loop import Trainer
 from danceopd.training.rollouts import static as graphs
 from danceopd.training.rollouts.capture import GraphSafe, NotCapturable, _storage, constants
 from danceopd.training.rollouts.compiled import compile_blocks
-from danceopd.training.rollouts.kinds import always_guided
+from danceopd.training.rollouts.layouts import always_guided
 from danceopd.training.rollouts.program import BUCKETS, Program
 from danceopd.training.rollouts.static import StaticField
 from danceopd.world.build import build
@@ -275,7 +275,7 @@ def test_a_model_steps_as_it_does_otherwise(models, family, lora):
     field, sigmas, until = static_of(student, combine, c), sigma_grid(3, 3.0), torch.tensor([[3], [1], [2], [3]])
     expected, _ = rollout(field.field, z, c, sigmas, until, "ab2")
     close(rollout(field, z, c, sigmas, until, "ab2")[0], expected)
-    # Of one kind and depth the batches are equal too.
+    # Of one layout and depth the batches are equal too.
     c, until = replace(c, source=None, guidance_scale=torch.ones(4)), torch.full((4, 1), 2)
     if not isinstance(c.prompt, dict) or "prompt_mask" not in c.prompt:  # filled up to another length
         expected, _ = rollout(student, z, c, sigmas, until)
@@ -325,8 +325,8 @@ def check_safe(models, family, lora, device):
     student, combine, z, c = asked(models, family, lora, 3, device)
     both, edits = always_guided(student, empty_of(c), combine), c.source is not None
     for field, source in ((student, None), (both, c.source)):
-        kind = graphs.Kind(source is not None, field is both, 32)  # more than a prompt's 24 tokens
-        program, made = Program(field, z, graphs._of_kind(c, kind), 3, "ab2"), {}
+        layout = graphs.Layout(source is not None, field is both, 32)  # more than a prompt's 24 tokens
+        program, made = Program(field, z, graphs._in_layout(c, layout), 3, "ab2"), {}
         with constants(made):
             program.step(2)
             count = len(made)

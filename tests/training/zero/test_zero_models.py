@@ -134,7 +134,7 @@ def full(root, folder, **training):
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def sd3_place(prepared_places):
     return prepared_places("sd3")
 

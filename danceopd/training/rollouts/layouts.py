@@ -17,8 +17,14 @@ from danceopd.models.packing import picture_tokens
 TEXT = 32
 
 
-class Kind(NamedTuple):
-    """Of samples that share a step: whether they have source pictures and are guided, tokens of their prompts or 0."""
+class Layout(NamedTuple):
+    """Tells what samples that share a static step have in common.
+
+    Attributes:
+        sourced: Whether they have source pictures.
+        guided: Whether they are guided.
+        length: Tokens of their prompts, filled up; 0 where prompts have no mask.
+    """
 
     sourced: bool
     guided: bool
@@ -26,30 +32,31 @@ class Kind(NamedTuple):
 
 
 def _flat(conditioning: Conditioning) -> tuple[list[torch.Tensor], TreeSpec]:
-    """Its tensors and their names."""
+    """Takes the tensors apart from their names."""
     values = {field.name: getattr(conditioning, field.name) for field in fields(Conditioning)}
     return tree_flatten({name: value for name, value in values.items() if value is not None})
 
 
 def _device(conditioning: Conditioning) -> torch.device:
+    """Returns the device of the prompts."""
     return tree_leaves(conditioning.prompt)[0].device
 
 
-def _of_kind(conditioning: Conditioning, kind: Kind) -> Conditioning:
-    """The same samples, all of one kind, with nothing that the kind does not read."""
-    empty = conditioning.empty_prompt if kind.guided else None
+def _in_layout(conditioning: Conditioning, layout: Layout) -> Conditioning:
+    """Gives the samples, all of one layout, without anything that the layout does not read."""
+    empty = conditioning.empty_prompt if layout.guided else None
     return replace(
         conditioning,
-        prompt=_kept(conditioning.prompt, kind.length),
-        source=conditioning.source if kind.sourced else None,
+        prompt=_kept(conditioning.prompt, layout.length),
+        source=conditioning.source if layout.sourced else None,
         has_source=None,
-        guidance_scale=conditioning.guidance_scale if kind.guided else None,
+        guidance_scale=conditioning.guidance_scale if layout.guided else None,
         empty_prompt=None if empty is None else _kept(empty),
     )
 
 
 def _lengths(conditioning: Conditioning) -> torch.Tensor:
-    """[B] int64 on the CPU: tokens of each prompt that has a mask, else 0. Waits for the device."""
+    """Counts the tokens of each prompt that has a mask, else 0: [B] int64 on the CPU. It waits for the device."""
     prompt = conditioning.prompt
     if _has_lengths(prompt):
         return prompt["prompt_mask"].sum(1).cpu()
@@ -57,16 +64,17 @@ def _lengths(conditioning: Conditioning) -> torch.Tensor:
 
 
 def _has_lengths(prompt: Tensors) -> bool:
-    """Not of prompts in parts, each of which Z-Image's transformer fills up by itself."""
+    """Tells whether prompts have a mask; not those in parts, which Z-Image's transformer fills up by itself."""
     return isinstance(prompt, dict) and "prompt_mask" in prompt and "prompt_parts" not in prompt
 
 
 def _filled(length):
+    """Rounds a length up to a multiple of TEXT."""
     return -(-length // TEXT) * TEXT
 
 
 def _kept(prompt: Tensors, length: int = 0) -> Tensors:
-    """A prompt that has a mask, cut or filled up to `length` (0: to a multiple of TEXT), which it is to keep."""
+    """Cuts or fills up a prompt that has a mask to `length` (0: to a multiple of TEXT), which it is to keep."""
     if not _has_lengths(prompt):
         return prompt
     filled = with_length(prompt, length or _filled(prompt["prompt_mask"].shape[1]))
@@ -74,16 +82,25 @@ def _kept(prompt: Tensors, length: int = 0) -> Tensors:
     return filled
 
 
-def _tokens(latents, part: Conditioning, kind: Kind, steps: torch.Tensor, lengths: torch.Tensor) -> Counter:
-    """What is computed of samples of a kind in so many steps each, as packing.TOKENS; of prompts, not empty."""
-    if not kind.length:
+def _tokens(latents, part: Conditioning, layout: Layout, steps: torch.Tensor, lengths: torch.Tensor) -> Counter:
+    """Counts the tokens computed for samples in so many steps each, as packing.TOKENS; not of empty prompts."""
+    if not layout.length:
         return Counter()
     sources = part.source if isinstance(part.source, tuple) else () if part.source is None else (part.source,)
-    computed = int(steps.sum()) * (picture_tokens(latents, sources) + kind.length)
-    return Counter(computed=computed, padding=int((steps * (kind.length - lengths)).sum()))
+    computed = int(steps.sum()) * (picture_tokens(latents, sources) + layout.length)
+    return Counter(computed=computed, padding=int((steps * (layout.length - lengths)).sum()))
 
 
 def always_guided(field: Field, empty_prompt: Tensors, combine: Callable | None = None) -> Field:
-    """danceopd.core.fields.guided for a step of samples that are all guided: nothing is read on the device."""
+    """Guides a field as danceopd.core.fields.guided does, for a step of samples that are all guided.
+
+    Args:
+        field: The field to guide.
+        empty_prompt: One sample's empty prompt.
+        combine: A model family's own combination.
+
+    Returns:
+        The guided field, which reads nothing on the device.
+    """
     kept = _kept(tree_map(lambda value: value[None], empty_prompt))
     return guided(field, tree_map(lambda value: value[0], kept), combine=combine, every=True)

@@ -1,0 +1,66 @@
+"""Finds what a path was meant to name."""
+
+import unicodedata
+from pathlib import Path
+
+
+def near_path(
+    path: Path | str, root: Path | None = None, listed: dict[Path, dict[str, list[str]]] | None = None
+) -> str:
+    """Ends a message about a path that is not there by the one that is, where they differ in how they are written.
+
+    Args:
+        path: What was given.
+        root: The folder that it starts from, which is not left; the current one if not given.
+        listed: What was found in folders before, kept for further calls.
+
+    Returns:
+        "; there is images/cup.png, with slashes", or "" where nothing is near.
+    """
+    written = str(path)
+    start = root if root is not None else Path()
+    parts = Path(written.replace("\\", "/")).expanduser().parts
+    if root is not None and (".." in parts or Path(written).is_absolute()):
+        return ""
+    try:
+        there = _walk(start, parts, {} if listed is None else listed)
+        if there is None or not there.exists() or (root and not there.resolve().is_relative_to(root.resolve())):
+            return ""
+    except (OSError, ValueError, RuntimeError):  # too long, a null character, a ring of links, a folder that is closed
+        return ""
+    shown = there.relative_to(root) if root is not None else there
+    found, given = str(shown), written.replace("\\", "/")
+    how = ["slashes"] if "\\" in written else []
+    if written.startswith("~"):
+        how += ["~ as the home folder"]
+    elif _composed(found) != _composed(given):
+        how += ["other upper and lower case"]
+    elif found != given:
+        how += ["another Unicode form of its letters"]
+    return f"; there is {shown}, with {' and '.join(how)}" if how else ""
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _walk(start: Path, parts: tuple[str, ...], listed: dict[Path, dict[str, list[str]]]) -> Path | None:
+    """Returns the path that has these parts but for case and Unicode form, part by part."""
+    here = start
+    for part in parts:
+        if (here / part).exists():
+            here /= part
+            continue
+        if here not in listed:
+            listed[here] = {}
+            for entry in here.iterdir():
+                listed[here].setdefault(_folded(entry.name), []).append(entry.name)
+        near = listed[here].get(_folded(part))
+        if not near:
+            return None
+        here /= min(near, key=lambda name: _composed(name) != _composed(part))
+    return here
+
+
+def _folded(name: str) -> str:
+    return _composed(_composed(name).casefold())

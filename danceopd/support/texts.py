@@ -1,0 +1,62 @@
+"""Reads text files and the JSON in them: no byte-order mark is kept, and a line is what ends in a newline."""
+
+import json
+from pathlib import Path
+
+from danceopd.support.errors import UserError
+from danceopd.support.paths import near_path
+
+
+def read_text(path: Path, what: str = "file") -> str:
+    """Reads a text file in UTF-8, without its byte-order mark; line ends become newlines.
+
+    Args:
+        path: The file.
+        what: What a message calls it.
+
+    Raises:
+        UserError: It is not there, is no file, cannot be read, or is not UTF-8; with the line where it is not.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the {what} itself")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"there is no {what} {path}{near_path(path)}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, wide = data.count(b"\n", 0, error.start) + 1, data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        found = "begins as UTF-16 does" if wide else f"is not UTF-8 (line {line})"
+        raise UserError(f"{path} {found}; save it in UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def lines_of(text: str) -> list[tuple[int, str]]:
+    """Numbers the lines of a text from 1, leaving out blank ones.
+
+    `str.splitlines` would also cut at U+2028, U+0085, form feeds and others, which may stand inside a prompt.
+    """
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def parse_json(text: str | bytes) -> object:
+    """Reads one JSON value.
+
+    Raises:
+        ValueError: It is not JSON, nests too deep, or an object has a key twice, of which one would be lost.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return found

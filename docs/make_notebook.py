@@ -1,0 +1,64 @@
+"""Writes examples/two_moons.ipynb from the script beside it and runs it: python docs/make_notebook.py, or make docs."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+from matplotlib import pyplot
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "two_moons.py"
+
+
+def cells(script: str) -> list[tuple[str, str]]:
+    """Cuts a script at its lines `# %%`: (kind, text), kind markdown or code."""
+    parts = re.split(r"^# %%(.*)\n", script, flags=re.MULTILINE)[1:]
+    kinds = ["markdown" if "markdown" in mark else "code" for mark in parts[::2]]
+    texts = [text.strip("\n") for text in parts[1::2]]
+    return [
+        (kind, re.sub(r"^# ?", "", text, flags=re.MULTILINE) if kind == "markdown" else text)
+        for kind, text in zip(kinds, texts, strict=True)
+    ]
+
+
+def run(text: str, names: dict) -> list[dict]:
+    """Runs a cell and returns its outputs: what it prints, and the picture that it leaves open."""
+    printed, outputs = io.StringIO(), []
+    with contextlib.redirect_stdout(printed):
+        exec(compile(text, SCRIPT.name, "exec"), names)
+    if printed.getvalue():
+        outputs.append({"output_type": "stream", "name": "stdout", "text": lines(printed.getvalue())})
+    for number in pyplot.get_fignums():
+        picture = io.BytesIO()
+        pyplot.figure(number).savefig(picture, format="png", dpi=80)
+        pyplot.close(number)
+        data = {"image/png": base64.b64encode(picture.getvalue()).decode()}
+        outputs.append({"output_type": "display_data", "data": data, "metadata": {}})
+    return outputs
+
+
+def lines(text: str) -> list[str]:
+    return text.splitlines(keepends=True)
+
+
+def notebook(script: str) -> dict:
+    """Makes the notebook of a script, and runs it in this folder."""
+    written, names = [], {"__name__": "__main__"}
+    for number, (kind, text) in enumerate(cells(script)):
+        cell = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}, "source": lines(text)}
+        if kind == "code":
+            cell |= {"execution_count": number, "outputs": run(text, names)}
+        written.append(cell)
+    language = {"language_info": {"name": "python"}}
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return {"cells": written, "metadata": kernel | language, "nbformat": 4, "nbformat_minor": 5}
+
+
+if __name__ == "__main__":
+    pyplot.switch_backend("agg")
+    os.chdir(SCRIPT.parent)
+    made = json.dumps(notebook(SCRIPT.read_text(encoding="utf-8")), indent=1, ensure_ascii=False)
+    SCRIPT.with_suffix(".ipynb").write_text(made + "\n", encoding="utf-8")
