@@ -200,8 +200,8 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     changed = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changed += _differences(a, b, f"{prefix}{key}.")
+        if isinstance(a, dict | None) and isinstance(b, dict | None):
+            changed += _differences(a or {}, b or {}, f"{prefix}{key}.")
         elif a != b:
             changed.append(f"{prefix}{key}")
     return changed
