@@ -161,14 +161,20 @@ def test_a_grid_that_fails_ends_no_run(place, tmp_path, monkeypatch, capsys):
     assert (folder / "student" / FILE).is_file()
 
 
-def test_a_source_with_nan_is_named_in_the_first_update(place, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "said"), [(float("nan"), r"sources\.two\.lora: .*not finite"), (3e38, r"sources\.two: .*not finite")]
+)
+def test_a_source_with_nan_is_named_at_the_start_and_one_that_overflows_in_the_first_update(
+    place, tmp_path, number, said
+):
     tensors = load_file(place / "two" / FILE)
-    next(iter(tensors.values()))[0, 0] = float("nan")
+    for value in tensors.values():
+        value[0] = number
     (tmp_path / "bad").mkdir()
     save_file(tensors, tmp_path / "bad" / FILE, {"format": "pt"})
     raw = config_of(place, tmp_path / "run")
     raw["sources"]["two"]["lora"] = [{"path": str(tmp_path / "bad")}]
-    with pytest.raises(UserError, match=r"sources\.two: .*not finite"):
+    with pytest.raises(UserError, match=said):
         distill(parse_config(raw))
     assert not (tmp_path / "run" / "checkpoints").exists()  # nothing was learnt from it
 
