@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from danceopd.models.tensor_files import opened, read_header
 from danceopd.support.errors import UserError
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of PEFT and of diffusers
+
+BEING_WRITTEN = ".new-"  # begins the name of a folder that a file is written in
 
 FACTOR = re.compile(r"(.+?)\.(?:lora_(A|B|down|up)|lora\.(down|up))(?:\.default)?\.weight")
 
@@ -323,7 +326,9 @@ def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILES[1]
-    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
+    for left in folder.glob(f"{BEING_WRITTEN}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(dir=folder, prefix=BEING_WRITTEN) as temporary:
         try:
             pipeline_class.save_lora_weights(
                 temporary, transformer_lora_layers=named_factors(lora), safe_serialization=True

@@ -107,6 +107,7 @@ def save_state(
                 "files": files,
                 "shapes": {name: list(shape) for name, shape in shapes.items()},
             }
+            manifest["blake2b"] = _digest(manifest)
             with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
                 json.dump(manifest, file)
                 file.flush()
@@ -128,10 +129,26 @@ def save_state(
             "same command again"
         )
     if ranks.rank == 0:
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        tidy(folder, path, keep)
     ranks.wait()
     return path
+
+
+def tidy(folder: Path, newest: Path, keep: int) -> None:
+    """Leave `keep` checkpoints of a folder, of which the whole one `newest` is the last, and nothing half written.
+
+    Those after it are damaged, since a run goes on from the last whole one.
+    """
+    there = checkpoints(folder)
+    older = [path for path in there if path <= newest]
+    for path in [*older[:-keep], *there[len(older) :], *folder.glob(".step-*.tmp")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _digest(manifest: dict) -> str:
+    """Of a manifest without its own digest: two that say the same have the same."""
+    said = json.dumps({key: value for key, value in manifest.items() if key != "blake2b"}, sort_keys=True)
+    return hashlib.blake2b(said.encode()).hexdigest()
 
 
 def _first(troubles: list[str | None], ranks: Ranks) -> str | None:
@@ -273,10 +290,14 @@ def _checked(path: Path, ranks: Ranks) -> tuple[dict, str | None]:
     manifest, reason = {}, None
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("blake2b") != _digest(manifest):
+            raise ValueError(f"{MANIFEST} has not the content that was written")
+        if not manifest["files"]:
+            raise ValueError(f"{MANIFEST} names no files")
         for i, (name, expected) in enumerate(sorted(manifest["files"].items())):
             if i % ranks.size == ranks.rank and _checksum(path / name) != expected:
                 reason = f"{name} has not the bytes that were written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return manifest, next((reason for reason in ranks.gather(reason) if reason), None)
 

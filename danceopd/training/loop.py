@@ -31,12 +31,12 @@ from danceopd.support.ranks import ALONE, Ranks, agreed
 from danceopd.training.asking import as_student, guidance_scales, rolled_out, rows_of_run
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.assembly.room import check_room
-from danceopd.training.checkpoints import Checkpoint, checkpoints, load_newest, save_state
+from danceopd.training.checkpoints import Checkpoint, checkpoints, load_newest, save_state, tidy
 from danceopd.training.engine import Local
 from danceopd.training.health import Health, check_answers
 from danceopd.training.previews import Previews
 from danceopd.training.progress import Progress
-from danceopd.training.resume import go_on, state_of
+from danceopd.training.resume import go_on, identity, state_of
 from danceopd.training.rollouts.compiled import compile_blocks
 from danceopd.training.rows import in_parts
 from danceopd.training.running_errors import RunningErrors
@@ -71,6 +71,7 @@ class Trainer:
         at: Callable[[str], None] = lambda place: None,
     ):
         self.config, self.parts, self.device, self.ranks, self.at = config, parts, parts.device, ranks, at
+        self.identity = identity(config)  # now: its files may be changed while it trains
         self.names, self.needs, self.options = list(config.capabilities), needs(config.method), config.method_options()
         self.slots = ranks.slots(config.training.batch_size)
         sigmas = parts.samples.groups[0].sigmas
@@ -302,8 +303,12 @@ class Trainer:
         path = save_state(
             folder / "checkpoints", self.step, *self.engine.tensors(), state_of(self), keep=keep, ranks=self.ranks
         )
-        agreed(self.ranks, lambda: self.ranks.rank or self.parts.save(Checkpoint.read(path), folder))
+        self.save_student(Checkpoint.read(path))
         return path
+
+    def save_student(self, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint's averaged weights as a network of its own; every rank calls it."""
+        agreed(self.ranks, lambda: self.ranks.rank or self.parts.save(checkpoint, self.config.training.output_dir))
 
     # --- the loop -------------------------------------------------------------------------------------
 
@@ -416,6 +421,8 @@ def train(
     if parts.device.type == "cpu":
         keep_freed_memory()
     folder = config.training.output_dir
+    for left in folder.glob(".*.tmp") if first else ():  # by a process that was killed
+        left.unlink(missing_ok=True)
     if overwrite and first:
         for path in checkpoints(folder / "checkpoints"):
             shutil.rmtree(path)
@@ -431,6 +438,9 @@ def train(
         go_on(trainer, checkpoint)
         if first:
             print(f"going on from step {trainer.step} of {folder}")
+            tidy(folder / "checkpoints", checkpoint.path, config.training.keep_checkpoints)
+        if trainer.progress() >= 1:  # a process that was killed after the last checkpoint has not written it
+            trainer.save_student(checkpoint)
     if first:
         write_atomic(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
     trainer.run(callbacks)

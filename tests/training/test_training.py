@@ -1,6 +1,7 @@
 """The training loop: converges, resumes bit for bit, survives kills, full disks and numbers that are not finite."""
 
 import functools
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ import pytest
 import torch
 import yaml
 from danceopd_kernels import compiled
-from world_runs import TINY, config_of, random_network
+from PIL import Image
+from safetensors.torch import load_file
+from world_runs import TINY, config_of, random_network, write_networks
 
 from danceopd.api import distill
 from danceopd.config.reading import parse_config
@@ -30,7 +33,7 @@ from danceopd.training.loop import Trainer
 from danceopd.training.resume import go_on
 from danceopd.world.build import build
 from danceopd.world.data import WorldData, write_world
-from danceopd.world.files import load_model
+from danceopd.world.files import load_model, save_model
 from danceopd.world.sampling import embedded_samples
 
 
@@ -191,8 +194,8 @@ def test_student_of_one_teacher_converges_to_it(raw):
 
 def test_another_configuration_is_refused_and_overwrite_starts_again(raw):
     distill(config_of(raw))
-    changed = config_of(raw, learning_rate=1e-3)
-    with pytest.raises(UserError, match=r"training\.learning_rate"):
+    changed = config_of(raw, ema_decay=0.7)
+    with pytest.raises(UserError, match=r"another configuration \(training\.ema_decay\).*may change: .*learning_rate"):
         distill(changed)
     folder = distill(changed, overwrite=True)
     assert newest(folder)["step"] == 6
@@ -222,6 +225,105 @@ def spoil(path, how):
         path.write_bytes(data[: len(data) // 2])
     else:
         path.unlink()
+
+
+def test_how_fast_it_learns_may_change_when_it_goes_on(raw, capsys):
+    distill(config_of(raw))
+    folder = distill(config_of(raw, max_steps=8, learning_rate=1e-5, lr_schedule="cosine", weight_decay=0.1))
+    assert "going on from step 6" in capsys.readouterr().out
+    rates = [r["learning_rate"] for r in records(folder) if "learning_rate" in r]
+    assert rates[-1] <= 1e-5 < rates[0]
+
+
+def test_a_run_goes_on_by_what_its_files_hold_wherever_they_lie(raw, capsys, tmp_path):
+    place = tmp_path / "place"
+    rows = write_world(place / "data", ["t2i"], 4, 0)
+    write_networks(place)
+
+    def config(place, steps):
+        for name in ("one", "two"):
+            raw["sources"][name]["weights"] = str(place / f"{name}.safetensors")
+        raw["student"] = {"init_from": str(place / "base.safetensors")}
+        raw["capabilities"]["t2i"]["data"] = {"manifest": str(place / "data" / rows.name)}
+        return config_of(raw, max_steps=steps, sample_every=0)
+
+    distill(config(place, 2))
+    elsewhere = place.rename(tmp_path / "elsewhere")
+    distill(config(elsewhere, 4))
+    assert "going on from step 2" in capsys.readouterr().out
+    picture = next((elsewhere / "data").rglob("*.png"))
+    changes = {
+        "sources.one.weights": (elsewhere / "one.safetensors", (elsewhere / "two.safetensors").read_bytes()),
+        "student.init_from": (elsewhere / "base.safetensors", (elsewhere / "two.safetensors").read_bytes()),
+        "capabilities.t2i.data.manifest": (picture, _other_picture(picture)),
+    }
+    for key, (file, content) in changes.items():
+        before = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{key} \(.*elsewhere.*\) has another content;"):
+            distill(config(elsewhere, 6))
+        file.write_bytes(before)
+    distill(config(elsewhere, 6))
+    assert "going on from step 4" in capsys.readouterr().out
+
+
+def _other_picture(path):
+    with Image.open(path) as picture:
+        data = io.BytesIO()
+        picture.rotate(180).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("behind", ["checkpoints", "student"])
+def test_a_run_that_was_killed_at_its_end_writes_what_is_missing(raw, monkeypatch, behind):
+    config = config_of(raw, keep_checkpoints=1, sample_every=0)
+    folder = distill(config)
+    student, expected = folder / "student.safetensors", load_file(folder / "student.safetensors")
+    (name,) = state.checkpoints(folder / "checkpoints")
+    if behind == "student":  # the one of an earlier step, or none
+        student.unlink()
+    else:
+        save_model(random_network(9), student)
+        shutil.copytree(name, name.with_name("step-00000002"))
+    for left in (folder / ".student.safetensors.123.tmp", folder / ".config.yaml.4.tmp"):
+        left.write_bytes(b"x")
+    (folder / "checkpoints" / ".step-00000006.tmp").mkdir()
+    distill(config)
+    assert [*map(str, state.checkpoints(folder / "checkpoints"))] == [str(name)]
+    assert [path.name for path in folder.rglob(".*")] == []
+    found = load_file(student)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_damaged_checkpoint_keeps_no_whole_one_from_being_kept(raw):
+    folder = distill(config_of(raw, keep_checkpoints=2, sample_every=0))
+    last = state.checkpoints(folder / "checkpoints")[-1]
+    spoil(last / "rest.pt", "flipped")
+    distill(config_of(raw, keep_checkpoints=1, save_every=1, max_steps=5, sample_every=0))
+    assert [path.name for path in state.checkpoints(folder / "checkpoints")] == ["step-00000005"]
+    assert state.load_newest(folder / "checkpoints")[0].step == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m | {"files": {}},
+        lambda m: m | {"step": 3},
+        lambda m: {key: value for key, value in m.items() if key != "shapes"},
+        lambda m: {key: value for key, value in m.items() if key != "blake2b"},
+        lambda m: m | {"shapes": {**m["shapes"], "new": [1]}},
+        lambda m: [m],
+        lambda m: None,
+    ],
+)
+def test_a_manifest_that_is_not_as_it_was_written_is_a_damaged_checkpoint(tmp_path, change):
+    for step in (1, 2):
+        state.save_state(tmp_path, step, {"a": torch.ones(4)}, {"a": torch.Size([2, 2])}, {"step": step}, keep=2)
+    manifest = state.checkpoints(tmp_path)[-1] / "manifest.json"
+    manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
+    found, messages = state.load_newest(tmp_path)
+    assert (found.step, len(messages)) == (1, 1)
+    assert f"{manifest.parent} is damaged" in messages[0]
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])

@@ -12,16 +12,22 @@ import socket
 import ssl
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 
-from danceopd.evaluation.gedit.judge import ANSWER_TOKENS, Question, Unanswered
+from danceopd.evaluation.gedit.judge import ANSWER_TOKENS, Question, Unanswered, Unreached
 from danceopd.support.errors import UserError
 
 KEY_VARIABLE = "DANCEOPD_JUDGE_KEY"  # the environment variable of an endpoint's key: on no command line, in no file
 
 MAX_BODY = 2**20  # bytes read of an answer
+
+LIMITS = {"max_tokens": ANSWER_TOKENS, "max_completion_tokens": 8 * ANSWER_TOKENS}  # the latter counts thoughts too
+
+VERSION = "api-version"  # the query of a deployment in Azure, the one that an address may have
 
 
 class _Again(Exception):
@@ -30,6 +36,33 @@ class _Again(Exception):
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
         self.wait = wait
+
+
+class _Learnt(Exception):
+    """A request was refused for how it was put, and what the server takes is known now."""
+
+
+@dataclass(frozen=True)
+class _Accepted:
+    """What a server takes, as far as is known: the name of the answer's limit, a temperature, the key's header."""
+
+    limit: str | None = "max_tokens"
+    temperature: bool = True
+    key_header: str = "Authorization"
+    tried_headers: int = 1
+
+    def after(self, code: int, said: str, has_key: bool) -> "_Accepted":
+        """Returns what is left to be tried after a refusal: itself where the refusal is about something else."""
+        if code in (401, 403) and has_key and self.tried_headers == 1:
+            other = "api-key" if self.key_header == "Authorization" else "Authorization"
+            return replace(self, key_header=other, tried_headers=2)
+        if code in (400, 422):
+            if self.limit and self.limit in said:
+                names = list(LIMITS)[list(LIMITS).index(self.limit) + 1 :]
+                return replace(self, limit=names[0] if names else None)
+            if self.temperature and "temperature" in said:
+                return replace(self, temperature=False)
+        return self
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -42,10 +75,12 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class EndpointJudge:
     """A model behind an OpenAI-compatible endpoint, such as vLLM's: judge(questions) -> answers.
 
-    The key, where one is needed, is read from the environment variable DANCEOPD_JUDGE_KEY.
+    The key, where one is needed, is read from the environment variable DANCEOPD_JUDGE_KEY. Whether a server takes
+    max_tokens or max_completion_tokens, a temperature, and the key as a bearer or in an api-key header is learnt from
+    its first refusal. What it refuses of one question is that question's alone.
 
     Args:
-        url: What clients call the base URL, usually ending in /v1.
+        url: What clients call the base URL, usually ending in /v1; for a deployment in Azure with its ?api-version=.
         model: The model's name there.
         parallel: Requests at a time.
         timeout: Seconds for a whole answer.
@@ -76,12 +111,17 @@ class EndpointJudge:
         max_tokens: int | None = None,
     ) -> None:
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        version = urllib.parse.parse_qs(parts.query).get(VERSION, []) if parts.query else []
+        query = urllib.parse.urlencode({VERSION: version[0]}) if len(version) == 1 else ""
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query != query or parts.fragment:
             raise UserError(f"the judge's address {_without_user(url)!r} is not like http://localhost:8000/v1")
         if "@" in parts.netloc:
             raise UserError(f"no password belongs into the judge's address; give a key by {KEY_VARIABLE}")
-        self.url = url.rstrip("/").removesuffix("/chat/completions")
+        path = parts.path.rstrip("/").removesuffix("/chat/completions")
+        self.url = f"{parts.scheme}://{parts.netloc}{path}"
+        self._query = f"?{query}" if query else ""
         self.model, self.name = model, f"{self.url} {model}"
+        self._accepted = _Accepted(key_header="api-key" if query else "Authorization")
         self.parallel, self.timeout, self.tries = parallel, timeout, tries
         self.backoff, self.max_wait, self.per_minute = backoff, max_wait, per_minute
         self.max_calls, self.max_tokens = max_calls, max_tokens
@@ -108,39 +148,41 @@ class EndpointJudge:
             raise UserError(f"the judge cannot be asked: {error}") from None
 
     def _answer(self, content: list[dict]) -> str:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "max_tokens": ANSWER_TOKENS,
-        }
-        data, reason = json.dumps(body).encode(), ""
-        for attempt in range(self.tries):
+        reason, attempt = "", 0
+        while attempt < self.tries:
             try:
-                return self._post(data)
+                return self._post(content, self._accepted)
+            except _Learnt:  # at most as often as there is something to learn
+                continue
             except _Again as error:
                 reason, wait = str(error), error.wait
             if wait is None:
                 wait = min(self.max_wait, self.backoff * 2**attempt * random.uniform(0.5, 1))
             elif wait > self.max_wait:
                 raise UserError(f"{self.url} asks to wait {wait:.0f} s; run again then, to go on from here ({reason})")
-            if attempt + 1 < self.tries and self.stop.wait(wait):
+            attempt += 1
+            if attempt < self.tries and self.stop.wait(wait):
                 break
-        raise Unanswered(f"{self.url}: {reason}")
+        raise Unreached(f"{self.url}: {reason}")
 
-    def _post(self, data: bytes) -> str:
+    def _post(self, content: list[dict], accepted: _Accepted) -> str:
         self._take_turn()
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
+        body |= {"temperature": 0} if accepted.temperature else {}
+        body |= {accepted.limit: LIMITS[accepted.limit]} if accepted.limit else {}
         headers = {"Content-Type": "application/json", "User-Agent": "danceopd"}
         if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(f"{self.url}/chat/completions", data, headers, method="POST")
+            bearer = accepted.key_header == "Authorization"
+            headers[accepted.key_header] = f"Bearer {self._key}" if bearer else self._key
+        address = f"{self.url}/chat/completions{self._query}"
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")
         deadline = time.monotonic() + self.timeout
         try:
             with self._open(request, timeout=self.timeout) as response:
-                body = _read(response, deadline)
+                answer = _read(response, deadline)
         except urllib.error.HTTPError as error:
             with error:
-                self._refuse(error, deadline)
+                self._refuse(error, deadline, accepted)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             never = (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError)
@@ -150,17 +192,15 @@ class EndpointJudge:
             raise _Again(self._without_key(said)) from None
         self._reached = True
         try:
-            answer = json.loads(body)
-            text = answer["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            raise _Again(f"no chat completion: {self._without_key(body[:200].decode(errors='replace'))!r}") from None
-        usage = answer.get("usage")
-        spent = usage.get("total_tokens") if isinstance(usage, dict) else None
+            text, tokens = _text(_completion(answer), f"{self.url}: ")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            said = self._without_key(answer.decode(errors="replace"))[:200]
+            raise _Again(f"no chat completion: {said!r}") from None
+        except Unanswered as error:
+            raise Unanswered(self._without_key(str(error))) from None
         with self._lock:
-            self.tokens += spent if isinstance(spent, int) else 0
-        if isinstance(text, list):  # of parts
-            text = "".join(part.get("text") or "" for part in text if isinstance(part, dict))
-        return text if isinstance(text, str) else ""
+            self.tokens += tokens
+        return self._without_key(text)
 
     def _take_turn(self) -> None:
         """Counts a call, and waits until the rate allows it."""
@@ -185,15 +225,21 @@ class EndpointJudge:
         if turn > now and self.stop.wait(turn - now):
             raise Unanswered("stopped")
 
-    def _refuse(self, error: urllib.error.HTTPError, deadline: float) -> None:
-        """Raises what an HTTP error means: wait and try again, give this question up, or stop."""
+    def _refuse(self, error: urllib.error.HTTPError, deadline: float, accepted: _Accepted) -> None:
+        """Raises what an HTTP error means: ask otherwise, wait and try again, give this question up, or stop."""
         try:
             said = self._without_key(_message(_read(error, deadline)))
         except (_Again, OSError, http.client.HTTPException):
             said = ""
+        with self._lock:
+            if self._accepted == accepted:  # else another request has learnt already
+                self._accepted = accepted.after(error.code, said, bool(self._key))
+            if self._accepted != accepted and error.code in (400, 401, 403, 422):
+                raise _Learnt from None
+        said = said[:300]
         reason = f"HTTP {error.code}" + (f": {said}" if said else "")
         if error.code in (408, 409, 425, 429) or error.code >= 500:
-            raise _Again(reason, _retry_after(error.headers.get("Retry-After"))) from None
+            raise _Again(reason, _wait(error.headers)) from None
         self._reached = True
         if error.code in (401, 403):
             state = "was refused" if self._key else "is not set"
@@ -239,13 +285,61 @@ def _read(response, deadline: float) -> bytes:
 
 
 def _message(body: bytes) -> str:
-    """Returns what an error's body says, in one short line."""
+    """Returns what an error's body says, in one line."""
     try:
         error = json.loads(body)["error"]
         text = error["message"] if isinstance(error, dict) else error
     except (ValueError, KeyError, TypeError, RecursionError):
         text = body.decode(errors="replace")
-    return " ".join(str(text).split())[:300]
+    return " ".join(str(text).split())
+
+
+def _completion(body: bytes) -> dict:
+    """Reads a chat completion; of one that a proxy streams, whatever was asked for, the parts are put together."""
+    if not body.lstrip().startswith(b"data:"):
+        return json.loads(body)
+    text, rest = "", {}
+    for line in body.decode(errors="replace").splitlines():
+        said = line.removeprefix("data:").strip()
+        if not line.startswith("data:") or said in ("", "[DONE]"):
+            continue
+        part = json.loads(said)
+        rest |= {"usage": part["usage"]} if part.get("usage") else {}
+        for choice in (part.get("choices") or [])[:1]:
+            piece = choice.get("delta") or choice.get("message") or {}
+            text += piece.get("content") or ""
+            rest |= {"finish_reason": choice["finish_reason"]} if choice.get("finish_reason") else {}
+    return {"choices": [{"message": {"content": text}, "finish_reason": rest.get("finish_reason")}], **rest}
+
+
+def _text(completion: dict, where: str) -> tuple[str, int]:
+    """Returns what a chat completion says, and the tokens it took.
+
+    Raises:
+        Unanswered: It says that it was refused, or has no text because of its limit.
+        KeyError, IndexError, TypeError, AttributeError: It is none.
+    """
+    choice, usage = completion["choices"][0], completion.get("usage")
+    message = choice["message"]
+    text, spent = message["content"], usage.get("total_tokens") if isinstance(usage, dict) else None
+    if isinstance(text, dict):  # structured already
+        text = json.dumps(text)
+    if isinstance(text, list):  # of parts
+        found = [part.get("text") for part in text if isinstance(part, dict)]
+        text = "".join(part for part in found if isinstance(part, str))
+    if not isinstance(text, str) or not text.strip():
+        text, ended = "", choice.get("finish_reason")
+        if isinstance(message.get("refusal"), str) and message["refusal"].strip():
+            raise Unanswered(f"{where}refused: {' '.join(message['refusal'].split())[:300]}")
+        if ended in ("content_filter", "length"):
+            raise Unanswered(f"{where}no answer, it ended by {ended}")
+    return text, spent if isinstance(spent, int) and not isinstance(spent, bool) else 0
+
+
+def _wait(headers) -> float | None:
+    """Returns the seconds that an answer's headers ask to wait."""
+    milliseconds = _retry_after(headers.get("retry-after-ms"))
+    return _retry_after(headers.get("Retry-After")) if milliseconds is None else milliseconds / 1000
 
 
 def _retry_after(value: str | None) -> float | None:

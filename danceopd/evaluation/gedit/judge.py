@@ -22,7 +22,7 @@ from danceopd.support.files import write_atomic
 
 ANSWER_TOKENS = 1024  # most of an answer
 LAST = 20_000  # characters of it that are looked through for marks
-IN_A_ROW = 5  # edits without a score, one after another, that end an evaluation
+IN_A_ROW = 5  # edits, one after another, that end an evaluation: without a score before any has one, or unreached
 AGAIN = "\n\nYour last answer could not be read. Give the JSON object alone, with two marks from 0 to 10."
 
 SHOWN_AREA = 512 * 512  # pixels of a picture as the judge sees it: what GEdit-Bench's script shows
@@ -71,6 +71,10 @@ class Unanswered(Exception):
     """A judge gave no answer to one question; others may have theirs."""
 
 
+class Unreached(Unanswered):
+    """A judge could not be asked a question, and perhaps no other."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The marks of one edit, or why it has none."""
@@ -78,6 +82,7 @@ class Verdict:
     sc_marks: tuple[float, ...] = ()
     pq_marks: tuple[float, ...] = ()
     problem: str | None = None
+    unreached: bool = False
 
     @property
     def sc(self) -> float:
@@ -180,8 +185,8 @@ def judge_edits(
         One verdict for each edit, in their order.
 
     Raises:
-        UserError: The judge cannot be asked at all, its budget is used up, or several edits in a row get no score. What
-            was answered is kept, and the same call goes on from there.
+        UserError: The judge cannot be asked at all, its budget is used up, it is not reached for several edits in a
+            row, or gives none of the first a score. What was answered is kept, and the same call goes on from there.
     """
     writing, verdicts = threading.Lock(), [Verdict(problem="not asked")] * len(edits)
     refused: list[UserError] = []
@@ -189,22 +194,30 @@ def judge_edits(
     def work(places: Sequence[int]) -> list[Verdict]:
         if refused:  # what is still in the queue is not asked
             raise refused[0]
-        questions = [q for i in places for q in questions_of(edits[i].instruction, *edits[i].load())]
+        verdicts, questions, asked = {}, [], []
+        for i in places:
+            try:
+                questions += questions_of(edits[i].instruction, *edits[i].load())
+                asked.append(i)
+            except (UserError, OSError) as error:
+                verdicts[i] = Verdict(problem=str(error))
         try:
-            marks = _ask(questions, judge, cache, writing)
+            marks = _ask(questions, judge, cache, writing) if questions else []
         except UserError as error:
             refused.append(error)
             raise
-        return [_verdict(*marks[2 * n : 2 * n + 2]) for n in range(len(places))]
+        verdicts |= {i: _verdict(*marks[2 * n : 2 * n + 2]) for n, i in enumerate(asked)}
+        return [verdicts[i] for i in places]
 
     batches = [range(i, min(i + judge.batch_size, len(edits))) for i in range(0, len(edits), judge.batch_size)]
-    pool, in_a_row = ThreadPoolExecutor(judge.parallel), 0
+    pool, in_a_row, scored = ThreadPoolExecutor(judge.parallel), 0, False
     try:
         asked = {pool.submit(work, places): places for places in batches}
         for done in progress(as_completed(asked), len(batches)):
             for i, verdict in zip(asked[done], done.result(), strict=True):
                 verdicts[i] = verdict
-                in_a_row = in_a_row + 1 if verdict.problem else 0
+                scored = scored or not verdict.problem
+                in_a_row = in_a_row + 1 if verdict.unreached or (verdict.problem and not scored) else 0
                 if in_a_row == IN_A_ROW:
                     raise UserError(f"the judge gave no score for {IN_A_ROW} edits in a row: {verdict.problem}")
     finally:
@@ -216,12 +229,16 @@ def judge_edits(
     return verdicts
 
 
-def _verdict(sc: tuple[float, ...] | str, pq: tuple[float, ...] | str) -> Verdict:
-    problems = [marks for marks in (sc, pq) if isinstance(marks, str)]
-    return Verdict(problem=problems[0]) if problems else Verdict(sc, pq)
+def _verdict(sc: tuple[float, ...] | Unanswered, pq: tuple[float, ...] | Unanswered) -> Verdict:
+    problems = [marks for marks in (sc, pq) if isinstance(marks, Unanswered)]
+    if not problems:
+        return Verdict(sc, pq)
+    return Verdict(problem=str(problems[0]), unreached=any(isinstance(found, Unreached) for found in problems))
 
 
-def _ask(questions: list[Question], judge, cache: Path, writing: threading.Lock) -> list[tuple[float, ...] | str]:
+def _ask(
+    questions: list[Question], judge, cache: Path, writing: threading.Lock
+) -> list[tuple[float, ...] | Unanswered]:
     """Asks for the marks of each question; returns them, or why there are none."""
     files = [cache_file(cache, judge.name, question) for question in questions]
     marks: list = [read_cached(file) for file in files]
@@ -233,9 +250,10 @@ def _ask(questions: list[Question], judge, cache: Path, writing: threading.Lock)
         answers = judge([Question(questions[i].text + reminder, questions[i].pictures) for i in left])
         for i, answer in zip(left, answers, strict=True):
             if isinstance(answer, Unanswered):
-                marks[i], refused = str(answer), True
+                marks[i], refused = answer, True
                 continue
-            marks[i] = read_marks(answer) or f"its answer cannot be read: {answer[:200]!r}"
+            answer = answer.encode(errors="replace").decode()  # half a surrogate goes into no file
+            marks[i] = read_marks(answer) or Unanswered(f"its answer cannot be read: {answer[:200]!r}")
             if isinstance(marks[i], tuple):
                 kept = {"judge": judge.name, "question": questions[i].text, "answer": answer}
                 with writing:  # equal questions of two threads have one file

@@ -1,6 +1,7 @@
 """A judge behind an address: what passes is tried again, what does not ends it, and limits are kept."""
 
 import json
+import re
 import time
 from email.utils import formatdate
 
@@ -8,9 +9,7 @@ import pytest
 from judge_server import KEY, answer, edits, first_badly, good, judge_of, send
 
 from danceopd.evaluation.gedit.endpoint import KEY_VARIABLE, EndpointJudge, _retry_after
-from danceopd.evaluation.gedit.judge import (
-    judge_edits,
-)
+from danceopd.evaluation.gedit.judge import Edit, judge_edits
 from danceopd.support.errors import UserError
 
 
@@ -178,3 +177,149 @@ def test_the_rate_is_kept(serve, tmp_path):
     times = sorted(when for *_, when in server.requests)
     assert times[-1] - times[0] > 0.45  # five gaps of 0.1 s
     assert all(times[i + 3] - times[i] > 0.2 for i in range(3))
+
+
+def refuse(handler, message, param=None):
+    send(handler, 400, {"error": {"message": message, "type": "invalid_request_error", "param": param}})
+
+
+def as_reasoning_models(handler, body, count):
+    """Takes no max_tokens and no temperature, and names one of them at a time."""
+    if "max_tokens" in body:
+        refuse(handler, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", "max_tokens")
+    elif "temperature" in body:
+        refuse(handler, "'temperature' does not support 0 with this model. Only the default (1) is supported.")
+    else:
+        good(handler, body, count)
+
+
+def without_any_limit(handler, body, count):
+    for name in ("temperature", "max_completion_tokens", "max_tokens"):
+        if name in body:
+            return refuse(handler, f"Unknown field {name}")
+    return good(handler, body, count)
+
+
+@pytest.mark.parametrize(
+    ("behave", "kept"), [(as_reasoning_models, {"max_completion_tokens"}), (without_any_limit, set())]
+)
+def test_what_a_server_takes_is_learnt_from_its_first_refusal(serve, tmp_path, behave, kept):
+    server = serve(behave)
+    verdicts = judge_edits(edits(3), judge_of(server, parallel=1, tries=1), tmp_path)
+    assert not any(verdict.problem for verdict in verdicts)
+    bodies = [body for _, _, body, _ in server.requests]
+    learnt = 3 - len(kept)
+    assert len(bodies) == 6 + learnt
+    assert all(body.keys() - {"model", "messages"} == kept for body in bodies[learnt:])
+    assert not any(verdict.problem for verdict in judge_edits(edits(9), judge_of(serve(behave), parallel=8), tmp_path))
+
+
+def test_a_refusal_of_something_else_is_no_lesson(serve, tmp_path):
+    server = serve(lambda h, body, count: refuse(h, "the picture is too large"))
+    with pytest.raises(UserError, match=r"scored none of 1 edits.*the picture is too large"):
+        judge_edits(edits(1), judge_of(server, parallel=1), tmp_path)
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("with_version", [True, False])
+def test_a_key_goes_into_the_header_that_the_server_reads(with_version, serve, tmp_path, monkeypatch):
+    def behave(handler, body, count):
+        if handler.headers.get("api-key") != KEY or ("api-version=2024-12-01" in handler.path) != with_version:
+            send(handler, 401, {"error": {"message": "Access denied due to invalid subscription key."}})
+        else:
+            good(handler, body, count)
+
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    server = serve(behave)
+    url = server.url + ("?api-version=2024-12-01" if with_version else "")
+    judge = EndpointJudge(url, "tiny", parallel=1, backoff=0.01)
+    assert not any(verdict.problem for verdict in judge_edits(edits(2), judge, tmp_path))
+    assert len(server.requests) == 4 + (not with_version)
+    assert server.requests[-1][0] == "/v1/chat/completions" + ("?api-version=2024-12-01" if with_version else "")
+    assert not any("Authorization" in headers and "api-key" in headers for _, headers, *_ in server.requests)
+
+
+def one_of(index, way):
+    """Answers well, but for the question about one instruction."""
+
+    def behave(handler, body, count):
+        asked = f"instruction {index}\n" in body["messages"][0]["content"][-1]["text"]
+        way(handler) if asked else good(handler, body, count)
+
+    return behave
+
+
+def completion(message, reason="stop"):
+    return {"choices": [{"message": message, "finish_reason": reason}]}
+
+
+@pytest.mark.parametrize(
+    ("reply", "problem"),
+    [
+        (completion({"content": None, "refusal": "I can't help with that."}), "refused: I can't help with that."),
+        (completion({"content": None}, "content_filter"), "no answer, it ended by content_filter"),
+        (completion({"content": ""}, "length"), "no answer, it ended by length"),
+        (completion({"content": "\ud83d I cannot say"}), r"cannot be read: '\? I cannot say'"),
+        (completion({"content": [{"type": "text", "text": 5}, 7, {"text": None}]}), "cannot be read: ''"),
+        (completion({"content": 12}), "cannot be read: ''"),
+        ({"choices": [{"message": 3}]}, "no chat completion"),
+        ({"choices": {}}, "no chat completion"),
+        (completion({"content": f"my key is {KEY}"}), r"cannot be read: 'my key is \*\*\*'"),
+        (completion({"content": None, "refusal": f"{KEY}?"}), r"refused: \*\*\*\?"),
+    ],
+)
+def test_an_odd_answer_is_that_question_s_alone_and_its_reason_is_kept(reply, problem, serve, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    server = serve(one_of(1, lambda handler: send(handler, 200, reply)))
+    verdicts = judge_edits(edits(3), judge_of(server, tries=2), tmp_path)
+    assert [bool(verdict.problem) for verdict in verdicts] == [False, True, False]
+    assert re.search(problem, verdicts[1].problem), verdicts[1].problem
+    assert all(KEY not in file.read_text() for file in tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("content", ['\ud83d {"score": [5, 6]}', {"score": [5, 6]}, [{"text": '{"score": [5, 6]}'}]])
+def test_marks_in_an_odd_answer_are_read_and_kept(content, serve, tmp_path):
+    server = serve(lambda handler, body, count: send(handler, 200, completion({"content": content})))
+    verdicts = [judge_edits(edits(1), judge_of(server), tmp_path) for _ in range(2)]
+    assert verdicts[0] == verdicts[1]
+    assert verdicts[0][0].sc_marks == (5, 6)
+    assert len(server.requests) == 2
+
+
+def test_an_answer_in_pieces_is_put_together(serve, tmp_path):
+    pieces = [{"delta": {"role": "assistant"}}, {"delta": {"content": '{"score": [3'}}, {"delta": {"content": ", 4]}"}}]
+    lines = [json.dumps({"choices": [piece]}) for piece in pieces]
+    lines += [json.dumps({"choices": [], "usage": {"total_tokens": 30}}), "[DONE]"]
+    body = "".join(f"data: {line}\n\n" for line in lines).encode()
+    judge = judge_of(serve(lambda handler, asked, count: send(handler, 200, body)))
+    assert judge_edits(edits(1), judge, tmp_path)[0].sc_marks == (3, 4)
+    assert judge.tokens == 60
+
+
+def test_refusals_of_many_pictures_end_nothing_once_one_has_a_score(serve, tmp_path):
+    def behave(handler, body, count):
+        text = body["messages"][0]["content"][-1]["text"]
+        if "instruction 0\n" in text or "instruction" not in text:
+            good(handler, body, count)
+        else:
+            send(handler, 400, {"error": {"message": "content policy", "code": "content_filter"}})
+
+    verdicts = judge_edits(edits(12), judge_of(serve(behave), parallel=1), tmp_path)
+    assert [bool(verdict.problem) for verdict in verdicts] == [False] + 11 * [True]
+
+
+def test_a_picture_that_cannot_be_read_ends_nothing(serve, tmp_path):
+    def broken():
+        raise UserError("edit.png: cut off; make it again")
+
+    asked = edits(3)
+    asked[1] = Edit("instruction 1", broken)
+    verdicts = judge_edits(asked, judge_of(serve(good)), tmp_path)
+    assert [verdict.problem for verdict in verdicts] == [None, "edit.png: cut off; make it again", None]
+
+
+def test_milliseconds_to_wait_are_waited(serve, tmp_path):
+    server = serve(first_badly(lambda h: send(h, 429, {}, [("retry-after-ms", "400"), ("Retry-After", "60")])))
+    judge_edits(edits(1), judge_of(server, parallel=1), tmp_path)
+    times = [when for *_, when in server.requests]
+    assert 0.35 < times[1] - times[0] < 3

@@ -235,8 +235,10 @@ def test_what_a_user_gets_wrong(root, drawn, serve, capsys, monkeypatch):
     picture = picture_file(drawn / "theirs", read_benchmark(root / "benchmark").rows[2])
     picture.write_bytes(b"\x89PNG cut")
     fine = serve(good)
-    assert main(command(root, drawn, "--method", "theirs", "--judge-url", fine.url, "--judge-model", "j")) == 2
-    assert f"{picture}: " in capsys.readouterr().err
+    assert main(command(root, drawn, "--method", "theirs", "--judge-url", fine.url, "--judge-model", "j")) == 1
+    said = capsys.readouterr().err
+    assert f"{picture}: " in said
+    assert "1 edits have no score and are left out" in said
 
 
 def test_evaluate_still_takes_a_checkpoint(capsys):
