@@ -8,6 +8,11 @@ import sys
 
 from danceopd.support.errors import Terminated, UserError
 
+# What pip installs optional packages by; a command that needs one says so.
+EXTRAS = dict.fromkeys(("diffusers", "transformers", "accelerate"), "danceopd[models]")
+EXTRAS |= {"datasets": "danceopd[datasets]", "deepspeed": "danceopd[deepspeed]", "triton": "danceopd[triton]"}
+EXTRAS |= dict.fromkeys(("torchao", "bitsandbytes"), "danceopd[8bit]")
+
 
 def guarded(function, args) -> int:
     """Runs a command; what a user can mend is printed without a trace.
@@ -32,14 +37,24 @@ def guarded(function, args) -> int:
             print("\nstopped; run the same command again to go on", file=sys.stderr)
         return 143 if isinstance(error, Terminated) else 130
     except (UserError, OSError) as error:
-        if first:
-            print(f"danceopd: {error}", file=sys.stderr)
-        elif os.environ.get("LOCAL_RANK") == "0":
-            import torch.distributed as dist
+        return _refused(error, rank)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:  # a fault of ours
+            raise
+        return _refused(f"this command needs {package}, which is not installed: pip install '{EXTRAS[package]}'", rank)
 
-            if not dist.is_initialized():
-                print(f"danceopd: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
-        return 2
+
+def _refused(message: object, rank: int) -> int:
+    """Prints why a command ends, once for all ranks; returns its exit status."""
+    if rank == 0:
+        print(f"danceopd: {message}", file=sys.stderr)
+    elif os.environ.get("LOCAL_RANK") == "0":
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            print(f"danceopd: rank {rank} on {socket.gethostname()}: {message}", file=sys.stderr)
+    return 2
 
 
 def quieten() -> None:

@@ -421,8 +421,6 @@ def train(
     if parts.device.type == "cpu":
         keep_freed_memory()
     folder = config.training.output_dir
-    for left in folder.glob(".*.tmp") if first else ():  # by a process that was killed
-        left.unlink(missing_ok=True)
     if overwrite and first:
         for path in checkpoints(folder / "checkpoints"):
             shutil.rmtree(path)
@@ -435,13 +433,21 @@ def train(
     for message in messages if first else ():
         print(f"warning: {message}")
     if checkpoint:
-        go_on(trainer, checkpoint)
-        if first:
-            print(f"going on from step {trainer.step} of {folder}")
-            tidy(folder / "checkpoints", checkpoint.path, config.training.keep_checkpoints)
-        if trainer.progress() >= 1:  # a process that was killed after the last checkpoint has not written it
-            trainer.save_student(checkpoint)
+        _go_on(trainer, checkpoint)
     if first:
         write_atomic(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
     trainer.run(callbacks)
     return folder
+
+
+def _go_on(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Goes on from a checkpoint, and leaves the folder as the process would have that wrote it, had it not died."""
+    training = trainer.config.training
+    go_on(trainer, checkpoint)
+    if trainer.ranks.rank == 0:
+        print(f"going on from step {trainer.step} of {training.output_dir}")
+        tidy(training.output_dir / "checkpoints", checkpoint.path, training.keep_checkpoints)
+        for left in training.output_dir.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
+    if trainer.progress() >= 1:  # then no update follows that would write it
+        trainer.save_student(checkpoint)

@@ -51,7 +51,14 @@ MAY_CHANGE = (
 
 
 def identity(config: Config) -> dict:
-    """Takes the part of a configuration that a resumed run must share, with the digests of the files that it names."""
+    """Takes the part of a configuration that a resumed run must share.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        Its values, without what may change and without paths; "contents" holds the digests of what these name.
+    """
     values, contents = config.to_dict(), {}
     values.pop("evaluation")
     values["training"] = {k: v for k, v in values["training"].items() if k not in MAY_CHANGE}
@@ -123,7 +130,14 @@ def _joined(parts) -> str:
 
 
 def state_of(trainer) -> dict:
-    """Collects what a checkpoint of a `Trainer` keeps beside the large tensors."""
+    """Collects what a checkpoint keeps beside the large tensors.
+
+    Args:
+        trainer: The run's `Trainer`.
+
+    Returns:
+        Small tensors and plain values.
+    """
     return {
         "step": trainer.step,
         "engine": trainer.engine.rest(),
@@ -138,7 +152,15 @@ def state_of(trainer) -> dict:
 
 
 def go_on(trainer, checkpoint: Checkpoint) -> None:
-    """Puts a checkpoint's state into a `Trainer`. Raises UserError for one of another configuration or other files."""
+    """Puts a checkpoint's state into a `Trainer`.
+
+    Args:
+        trainer: The run's `Trainer`, before its first update.
+        checkpoint: The checkpoint.
+
+    Raises:
+        UserError: For a checkpoint of another configuration, or of other files; it names the keys that differ.
+    """
     state, folder = checkpoint.rest, trainer.config.training.output_dir
     saved, ours = _given(state["identity"]), _given(trainer.identity)
     changed = [key for key in _differences(saved, ours) if not key.startswith("contents")]
@@ -178,8 +200,8 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     changed = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changed += _differences(a, b, f"{prefix}{key}.")
+        if isinstance(a, dict | None) and isinstance(b, dict | None):
+            changed += _differences(a or {}, b or {}, f"{prefix}{key}.")
         elif a != b:
             changed.append(f"{prefix}{key}")
     return changed

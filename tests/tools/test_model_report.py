@@ -161,14 +161,14 @@ def test_a_grid_that_fails_ends_no_run(place, tmp_path, monkeypatch, capsys):
     assert (folder / "student" / FILE).is_file()
 
 
-def test_a_source_with_nan_is_named_in_the_first_update(place, tmp_path):
+def test_a_source_with_nan_is_named_before_anything_is_learnt(place, tmp_path):
     tensors = load_file(place / "two" / FILE)
     next(iter(tensors.values()))[0, 0] = float("nan")
     (tmp_path / "bad").mkdir()
     save_file(tensors, tmp_path / "bad" / FILE, {"format": "pt"})
     raw = config_of(place, tmp_path / "run")
     raw["sources"]["two"]["lora"] = [{"path": str(tmp_path / "bad")}]
-    with pytest.raises(UserError, match=r"sources\.two: .*not finite"):
+    with pytest.raises(UserError, match=r"sources\.two\..*not finite"):
         distill(parse_config(raw))
     assert not (tmp_path / "run" / "checkpoints").exists()  # nothing was learnt from it
 

@@ -160,3 +160,44 @@ def test_python_m_danceopd(monkeypatch, capsys):
     out = capsys.readouterr().out
     for name in ("base", "t2i", "edit", "local", "global", "style"):
         assert f"{name}.safetensors" in out
+
+
+WITHOUT = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "diffusers":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from danceopd.cli import main
+for command in sys.argv[1:]:
+    print("===", main(command.split()), flush=True)
+"""
+
+
+def test_without_an_optional_package_a_command_says_in_a_line_how_to_install_it(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    data = {"a": {"source": "a", "task": "t2i", "data": {"prepared": "a.jsonl"}}}
+    config = {"model": "model", "student": {"lora": {"rank": 4}}, "sources": {"a": {}}, "capabilities": data}
+    config["training"] = {"output_dir": "out", "max_steps": 1, "batch_size": 1}
+    for place in ("c.yaml", "run/config.yaml"):
+        (tmp_path / place).write_text(yaml.safe_dump(config))
+    (tmp_path / "p.txt").write_text("a fish\n")
+    commands = [
+        "data prepare p.txt --model model --cache cache",
+        "merge-loras --base model --lora a.safetensors --lora b.safetensors --prompts p.txt -o m.safetensors",
+        "train --config c.yaml --dry-run",
+        "train --config c.yaml",
+        "export run -o exported",
+        "report run",
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *commands], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("=== 2") == len(commands), ran.stdout
+    assert ran.stderr.count("pip install 'danceopd[models]'") == len(commands), ran.stderr

@@ -13,7 +13,7 @@ from torch import nn
 
 from danceopd.api import distill
 from danceopd.core.fields import routed
-from danceopd.models import loading
+from danceopd.models import tensor_files
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.loading import check_transformer_file, load_transformer_file, stream_blocks
 from danceopd.models.lora_algebra import merge_into
@@ -333,7 +333,7 @@ def test_a_file_of_another_model_and_a_class_without_conversion(places, tmp_path
 
 
 def test_the_dry_run_reads_a_files_header_alone(places, monkeypatch):
-    root, real = places("sd3"), loading.safe_open
+    root, real = places("sd3"), tensor_files.safe_open
 
     class Header:
         def __init__(self, path, framework):
@@ -349,7 +349,7 @@ def test_the_dry_run_reads_a_files_header_alone(places, monkeypatch):
             assert name in ("keys", "get_slice"), f"{name} is more than the header"
             return getattr(self.file, name)
 
-    monkeypatch.setattr(loading, "safe_open", Header)
+    monkeypatch.setattr(tensor_files, "safe_open", Header)
     plan = dry_run(teacher(root, root / "other.safetensors"), examine)
     assert plan.problems == []
     assert plan.parameters["source two, beside the base"] == plan.parameters["base"]
