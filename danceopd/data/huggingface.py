@@ -11,6 +11,7 @@ from danceopd.data.bad_rows import BadRows, Problem, list_path, write_list
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pictures import decode_picture
+from danceopd.support.texts import parse_json, read_text
 
 COLUMNS = {  # a manifest's column: the names it is looked for by, the first that is there
     "id": ("id", "uid"),
@@ -19,6 +20,8 @@ COLUMNS = {  # a manifest's column: the names it is looked for by, the first tha
     "source_image": ("source_image", "input_image"),
     "target_image": ("target_image", "edited_image", "image"),
 }
+
+MARK = "imported.json"  # what a folder's pictures are of
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def import_dataset(
         The manifest, and what was left out of it.
 
     Raises:
-        UserError: The folder is no data set, or has no prompts, pictures or task; or bad rows may not be left out.
+        UserError: The folder is no data set, or has no prompts, pictures or task; bad rows may not be left out; or
+            `out` holds another data set's.
     """
     rows, bad_rows = _open(folder, split), BadRows(on_bad_row, max_bad_rows)
     found = {column: next((n for n in names if n in rows.column_names), None) for column, names in COLUMNS.items()}
@@ -70,6 +74,7 @@ def import_dataset(
     if not found["task"] and not task:
         raise UserError(f"{folder} has no column task; say what all of its rows teach by --task")
     task_names = getattr(rows.features.get(found["task"] or ""), "names", None)  # of a column of class numbers
+    _mark(out, {"data_set": str(folder.resolve()), "split": split, "fingerprint": rows._fingerprint})
     lines, problems, ids = [], [], {}
     stored = rows.with_format("arrow")  # pictures as they were stored, so that each can be refused on its own
     for i in tqdm(range(len(rows)), "rows"):
@@ -111,6 +116,25 @@ def _open(folder: Path, split: str):
             raise UserError(f"{folder} has no split {split!r}; there are {', '.join(rows)}")
         rows = rows[split]
     return rows
+
+
+def _mark(out: Path, now: dict) -> None:
+    """Notes what is imported into a folder: pictures there are kept by their names, so it must not be anything else."""
+    path = out / MARK
+    if path.is_file():
+        try:
+            before = parse_json(read_text(path))
+            same = {**before, "data_set": now["data_set"]} == now  # it may have moved
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged; import into another folder") from None
+        if not same:
+            raise UserError(
+                f"{out} holds pictures of split {before.get('split')!r} of {before.get('data_set')}, or of what it was "
+                "then; import into another folder, or remove this one"
+            )
+    elif (out / "manifest.jsonl").exists():
+        raise UserError(f"{out / 'manifest.jsonl'} is there already; import into another folder, or remove it")
+    write_atomic(path, (json.dumps(now, indent=1) + "\n").encode())
 
 
 def _check_texts(record: dict, ids: dict[str, int], row: int) -> None:

@@ -128,7 +128,7 @@ class Names:
         return key_of("prompt", self.text_model, prompt, *(looked_at or [""]))
 
     def picture(self, path: Path) -> str:
-        return key_of("latents", self.picture_model, self.seen[path].digest, str(self.seen[path].size))
+        return key_of("latents of sRGB", self.picture_model, self.seen[path].digest, str(self.seen[path].size))
 
 
 # Long: a third of it says what its arguments are.

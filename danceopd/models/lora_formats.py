@@ -12,7 +12,7 @@ CHANGE = re.compile(
     r"(?:\.default)?(?:\.weight)?"
 )
 
-# In front of layers' names, also several times: what trainers and wrappers put there.
+# What trainers and wrappers put in front of layers' names, also several times.
 PREFIXES = ("base_model.model.", "base_model.", "transformer.", "diffusion_model.", "model.", "module.", "_orig_mod.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_", "lycoris_")  # of names with _ for every dot
 

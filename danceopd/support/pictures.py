@@ -124,14 +124,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its pixels have more than 16 bits")
         image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 / 255 is 257
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    alpha = None
+    if image.has_transparency_data:
+        alpha = (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A")
     if image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
     image = _to_srgb(image, profile)
     if alpha:
-        image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=alpha)
+        return white
+    return image
 
 
 # The kind of pixels that a profile is of, by Pillow's mode.

@@ -116,7 +116,9 @@ def merge_loras(
     device = find_device(config.training.device)
     dtype = PRECISIONS[config.training.precision]
     write_atomic(work / manifest, rows)
-    prepare(work / manifest, base, cache, resolution=resolution, device=str(device), dtype=dtype, on_bad_row="refuse")
+    options = {"resolution": resolution, "device": str(device), "dtype": dtype, "on_bad_row": "refuse"}
+    for note in prepare(work / manifest, base, cache, **options).notes:
+        print(f"warning: {note}", file=sys.stderr)
     student = train(config, build_model, overwrite) / "student" / FILES[1]
     adapters[AVERAGE] = average(list(adapters.values()))
     adapters[STUDENT] = load_lora(student, empty, pipeline_class_of(base))

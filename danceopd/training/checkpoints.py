@@ -146,7 +146,7 @@ def tidy(folder: Path, newest: Path, keep: int) -> None:
 
 
 def _digest(manifest: dict) -> str:
-    """Of a manifest without its own digest: two that say the same have the same."""
+    """Returns the digest of a manifest without its own: two that say the same have the same."""
     said = json.dumps({key: value for key, value in manifest.items() if key != "blake2b"}, sort_keys=True)
     return hashlib.blake2b(said.encode()).hexdigest()
 

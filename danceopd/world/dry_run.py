@@ -13,6 +13,7 @@ from danceopd.planning.memory import FLOAT, Findings, add_activations, add_quest
 from danceopd.world.build import load_data
 from danceopd.world.dit import DiT
 from danceopd.world.files import read_config, resolve_weights
+from danceopd.world.own_data import ManifestData
 
 
 def examine(config: Config, findings: Findings, device: torch.device | None) -> None:
@@ -34,6 +35,8 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
         rows = attempt(f"capabilities.{name}.data", load_data, name, capability, size, with_clean)
         if rows is not None:
             findings.found.append(f"{name}: {len(rows)} rows")
+        if isinstance(rows, ManifestData) and student:
+            findings.found += [f"{name}: {note}" for note in rows.notes(student.config.text_length)]
     findings.parameters |= {f"source {name}": count(source) for name, source in sources.items() if source}
     total, how = sum(count(source) for source in sources.values() if source), "4 bytes, float32"
     bytes_of_sources = FLOAT * total

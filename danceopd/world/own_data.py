@@ -10,6 +10,7 @@ from danceopd.data.manifest import Row, _first, read_manifest
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 from danceopd.support.pictures import decode_picture
+from danceopd.world.tokenizer import count_tokens
 
 CACHE_BYTES = 256 * 2**20  # of decoded pictures that each data set keeps
 
@@ -71,6 +72,12 @@ class ManifestData:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def notes(self, text_length: int) -> list[str]:
+        """Says how many prompts a network of so many tokens cuts, in a line; nothing where it cuts none."""
+        cut = [f"line {row.line}" for row in self.rows if count_tokens(row.prompt) > text_length]
+        said = f"{len(cut)} of {len(self)} prompts are longer than the network's {text_length} tokens and are cut there"
+        return [f"{said}: {_first(cut, ', ')}"] if cut else []
 
     def prompts(self, indices: list[int]) -> list[str]:
         """Returns the prompts of rows."""

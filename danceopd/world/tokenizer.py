@@ -24,3 +24,8 @@ def _ids(prompt: str, length: int) -> tuple[int, ...]:
 def tokenize(prompts: list[str], length: int) -> torch.Tensor:
     """Tokenizes prompts: [B, length] int64, padded or cut to `length`. The empty prompt is all padding."""
     return torch.tensor([_ids(prompt, length) for prompt in prompts], dtype=torch.int64).view(-1, length)
+
+
+def count_tokens(prompt: str) -> int:
+    """Returns the number of a prompt's tokens before it is padded or cut."""
+    return len(load_tokenizer().encode(prompt).ids)

@@ -43,6 +43,7 @@ def test_a_plain_loop_gathers_six_times_as_much_and_learns_the_same(tmp_path, ca
     assert "times fewer bytes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_trainer_gathers_for_rollouts_once_an_update_in_however_many_micro_batches(tmp_path):
     pytest.importorskip("diffusers")
     file = tmp_path / "figures.json"

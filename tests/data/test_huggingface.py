@@ -186,3 +186,21 @@ def test_odd_texts_are_left_out_by_row(tmp_path):
     ]
     (row,), problems = read_manifest(done.path)
     assert (row.id, row.capability, problems) == ("a", "t2i", [])
+
+
+def test_two_data_sets_do_not_share_a_folder(tmp_path):
+    """Their pictures would have the same names."""
+    for name, color in (("a", "red"), ("b", "blue")):
+        rows = {"prompt": ["x"], "image": [Image.new("RGB", (8, 8), color)]}
+        datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / name)
+    first = import_dataset(tmp_path / "a", tmp_path / "out", task="t2i")
+    before = first.path.read_bytes()
+    with pytest.raises(UserError, match=r"holds pictures of split 'train' of .*/a, or of what it was then"):
+        import_dataset(tmp_path / "b", tmp_path / "out", task="t2i")
+    assert first.path.read_bytes() == before
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert import_dataset(tmp_path / "moved", tmp_path / "out", task="t2i").rows == 1
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "manifest.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"manifest\.jsonl is there already"):
+        import_dataset(tmp_path / "b", tmp_path / "own", task="t2i")

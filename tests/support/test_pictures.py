@@ -168,3 +168,11 @@ def test_what_is_refused_by_the_header(tmp_path, read):
     (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="decoded"):
         read(tmp_path / "half.png")
+
+
+def test_transparency_over_white_is_rounded_exactly(tmp_path):
+    value, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    Image.fromarray(np.stack([value, value, value, alpha], -1), "RGBA").save(tmp_path / "p.png")
+    share = alpha.astype(float) / 255
+    expected = np.rint(value * share + 255 * (1 - share))
+    assert (np.asarray(decode_picture(tmp_path / "p.png"))[..., 0] == expected).all()

@@ -516,3 +516,13 @@ def test_a_trace_has_the_phases_of_the_steps_asked_for(raw):
     names = Counter(event.get("name") for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X")
     phases = ("route", "rollout", "query", "match", "backward", "step")
     assert {name: names[name] for name in phases} == dict.fromkeys(phases, 2)
+
+
+def test_a_source_that_answers_nan_is_named_in_the_first_update(raw):
+    config = config_of(raw)
+    parts = build(config)
+    parts.fields[1] = lambda latents, sigma, conditioning: torch.full_like(latents, float("nan"))
+    before = {name: p.clone() for name, p in parts.student.named_parameters()}
+    with pytest.raises(UserError, match=r"sources\.two: .*not finite"):
+        Trainer(config, parts).update()
+    assert all(torch.equal(p, before[name]) for name, p in parts.student.named_parameters())  # nothing was learnt

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from manifests import good, jsonl, picture
 from PIL import Image
 
+from danceopd.cli.parser import main
 from danceopd.world import own_data
 from danceopd.world.own_data import ManifestData, fit_square
+from danceopd.world.tokenizer import tokenize
 
 
 @pytest.fixture
@@ -104,3 +106,18 @@ def test_memory_for_pictures_is_limited(folder, monkeypatch):
     for _ in range(2):
         assert data.targets([0, 1])[:, 0, 0, 0].tolist() == [1, -1]
     assert len(data._cache) == 1
+
+
+def test_prompts_that_the_network_cuts_are_said(folder, tmp_path, capsys):
+    prompts = ["a dog", "a photo of a red car and a blue cup and a green bench and two cats"]
+    rows = [good(prompt=prompt) for prompt in (*prompts, *prompts[:1])]
+    path = jsonl(folder / "m.jsonl", rows)
+    long = tokenize(prompts, 60)
+    cut = (long[:, 10:] != long[0, -1]).any(dim=1)  # the last one is padding
+    assert cut.tolist() == [False, True]
+    said = "1 of 3 prompts are longer than the network's 10 tokens and are cut there: line 2"
+    assert ManifestData(path, "t2i", 8).notes(10) == [said]
+    assert ManifestData(path, "t2i", 8).notes(60) == []
+    changes = [f"capabilities.t2i.data={{manifest: {path}}}", f"training.output_dir={tmp_path / 'run'}"]
+    assert main(["train", "--config", "configs/demo.yaml", "--dry-run", *changes]) == 0
+    assert f"t2i: {said}" in capsys.readouterr().out

@@ -1,11 +1,11 @@
 """Reads DeepSpeed's configuration."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
+from danceopd.support.texts import parse_json, read_text
 
 # What the run's own configuration says, and DeepSpeed's would say a second time.
 OURS = (
@@ -39,7 +39,7 @@ def read_deepspeed(path: Path | str) -> dict:
             says, and for a value "auto" that nobody would fill in.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = parse_json(read_text(Path(path)))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(found, dict):

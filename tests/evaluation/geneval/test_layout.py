@@ -147,16 +147,17 @@ def test_odd_metadata_is_refused_or_judged(tmp_path, data):
     """One value anywhere in a prompt's line replaced or taken out: a message with its line, or a verdict."""
     clauses = [clause("cat", 2), clause("dog", color="red", position=["left of", 0])]
     line = {"tag": "x", "prompt": "y", "include": clauses, "exclude": [clause("dog", 3)]}
-    place, key = {"line": line}, "line"
+    root = {"line": line}
+    place, key = root, "line"
     while isinstance(place[key], dict | list) and place[key] and data.draw(st.integers(0, 4)):
         place = place[key]
         key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
-    if isinstance(place, dict) and data.draw(st.booleans()) and place is not line:
+    if isinstance(place, dict) and place is not root and data.draw(st.booleans()):
         place.pop(key)
     else:
         place[key] = data.draw(st.sampled_from(ODD))
     path = tmp_path / "m.jsonl"
-    path.write_text(json.dumps(line if "line" not in place else place["line"]) + "\n")
+    path.write_text(json.dumps(root["line"]) + "\n")
     said = ""
     try:
         (read,) = read_metadata(path)
