@@ -125,7 +125,8 @@ class Watch:
         self.told: dict[int, str] = {}
         self.moved = self.answered = time.monotonic()
         if ranks.size > 1:
-            self.store = dist.distributed_c10d._get_default_store()
+            # A connection of its own: while a collective waits for a rank on the common one, nobody else is answered.
+            self.store = dist.distributed_c10d._get_default_store().clone()
             self.at("the start")
             for work in (self._ask, self._judge):
                 threading.Thread(target=work, daemon=True).start()
