@@ -1,11 +1,8 @@
 """FP8 for frozen networks: what is stored, what comes out, how it is loaded, and adapters upon it."""
 
-import ctypes
-import gc
-import re
+import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -18,7 +15,7 @@ from torch import nn
 from danceopd.api import builder_of, examiner_of
 from danceopd.config.reading import load_config
 from danceopd.core.fields import routed
-from danceopd.models.backbones import backbone_of, flux, pipeline_class_of
+from danceopd.models.backbones import backbone_of, pipeline_class_of
 from danceopd.models.fp8 import Fp8Linear, check_fp8, numbers, to_fp8
 from danceopd.models.fp8_loading import load_fp8
 from danceopd.models.lora_algebra import merge_into
@@ -339,9 +336,28 @@ def test_folders_that_are_no_good(places, tmp_path):
         load_fp8(folder, backbone, torch.float32)
 
 
+PEAK = """
+import ctypes, gc, sys
+from pathlib import Path
+
+import torch
+
+from danceopd.models.backbones import flux
+from danceopd.models.fp8_loading import load_fp8
+
+
 def resident(key):
-    """Bytes of this process, from /proc."""
-    return int(re.search(key + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+
+
+load_fp8(Path(sys.argv[1]), flux, torch.bfloat16)  # what the libraries take
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)  # such that no freed memory is used again unseen
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+network = load_fp8(Path(sys.argv[2]), flux, torch.bfloat16)
+print(resident("VmHWM") - before, sum(t.nbytes for t in (*network.parameters(), *network.buffers())))
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -362,13 +378,8 @@ def test_loading_takes_one_shard_beside_the_model(places, tmp_path):
     del network
     shards = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
     assert len(shards) >= 5
-    load_fp8(places("flux") / "model", flux, torch.bfloat16)  # what the libraries take
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # such that no freed memory is used again unseen
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    network = load_fp8(tmp_path, flux, torch.bfloat16)
-    peak, model = resident("VmHWM") - before, nbytes(network)
+    argv = [sys.executable, "-c", PEAK, str(places("flux") / "model"), str(tmp_path)]  # where nothing else was freed
+    peak, model = map(int, subprocess.run(argv, check=True, capture_output=True, text=True).stdout.split()[-2:])
     assert model < 0.55 * 2 * parameters
     slack = 16 * 2**20  # rows in float32 while their scales are found, and the allocator's
     assert model < peak < model + max(shards) + slack
