@@ -19,10 +19,10 @@ class _Alive(TorchDispatchMode):
         self.now = self.most = self.made = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        before = {storage_number(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor) or (key := _key(tensor)) in before:
+            if not isinstance(tensor, torch.Tensor) or (key := storage_number(tensor)) in before:
                 continue
             known = self.alive.get(key)
             if known is not None:
@@ -44,7 +44,7 @@ class _Alive(TorchDispatchMode):
             self.now -= self.alive.pop(key)[1]
 
 
-def _key(tensor: torch.Tensor) -> int:
+def storage_number(tensor: torch.Tensor) -> int:
     """Returns a number of the storage that a tensor lies in."""
     try:
         return tensor.untyped_storage()._cdata

@@ -1,5 +1,7 @@
 """Sees on a forward on the meta device what a backward keeps, and counts a forward's operations."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -167,21 +169,13 @@ def held_in_forward(
         conditioning: Of one sample.
         autocast: The dtype of products.
     """
-    adapter = hasattr(student, "layer")
-    if adapter:
-        student.layer = lambda name, x, weight, *_: _adapted(student, name, x, weight)
-    try:
-        for place in ("meta", "cpu"):  # as for kept_for_backward
-            try:
-                with _AsOnDevice(autocast) as device:
-                    held = forward_bytes(lambda: _forward(student, shape, conditioning, place))  # noqa: B023
-                return held - sum(cast.nbytes for cast in device.casts.values())
-            except RuntimeError:
-                if place == "cpu":
-                    raise
-    finally:
-        if adapter:
-            del student.layer
+
+    def held(place: str) -> int:
+        with _AsOnDevice(autocast) as device:
+            most = forward_bytes(lambda: _forward(student, shape, conditioning, place))
+        return most - sum(cast.nbytes for cast in device.casts.values())
+
+    return _looked_at(student, _adapted, held)
 
 
 @torch.no_grad()
@@ -193,18 +187,28 @@ def operations(student: nn.Module, shape: tuple[int, ...], conditioning: Conditi
         shape: Of one sample's latents.
         conditioning: Of one sample.
     """
+
+    def counted(place: str) -> int:
+        with FlopCounterMode(display=False) as counter:
+            _forward(student, shape, conditioning, place)
+        return counter.get_total_flops()
+
+    return _looked_at(student, _plain_adapted, counted)
+
+
+def _looked_at(student: nn.Module, adapted: Callable, look: Callable[[str], int]) -> int:
+    """Returns what `look` finds, with `adapted` for an adapter's layers, by the place where lengths and masks may be.
+
+    Some families read lengths and masks on the host, others want them where the rest is.
+    """
     adapter = hasattr(student, "layer")
     if adapter:
-        student.layer = lambda name, x, weight, *_: _plain_adapted(student, name, x, weight)
+        student.layer = lambda name, x, weight, *_: adapted(student, name, x, weight)
     try:
-        for place in ("meta", "cpu"):  # as for kept_for_backward
-            with FlopCounterMode(display=False) as counter:
-                try:
-                    _forward(student, shape, conditioning, place)
-                    return counter.get_total_flops()
-                except RuntimeError:
-                    if place == "cpu":
-                        raise
+        try:
+            return look("meta")
+        except RuntimeError:
+            return look("cpu")
     finally:
         if adapter:
             del student.layer

@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from danceopd.models.footprint import storage_number
+
 
 class NotCapturable(Exception):
     """Says why a step cannot be a graph."""
@@ -33,21 +35,13 @@ class GraphSafe(TorchDispatchMode):
             raise NotCapturable(f"{func} {reason}")
         out = func(*args, **kwargs)
         for tensor in tensors:
-            if (key := _storage(tensor)) not in self._made:
+            if (key := storage_number(tensor)) not in self._made:
                 self.before.setdefault(key, tensor)
         # An output in the storage of what was there before is a view of it.
-        self._made |= {_storage(value) for value in tree_leaves(out) if isinstance(value, torch.Tensor)} - set(
+        self._made |= {storage_number(value) for value in tree_leaves(out) if isinstance(value, torch.Tensor)} - set(
             self.before
         )
         return out
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    """Returns a number of the storage that a tensor lies in."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except NotImplementedError:  # a tensor of several
-        return id(tensor)
 
 
 def _refusal(func, args, kwargs, tensors: list[torch.Tensor]) -> str | None:

@@ -19,11 +19,12 @@ from danceopd.core.rollout import rollout
 from danceopd.core.schedule import sigma_grid
 from danceopd.core.sde import sde_rollout
 from danceopd.models.backbones import backbone_of, flux2
+from danceopd.models.footprint import storage_number
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import FullStudent, LoraStudent
 from danceopd.training.loop import Trainer
 from danceopd.training.rollouts import static as graphs
-from danceopd.training.rollouts.capture import GraphSafe, NotCapturable, _storage, constants
+from danceopd.training.rollouts.capture import GraphSafe, NotCapturable, constants
 from danceopd.training.rollouts.compiled import compile_blocks
 from danceopd.training.rollouts.layouts import always_guided
 from danceopd.training.rollouts.program import BUCKETS, Program
@@ -334,9 +335,9 @@ def check_safe(models, family, lora, device):
                 program.step(2)
         assert len(made) == count
         kept = set(guard.before)
-        assert {_storage(t) for t in (program.z, program.numbers, program.previous)} <= kept
+        assert {storage_number(t) for t in (program.z, program.numbers, program.previous)} <= kept
         if family != "dit" or edits == (source is not None):  # it has weights for sources alone
-            assert {_storage(p) for p in student.parameters()} <= kept
+            assert {storage_number(p) for p in student.parameters()} <= kept
 
 
 # FLUX's own class and Qwen-Image's are those that edit too.
@@ -384,7 +385,7 @@ def test_what_a_graph_repeats_is_not_refused():
         y = x[index] @ x.where(x > 0, 0)
         y[:, 1:] += 1
         y.masked_fill_(y > 1, 0).index_copy_(0, index, y.clone())
-    assert set(guard.before) == {_storage(x), _storage(index)}
+    assert set(guard.before) == {storage_number(x), storage_number(index)}
 
 
 def test_host_data_becomes_a_tensor_once():
