@@ -24,6 +24,7 @@ ROOMS["training"] = {"config", "core", "data", "models", KERNELS, "support"}
 ROOMS["planning"] = {"training"} | ROOMS["training"]
 ROOMS["tools"] = {"report", "training"} | ROOMS["training"]
 ROOMS["world"] = {"planning", "report", "evaluation", "training"} | ROOMS["training"]
+ROOMS["miniature"] = {"world"} | ROOMS["world"]
 ROOMS["reproduce"] = {"world", "report", "training", "config", "support"}
 ROOMS[FACE] = {"world", "planning", "training", "config", "core", "support"}
 ROOMS["cli"] = set(ROOMS) - {"core", "models", KERNELS}

@@ -37,6 +37,7 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transformer", type=Path, help="a folder of another transformer for it, as of export --merge")
     parser.add_argument("--num-inference-steps", type=int, help=f"solver steps {own}")
     parser.add_argument("--guidance-scale", type=float, help=own)
+    parser.add_argument("--max-sequence-length", type=int, metavar="N", help=f"tokens of a prompt {own}")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
 
 

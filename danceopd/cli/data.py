@@ -27,6 +27,9 @@ def add_data(commands) -> None:
     prepare.add_argument("--model", type=Path, required=True, help="a diffusers pipeline's folder: its encoders")
     prepare.add_argument("--cache", type=Path, required=True, help="folder of encodings; manifests may share it")
     prepare.add_argument("--resolution", type=int, default=1024, help="pictures of its square in pixels (%(default)s)")
+    prepare.add_argument(
+        "--max-sequence-length", type=int, metavar="N", help="tokens of a prompt, padding included (the pipeline's own)"
+    )
     _add_rows(prepare)
     prepare.add_argument("--batch-size", type=int, default=8)
     prepare.add_argument("--workers", type=int, default=4, help="threads that read pictures (%(default)s)")
@@ -108,6 +111,7 @@ def run_prepare(args: argparse.Namespace) -> None:
         dtype=getattr(torch, args.dtype),
         on_bad_row=args.on_bad_row,
         max_bad_rows=args.max_bad_rows,
+        max_sequence_length=args.max_sequence_length,
     )
     _say_left_out(args.manifest, done.problems, done.listed)
     for note in done.notes:

@@ -57,7 +57,13 @@ def run_gedit(args: argparse.Namespace) -> int:
             model=args.model,
             lora=args.lora,
             transformer=args.transformer,
-            editing=Editing(args.resolution, args.num_inference_steps, args.guidance_scale, args.seed),
+            editing=Editing(
+                args.resolution,
+                args.num_inference_steps,
+                args.guidance_scale,
+                args.seed,
+                args.max_sequence_length,
+            ),
             make_judge=_judge(args, device, dtype, ranks.size),
             judge_name=args.judge_model or (args.judge.resolve().name if args.judge else ""),
             kinds=kinds,
@@ -91,6 +97,7 @@ def _check(args: argparse.Namespace) -> str:
     checks = {
         "--resolution": args.resolution,
         "--num-inference-steps": args.num_inference_steps,
+        "--max-sequence-length": args.max_sequence_length,
         "--parallel": args.parallel,
         "--requests-per-minute": args.requests_per_minute,
         "--timeout": args.timeout,

@@ -106,6 +106,7 @@ def _draw(args: argparse.Namespace, metadata: list[dict], ranks, device) -> None
         device=device,
         dtype=getattr(torch, args.dtype),
         offload=args.offload,
+        max_sequence_length=args.max_sequence_length,
     )
     drawn = agreed(ranks, draw_pictures, metadata, args.folder, how, ranks, _progress("drawing"))
     drawn = sum(ranks.gather(drawn))
@@ -133,5 +134,5 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--lora and --transformer belong to a --model")
     if args.samples < 1 or args.batch_size < 1 or not 0 < args.max_overlap <= 1:
         raise UserError("--samples and --batch-size must be at least 1, --max-overlap above 0 and at most 1")
-    if min(args.num_inference_steps or 1, args.resolution or 1) < 1:
-        raise UserError("--num-inference-steps and --resolution must be positive")
+    if min(args.num_inference_steps or 1, args.resolution or 1, args.max_sequence_length or 1) < 1:
+        raise UserError("--num-inference-steps, --resolution and --max-sequence-length must be positive")

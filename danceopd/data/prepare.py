@@ -148,6 +148,7 @@ def prepare(
     dtype: torch.dtype = torch.float32,
     on_bad_row: str = "skip",
     max_bad_rows: int | None = None,
+    max_sequence_length: int | None = None,
 ) -> Prepared:
     """Encodes what a manifest names and is not in the cache yet, and writes the rows that training reads.
 
@@ -170,6 +171,8 @@ def prepare(
         device, dtype: Of the encoders.
         on_bad_row: "skip" leaves bad rows out, "refuse" ends before the next step where there is any.
         max_bad_rows: How many may be left out; any number if not given.
+        max_sequence_length: Tokens of a prompt; the pipeline's default if not given. Where padding is not masked (FLUX,
+            FLUX.2) the student then draws best from a pipeline that is called with the same number.
 
     Returns:
         Where the rows are, and what came of them.
@@ -190,8 +193,10 @@ def prepare(
     encoders = fingerprints(model)
     if PICTURE_PART not in encoders:
         raise UserError(f"no {PICTURE_PART} with weights in {model}; give the folder of a whole pipeline")
+    length = _check_length(max_sequence_length, backbone, model)
+    own_length = [] if length == backbone.MAX_SEQUENCE_LENGTH else [f"max_sequence_length {length}"]
     names = Names(
-        key_of(*(value for part, value in encoders.items() if part != PICTURE_PART)),
+        key_of(*(value for part, value in encoders.items() if part != PICTURE_PART), *own_length),
         encoders[PICTURE_PART],
         seen,
         backbone.PROMPTS_SEE_PICTURES and "edit" in backbone.tasks(model),
@@ -209,7 +214,9 @@ def prepare(
     new_prompts = {key: value for key, value in prompts.items() if not cache.sound(key)}
     if new_prompts:
         bad = run(
-            list(new_prompts), _prompt_encoder(backbone, model, device, dtype, new_prompts, names), name="prompts"
+            list(new_prompts),
+            _prompt_encoder(backbone, model, device, dtype, length, new_prompts, names),
+            name="prompts",
         )
     for prompt in negative_prompts:
         if (key := names.prompt(prompt)) in bad:
@@ -228,9 +235,10 @@ def prepare(
     rows, unencoded = _without(bad, rows, names, negative_prompts)
     problems = sorted([*problems, *unencoded], key=lambda problem: problem.line)
     bad_rows.settle(manifest, problems, len(rows))
-    changed, limits = look_at_prompts(backbone, model, list(dict.fromkeys(row.prompt for row in rows)))
+    changed, limits = look_at_prompts(backbone, model, list(dict.fromkeys(row.prompt for row in rows)), length)
     records = [_record(row, names, negative_prompts, resolution) | changed.get(row.prompt, {}) for row in rows]
     head = {"model": str(model), "encoders": encoders, "manifest": made_from, "prompt_limits": limits}
+    head["max_sequence_length"] = length
     head["left_out"] = len({problem.line for problem in problems})
     write_list(path, manifest, problems)
     _write_rows(path, records, names, head, negative_prompts)
@@ -244,6 +252,20 @@ def prepare(
         notes=prompt_notes(records, limits),
         listed=list_path(path) if problems else None,
     )
+
+
+def _check_length(length: int | None, backbone, model: Path) -> int:
+    """Returns the tokens of a prompt; a UserError for a length that the pipeline would not take."""
+    most = backbone.MAX_SEQUENCE_LENGTH
+    if length is None:
+        return most
+    if not 1 <= length <= most:
+        raise UserError(f"max_sequence_length must be from 1 to {most} for {model}, got {length}")
+    if class_name_of(model).startswith("QwenImageEdit"):
+        raise UserError(
+            f"{model} is a {class_name_of(model)}, which does not cut prompts; leave max_sequence_length out"
+        )
+    return length
 
 
 def _check_not_anothers(path: Path, made_from: dict) -> None:
@@ -283,9 +305,9 @@ def _without(
     return (good if bad else rows), problems
 
 
-def _prompt_encoder(backbone, model: Path, device, dtype, prompts: dict, names: Names) -> Callable:
+def _prompt_encoder(backbone, model: Path, device, dtype, length: int, prompts: dict, names: Names) -> Callable:
     """Loads the text encoder; returns what encodes keys of `prompts`, {key: (prompt, source pictures)}."""
-    encoder = backbone.text_encoder(model, device, dtype)
+    encoder = backbone.text_encoder(model, device, dtype, length)
 
     def encode(keys):
         chosen = [prompts[key] for key in keys]

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from danceopd.models import loading
+from danceopd.models.backbones import qwen_image, sd3, z_image
 
 SHORTEST = 3  # characters of a special token that is looked for: one tokenizer pads with "!"
 
@@ -30,27 +31,31 @@ class Reader:
     special: tuple[str, ...]
 
 
-def readers_of(backbone: ModuleType, model: Path) -> list[Reader]:
-    """Loads the tokenizers of a model, as its family's text_encoder uses them; none for a family that is not known."""
+def readers_of(backbone: ModuleType, model: Path, length: int) -> list[Reader]:
+    """Loads the tokenizers of a model, as its family's text_encoder uses them at a max_sequence_length; none for a
+    family that is not known."""
     own = {"sd3": _sd3, "flux": _flux, "flux2": _flux2, "qwen_image": _qwen_image, "z_image": _z_image}
     read = own.get(backbone.__name__.rpartition(".")[2])
-    return read(backbone, model) if read else []
+    return read(model, length) if read else []
 
 
-def look_at_prompts(backbone: ModuleType, model: Path, prompts: list[str]) -> tuple[dict[str, dict], dict[str, int]]:
+def look_at_prompts(
+    backbone: ModuleType, model: Path, prompts: list[str], max_sequence_length: int
+) -> tuple[dict[str, dict], dict[str, int]]:
     """Finds what the tokenizers of a model change.
 
     Args:
         backbone: The model's family.
         model: Its pipeline's folder.
         prompts: Each once.
+        max_sequence_length: As for the family's text_encoder.
 
     Returns:
         {prompt: {"cut": names of the tokenizers that it is longer than, "special": special tokens in it}} of the
         prompts that have any, and the limit of each tokenizer.
     """
     found: dict[str, dict] = {}
-    readers = readers_of(backbone, model)
+    readers = readers_of(backbone, model, max_sequence_length)
     for reader in readers:
         if reader.limit is not None:
             for prompt, length in zip(prompts, reader.lengths(prompts), strict=True):
@@ -105,34 +110,31 @@ def _special(tokenizer) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
 
-def _sd3(backbone: ModuleType, model: Path) -> list[Reader]:
+def _sd3(model: Path, length: int) -> list[Reader]:
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     first, second = (loading.load_tokenizer(CLIPTokenizer, model / f"tokenizer{end}") for end in ("", "_2"))
     readers = [_reader(n, t, first.model_max_length) for n, t in (("tokenizer", first), ("tokenizer_2", second))]
-    if backbone._has_t5(model):
+    if sd3._has_t5(model):
         t5 = loading.load_tokenizer(T5TokenizerFast, model / "tokenizer_3")
-        readers.append(_reader("tokenizer_3", t5, backbone.T5_LENGTH))
+        readers.append(_reader("tokenizer_3", t5, length))
     return readers
 
 
-def _flux(backbone: ModuleType, model: Path) -> list[Reader]:
+def _flux(model: Path, length: int) -> list[Reader]:
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     clip = loading.load_tokenizer(CLIPTokenizer, model / "tokenizer")
     t5 = loading.load_tokenizer(T5TokenizerFast, model / "tokenizer_2")
-    return [_reader("tokenizer", clip, clip.model_max_length), _reader("tokenizer_2", t5, backbone.TEXT_LENGTH)]
+    return [_reader("tokenizer", clip, clip.model_max_length), _reader("tokenizer_2", t5, length)]
 
 
-CHAT_LENGTH = 512  # tokens, the max_sequence_length of the pipelines of FLUX.2 and Z-Image, template included
-
-
-def _flux2(backbone: ModuleType, model: Path) -> list[Reader]:
+def _flux2(model: Path, length: int) -> list[Reader]:
     from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
     from transformers import AutoProcessor, Qwen2TokenizerFast
 
     if loading.class_name_of(model) != "Flux2Pipeline":
-        return [_chat(loading.load(Qwen2TokenizerFast, model / "tokenizer"), enable_thinking=False)]
+        return [_chat(loading.load(Qwen2TokenizerFast, model / "tokenizer"), length, enable_thinking=False)]
     processor = loading.load(AutoProcessor, model / "tokenizer")
 
     def lengths(prompts: list[str]) -> list[int]:
@@ -140,36 +142,36 @@ def _flux2(backbone: ModuleType, model: Path) -> list[Reader]:
         told = processor.apply_chat_template(messages, add_generation_prompt=False, tokenize=True, return_dict=True)
         return [len(ids) for ids in told["input_ids"]]
 
-    return [Reader("tokenizer", CHAT_LENGTH, lengths, _special(getattr(processor, "tokenizer", processor)))]
+    return [Reader("tokenizer", length, lengths, _special(getattr(processor, "tokenizer", processor)))]
 
 
-def _chat(tokenizer, **options) -> Reader:
+def _chat(tokenizer, length: int, **options) -> Reader:
     def around(prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
 
-    return _reader("tokenizer", tokenizer, CHAT_LENGTH, around)
+    return _reader("tokenizer", tokenizer, length, around)
 
 
-def _qwen_image(backbone: ModuleType, model: Path) -> list[Reader]:
+def _qwen_image(model: Path, length: int) -> list[Reader]:
     import diffusers
     from transformers import Qwen2Tokenizer
 
     tokenizer = loading.load_tokenizer(Qwen2Tokenizer, model / "tokenizer")
-    if "edit" in backbone.tasks(model):  # the editing pipeline does not cut
+    if "edit" in qwen_image.tasks(model):  # the editing pipeline does not cut
         return [_reader("tokenizer", tokenizer, None)]
     parts = dict.fromkeys(("scheduler", "vae", "transformer", "text_encoder"))
     pipeline = diffusers.QwenImagePipeline(tokenizer=tokenizer, **parts)
     template, drop = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
-    return [_reader("tokenizer", tokenizer, backbone.MAX_PROMPT_TOKENS, template.format, drop)]
+    return [_reader("tokenizer", tokenizer, length, template.format, drop)]
 
 
-def _z_image(backbone: ModuleType, model: Path) -> list[Reader]:
+def _z_image(model: Path, length: int) -> list[Reader]:
     from transformers import AutoTokenizer
 
     tokenizer = loading.load(AutoTokenizer, model / "tokenizer")
-    if "edit" not in backbone.tasks(model):
-        return [_chat(tokenizer, enable_thinking=True)]
+    if "edit" not in z_image.tasks(model):
+        return [_chat(tokenizer, length, enable_thinking=True)]
     # The longest of the parts that pictures cut a prompt into has the prompt itself.
     around = "<|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>".format
-    return [_reader("tokenizer", tokenizer, CHAT_LENGTH, around)]
+    return [_reader("tokenizer", tokenizer, length, around)]

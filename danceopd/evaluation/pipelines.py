@@ -10,6 +10,7 @@ from danceopd.models.backbones import backbone_of
 from danceopd.models.loading import load
 from danceopd.models.lora_algebra import named_factors
 from danceopd.models.lora_files import load_lora
+from danceopd.support.errors import UserError
 
 
 def load_pipeline(
@@ -52,6 +53,16 @@ def guidance_options(pipeline: DiffusionPipeline, guidance_scale: float | None) 
         scale = {} if guidance_scale is None else {"true_cfg_scale": guidance_scale}
         return {**scale, "negative_prompt": " "} if guidance_scale is None or guidance_scale > 1 else scale
     return {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+
+
+def prompt_options(pipeline: DiffusionPipeline, max_sequence_length: int | None) -> dict:
+    """Returns the argument that sets the tokens of a prompt, none where that is None; a UserError where the pipeline has
+    no such argument."""
+    if max_sequence_length is None:
+        return {}
+    if not takes(pipeline, "max_sequence_length"):
+        raise UserError(f"a {type(pipeline).__name__} takes no max_sequence_length; leave it out")
+    return {"max_sequence_length": max_sequence_length}
 
 
 def takes(pipeline: DiffusionPipeline, argument: str) -> bool:

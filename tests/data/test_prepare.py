@@ -448,6 +448,20 @@ def test_prompts_that_are_cut_are_said(model, tmp_path, capsys):
     assert len(PreparedData(tmp_path / "cache" / "m.jsonl", "t2i").notes()) == 2
 
 
+def test_a_shorter_text_has_entries_of_its_own(manifest, model, tmp_path, capsys):
+    assert run(manifest, model, tmp_path).made == 5
+    prepared = run(manifest, model, tmp_path, max_sequence_length=48)
+    assert (prepared.made, prepared.found) == (3, 2)  # the prompts again, not the pictures
+    head, rows = records(prepared)
+    assert head["max_sequence_length"] == 48
+    cached = Cache(tmp_path / "cache").read(rows["a"]["prompt"])["prompt_embeds"]
+    expected = flux2.text_encoder(model, max_sequence_length=48)(["a red cup"])["prompt_embeds"][0]
+    torch.testing.assert_close(cached, expected, rtol=1e-5, atol=1e-5)
+    for wrong in (0, 513):
+        with pytest.raises(UserError, match=f"max_sequence_length must be from 1 to 512 .* got {wrong}"):
+            run(manifest, model, tmp_path, max_sequence_length=wrong)
+
+
 ODD = [None, True, -1, 0.5, "x", "", [], {}, [[]], {"": 1}, [1, "a"], "\ud800", 10**400]
 
 

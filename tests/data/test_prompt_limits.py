@@ -26,9 +26,9 @@ AFTER = 80  # letters that the templates put behind a prompt at most, where a le
 def test_a_prompt_is_cut_where_its_end_makes_no_difference(tmp_path, name):
     model = MODELS[name](tmp_path)
     backbone = backbone_of(model)
-    limit = max(reader.limit for reader in readers_of(backbone, model))
+    limit = max(reader.limit for reader in readers_of(backbone, model, backbone.MAX_SEQUENCE_LENGTH))
     prompts = ["ab" * (n // 2) + "c" * (n % 2) for n in range(limit + 5)]
-    found, limits = look_at_prompts(backbone, model, prompts)
+    found, limits = look_at_prompts(backbone, model, prompts, backbone.MAX_SEQUENCE_LENGTH)
     everywhere = [prompt for prompt in prompts if len(found.get(prompt, {}).get("cut", ())) == len(limits)]
     fits = len(everywhere[0]) - 1
     encode = backbone.text_encoder(model)
@@ -44,14 +44,14 @@ def test_a_prompt_is_cut_where_its_end_makes_no_difference(tmp_path, name):
 
 def test_an_encoder_that_does_not_cut(tmp_path):
     model = tiny_qwen_image.save_tiny(tmp_path, edit=True)
-    found, limits = look_at_prompts(backbone_of(model), model, ["a" * 3000, "<|image_pad|> and <|im_end|>"])
+    found, limits = look_at_prompts(backbone_of(model), model, ["a" * 3000, "<|image_pad|> and <|im_end|>"], 512)
     assert (found, limits) == ({"<|image_pad|> and <|im_end|>": {"special": ["<|image_pad|>", "<|im_end|>"]}}, {})
 
 
 def test_what_is_said_of_rows(tmp_path):
     model = tiny_sd3.save_tiny(tmp_path)
     prompts = ["a cup!", "a" * 100, "b" * 400, "a </s> cup"]
-    found, limits = look_at_prompts(backbone_of(model), model, prompts)
+    found, limits = look_at_prompts(backbone_of(model), model, prompts, backbone_of(model).MAX_SEQUENCE_LENGTH)
     rows = [{"id": f"row{i}", **found.get(prompt, {})} for i, prompt in enumerate(prompts)]
     assert prompt_notes(rows, limits) == [
         "2 of 4 prompts are longer than the 77 tokens of tokenizer and are cut there: row1, row2",

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from danceopd.evaluation.gedit.benchmark import Benchmark, Row
-from danceopd.evaluation.pipelines import guidance_options, takes
+from danceopd.evaluation.pipelines import guidance_options, prompt_options, takes
 from danceopd.models import loading
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.fingerprint import fingerprint
@@ -37,12 +37,14 @@ class Editing:
         num_inference_steps: Solver steps.
         guidance_scale: Of the pipeline's guidance.
         seed: Of the noise, with a row's place (seed_of).
+        max_sequence_length: Tokens of a prompt, padding included.
     """
 
     resolution: int = 1024
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     seed: int = 0
+    max_sequence_length: int | None = None
 
 
 def picture_file(folder: Path, row: Row) -> Path:
@@ -105,8 +107,8 @@ def claim(
         there = None
     except ValueError as error:
         raise UserError(f"{folder / MADE_BY} is damaged ({error}); remove {folder}, or give another --method") from None
-    if pictures and there != what:
-        other = [name for name in what if there is None or there.get(name) != what[name]]
+    other = [name for name in what if there is None or there.get(name) != what[name]]
+    if pictures and other:
         by = f"with other settings ({', '.join(other)})" if there else "by another tool"
         raise UserError(
             f"the pictures in {folder} were made {by}; give another --method, or score them without --model"
@@ -134,6 +136,7 @@ def edit(pipeline, picture: Image.Image, instruction: str, size: tuple[int, int]
     """
     height, width = size
     options = guidance_options(pipeline, editing.guidance_scale)
+    options |= prompt_options(pipeline, editing.max_sequence_length)
     if editing.num_inference_steps is not None:
         options["num_inference_steps"] = editing.num_inference_steps
     if takes(pipeline, "_auto_resize"):  # Kontext, which else takes sizes of its own for picture and edit

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from danceopd.evaluation.geneval.layout import prompt_folder
-from danceopd.evaluation.pipelines import guidance_options, load_pipeline, takes
+from danceopd.evaluation.pipelines import guidance_options, load_pipeline, prompt_options, takes
 from danceopd.models.fingerprint import fingerprint
 from danceopd.models.loading import class_name_of
 from danceopd.support.errors import UserError
@@ -33,6 +33,7 @@ class Drawing:
         guidance_scale: Of the pipeline's guidance.
         resolution: Both sides of a picture in pixels.
         batch_size: Pictures at a time.
+        max_sequence_length: Tokens of a prompt, padding included.
     """
 
     model: Path
@@ -47,6 +48,7 @@ class Drawing:
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     offload: bool = False
+    max_sequence_length: int | None = None
 
 
 def sample_seed(seed: int, index: int, sample: int) -> int:
@@ -110,6 +112,7 @@ def mark(how: Drawing) -> dict:
         "num_inference_steps": how.num_inference_steps,
         "guidance_scale": how.guidance_scale,
         "resolution": how.resolution,
+        "max_sequence_length": how.max_sequence_length,
         "dtype": str(how.dtype).removeprefix("torch."),
     }
 
@@ -141,8 +144,8 @@ def check_mark(metadata: list[dict], folder: Path, how: Drawing) -> None:
         return
     try:
         before = parse_json(path.read_bytes())
-        changed = [key for key in now if before[key] != now[key]]
-    except (ValueError, KeyError, TypeError):
+        changed = [key for key in now if before.get(key) != now[key]]
+    except (ValueError, AttributeError):
         raise UserError(f"{path} is damaged; draw into another folder") from None
     if changed:
         raise UserError(f"{folder} holds pictures drawn with another {', '.join(changed)}; draw into another folder")
@@ -166,7 +169,7 @@ def load_drawer(how: Drawing) -> Callable[[str, list[int]], list]:
         UserError: As load_pipeline.
     """
     pipeline = load_pipeline(how.model, how.lora, how.transformer, how.device, how.dtype, how.offload)
-    options = guidance_options(pipeline, how.guidance_scale)
+    options = guidance_options(pipeline, how.guidance_scale) | prompt_options(pipeline, how.max_sequence_length)
     if how.num_inference_steps is not None:
         options["num_inference_steps"] = how.num_inference_steps
     if how.resolution:

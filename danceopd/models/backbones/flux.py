@@ -24,7 +24,7 @@ PROMPTS_HAVE_MASKS = False
 
 MAX_SOURCES = 1  # Kontext was trained with one, and its pipeline takes no more
 
-TEXT_LENGTH = 512  # T5 tokens, padding included: the pipelines' max_sequence_length
+MAX_SEQUENCE_LENGTH = 512  # T5 tokens, padding included: the pipelines' default
 
 
 def tasks(folder) -> tuple[str, ...]:
@@ -41,17 +41,20 @@ def load_transformer(folder, dtype: torch.dtype = torch.float32) -> nn.Module:
     return loading.load_transformer(FluxTransformer2DModel, folder, dtype)
 
 
-def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32) -> Callable:
+def text_encoder(
+    folder, device="cpu", dtype: torch.dtype = torch.float32, max_sequence_length: int = MAX_SEQUENCE_LENGTH
+) -> Callable:
     """Loads CLIP and T5 once.
 
     Args:
         folder: The pipeline's.
         device: Where they compute.
         dtype: Of weights and encodings.
+        max_sequence_length: T5 tokens of a prompt.
 
     Returns:
-        encode(prompts, pictures) -> prompt_embeds [n, 512, C] (T5) and pooled_prompt_embeds [n, C] (CLIP), on the CPU;
-        the pictures are not looked at.
+        encode(prompts, pictures) -> prompt_embeds [n, max_sequence_length, C] (T5) and pooled_prompt_embeds [n, C]
+        (CLIP), on the CPU; the pictures are not looked at.
 
     Raises:
         UserError: A part is missing.
@@ -70,7 +73,7 @@ def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32) -> Ca
     def encode(prompts: list[str], pictures=None) -> dict[str, torch.Tensor]:
         pooled = clip(tokens(clip_tokenizer, prompts, clip_tokenizer.model_max_length)).pooler_output
         # No mask: FLUX was trained to attend to the padding too.
-        embeds = t5(tokens(t5_tokenizer, prompts, TEXT_LENGTH)).last_hidden_state
+        embeds = t5(tokens(t5_tokenizer, prompts, max_sequence_length)).last_hidden_state
         return {"prompt_embeds": embeds.cpu(), "pooled_prompt_embeds": pooled.cpu()}
 
     return encode

@@ -29,6 +29,8 @@ PROMPTS_SEE_PICTURES = False
 
 PROMPTS_HAVE_MASKS = False
 
+MAX_SEQUENCE_LENGTH = 512  # tokens of a prompt, template and padding included: the pipelines' default
+
 MAX_SOURCES = float("inf")
 
 # Of double blocks, and of single blocks, which fuse q, k and v with the MLP. Only a single block's to_out is a linear
@@ -54,11 +56,11 @@ def load_transformer(folder, dtype=torch.float32) -> nn.Module:
     return loading.load_transformer(Flux2Transformer2DModel, folder, dtype)
 
 
-def text_encoder(folder, device="cpu", dtype=torch.float32):
-    """Loads the text encoder once; the pipelines do not mask the padding, so every prompt has all 512 rows.
+def text_encoder(folder, device="cpu", dtype=torch.float32, max_sequence_length=MAX_SEQUENCE_LENGTH):
+    """Loads the text encoder once; the pipelines do not mask the padding, so every prompt has all rows.
 
     Returns:
-        encode(prompts, pictures=None) -> {"prompt_embeds": [n, 512, C]} in `dtype` on the CPU, C the width of three
+        encode(prompts, pictures=None) -> {"prompt_embeds": [n, max_sequence_length, C]} in `dtype` on the CPU, C the width of three
         layers; the pictures are not looked at.
 
     Raises:
@@ -71,12 +73,12 @@ def text_encoder(folder, device="cpu", dtype=torch.float32):
     else:
         model, tokenizer, embed = Qwen3ForCausalLM, Qwen2TokenizerFast, Flux2KleinPipeline._get_qwen3_prompt_embeds
     tokenizer = loading.load(tokenizer, folder / "tokenizer")
-    # Without the language model's head: 512 x vocabulary logits a prompt that nobody reads.
+    # Without the language model's head: tokens x vocabulary logits a prompt that nobody reads.
     model = loading.load_model(model, folder / "text_encoder", dtype).model.to(device)
 
     @torch.no_grad()
     def encode(prompts, pictures=None):
-        return {"prompt_embeds": embed(model, tokenizer, list(prompts)).cpu()}
+        return {"prompt_embeds": embed(model, tokenizer, list(prompts), max_sequence_length=max_sequence_length).cpu()}
 
     return encode
 

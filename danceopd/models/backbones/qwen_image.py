@@ -28,7 +28,7 @@ PROMPTS_HAVE_MASKS = True
 
 MAX_SOURCES = float("inf")  # where the folder edits
 
-MAX_PROMPT_TOKENS = 512  # the text-to-image pipeline's default; the editing pipeline does not cut
+MAX_SEQUENCE_LENGTH = 512  # tokens of a prompt: the text-to-image pipeline's default; the editing one does not cut
 
 
 def _pack(latents: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,9 @@ def load_transformer(folder, dtype: torch.dtype = torch.float32) -> torch.nn.Mod
     return loading.load_transformer(QwenImageTransformer2DModel, folder, dtype)
 
 
-def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32):
+def text_encoder(
+    folder, device="cpu", dtype: torch.dtype = torch.float32, max_sequence_length: int = MAX_SEQUENCE_LENGTH
+):
     """Loads the text encoder once.
 
     The encoder counts a picture's tokens as the installed diffusers does: with transformers 5, one after another
@@ -93,7 +95,7 @@ def text_encoder(folder, device="cpu", dtype: torch.dtype = torch.float32):
             images = [shown(picture) for picture in pictures[index]] if edits and pictures is not None else []
             options = {"image": images or None} if edits else {}
             embeds, _ = pipeline.encode_prompt(
-                prompt=[prompt], device=torch.device(device), max_sequence_length=MAX_PROMPT_TOKENS, **options
+                prompt=[prompt], device=torch.device(device), max_sequence_length=max_sequence_length, **options
             )
             rows.append(embeds[0].cpu())
         lengths = torch.tensor([len(row) for row in rows])

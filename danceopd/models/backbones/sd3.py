@@ -27,7 +27,7 @@ MAX_SOURCES = 0
 # Of the joint attention and of the second attention that SD3.5-medium's first blocks have (attn2).
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
-T5_LENGTH = 256  # tokens, the pipeline's default max_sequence_length
+MAX_SEQUENCE_LENGTH = 256  # T5 tokens, padding included: the pipeline's default
 
 TIMESTEPS = 1000  # the transformer's time is sigma times this
 
@@ -48,14 +48,17 @@ def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
 
 
 def text_encoder(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH,
 ) -> Callable[..., dict[str, torch.Tensor]]:
     """Loads two CLIPs and the T5 once.
 
     Returns:
         encode(prompts), on the CPU in `dtype`: "prompt_embeds" [n, L, C], the CLIPs' tokens side by side and padded
-        with zeros to T5's width C, then T5's 256; "pooled_prompt_embeds" [n, C'], the CLIPs' pooled vectors. Where
-        model_index.json has null for text_encoder_3 the T5 tokens are zeros, as in the pipeline.
+        with zeros to T5's width C, then T5's max_sequence_length; "pooled_prompt_embeds" [n, C'], the CLIPs' pooled
+        vectors. Where model_index.json has null for text_encoder_3 the T5 tokens are zeros, as in the pipeline.
 
     Raises:
         UserError: Something is missing or cannot be read.
@@ -82,9 +85,9 @@ def text_encoder(
         clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         clip = nn.functional.pad(clip, (0, width - clip.shape[-1]))
         if t5 is None:
-            long = clip.new_zeros(len(prompts), T5_LENGTH, width)
+            long = clip.new_zeros(len(prompts), max_sequence_length, width)
         else:
-            long = t5(tokens(t5_tokenizer, prompts, T5_LENGTH))[0]
+            long = t5(tokens(t5_tokenizer, prompts, max_sequence_length))[0]
         return {
             "prompt_embeds": torch.cat([clip, long.to(clip.dtype)], dim=1).cpu(),
             "pooled_prompt_embeds": torch.cat([output.text_embeds for output in outputs], dim=-1).cpu(),

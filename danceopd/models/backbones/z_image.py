@@ -29,6 +29,8 @@ PROMPTS_SEE_PICTURES = True  # where the folder edits
 
 PROMPTS_HAVE_MASKS = True
 
+MAX_SEQUENCE_LENGTH = 512  # tokens of a prompt, or of each part of one, template included: the pipelines' default
+
 MAX_SOURCES = float("inf")  # where the folder edits
 
 
@@ -45,7 +47,12 @@ def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     return loading.load_transformer(ZImageTransformer2DModel, folder, dtype)
 
 
-def text_encoder(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+def text_encoder(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+):
     """Loads the text encoder once.
 
     Returns:
@@ -70,15 +77,17 @@ def text_encoder(folder: str | Path, device: str | torch.device = "cpu", dtype: 
 
     def embed(prompt, count):
         """Returns the prompt's parts, each [length, C]."""
+        options = {"max_sequence_length": max_sequence_length}
         if omni:
-            return pipeline.encode_prompt(prompt, device, False, num_condition_images=count)[0][0]
-        return pipeline.encode_prompt(prompt, device, False)[0]
+            options["num_condition_images"] = count
+            return pipeline.encode_prompt(prompt, device, False, **options)[0][0]
+        return pipeline.encode_prompt(prompt, device, False, **options)[0]
 
     @torch.no_grad()
     def encode(prompts: list[str], pictures: list[list[torch.Tensor]] | None = None) -> dict[str, torch.Tensor]:
         if pictures is None or not omni:
             pictures = [[]] * len(prompts)
-        # One by one: the pipeline pads each part to 512 tokens and keeps the hidden states of every layer.
+        # One by one: the pipeline pads each part to all tokens and keeps the hidden states of every layer.
         prompt_parts = [embed(prompt, len(own)) for prompt, own in zip(prompts, pictures, strict=True)]
         embeds = pad_sequence([torch.cat(parts).cpu() for parts in prompt_parts], batch_first=True)
         lengths = pad_sequence([torch.tensor([len(p) for p in parts]) for parts in prompt_parts], batch_first=True)

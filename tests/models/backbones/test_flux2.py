@@ -106,6 +106,13 @@ def guided(tiny, scale, sources=()):
     return field
 
 
+def test_a_shorter_text_is_the_pipelines(klein):
+    ours = flux2.text_encoder(klein.folder, max_sequence_length=40)(PROMPTS)["prompt_embeds"]
+    theirs, _ = klein.pipeline.encode_prompt(PROMPTS, max_sequence_length=40)
+    assert ours.shape[1] == 40
+    assert_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("sizes", [(), ((64, 96),), ((96, 64), (64, 80))])
 def test_klein_with_true_guidance_runs_as_the_pipeline(klein, sizes):
     pil, tensors = references(*sizes)
