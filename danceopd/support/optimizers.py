@@ -20,17 +20,17 @@ class Muon(torch.optim.Optimizer):
     2502.16982).
 
     Args:
-        params: Matrices only.
+        params: Matrices, and convolutions' kernels, which are taken as matrices of one row an output channel.
         lr, momentum, weight_decay: As elsewhere.
 
     Raises:
-        ValueError: A tensor is no matrix.
+        ValueError: A tensor is a vector.
     """
 
     def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
-            if any(p.ndim != 2 for p in group["params"]):
+            if any(p.ndim < 2 for p in group["params"]):
                 raise ValueError("Muon is for matrices; give other tensors to AdamW")
 
     @torch.no_grad()
@@ -44,12 +44,14 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(state["momentum"], group["momentum"])))
+                update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                by_shape.setdefault(update.shape, []).append((p, update))
             for shape, items in by_shape.items():
                 updates = orthogonalize(torch.stack([update for _, update in items]))
                 scale = 0.2 * max(shape) ** 0.5
                 for (p, _), update in zip(items, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.view(p.shape), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:

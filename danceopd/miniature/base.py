@@ -1,0 +1,112 @@
+"""Trains the miniature's base: transformer and text encoder together, by flow matching on pictures and edits."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from torch import nn
+
+from danceopd.core.schedule import shift_sigma
+from danceopd.miniature.latents import shard, words
+from danceopd.miniature.pipeline import TRANSFORMER, make_text_encoder, make_tokenizer
+from danceopd.miniature.stages import generator_of, run_stage
+from danceopd.models.backbones import flux2
+
+SHARES = {"t2i": 0.6, "local-half": 0.26, "global-half": 0.14}  # of the updates
+
+SHARDS = {"t2i": 40, "local-half": 18, "global-half": 10}  # of 4096 samples
+
+STEPS, BATCH, LEARNING_RATE, DECAY, SEED = 24_000, 64, 1.5e-3, 0.4, 12
+
+SHIFT = 5.0  # of the training noise levels: layout is decided near noise
+
+
+class Drawer(nn.Module):
+    """The transformer with the text encoder that is trained beside it."""
+
+    def __init__(self, transformer: Flux2Transformer2DModel, text_encoder):
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder.model
+
+    def embeds(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Returns prompt_embeds [B, L, 3 * 96] of tokens [B, L]."""
+        states = self.text_encoder(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False
+        ).hidden_states
+        return torch.cat(states[1:4], dim=-1)
+
+
+def flow_matching_loss(velocity, clean: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Returns E ||v_theta(z, sigma) - (eps - x)||^2 with z = (1 - sigma) x + sigma eps.
+
+    Args:
+        velocity: (latents [B, 64, 4, 4], sigma [B]) -> [B, 64, 4, 4].
+        clean: Latents x [B, 64, 4, 4].
+        generator: Draws sigma and eps.
+    """
+    n = len(clean)
+    sigma = shift_sigma(torch.rand(n, generator=generator), SHIFT).clamp(min=1e-3)
+    noise, s = torch.randn(clean.shape, generator=generator), sigma.view(n, 1, 1, 1)
+    return (velocity((1 - s) * clean + s * noise, sigma) - (noise - clean)).square().mean()
+
+
+class Batches:
+    """Draws training batches from the shards of some capabilities.
+
+    Args:
+        folder: Where the shards are kept.
+        vae, tokenizer: Make those that are not there.
+        shares: The share of updates of each capability.
+        shards: The number of shards of each.
+        size: Samples of a batch.
+        seed: Of everything.
+    """
+
+    def __init__(self, folder: Path, vae, tokenizer, shares: dict[str, float], shards: dict[str, int], size, seed):
+        self.names, self.shares, self.size, self.seed = list(shares), torch.tensor(list(shares.values())), size, seed
+        self.data = {}
+        for number, name in enumerate(self.names):
+            parts = [shard(folder, vae, tokenizer, name, i, 1000 * seed + number) for i in range(shards[name])]
+            self.data[name] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def __call__(self, step: int) -> tuple[dict[str, torch.Tensor], torch.Generator]:
+        """Returns the tensors of an update's batch, and the generator for its noise; the step decides both."""
+        generator = generator_of(self.seed, step)
+        data = self.data[self.names[int(torch.multinomial(self.shares, 1, generator=generator))]]
+        index = torch.randint(len(data["latents"]), (self.size,), generator=generator)
+        return {key: tensor[index] for key, tensor in data.items()}, generator
+
+
+def train(folder: Path, vae: AutoencoderKLFlux2) -> tuple:
+    """Trains the base, going on from what the folder holds.
+
+    Returns:
+        The tokenizer, the text encoder of three layers and the transformer.
+    """
+    torch.manual_seed(SEED)
+    tokenizer = make_tokenizer(words())
+    encoder = make_text_encoder(tokenizer)
+    drawer = Drawer(Flux2Transformer2DModel(**TRANSFORMER), encoder)
+    batches = Batches(folder / "data", vae, tokenizer, SHARES, SHARDS, BATCH, SEED)
+    compiled = torch.compile(drawer.transformer, dynamic=False)
+
+    def loss(step: int) -> torch.Tensor:
+        batch, generator = batches(step)
+        prompt = {"prompt_embeds": drawer.embeds(batch["input_ids"], batch["attention_mask"])}
+        sources = (batch["sources"].float(),) if "sources" in batch else ()
+        return flow_matching_loss(
+            lambda z, sigma: flux2.velocity(compiled, z, sigma, prompt, sources), batch["latents"].float(), generator
+        )
+
+    average = run_stage(
+        folder,
+        "base",
+        drawer,
+        loss,
+        steps=STEPS,
+        learning_rate=LEARNING_RATE,
+        decay=DECAY,
+        matrices=lambda key, _: "blocks." in key or ".layers." in key,
+    )
+    encoder.model.load_state_dict(average.text_encoder.state_dict())
+    return tokenizer, encoder.eval(), average.transformer

@@ -1,0 +1,106 @@
+"""Draws the training data of the miniature's networks: latents of pictures and tokens of prompts, kept in files."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from danceopd.miniature.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
+from danceopd.miniature.looks import CLASSES, LETTERS, STYLES
+from danceopd.miniature.pipeline import TEXT_LENGTH, make_tokenizer
+from danceopd.miniature.prompts import draw_tasks, sample_prompts
+from danceopd.miniature.scene import Scene, render
+from danceopd.miniature.stages import generator_of
+from danceopd.world.prompts import draw
+
+SHARD = 4096  # samples of one file
+
+PART = 64  # pictures that the VAE takes at once
+
+EMPTY_PROMPT_SHARE = 0.1
+
+
+def words() -> list[str]:
+    """Returns every word that a prompt of this world can hold."""
+    from danceopd.miniature import edits, looks, prompts
+    from danceopd.world.prompts import NUMBERS, RELATIONS
+
+    texts = [
+        *CLASSES,
+        *map(prompts.plural, CLASSES),
+        *LETTERS,
+        *looks.PAINTS,
+        *looks.BACKGROUNDS,
+        *looks.TONES,
+        *STYLES,
+    ]
+    texts += [*NUMBERS.values(), *RELATIONS, *prompts.LEADS, *edits.SIDES, "a photo of an apple and"]
+    texts += ["add remove the replace with make out of move to change letter background give picture tone turn it into"]
+    return [word for text in texts for word in text.split()]
+
+
+def sample(capability: str, n: int, generator: torch.Generator) -> tuple[list[str], Scene | None, Scene]:
+    """Draws n samples of a capability: prompts, the scenes to edit (None for text-to-image), and the right scenes.
+
+    Args:
+        capability: "t2i", "local", "global", "edit", one of STYLES, or an edit's with "-half" after it.
+        n: Number of samples.
+        generator: Draws all.
+    """
+    if capability == "t2i" or capability in STYLES:
+        style = STYLES.index(capability) if capability in STYLES else 0
+        prompts, scene = sample_prompts(draw_tasks(n, generator), generator, style=style)
+        return [prompt.text for prompt in prompts], None, scene
+    name, _, half = capability.partition("-")
+    kinds = {"local": LOCAL_KINDS, "global": GLOBAL_KINDS, "edit": KINDS}[name]
+    index = torch.tensor([KINDS.index(kind) for kind in kinds])[draw(n, len(kinds), generator)]
+    edits, before, after = sample_edits(index, generator, half=bool(half))
+    return [edit.text for edit in edits], before, after
+
+
+def tokens_of(tokenizer, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """Returns input_ids and attention_mask of prompts, [B, 16] int64, as klein's pipeline makes them."""
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        for prompt in prompts
+    ]
+    options = {"padding": "max_length", "truncation": True, "max_length": TEXT_LENGTH, "return_tensors": "pt"}
+    return dict(tokenizer(texts, **options))
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> torch.Tensor:
+    """Returns normalised latents [B, 64, 4, 4] of pictures [B, 3, 64, 64]."""
+    parts = []
+    for part in pictures.split(PART):
+        part = part.contiguous(memory_format=torch.channels_last)
+        parts.append(nn.functional.pixel_unshuffle(vae.encode(part).latent_dist.mean, 2))
+    mean = vae.bn.running_mean.view(1, -1, 1, 1)
+    std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+    return (torch.cat(parts) - mean) / std
+
+
+def shard(folder: Path, vae: AutoencoderKLFlux2, tokenizer, capability: str, index: int, seed: int) -> dict:
+    """Returns one shard of a capability's samples, from its file if that is there.
+
+    Returns:
+        latents [4096, 64, 4, 4] float16, input_ids and attention_mask [4096, 16] int64, and for edits sources, shaped
+        as latents.
+    """
+    path = folder / f"{capability}-{index:03d}.safetensors"
+    if not path.exists():
+        generator = generator_of(seed, index)
+        prompts, before, after = sample(capability, SHARD, generator)
+        for i in (torch.rand(SHARD, generator=generator) < EMPTY_PROMPT_SHARE).nonzero()[:, 0].tolist():
+            prompts[i] = ""
+        tensors = {"latents": encode(vae, render(after)).half().contiguous(), **tokens_of(tokenizer, prompts)}
+        if before is not None:
+            tensors["sources"] = encode(vae, render(before)).half().contiguous()
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+    return load_file(path)
