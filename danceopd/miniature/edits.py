@@ -38,6 +38,19 @@ HELD_OUT_KINDS = ("subject-add", "subject-replace", "color-alter")  # those that
 
 SIDES = ("left", "right", "top", "bottom")
 
+_INSTRUCTIONS = {
+    "subject-add": "add {painted}",
+    "subject-remove": "remove the {old}",
+    "subject-replace": "replace the {old} with {painted}",
+    "color-alter": "make the {old} {paint}",
+    "material-alter": "make the {old} out of {paint}",
+    "motion-change": "move the {old} to the {side}",
+    "text-change": "change the letter {old} to {new}",
+    "background-change": "change the background to {background}",
+    "tone-transfer": "give the picture a {tone} tone",
+    "style-change": "turn it into a {style}",
+}
+
 HALF = range(len(CLASSES) // 2)  # the classes that the base and the narrow edit source see in edits
 
 
@@ -174,23 +187,21 @@ def _moved(centres: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, far: 
 def _instructions(columns: tuple[torch.Tensor, ...], place: torch.Tensor) -> list[Edit]:
     """Writes the instructions of edits from [B] columns: kind, old thing, new thing and its paint, the side, and the
     new background, tone and style; place is the one that changes."""
-    edits = []
+    edits, names = [], (*THINGS, "")
     for kind, old, new, paint, side, background, tone, style, at in zip(
         *(c.tolist() for c in (*columns, place)), strict=True
     ):
         name = KINDS[kind]
-        text = {
-            "subject-add": lambda: f"add {painted(new, paint)}",
-            "subject-remove": lambda: f"remove the {THINGS[old]}",
-            "subject-replace": lambda: f"replace the {THINGS[old]} with {painted(new, paint)}",
-            "color-alter": lambda: f"make the {THINGS[old]} {PAINTS[paint]}",
-            "material-alter": lambda: f"make the {THINGS[old]} out of {PAINTS[paint]}",
-            "motion-change": lambda: f"move the {THINGS[old]} to the {SIDES[side]}",
-            "text-change": lambda: f"change the letter {THINGS[old]} to {THINGS[new]}",
-            "background-change": lambda: f"change the background to {BACKGROUNDS[background]}",
-            "tone-transfer": lambda: f"give the picture a {TONES[tone]} tone",
-            "style-change": lambda: f"turn it into a {STYLES[style]}",
-        }[name]()
+        text = _INSTRUCTIONS[name].format(
+            old=names[old],
+            new=names[new],
+            painted="" if new == EMPTY else painted(new, paint),
+            paint=PAINTS[paint],
+            side=SIDES[side],
+            background=BACKGROUNDS[background],
+            tone=TONES[tone],
+            style=STYLES[style],
+        )
         edits.append(Edit(text, name, -1 if name in GLOBAL_KINDS else at))
     return edits
 

@@ -3,11 +3,9 @@
 import torch
 
 from danceopd.evaluation.statistics import standard_error
-from danceopd.miniature.detector import detect
 from danceopd.miniature.edits import KINDS, Edit, sample_edits
 from danceopd.miniature.prompts import sample_prompts
-from danceopd.miniature.scene import Scene, render
-from danceopd.miniature.scores import edit_scores, geneval_correct
+from danceopd.miniature.scene import Scene
 from danceopd.world.prompts import PAIR_TASKS, TASKS, Prompt
 
 

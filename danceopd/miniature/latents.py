@@ -9,7 +9,7 @@ from torch import nn
 
 from danceopd.miniature.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
 from danceopd.miniature.looks import CLASSES, LETTERS, STYLES
-from danceopd.miniature.pipeline import TEXT_LENGTH, make_tokenizer
+from danceopd.miniature.pipeline import TEXT_LENGTH
 from danceopd.miniature.prompts import draw_tasks, sample_prompts
 from danceopd.miniature.scene import Scene, render
 from danceopd.miniature.stages import generator_of

@@ -111,7 +111,7 @@ def edit_scores(edits: list[Edit], source: Scene, expected: Scene, detection: De
             used |= {found} - {None}
             rest.append(ground)
         extra = set(detection.found[i].nonzero()[:, 0].tolist()) - used
-        rest.append(not extra or edit.kind in ("style-change", "subject-remove") and followed[i] < 1)
+        rest.append(not extra or (edit.kind in ("style-change", "subject-remove") and followed[i] < 1))
         kept[i] = sum(rest) / len(rest)
     pq = 10 * ((_UNCLEAN_ERROR - detection.rest) / (_UNCLEAN_ERROR - _CLEAN_ERROR)).clamp(0, 1)
     sc = 10 * torch.minimum(followed, kept)

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from torch import nn
 
-from danceopd.miniature.looks import BACKGROUNDS, IMAGE_SIZE, PAINTS, PLACES, SIZES, STYLES, THINGS, TONES, EMPTY
+from danceopd.miniature.looks import BACKGROUNDS, EMPTY, IMAGE_SIZE, PAINTS, PLACES, SIZES, STYLES, THINGS, TONES
 from danceopd.miniature.scene import Scene, blank, put, render
 from danceopd.miniature.stages import generator_of, run_stage
 
