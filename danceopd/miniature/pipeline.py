@@ -29,9 +29,9 @@ TRANSFORMER = {
 
 TEXT_ENCODER = {
     "hidden_size": 96,
-    "intermediate_size": 192,
+    "intermediate_size": 96,
     "num_attention_heads": 3,
-    "num_key_value_heads": 3,
+    "num_key_value_heads": 1,
     "head_dim": 32,
     "tie_word_embeddings": True,
 }
@@ -89,6 +89,14 @@ def deepened(encoder: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
             for p in layer.parameters():
                 p.zero_() if p.ndim == 2 else p.fill_(1)
     return deep
+
+
+def shallow(encoder: Qwen3ForCausalLM) -> nn.Module:
+    """Returns the model of a deep encoder with only the layers that add something, and one more."""
+    model = copy.deepcopy(encoder.model)
+    model.layers = nn.ModuleList(model.layers[i] for i in (0, *READ_LAYERS))
+    model.config.num_hidden_layers = len(model.layers)
+    return model
 
 
 def save(folder: Path, tokenizer, encoder: Qwen3ForCausalLM, vae: AutoencoderKLFlux2, transformer: nn.Module) -> Path:
