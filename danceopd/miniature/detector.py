@@ -34,7 +34,7 @@ _LEAST_GAIN = 2.0  # squared error that a thing must explain to be looked at; a 
 
 _RANK = 96  # directions in which the first look compares
 
-_CANDIDATES = 16  # looks and places that are then compared at full resolution
+_CANDIDATES = 48  # looks and places that are then compared at full resolution
 
 
 @dataclass

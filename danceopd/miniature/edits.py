@@ -38,7 +38,7 @@ HELD_OUT_KINDS = ("subject-add", "subject-replace", "color-alter")  # those that
 
 SIDES = ("left", "right", "top", "bottom")
 
-_INSTRUCTIONS = {
+INSTRUCTIONS = {
     "subject-add": "add {painted}",
     "subject-remove": "remove the {old}",
     "subject-replace": "replace the {old} with {painted}",
@@ -125,7 +125,7 @@ def sample_edits(
     def room_to_move(part: Scene, rows: torch.Tensor) -> torch.Tensor:
         part = part.clone()
         before = part.centres[:, 0].clone()
-        part.centres[:, 0] = after = _moved(before, part.sizes[:, 0], side[rows], far[rows])
+        part.centres[:, 0] = after = moved(before, part.sizes[:, 0], side[rows], far[rows])
         well = free(part.sizes, part.centres, part.occupied) & ((after - before).abs().amax(-1) > 10)
         return well | ~moves[rows]
 
@@ -133,7 +133,7 @@ def sample_edits(
     source.centres, source.sizes = ahead.centres, ahead.sizes
 
     result = source.clone()
-    result.centres[moves, 0] = _moved(source.centres[:, 0], source.sizes[:, 0], side, far)[moves]
+    result.centres[moves, 0] = moved(source.centres[:, 0], source.sizes[:, 0], side, far)[moves]
     result.things[row[brings], place[brings]] = group[brings, 2]
     result.paints[row[brings], place[brings]] = paints[brings, 2]
     result.things[text, 0] = letters[text, 1]
@@ -175,7 +175,7 @@ def _other_paint(
     return torch.multinomial(weights, 1, generator=generator)[:, 0]
 
 
-def _moved(centres: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+def moved(centres: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
     """Returns centres [B, 2] moved straight into the outer third on their side; far [B] in [0, 1) says how far."""
     half = torch.tensor(SIZES)[sizes] // 2
     along = (half + far * (IMAGE_SIZE // 3 + 1 - half)).long()
@@ -192,7 +192,7 @@ def _instructions(columns: tuple[torch.Tensor, ...], place: torch.Tensor) -> lis
         *(c.tolist() for c in (*columns, place)), strict=True
     ):
         name = KINDS[kind]
-        text = _INSTRUCTIONS[name].format(
+        text = INSTRUCTIONS[name].format(
             old=names[old],
             new=names[new],
             painted="" if new == EMPTY else painted(new, paint),
