@@ -8,11 +8,13 @@ from danceopd.cli.compare import add_compare
 from danceopd.cli.data import add_data
 from danceopd.cli.gedit import add_gedit
 from danceopd.cli.geneval import add_geneval
+from danceopd.cli.miniature import add_miniature
 from danceopd.cli.reward import add_reward
 from danceopd.cli.runs import add_export, add_merge_loras, add_report, add_reproduce
 from danceopd.cli.train import add_plan, add_train
 from danceopd.cli.world import add_evaluate, add_sample, add_sources
 from danceopd.support.exits import guarded, quieten
+from danceopd.support.paths import shipped
 
 DESCRIPTION = "Distil several flow-matching models into one student on its own trajectories (DanceOPD)."
 
@@ -51,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_reproduce(commands)
     add_sources(commands)
     add_data(commands)
+    add_miniature(commands)
     return parser
 
 
@@ -62,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     for name, value in vars(args).items():  # a shell leaves the ~ of --cache=~/x to the command
         if isinstance(value, Path):
-            setattr(args, name, value.expanduser())
+            value = value.expanduser()
+            setattr(args, name, shipped(value) if name in ("model", "lora") else value)
         elif isinstance(value, list) and all(isinstance(one, Path) for one in value):
             setattr(args, name, [one.expanduser() for one in value])
     quieten()

@@ -12,10 +12,14 @@ from danceopd.core.query import QUERIES
 from danceopd.core.routing import ROUTES
 from danceopd.core.solver import SOLVERS
 from danceopd.support.optimizers import OPTIMIZERS
+from danceopd.support.paths import shipped
 
 PositiveFinite = Annotated[FiniteFloat, pydantic.Field(gt=0)]
 
 NonNegativeFinite = Annotated[FiniteFloat, pydantic.Field(ge=0)]
+
+
+ModelPath = Annotated[Path, pydantic.AfterValidator(shipped)]  # of a model or LoRA, or a name that ships
 
 
 class Section(BaseModel):
@@ -60,7 +64,7 @@ class LoraFile(Section):
         scale: What the change of the weights is multiplied by.
     """
 
-    path: Path
+    path: ModelPath
     scale: FiniteFloat = 1.0
 
 
@@ -225,7 +229,7 @@ class Config(Section):
         student, sources, capabilities, rollout, query, training, evaluation: The sections.
     """
 
-    model: Path | None = None
+    model: ModelPath | None = None
     method: Literal[*METHODS] = "danceopd"
     options: dict[str, Any] = {}
     route: Literal[*ROUTES] = "random"

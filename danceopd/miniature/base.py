@@ -14,9 +14,9 @@ from danceopd.models.backbones import flux2
 
 SHARES = {"t2i": 0.6, "local-half": 0.26, "global-half": 0.14}  # of the updates
 
-SHARDS = {"t2i": 40, "local-half": 18, "global-half": 10}  # of 4096 samples
+SHARDS = {"t2i": 20, "local-half": 7, "global-half": 4}  # of 4096 samples
 
-STEPS, BATCH, LEARNING_RATE, DECAY, SEED = 24_000, 64, 1.5e-3, 0.4, 12
+STEPS, BATCH, LEARNING_RATE, DECAY, SEED = 30_000, 64, 1.5e-3, 0.3, 12
 
 SHIFT = 5.0  # of the training noise levels: layout is decided near noise
 

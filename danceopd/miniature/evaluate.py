@@ -1,11 +1,14 @@
 """Scores what the miniature's pipeline draws, with a LoRA or without: GenEval's tasks, and edits of GEdit's kinds."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import Field, guided
+from danceopd.core.rollout import sample
 from danceopd.evaluation.pipelines import load_pipeline
 from danceopd.evaluation.statistics import standard_error
 from danceopd.miniature.detector import detect
@@ -16,54 +19,61 @@ from danceopd.miniature.prompts import sample_prompts
 from danceopd.miniature.scene import Scene, render
 from danceopd.miniature.scores import edit_scores, geneval_correct, style_share
 from danceopd.models.backbones import flux2
+from danceopd.models.shared_base import SharedBase
 from danceopd.world.prompts import PAIR_TASKS, TASKS, Prompt
-
-Draw = Callable[[list[str], torch.Tensor | None, int], torch.Tensor]
 
 BATCH = 64  # pictures at a time
 
+Draw = Callable[[list[str], torch.Tensor | None, int], torch.Tensor]  # (prompts, pictures, seed) -> pictures
 
-def drawer(folder: Path, lora: Path | None = None, *, steps: int = 16, guidance_scale: float = 1.0) -> Draw:
-    """Loads the pipeline's parts, which draw many pictures at a time, each from a source picture of its own.
+
+class Canvas:
+    """Draws pictures with any velocity field of the miniature, many at a time, each from a source picture of its own.
 
     Args:
-        folder: The pipeline's.
-        lora: A LoRA for it, which diffusers reads and merges.
-        steps: Solver steps of the pipeline's own schedule.
-        guidance_scale: Of classifier-free guidance with the empty prompt; 1 is without.
-
-    Returns:
-        draw(prompts, pictures [B, 3, 64, 64] in [-1, 1] or None, seed) -> [B, 3, 64, 64]. A picture's noise depends on
-        the seed and its place in the list.
+        folder: The pipeline's, whose text encoder, VAE and schedule are taken.
+        num_inference_steps: Solver steps of the pipeline's own schedule.
     """
+
+    def __init__(self, folder: Path, num_inference_steps: int = 16) -> None:
+        self._text = flux2.text_encoder(folder, max_sequence_length=TEXT_LENGTH)
+        self._encode, self._decode = flux2.picture_codec(folder)
+        self._shape = flux2.latent_shape(folder, IMAGE_SIZE, IMAGE_SIZE)
+        self._sigmas = flux2.sigmas(folder, num_inference_steps, IMAGE_SIZE, IMAGE_SIZE)
+        self.empty_prompt = {key: value[0] for key, value in self._text([""]).items()}
+
+    @torch.inference_mode()
+    def draw(self, field: Field, prompts: list[str], pictures: torch.Tensor | None, seed: int) -> torch.Tensor:
+        """Draws a picture of each prompt.
+
+        Args:
+            field: The velocity field.
+            prompts: B of them.
+            pictures: To edit, [B, 3, 64, 64] in [-1, 1]; None for text-to-image.
+            seed: Of the noise, which depends on the place in the list too.
+
+        Returns:
+            [B, 3, 64, 64] in [-1, 1].
+        """
+        noise, images = torch.randn(len(prompts), *self._shape, generator=torch.Generator().manual_seed(seed)), []
+        for start in range(0, len(prompts), BATCH):
+            part = slice(start, start + BATCH)
+            source = None if pictures is None else self._encode(pictures[part])
+            conditioning = Conditioning(self._text(prompts[part]), source)
+            images.append(self._decode(sample(field, noise[part], conditioning, self._sigmas)))
+        return torch.cat(images)
+
+    def drawer(self, field: Field, guidance_scale: float = 1.0) -> Draw:
+        """Returns what draws with a field, guided by the empty prompt where the scale is not 1."""
+        return partial(self.draw, guided(field, self.empty_prompt, guidance_scale))
+
+
+def field_of(folder: Path, lora: Path | None = None) -> Field:
+    """Loads the pipeline's transformer as a field, with a LoRA that diffusers reads and merges."""
     pipeline = load_pipeline(folder, lora, dtype=torch.float32)
     if lora:
         pipeline.fuse_lora()
-    encode_text = flux2.text_encoder(folder, max_sequence_length=TEXT_LENGTH)
-    encode, decode = flux2.picture_codec(folder)
-    sigmas = flux2.sigmas(folder, steps, IMAGE_SIZE, IMAGE_SIZE)
-    shape = flux2.latent_shape(folder, IMAGE_SIZE, IMAGE_SIZE)
-    empty = encode_text([""])["prompt_embeds"]
-
-    @torch.inference_mode()
-    def draw(prompts: list[str], pictures: torch.Tensor | None, seed: int) -> torch.Tensor:
-        noise, images = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed)), []
-        for start in range(0, len(prompts), BATCH):
-            part = slice(start, start + BATCH)
-            z, prompt = noise[part], encode_text(prompts[part])
-            sources = () if pictures is None else (encode(pictures[part]),)
-            without = {"prompt_embeds": empty.expand(len(z), -1, -1)}
-            for sigma, following in pairwise(sigmas):
-                at = sigma.expand(len(z))
-                velocity = flux2.velocity(pipeline.transformer, z, at, prompt, sources)
-                if guidance_scale != 1:
-                    other = flux2.velocity(pipeline.transformer, z, at, without, sources)
-                    velocity = other + guidance_scale * (velocity - other)
-                z = z + (following - sigma) * velocity
-            images.append(decode(z))
-        return torch.cat(images)
-
-    return draw
+    return SharedBase(pipeline.transformer, [], flux2.velocity).field(-1)
 
 
 def t2i_set(seed: int, per_task: int, split: str = "seen", style: int = 0) -> tuple[list[Prompt], Scene]:
@@ -93,7 +103,7 @@ def score_geneval(draw: Draw, seed: int, per_task: int, split: str = "seen", sty
     """Scores what draws by GenEval's tasks.
 
     Args:
-        draw: As `drawer` returns it.
+        draw: As Canvas.drawer returns it.
         seed: Of prompts and noise.
         per_task: Pictures of each task.
         split: "seen" or "held_out".
@@ -113,7 +123,7 @@ def score_gedit(draw: Draw, seed: int, per_kind: int, kinds: tuple[str, ...] = K
     """Scores what draws by GEdit-Bench's kinds.
 
     Args:
-        draw: As `drawer` returns it.
+        draw: As Canvas.drawer returns it.
         seed: Of edits and noise.
         per_kind: Pictures of each kind.
         kinds: Those that are asked.

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from danceopd.miniature.looks import IMAGE_SIZE
+
 TEXT_LENGTH = 16  # tokens of a prompt; the pipelines take it as max_sequence_length
 
 READ_LAYERS = (9, 18, 27)  # whose outputs klein's pipeline hands to the transformer
@@ -106,4 +108,5 @@ def save(folder: Path, tokenizer, encoder: Qwen3ForCausalLM, vae: AutoencoderKLF
         scheduler=scheduler, vae=vae, text_encoder=deepened(encoder), tokenizer=tokenizer, transformer=transformer
     )
     pipeline.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "miniature.json").write_text(json.dumps({"max_sequence_length": TEXT_LENGTH, "resolution": IMAGE_SIZE}))
     return folder

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-ASSETS = Path(__file__).parent / "assets"
+from danceopd.support.paths import MINIATURE
 
-PIPELINE = ASSETS / "pipeline"  # a folder for diffusers' from_pretrained
+PIPELINE = MINIATURE / "pipeline"  # a folder for diffusers' from_pretrained
 
-SOURCES = ASSETS / "sources"  # a folder for each source, for load_lora_weights
+SOURCES = MINIATURE / "sources"  # a folder for each source, for load_lora_weights
 
 
 def shipped_sources() -> dict[str, Path]:
