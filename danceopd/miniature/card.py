@@ -189,7 +189,7 @@ again, and goes on where it was stopped. Times are on two cores beside other wor
 
 ## Data and licence
 
-Objects are Noto Emoji (Apache-2.0), letters Pillow's own font; the networks are under the project's licence. Held out of
-all training: each class in one colour, and sixteen pairs of classes. The base and the source `edit-half` see eight of
-the classes in edits, and all of them in text-to-image.
+Objects are Noto Emoji (Apache-2.0), letters Pillow's own font; the networks are under the project's licence. Held out
+of all training: each class in one colour, and sixteen pairs of classes. The base and the source `edit-half` see eight
+of the classes in edits, and all of them in text-to-image.
 """

@@ -33,6 +33,7 @@ from danceopd.support.devices import machine
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.run_log import read_log
+from danceopd.support.versions import commit
 from danceopd.training.checkpoints import checkpoints
 from danceopd.training.loop import train
 from danceopd.world.build import build
@@ -163,18 +164,6 @@ def finished(run: Run, folders: Folders) -> dict | None:
     except (OSError, ValueError):
         return None
     return result if result.get("digest") == digest(run, folders) else None
-
-
-def commit() -> str:
-    """Returns the commit of the code that runs, with "+" where files differ from it; "unknown" outside a repository."""
-    here = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(here)]
-        name = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno", ".."], capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 # Long: a third of it says what its arguments are.
