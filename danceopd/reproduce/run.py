@@ -23,8 +23,6 @@ from tqdm import tqdm
 
 from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
-from danceopd.miniature.build import build as build_miniature
-from danceopd.reproduce import miniature
 from danceopd.reproduce.matrix import ABLATIONS, DRAWN_EVALUATIONS, MINIATURE, SETTINGS, Budget, Run, runs
 from danceopd.reproduce.measure import VALIDATION_SEED, measure, student, untrained
 from danceopd.reproduce.report import write_report
@@ -35,7 +33,7 @@ from danceopd.support.files import write_atomic
 from danceopd.support.run_log import read_log
 from danceopd.support.versions import commit
 from danceopd.training.checkpoints import checkpoints
-from danceopd.training.loop import train
+from danceopd.training.loop import Build, train
 from danceopd.world.build import build
 
 POLL_SECONDS = 1.0
@@ -110,7 +108,7 @@ def make_run(run: Run, folders: Folders) -> dict:
         ours = digest(run, folders)
         other = _begun(folder) != ours  # what an earlier version or budget left there is not gone on with
         write_atomic(folder / "digest", ours.encode())
-        train(config, build_miniature if run.setting == "miniature" else build, overwrite=other)
+        train(config, _builder(run), overwrite=other)
         before = DRAWN_EVALUATIONS if run.row == "joint_samples" else 0
         log = read_log(folder / "log.jsonl")
         curve = [
@@ -137,14 +135,27 @@ def _with_data(run: Run, config: Config, folders: Folders) -> Config:
     """Names the prepared rows of a training on the miniature, which are made where they are not there."""
     if run.setting != "miniature" or run.row == UNTRAINED:
         return config
+    from danceopd.reproduce import miniature  # imports diffusers, which the other tables do without
+
     rows = miniature.prepared(folders.work, config, drawn=run.row == "joint_samples")
     own = [f"capabilities.{name}.data.prepared={json.dumps(str(rows))}" for name in config.capabilities]
     return parse_config(config.to_dict(), own, run.config)
 
 
+def _builder(run: Run) -> Build:
+    """Returns what puts a training together."""
+    if run.setting == "miniature":
+        from danceopd.miniature.build import build as build_miniature
+
+        return build_miniature
+    return build
+
+
 def _measured(run: Run, folder: Path, config: Config) -> dict[str, float]:
     """Measures the student of a finished run by its table's metrics."""
     if run.setting == "miniature":
+        from danceopd.reproduce import miniature
+
         return miniature.measure_run(folder, config)
     return measure(run.setting, student(folder), config, VALIDATION_SEED if run.setting == "grid" else None)
 
@@ -341,7 +352,12 @@ def untrained_run(setting: str) -> list[Run]:
 
 def _untrained_rows(setting: str, config: Config) -> list[dict]:
     cost = {"network_evaluations": 0, "seconds": 0, "commit": commit()}
-    measured = miniature.untrained(config, VALIDATION_SEED) if setting == "miniature" else untrained(setting, config)
+    if setting == "miniature":
+        from danceopd.reproduce import miniature
+
+        measured = miniature.untrained(config, VALIDATION_SEED)
+    else:
+        measured = untrained(setting, config)
     return [_row(name, kind, [metrics], None) | cost for name, kind, metrics in measured]
 
 

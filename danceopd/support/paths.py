@@ -18,8 +18,8 @@ def shipped(path: Path) -> Path:
 
 
 def draws_miniature(model: Path | None) -> bool:
-    """Tells whether a pipeline's folder is the miniature's, shipped or trained again."""
-    return model is not None and (model / "miniature.json").is_file()
+    """Tells whether a pipeline's folder is the miniature's, shipped or trained again, or stands under its name."""
+    return model is not None and (model == Path("miniature") or (model / "miniature.json").is_file())
 
 
 def near_path(
