@@ -12,7 +12,7 @@ from danceopd.miniature.pipeline import TRANSFORMER, make_text_encoder, make_tok
 from danceopd.miniature.stages import generator_of, run_stage
 from danceopd.models.backbones import flux2
 
-SHARES = {"t2i": 0.6, "local-half": 0.26, "global-half": 0.14}  # of the updates
+SHARES = {"t2i": 0.7, "local-half": 0.2, "global-half": 0.1}  # of the updates
 
 SHARDS = {"t2i": 20, "local-half": 7, "global-half": 4}  # of 4096 samples
 

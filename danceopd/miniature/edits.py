@@ -10,19 +10,17 @@ from danceopd.miniature.looks import (
     CLASSES,
     COLORS,
     EMPTY,
-    IMAGE_SIZE,
     LETTERS,
     MATERIALS,
     NATURAL,
     PAINTS,
     PLACES,
-    SIZES,
     STYLES,
     THINGS,
     TONES,
 )
 from danceopd.miniature.prompts import allowed_colors, allowed_pairs, canvas, named
-from danceopd.miniature.scene import Scene, free, put
+from danceopd.miniature.scene import Scene, free, on_lattice, put
 from danceopd.world.prompts import draw, draw_row
 
 LOCAL_KINDS = (
@@ -177,10 +175,9 @@ def _other_paint(
 
 
 def moved(centres: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
-    """Returns centres [B, 2] moved straight into the outer third on their side; far [B] in [0, 1) says how far."""
-    half = torch.tensor(SIZES)[sizes] // 2
-    along = (half + far * (IMAGE_SIZE // 3 + 1 - half)).long()
-    along = torch.where(side % 2 == 0, along, IMAGE_SIZE - along)
+    """Returns centres [B, 2] moved straight to their side, far [B] in [0, 1) of a quarter of the way from it."""
+    share = torch.where(side % 2 == 0, far / 4, 1 - (1 - far) / 4 - 1e-4)
+    along = on_lattice(sizes, share[:, None])[:, 0]
     y, x = centres.unbind(-1)
     return torch.stack([torch.where(side < 2, y, along), torch.where(side < 2, along, x)], -1)
 
