@@ -153,6 +153,11 @@ class Expression:
                 for part in atom.parts:
                     yield from part.every_term()
 
+    def texts(self) -> list[str]:
+        """Lists the texts of which samples must have encodings of their own, each once."""
+        own = (term.text for term in self.every_term())
+        return list(dict.fromkeys(text.name for text in own if text is not None and text.encoded is None))
+
     def at(self, text: Text, fixed: bool = False) -> "Expression":
         """Asks the same with another prompt in the place of the sample's own; fixed texts stay.
 

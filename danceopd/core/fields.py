@@ -315,6 +315,7 @@ def ask_for(fields: Sequence[SharedField], which: torch.Tensor, conditioning: Co
         conditioning,
         adapter=each([field.adapter for field in fields], torch.int64),
         guidance_scale=each([field.guidance_scale for field in fields], torch.float32),
+        texts=None,
     )
     if fields[0].embedded_guidance is None:
         return own

@@ -45,7 +45,7 @@ def dry_run(config: Config, examine: Examine) -> Findings:
     findings.attempt("training.output_dir", check_writable, training.output_dir)
     findings.attempt("training.optimizer", adamw_class, training.optimizer)
     examine(config, findings, device)
-    findings.evaluations = evaluations_per_step(config)
+    findings.evaluations = evaluations_per_step(config, findings.sigmas)
     findings.grid = grid_evaluations(config) if training.sample_every else None
     return findings
 
