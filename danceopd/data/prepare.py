@@ -224,7 +224,7 @@ def prepare(
         )
     for text in _constant(texts):
         if (key := names.prompt(text)) in bad:
-            raise UserError(f"the text {text!r} cannot be encoded by {model}: {bad[key]}")
+            raise UserError(f"the negative prompt {text!r} cannot be encoded by {model}: {bad[key]}")
     rows, unencoded = _without(bad, rows, names, texts)
     problems = sorted([*problems, *unencoded], key=lambda problem: problem.line)
     bad_rows.settle(manifest, problems, len(rows))

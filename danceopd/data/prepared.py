@@ -136,7 +136,7 @@ class PreparedData:
         conditioning = Conditioning(prompt, sources or None, torch.tensor([bool(sources)]))
         if self.head.get("prompts_see_pictures"):
             conditioning.empty_prompt = self._prompt(own)
-        # Of texts that all rows share the source has the encoding. Where a prompt is left out, what is made of it is too.
+        # Of texts that all rows share the source has the encoding. With its prompt a row leaves out what is made of it.
         ours = [text for text in self.texts if columns_of(text) or self.head.get("prompts_see_pictures")]
         named = {text: own if empty and columns_of(text) else entries[text] for text in ours}
         conditioning.texts = {text: self._prompt(key) for text, key in named.items()} or None
