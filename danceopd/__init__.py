@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from danceopd.core.conditioning import Conditioning
     from danceopd.core.fields import Answers, Field, guided, hard, routed, soft
     from danceopd.core.methods.danceopd import danceopd_loss
+    from danceopd.core.operators import (
+        autoguided,
+        by_sigma,
+        compose,
+        difference,
+        guided_source,
+        slider,
+        teacher_at,
+        without_layers,
+    )
     from danceopd.core.query import query
     from danceopd.core.questions import Questions, matched
     from danceopd.core.rollout import rollout, sample
@@ -35,9 +45,14 @@ __all__ = [
     "Field",
     "Questions",
     "UserError",
+    "autoguided",
+    "by_sigma",
+    "compose",
     "danceopd_loss",
+    "difference",
     "distill",
     "guided",
+    "guided_source",
     "hard",
     "matched",
     "query",
@@ -46,7 +61,10 @@ __all__ = [
     "routed",
     "sample",
     "sigma_grid",
+    "slider",
     "soft",
+    "teacher_at",
+    "without_layers",
 ]
 
 
@@ -57,6 +75,16 @@ _HOMES = {
     "danceopd.core.conditioning": ("Conditioning",),
     "danceopd.core.fields": ("Answers", "Field", "guided", "hard", "routed", "soft"),
     "danceopd.core.methods.danceopd": ("danceopd_loss",),
+    "danceopd.core.operators": (
+        "autoguided",
+        "by_sigma",
+        "compose",
+        "difference",
+        "guided_source",
+        "slider",
+        "teacher_at",
+        "without_layers",
+    ),
     "danceopd.core.query": ("query",),
     "danceopd.core.questions": ("Questions", "matched"),
     "danceopd.core.rollout": ("rollout", "sample"),

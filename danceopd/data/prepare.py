@@ -246,7 +246,8 @@ def prepare(
     records = [_record(row, names, texts, resolution) | _changes(spoken[row.id], changed) for row in rows]
     head = {"model": str(model), "encoders": encoders, "manifest": made_from, "prompt_limits": limits}
     head["max_sequence_length"] = length
-    head["made_with"] = {"resolution": resolution} | ({} if root is None else {"root": str(root)})
+    head["made_with"] = {"resolution": resolution, "dtype": str(dtype).removeprefix("torch.")}
+    head["made_with"] |= {} if root is None else {"root": str(root)}
     head["made_with"] |= {"max_sequence_length": length} if own_length else {}
     head["left_out"] = len({problem.line for problem in problems})
     write_list(path, manifest, problems)

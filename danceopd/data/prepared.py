@@ -32,7 +32,7 @@ class PreparedData:
     Attributes:
         kinds: Number of rows of each Kind.
         has_source: Whether the rows have source pictures.
-        texts: What samples are given beside their prompts (`ask_with`).
+        texts: What samples are given encodings of beside their prompts; none at first.
 
     Raises:
         UserError: The file is of no use, has no rows of the capability, or only some of them have source pictures.
@@ -56,7 +56,8 @@ class PreparedData:
                 f"{self.path}: {without} of {len(self.rows)} rows of {capability!r} have no source picture; "
                 "give all of them some, or none"
             )
-        self.has_source, self.texts = not without, ()
+        self.has_source = not without
+        self.texts: tuple[str, ...] = ()
         self._check_cache()
 
     def __len__(self) -> int:
@@ -74,24 +75,22 @@ class PreparedData:
         part._by_kind = {kind: part.rows}
         return part
 
-    def ask_with(self, texts: Sequence[str]) -> None:
-        """Gives the samples more texts, that a source is asked with in the place of their prompts.
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Checks that texts were prepared which sources are asked with in the place of prompts.
 
         Args:
             texts: As `danceopd data prepare` was given them.
 
         Raises:
-            UserError: They were not prepared; with the command that prepares them.
+            UserError: They were not; with the command that prepares them.
         """
         there = {**self.head["negative_prompts"], **self.rows[0].get("negative_prompts", {})}
         lacking = [text for text in texts if text not in there]
         if lacking:
             raise UserError(
-                f"{self.path} has no encoding of {', '.join(map(repr, lacking))}, with which its source is asked; "
-                "run\n"
+                f"{self.path} has no encoding of {', '.join(map(repr, lacking))}, with which sources are asked; run\n"
                 f"    {self._command([*filter(None, there), *lacking])}"
             )
-        self.texts = tuple(texts)
 
     def encoded(self, text: str) -> dict[str, torch.Tensor] | None:
         """Reads a text's encoding, of one sample without source pictures; None where each row has its own."""

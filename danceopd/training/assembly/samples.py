@@ -37,7 +37,12 @@ def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Sa
         data[name] = rows = attempt(key, rows_of, path, name, capability, "clean" in needs(config.method))
         if rows:
             attempt(key, check_encoders, path, rows.head, config.model, encoders)
-            attempt(key, rows.ask_with, said[name])
+            rows.texts = tuple(said[name])
+    for path in dict.fromkeys(capability.data.prepared for capability in config.capabilities.values()):
+        names = [name for name, capability in config.capabilities.items() if capability.data.prepared == path]
+        every = dict.fromkeys(text for name in names for text in said[name])  # so that one command adds all of them
+        if data[names[0]]:
+            attempt(f"capabilities.{names[0]}.data.prepared", data[names[0]].check_texts, list(every))
     mixing = None if None in data.values() else attempt("capabilities", mix, data)
     if mixing is None:
         return None
