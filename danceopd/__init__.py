@@ -17,9 +17,10 @@ if sys.version_info < (3, 11):  # noqa: UP036 (an older Python runs this file al
 
 if TYPE_CHECKING:
     from danceopd.api import distill
+    from danceopd.core.answers import Answers, Field
     from danceopd.core.batch import Batch
     from danceopd.core.conditioning import Conditioning
-    from danceopd.core.fields import Answers, Field, guided, hard, routed, soft
+    from danceopd.core.fields import guided, hard, routed, soft
     from danceopd.core.methods.danceopd import danceopd_loss
     from danceopd.core.operators import (
         autoguided,
@@ -73,7 +74,8 @@ _HOMES = {
     "danceopd.api": ("distill",),
     "danceopd.core.batch": ("Batch",),
     "danceopd.core.conditioning": ("Conditioning",),
-    "danceopd.core.fields": ("Answers", "Field", "guided", "hard", "routed", "soft"),
+    "danceopd.core.answers": ("Answers", "Field"),
+    "danceopd.core.fields": ("guided", "hard", "routed", "soft"),
     "danceopd.core.methods.danceopd": ("danceopd_loss",),
     "danceopd.core.operators": (
         "autoguided",

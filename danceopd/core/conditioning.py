@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -142,9 +143,12 @@ class Conditioning:
             ValueError: There is no such text.
         """
         own = self.empty_prompt if name == "" else (self.texts or {}).get(name)
-        if own is None and encoded is None:
+        if own is not None:
+            prompt = tree_map(lambda value: value[index], own)
+        elif encoded is not None:
+            prompt = _expanded(encoded, len(index))
+        else:
             raise ValueError(f"the samples have no encoding of the text {name!r} in Conditioning.texts")
-        prompt = _expanded(encoded, len(index)) if own is None else tree_map(lambda value: value[index], own)
         return replace(replace(self, texts=None)[index], prompt=prompt)
 
 
@@ -217,8 +221,10 @@ def _join_texts(parts: list[Conditioning]) -> dict[str, Tensors] | None:
     some = {name: value for p in parts for name, value in (p.texts or {}).items()}
 
     def of(part: Conditioning, name: str) -> Tensors:
-        like = tree_map(lambda value: value.new_zeros(len(part), *value.shape[1:]), some[name])
-        return (part.texts or {}).get(name, like)
+        if part.texts and name in part.texts:
+            return part.texts[name]
+        zeros = tree_map(lambda value: value.new_zeros(len(part), *value.shape[1:]), some[name])
+        return cast(Tensors, zeros)
 
     return {name: _join_prompts([of(part, name) for part in parts]) for name in some} or None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 
@@ -36,7 +37,7 @@ class Term:
         fixed: Whether the text stays where the expression is asked with another prompt.
     """
 
-    field: Callable
+    field: Any
     text: Text | None = None
     fixed: bool = False
 
@@ -129,7 +130,7 @@ class Expression:
         return self._velocity(sigma, torch.arange(len(sigma)), of)
 
     def _velocity(self, sigma, rows, of):
-        weights, total = self.weights(sigma[rows]), None
+        weights, parts = self.weights(sigma[rows]), []
         for atom, weight in zip(self.atoms, weights.T, strict=True):
             own = weight.nonzero()[:, 0]
             if not len(own):
@@ -138,10 +139,11 @@ class Expression:
                 velocity = of(atom, rows[own])
             else:
                 velocity = atom.combine(*(part._velocity(sigma, rows[own], of) for part in atom.parts))
-            there = own.to(velocity.device)
             scaled = weight[own].to(velocity).view(-1, *(1,) * (velocity.dim() - 1)) * velocity
-            total = velocity.new_zeros(len(rows), *velocity.shape[1:]) if total is None else total
-            total = total.index_add(0, there, scaled)
+            parts.append((own.to(velocity.device), scaled))
+        total = parts[0][1].new_zeros(len(rows), *parts[0][1].shape[1:])
+        for own, scaled in parts:
+            total.index_add_(0, own, scaled)
         return total
 
     def every_term(self) -> Iterator[Term]:
@@ -158,7 +160,7 @@ class Expression:
         own = (term.text for term in self.every_term())
         return list(dict.fromkeys(text.name for text in own if text is not None and text.encoded is None))
 
-    def at(self, text: Text, fixed: bool = False) -> "Expression":
+    def at(self, text: Text, fixed: bool = False) -> Self:
         """Asks the same with another prompt in the place of the sample's own; fixed texts stay.
 
         Args:
@@ -176,7 +178,7 @@ class Expression:
 
         return type(self)(*_merged([change(atom) for atom in self.atoms], self.weights))
 
-    def within(self, wrap: Callable[[Callable], Callable]) -> "Expression":
+    def within(self, wrap: Callable[[Any], Any]) -> Self:
         """Puts something around every field that is asked.
 
         Args:
@@ -185,7 +187,6 @@ class Expression:
         Returns:
             The expression of these fields.
         """
-
         wrapped = {}  # once each: a field that several terms ask stays one field
 
         def once(field):
@@ -193,7 +194,7 @@ class Expression:
                 wrapped[id(field)] = wrap(field)
             return wrapped[id(field)]
 
-        def change(expression):
+        def change(expression: Any) -> Any:
             return replace(expression, atoms=tuple(map(one, expression.atoms)))
 
         def one(atom):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from danceopd.core.conditioning import Tensors
-from danceopd.core.expressions import Mixed, Text, summed
+from danceopd.core.expressions import Mixed, Text, Weights, summed
 from danceopd.core.fields import Field, Operator, as_operator
 
 Interval = tuple[float, float]
@@ -100,11 +100,13 @@ def _text(given: str | Tensors | Text) -> Text:
     return Text(given) if isinstance(given, str) else Text(f"the text at {id(given)}", given)
 
 
-def _sum(parts: Sequence[Field], weights) -> Operator:
+def _sum(parts: Sequence[Field], weights: Sequence[float] | Weights) -> Operator:
     """Makes sum_i weights_i part_i; weights: numbers, or a function of noise levels [n] -> [n, parts]."""
-    numbers = None if callable(weights) else torch.tensor([weights], dtype=torch.float64)
-    each = weights if numbers is None else lambda sigma: numbers.expand(len(sigma), -1)
-    return Operator(*summed([as_operator(part) for part in parts], each))
+    own = [as_operator(part) for part in parts]
+    if callable(weights):
+        return Operator(*summed(own, weights))
+    numbers = torch.tensor([list(weights)], dtype=torch.float64)
+    return Operator(*summed(own, lambda sigma: numbers.expand(len(sigma), -1)))
 
 
 def _guided(field: Field, other: Field, scale: float, interval: Interval) -> Operator:
