@@ -143,7 +143,7 @@ class Expression:
             parts.append((own.to(velocity.device), scaled))
         total = parts[0][1].new_zeros(len(rows), *parts[0][1].shape[1:])
         for own, scaled in parts:
-            total.index_add_(0, own, scaled)
+            total[own] += scaled
         return total
 
     def every_term(self) -> Iterator[Term]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from danceopd.config.expressions import evaluations
+from danceopd.config.expressions import evaluations, parts
 from danceopd.config.sections import Config
 from danceopd.core.query import expected_depth, expected_shares
 from danceopd.core.schedule import sigma_grid
@@ -50,6 +50,19 @@ def evaluations_per_step(config: Config, sigmas: torch.Tensor | None = None) -> 
     if config.training.gradient_checkpointing:
         counts["student, forward again"] = queries * own
     return {name: config.training.batch_size * count for name, count in counts.items()}
+
+
+def operator_lines(config: Config) -> list[str]:
+    """Says of each source that is made of others what it is made of, and how many evaluations a query of it takes."""
+    lines = []
+    for name in dict.fromkeys(capability.source for capability in config.capabilities.values()):
+        if kind := config.sources[name].operator():
+            of = ", ".join(part for _, part in parts(config, name))
+            counts = evaluations(config, name, torch.linspace(0, 1, 1001))
+            least, most = int(counts.min()), int(counts.max())
+            each = f"{most}" if least == most else f"{least} to {most}, by the noise level"
+            lines.append(f"source {name}: {kind} of {of}; evaluations of a query: {each}")
+    return lines
 
 
 def grid_evaluations(config: Config) -> tuple[int, int]:
