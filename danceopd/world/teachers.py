@@ -46,6 +46,8 @@ def source_fields(config: Config, networks: Mapping[str, DiT]) -> Callable[[str]
         if source.operator():
             return expression(config, name, leaf, text)
         network = asked(networks[name], ())
-        return SharedField(network, guided(network, encoded("")), 0, source.guidance_scale)
+        if any(other.operator() for other in config.sources.values()):  # then it is a row of their forwards
+            return SharedField(network, guided(network, encoded("")), 0, source.guidance_scale)
+        return guided(network, encoded(""), source.guidance_scale)
 
     return field
