@@ -1,6 +1,7 @@
 """Examines the networks and the data of a run on the embedded network without loading a weight."""
 
 import math
+from functools import cache
 
 import torch
 
@@ -29,9 +30,8 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     """
     attempt = findings.attempt
     student = attempt("student.init_from", empty_network, config.student.init_from)
-    sources = {
-        name: attempt(f"sources.{name}.weights", empty_network, s.weights) for name, s in config.networks().items()
-    }
+    load = cache(empty_network)  # sources of the same weights are one network
+    sources = {name: attempt(f"sources.{name}.weights", load, s.weights) for name, s in config.networks().items()}
     for name, source in sources.items():
         if source and student and source.config != student.config:
             findings.problems.append(f"sources.{name}.weights: its network {source.config} is not the student's")
@@ -48,11 +48,12 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
         if isinstance(rows, ManifestData) and student:
             findings.found += [f"{name}: {note}" for note in rows.notes(student.config.text_length)]
     findings.parameters |= {f"source {name}": count(source) for name, source in sources.items() if source}
-    total, how = sum(count(source) for source in sources.values() if source), "4 bytes, float32"
+    networks = set(filter(None, sources.values()))
+    total, how = sum(map(count, networks)), "4 bytes, float32"
     bytes_of_sources = FLOAT * total
     if config.training.base_precision == "fp8":
         how = "1 byte in the blocks' linear layers, 4 elsewhere"
-        bytes_of_sources = sum(nbytes(to_fp8(source)) for source in sources.values() if source)
+        bytes_of_sources = sum(nbytes(to_fp8(network)) for network in networks)
     findings.memory["source weights"] = bytes_of_sources, f"{total:,} x {how}"
     if student is None:
         return
