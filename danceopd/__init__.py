@@ -17,10 +17,21 @@ if sys.version_info < (3, 11):  # noqa: UP036 (an older Python runs this file al
 
 if TYPE_CHECKING:
     from danceopd.api import distill
+    from danceopd.core.answers import Answers, Field
     from danceopd.core.batch import Batch
     from danceopd.core.conditioning import Conditioning
-    from danceopd.core.fields import Answers, Field, guided, hard, routed, soft
+    from danceopd.core.fields import guided, hard, routed, soft
     from danceopd.core.methods.danceopd import danceopd_loss
+    from danceopd.core.operators import (
+        autoguided,
+        by_sigma,
+        compose,
+        difference,
+        guided_source,
+        slider,
+        teacher_at,
+        without_layers,
+    )
     from danceopd.core.query import query
     from danceopd.core.questions import Questions, matched
     from danceopd.core.rollout import rollout, sample
@@ -35,9 +46,14 @@ __all__ = [
     "Field",
     "Questions",
     "UserError",
+    "autoguided",
+    "by_sigma",
+    "compose",
     "danceopd_loss",
+    "difference",
     "distill",
     "guided",
+    "guided_source",
     "hard",
     "matched",
     "query",
@@ -46,7 +62,10 @@ __all__ = [
     "routed",
     "sample",
     "sigma_grid",
+    "slider",
     "soft",
+    "teacher_at",
+    "without_layers",
 ]
 
 
@@ -55,8 +74,19 @@ _HOMES = {
     "danceopd.api": ("distill",),
     "danceopd.core.batch": ("Batch",),
     "danceopd.core.conditioning": ("Conditioning",),
-    "danceopd.core.fields": ("Answers", "Field", "guided", "hard", "routed", "soft"),
+    "danceopd.core.answers": ("Answers", "Field"),
+    "danceopd.core.fields": ("guided", "hard", "routed", "soft"),
     "danceopd.core.methods.danceopd": ("danceopd_loss",),
+    "danceopd.core.operators": (
+        "autoguided",
+        "by_sigma",
+        "compose",
+        "difference",
+        "guided_source",
+        "slider",
+        "teacher_at",
+        "without_layers",
+    ),
     "danceopd.core.query": ("query",),
     "danceopd.core.questions": ("Questions", "matched"),
     "danceopd.core.rollout": ("rollout", "sample"),

@@ -30,6 +30,10 @@ def add_data(commands) -> None:
     prepare.add_argument(
         "--max-sequence-length", type=int, metavar="N", help="tokens of a prompt, padding included (the pipeline's own)"
     )
+    texts = (
+        "also encode these, which sources are asked with: negative prompts, and texts with a row's columns in braces, "
+    )
+    prepare.add_argument("--texts", nargs="+", default=(), metavar="TEXT", help=texts + "such as '{prompt}, in ink'")
     _add_rows(prepare)
     prepare.add_argument("--batch-size", type=int, default=8)
     prepare.add_argument("--workers", type=int, default=4, help="threads that read pictures (%(default)s)")
@@ -112,6 +116,7 @@ def run_prepare(args: argparse.Namespace) -> None:
         on_bad_row=args.on_bad_row,
         max_bad_rows=args.max_bad_rows,
         max_sequence_length=args.max_sequence_length,
+        texts=args.texts,
     )
     _say_left_out(args.manifest, done.problems, done.listed)
     for note in done.notes:

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 from pydantic import ValidationError
 
+from danceopd.config.expressions import outline, parts
 from danceopd.config.methods import options
-from danceopd.config.sections import Config, Section
+from danceopd.config.sections import OPERATORS, Config, Section, Source
 from danceopd.core.methods import OWN_ROLLOUT, needs
 from danceopd.support.hints import did_you_mean
 from danceopd.support.paths import draws_miniature
@@ -13,12 +14,14 @@ from danceopd.support.paths import draws_miniature
 
 def _section_at(location: tuple) -> dict:
     """Returns the fields of the section that a validation error lies in."""
-    model = Config
+    model, named = Config, False  # named: the next key is a name of the user's, such as a source's
     for key in location[:-1]:
-        if model is None:
+        if model is None or named:
+            named = False
             continue
         annotation = model.model_fields[key].annotation if key in model.model_fields else model
         arguments = getattr(annotation, "__args__", ())
+        named = getattr(annotation, "__origin__", None) is dict
         model = next((a for a in (annotation, *arguments) if isinstance(a, type) and issubclass(a, Section)), None)
     return model.model_fields if model else {}
 
@@ -49,10 +52,10 @@ def _check_model(config: Config) -> list[str]:
         of_models[f"training.{key}"] = value if value and value != "fp8" else None
     if config.training.attention_backend != "auto":
         of_models["training.attention_backend"] = config.training.attention_backend
-    for name, source in config.sources.items():
+    for name, source in config.networks().items():
         of_models |= {f"sources.{name}.{key}": getattr(source, key) for key in ("lora", "embedded_guidance")}
     given = [key for key, value in of_models.items() if value not in (None, [])]
-    unnamed = [name for name, source in config.sources.items() if source.weights is None]
+    unnamed = [name for name, source in config.networks().items() if source.weights is None]
     return [f"{key}: is for a model's; give model, or leave it out" for key in given] + [
         f"sources.{name}.weights: required, but not given" for name in unnamed
     ]
@@ -64,16 +67,148 @@ def _check_start(config: Config) -> list[str]:
     if start not in ("base", "merge", *config.sources):
         near = did_you_mean(start, ["base", "merge", *config.sources])
         return [f"{key}: no source {start!r}, nor base or merge{near}"]
+    if start in config.sources and (kind := config.sources[start].operator()):
+        return [f"{key}: {start} is {kind} of other sources and has no weights; begin as base, or as one of them"]
+    if start == "merge" and not config.networks():
+        return [f"{key}: merge is the mean of the sources that are networks, and there is none; begin as base"]
     if start == "merge" and "merge" in config.sources:
         return [f"{key}: merge is the mean of all sources, but one of them has this name too; give it another"]
     if config.student.lora and start != "base":
-        begun = config.sources if start == "merge" else [start]
+        begun = config.networks() if start == "merge" else [start]
         own = [name for name in begun if config.sources[name].weights not in (None, "base")]
         if own:
             return [
                 f"{key}: {', '.join(own)} has weights of its own, which no adapter can begin as; leave student.lora "
                 "out to train all weights, or begin as base and distil"
             ]
+    return []
+
+
+OF_NETWORKS = ("weights", "lora", "guidance_scale", "embedded_guidance")
+
+
+def _check_sources(config: Config) -> list[str]:
+    """Lists what is wrong with sources that are made of others."""
+    problems = []
+    for name, source in config.sources.items():
+        key, given = f"sources.{name}", [kind for kind in OPERATORS if getattr(source, kind) is not None]
+        if len(given) > 1:
+            problems.append(
+                f"{key}: {' and '.join(given)}; a source is one operator, of others that may be operators too"
+            )
+            continue
+        own = [field for field in OF_NETWORKS if _changed(source, field)] if given else []
+        if own:
+            problems.append(f"{key}.{own[0]}: is for a network, but this is {given[0]} of others; give it to these")
+        for part, named in parts(config, name):
+            if named not in config.sources:
+                problems.append(f"{key}.{part}: no source {named!r}{did_you_mean(named, config.sources)}")
+        problems += [f"{key}.{given[0]}{problem}" for problem in _without_effect(source)] if given else []
+    if problems:
+        return problems
+    if circle := _circle(config):
+        return [f"sources.{circle[0]}: {' -> '.join(circle)} goes in a circle; a source cannot be made of itself"]
+    for name, source in config.sources.items():
+        if source.compose or source.difference:
+            problems += _check_bases(config, name)
+        if source.guided and source.guided.skip_layers and config.sources[source.guided.source].operator():
+            of = f"{source.guided.source} is {config.sources[source.guided.source].operator()} of others"
+            problems.append(f"sources.{name}.guided.skip_layers: blocks are of a network, but {of}; guide a network")
+        elif source.guided and source.guided.skip_layers and config.training.offload_sources and _own(config, source):
+            problems.append(
+                f"sources.{name}.guided.skip_layers: not with training.offload_sources, which brings the blocks of "
+                f"{source.guided.source} in their order; leave one of them out"
+            )
+        elif source.operator():
+            try:
+                outline(config, name)
+            except ValueError as error:
+                problems.append(f"sources.{name}.{source.operator()}: {error}")
+    return problems
+
+
+def _own(config: Config, source: Source) -> bool:
+    """Whether what a source guides has weights of its own."""
+    return config.sources[source.guided.source].weights not in (None, "base")
+
+
+def _circle(config: Config) -> list[str] | None:
+    """Returns the names of a circle of sources, the first again at its end."""
+    done: set[str] = set()
+
+    def search(name: str, way: list[str]) -> list[str] | None:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name not in done:
+            for _, part in parts(config, name):
+                if found := search(part, [*way, name]):
+                    return found
+            done.add(name)
+        return None
+
+    return next(filter(None, (search(name, []) for name in config.sources)), None)
+
+
+def _networks_of(config: Config, name: str) -> dict[str, Source]:
+    """Returns the networks that a source is made of."""
+    named = [part for _, part in parts(config, name)]
+    if not named:
+        return {name: config.sources[name]}
+    return {key: value for part in named for key, value in _networks_of(config, part).items()}
+
+
+def _check_bases(config: Config, name: str) -> list[str]:
+    """Lists where a difference would be of more than what its source changes: of two bases or embedded guidances.
+
+    A source without adapters has weights of its own, which are the change.
+    """
+    kind = config.sources[name].operator()
+    base, problems = getattr(config.sources[name], kind).base, []
+    bases = _networks_of(config, base)
+    weights = {network.weights or "base" for network in bases.values()}
+    numbers = {network.embedded_guidance for network in bases.values()}
+    for part, network in _networks_of(config, name).items():
+        if part in bases:
+            continue
+        own = network.weights or "base"
+        if network.lora and own not in weights:
+            problems.append(
+                f"sources.{name}.{kind}: {part} is a LoRA on {own}, but the base {base} is "
+                f"{' and '.join(sorted(weights))}; give a base of the same weights"
+            )
+        if network.embedded_guidance not in numbers:
+            problems.append(
+                f"sources.{name}.{kind}: {part} is asked at embedded_guidance {network.embedded_guidance}, but the "
+                f"base {base} is not; give both the same"
+            )
+    return problems
+
+
+def _without_effect(source: Source) -> list[str]:
+    """Lists what of an operator would change nothing, each as ".key: message"."""
+    guided, weak, compose, slider = source.guided, source.autoguided, source.compose, source.slider
+    if guided:
+        options = [key for key in ("negative", "rescale", "zero_star", "apg") if _changed(guided, key)]
+        if guided.scale == 1 and (options or not guided.skip_layers):
+            what = f"{' and '.join(options)} without effect" if options else f"the same as {guided.source}"
+            return [f".scale: 1 is no guidance, which leaves {what}; give another scale"]
+        if guided.zero_star and guided.apg:
+            return [".apg: is one rule of guidance and zero_star another; give one of them"]
+        if guided.apg and guided.apg.eta == 1 and guided.apg.norm == 0:
+            return [".apg: eta 1 without a norm is plain guidance; leave it out"]
+    if weak and (weak.source == weak.weak or weak.scale == 1):
+        return [f": leaves {weak.source} as it is; give a weaker source, and a scale other than 1"]
+    if source.difference and (source.difference.base == source.difference.source or source.difference.weight == 0):
+        return [": leaves the base as it is; give another source, and a weight other than 0"]
+    if compose:
+        none = [part for part, weight in compose.sources.items() if part == compose.base or weight == 0]
+        return [f".sources.{part}: adds nothing to {compose.base}; leave it out" for part in none]
+    if slider and (slider.positive == slider.negative or slider.eta == 0):
+        return [f": leaves {slider.source} as it is; give two texts, and an eta other than 0"]
+    if source.mean and len(set(source.mean)) < len(source.mean):
+        return [": names a source twice; name each once"]
+    if source.by_sigma and source.by_sigma.above == source.by_sigma.below:
+        return [": is one source above and below; give two"]
     return []
 
 
@@ -147,7 +282,7 @@ def _check_unread(config: Config) -> list[str]:
 
 
 def _cross_check(config: Config) -> list[str]:
-    problems = []
+    problems = _check_sources(config)
     try:
         config.method_options()
     except ValidationError as error:

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
 
 from danceopd.config.methods import options
+from danceopd.config.operators import Autoguided, BySigma, Compose, Difference, Guided, Slider, TeacherAt
+from danceopd.config.section import NonNegativeFinite, PositiveFinite, Section
 from danceopd.core.methods import METHODS
 from danceopd.core.query import QUERIES
 from danceopd.core.routing import ROUTES
@@ -14,16 +16,7 @@ from danceopd.core.solver import SOLVERS
 from danceopd.support.optimizers import OPTIMIZERS
 from danceopd.support.paths import shipped
 
-PositiveFinite = Annotated[FiniteFloat, pydantic.Field(gt=0)]
-
-NonNegativeFinite = Annotated[FiniteFloat, pydantic.Field(ge=0)]
-
-
 ModelPath = Annotated[Path, pydantic.AfterValidator(shipped)]  # of a model or LoRA, or a name that ships
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class NewLora(Section):
@@ -68,8 +61,13 @@ class LoraFile(Section):
     scale: FiniteFloat = 1.0
 
 
+OPERATORS = ("guided", "autoguided", "difference", "compose", "slider", "mean", "by_sigma", "teacher_at")
+
+
 class Source(Section):
     """A frozen velocity field that supervises the student: the paper's teacher.
+
+    It is a network, or one operator over other sources (docs/operators.md).
 
     Attributes:
         weights: As a student's init_from. With a `model`: "base" (also if not given), a transformer's or a pipeline's
@@ -78,12 +76,26 @@ class Source(Section):
         guidance_scale: 1 asks the conditional field; any other makes guidance part of the field. Pipelines of Z-Image
             count their guidance from 0: their g is the guidance_scale 1 + g.
         embedded_guidance: As a student's, the number that this source is asked with.
+        guided, autoguided, difference, compose, slider, by_sigma, teacher_at: The operators.
+        mean: The sources whose mean it is.
     """
 
     weights: str | None = None
-    lora: list[LoraFile] = []
+    lora: list[LoraFile] = pydantic.Field([])
     guidance_scale: FiniteFloat = 1.0
     embedded_guidance: FiniteFloat | None = None
+    guided: Guided | None = None
+    autoguided: Autoguided | None = None
+    difference: Difference | None = None
+    compose: Compose | None = None
+    slider: Slider | None = None
+    mean: Annotated[list[str], pydantic.Field(min_length=2)] | None = None
+    by_sigma: BySigma | None = None
+    teacher_at: TeacherAt | None = None
+
+    def operator(self) -> str | None:
+        """Returns the name of its operator; None where it is a network."""
+        return next((key for key in OPERATORS if getattr(self, key) is not None), None)
 
 
 class Data(Section):
@@ -231,7 +243,7 @@ class Config(Section):
 
     model: ModelPath | None = None
     method: Literal[*METHODS] = "danceopd"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = pydantic.Field({})
     route: Literal[*ROUTES] = "random"
     student: Student = Student()
     sources: dict[str, Source] = pydantic.Field(min_length=1)
@@ -244,6 +256,10 @@ class Config(Section):
     def to_dict(self) -> dict:
         """Returns plain values, as YAML or JSON take them."""
         return self.model_dump(mode="json")
+
+    def networks(self) -> dict[str, Source]:
+        """Returns the sources that are networks."""
+        return {name: source for name, source in self.sources.items() if not source.operator()}
 
     def method_options(self) -> dict:
         """Returns the method's options by keyword, defaults and all."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ class Conditioning:
         embedded_guidance: float32 tensor [B], the number that a guidance-distilled model takes as an input.
         empty_prompt: Like `prompt`, each sample's own empty prompt; None where it is one for all. A text encoder that
             sees the source pictures has another for each.
+        texts: Each sample's own encodings of other texts that a source is asked with, by their names; each is like
+            `prompt`. Read by sources made of others (`danceopd.core.operators`), and by nothing else.
 
     Example:
         >>> conditioning = Conditioning(torch.tensor([[3, 1], [5, 2], [7, 0]]), guidance_scale=torch.ones(3))
@@ -41,6 +44,7 @@ class Conditioning:
     adapter: torch.Tensor | None = None
     embedded_guidance: torch.Tensor | None = None
     empty_prompt: Tensors | None = None
+    texts: dict[str, Tensors] | None = None
 
     def __len__(self) -> int:
         return len(self._first())
@@ -122,14 +126,42 @@ class Conditioning:
         """
         if self.empty_prompt is not None:
             return replace(self, prompt=self.empty_prompt, empty_prompt=None)
-        return replace(self, prompt=tree_map(lambda value: value.expand(len(self), *value.shape), empty))
+        return replace(self, prompt=_expanded(empty, len(self)))
+
+    def with_text(self, name: str, encoded: Tensors | None, index: torch.Tensor) -> "Conditioning":
+        """Selects samples with another text in the place of their prompts, their own where they have it.
+
+        Args:
+            name: The text's key in `texts`; "" is the empty prompt.
+            encoded: One sample's encoding, as `prompt` without the batch, for samples that have none of their own.
+            index: int64 tensor [n], the samples.
+
+        Returns:
+            The n samples, without `texts`.
+
+        Raises:
+            ValueError: There is no such text.
+        """
+        own = self.empty_prompt if name == "" else (self.texts or {}).get(name)
+        if own is not None:
+            prompt = tree_map(lambda value: value[index], own)
+        elif encoded is not None:
+            prompt = _expanded(encoded, len(index))
+        else:
+            raise ValueError(f"the samples have no encoding of the text {name!r} in Conditioning.texts")
+        return replace(replace(self, texts=None)[index], prompt=prompt)
+
+
+def _expanded(one: Tensors, samples: int) -> Tensors:
+    """Gives all samples one prompt."""
+    return tree_map(lambda value: value.expand(samples, *value.shape), one)
 
 
 def concatenate(parts: list[Conditioning]) -> Conditioning:
     """Joins samples of one picture size, in order; those without a source picture get a blank one, marked as absent.
 
     Prompts of different length are filled up with zeros at the end, masks with False, and so are tensors of a prompt's
-    dict that only some parts have. What only some parts have of the optional rest is dropped.
+    dict that only some parts have, or texts. What only some parts have of the optional rest is dropped.
 
     Args:
         parts: The samples to be joined.
@@ -147,9 +179,10 @@ def concatenate(parts: list[Conditioning]) -> Conditioning:
         pictures = [blank(p) if p.source is None else p.source for p in parts]
         sources = tree_map(lambda *values: torch.cat(values), *pictures)
     joined = Conditioning(_join_prompts([p.prompt for p in parts]), sources, _join_marks(parts))
-    rest = {field.name: [getattr(p, field.name) for p in parts] for field in fields(Conditioning)[3:]}
+    optional = [field.name for field in fields(Conditioning)[3:] if field.name != "texts"]
+    rest = {name: [getattr(p, name) for p in parts] for name in optional}
     kept = {name: values for name, values in rest.items() if all(v is not None for v in values)}
-    return replace(joined, **{name: _join_prompts(values) for name, values in kept.items()})
+    return replace(joined, **{name: _join_prompts(values) for name, values in kept.items()}, texts=_join_texts(parts))
 
 
 def with_length(prompt: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
@@ -181,6 +214,19 @@ def _join_marks(parts: list[Conditioning]) -> torch.Tensor | None:
         for p in parts
     ]
     return torch.cat(marks)
+
+
+def _join_texts(parts: list[Conditioning]) -> dict[str, Tensors] | None:
+    """Joins the texts of the parts by name; who lacks one is not asked with it, and gets zeros."""
+    some = {name: value for p in parts for name, value in (p.texts or {}).items()}
+
+    def of(part: Conditioning, name: str) -> Tensors:
+        if part.texts and name in part.texts:
+            return part.texts[name]
+        zeros = tree_map(lambda value: value.new_zeros(len(part), *value.shape[1:]), some[name])
+        return cast(Tensors, zeros)
+
+    return {name: _join_prompts([of(part, name) for part in parts]) for name in some} or None
 
 
 def _join_prompts(prompts: Sequence[Tensors]) -> Tensors:

@@ -3,147 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
-from danceopd_kernels.routed_velocity_mse import MAX_TEACHERS
 
+from danceopd.core.answers import Answers, Field
 from danceopd.core.conditioning import Conditioning, Tensors, concatenate
+from danceopd.core.expressions import Expression, Term, summed
+from danceopd.core.forwards import SharedField, ask_each
 from danceopd.core.phase import phase
-
-
-class Field(Protocol):
-    """Gives a velocity at every state of one flow-matching state space.
-
-    A field may bring more than its call: ``answer``, what its forwards gave before it is combined (`Answers`);
-    ``rollout``, a way of its own through a whole trajectory (`danceopd.core.rollout.rollout`); and ``fixed``, itself
-    for samples whose conditioning stays the same.
-    """
-
-    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, /) -> torch.Tensor:
-        """Asks for the velocity v = dz / d sigma = noise - data.
-
-        Args:
-            latents: Float tensor [B, ...], states z = (1 - sigma) data + sigma noise.
-            sigma: Float tensor [B] in [0, 1]; 1 is noise.
-            conditioning: What the B samples are conditioned on.
-
-        Returns:
-            Float tensor [B, ...] in the shape of the latents.
-        """
-        ...
-
-
-@dataclass
-class Answers:
-    """Holds what sources answered to Q queries as their forwards gave it: nothing is combined yet, and nothing copied.
-
-    The target of a query is ``u + guidance_scale (c - u)`` with ``c = velocities[network][row]`` and
-    ``u = velocities[network][uncond_row]``. A query without guidance has its own row as uncond_row, and scale 1.
-
-    Args:
-        velocities: A float tensor [n, ...] for each forward; at most `MAX_TEACHERS` of them.
-        network: int64 tensor [Q], the forward that a query was in.
-        row: int64 tensor [Q], its row there.
-        uncond_row: int64 tensor [Q], the row of its unconditional velocity; None where no query is guided.
-        guidance_scale: float32 tensor [Q]; None where no query is guided.
-
-    Example:
-        >>> rows = torch.tensor([[1.0], [2.0]])  # with the prompt and without
-        >>> first, second = torch.tensor([0]), torch.tensor([1])
-        >>> Answers([rows], torch.tensor([0]), first, second, torch.tensor([3.0])).target()
-        tensor([[-1.]])
-    """
-
-    velocities: list[torch.Tensor]
-    network: torch.Tensor
-    row: torch.Tensor
-    uncond_row: torch.Tensor | None = None
-    guidance_scale: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, velocity: torch.Tensor) -> "Answers":
-        """Wraps one velocity of each query.
-
-        Args:
-            velocity: Float tensor [Q, ...], in the order of the queries.
-
-        Returns:
-            Answers without guidance.
-        """
-        rows = torch.arange(len(velocity), device=velocity.device)
-        return cls([velocity], torch.zeros_like(rows), rows)
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def __getitem__(self, queries) -> "Answers":
-        """Selects queries by slice or index tensor; the velocities stay as they are."""
-        chosen = (None if value is None else value[queries] for value in (self.uncond_row, self.guidance_scale))
-        return Answers(self.velocities, self.network[queries], self.row[queries], *chosen)
-
-    def target(self) -> torch.Tensor:
-        """Writes the target of each query, u + guidance_scale (c - u).
-
-        Returns:
-            Tensor [Q, ...] in float32, in float64 where the velocities are in float64.
-        """
-        one = self.joined()
-        wide = torch.promote_types(one.velocities[0].dtype, torch.float32)
-        conditional = one.velocities[0][one.row].to(wide)
-        if self.guidance_scale is None:
-            return conditional
-        unconditional = one.velocities[0][one.uncond_row].to(wide)
-        scale = self.guidance_scale.to(wide).view(-1, *(1,) * (conditional.dim() - 1))
-        return unconditional + scale * (conditional - unconditional)
-
-    def to(self, dtype: torch.dtype) -> "Answers":
-        """Copies the rows of these queries in another dtype.
-
-        Args:
-            dtype: The dtype of the velocities.
-
-        Returns:
-            The same answers in it; these themselves where they have it.
-        """
-        if all(velocity.dtype == dtype for velocity in self.velocities):
-            return self
-        one, rows = self.joined(), torch.arange(len(self), device=self.row.device)
-        wanted = one.row if one.uncond_row is None else torch.cat([one.row, one.uncond_row])
-        uncond_row = None if one.uncond_row is None else rows + len(self)
-        copied = one.velocities[0][wanted].to(dtype)
-        return Answers([copied], torch.zeros_like(rows), rows, uncond_row, self.guidance_scale)
-
-    def joined(self) -> "Answers":
-        """Copies the velocities of several forwards into one tensor, in their widest dtype.
-
-        Returns:
-            The same answers of one tensor; these themselves where there is one.
-        """
-        if len(self.velocities) == 1:
-            return self
-        first = torch.tensor([0, *(len(v) for v in self.velocities[:-1])], device=self.row.device).cumsum(0)
-        start = first[self.network]
-        uncond_row = None if self.uncond_row is None else self.uncond_row + start
-        return Answers(
-            [torch.cat(self.velocities)], torch.zeros_like(self.row), self.row + start, uncond_row, self.guidance_scale
-        )
-
-
-def answer(field: Field, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> Answers:
-    """Asks a field for Q velocities as its forwards give them.
-
-    Args:
-        field: The field to ask.
-        latents: Float tensor [Q, ...].
-        sigma: Float tensor [Q].
-        conditioning: What the Q queries are conditioned on.
-
-    Returns:
-        The answers, in the order of the queries.
-    """
-    own = getattr(field, "answer", None)
-    return Answers.of(field(latents, sigma, conditioning)) if own is None else own(latents, sigma, conditioning)
 
 
 @dataclass(frozen=True)
@@ -257,57 +124,6 @@ def _kept_length(conditioning: Conditioning) -> int | None:
     return prompt["prompt_keep"].shape[1] if isinstance(prompt, dict) and "prompt_keep" in prompt else None
 
 
-@dataclass(frozen=True)
-class SharedField:
-    """Is one of several sources that one network answers for in one forward, whatever mixture of them a batch asks.
-
-    Called as a field it is this source alone.
-
-    Args:
-        network: The same object for all sources that share it.
-        ask: The network as a field; it reads ``conditioning.adapter`` and ``conditioning.guidance_scale``.
-        adapter: The number of this source's adapter; -1 is the network without one.
-        guidance_scale: The scale that this source is asked with.
-        embedded_guidance: A guidance-distilled model's input, for all of a network's sources or for none.
-    """
-
-    network: object
-    ask: Field
-    adapter: int
-    guidance_scale: float = 1.0
-    embedded_guidance: float | None = None
-
-    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        alone = torch.zeros(len(latents), dtype=torch.int64)
-        return self.ask(latents, sigma, ask_for([self], alone, conditioning))
-
-
-def ask_for(fields: Sequence[SharedField], which: torch.Tensor, conditioning: Conditioning) -> Conditioning:
-    """Marks each sample with the source of a shared network that it asks.
-
-    Args:
-        fields: The sources of one network.
-        which: int64 tensor [B] on the CPU, the place in `fields` of each sample's source.
-        conditioning: What the B samples are conditioned on.
-
-    Returns:
-        The same samples with their source's adapter, guidance scale and embedded guidance.
-    """
-    device = conditioning.device
-
-    def each(values: list, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype)[which].to(device)
-
-    own = replace(
-        conditioning,
-        adapter=each([field.adapter for field in fields], torch.int64),
-        guidance_scale=each([field.guidance_scale for field in fields], torch.float32),
-    )
-    if fields[0].embedded_guidance is None:
-        return own
-    return replace(own, embedded_guidance=each([field.embedded_guidance for field in fields], torch.float32))
-
-
 @phase("query")
 @torch.no_grad()
 def routed(
@@ -320,7 +136,7 @@ def routed(
 ) -> Answers:
     """Asks each query's own field, without gradient; no field sees another's queries.
 
-    Fields of one network (`SharedField`) are asked in one forward.
+    Fields of one network (`SharedField`) are asked in one forward, with all terms of operators that are of it.
 
     Args:
         fields: The sources.
@@ -345,54 +161,53 @@ def routed(
                 [ 2.],
                 [-3.]])
     """
-    if route.min() < 0 or route.max() >= len(fields):
-        raise IndexError(f"routes must lie in [0, {len(fields) - 1}], got {route.min()} to {route.max()}")
-    parts = []
-    for members in _by_network(fields):
-        index = torch.isin(route, torch.tensor(members)).nonzero()[:, 0]
-        if not len(index):
-            continue
-        index = index[route[index].argsort(stable=True)]  # packed: equal routes in a row run together
-        there = index.to(latents.device)
-        about = conditioning[(index if sample is None else sample[index]).to(latents.device)]
-        field, shared = fields[members[0]], [f for m in members if isinstance(f := fields[m], SharedField)]
-        if shared:
-            number = torch.full((len(fields),), -1).scatter_(0, torch.tensor(members), torch.arange(len(members)))
-            field, about = shared[0].ask, ask_for(shared, number[route[index]], about)
-        parts.append((there, answer(field, latents[there], sigma[there], about)))
-    return _joined(parts, len(latents))
+    return ask_each(fields, route, latents, sigma, conditioning, sample)
 
 
-def _joined(parts: list[tuple[torch.Tensor, Answers]], queries: int) -> Answers:
-    """Puts the answers of some queries each into one, in the order of all."""
-    device, velocities = parts[0][0].device, [v for _, part in parts for v in part.velocities]
-    network, row = (torch.zeros(queries, dtype=torch.int64, device=device) for _ in range(2))
-    guided = any(part.guidance_scale is not None for _, part in parts)
-    uncond_row = torch.zeros_like(row) if guided else None
-    scale = torch.ones(queries, device=device) if guided else None
-    first = 0
-    for there, part in parts:
-        network[there], row[there] = part.network + first, part.row
-        if uncond_row is not None:
-            uncond_row[there] = part.row if part.uncond_row is None else part.uncond_row
-        if scale is not None and part.guidance_scale is not None:
-            scale[there] = part.guidance_scale
-        first += len(part.velocities)
-    answers = Answers(velocities, network, row, uncond_row, scale)
-    return answers if len(velocities) <= MAX_TEACHERS else answers.joined()
+@dataclass(frozen=True, eq=False)
+class Operator(Expression):
+    """Is a source made of other sources; `danceopd.core.operators` makes them.
+
+    `routed` asks all terms of a batch's sources that are of one network in one forward. Two terms are combined in the
+    loss; of more, and of combinations that are not linear, the velocity is written. No gradient reaches a source.
+    """
+
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        return self.answer(latents, sigma, conditioning).target().to(latents.dtype)
+
+    @torch.no_grad()
+    def answer(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> Answers:
+        """Asks for Q velocities.
+
+        Args:
+            latents: Float tensor [Q, ...].
+            sigma: Float tensor [Q].
+            conditioning: What the Q queries are conditioned on.
+
+        Returns:
+            The answers, in the order of the queries.
+        """
+        return ask_each([self], torch.zeros(len(latents), dtype=torch.int64), latents, sigma, conditioning)
 
 
-def _by_network(fields: Sequence[Field]) -> list[list[int]]:
-    """Groups the routes that one forward serves: those of a shared network together, every other field alone."""
-    groups: dict[object, list[int]] = {}
-    for m, field in enumerate(fields):
-        key = ("shared", id(field.network)) if isinstance(field, SharedField) else m
-        groups.setdefault(key, []).append(m)
-    return list(groups.values())
+def as_operator(field: Field) -> Operator:
+    """Makes any field an operator of one term.
+
+    Args:
+        field: The field.
+
+    Returns:
+        The operator; the field itself where it is one.
+    """
+    if isinstance(field, Operator):
+        return field
+    return Operator((Term(field),), lambda sigma: torch.ones(len(sigma), 1, dtype=torch.float64))
 
 
 def soft(fields: Sequence[Field]) -> Field:
     """Makes the mean of the fields a field: what soft routing asks, whatever the sample's route.
+
+    Networks that several of them share are asked in one forward (`routed`).
 
     Args:
         fields: M of them.
@@ -406,12 +221,8 @@ def soft(fields: Sequence[Field]) -> Field:
         tensor([[-1., -1.]])
     """
 
-    @phase("query")
-    @torch.no_grad()
-    def velocity(latents, sigma, conditioning):
-        return torch.stack([field(latents, sigma, conditioning) for field in fields]).mean(0)
-
-    return velocity
+    even = torch.full((1, len(fields)), 1 / len(fields), dtype=torch.float64)
+    return Operator(*summed([as_operator(field) for field in fields], lambda sigma: even.expand(len(sigma), -1)))
 
 
 def hard(fields: Sequence[Field], route: torch.Tensor) -> Field:
@@ -450,6 +261,8 @@ def within(field: Field, wrap: Callable[[Field], Field]) -> Field:
     Returns:
         The field that asks the wrapped network.
     """
+    if isinstance(field, Operator):
+        return field.within(lambda one: within(one, wrap))
     if isinstance(field, SharedField):
         return replace(field, ask=within(field.ask, wrap))
     if isinstance(field, Guided):

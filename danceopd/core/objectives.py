@@ -47,12 +47,13 @@ def velocity_loss(velocity: torch.Tensor, questions) -> Matched:
     """
     dtype = torch.promote_types(velocity.dtype, questions.answers.velocities[0].dtype)
     answers = questions.answers.to(dtype)
+    unconds = answers.velocities if answers.unconds is None else answers.unconds
     compared = routed_velocity_mse(
         velocity.to(dtype),
         answers.velocities,
         answers.network,
         row=answers.row,
-        uncond=None if answers.guidance_scale is None else answers.velocities,
+        uncond=None if answers.guidance_scale is None else unconds,
         uncond_row=answers.uncond_row,
         guidance_scale=answers.guidance_scale,
         weight=questions.weight,

@@ -90,6 +90,28 @@ def probabilities(num_inference_steps: int, bias: str, gap: torch.Tensor | None 
     return torch.tensor(below, dtype=torch.float64).diff()
 
 
+def expected_shares(num_inference_steps: int, *, bias: str = "low_t", k: int = 1) -> torch.Tensor:
+    """Works out the share of the queries that is expected at each trajectory index.
+
+    Exact for k = 1 and from k = N on, else the mean over 4,096 draws of a fixed seed.
+
+    Args:
+        num_inference_steps: Number N of steps of the rollout.
+        bias: As in `query`.
+        k: Number of indices a sample.
+
+    Returns:
+        float64 tensor [N] that sums to 1.
+
+    Raises:
+        ValueError: As `query` does.
+    """
+    drawn = query(4096 if k > 1 else 1, num_inference_steps, torch.Generator().manual_seed(0), bias=bias, k=k)
+    if k == 1:
+        return probabilities(num_inference_steps, bias)
+    return drawn.flatten().bincount(minlength=num_inference_steps).double() / drawn.numel()
+
+
 def expected_depth(num_inference_steps: int, *, bias: str = "low_t", k: int = 1) -> float:
     """Works out the mean of the deepest index that `query` draws for a sample: its steps of rollout.
 

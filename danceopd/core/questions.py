@@ -8,7 +8,7 @@ from danceopd_kernels.routed_velocity_mse import Matched
 
 from danceopd.core.batch import Batch
 from danceopd.core.conditioning import Conditioning
-from danceopd.core.fields import Answers, Field, answer, routed, soft
+from danceopd.core.fields import Answers, Field, routed, soft
 from danceopd.core.objectives import velocity_loss, weighting
 from danceopd.core.phase import phase
 
@@ -115,7 +115,7 @@ def on_rollout(
     if routing == "hard":
         answers = routed(sources, batch.route[sample], states, sigma, batch.conditioning, sample)
     else:
-        answers = answer(soft(sources), states, sigma, batch.conditioning[sample.to(states.device)])
+        answers = routed([soft(sources)], torch.zeros_like(sample), states, sigma, batch.conditioning, sample)
     weight = share * weighting(objective, sigma, sigmas.to(sigma.device)[depth.to(sigma.device) + 1])
     return Questions(states, sigma, batch.conditioning, batch.route, sample, answers, weight, depth)
 
@@ -142,5 +142,5 @@ def matched(student: Field, questions: Questions) -> Matched:
     sample, q = questions.sample, questions
     in_a_row = len(sample) == 1 or bool((sample.diff() == 1).all())  # a view then, where an index would copy prompts
     rows = slice(int(sample[0]), int(sample[-1]) + 1) if in_a_row else sample.to(q.states.device)
-    velocity = student(q.states, q.sigma, q.conditioning[rows])
+    velocity = student(q.states, q.sigma, replace(q.conditioning, texts=None)[rows])
     return q.match(velocity, q)

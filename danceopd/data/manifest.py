@@ -1,16 +1,17 @@
 """A user's own data: a manifest (JSONL or CSV) of prompts and picture files, checked line by line.
 
-Columns: id (or uid), task (or capability), prompt, source_image, target_image; others are ignored. Every row needs
-a task and a prompt. A row without an id goes by its line. source_image is a path or, for several source pictures,
-a list of them in their order; a CSV cell holds that list as JSON: ["a.png", "b.png"]. Picture paths are relative to the
-manifest's folder, or to the `root` given, and may not leave it: a shared manifest must not read its reader's files.
+Columns: id (or uid), task (or capability), prompt, source_image, target_image; others are for the texts that sources
+are asked with, where these name them. Every row needs a task and a prompt. A row without an id goes by its line.
+source_image is a path or, for several source pictures, a list of them in their order; a CSV cell holds that list as
+JSON: ["a.png", "b.png"]. Picture paths are relative to the manifest's folder, or to the `root` given, and may not leave
+it: a shared manifest must not read its reader's files.
 """
 
 import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from danceopd.data.bad_rows import Problem
@@ -28,7 +29,11 @@ LONGEST_SIDE = 8  # times the shorter one, of a picture that is used: of a longe
 
 @dataclass(frozen=True)
 class Row:
-    """One good line of a manifest; pictures are resolved paths of files that exist."""
+    """One good line of a manifest; pictures are resolved paths of files that exist.
+
+    Attributes:
+        columns: All columns that hold text, as texts take them (`support.texts.filled`).
+    """
 
     line: int
     id: str
@@ -36,6 +41,7 @@ class Row:
     prompt: str
     source_images: tuple[Path, ...]
     target_image: Path | None
+    columns: dict[str, str] = field(default_factory=dict, hash=False, compare=False)
 
     @property
     def pictures(self) -> tuple[Path, ...]:
@@ -234,6 +240,8 @@ def _parse_row(line: int, record: dict, root: Path, listed: dict) -> tuple[Row, 
         prompt=prompt or "",
         source_images=pictures("source_image"),
         target_image=picture("target_image"),
+        columns={name: value.strip() for name, value in record.items() if name and isinstance(value, str)}
+        | {"prompt": prompt or ""},
     )
     return row, messages
 

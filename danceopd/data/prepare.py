@@ -23,7 +23,7 @@ from danceopd.models.loading import class_name_of, multiple_of
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pictures import decode_picture
-from danceopd.support.texts import lines_of, parse_json
+from danceopd.support.texts import columns_of, filled, lines_of, parse_json
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "processor", "siglip")  # what a pipeline's text encodings depend on
 
@@ -140,7 +140,7 @@ def prepare(
     resolution: int = 1024,
     root: Path | None = None,
     needs_source: Iterable[str] = (),
-    negative_prompts: tuple[str, ...] = ("",),
+    texts: Iterable[str] = (),
     batch_size: int = 8,
     entries_per_shard: int = 256,
     workers: int = 2,
@@ -164,7 +164,9 @@ def prepare(
         resolution: A picture has about resolution^2 pixels.
         root: The folder that picture paths start from; the manifest's own if not given.
         needs_source: Capabilities whose rows must have a source picture.
-        negative_prompts: Encoded too, for guidance; where the text encoder sees the source pictures, with each row's.
+        texts: What sources are asked with beside the rows' prompts: negative prompts, and texts with a row's columns in
+            braces, such as "{prompt}, in ink". The empty prompt is always among them. Where the text encoder sees the
+            source pictures they are encoded with each row's.
         batch_size: Prompts or pictures that are encoded at a time.
         entries_per_shard: After so many a shard of the cache is written, which a killed process leaves behind.
         workers: Threads that read pictures.
@@ -182,13 +184,15 @@ def prepare(
             those of another manifest.
     """
     backbone, bad_rows = backbone_of(model), BadRows(on_bad_row, max_bad_rows)
+    texts = _check_texts(texts)
     rows, problems = read_manifest(manifest, root, needs_source=needs_source)
     sizes = buckets(resolution, multiple_of(backbone, model))
     rows, too_many = _check_counts(rows, backbone, model)
     if not sizes or any(not (row.source_images or row.target_image) for row in rows):  # these are of this size exactly
         backbone.latent_shape(model, resolution, resolution)
+    rows, unfilled = _check_columns(rows, texts)
     rows, seen, unreadable = _look_at_pictures(rows, sizes, workers)
-    problems = sorted([*problems, *too_many, *unreadable], key=lambda problem: problem.line)
+    problems = sorted([*problems, *too_many, *unfilled, *unreadable], key=lambda problem: problem.line)
     bad_rows.settle(manifest, problems, len(rows))
     encoders = fingerprints(model)
     if PICTURE_PART not in encoders:
@@ -206,10 +210,10 @@ def prepare(
     _check_not_anothers(path, made_from)
     cache = Cache(folder)
     run = partial(_encode, cache=cache, batch_size=batch_size, entries_per_shard=entries_per_shard)
-    prompts = {names.prompt(row.prompt, row.source_images): (row.prompt, row.source_images) for row in rows}
+    said = [(prompt, row.source_images) for row in rows for prompt in (row.prompt, *_filled(row, texts).values())]
     shown = {row.source_images for row in rows} if names.prompts_see_pictures else set()
-    for sources in sorted({(), *shown}):
-        prompts |= {names.prompt(prompt, sources): (prompt, sources) for prompt in negative_prompts}
+    said += [(text, sources) for sources in sorted({(), *shown}) for text in _constant(texts)]
+    prompts = {names.prompt(*one): one for one in said}
     bad: dict[str, str] = {}
     new_prompts = {key: value for key, value in prompts.items() if not cache.sound(key)}
     if new_prompts:
@@ -218,10 +222,10 @@ def prepare(
             _prompt_encoder(backbone, model, device, dtype, length, new_prompts, names),
             name="prompts",
         )
-    for prompt in negative_prompts:
-        if (key := names.prompt(prompt)) in bad:
-            raise UserError(f"the negative prompt {prompt!r} cannot be encoded by {model}: {bad[key]}")
-    rows, unencoded = _without(bad, rows, names, negative_prompts)
+    for text in _constant(texts):
+        if (key := names.prompt(text)) in bad:
+            raise UserError(f"the negative prompt {text!r} cannot be encoded by {model}: {bad[key]}")
+    rows, unencoded = _without(bad, rows, names, texts)
     problems = sorted([*problems, *unencoded], key=lambda problem: problem.line)
     bad_rows.settle(manifest, problems, len(rows))
     pictures = {names.picture(path): path for path in sorted({path for row in rows for path in row.pictures})}
@@ -232,16 +236,22 @@ def prepare(
         for size in sorted({seen[path].size for path in new_pictures.values()}):  # one batch is of one size
             group = [key for key, path in new_pictures.items() if seen[path].size == size]
             bad |= run(group, encode, name=f"pictures {size[0]} x {size[1]}")
-    rows, unencoded = _without(bad, rows, names, negative_prompts)
+    rows, unencoded = _without(bad, rows, names, texts)
     problems = sorted([*problems, *unencoded], key=lambda problem: problem.line)
     bad_rows.settle(manifest, problems, len(rows))
-    changed, limits = look_at_prompts(backbone, model, list(dict.fromkeys(row.prompt for row in rows)), length)
-    records = [_record(row, names, negative_prompts, resolution) | changed.get(row.prompt, {}) for row in rows]
+    spoken = {row.id: [row.prompt, *_filled(row, texts).values()] for row in rows}
+    changed, limits = look_at_prompts(
+        backbone, model, list(dict.fromkeys(prompt for prompts in spoken.values() for prompt in prompts)), length
+    )
+    records = [_record(row, names, texts, resolution) | _changes(spoken[row.id], changed) for row in rows]
     head = {"model": str(model), "encoders": encoders, "manifest": made_from, "prompt_limits": limits}
     head["max_sequence_length"] = length
+    head["made_with"] = {"resolution": resolution, "dtype": str(dtype).removeprefix("torch.")}
+    head["made_with"] |= {} if root is None else {"root": str(root)}
+    head["made_with"] |= {"max_sequence_length": length} if own_length else {}
     head["left_out"] = len({problem.line for problem in problems})
     write_list(path, manifest, problems)
-    _write_rows(path, records, names, head, negative_prompts)
+    _write_rows(path, records, names, head, texts)
     return Prepared(
         path,
         len(rows),
@@ -252,6 +262,47 @@ def prepare(
         notes=prompt_notes(records, limits),
         listed=list_path(path) if problems else None,
     )
+
+
+def _check_texts(texts: Iterable[str]) -> tuple[str, ...]:
+    """Returns the texts, each once and the empty one first; a UserError for braces that are not as they should be."""
+    for text in texts:
+        try:
+            columns_of(text)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    return tuple(dict.fromkeys(("", *texts)))
+
+
+def _check_columns(rows: list[Row], texts: tuple[str, ...]) -> tuple[list[Row], list[Problem]]:
+    """Returns the rows that have all columns that texts take, and what is wrong with the others."""
+    good, problems = [], []
+    for row in rows:
+        try:
+            _filled(row, texts)
+            good.append(row)
+        except ValueError as error:
+            problems.append(Problem(row.line, str(error)))
+    return good, problems
+
+
+def _changes(prompts: list[str], changed: dict[str, dict]) -> dict[str, list[str]]:
+    """Joins what look_at_prompts found in a row's prompts."""
+    joined: dict[str, list[str]] = {}
+    for prompt in prompts:
+        for key, values in changed.get(prompt, {}).items():
+            joined[key] = list(dict.fromkeys([*joined.get(key, []), *values]))
+    return joined
+
+
+def _constant(texts: tuple[str, ...]) -> list[str]:
+    """Returns the texts that take nothing from a row, as they are encoded."""
+    return [text for text in texts if not columns_of(text)]
+
+
+def _filled(row: Row, texts: tuple[str, ...]) -> dict[str, str]:
+    """Returns a row's own texts, by what they are filled from."""
+    return {text: filled(text, row.columns) for text in texts if columns_of(text)}
 
 
 def _check_length(length: int | None, backbone, model: Path) -> int:
@@ -285,7 +336,7 @@ def _check_not_anothers(path: Path, made_from: dict) -> None:
 
 
 def _without(
-    bad: dict[str, str], rows: list[Row], names: Names, negative_prompts: tuple[str, ...]
+    bad: dict[str, str], rows: list[Row], names: Names, texts: tuple[str, ...]
 ) -> tuple[list[Row], list[Problem]]:
     """Returns the rows all of whose entries were encoded, and what is wrong with the others.
 
@@ -294,10 +345,8 @@ def _without(
     good, problems = [], []
     for row in rows if bad else ():
         what = {names.prompt(row.prompt, row.source_images): f"prompt {row.prompt[:80]!r}"}
-        if names.prompts_see_pictures:
-            what |= {
-                names.prompt(prompt, row.source_images): f"negative prompt {prompt!r}" for prompt in negative_prompts
-            }
+        own = [*_filled(row, texts).values(), *(_constant(texts) if names.prompts_see_pictures else ())]
+        what |= {names.prompt(text, row.source_images): f"text {text[:80]!r}" for text in own}
         what |= {names.picture(path): f"picture {path.name}" for path in row.pictures}
         own = [Problem(row.line, f"{row.id}: {name}: {bad[key]}") for key, name in what.items() if key in bad]
         problems += own
@@ -331,15 +380,18 @@ def _picture_encoder(backbone, model: Path, device, dtype, pictures: dict, seen:
     return encode
 
 
-def _negative(names: Names, negative_prompts: tuple[str, ...], sources: tuple[Path, ...] = ()) -> dict[str, str]:
-    return {prompt: names.prompt(prompt, sources) for prompt in negative_prompts}
+def _entries(names: Names, texts: tuple[str, ...], sources: tuple[Path, ...] = ()) -> dict[str, str]:
+    return {text: names.prompt(text, sources) for text in _constant(texts)}
 
 
-def _record(row: Row, names: Names, negative_prompts: tuple[str, ...], resolution: int) -> dict:
+def _record(row: Row, names: Names, texts: tuple[str, ...], resolution: int) -> dict:
     """Returns the names of a row's entries in the cache, and its sizes; one without pictures is a square."""
     shaped_by = [row.target_image] if row.target_image else row.source_images
     size = names.seen[shaped_by[0]].size if shaped_by else (resolution, resolution)
-    own = names.prompts_see_pictures and row.source_images
+    own = {text: names.prompt(said, row.source_images) for text, said in _filled(row, texts).items()}
+    sees = names.prompts_see_pictures and row.source_images
+    if sees:
+        own |= _entries(names, texts, row.source_images)
     return {
         "id": row.id,
         "capability": row.capability,
@@ -348,15 +400,15 @@ def _record(row: Row, names: Names, negative_prompts: tuple[str, ...], resolutio
         "source_sizes": [list(names.seen[path].size) for path in row.source_images],
         "target": names.picture(row.target_image) if row.target_image else None,
         "size": list(size),
-        **({"negative_prompts": _negative(names, negative_prompts, row.source_images)} if own else {}),
+        **({"negative_prompts": own} if own or sees else {}),
     }
 
 
-def _write_rows(path: Path, records: list[dict], names: Names, head: dict, negative_prompts: tuple[str, ...]) -> None:
-    """Writes a line a row; before them, head and the negative prompts."""
+def _write_rows(path: Path, records: list[dict], names: Names, head: dict, texts: tuple[str, ...]) -> None:
+    """Writes a line a row; before them, head and the texts that all rows share."""
     head = {
         **head,
-        "negative_prompts": _negative(names, negative_prompts),
+        "negative_prompts": _entries(names, texts),
         "prompts_see_pictures": names.prompts_see_pictures,
     }
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in (head, *records)).encode())

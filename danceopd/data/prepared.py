@@ -1,7 +1,9 @@
 """Samples whose prompts and pictures were encoded before (danceopd.data.prepare): training reads nothing else."""
 
 import copy
+import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from danceopd.data.prompt_limits import prompt_notes
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 from danceopd.support.paths import near_path
-from danceopd.support.texts import lines_of, parse_json, read_text
+from danceopd.support.texts import columns_of, lines_of, parse_json, read_text
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -30,6 +32,7 @@ class PreparedData:
     Attributes:
         kinds: Number of rows of each Kind.
         has_source: Whether the rows have source pictures.
+        texts: What samples are given encodings of beside their prompts; none at first.
 
     Raises:
         UserError: The file is of no use, has no rows of the capability, or only some of them have source pictures.
@@ -54,6 +57,7 @@ class PreparedData:
                 "give all of them some, or none"
             )
         self.has_source = not without
+        self.texts: tuple[str, ...] = ()
         self._check_cache()
 
     def __len__(self) -> int:
@@ -70,6 +74,37 @@ class PreparedData:
         part.kinds = Counter({kind: len(part.rows)})
         part._by_kind = {kind: part.rows}
         return part
+
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Checks that texts were prepared which sources are asked with in the place of prompts.
+
+        Args:
+            texts: As `danceopd data prepare` was given them.
+
+        Raises:
+            UserError: They were not; with the command that prepares them.
+        """
+        there = {**self.head["negative_prompts"], **self.rows[0].get("negative_prompts", {})}
+        lacking = [text for text in texts if text not in there]
+        if lacking:
+            raise UserError(
+                f"{self.path} has no encoding of {', '.join(map(repr, lacking))}, with which sources are asked; run\n"
+                f"    {self._command([*filter(None, there), *lacking])}"
+            )
+
+    def encoded(self, text: str) -> dict[str, torch.Tensor] | None:
+        """Reads a text's encoding, of one sample without source pictures; None where each row has its own."""
+        key = self.head["negative_prompts"].get(text)
+        return None if key is None else self.cache.read(key)
+
+    def _command(self, texts: list[str]) -> str:
+        """Writes the command that prepares these rows with texts."""
+        made_from, made_with = self.head.get("manifest", {}), self.head.get("made_with", {})
+        words = ["danceopd", "data", "prepare", made_from.get("path", "MANIFEST"), "--model", self.head["model"]]
+        words += ["--cache", str(self.path.parent)]
+        for key, value in made_with.items():
+            words += [f"--{key.replace('_', '-')}", str(value)]
+        return shlex.join([*words, "--texts", *texts])
 
     def condition(self, indices: list[int], without_prompt: list[bool]) -> Conditioning:
         """Reads what the samples are conditioned on; those without a prompt get the empty one's encoding."""
@@ -93,12 +128,17 @@ class PreparedData:
         return self.cache.read(self.head["negative_prompts"][""])
 
     def _one(self, row: dict, empty: bool) -> Conditioning:
-        own = {**self.head["negative_prompts"], **row.get("negative_prompts", {})}[""]
+        entries = {**self.head["negative_prompts"], **row.get("negative_prompts", {})}
+        own = entries[""]
         prompt = self._prompt(own if empty else row["prompt"])
         sources = tuple(self.cache.read(key)["latents"][None] for key in row["sources"])
         conditioning = Conditioning(prompt, sources or None, torch.tensor([bool(sources)]))
         if self.head.get("prompts_see_pictures"):
             conditioning.empty_prompt = self._prompt(own)
+        # Of texts that all rows share the source has the encoding. With its prompt a row leaves out what is made of it.
+        ours = [text for text in self.texts if columns_of(text) or self.head.get("prompts_see_pictures")]
+        named = {text: own if empty and columns_of(text) else entries[text] for text in ours}
+        conditioning.texts = {text: self._prompt(key) for text, key in named.items()} or None
         return conditioning
 
     def _prompt(self, key: str) -> dict[str, torch.Tensor]:
@@ -156,16 +196,16 @@ def _is_size(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
 
 
-def _check_negative(prompts: object) -> None:
-    good = isinstance(prompts, dict) and "" in prompts and _texts([*prompts.values()])
-    _need(good, "negative_prompts is no list of entries by prompt, with the empty one's")
+def _check_negative(prompts: object, with_empty: bool) -> None:
+    good = isinstance(prompts, dict) and ("" in prompts or not with_empty) and _texts([*prompts.values()])
+    _need(good, "negative_prompts is no list of entries by text, with the empty one's")
 
 
 def _check_head(head: object) -> None:
     _need(isinstance(head, dict), "not a JSON object")
-    _check_negative(head["negative_prompts"])
+    _check_negative(head["negative_prompts"], with_empty=True)
     _need(isinstance(head["model"], str), "model is no text")
-    for key in ("encoders", "prompt_limits"):
+    for key in ("encoders", "prompt_limits", "made_with"):
         _need(isinstance(head.get(key, {}), dict), f"{key} is no JSON object")
     _need(type(head.get("prompts_see_pictures", False)) is bool, "prompts_see_pictures is neither true nor false")
 
@@ -183,7 +223,7 @@ def _check_row(row: object) -> None:
     for key in ("cut", "special"):
         _need(_texts(row.get(key, [])), f"{key} is no list of texts")
     if "negative_prompts" in row:
-        _check_negative(row["negative_prompts"])
+        _check_negative(row["negative_prompts"], with_empty=False)
 
 
 def _kind(row: dict) -> Kind:

@@ -1,8 +1,18 @@
 """Finds the blocks of a transformer and their linear layers: one rule for FP8, int8, compiling, streaming and Muon."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
+
+from danceopd.support.errors import UserError
+
+MAIN = (
+    "transformer_blocks",
+    "layers",
+    "blocks",
+)  # the list whose blocks skip-layer guidance numbers, as diffusers does
 
 
 def block_lists(network: nn.Module) -> dict[str, nn.ModuleList]:
@@ -26,3 +36,72 @@ def block_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear, bool]]:
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and name.startswith(prefixes):
             yield name, module, any(part in name for part in ("norm", "mod"))
+
+
+def main_blocks(network: nn.Module, layers: Sequence[int]) -> nn.ModuleList:
+    """Finds the list of blocks that skip-layer guidance numbers.
+
+    Args:
+        network: The transformer.
+        layers: The numbers of blocks that must be in it.
+
+    Returns:
+        The list.
+
+    Raises:
+        UserError: The list is not as long.
+    """
+    lists = block_lists(network)
+    name = next(name for name in MAIN if name in lists)
+    if wrong := [i for i in layers if i >= len(lists[name])]:
+        raise UserError(f"{type(network).__name__} has {len(lists[name])} {name}, counted from 0, and no {wrong[0]}")
+    return lists[name]
+
+
+class _Skipped(nn.Module):
+    """Stands in a block's place and gives back what the block was given."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self._parameters_of = inspect.signature(type(block).forward)
+
+    def forward(self, *args, **kwargs):
+        given = self._parameters_of.bind(None, *args, **kwargs).arguments
+        _, first, *_ = given.values()
+        prompt = given.get("encoder_hidden_states")
+        return first if prompt is None else (prompt, given["hidden_states"])  # the order of all blocks with two streams
+
+
+@contextmanager
+def _leaving_out(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[None]:
+    kept = {i: blocks[i] for i in layers}
+    try:
+        for i, block in kept.items():
+            blocks[i] = _Skipped(block)
+        yield
+    finally:
+        for i, block in kept.items():
+            blocks[i] = block
+
+
+def without_blocks(field: Callable, network: nn.Module, layers: Sequence[int]) -> Callable:
+    """Asks a network without some of its blocks, as skip-layer guidance does.
+
+    Args:
+        field: Asks the network.
+        network: The transformer that it asks.
+        layers: The numbers of the blocks in the main list.
+
+    Returns:
+        The field.
+
+    Raises:
+        UserError: The network has no such block.
+    """
+    blocks = main_blocks(network, layers)
+
+    def velocity(latents, sigma, conditioning):
+        with _leaving_out(blocks, layers):
+            return field(latents, sigma, conditioning)
+
+    return velocity

@@ -236,5 +236,5 @@ def _adapted(student: nn.Module, name: str, x: torch.Tensor, weight: torch.Tenso
 
 def conditioning_bytes(conditioning: Conditioning) -> int:
     """Returns the bytes of a conditioning's prompts and source pictures."""
-    return sum(tensor.nbytes for tensor in tree_flatten((conditioning.prompt, conditioning.source))[0]
-               if isinstance(tensor, torch.Tensor))  # fmt: skip
+    values = tree_flatten((conditioning.prompt, conditioning.source, conditioning.texts))[0]
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))

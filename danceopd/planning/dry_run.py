@@ -14,7 +14,7 @@ import torch
 from danceopd.config.sections import Config
 from danceopd.models.eight_bit import check_eight_bit
 from danceopd.models.fp8 import check_fp8
-from danceopd.planning.counts import evaluations_per_step, grid_evaluations
+from danceopd.planning.counts import evaluations_per_step, grid_evaluations, operator_lines
 from danceopd.planning.memory import Findings
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
@@ -45,7 +45,8 @@ def dry_run(config: Config, examine: Examine) -> Findings:
     findings.attempt("training.output_dir", check_writable, training.output_dir)
     findings.attempt("training.optimizer", adamw_class, training.optimizer)
     examine(config, findings, device)
-    findings.evaluations = evaluations_per_step(config)
+    findings.found += operator_lines(config)
+    findings.evaluations = evaluations_per_step(config, findings.sigmas)
     findings.grid = grid_evaluations(config) if training.sample_every else None
     return findings
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from danceopd.config.expressions import evaluations
 from danceopd.config.sections import Config
 from danceopd.core.methods import needs
 from danceopd.models.eight_bit import stored
@@ -36,6 +37,7 @@ class Findings:
         evaluations: Network evaluations of one update by what they are for; None for a method where they are not
             worked out.
         grid: Network evaluations of a sample grid, and once in a run of its sources' rows.
+        sigmas: float32 tensor [N + 1], a model's noise levels; None where they are the configuration's, or not known.
         operations: Works out the floating-point operations of a forward of one sample, by capability.
     """
 
@@ -48,6 +50,7 @@ class Findings:
     forward: tuple[float, int] | None = None
     evaluations: dict[str, float] | None = None
     grid: tuple[int, int] | None = None
+    sigmas: torch.Tensor | None = None
     operations: Callable[[], dict[str, int]] | None = None
 
     def attempt(self, key: str, function: Callable, *args):
@@ -163,7 +166,8 @@ def add_activations(
 
 def add_questions(config: Config, findings: Findings, latents: int) -> None:
     """Adds the states and answers of the whole batch; latents: bytes of one sample's latents in float32."""
-    samples, k = config.training.batch_size, config.query.k
-    size = samples * latents * (2 * k + 3)
-    how = f"{samples} samples x ({k} asked, {k} answered + state, velocity, step) in float32"
+    samples, k, levels = config.training.batch_size, config.query.k, torch.linspace(0, 1, 101)
+    each = max(int(evaluations(config, c.source, levels).max()) for c in config.capabilities.values())
+    size = samples * latents * (k + k * each + 3)
+    how = f"{samples} samples x ({k} asked, {k * each} answered + state, velocity, step) in float32"
     findings.memory["states and answers"] = size, how

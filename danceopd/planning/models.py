@@ -12,7 +12,7 @@ from danceopd.config.sections import Config
 from danceopd.core.methods import needs
 from danceopd.data.sampler import Samples
 from danceopd.models.backbones import backbone_of, meta_transformer, pipeline_class_of
-from danceopd.models.blocks import blocks
+from danceopd.models.blocks import blocks, main_blocks
 from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.loading import check_transformer_file, check_weights, is_file_name
@@ -65,6 +65,7 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
         findings.found.append(f"{name}: {rows} rows in {capability.data.prepared}")
         findings.found += [f"{name}: {note}" for note in samples.groups[0].data[m].notes()]
     findings.found += samples.never_drawn if samples else ()
+    findings.sigmas = samples.groups[0].sigmas if samples else None
     transformer = attempt("model", meta_transformer, config.model, backbone, PRECISIONS[config.training.precision])
     if needs_base(config) or config.student.init_from == "base":
         attempt("model", check_weights, config.model, transformer)
@@ -91,7 +92,7 @@ def _sources(
         transformer of each source with weights of its own.
     """
     attempt, sources, networks = findings.attempt, {}, {}
-    for name, source in config.sources.items():
+    for name, source in config.networks().items():
         carrier = transformer  # of the source's adapters
         if name not in sources_on_base(config):
             carrier = networks[name] = _own_transformer(config, name, backbone, transformer, attempt)
@@ -107,6 +108,12 @@ def _sources(
         for lora, result in zip(source.lora, files, strict=True):
             if result:
                 findings.found.append(f"{name}: {lora.path}, {result[1]}, all keys fit")
+    for name, source in config.sources.items():
+        if source.guided and source.guided.skip_layers:
+            network = networks.get(source.guided.source, transformer)
+            key, layers = f"sources.{name}.guided.skip_layers", source.guided.skip_layers.layers
+            if network is not None:
+                attempt(key, main_blocks, network, layers)
     return sources, networks
 
 
@@ -202,7 +209,9 @@ def _meta_start(config: Config, backbone: ModuleType) -> nn.Module:
     parts = {"model": start_folder(config)}
     if config.student.init_from == "merge":
         on_base = sources_on_base(config)
-        own = {f"source {name}": source_folder(config, s) for name, s in config.sources.items() if name not in on_base}
+        own = {
+            f"source {name}": source_folder(config, s) for name, s in config.networks().items() if name not in on_base
+        }
         parts = (parts if on_base else {}) | own
     networks = {name: meta_transformer(folder, backbone, torch.float32) for name, folder in parts.items()}
     (first, start), *others = networks.items()
@@ -217,7 +226,7 @@ def _cut_layers(config: Config, transformer: nn.Module, layers: list[str]) -> in
     Files whose conversion depends on values say nothing here.
     """
     pipeline_class, loras = pipeline_class_of(config.model), {}
-    for name, source in config.sources.items():
+    for name, source in config.networks().items():
         if config.student.init_from not in (name, "merge"):
             continue
         try:
@@ -233,7 +242,7 @@ def _check_files(config: Config, findings: Findings) -> None:
     for name, capability in config.capabilities.items():
         key, path = f"capabilities.{name}.data.prepared", capability.data.prepared
         findings.attempt(key, rows_of, path, name, capability, with_clean)
-    for name, source in config.sources.items():
+    for name, source in config.networks().items():
         for lora in source.lora:
             if not lora.path.exists():
                 findings.problems.append(f"sources.{name}.lora: {lora.path}: no LoRA there")

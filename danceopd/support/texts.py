@@ -1,7 +1,12 @@
-"""Reads text files and the JSON in them: no byte-order mark is kept, and a line is what ends in a newline."""
+"""Reads text files and the JSON in them: no byte-order mark is kept, and a line is what ends in a newline.
+
+And fills texts in: {name} in braces is a row's column of that name.
+"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from string import Formatter
 
 from danceopd.support.errors import UserError
 from danceopd.support.paths import near_path
@@ -60,3 +65,31 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
     return found
+
+
+def columns_of(text: str) -> list[str]:
+    """Lists the columns that a text takes from a row, each once.
+
+    Raises:
+        ValueError: Its braces are not as they should be.
+    """
+    try:
+        parts = list(Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}; a column stands as {{prompt}}, a brace itself is doubled") from None
+    for _, name, rule, conversion in parts:
+        if name is not None and (not name.isidentifier() or rule or conversion):
+            raise ValueError(f"{text!r}: {{{name}}} is no column; it stands as {{prompt}}, a brace itself is doubled")
+    return list(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
+
+
+def filled(text: str, columns: Mapping[str, str]) -> str:
+    """Fills a row's columns into a text.
+
+    Raises:
+        ValueError: The row lacks a column, or has nothing in it.
+    """
+    for name in columns_of(text):
+        if not columns.get(name):
+            raise ValueError(f"no {name!r}, which the text {text!r} takes from every row")
+    return text.format_map(columns)

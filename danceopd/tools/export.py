@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from danceopd.config.expressions import parts
 from danceopd.config.reading import read_run_config
 from danceopd.config.sections import Config
 from danceopd.data.prepared import PreparedData
@@ -227,6 +228,8 @@ def _data_table(config: Config) -> str:
         source = config.sources[capability.source]
         of = [_without_places(str(lora.path)) for lora in source.lora] or [_without_places(source.weights or "base")]
         guidance = f"{source.guidance_scale:g}"
+        if kind := source.operator():
+            of, guidance = [f"{kind} of {', '.join(part for _, part in parts(config, capability.source))}"], "in it"
         lines.append([name, capability.task, rows, " + ".join(of), guidance, f"{capability.weight:g}"])
     return _table(lines)
 

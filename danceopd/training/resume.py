@@ -114,7 +114,8 @@ def _digest(kind: str, path: Path, root: Path | None) -> str:
     if kind == "prepared" and path.is_file():  # its entries are named by their content; its head names the model's path
         head, _, rows = path.read_bytes().partition(b"\n")
         try:
-            head = json.dumps({key: value for key, value in json.loads(head).items() if key != "model"}, sort_keys=True)
+            values = {key: value for key, value in json.loads(head).items() if key not in ("model", "made_with")}
+            head = json.dumps(values, sort_keys=True)
         except (ValueError, AttributeError):
             head = str(head)
         return _joined((head, hashlib.blake2b(rows, digest_size=16).hexdigest()))

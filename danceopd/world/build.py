@@ -1,10 +1,12 @@
 """Puts a run of the embedded network together before its first step; everything that is missing is listed at once."""
 
 import copy
+from functools import cache
 from pathlib import Path
 
+from danceopd.config.expressions import texts_by_route
 from danceopd.config.sections import Capability, Config
-from danceopd.core.fields import Field, guided
+from danceopd.core.fields import Field
 from danceopd.core.methods import needs
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.twins import without_values
@@ -17,8 +19,9 @@ from danceopd.world.data import WorldData
 from danceopd.world.dit import DiT
 from danceopd.world.files import load_model, resolve_weights, save_model
 from danceopd.world.own_data import ManifestData
-from danceopd.world.sampling import embedded_samples
+from danceopd.world.sampling import check_texts, embedded_samples
 from danceopd.world.scoring import make_sampler, score_gedit, score_geneval
+from danceopd.world.teachers import source_fields
 from danceopd.world.tokenizer import tokenize
 
 
@@ -39,9 +42,9 @@ def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) ->
     attempt = problems.attempt
     device = check_machine(config, attempt)
     student = attempt("student.init_from", load_network, config.student.init_from)
+    load = cache(load_network)  # sources of the same weights are one network
     networks = {
-        name: attempt(f"sources.{name}.weights", load_network, source.weights)
-        for name, source in config.sources.items()
+        name: attempt(f"sources.{name}.weights", load, source.weights) for name, source in config.networks().items()
     }
     image_size = student.config.image_size if student else 32
     for name, network in networks.items():
@@ -54,16 +57,20 @@ def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) ->
         attempt(f"capabilities.{name}.data", load_data, name, capability, image_size, with_clean)
         for name, capability in config.capabilities.items()
     ]
+    said = texts_by_route(config)
+    for (name, _), rows, own in zip(config.capabilities.items(), data, said, strict=True):
+        if rows is not None:
+            attempt(f"capabilities.{name}.data", check_texts, rows, own)
     problems.stop()
     empty_prompt = tokenize([""], student.config.text_length)[0].to(device)
     if config.training.base_precision == "fp8":
-        networks = {name: to_fp8(network, device) for name, network in networks.items()}
-    fields = []
-    for capability in config.capabilities.values():
-        network = networks[capability.source].to(device).requires_grad_(False)
-        fields.append(guided(network, empty_prompt, config.sources[capability.source].guidance_scale))
+        narrow = cache(lambda network: to_fp8(network, device))
+        networks = {name: narrow(network) for name, network in networks.items()}
+    make = source_fields(config, {name: n.to(device).requires_grad_(False) for name, n in networks.items()})
+    fields = [attempt(f"sources.{c.source}", make, c.source) for c in config.capabilities.values()]
+    problems.stop()
     anchor = copy.deepcopy(student).to(device).requires_grad_(False) if "anchor" in needs(config.method) else None
-    samples = embedded_samples(data, student.config.text_length, image_size)
+    samples = embedded_samples(data, student.config.text_length, image_size, said)
     without, sampler = without_values(student), make_sampler(config, student.config, device)
 
     def save(checkpoint: Checkpoint, folder: Path) -> None:

@@ -67,6 +67,10 @@ class WorldData:
         """Returns the prompts of samples."""
         return [self._texts[i] for i in indices]
 
+    def columns(self, indices: list[int]) -> list[dict[str, str]]:
+        """Returns what texts take from samples: their prompt alone."""
+        return [{"prompt": self._texts[i]} for i in indices]
+
     def sources(self, indices: list[int]) -> torch.Tensor | None:
         """Returns the pictures before the edit, [n, 3, 32, 32] float32 in [-1, 1].
 

@@ -1,12 +1,15 @@
 """Examines the networks and the data of a run on the embedded network without loading a weight."""
 
 import math
+from functools import cache
 
 import torch
 
+from danceopd.config.expressions import texts_by_route
 from danceopd.config.sections import Config
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.methods import needs
+from danceopd.models.blocks import main_blocks
 from danceopd.models.fp8 import to_fp8
 from danceopd.planning.backward import held_in_forward, kept_for_backward, operations
 from danceopd.planning.memory import FLOAT, Findings, add_activations, add_questions, add_student, count, nbytes
@@ -14,6 +17,7 @@ from danceopd.world.build import load_data
 from danceopd.world.dit import DiT
 from danceopd.world.files import read_config, resolve_weights
 from danceopd.world.own_data import ManifestData
+from danceopd.world.sampling import check_texts
 
 
 def examine(config: Config, findings: Findings, device: torch.device | None) -> None:
@@ -26,23 +30,30 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     """
     attempt = findings.attempt
     student = attempt("student.init_from", empty_network, config.student.init_from)
-    sources = {name: attempt(f"sources.{name}.weights", empty_network, s.weights) for name, s in config.sources.items()}
+    load = cache(empty_network)  # sources of the same weights are one network
+    sources = {name: attempt(f"sources.{name}.weights", load, s.weights) for name, s in config.networks().items()}
     for name, source in sources.items():
         if source and student and source.config != student.config:
             findings.problems.append(f"sources.{name}.weights: its network {source.config} is not the student's")
+    for name, source in config.sources.items():
+        if source.guided and source.guided.skip_layers and (network := sources[source.guided.source]):
+            key, layers = f"sources.{name}.guided.skip_layers", source.guided.skip_layers.layers
+            attempt(key, main_blocks, network, layers)
     size, with_clean = student.config.image_size if student else 32, "clean" in needs(config.method)
-    for name, capability in config.capabilities.items():
+    for (name, capability), texts in zip(config.capabilities.items(), texts_by_route(config), strict=True):
         rows = attempt(f"capabilities.{name}.data", load_data, name, capability, size, with_clean)
         if rows is not None:
             findings.found.append(f"{name}: {len(rows)} rows")
+            attempt(f"capabilities.{name}.data", check_texts, rows, texts)
         if isinstance(rows, ManifestData) and student:
             findings.found += [f"{name}: {note}" for note in rows.notes(student.config.text_length)]
     findings.parameters |= {f"source {name}": count(source) for name, source in sources.items() if source}
-    total, how = sum(count(source) for source in sources.values() if source), "4 bytes, float32"
+    networks = set(filter(None, sources.values()))
+    total, how = sum(map(count, networks)), "4 bytes, float32"
     bytes_of_sources = FLOAT * total
     if config.training.base_precision == "fp8":
         how = "1 byte in the blocks' linear layers, 4 elsewhere"
-        bytes_of_sources = sum(nbytes(to_fp8(source)) for source in sources.values() if source)
+        bytes_of_sources = sum(nbytes(to_fp8(network)) for network in networks)
     findings.memory["source weights"] = bytes_of_sources, f"{total:,} x {how}"
     if student is None:
         return

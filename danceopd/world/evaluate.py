@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from danceopd.config.expressions import texts
 from danceopd.config.reading import read_run_config
 from danceopd.config.sections import Config
 from danceopd.core.fields import Field
@@ -18,6 +19,7 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pictures import to_uint8
 from danceopd.support.run_log import read_log
+from danceopd.support.texts import columns_of
 from danceopd.world.detector import detect
 from danceopd.world.dit import DiT
 from danceopd.world.files import load_model, resolve_weights
@@ -25,6 +27,7 @@ from danceopd.world.sampling import make_conditioning
 from danceopd.world.scene import render
 from danceopd.world.scores import edit_scores, geneval_correct
 from danceopd.world.scoring import as_field, edit_set, make_sampler, score_row, t2i_set
+from danceopd.world.teachers import source_fields
 from danceopd.world.weight_merge import weight_merge
 
 BAR = 0.95  # of a source's score; a student that reaches it on both has both capabilities
@@ -34,13 +37,20 @@ PICTURES = 8
 
 def contestants(config: Config, student: DiT) -> dict[str, Field]:
     """Loads the rows of a run's table in order: base, every source, the merge of the sources, the student."""
-    sources = {name: load_model(resolve_weights(source.weights)) for name, source in config.sources.items()}
+    networks = {name: load_model(resolve_weights(source.weights)) for name, source in config.networks().items()}
     fields = {"base": as_field(load_model(resolve_weights(config.student.init_from)))}
-    for name, source in config.sources.items():
-        fields[f"source_{name}"] = as_field(sources[name], source.guidance_scale)
-    fields["weight_merge"] = as_field(weight_merge(list(sources.values())))
+    make = source_fields(config, networks)
+    for name in config.sources:
+        if drawable(config, name):
+            fields[f"source_{name}"] = make(name)
+    fields["weight_merge"] = as_field(weight_merge(list(networks.values())))
     fields[config.method] = as_field(student)
     return fields
+
+
+def drawable(config: Config, name: str) -> bool:
+    """Whether a source can be asked for the evaluation's pictures, of which a text has nothing but the prompt."""
+    return all(column == "prompt" for text in texts(config, name) for column in columns_of(text))
 
 
 def draw_pictures(fields: dict[str, Field], config: Config, network: DiT) -> dict:
@@ -125,7 +135,11 @@ def evaluate_run(folder: Path, progress=lambda items: items) -> dict:
         "config": config.to_dict(),
         "seed": config.training.seed,
         "bars": {"t2i": BAR, "edit": BAR},
-        "warnings": [],
+        "warnings": [
+            f"source {name} is not scored: it is asked with texts of a manifest's columns"
+            for name in config.sources
+            if not drawable(config, name)
+        ],
     }
     write_atomic(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     write_report(folder, results, draw_pictures(fields, config, network))

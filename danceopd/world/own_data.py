@@ -83,6 +83,10 @@ class ManifestData:
         """Returns the prompts of rows."""
         return [self.rows[i].prompt for i in indices]
 
+    def columns(self, indices: list[int]) -> list[dict[str, str]]:
+        """Returns what texts take from rows: all their columns of text."""
+        return [self.rows[i].columns for i in indices]
+
     def sources(self, indices: list[int]) -> torch.Tensor | None:
         """Reads the pictures to edit, [n, 3, S, S] float32 in [-1, 1]; None without any.
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 from danceopd.config.sections import Config
-from danceopd.core.fields import Field, guided
+from danceopd.core.fields import Field, Operator, guided
 from danceopd.core.rollout import sample
 from danceopd.core.schedule import sigma_grid
 from danceopd.evaluation.statistics import standard_error
 from danceopd.support.errors import UserError
+from danceopd.support.texts import filled
 from danceopd.world.detector import detect
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.edits import HELD_OUT_KINDS, KINDS, Edit, sample_edits
@@ -53,7 +54,9 @@ class Sampler:
         """
         shape = (len(prompts), 3, self.image_size, self.image_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        conditioning = make_conditioning(prompts, source, self.text_length)
+        texts = field.texts() if isinstance(field, Operator) else ()
+        said = {text: [filled(text, {"prompt": prompt}) for prompt in prompts] for text in texts}
+        conditioning = make_conditioning(prompts, source, self.text_length, said)
         images = []
         for start in range(0, len(prompts), self.batch_size):
             part = slice(start, start + self.batch_size)

@@ -19,7 +19,14 @@ from danceopd.training.assembly.networks import load_networks, make_student
 from danceopd.training.assembly.parts import Parts, Problems, averaged_student
 from danceopd.training.assembly.room import check_machine
 from danceopd.training.assembly.samples import check_decoder, drawing_sigmas, model_samples
-from danceopd.training.assembly.sources import model_fields, own_networks, place_sources, read
+from danceopd.training.assembly.sources import (
+    Unread,
+    model_fields,
+    own_networks,
+    place_sources,
+    read,
+    shared_texts,
+)
 from danceopd.training.checkpoints import Checkpoint, of_checkpoint
 from danceopd.training.zero.lockstep import Lockstep
 from danceopd.training.zero.sharding import shares_sources
@@ -64,12 +71,16 @@ def build_model(config: Config, ranks: Ranks = ALONE, settings: dict | None = No
     problems.stop(ranks)
     if "student" in in_shards:
         student = make_student(config, backbone, read(student, ranks, settings), device)
+    whole = {name: n[0].transformer if isinstance(n, tuple) else n for name, n in networks.items()}
+    transformers = {name: network for name, network in whole.items() if not isinstance(network, Unread)}
     networks = place_sources(config, backbone, device, networks, lockstep, settings)
     if attends != "native" or config.training.attention_backend == "native":
         student.transformer.set_attention_backend(attends)  # and with it what every other transformer here attends by
-    empty_prompt = tree_map(lambda value: value.to(device), samples.groups[0].data[0].empty_prompt())
-    combine = getattr(backbone, "combine", None)
-    fields = model_fields(config, combine, networks, empty_prompt)
+    encoded = tree_map(lambda value: value.to(device), shared_texts(config, samples))
+    empty_prompt, combine = encoded[""], getattr(backbone, "combine", None)
+    make = model_fields(config, combine, networks, encoded, transformers)
+    fields = [attempt(f"sources.{c.source}", make, c.source) for c in config.capabilities.values()]
+    problems.stop(ranks)
     anchor = copy.deepcopy(student).requires_grad_(False) if "anchor" in needs(config.method) else None
     without = without_values(student)
 

@@ -66,7 +66,7 @@ def load_networks(
     on_base = sources_on_base(config)
     loras = {
         name: attempt(f"sources.{name}.lora", _sum, source, transformer, pipeline_class)
-        for name, source in config.sources.items()
+        for name, source in config.networks().items()
         if name in on_base
     }
     load = _unread if "sources" in in_shards else partial(_own_frozen, device=device)
@@ -81,7 +81,7 @@ def load_networks(
         own = attempt("student.init_from", meta_transformer, start_folder(config), backbone, torch.float32)
     if own:
         attempt("student.embedded_guidance", _check_embedded, own, config.student.embedded_guidance)
-    for name, source in config.sources.items():
+    for name, source in config.networks().items():
         network = empty.get(name) or transformer
         if network:
             attempt(f"sources.{name}.embedded_guidance", _check_embedded, network, source.embedded_guidance)

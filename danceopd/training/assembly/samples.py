@@ -6,6 +6,7 @@ from types import ModuleType
 
 import torch
 
+from danceopd.config.expressions import texts_by_route
 from danceopd.config.sections import Config
 from danceopd.core.methods import needs
 from danceopd.data.prepare import check_encoders, fingerprints
@@ -27,7 +28,7 @@ def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Sa
         The samples; None where some rows cannot be used.
     """
     steps = config.rollout.num_inference_steps
-    encoders = fingerprints(config.model)
+    encoders, said = fingerprints(config.model), dict(zip(config.capabilities, texts_by_route(config), strict=True))
     for name, capability in config.capabilities.items():
         attempt(f"capabilities.{name}.task", _check_task, capability.task, backbone, config.model)
     data = {}
@@ -36,6 +37,12 @@ def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Sa
         data[name] = rows = attempt(key, rows_of, path, name, capability, "clean" in needs(config.method))
         if rows:
             attempt(key, check_encoders, path, rows.head, config.model, encoders)
+            rows.texts = tuple(said[name])
+    for path in dict.fromkeys(capability.data.prepared for capability in config.capabilities.values()):
+        names = [name for name, capability in config.capabilities.items() if capability.data.prepared == path]
+        every = dict.fromkeys(text for name in names for text in said[name])  # so that one command adds all of them
+        if data[names[0]]:
+            attempt(f"capabilities.{names[0]}.data.prepared", data[names[0]].check_texts, list(every))
     mixing = None if None in data.values() else attempt("capabilities", mix, data)
     if mixing is None:
         return None

@@ -1,16 +1,22 @@
 """Loads the frozen sources of a model's run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import nn
 
+from danceopd.config.expressions import expression, texts_by_route
 from danceopd.config.sections import Config, Source
+from danceopd.core.conditioning import Tensors
+from danceopd.core.expressions import Text
 from danceopd.core.fields import Field, SharedField, guided
+from danceopd.data.sampler import Samples
 from danceopd.models.backbones import meta_transformer, pipeline_class_of
+from danceopd.models.blocks import without_blocks
 from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.fp8_loading import load_fp8
@@ -53,7 +59,7 @@ def own_networks(config: Config, backbone: ModuleType, attempt: Callable) -> dic
         The transformers by source; sources that are the same have one.
     """
     dtype, found, networks = PRECISIONS[config.training.precision], {}, {}
-    for name, source in config.sources.items():
+    for name, source in config.networks().items():
         if name in sources_on_base(config):
             continue
         kind = (source.weights, tuple((lora.path, lora.scale) for lora in source.lora))
@@ -131,34 +137,73 @@ def sources_on_base(config: Config) -> list[str]:
     Returns:
         Their names.
     """
-    return [name for name, source in config.sources.items() if source.weights in (None, "base")]
+    return [name for name, source in config.networks().items() if source.weights in (None, "base")]
 
 
-def model_fields(config: Config, combination: Callable | None, fields: dict, empty_prompt) -> list[Field]:
-    """Makes each route's field, guided where the configuration says so.
+def model_fields(
+    config: Config, rule: Callable | None, networks: dict, encoded: Mapping[str, Tensors], transformers: Mapping
+) -> Callable[[str], Field]:
+    """Makes any source of a run a field, guided or of others where the configuration says so.
 
-    Sources on one transformer are asked in one forward for a mixed batch.
+    Sources on one transformer are asked in one forward for a mixed batch, with all terms of operators over them.
 
     Args:
         config: The run's.
-        combination: The model's own guidance, for `guided`.
-        fields: As place_sources returns them.
-        empty_prompt: The encoded empty prompt.
+        rule: The model's own guidance, for `guided`.
+        networks: As place_sources returns them.
+        encoded: Of texts that all rows share, and of the empty one, one sample's encoding.
+        transformers: By source those whose blocks may be left out.
 
     Returns:
-        The fields, in the order of the capabilities.
+        The function of a source's name; it raises UserError where blocks cannot be left out.
     """
-    result = []
-    for capability in config.capabilities.values():
-        field, source = fields[capability.source], config.sources[capability.source]
-        scale, embedded = source.guidance_scale, source.embedded_guidance
-        if isinstance(field, tuple):
-            shared, adapter = field
-            ask = guided(_ask(shared), empty_prompt, None, combination)
-            result.append(SharedField(shared, ask, adapter, scale, embedded))
-        else:
-            result.append(guided(_embedding(field, embedded), empty_prompt, scale, combination))
-    return result
+
+    @cache
+    def asked(name: str, skipped: tuple[int, ...]) -> tuple[object, Field]:
+        shared = networks[name]
+        ask = _ask(shared[0]) if isinstance(shared, tuple) else shared
+        network = shared[0] if isinstance(shared, tuple) else shared
+        if skipped:
+            if name not in transformers:
+                raise UserError("skip_layers: its blocks lie in shards; give training.shard_sources: false")
+            ask = without_blocks(ask, transformers[name], skipped)
+        return network, guided(ask, encoded[""], None, rule)
+
+    keys: dict[tuple, object] = {}  # of networks without some of their blocks, each of which is one for its sources
+
+    def leaf(name: str, skipped: tuple[int, ...] = (), scale: float = 1.0) -> SharedField:
+        network, ask = asked(name, skipped)
+        key = keys.setdefault((id(network), skipped), object()) if skipped else network
+        adapter = networks[name][1] if isinstance(networks[name], tuple) else -1
+        return SharedField(key, ask, adapter, scale, config.sources[name].embedded_guidance)
+
+    @cache
+    def text(name: str) -> Text:
+        return Text(name, encoded.get(name))
+
+    def field(name: str) -> Field:
+        if config.sources[name].operator():
+            return expression(config, name, leaf, text, rule)
+        return leaf(name, scale=config.sources[name].guidance_scale)
+
+    return field
+
+
+def shared_texts(config: Config, samples: Samples) -> dict[str, Tensors]:
+    """Reads the encodings of the texts that sources are asked with and that all rows share.
+
+    Args:
+        config: The run's.
+        samples: Its prepared rows.
+
+    Returns:
+        By the text one sample's encoding, without the batch; the empty prompt's is among them.
+    """
+    data = samples.groups[0].data
+    found = {"": data[0].empty_prompt()}
+    for rows, own in zip(data, texts_by_route(config), strict=True):
+        found |= {text: one for text in own if (one := rows.encoded(text)) is not None}
+    return found
 
 
 def _ask(shared: SharedBase) -> Field:
@@ -239,11 +284,6 @@ def _placed(network: nn.Module, config: Config, device: torch.device) -> nn.Modu
     if config.training.base_precision == "int8":
         to_eight_bit(network, None if offload else device)
     return stream_blocks(network, device) if offload else network.to(device)
-
-
-def _embedding(field: Field, guidance: float | None) -> Field:
-    """Gives a field's samples one embedded guidance."""
-    return lambda latents, sigma, conditioning: field(latents, sigma, conditioning.embedding(guidance))
 
 
 def _check_embedded(transformer: nn.Module, given: float | None) -> None:

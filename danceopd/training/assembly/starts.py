@@ -30,13 +30,13 @@ def start_weights(config: Config, loras: dict[str, Lora], own: Callable[[str], W
         return base
     if start != "merge":
         return plus(base, loras[start]) if start in loras else own(start)
-    parts = {f"source {name}": (1, own(name)) for name in config.sources if name not in loras}
+    parts = {f"source {name}": (1, own(name)) for name in config.networks() if name not in loras}
     if loras:
         parts = {"model": (len(loras), plus(base, average(list(loras.values()))))} | parts
     (first, (_, one)), *others = parts.items()
     for name, (_, other) in others:
         check_alike(first, one.shapes, name, other.shapes)
-    return mean([(number / len(config.sources), weights) for number, weights in parts.values()])
+    return mean([(number / len(config.networks()), weights) for number, weights in parts.values()])
 
 
 def check_alike(one: str, shapes: Mapping[str, torch.Size], other: str, others: Mapping[str, torch.Size]) -> None:

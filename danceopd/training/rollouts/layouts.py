@@ -52,6 +52,7 @@ def _in_layout(conditioning: Conditioning, layout: Layout) -> Conditioning:
         has_source=None,
         guidance_scale=conditioning.guidance_scale if layout.guided else None,
         empty_prompt=None if empty is None else _kept(empty),
+        texts=None,
     )
 
 
