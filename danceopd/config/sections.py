@@ -219,6 +219,7 @@ class Config(Section):
 
     Attributes:
         model: The folder of a diffusers pipeline whose transformer is distilled; the embedded network if not given.
+        allow_distilled_base: Goes on without a warning where the `model`, or a source, was distilled to a few steps.
         method: A key of core.methods.METHODS.
         options: The method's own options.
         route: How a sample's capability is chosen: drawn with the weights, in turn, or by weight and velocity error.
@@ -226,6 +227,7 @@ class Config(Section):
     """
 
     model: Path | None = None
+    allow_distilled_base: bool = False
     method: Literal[*METHODS] = "danceopd"
     options: dict[str, Any] = {}
     route: Literal[*ROUTES] = "random"

@@ -33,6 +33,7 @@ from danceopd.planning.memory import (
     nbytes,
 )
 from danceopd.support.errors import UserError
+from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.build import run_attention
 from danceopd.training.assembly.networks import start_folder, student_layers
 from danceopd.training.assembly.samples import check_decoder, model_samples, rows_of
@@ -55,6 +56,7 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     if backbone is None:
         _check_files(config, findings)
         return
+    findings.warnings += distilled_bases(config, backbone)
     samples = model_samples(config, backbone, attempt)
     findings.found.append(_parts(config.model))
     if device:

@@ -1,9 +1,10 @@
-"""Makes diffusers' models velocity fields: one module for each family.
+"""Makes diffusers' models velocity fields: one module for each family, named in FAMILIES.
 
-A family's module has PIPELINES, LORA_TARGETS, PROMPTS_SEE_PICTURES (whether an editing model's text encoder looks at
-the source pictures), PROMPTS_HAVE_MASKS (docs/lengths.md) and MAX_SOURCES (how many of them an editing model takes for
-one sample), and tasks, load_transformer, text_encoder, picture_codec, latent_shape, sigmas and velocity; also combine,
-where its pipelines have their own guidance. danceopd/models/backbones/sd3.py is the plainest.
+A family's module has PIPELINES, BASE (the released weights that runs start from), LORA_TARGETS, PROMPTS_SEE_PICTURES
+(whether an editing model's text encoder looks at the source pictures), PROMPTS_HAVE_MASKS (docs/lengths.md) and
+MAX_SOURCES (how many of them an editing model takes for one sample), and tasks, load_transformer, text_encoder,
+picture_codec, latent_shape, sigmas and velocity; also combine, where its pipelines have their own guidance, and
+distilled_scheduler, where a scheduler shows distilled weights. danceopd/models/backbones/sd3.py is the plainest.
 """
 
 import json

@@ -15,6 +15,8 @@ from danceopd.support.errors import UserError
 
 PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
 
+BASE = "FLUX.1-dev or FLUX.1-Kontext-dev"  # released, and not distilled to a few steps
+
 # Both streams of a double block; a single block's output projection is one with its MLP's, and stays as it is.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -30,6 +32,12 @@ MAX_SEQUENCE_LENGTH = 512  # T5 tokens, padding included: the pipelines' default
 def tasks(folder) -> tuple[str, ...]:
     """Returns ("t2i",) for a FLUX pipeline folder, ("t2i", "edit") for a Kontext one. Raises UserError for another."""
     return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "FluxKontextPipeline" else ("t2i",)
+
+
+def distilled_scheduler(folder, scheduler: dict) -> str | None:
+    """Says what shows FLUX.1 schnell, by its scheduler's values; None for others."""
+    if scheduler.get("shift") == 1 and not scheduler.get("use_dynamic_shifting"):
+        return "its scheduler, which shifts no noise level, as FLUX.1 schnell's"
 
 
 def load_transformer(folder, dtype: torch.dtype = torch.float32) -> nn.Module:

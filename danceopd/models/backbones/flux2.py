@@ -25,6 +25,8 @@ from danceopd.support.errors import UserError
 
 PIPELINES = ("Flux2KleinPipeline", "Flux2Pipeline")
 
+BASE = "FLUX.2-klein-base-4B or FLUX.2-klein-base-9B"  # released, and not distilled to a few steps
+
 PROMPTS_SEE_PICTURES = False
 
 PROMPTS_HAVE_MASKS = False

@@ -20,6 +20,8 @@ from danceopd.support.errors import UserError
 
 PIPELINES = ("QwenImagePipeline", "QwenImageEditPlusPipeline")
 
+BASE = "Qwen-Image-2512 or Qwen-Image-Edit-2511"  # released, and not distilled to a few steps
+
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # those of diffusers' own LoRA script for Qwen-Image
 
 PROMPTS_SEE_PICTURES = True  # where the folder edits
@@ -44,6 +46,12 @@ def _unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def tasks(folder) -> tuple[str, ...]:
     """Returns ("t2i",) or ("t2i", "edit"): a text-to-image folder has no processor to show its encoder a picture."""
     return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "QwenImageEditPlusPipeline" else ("t2i",)
+
+
+def distilled_scheduler(folder, scheduler: dict) -> str | None:
+    """Says what shows a lightning variant, by its scheduler's values; None for others."""
+    if scheduler.get("use_dynamic_shifting") and scheduler.get("base_shift", 0.5) == scheduler.get("max_shift", 1.15):
+        return "its scheduler, which shifts pictures of every size alike, as Qwen-Image-Lightning's"
 
 
 def load_transformer(folder, dtype: torch.dtype = torch.float32) -> torch.nn.Module:

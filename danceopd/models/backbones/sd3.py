@@ -18,6 +18,8 @@ from danceopd.support.errors import UserError
 
 PIPELINES = ("StableDiffusion3Pipeline",)
 
+BASE = "stable-diffusion-3.5-medium or stable-diffusion-3.5-large"  # released, and not distilled to a few steps
+
 PROMPTS_SEE_PICTURES = False
 
 PROMPTS_HAVE_MASKS = False

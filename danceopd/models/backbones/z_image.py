@@ -23,6 +23,8 @@ from danceopd.support.errors import UserError
 
 PIPELINES = ("ZImagePipeline", "ZImageOmniPipeline")
 
+BASE = "Z-Image"  # released, and not distilled to a few steps
+
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 PROMPTS_SEE_PICTURES = True  # where the folder edits
@@ -40,6 +42,12 @@ def tasks(folder: str | Path) -> tuple[str, ...]:
     A UserError if it is neither pipeline.
     """
     return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "ZImageOmniPipeline" else ("t2i",)
+
+
+def distilled_scheduler(folder, scheduler: dict) -> str | None:
+    """Says what shows Z-Image-Turbo, by its scheduler's values; None for others."""
+    if scheduler.get("shift") == 3:
+        return "its scheduler's shift of 3, as Z-Image-Turbo's; Z-Image has 6"
 
 
 def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -15,6 +15,7 @@ from danceopd.models.saving import save_transformer
 from danceopd.models.twins import without_values
 from danceopd.models.weights import either, of_tensors
 from danceopd.support.ranks import ALONE, Ranks
+from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.networks import load_networks, make_student
 from danceopd.training.assembly.parts import Parts, Problems, averaged_student
 from danceopd.training.assembly.room import check_machine
@@ -85,7 +86,10 @@ def build_model(config: Config, ranks: Ranks = ALONE, settings: dict | None = No
     def load_decoder():
         return backbone.picture_codec(config.model, device, PRECISIONS[config.training.precision])[1]
 
-    return Parts(student, fields, samples, anchor, empty_prompt, device, save, combine, sigmas, load_decoder, lockstep)
+    warnings = (*distilled_bases(config, backbone), *samples.never_drawn)
+    return Parts(
+        student, fields, samples, anchor, empty_prompt, device, save, combine, sigmas, load_decoder, lockstep, warnings
+    )
 
 
 def run_attention(config: Config, backbone, device) -> str:
