@@ -88,11 +88,21 @@ def backbone_of(folder: Path | str) -> ModuleType:
         UserError: The folder is not a pipeline's, or of a family that none serves.
     """
     name = class_name_of(folder)
-    try:
-        modules = {family: import_module(f"danceopd.models.backbones.{family}") for family in FAMILIES}
-    except ModuleNotFoundError as error:
-        raise UserError(f"diffusers' models need {error.name}; pip install 'danceopd[models]'") from None
-    served = {pipeline: module for module in modules.values() for pipeline in module.PIPELINES}
+    served = _served()
     if name not in served:
         raise UserError(f"{folder} is a {name}, which no backbone serves{did_you_mean(name, served)}")
     return served[name]
+
+
+def family_of(pipeline: str) -> ModuleType | None:
+    """Finds the module that serves a pipeline's class, by its name; None where none does."""
+    return _served().get(pipeline)
+
+
+def _served() -> dict[str, ModuleType]:
+    """Collects the families' modules by the pipelines that they serve."""
+    try:
+        modules = [import_module(f"danceopd.models.backbones.{family}") for family in FAMILIES]
+    except ModuleNotFoundError as error:
+        raise UserError(f"diffusers' models need {error.name}; pip install 'danceopd[models]'") from None
+    return {pipeline: module for module in modules for pipeline in module.PIPELINES}

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
 
 from danceopd.models import loading
+from danceopd.models.prompts import Reader, reader
 from danceopd.support.errors import UserError
 
 PIPELINES = ("QwenImagePipeline", "QwenImageEditPlusPipeline")
@@ -23,6 +24,8 @@ PIPELINES = ("QwenImagePipeline", "QwenImageEditPlusPipeline")
 BASE = "Qwen-Image-2512 or Qwen-Image-Edit-2511"  # released, and not distilled to a few steps
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # those of diffusers' own LoRA script for Qwen-Image
+
+EDIT_ONLY = ("QwenImageEditPlusPipeline",)  # pipelines that do not draw without a picture
 
 PROMPTS_SEE_PICTURES = True  # where the folder edits
 
@@ -111,6 +114,17 @@ def text_encoder(
         return {"prompt_embeds": embeds, "prompt_mask": torch.arange(embeds.shape[1]) < lengths[:, None]}
 
     return encode
+
+
+def prompt_readers(folder, length: int) -> list[Reader]:
+    """Loads the tokenizers as text_encoder uses them at this max_sequence_length, for what they change of prompts."""
+    tokenizer = loading.load_tokenizer(Qwen2Tokenizer, Path(folder) / "tokenizer")
+    if "edit" in tasks(folder):  # the editing pipeline does not cut
+        return [reader("tokenizer", tokenizer, None)]
+    parts = dict.fromkeys(("scheduler", "vae", "transformer", "text_encoder"))
+    pipeline = QwenImagePipeline(tokenizer=tokenizer, **parts)
+    template, drop = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
+    return [reader("tokenizer", tokenizer, length, template.format, drop)]
 
 
 def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
@@ -218,3 +232,12 @@ def combine(cond: torch.Tensor, uncond: torch.Tensor, scale: float | torch.Tenso
     scale = torch.as_tensor(scale, dtype=cond.dtype, device=cond.device).view(-1, 1, 1)
     mixed = uncond + scale * (cond - uncond)
     return _unpack(mixed * (cond.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)), height, width)
+
+
+def call_options(name: str, guidance_scale: float | None, size: tuple[int, int] | None) -> dict:
+    """Returns the arguments of a pipeline's call, by its class's name, for a guidance and a size (None: its own)."""
+    sizes = {} if size is None else {"height": size[0], "width": size[1]}
+    scale = {} if guidance_scale is None else {"true_cfg_scale": guidance_scale}
+    # Guidance needs a negative prompt, else there is none.
+    negative = {"negative_prompt": " "} if guidance_scale is None or guidance_scale > 1 else {}
+    return sizes | scale | negative

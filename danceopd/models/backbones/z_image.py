@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Siglip2VisionModel
 
 from danceopd.models import loading
+from danceopd.models.prompts import Reader, chat_reader, reader
 from danceopd.support.errors import UserError
 
 PIPELINES = ("ZImagePipeline", "ZImageOmniPipeline")
@@ -116,6 +117,16 @@ def text_encoder(
         return rows
 
     return encode
+
+
+def prompt_readers(folder: str | Path, length: int) -> list[Reader]:
+    """Loads the tokenizers as text_encoder uses them at this max_sequence_length, for what they change of prompts."""
+    tokenizer = loading.load(AutoTokenizer, Path(folder) / "tokenizer")
+    if "edit" not in tasks(folder):
+        return [chat_reader(tokenizer, length, enable_thinking=True)]
+    # The longest of the parts that pictures cut a prompt into has the prompt itself.
+    around = "<|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>".format
+    return [reader("tokenizer", tokenizer, length, around)]
 
 
 def picture_codec(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
