@@ -28,7 +28,7 @@ class NewLora(Section):
     Attributes:
         rank: Number of rows of A.
         alpha: The rank if not given.
-        targets: Ends of the layers' names; those of the model's family if not given.
+        targets: Ends of the layers' names, in which * stands for anything; those of the model's family if not given.
     """
 
     rank: PositiveInt = 128

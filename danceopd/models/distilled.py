@@ -13,6 +13,8 @@ NAMES = re.compile(
     re.IGNORECASE,
 )
 
+FEW = 12  # noise levels that a pipeline names as its own, where it was distilled to them
+
 
 def why_distilled(weights: Path | str, backbone: ModuleType) -> str | None:
     """Finds what shows that a network was distilled to a few steps.
@@ -33,7 +35,7 @@ def why_distilled(weights: Path | str, backbone: ModuleType) -> str | None:
             return f"{found[0]!r} in its name {name}"
         if "is_distilled" not in index and "klein" in name.lower() and "base" not in name.lower():
             return f"its name {name}, without 'base'"
-    if sigmas := index.get("sample_sigmas"):
+    if len(sigmas := index.get("sample_sigmas") or ()) in range(1, FEW + 1):
         return f"{len(sigmas)} noise levels of its own in its model_index.json"
     if "LCM" in str(scheduler.get("_class_name")) or scheduler.get("stochastic_sampling"):
         return "its scheduler, which adds new noise after each step"

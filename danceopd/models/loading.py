@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 
@@ -323,6 +324,74 @@ def picture_codec(folder: Path | str, device: torch.device | str, dtype: torch.d
         return vae.decode(latents.to(device, dtype) / scale + shift, return_dict=False)[0].clamp(-1, 1)
 
     return encode, decode
+
+
+def film_codec(
+    cls: type, folder: Path | str, device: torch.device | str, dtype: torch.dtype
+) -> tuple[Callable, Callable]:
+    """Loads a pipeline's VAE of films, to which a picture is a film of one frame.
+
+    Args:
+        cls: The VAE's class, whose configuration has latents_mean and latents_std.
+        folder: The pipeline's.
+        device, dtype: Of the VAE.
+
+    Returns:
+        encode(pictures [n, c, H, W]) -> latents [n, C, h, w], the mode of the posterior, normalised, and its inverse,
+        on `device` in `dtype`, without gradient.
+
+    Raises:
+        UserError: The VAE is missing.
+    """
+    vae = load_model(cls, Path(folder) / "vae", dtype).to(device)
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(device, dtype)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(device, dtype)
+
+    @torch.no_grad()
+    def encode(pictures: torch.Tensor) -> torch.Tensor:
+        return ((vae.encode(pictures.to(device, dtype)[:, :, None]).latent_dist.mode() - mean) / std)[:, :, 0]
+
+    @torch.no_grad()
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return vae.decode(latents.to(device, dtype)[:, :, None] * std + mean).sample[:, :, 0]
+
+    return encode, decode
+
+
+def latent_shape(folder: Path | str, height: int, width: int, patch: int = 1) -> tuple[int, int, int]:
+    """Works out the shape of a picture's latents by the configuration of a pipeline's AutoencoderKL.
+
+    Args:
+        folder: The pipeline's.
+        height, width: In pixels.
+        patch: Side of the transformer's patches, in latents.
+
+    Returns:
+        (C, h, w).
+
+    Raises:
+        UserError: The sides are no multiples of a patch's, or the VAE is missing.
+    """
+    config = read_json(Path(folder) / "vae" / "config.json")
+    scale = 2 ** (len(config["block_out_channels"]) - 1)
+    check_size(height, width, patch * scale)
+    return config["latent_channels"], height // scale, width // scale
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raises UserError if height or width is no positive multiple of a number of pixels."""
+    if height < 1 or width < 1 or height % multiple or width % multiple:
+        raise UserError(f"height and width must be multiples of {multiple}, got {height} x {width}")
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Packs latents [B, C, h, w] as tokens [B, h w / 4, 4 C] of 2 x 2 patches."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Inverts pack, for latents of this height and width."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
 
 
 def load_tokenizer(cls: type, path: Path | str):

@@ -125,6 +125,11 @@ def _sources(conditioning: Conditioning) -> tuple[torch.Tensor, ...]:
     return () if source is None else source if isinstance(source, tuple) else (source,)
 
 
+def in_whole_batches() -> bool:
+    """Tells whether prompts of different length are to be one forward here, since ranks agree on their number."""
+    return _whole.get()
+
+
 @contextmanager
 def whole_batches() -> Iterator[None]:
     """Makes prompts of different length one forward inside, where ranks agree on the number of forwards.

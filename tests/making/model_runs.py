@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import tiny_flux
 import tiny_flux2
+import tiny_krea2
+import tiny_longcat_image
 import tiny_qwen_image
+import tiny_qwen_image_21
 import tiny_sd3
 import tiny_z_image
 import torch
@@ -26,6 +29,7 @@ from danceopd.config.sections import Config
 from danceopd.data.cache import Cache, key_of
 from danceopd.data.prepare import prepare
 from danceopd.models.backbones import backbone_of
+from danceopd.models.lora_files import loads_loras
 from danceopd.models.shared_base import target_layers
 
 FAMILIES = {
@@ -38,8 +42,15 @@ FAMILIES = {
     "qwen_edit": lambda folder: tiny_qwen_image.save_tiny(folder, edit=True),
     "z": tiny_z_image.save_tiny,
 }
-OMNI = {"z_omni": tiny_z_image.save_tiny_omni}
-EDITING = {"kontext", "klein", "qwen_edit", "z_omni"}
+# Those whose own way from files to files is tested, and what their transformers share with the others is not again.
+MORE = {
+    "z_omni": tiny_z_image.save_tiny_omni,
+    "qwen_21": tiny_qwen_image_21.save_tiny,
+    "longcat": tiny_longcat_image.save_tiny,
+    "longcat_edit": lambda folder: tiny_longcat_image.save_tiny(folder, edit=True),
+    "krea2": tiny_krea2.save_tiny,
+}
+EDITING = {"kontext", "klein", "qwen_edit", "z_omni", "qwen_21", "longcat_edit"}
 SIZE = 64  # pixels of write_rows' pictures
 PREPARED_SIZE = 32  # pixels of prepare_place's
 
@@ -111,7 +122,10 @@ def save_teacher(model: Path, folder: Path, seed: int) -> None:
     factors = {
         name.replace(".default", ""): value for name, value in transformer.state_dict().items() if "lora_" in name
     }
-    pipeline.save_lora_weights(folder, transformer_lora_layers=factors)
+    if loads_loras(type(pipeline)):
+        pipeline.save_lora_weights(folder, transformer_lora_layers=factors)
+    else:
+        transformer.save_lora_adapter(folder)
 
 
 def prepare_place(root: Path, family: str) -> Path:
@@ -119,7 +133,7 @@ def prepare_place(root: Path, family: str) -> Path:
 
     The second capability edits where the family does; the other rows have finished pictures.
     """
-    model = (FAMILIES | OMNI)[family](root / "model")
+    model = (FAMILIES | MORE)[family](root / "model")
     for seed, name in enumerate(("one", "two")):
         save_teacher(model, root / name, seed)
     rng, rows = np.random.default_rng(0), []

@@ -22,6 +22,7 @@ from danceopd.core.rollout import rollout_by_route
 from danceopd.data.prepare import fit
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, pipeline_class_of
+from danceopd.models.lora_files import loads_loras
 from danceopd.models.shared_base import SharedBase
 from danceopd.support.errors import UserError
 from danceopd.training.assembly.build import build_model
@@ -41,9 +42,14 @@ DRAWING = {
     "qwen_edit": {"true_cfg_scale": 1.0},
     "z": {"guidance_scale": 0.0},
     "z_omni": {"guidance_scale": 0.0},
+    "qwen_21": {"output_resolution": SIZE},
+    "longcat": {"guidance_scale": 1.0, "enable_prompt_rewrite": False},
+    "longcat_edit": UNGUIDED,
+    "krea2": {"guidance_scale": 0.0},
 }
 DISTILLED = {"flux", "kontext"}
-NEEDS_PICTURE = {"qwen_edit"}  # a pipeline that does not draw without one
+NEEDS_PICTURE = {"qwen_edit", "longcat_edit"}  # pipelines that do not draw without one
+SEE_PICTURES = {"qwen_edit", "z_omni", "qwen_21", "longcat_edit"}  # whose text encoder looks at the source pictures
 
 
 @pytest.fixture(params=DRAWING)
@@ -94,13 +100,18 @@ def test_end_to_end(place, tmp_path):
     pictures = [Image.open(root / "1.png").convert("RGB").resize((64, 64))] if family in EDITING else []
 
     def draw(**options):
-        options |= DRAWING[family] | {"num_inference_steps": STEPS, "height": SIZE, "width": SIZE}
+        options |= DRAWING[family] | {"num_inference_steps": STEPS}
+        if family != "longcat_edit":  # which takes its size from the picture
+            options |= {"height": SIZE, "width": SIZE}
         return pipeline(prompt="a cup", generator=torch.Generator().manual_seed(0), output_type="np", **options).images
 
     asked = ([{}] if family not in NEEDS_PICTURE else []) + [{"image": pictures}] * bool(pictures)
     before = [draw(**options) for options in asked]
     far = distance(config, pipeline.transformer)
-    pipeline.load_lora_weights(folder / "student")
+    if loads_loras(type(pipeline)):
+        pipeline.load_lora_weights(folder / "student")
+    else:
+        pipeline.transformer.load_lora_adapter(str(folder / "student"))
     for options, old in zip(asked, before, strict=True):
         drawn = draw(**options)
         assert np.isfinite(drawn).all()
@@ -142,7 +153,7 @@ def test_empty_prompts_see_the_picture_where_prompts_do(place):
     family, root = place
     one, two = (PreparedData(root / "cache" / "rows.jsonl", name) for name in ("one", "two"))
     batch = concatenate([one.condition([0, 1], [False, True]), two.condition([0, 1], [False, True])])
-    if family not in ("qwen_edit", "z_omni"):
+    if family not in SEE_PICTURES:
         assert batch.empty_prompt is None
         return
     encode = backbone_of(root / "model").text_encoder(root / "model")

@@ -8,6 +8,7 @@ distilled_scheduler, where a scheduler shows distilled weights. danceopd/models/
 """
 
 import json
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from danceopd.models.loading import class_name_of, transformer_folder
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 
-FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image")
+FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image", "longcat_image", "qwen_image_21", "krea2")
 
 
 def pipeline_class_of(folder: Path | str) -> type:
@@ -92,6 +93,17 @@ def backbone_of(folder: Path | str) -> ModuleType:
     if name not in served:
         raise UserError(f"{folder} is a {name}, which no backbone serves{did_you_mean(name, served)}")
     return served[name]
+
+
+def combine_of(folder: Path | str) -> Callable | None:
+    """Finds a pipeline's own rule of guidance, for `core.fields.guided`; None for the usual one.
+
+    Raises:
+        UserError: As backbone_of.
+    """
+    backbone = backbone_of(folder)
+    own = class_name_of(folder) in getattr(backbone, "COMBINE_PIPELINES", backbone.PIPELINES)
+    return getattr(backbone, "combine", None) if own else None
 
 
 def family_of(pipeline: str) -> ModuleType | None:

@@ -36,16 +36,6 @@ MAX_SOURCES = float("inf")  # where the folder edits
 MAX_SEQUENCE_LENGTH = 512  # tokens of a prompt: the text-to-image pipeline's default; the editing one does not cut
 
 
-def _pack(latents: torch.Tensor) -> torch.Tensor:
-    """Packs [B, C, h, w] as the transformer's tokens: 2 x 2 patches, [B, h w / 4, 4 C]."""
-    return QwenImagePipeline._pack_latents(latents, *latents.shape)
-
-
-def _unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Inverts _pack; height and width are the latents'."""
-    return QwenImagePipeline._unpack_latents(tokens, height, width, vae_scale_factor=1)[:, :, 0]
-
-
 def tasks(folder) -> tuple[str, ...]:
     """Returns ("t2i",) or ("t2i", "edit"): a text-to-image folder has no processor to show its encoder a picture."""
     return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "QwenImageEditPlusPipeline" else ("t2i",)
@@ -138,28 +128,14 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
     Raises:
         UserError: The folder lacks the VAE.
     """
-    vae = loading.load_model(AutoencoderKLQwenImage, Path(folder) / "vae", dtype).to(device)
-    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(device, dtype)
-    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(device, dtype)
-
-    @torch.no_grad()
-    def encode(pictures: torch.Tensor) -> torch.Tensor:
-        frames = pictures.to(device, dtype)[:, :, None]  # a video VAE: a picture is a film of one frame
-        return ((vae.encode(frames).latent_dist.mode() - mean) / std)[:, :, 0]
-
-    @torch.no_grad()
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        return vae.decode(latents.to(device, dtype)[:, :, None] * std + mean).sample[:, :, 0]
-
-    return encode, decode
+    return loading.film_codec(AutoencoderKLQwenImage, folder, device, dtype)
 
 
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     """Returns (C, h, w) of one sample's noise. Raises UserError if a side is no multiple of two latent pixels."""
     config = loading.read_json(Path(folder) / "vae" / "config.json")
     scale = 2 ** len(config["temperal_downsample"])
-    if height < 1 or width < 1 or height % (2 * scale) or width % (2 * scale):
-        raise UserError(f"Qwen-Image draws sides that are multiples of {2 * scale} pixels, not {height} x {width}")
+    loading.check_size(height, width, 2 * scale)
     return config["z_dim"], height // scale, width // scale
 
 
@@ -203,7 +179,7 @@ def velocity(
     """
     pictures = (latents, *sources)
     dtype = loading.input_dtype(transformer)
-    tokens = torch.cat([_pack(picture.to(dtype)) for picture in pictures], dim=1)
+    tokens = torch.cat([loading.pack(picture.to(dtype)) for picture in pictures], dim=1)
     shapes = [(1, picture.shape[2] // 2, picture.shape[3] // 2) for picture in pictures]
     predicted = transformer(
         hidden_states=tokens,
@@ -214,7 +190,7 @@ def velocity(
         return_dict=False,
     )[0]
     height, width = latents.shape[2:]
-    return _unpack(predicted[:, : height * width // 4], height, width).to(latents.dtype)
+    return loading.unpack(predicted[:, : height * width // 4], height, width).to(latents.dtype)
 
 
 def combine(cond: torch.Tensor, uncond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
@@ -228,10 +204,10 @@ def combine(cond: torch.Tensor, uncond: torch.Tensor, scale: float | torch.Tenso
         [B, C, h, w].
     """
     height, width = cond.shape[2:]
-    cond, uncond = _pack(cond), _pack(uncond)
+    cond, uncond = loading.pack(cond), loading.pack(uncond)
     scale = torch.as_tensor(scale, dtype=cond.dtype, device=cond.device).view(-1, 1, 1)
     mixed = uncond + scale * (cond - uncond)
-    return _unpack(mixed * (cond.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)), height, width)
+    return loading.unpack(mixed * (cond.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)), height, width)
 
 
 def call_options(name: str, guidance_scale: float | None, size: tuple[int, int] | None) -> dict:

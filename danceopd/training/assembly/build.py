@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map
 from danceopd.config.sections import Config
 from danceopd.core.methods import needs
 from danceopd.models.attention import attention_backend
-from danceopd.models.backbones import backbone_of, pipeline_class_of
+from danceopd.models.backbones import backbone_of, combine_of, pipeline_class_of
 from danceopd.models.lora_files import save_lora
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.saving import save_transformer
@@ -69,7 +69,7 @@ def build_model(config: Config, ranks: Ranks = ALONE, settings: dict | None = No
     if attends != "native" or config.training.attention_backend == "native":
         student.transformer.set_attention_backend(attends)  # and with it what every other transformer here attends by
     empty_prompt = tree_map(lambda value: value.to(device), samples.groups[0].data[0].empty_prompt())
-    combine = getattr(backbone, "combine", None)
+    combine = combine_of(config.model)
     fields = model_fields(config, combine, networks, empty_prompt)
     anchor = copy.deepcopy(student).requires_grad_(False) if "anchor" in needs(config.method) else None
     without = without_values(student)
