@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 
@@ -386,12 +385,16 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """Packs latents [B, C, h, w] as tokens [B, h w / 4, 4 C] of 2 x 2 patches."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+    batch, channels, height, width = latents.shape  # not by pixel_unshuffle, which gets an empty batch wrong
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height * width // 4, 4 * channels)
 
 
 def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Inverts pack, for latents of this height and width."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+    batch, _, channels = tokens.shape
+    patches = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, channels // 4, height, width)
 
 
 def load_tokenizer(cls: type, path: Path | str):

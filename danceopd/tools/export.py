@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import diffusers
 import torch
 import yaml
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -20,7 +21,7 @@ from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.loading import class_name_of
 from danceopd.models.lora_algebra import Lora, named_factors
-from danceopd.models.lora_files import FILES, load_lora, save_lora
+from danceopd.models.lora_files import FILES, load_lora, loads_loras, save_lora
 from danceopd.models.saving import save_pretrained
 from danceopd.models.weights import check_fits, of_folder, plus
 from danceopd.report.tables import format_markdown
@@ -202,6 +203,9 @@ def _usage(base: str, name: str, transformer_class: str, merge: bool, layout: st
     if layout == "kohya":
         return f"`{FILES[1]}` has kohya's names: for ComfyUI and the trainers that read them, and for diffusers."
     classes = f"{name}, {transformer_class}" if merge else name
+    load = 'pipeline.load_lora_weights("THIS_FOLDER")'
+    if not loads_loras(getattr(diffusers, name)):
+        load = f'pipeline.transformer.load_lora_adapter("THIS_FOLDER", weight_name="{FILES[1]}")'
     lines = ["import torch", f"from diffusers import {classes}", ""]
     if merge:
         lines += [
@@ -211,7 +215,7 @@ def _usage(base: str, name: str, transformer_class: str, merge: bool, layout: st
     else:
         lines += [
             f'pipeline = {name}.from_pretrained("{base}", torch_dtype=torch.bfloat16)',
-            'pipeline.load_lora_weights("THIS_FOLDER")',
+            load,
         ]
     return "```python\n" + "\n".join(lines) + "\n```"
 

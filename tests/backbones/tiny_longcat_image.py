@@ -10,7 +10,13 @@ from diffusers import (
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
 )
+from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as editing
 from tiny_qwen_image import tiny_processor, tiny_text_encoder, tiny_tokenizer
+
+SMALLER = 256  # times: the editing pipeline takes pictures of 1024 x 1024 pixels, whatever it is given
+
+_dimensions = editing.calculate_dimensions
+editing.calculate_dimensions = lambda area, ratio: _dimensions(area / SMALLER, ratio)
 
 
 def save_tiny(folder, seed: int = 0, edit: bool = False) -> Path:

@@ -111,7 +111,7 @@ def test_end_to_end(place, tmp_path):
     if loads_loras(type(pipeline)):
         pipeline.load_lora_weights(folder / "student")
     else:
-        pipeline.transformer.load_lora_adapter(str(folder / "student"))
+        pipeline.transformer.load_lora_adapter(str(folder / "student"), weight_name="pytorch_lora_weights.safetensors")
     for options, old in zip(asked, before, strict=True):
         drawn = draw(**options)
         assert np.isfinite(drawn).all()

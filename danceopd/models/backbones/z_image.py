@@ -28,6 +28,8 @@ BASE = "Z-Image"  # released, and not distilled to a few steps
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
+UNGUIDED = 0.0  # the pipelines' guidance_scale that asks for the conditional field alone
+
 PROMPTS_SEE_PICTURES = True  # where the folder edits
 
 PROMPTS_HAVE_MASKS = True
