@@ -206,6 +206,8 @@ def _usage(base: str, name: str, transformer_class: str, merge: bool, layout: st
     load = 'pipeline.load_lora_weights("THIS_FOLDER")'
     if not loads_loras(getattr(diffusers, name)):
         load = f'pipeline.transformer.load_lora_adapter("THIS_FOLDER", weight_name="{FILES[1]}")'
+    if not merge and not hasattr(getattr(diffusers, transformer_class), "load_lora_adapter"):
+        return "diffusers gives this transformer no adapters: write it merged, by `danceopd export --merge`."
     lines = ["import torch", f"from diffusers import {classes}", ""]
     if merge:
         lines += [

@@ -5,6 +5,7 @@ import tiny_flux
 import tiny_flux2
 import tiny_krea2
 import tiny_longcat_image
+import tiny_prx
 import tiny_qwen_image
 import tiny_qwen_image_21
 import tiny_sd3
@@ -32,6 +33,8 @@ MADE = {
     "longcat": tiny_longcat_image.save_tiny,
     "longcat_edit": lambda folder: tiny_longcat_image.save_tiny(folder, edit=True),
     "krea2": tiny_krea2.save_tiny,
+    "prx": tiny_prx.save_tiny,
+    "prx_deep": lambda folder: tiny_prx.save_tiny(folder, deep=True),
 }
 EMBEDS = {"flux", "kontext", "flux2"}  # the guidance, so that there is no other
 DRAW = [family for family in MADE if family not in ("qwen_edit", "longcat_edit")]

@@ -13,13 +13,14 @@ import tiny_flux
 import tiny_flux2
 import tiny_krea2
 import tiny_longcat_image
+import tiny_prx
 import tiny_qwen_image
 import tiny_qwen_image_21
 import tiny_sd3
 import tiny_z_image
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from released import prompt_of
 from safetensors.torch import save_file
@@ -49,6 +50,7 @@ MORE = {
     "longcat": tiny_longcat_image.save_tiny,
     "longcat_edit": lambda folder: tiny_longcat_image.save_tiny(folder, edit=True),
     "krea2": tiny_krea2.save_tiny,
+    "prx": tiny_prx.save_tiny,
 }
 EDITING = {"kontext", "klein", "qwen_edit", "z_omni", "qwen_21", "longcat_edit"}
 SIZE = 64  # pixels of write_rows' pictures
@@ -114,7 +116,7 @@ def save_teacher(model: Path, folder: Path, seed: int) -> None:
     layers = target_layers(transformer, backbone_of(model).LORA_TARGETS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers))
+        inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=layers), transformer)
     common, own = torch.Generator().manual_seed(10), torch.Generator().manual_seed(seed)
     for name, value in transformer.named_parameters():
         if "lora_B" in name:
@@ -125,7 +127,8 @@ def save_teacher(model: Path, folder: Path, seed: int) -> None:
     if loads_loras(type(pipeline)):
         pipeline.save_lora_weights(folder, transformer_lora_layers=factors)
     else:
-        transformer.save_lora_adapter(folder)
+        folder.mkdir()
+        save_file({f"transformer.{name}": value for name, value in factors.items()}, folder / "lora.safetensors")
 
 
 def prepare_place(root: Path, family: str) -> Path:

@@ -88,11 +88,9 @@ def text_encoder(
 
     def embed(prompt, count):
         """Returns the prompt's parts, each [length, C]."""
-        options = {"max_sequence_length": max_sequence_length}
-        if omni:
-            options["num_condition_images"] = count
-            return pipeline.encode_prompt(prompt, device, False, **options)[0][0]
-        return pipeline.encode_prompt(prompt, device, False, **options)[0]
+        options = {"max_sequence_length": max_sequence_length} | ({"num_condition_images": count} if omni else {})
+        embeds = pipeline.encode_prompt(prompt, device, False, **options)[0]
+        return embeds[0] if omni else embeds
 
     @torch.no_grad()
     def encode(prompts: list[str], pictures: list[list[torch.Tensor]] | None = None) -> dict[str, torch.Tensor]:
