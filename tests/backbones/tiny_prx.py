@@ -79,7 +79,7 @@ def save_tiny(folder, seed: int = 0, deep: bool = False) -> Path:
     )
     for parameter in pipeline.transformer.parameters():
         if parameter.dim() > 1 and not parameter.any():  # zeros as made: the last layer and the modulations
-            parameter.data.normal_(0, 0.1)
+            parameter.data.normal_(0, 0.3)
     pipeline.save_pretrained(folder)
     config.save_pretrained(Path(folder) / "text_encoder")  # the released folder's is of encoder and decoder
     return Path(folder)
