@@ -153,10 +153,10 @@ def _by_pipeline(folder: Path, backbone, how: How, pictures: list[Image.Image]) 
     """Draws as diffusers does."""
     pipeline = loading.load(DiffusionPipeline, folder, dtype=how.dtype, use_safetensors=True).to(how.device)
     pipeline.set_progress_bar_config(disable=True)
-    run = Run()
-    _watch(pipeline.transformer, run)
+    run, network = Run(), getattr(pipeline, loading.transformer_folder(folder).name)
+    _watch(network, run)
     scale = how.guidance - 1 + getattr(backbone, "UNGUIDED", 1.0)
-    if getattr(pipeline.transformer.config, "guidance_embeds", False):
+    if getattr(network.config, "guidance_embeds", False):
         scale = EMBEDDED
     options = call_options(pipeline, scale, how.size, how.steps, None)
     if how.guidance != 1 and takes(pipeline, "negative_prompt"):
@@ -228,6 +228,8 @@ def _stage(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> Stage:
     if name.startswith("velocity") and ours.dim() == theirs.dim() == 3:
         # A pipeline that keeps what it computed of prompt and source pictures asks for the picture's tokens alone.
         ours, theirs = (value[:, -min(ours.shape[1], theirs.shape[1]) :] for value in (ours, theirs))
+    if theirs.dim() and ours.dim() == theirs.dim() and ours.shape[1:] == theirs.shape[1:]:
+        theirs = theirs[-len(ours) :]  # of a pipeline that asks for the empty prompt too, the other comes last
     if ours.numel() == theirs.numel():  # one of them may have a batch of 1
         theirs = theirs.view_as(ours)
     else:

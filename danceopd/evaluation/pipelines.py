@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from danceopd.models.backbones import backbone_of, family_of
-from danceopd.models.loading import load
+from danceopd.models.loading import load, transformer_folder
 from danceopd.models.lora_algebra import merge_into, named_factors
 from danceopd.models.lora_files import load_lora, loads_loras
 from danceopd.support.errors import UserError
@@ -35,14 +35,14 @@ def load_pipeline(
     Raises:
         UserError: The folder is no pipeline, or weights are missing or do not fit.
     """
-    parts = {"transformer": backbone_of(model).load_transformer(transformer, dtype)} if transformer else {}
+    part = transformer_folder(model).name
+    parts = {part: backbone_of(model).load_transformer(transformer, dtype)} if transformer else {}
     pipeline = load(DiffusionPipeline, model, dtype=dtype, use_safetensors=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
-        part = "transformer" if hasattr(pipeline, "transformer") else "unet"
         network = getattr(pipeline, part)
         factors = load_lora(lora, network, type(pipeline))
-        if loads_loras(type(pipeline)) or part == "unet":
+        if loads_loras(type(pipeline)):
             pipeline.load_lora_weights(named_factors(factors, f"{part}."))
         else:
             merge_into(network, factors)

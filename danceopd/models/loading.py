@@ -93,9 +93,11 @@ def load_transformer(cls: type, folder: Path | str, dtype: torch.dtype) -> nn.Mo
 
 
 def transformer_folder(folder: Path | str) -> Path:
-    """Returns a pipeline folder's transformer, or a transformer folder itself."""
+    """Returns a pipeline folder's transformer or UNet, or such a folder itself."""
     folder = Path(folder)
-    return folder if (folder / "config.json").is_file() else folder / "transformer"
+    if (folder / "config.json").is_file():
+        return folder
+    return folder / ("unet" if (folder / "unet").is_dir() else "transformer")
 
 
 def input_dtype(transformer: nn.Module) -> torch.dtype:

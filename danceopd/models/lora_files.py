@@ -1,5 +1,6 @@
 """Reads LoRA files in any layout that diffusers converts, and writes adapters as it does."""
 
+import inspect
 import json
 import os
 import re
@@ -320,8 +321,11 @@ def _unknown(
 
 
 def loads_loras(pipeline_class: type) -> bool:
-    """Returns whether a pipeline of diffusers loads LoRAs of its transformer by itself."""
-    return issubclass(pipeline_class, LoraBaseMixin) and hasattr(pipeline_class, "transformer_name")
+    """Returns whether a pipeline of diffusers loads LoRAs of its transformer, or of its UNet, by itself."""
+    if not issubclass(pipeline_class, LoraBaseMixin):
+        return False
+    parts = inspect.signature(pipeline_class).parameters
+    return ("transformer" in parts and hasattr(pipeline_class, "transformer_name")) or "unet" in parts
 
 
 def _loader(pipeline_class: type) -> type:

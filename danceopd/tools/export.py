@@ -19,7 +19,7 @@ from danceopd.config.reading import read_run_config
 from danceopd.config.sections import Config
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
-from danceopd.models.loading import class_name_of
+from danceopd.models.loading import class_name_of, transformer_folder
 from danceopd.models.lora_algebra import Lora, named_factors
 from danceopd.models.lora_files import FILES, load_lora, loads_loras, save_lora
 from danceopd.models.saving import save_pretrained
@@ -77,7 +77,7 @@ def export(run: Path, output: Path, merge: bool = False, layout: str = "diffuser
     card = model_card(run, config, merge, layout, type(empty).__name__)
     with new_folder(output) as folder:
         if merge:
-            base = config.model / "transformer"
+            base = transformer_folder(config.model)
             save_pretrained(empty, plus(of_folder(base), lora), folder, stored_dtype(base))
         elif layout == "diffusers":
             save_lora(lora, folder, pipeline_class)
@@ -91,7 +91,7 @@ def export(run: Path, output: Path, merge: bool = False, layout: str = "diffuser
 def _export_full(run: Path, output: Path, config: Config, layout: str) -> Path:
     if layout != "diffusers":
         raise UserError(f"{run} trained all weights; {layout} is a layout of adapters: leave out --layout")
-    empty, dtype = empty_transformer(run / "student"), stored_dtype(config.model / "transformer")
+    empty, dtype = empty_transformer(run / "student"), stored_dtype(transformer_folder(config.model))
     weights = of_folder(run / "student")
     check_fits(weights, empty, run / "student")
     card = model_card(run, config, True, layout, type(empty).__name__)

@@ -1,6 +1,7 @@
 """`danceopd check-model`: every family draws as its pipeline does, stage by stage; a difference is seen where it is."""
 
 import pytest
+import tiny_dreamlite
 import tiny_flux
 import tiny_flux2
 import tiny_krea2
@@ -33,12 +34,13 @@ MADE = {
     "longcat": tiny_longcat_image.save_tiny,
     "longcat_edit": lambda folder: tiny_longcat_image.save_tiny(folder, edit=True),
     "krea2": tiny_krea2.save_tiny,
+    "dreamlite": tiny_dreamlite.save_tiny,
     "prx": tiny_prx.save_tiny,
     "prx_deep": lambda folder: tiny_prx.save_tiny(folder, deep=True),
 }
 EMBEDS = {"flux", "kontext", "flux2"}  # the guidance, so that there is no other
 DRAW = [family for family in MADE if family not in ("qwen_edit", "longcat_edit")]
-EDIT = ["kontext", "klein", "flux2", "qwen_edit", "qwen_21", "longcat_edit"]
+EDIT = ["kontext", "klein", "flux2", "qwen_edit", "qwen_21", "longcat_edit", "dreamlite"]
 CASES = [(family, "t2i", 1.0) for family in DRAW] + [(family, "edit", 1.0) for family in EDIT]
 CASES += [(family, task, 4.0) for family, task, _ in CASES if family not in EMBEDS]
 
@@ -67,7 +69,7 @@ def small_pictures(monkeypatch):
 
 @pytest.mark.parametrize(("family", "task", "guidance"), CASES)
 def test_every_family_draws_as_its_pipeline_does(folders, family, task, guidance):
-    references = 2 if task == "edit" and family not in ("kontext", "longcat_edit") else 1
+    references = 2 if task == "edit" and family not in ("kontext", "longcat_edit", "dreamlite") else 1
     how = How(task, SIZE, guidance=guidance, references=references)
     stages, first = check_model(folders(family), how, tolerance=2e-5)
     assert first is None

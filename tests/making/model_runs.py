@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_dreamlite
 import tiny_flux
 import tiny_flux2
 import tiny_krea2
@@ -30,6 +31,7 @@ from danceopd.config.sections import Config
 from danceopd.data.cache import Cache, key_of
 from danceopd.data.prepare import prepare
 from danceopd.models.backbones import backbone_of
+from danceopd.models.loading import transformer_folder
 from danceopd.models.lora_files import loads_loras
 from danceopd.models.shared_base import target_layers
 
@@ -51,8 +53,9 @@ MORE = {
     "longcat_edit": lambda folder: tiny_longcat_image.save_tiny(folder, edit=True),
     "krea2": tiny_krea2.save_tiny,
     "prx": tiny_prx.save_tiny,
+    "dreamlite": tiny_dreamlite.save_tiny,
 }
-EDITING = {"kontext", "klein", "qwen_edit", "z_omni", "qwen_21", "longcat_edit"}
+EDITING = {"kontext", "klein", "qwen_edit", "z_omni", "qwen_21", "longcat_edit", "dreamlite"}
 SIZE = 64  # pixels of write_rows' pictures
 PREPARED_SIZE = 32  # pixels of prepare_place's
 
@@ -112,7 +115,7 @@ def write_place(root: Path, family: str) -> Path:
 def save_teacher(model: Path, folder: Path, seed: int) -> None:
     """Writes a random LoRA far from the base, by diffusers; those of all seeds have something in common."""
     pipeline = DiffusionPipeline.from_pretrained(model)
-    transformer = pipeline.transformer
+    transformer = getattr(pipeline, transformer_folder(model).name)
     layers = target_layers(transformer, backbone_of(model).LORA_TARGETS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -22,6 +22,7 @@ from danceopd.core.rollout import rollout_by_route
 from danceopd.data.prepare import fit
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, pipeline_class_of
+from danceopd.models.loading import transformer_folder
 from danceopd.models.lora_files import loads_loras
 from danceopd.models.shared_base import SharedBase
 from danceopd.support.errors import UserError
@@ -48,10 +49,11 @@ DRAWING = {
     "longcat_edit": UNGUIDED,
     "krea2": {"guidance_scale": 0.0},
     "prx": {"guidance_scale": 1.0, "use_resolution_binning": False},
+    "dreamlite": {"guidance_scale": 1.0, "image_guidance_scale": 1.0},
 }
 DISTILLED = {"flux", "kontext"}
 NEEDS_PICTURE = {"qwen_edit", "longcat_edit"}  # pipelines that do not draw without one
-SEE_PICTURES = {"qwen_edit", "z_omni", "qwen_21", "longcat_edit"}  # whose text encoder looks at the source pictures
+SEE_PICTURES = {"qwen_edit", "z_omni", "qwen_21", "longcat_edit", "dreamlite"}  # with their text encoders
 
 
 @pytest.fixture(params=DRAWING)
@@ -108,21 +110,22 @@ def test_end_to_end(place, tmp_path):
         return pipeline(prompt="a cup", generator=torch.Generator().manual_seed(0), output_type="np", **options).images
 
     asked = ([{}] if family not in NEEDS_PICTURE else []) + [{"image": pictures}] * bool(pictures)
+    network = getattr(pipeline, transformer_folder(root / "model").name)
     before = [draw(**options) for options in asked]
-    far = distance(config, pipeline.transformer)
+    far = distance(config, network)
     if loads_loras(type(pipeline)):
         pipeline.load_lora_weights(folder / "student")
     elif family == "prx":  # diffusers gives its transformer no adapters
         merged = export(folder, tmp_path / "merged", merge=True)
-        pipeline.transformer = type(pipeline.transformer).from_pretrained(merged)
+        network = pipeline.transformer = type(network).from_pretrained(merged)
     else:
-        pipeline.transformer.load_lora_adapter(str(folder / "student"), weight_name="pytorch_lora_weights.safetensors")
+        network.load_lora_adapter(str(folder / "student"), weight_name="pytorch_lora_weights.safetensors")
     for options, old in zip(asked, before, strict=True):
         drawn = draw(**options)
         assert np.isfinite(drawn).all()
         assert np.abs(drawn - old).max() > 1e-3
     # What diffusers made of the file answers as the sources do.
-    assert distance(config, pipeline.transformer) < 0.7 * far
+    assert distance(config, network) < 0.7 * far
 
 
 def test_an_edit_needs_a_model_that_edits_and_a_distilled_one_its_number(place, tmp_path):
@@ -142,7 +145,8 @@ def test_an_edit_needs_a_model_that_edits_and_a_distilled_one_its_number(place, 
 def test_missing_weights_are_refused(place, tmp_path):
     _, root = place
     backbone = backbone_of(root / "model")
-    loads = {"transformer": backbone.load_transformer, "vae": backbone.picture_codec}
+    loads = {"vae": backbone.picture_codec}
+    loads |= dict.fromkeys(("transformer", "unet"), backbone.load_transformer)
     parts = [path.name for path in (root / "model").iterdir() if list(path.glob("*.safetensors"))]
     for part in sorted(parts):
         copy = shutil.copytree(root / "model", tmp_path / part)

@@ -17,7 +17,18 @@ from danceopd.models.loading import class_name_of, transformer_folder
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 
-FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image", "longcat_image", "qwen_image_21", "krea2", "prx")
+FAMILIES = (
+    "sd3",
+    "flux",
+    "flux2",
+    "qwen_image",
+    "z_image",
+    "longcat_image",
+    "qwen_image_21",
+    "krea2",
+    "prx",
+    "dreamlite",
+)
 
 
 def pipeline_class_of(folder: Path | str) -> type:
