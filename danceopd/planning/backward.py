@@ -44,6 +44,8 @@ class _AsOnDevice(TorchFunctionMode):
             args, kwargs = tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) else x, (args, kwargs))
         if function is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
+        if function is torch.where and len(args) == 3 and isinstance(args[1], torch.Tensor) and args[1].is_meta:
+            args = (args[0].to("meta"), *args[1:])  # a mask that a transformer reads on the host too
         return function(*args, **kwargs)
 
     def _cast(self, value):

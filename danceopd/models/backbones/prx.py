@@ -23,7 +23,7 @@ from danceopd.support.errors import UserError
 
 PIPELINES = ("PRXPipeline",)
 
-BASE = "prx-512-t2i-sft or prx-1024-t2i"  # released, and not distilled to a few steps
+BASE = "prx-512-t2i-sft"  # released, and not distilled to a few steps
 
 LORA_TARGETS = ("img_qkv_proj", "txt_kv_proj", "to_out.0")  # q, k and v are one layer
 
