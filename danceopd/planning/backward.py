@@ -44,8 +44,6 @@ class _AsOnDevice(TorchFunctionMode):
             args, kwargs = tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) else x, (args, kwargs))
         if function is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if function is torch.where and len(args) == 3 and isinstance(args[1], torch.Tensor) and args[1].is_meta:
-            args = (args[0].to("meta"), *args[1:])  # a mask that a transformer reads on the host too
         return function(*args, **kwargs)
 
     def _cast(self, value):
@@ -60,6 +58,15 @@ class _AsOnDevice(TorchFunctionMode):
     @staticmethod
     def _attend(query, key, value, *_, **__):
         return _Attention.apply(query, key, value)
+
+
+class _HostMasks(TorchFunctionMode):
+    """A mask that a transformer reads on the host has values, and yet chooses among tensors of the meta device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.where and len(args) == 3 and isinstance(args[1], torch.Tensor) and args[1].is_meta:
+            args = (args[0].to("meta"), *args[1:])
+        return function(*args, **(kwargs or {}))
 
 
 class _Adapted(torch.autograd.Function):
@@ -229,7 +236,8 @@ def _forward(student: nn.Module, shape, conditioning: Conditioning, place: str) 
     prompt = tree_map(move, conditioning.prompt)
     source = None if conditioning.source is None else tree_map(move, conditioning.source)
     latents, sigma = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
-    return student(latents, sigma, Conditioning(prompt, source, conditioning.has_source))
+    with _HostMasks():
+        return student(latents, sigma, Conditioning(prompt, source, conditioning.has_source))
 
 
 def _adapted(student: nn.Module, name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
