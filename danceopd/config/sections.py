@@ -72,7 +72,7 @@ class Source(Section):
             folder, or a transformer in one .safetensors file, under diffusers' names or in a layout that it converts.
         lora: Adapters on its transformer, summed.
         guidance_scale: 1 asks the conditional field; any other makes guidance part of the field. Pipelines of Z-Image
-            count their guidance from 0: their g is the guidance_scale 1 + g.
+            and Krea 2 count their guidance from 0: their g is the guidance_scale 1 + g.
         embedded_guidance: As a student's, the number that this source is asked with.
     """
 

@@ -1,10 +1,6 @@
 """Makes diffusers' models velocity fields: one module for each family, named in FAMILIES.
 
-A family's module has PIPELINES, BASE (the released weights that runs start from), LORA_TARGETS, PROMPTS_SEE_PICTURES
-(whether an editing model's text encoder looks at the source pictures), PROMPTS_HAVE_MASKS (docs/lengths.md) and
-MAX_SOURCES (how many of them an editing model takes for one sample), and tasks, load_transformer, text_encoder,
-picture_codec, latent_shape, sigmas and velocity; also combine, where its pipelines have their own guidance, and
-distilled_scheduler, where a scheduler shows distilled weights. danceopd/models/backbones/sd3.py is the plainest.
+docs/adding-a-model.md says what a family's module has; danceopd/models/backbones/sd3.py is the plainest.
 """
 
 import json
@@ -124,8 +120,13 @@ def family_of(pipeline: str) -> ModuleType | None:
 
 def _served() -> dict[str, ModuleType]:
     """Collects the families' modules by the pipelines that they serve."""
+    modules = map(family_module, FAMILIES)
+    return {pipeline: module for module in modules for pipeline in module.PIPELINES}
+
+
+def family_module(family: str) -> ModuleType:
+    """Imports one of FAMILIES; a UserError names a package that is not installed."""
     try:
-        modules = [import_module(f"danceopd.models.backbones.{family}") for family in FAMILIES]
+        return import_module(f"danceopd.models.backbones.{family}")
     except ModuleNotFoundError as error:
         raise UserError(f"diffusers' models need {error.name}; pip install 'danceopd[models]'") from None
-    return {pipeline: module for module in modules for pipeline in module.PIPELINES}
