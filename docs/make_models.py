@@ -1,5 +1,6 @@
 """Writes the table of docs/models.md from the families' modules: python docs/make_models.py, or make docs."""
 
+import math
 import re
 from pathlib import Path
 
@@ -24,16 +25,14 @@ def rows() -> list[list[str]]:
             apart = any(word in other for other in backbone.PIPELINES for word in EDITS)
             edits = backbone.MAX_SOURCES > 0 and (own or not apart)
             alone = name not in getattr(backbone, "EDIT_ONLY", ())
-            count = "any number" if float("inf") == backbone.MAX_SOURCES else str(backbone.MAX_SOURCES)
+            count = "any number" if math.isinf(backbone.MAX_SOURCES) else str(backbone.MAX_SOURCES)
             cls, network = getattr(diffusers, name), network_of(backbone)
             loads = "`load_lora_weights`" if loads_loras(cls) else "`load_lora_adapter` of its network"
             if not hasattr(network, "load_lora_adapter"):
                 loads = "none: merged, by `danceopd export --merge`"
             draws = "yes" if alone else "in training; the pipeline needs a picture"
-            tokens = (
-                f"{backbone.MAX_SEQUENCE_LENGTH}, {'masked' if backbone.PROMPTS_HAVE_MASKS else 'padding attended'}"
-            )
-            found.append([name, draws, "yes" if edits else "no", count if edits else "", tokens, loads, backbone.BASE])
+            padding = "as long as they are" if backbone.PROMPTS_HAVE_MASKS else "padded to one length"
+            found.append([name, draws, "yes" if edits else "no", count if edits else "", padding, loads, backbone.BASE])
     return found
 
 
