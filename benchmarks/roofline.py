@@ -47,7 +47,7 @@ RANK = 128  # of a source's adapter, whose file is not there
 HALF = 2  # bytes of bf16
 # Pixels a latent's side stands for, and what the transformer's in_channels are divided by to give a latent's channels.
 LATENTS = {"sd3": (8, 1), "flux": (8, 4), "flux2": (16, 1), "qwen_image": (8, 4), "z_image": (8, 1)}
-LATENTS |= {"longcat_image": (8, 4), "qwen_image_21": (16, 1), "krea2": (8, 4), "prx": (8, 1)}
+LATENTS |= {"longcat_image": (8, 4), "qwen_image_21": (16, 1), "krea2": (8, 4), "prx": (8, 1), "flux3": (16, 1)}
 MEASURED = {"rollout": "rollout step", "query": "query"}  # benchmark: kind
 NAMES = {"sd35-medium": "sd3.5-medium"}  # of benchmarks.networks: the released network of that size
 

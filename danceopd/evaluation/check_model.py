@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ClassifierFreeGuidance, DiffusionPipeline, ModularPipeline
 from PIL import Image
 
 from danceopd.evaluation.pipelines import call_options, takes
@@ -151,21 +151,32 @@ def _tensor(value: object) -> torch.Tensor | None:
 
 def _by_pipeline(folder: Path, backbone, how: How, pictures: list[Image.Image]) -> Run:
     """Draws as diffusers does."""
-    pipeline = loading.load(DiffusionPipeline, folder, dtype=how.dtype, use_safetensors=True).to(how.device)
-    pipeline.set_progress_bar_config(disable=True)
+    modular = not (folder / "model_index.json").is_file()
+    if modular:
+        blocks = loading.load(ModularPipeline, folder).blocks
+        blocks.sub_blocks.pop("prompt_upsampler", None)  # which has another model write the prompt anew
+        pipeline = blocks.init_pipeline(str(folder))
+        pipeline.load_components(pretrained_model_name_or_path=str(folder), dtype=how.dtype)
+        pipeline.update_components(guider=ClassifierFreeGuidance(guidance_scale=how.guidance))
+        pipeline.to(how.device)
+    else:
+        pipeline = loading.load(DiffusionPipeline, folder, dtype=how.dtype, use_safetensors=True).to(how.device)
+        pipeline.set_progress_bar_config(disable=True)
     run, network = Run(), getattr(pipeline, loading.transformer_folder(folder).name)
     _watch(network, run)
     scale = how.guidance - 1 + getattr(backbone, "UNGUIDED", 1.0)
     if getattr(network.config, "guidance_embeds", False):
         scale = EMBEDDED
-    options = call_options(pipeline, scale, how.size, how.steps, None)
-    if how.guidance != 1 and takes(pipeline, "negative_prompt"):
+    if modular:  # its guidance is a part of it
+        options = {"height": how.size[0], "width": how.size[1], "num_inference_steps": how.steps, "output": "images"}
+    else:
+        options = call_options(pipeline, scale, how.size, how.steps, None) | {"return_dict": False}
+    if not modular and how.guidance != 1 and takes(pipeline, "negative_prompt"):
         options["negative_prompt"] = ""
     if pictures:
         options["image"] = pictures if len(pictures) > 1 else pictures[0]
-    drawn = pipeline(
-        prompt=PROMPT, generator=torch.Generator().manual_seed(SEED), output_type="pt", return_dict=False, **options
-    )[0]
+    drawn = pipeline(prompt=PROMPT, generator=torch.Generator().manual_seed(SEED), output_type="pt", **options)
+    drawn = drawn if modular else drawn[0]
     run.picture = 2 * drawn[0, :3].float().cpu() - 1  # without how opaque it is
     return run
 

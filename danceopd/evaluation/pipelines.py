@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from danceopd.models.backbones import backbone_of, family_of
-from danceopd.models.loading import load, transformer_folder
+from danceopd.models.loading import class_name_of, load, transformer_folder
 from danceopd.models.lora_algebra import merge_into, named_factors
 from danceopd.models.lora_files import load_lora, loads_loras
 from danceopd.support.errors import UserError
@@ -35,6 +35,8 @@ def load_pipeline(
     Raises:
         UserError: The folder is no pipeline, or weights are missing or do not fit.
     """
+    if not (Path(model) / "model_index.json").is_file() and (Path(model) / "modular_model_index.json").is_file():
+        raise UserError(f"{model} is a {class_name_of(model)} of blocks, which is trained here but not evaluated yet")
     part = transformer_folder(model).name
     parts = {part: backbone_of(model).load_transformer(transformer, dtype)} if transformer else {}
     pipeline = load(DiffusionPipeline, model, dtype=dtype, use_safetensors=True, **parts)

@@ -33,7 +33,8 @@ def why_distilled(weights: Path | str, backbone: ModuleType) -> str | None:
     for name in _names(folder, index):
         if found := NAMES.search(name):
             return f"{found[0]!r} in its name {name}"
-        if "is_distilled" not in index and "klein" in name.lower() and "base" not in name.lower():
+        word = getattr(backbone, "DISTILLED_WITHOUT_BASE", None)
+        if word and "is_distilled" not in index and word in name.lower() and "base" not in name.lower():
             return f"its name {name}, without 'base'"
     if len(sigmas := index.get("sample_sigmas") or ()) in range(1, FEW + 1):
         return f"{len(sigmas)} noise levels of its own in its model_index.json"

@@ -38,13 +38,23 @@ def read_json(path: Path | str) -> dict:
         raise UserError(f"{path} is damaged ({error}); copy it again") from None
 
 
+def pipeline_index(folder: Path | str) -> dict:
+    """Reads a pipeline's index: model_index.json, or modular_model_index.json where only that is there.
+
+    Raises:
+        UserError: There is none, or it is damaged.
+    """
+    plain, modular = Path(folder) / "model_index.json", Path(folder) / "modular_model_index.json"
+    return read_json(modular if modular.is_file() and not plain.is_file() else plain)
+
+
 def class_name_of(folder: Path | str, served: tuple[str, ...] = ()) -> str:
-    """Reads the pipeline's class from a folder's model_index.json.
+    """Reads the pipeline's class from a folder's index.
 
     Raises:
         UserError: There is none, or it is not one of `served`, where these are given.
     """
-    name = read_json(Path(folder) / "model_index.json").get("_class_name")
+    name = pipeline_index(folder).get("_class_name")
     if served and name not in served:
         raise UserError(f"{folder} holds a {name}, not one of {', '.join(served)}")
     return str(name)

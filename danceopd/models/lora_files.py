@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
@@ -324,6 +325,8 @@ def loads_loras(pipeline_class: type) -> bool:
     """Returns whether a pipeline of diffusers loads LoRAs of its transformer, or of its UNet, by itself."""
     if not issubclass(pipeline_class, LoraBaseMixin):
         return False
+    if not issubclass(pipeline_class, DiffusionPipeline):  # a modular one, whose parts its blocks name
+        return True
     parts = inspect.signature(pipeline_class).parameters
     return ("transformer" in parts and hasattr(pipeline_class, "transformer_name")) or "unet" in parts
 

@@ -1,6 +1,5 @@
 """Examines the networks and the prepared rows of a diffusers model's run without loading a weight."""
 
-import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,7 @@ from danceopd.models.backbones import backbone_of, meta_transformer, pipeline_cl
 from danceopd.models.blocks import blocks
 from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
-from danceopd.models.loading import check_transformer_file, check_weights, is_file_name
+from danceopd.models.loading import check_transformer_file, check_weights, is_file_name, pipeline_index
 from danceopd.models.lora_algebra import sum_loras
 from danceopd.models.lora_files import load_lora, lora_parameters
 from danceopd.models.precision import PRECISIONS
@@ -245,7 +244,7 @@ def _check_files(config: Config, findings: Findings) -> None:
 
 def _parts(folder: Path) -> str:
     """Says which of a pipeline's parts are there; training itself reads no encoder."""
-    index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+    index = pipeline_index(folder)
     named = [key for key, value in index.items() if isinstance(value, list) and value and value[0]]
     there = [part for part in named if (Path(folder) / part).is_dir()]
     missing = [part for part in named if part not in there]

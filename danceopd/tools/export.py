@@ -19,7 +19,7 @@ from danceopd.config.reading import read_run_config
 from danceopd.config.sections import Config
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
-from danceopd.models.loading import class_name_of, transformer_folder
+from danceopd.models.loading import class_name_of, pipeline_index, transformer_folder
 from danceopd.models.lora_algebra import Lora, named_factors
 from danceopd.models.lora_files import FILES, load_lora, loads_loras, save_lora
 from danceopd.models.saving import save_pretrained
@@ -195,7 +195,7 @@ def hub_id(model: Path) -> str | None:
     cached = [part for part in model.resolve().parts if part.startswith("models--")]
     if cached:
         return cached[-1].removeprefix("models--").replace("--", "/", 1)
-    named = json.loads((model / "model_index.json").read_text(encoding="utf-8")).get("_name_or_path", "")
+    named = pipeline_index(model).get("_name_or_path", "")
     return named if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named) and not Path(named).exists() else None
 
 

@@ -24,6 +24,7 @@ MODELS = {
         9.1,
     ),
     "flux.2-dev": ("flux2", {}, 32.2),
+    "flux.3": ("flux3", {}, 5.54),
     "qwen-image-edit-2509": ("qwen_edit", {}, 20.4),
     "qwen-image-edit-2511": ("qwen_edit", {"zero_cond_t": True}, 20.4),
     "qwen-image-2512": ("qwen", {}, 20.4),
@@ -49,6 +50,7 @@ CLASSES = {  # of diffusers, by family
     "longcat": "LongCatImageTransformer2DModel",
     "longcat_edit": "LongCatImageTransformer2DModel",
     "krea2": "Krea2Transformer2DModel",
+    "flux3": "Flux3Transformer2DModel",
     "prx": "PRXTransformer2DModel",
 }
 
@@ -66,10 +68,12 @@ def prompt_of(family: str, transformer, length: int = 24, slots: int = 0) -> dic
     prompt = {"prompt_embeds": torch.randn(length, *layers, width)}
     if family in ("sd3", "flux", "kontext"):
         prompt["pooled_prompt_embeds"] = torch.randn(sizes.pooled_projection_dim)
-    if family in ("qwen", "qwen_edit", "z", "qwen_21", "longcat_edit", "krea2", "prx", "dreamlite"):
+    if family in ("qwen", "qwen_edit", "z", "qwen_21", "longcat_edit", "krea2", "prx", "dreamlite", "flux3"):
         prompt["prompt_mask"] = torch.ones(length, dtype=torch.bool)
     if family in ("qwen_21", "longcat_edit"):
         prompt["prompt_parts"] = torch.tensor([slots, length - slots])
+    if family == "flux3":
+        prompt["prompt_parts"] = torch.tensor([length])
     if family == "qwen_21":
         prompt["prompt_slots"] = torch.arange(length) < slots
     return prompt

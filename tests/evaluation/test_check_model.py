@@ -4,6 +4,7 @@ import pytest
 import tiny_dreamlite
 import tiny_flux
 import tiny_flux2
+import tiny_flux3
 import tiny_krea2
 import tiny_longcat_image
 import tiny_prx
@@ -35,12 +36,13 @@ MADE = {
     "longcat_edit": lambda folder: tiny_longcat_image.save_tiny(folder, edit=True),
     "krea2": tiny_krea2.save_tiny,
     "dreamlite": tiny_dreamlite.save_tiny,
+    "flux3": tiny_flux3.save_tiny,
     "prx": tiny_prx.save_tiny,
     "prx_deep": lambda folder: tiny_prx.save_tiny(folder, deep=True),
 }
 EMBEDS = {"flux", "kontext", "flux2"}  # the guidance, so that there is no other
 DRAW = [family for family in MADE if family not in ("qwen_edit", "longcat_edit")]
-EDIT = ["kontext", "klein", "flux2", "qwen_edit", "qwen_21", "longcat_edit", "dreamlite"]
+EDIT = ["kontext", "klein", "flux2", "qwen_edit", "qwen_21", "longcat_edit", "dreamlite", "flux3"]
 CASES = [(family, "t2i", 1.0) for family in DRAW] + [(family, "edit", 1.0) for family in EDIT]
 CASES += [(family, task, 4.0) for family, task, _ in CASES if family not in EMBEDS]
 

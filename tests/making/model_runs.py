@@ -12,6 +12,7 @@ import pytest
 import tiny_dreamlite
 import tiny_flux
 import tiny_flux2
+import tiny_flux3
 import tiny_krea2
 import tiny_longcat_image
 import tiny_prx
@@ -20,7 +21,7 @@ import tiny_qwen_image_21
 import tiny_sd3
 import tiny_z_image
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline
+from diffusers import ClassifierFreeGuidance, DiffusionPipeline, Flux2KleinPipeline, ModularPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from released import prompt_of
@@ -54,8 +55,9 @@ MORE = {
     "krea2": tiny_krea2.save_tiny,
     "prx": tiny_prx.save_tiny,
     "dreamlite": tiny_dreamlite.save_tiny,
+    "flux3": tiny_flux3.save_tiny,
 }
-EDITING = {"kontext", "klein", "qwen_edit", "z_omni", "qwen_21", "longcat_edit", "dreamlite"}
+EDITING = {"kontext", "klein", "qwen_edit", "z_omni", "qwen_21", "longcat_edit", "dreamlite", "flux3"}
 SIZE = 64  # pixels of write_rows' pictures
 PREPARED_SIZE = 32  # pixels of prepare_place's
 
@@ -112,9 +114,23 @@ def write_place(root: Path, family: str) -> Path:
 # ------------------------------------------------------------------------ adapters by diffusers, rows by prepare
 
 
+def plain_pipeline(model: Path):
+    """The pipeline of a folder by diffusers alone; FLUX.3's is of blocks, without the one that writes prompts anew."""
+    if (model / "model_index.json").is_file():
+        pipeline = DiffusionPipeline.from_pretrained(model)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+    blocks = ModularPipeline.from_pretrained(str(model)).blocks
+    blocks.sub_blocks.pop("prompt_upsampler")
+    pipeline = blocks.init_pipeline(str(model))
+    pipeline.load_components(dtype=torch.float32)
+    pipeline.update_components(guider=ClassifierFreeGuidance(guidance_scale=1.0))
+    return pipeline
+
+
 def save_teacher(model: Path, folder: Path, seed: int) -> None:
     """Writes a random LoRA far from the base, by diffusers; those of all seeds have something in common."""
-    pipeline = DiffusionPipeline.from_pretrained(model)
+    pipeline = plain_pipeline(model)
     transformer = getattr(pipeline, transformer_folder(model).name)
     layers = target_layers(transformer, backbone_of(model).LORA_TARGETS)
     with torch.random.fork_rng(devices=[]):

@@ -101,7 +101,10 @@ def real(tmp_path_factory):
                 cls(**config).save_config(folder)
             (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"")
             vae = root / "model" / "vae" / "config.json"
-            channels = {"latent_channels": 32 if "flux.2" in model else 16, "z_dim": 64 if "2.1" in model else 16}
+            channels = {
+                "latent_channels": 32 if model[:6] in ("flux.2", "flux.3") else 16,
+                "z_dim": 64 if "2.1" in model else 16,
+            }
             vae.write_text(json.dumps(json.loads(vae.read_text()) | channels))
             finish(root, family, size=1024, rank=128, length=333 if family == "sd3" else 512)
             made[model] = root

@@ -24,6 +24,7 @@ FAMILIES = (
     "krea2",
     "prx",
     "dreamlite",
+    "flux3",
 )
 
 

@@ -28,6 +28,8 @@ PIPELINES = ("Flux2KleinPipeline", "Flux2Pipeline")
 
 BASE = "FLUX.2-klein-base-4B or FLUX.2-klein-base-9B"  # released, and not distilled to a few steps
 
+DISTILLED_WITHOUT_BASE = "klein"  # names with this word and without "base" are of step-distilled weights
+
 PROMPTS_SEE_PICTURES = False
 
 PROMPTS_HAVE_MASKS = False

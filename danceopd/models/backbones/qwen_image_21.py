@@ -5,6 +5,7 @@ must see it at one size. A prompt's length sets where the picture that is drawn 
 forwards of their own.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from danceopd.models import loading
-from danceopd.models.packing import in_whole_batches
+from danceopd.models.packing import each_length, in_whole_batches
 from danceopd.models.prompts import Reader, reader
 
 PIPELINES = ("QwenImage21Pipeline",)
@@ -162,16 +163,11 @@ def velocity(
     Returns:
         [B, C, h, w] in the latents' dtype.
     """
-    mask = prompt.get("prompt_mask")
-    if mask is not None and not in_whole_batches():
-        lengths, result = mask.sum(1), torch.empty_like(latents)
-        for length in sorted(set(lengths.tolist())):
-            rows = (lengths == length).nonzero()[:, 0]
-            own = {name: prompt[name][rows, :length] for name in ("prompt_embeds", "prompt_slots")}
-            part = _ask(transformer, latents[rows], sigma[rows], own, tuple(source[rows] for source in sources))
-            result = result.index_copy(0, rows, part)
-        return result
-    return _ask(transformer, latents, sigma, prompt, sources)
+
+    def ask(*values):
+        return _ask(transformer, *values)
+
+    return (ask if in_whole_batches() else partial(each_length, ask))(latents, sigma, prompt, sources)
 
 
 def _ask(transformer, latents, sigma, prompt, sources) -> torch.Tensor:
