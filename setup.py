@@ -54,6 +54,7 @@ setup(
             "transformers>=5.0",
             "accelerate>=1.0",
             "datasets>=3.0",
+            "ftfy>=6.1",
             "torchao>=0.18",
             "triton>=3.2; platform_system == 'Linux'",
             "pybind11>=2.12",
@@ -61,6 +62,7 @@ setup(
             "flow_matching>=1.0.10",  # one of the kernels' examples; CC BY-NC 4.0, as everything else here is not
         ],
         "models": ["diffusers>=0.42", "transformers>=5.0", "accelerate>=1.0"],
+        "prx": ["ftfy>=6.1"],
         "datasets": ["datasets>=3.0"],
         "8bit": ["bitsandbytes>=0.45", "torchao>=0.18"],
         "deepspeed": ["deepspeed>=0.18,<0.20"],

@@ -47,6 +47,7 @@ RANK = 128  # of a source's adapter, whose file is not there
 HALF = 2  # bytes of bf16
 # Pixels a latent's side stands for, and what the transformer's in_channels are divided by to give a latent's channels.
 LATENTS = {"sd3": (8, 1), "flux": (8, 4), "flux2": (16, 1), "qwen_image": (8, 4), "z_image": (8, 1)}
+LATENTS |= {"longcat_image": (8, 4), "qwen_image_21": (16, 1), "krea2": (8, 4), "prx": (8, 1), "flux3": (16, 1)}
 MEASURED = {"rollout": "rollout step", "query": "query"}  # benchmark: kind
 NAMES = {"sd35-medium": "sd3.5-medium"}  # of benchmarks.networks: the released network of that size
 
@@ -129,7 +130,9 @@ def released(model: str, rank: int | None, edits: bool, resolution: int) -> Work
         raise UserError(f"--resolution: {resolution} pixels are no multiple of {2 * pixels}, which {model} needs")
     side = resolution // pixels
     shape = (transformer.config.in_channels // divisor, side, side)
-    prompt = tree_map(lambda x: x[None], sizes.prompt_of(family, transformer, sizes.PROMPT.get(family, 512)))
+    seen = side**2 // 4 if edits and family == "qwen_21" else 0  # places of the source picture in the prompt
+    length = sizes.PROMPT.get(family, 512) + seen
+    prompt = tree_map(lambda x: x[None], sizes.prompt_of(family, transformer, length, slots=seen))
     prompt = {key: x.bfloat16() if x.is_floating_point() else x for key, x in prompt.items()}
     source = torch.zeros(1, *shape, dtype=torch.bfloat16) if edits else None
 
@@ -341,7 +344,8 @@ def plot(rows: list[dict], cards: Sequence[str], file: Path) -> None:
 def config_paths(names: Sequence[str]) -> list[Path]:
     """Files of configs/models by name, or others by path; all of configs/models if none is named."""
     if not names:
-        return sorted(CONFIGS.glob("*.yaml"))
+        every, sizes = sorted(CONFIGS.glob("*.yaml")), networks.released().MODELS
+        return [path for path in every if sizes[model_of(path)][1] is not None]
     return [Path(name) if name.endswith(".yaml") else CONFIGS / f"{name}.yaml" for name in names]
 
 

@@ -361,6 +361,8 @@ def paper(rank: int = 128) -> list[dict]:
     modules = [import_module(f"danceopd.models.backbones.{family}") for family in FAMILIES]
     rows, seen = [], set()
     for model, (family, config, _) in sizes.MODELS.items():
+        if config is None:
+            continue  # of unknown size
         with torch.device("meta"):
             transformer = getattr(diffusers, sizes.CLASSES[family])(**config)
         network = sum(p.numel() for p in transformer.parameters())

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from danceopd.cli.check_model import add_check_model
 from danceopd.cli.compare import add_compare
 from danceopd.cli.data import add_data
 from danceopd.cli.gedit import add_gedit
@@ -32,6 +33,7 @@ EPILOG = """examples:
   danceopd sample base "a photo of a red car and a blue cup" -o cups.png
   danceopd sources                                               the networks that ship with the package
   danceopd data check my_data/manifest.jsonl                     every problem of a manifest, by line
+  danceopd check-model MODEL                                     does it draw here as in diffusers, stage by stage
 """
 
 
@@ -76,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_sources(commands)
     add_data(commands)
     add_miniature(commands)
+    add_check_model(commands)
     return parser
 
 

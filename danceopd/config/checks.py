@@ -52,6 +52,8 @@ def _check_model(config: Config) -> list[str]:
         of_models[f"training.{key}"] = value if value and value != "fp8" else None
     if config.training.attention_backend != "auto":
         of_models["training.attention_backend"] = config.training.attention_backend
+    if config.allow_distilled_base:
+        of_models["allow_distilled_base"] = True
     for name, source in config.networks().items():
         of_models |= {f"sources.{name}.{key}": getattr(source, key) for key in ("lora", "embedded_guidance")}
     given = [key for key, value in of_models.items() if value not in (None, [])]

@@ -13,6 +13,8 @@ from danceopd.support.hints import did_you_mean
 from danceopd.support.paths import near_path
 from danceopd.support.texts import read_text
 
+EXTENDS = "extends"  # the key of a file that names another one
+
 LARGEST = 100_000  # values of a configuration, those counted again that stand behind an alias
 
 
@@ -20,21 +22,45 @@ def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
     """Reads a YAML file, applies overrides, and checks everything that needs no other file.
 
     Args:
-        path: The file.
+        path: The file; its `extends` may name another one, by a path that starts from its own folder, whose values are
+            its own where it gives no others.
         overrides: `key.sub=value`, each value as YAML.
 
     Raises:
         UserError: Lists every mistake with its key, and for an unknown key the nearest valid one.
     """
-    path = Path(path)
+    return parse_config(_read_file(Path(path), ()), overrides, str(path))
+
+
+def _read_file(path: Path, extended_by: tuple[Path, ...]) -> object:
+    """Reads the values of a file over those of the file that it extends; extended_by: those that led here."""
+    at = f" (which {extended_by[-1]} extends)" if extended_by else ""
+    if path.resolve() in [other.resolve() for other in extended_by]:
+        raise UserError(f"{' extends '.join(map(str, (*extended_by, path)))}: a circle; let one of them extend nothing")
     if not path.exists():
         near = near_path(path) or did_you_mean(path, path.parent.glob("*.y*ml"), "")
-        raise UserError(f"no configuration at {path}{near}")
+        raise UserError(f"no configuration at {path}{at}{near}")
     try:
         raw = read_yaml(read_text(path, "configuration"))
     except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    return parse_config(raw, overrides, str(path))
+        raise UserError(f"cannot read {path}{at}: {error}") from None
+    if at and not isinstance(raw, dict):
+        raise UserError(f"{path}{at} must be a mapping of keys to values, found {type(raw).__name__}")
+    if not isinstance(raw, dict) or EXTENDS not in raw:
+        return raw
+    named = raw.pop(EXTENDS)
+    if not isinstance(named, str) or not named:
+        raise UserError(f"{path}: {EXTENDS} must be the path of one file, found {named!r}")
+    return _over(_read_file(path.parent / os.path.expanduser(named), (*extended_by, path)), raw)
+
+
+def _over(below: dict, above: dict) -> dict:
+    """Lays values over others, in mappings key by key."""
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _over(result[key], value) if both else value
+    return result
 
 
 class _Loader(yaml.SafeLoader):
@@ -127,6 +153,8 @@ def parse_config(raw: dict, overrides: list[str] = (), name: str = "configuratio
     raw = _at_home(raw)  # each part by itself too: an override must not reach what an alias shares
     for override in overrides:
         _override(raw, override)
+    if EXTENDS in raw:
+        raise UserError(f"{name}: {EXTENDS} stands in a file alone, and names one that its values are laid over")
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:

@@ -25,7 +25,7 @@ class NewLora(Section):
     Attributes:
         rank: Number of rows of A.
         alpha: The rank if not given.
-        targets: Ends of the layers' names; those of the model's family if not given.
+        targets: Ends of the layers' names, in which * stands for anything; those of the model's family if not given.
     """
 
     rank: PositiveInt = 128
@@ -74,7 +74,7 @@ class Source(Section):
             folder, or a transformer in one .safetensors file, under diffusers' names or in a layout that it converts.
         lora: Adapters on its transformer, summed.
         guidance_scale: 1 asks the conditional field; any other makes guidance part of the field. Pipelines of Z-Image
-            count their guidance from 0: their g is the guidance_scale 1 + g.
+            and Krea 2 count their guidance from 0: their g is the guidance_scale 1 + g.
         embedded_guidance: As a student's, the number that this source is asked with.
         guided, autoguided, difference, compose, slider, by_sigma, teacher_at: The operators.
         mean: The sources whose mean it is.
@@ -235,6 +235,7 @@ class Config(Section):
 
     Attributes:
         model: The folder of a diffusers pipeline whose transformer is distilled; the embedded network if not given.
+        allow_distilled_base: Goes on without a warning where the `model`, or a source, was distilled to a few steps.
         method: A key of core.methods.METHODS.
         options: The method's own options.
         route: How a sample's capability is chosen: drawn with the weights, in turn, or by weight and velocity error.
@@ -242,6 +243,7 @@ class Config(Section):
     """
 
     model: ModelPath | None = None
+    allow_distilled_base: bool = False
     method: Literal[*METHODS] = "danceopd"
     options: dict[str, Any] = pydantic.Field({})
     route: Literal[*ROUTES] = "random"

@@ -312,7 +312,7 @@ def _check_length(length: int | None, backbone, model: Path) -> int:
         return most
     if not 1 <= length <= most:
         raise UserError(f"max_sequence_length must be from 1 to {most} for {model}, got {length}")
-    if class_name_of(model).startswith("QwenImageEdit"):
+    if all(reader.limit is None for reader in backbone.prompt_readers(model, length)):
         raise UserError(
             f"{model} is a {class_name_of(model)}, which does not cut prompts; leave max_sequence_length out"
         )

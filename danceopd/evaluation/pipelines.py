@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from danceopd.models.backbones import backbone_of
-from danceopd.models.loading import load
-from danceopd.models.lora_algebra import named_factors
-from danceopd.models.lora_files import load_lora
+from danceopd.models.backbones import backbone_of, family_of
+from danceopd.models.loading import class_name_of, load, transformer_folder
+from danceopd.models.lora_algebra import merge_into, named_factors
+from danceopd.models.lora_files import load_lora, loads_loras
 from danceopd.support.errors import UserError
 
 
@@ -25,7 +25,8 @@ def load_pipeline(
 
     Args:
         model: The pipeline's folder.
-        lora: A LoRA's file or folder in any layout that models.lora_files.load_lora reads; it lies beside the weights.
+        lora: A LoRA's file or folder in any layout that models.lora_files.load_lora reads; it lies beside the weights,
+            or is added to them where the pipeline loads no LoRAs.
         transformer: A folder whose transformer takes the place of the pipeline's own.
         device: Where it draws.
         dtype: Of all weights.
@@ -34,37 +35,64 @@ def load_pipeline(
     Raises:
         UserError: The folder is no pipeline, or weights are missing or do not fit.
     """
-    parts = {"transformer": backbone_of(model).load_transformer(transformer, dtype)} if transformer else {}
+    if not (Path(model) / "model_index.json").is_file() and (Path(model) / "modular_model_index.json").is_file():
+        raise UserError(f"{model} is a {class_name_of(model)} of blocks, which is trained here but not evaluated yet")
+    part = transformer_folder(model).name
+    parts = {part: backbone_of(model).load_transformer(transformer, dtype)} if transformer else {}
     pipeline = load(DiffusionPipeline, model, dtype=dtype, use_safetensors=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
-        part = "transformer" if hasattr(pipeline, "transformer") else "unet"
-        factors = named_factors(load_lora(lora, getattr(pipeline, part), type(pipeline)), f"{part}.")
-        pipeline.load_lora_weights(factors)
+        network = getattr(pipeline, part)
+        factors = load_lora(lora, network, type(pipeline))
+        if loads_loras(type(pipeline)):
+            pipeline.load_lora_weights(named_factors(factors, f"{part}."))
+        else:
+            merge_into(network, factors)
     if offload:
         pipeline.enable_model_cpu_offload(device=device)
         return pipeline
     return pipeline.to(device)
 
 
-def guidance_options(pipeline: DiffusionPipeline, guidance_scale: float | None) -> dict:
-    """Returns the arguments that guide a pipeline's call at a scale, or as it does by itself where that is None."""
-    if type(pipeline).__name__.startswith("QwenImage"):  # whose guidance needs a negative prompt, else there is none
-        scale = {} if guidance_scale is None else {"true_cfg_scale": guidance_scale}
-        return {**scale, "negative_prompt": " "} if guidance_scale is None or guidance_scale > 1 else scale
-    return {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+def call_options(
+    pipeline: DiffusionPipeline,
+    guidance_scale: float | None,
+    size: tuple[int, int] | None,
+    num_inference_steps: int | None,
+    max_sequence_length: int | None,
+) -> dict:
+    """Collects the arguments of a pipeline's call; what is None is left to the pipeline.
 
+    Args:
+        pipeline: The pipeline.
+        guidance_scale: As its family counts it.
+        size: (height, width) in pixels.
+        num_inference_steps: Steps.
+        max_sequence_length: Tokens of a prompt.
 
-def prompt_options(pipeline: DiffusionPipeline, max_sequence_length: int | None) -> dict:
-    """Returns the argument that sets the tokens of a prompt, none where that is None.
+    Returns:
+        The arguments by name.
 
-    Raises UserError where the pipeline has no such argument.
+    Raises:
+        UserError: The pipeline has no number of tokens to set.
     """
-    if max_sequence_length is None:
-        return {}
-    if not takes(pipeline, "max_sequence_length"):
-        raise UserError(f"a {type(pipeline).__name__} takes no max_sequence_length; leave it out")
-    return {"max_sequence_length": max_sequence_length}
+    family = family_of(type(pipeline).__name__)
+    own = getattr(family, "call_options", _call_options)
+    options = own(type(pipeline).__name__, guidance_scale, size)
+    if num_inference_steps is not None:
+        options["num_inference_steps"] = num_inference_steps
+    if max_sequence_length is not None:
+        argument = getattr(family, "LENGTH_ARGUMENT", "max_sequence_length")
+        if not takes(pipeline, argument):
+            raise UserError(f"a {type(pipeline).__name__} takes no max_sequence_length; leave it out")
+        options[argument] = max_sequence_length
+    return options
+
+
+def _call_options(name: str, guidance_scale: float | None, size: tuple[int, int] | None) -> dict:
+    """Returns the arguments as most pipelines call them."""
+    options = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    return options if size is None else options | {"height": size[0], "width": size[1]}
 
 
 def takes(pipeline: DiffusionPipeline, argument: str) -> bool:

@@ -16,8 +16,15 @@ MAIN = (
 
 
 def block_lists(network: nn.Module) -> dict[str, nn.ModuleList]:
-    """Returns the lists of repeated blocks at a network's top, by name: diffusers' transformers have one or two."""
-    return {name: child for name, child in network.named_children() if isinstance(child, nn.ModuleList)}
+    """Returns the lists of repeated blocks at a network's top, by name: most of diffusers' have one or two.
+
+    FLUX.3's has a list for each kind of token, in a dict.
+    """
+    found = {}
+    for name, child in network.named_children():
+        inside = {f"{name}.{key}": part for key, part in child.items()} if isinstance(child, nn.ModuleDict) else {}
+        found |= {key: part for key, part in ({name: child} | inside).items() if isinstance(part, nn.ModuleList)}
+    return found
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

@@ -38,13 +38,23 @@ def read_json(path: Path | str) -> dict:
         raise UserError(f"{path} is damaged ({error}); copy it again") from None
 
 
+def pipeline_index(folder: Path | str) -> dict:
+    """Reads a pipeline's index: model_index.json, or modular_model_index.json where only that is there.
+
+    Raises:
+        UserError: There is none, or it is damaged.
+    """
+    plain, modular = Path(folder) / "model_index.json", Path(folder) / "modular_model_index.json"
+    return read_json(modular if modular.is_file() and not plain.is_file() else plain)
+
+
 def class_name_of(folder: Path | str, served: tuple[str, ...] = ()) -> str:
-    """Reads the pipeline's class from a folder's model_index.json.
+    """Reads the pipeline's class from a folder's index.
 
     Raises:
         UserError: There is none, or it is not one of `served`, where these are given.
     """
-    name = read_json(Path(folder) / "model_index.json").get("_class_name")
+    name = pipeline_index(folder).get("_class_name")
     if served and name not in served:
         raise UserError(f"{folder} holds a {name}, not one of {', '.join(served)}")
     return str(name)
@@ -93,9 +103,11 @@ def load_transformer(cls: type, folder: Path | str, dtype: torch.dtype) -> nn.Mo
 
 
 def transformer_folder(folder: Path | str) -> Path:
-    """Returns a pipeline folder's transformer, or a transformer folder itself."""
+    """Returns a pipeline folder's transformer or UNet, or such a folder itself."""
     folder = Path(folder)
-    return folder if (folder / "config.json").is_file() else folder / "transformer"
+    if (folder / "config.json").is_file():
+        return folder
+    return folder / ("unet" if (folder / "unet").is_dir() else "transformer")
 
 
 def input_dtype(transformer: nn.Module) -> torch.dtype:
@@ -323,6 +335,78 @@ def picture_codec(folder: Path | str, device: torch.device | str, dtype: torch.d
         return vae.decode(latents.to(device, dtype) / scale + shift, return_dict=False)[0].clamp(-1, 1)
 
     return encode, decode
+
+
+def film_codec(
+    cls: type, folder: Path | str, device: torch.device | str, dtype: torch.dtype
+) -> tuple[Callable, Callable]:
+    """Loads a pipeline's VAE of films, to which a picture is a film of one frame.
+
+    Args:
+        cls: The VAE's class, whose configuration has latents_mean and latents_std.
+        folder: The pipeline's.
+        device, dtype: Of the VAE.
+
+    Returns:
+        encode(pictures [n, c, H, W]) -> latents [n, C, h, w], the mode of the posterior, normalised, and its inverse,
+        on `device` in `dtype`, without gradient.
+
+    Raises:
+        UserError: The VAE is missing.
+    """
+    vae = load_model(cls, Path(folder) / "vae", dtype).to(device)
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(device, dtype)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(device, dtype)
+
+    @torch.no_grad()
+    def encode(pictures: torch.Tensor) -> torch.Tensor:
+        return ((vae.encode(pictures.to(device, dtype)[:, :, None]).latent_dist.mode() - mean) / std)[:, :, 0]
+
+    @torch.no_grad()
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return vae.decode(latents.to(device, dtype)[:, :, None] * std + mean).sample[:, :, 0]
+
+    return encode, decode
+
+
+def latent_shape(folder: Path | str, height: int, width: int, patch: int = 1) -> tuple[int, int, int]:
+    """Works out the shape of a picture's latents by the configuration of a pipeline's AutoencoderKL.
+
+    Args:
+        folder: The pipeline's.
+        height, width: In pixels.
+        patch: Side of the transformer's patches, in latents.
+
+    Returns:
+        (C, h, w).
+
+    Raises:
+        UserError: The sides are no multiples of a patch's, or the VAE is missing.
+    """
+    config = read_json(Path(folder) / "vae" / "config.json")
+    scale = 2 ** (len(config["block_out_channels"]) - 1)
+    check_size(height, width, patch * scale)
+    return config["latent_channels"], height // scale, width // scale
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raises UserError if height or width is no positive multiple of a number of pixels."""
+    if height < 1 or width < 1 or height % multiple or width % multiple:
+        raise UserError(f"height and width must be multiples of {multiple}, got {height} x {width}")
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Packs latents [B, C, h, w] as tokens [B, h w / 4, 4 C] of 2 x 2 patches."""
+    batch, channels, height, width = latents.shape  # not by pixel_unshuffle, which gets an empty batch wrong
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height * width // 4, 4 * channels)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Inverts pack, for latents of this height and width."""
+    batch, _, channels = tokens.shape
+    patches = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, channels // 4, height, width)
 
 
 def load_tokenizer(cls: type, path: Path | str):

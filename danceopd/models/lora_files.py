@@ -1,5 +1,6 @@
 """Reads LoRA files in any layout that diffusers converts, and writes adapters as it does."""
 
+import inspect
 import json
 import os
 import re
@@ -10,7 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
+from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -215,7 +218,7 @@ def _convert(
         # Copies, since some converters multiply in place.
         copies = {key: leaves[key].clone() if key in leaves else value for key, value in raw.items()}
         try:
-            converted = pipeline_class.lora_state_dict(copies)
+            converted = _loader(pipeline_class).lora_state_dict(copies)
         except Exception as error:  # of any kind: the converters assume what they expect
             if "meta tensor" in str(error):  # read by its header alone, and the converter asks for values
                 raise
@@ -318,8 +321,29 @@ def _unknown(
     )
 
 
+def loads_loras(pipeline_class: type) -> bool:
+    """Returns whether a pipeline of diffusers loads LoRAs of its transformer, or of its UNet, by itself."""
+    if not issubclass(pipeline_class, LoraBaseMixin):
+        return False
+    if not issubclass(pipeline_class, DiffusionPipeline):  # a modular one, whose parts its blocks name
+        return True
+    parts = inspect.signature(pipeline_class).parameters
+    return ("transformer" in parts and hasattr(pipeline_class, "transformer_name")) or "unet" in parts
+
+
+def _loader(pipeline_class: type) -> type:
+    """Returns the class that reads and writes a pipeline's LoRAs.
+
+    For a pipeline without one that is a plain one, which converts nothing and names layers as all others do, so that
+    the transformer's own load_lora_adapter takes its file.
+    """
+    return pipeline_class if loads_loras(pipeline_class) else CogVideoXLoraLoaderMixin
+
+
 def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
     """Writes an adapter as the pipeline's own save_lora_weights does, so that load_lora_weights takes it; atomically.
+
+    Of a pipeline that loads no LoRAs the transformer's load_lora_adapter takes it.
 
     Raises:
         UserError: It cannot be written.
@@ -330,7 +354,7 @@ def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
         shutil.rmtree(left, ignore_errors=True)
     with TemporaryDirectory(dir=folder, prefix=BEING_WRITTEN) as temporary:
         try:
-            pipeline_class.save_lora_weights(
+            _loader(pipeline_class).save_lora_weights(
                 temporary, transformer_lora_layers=named_factors(lora), safe_serialization=True
             )
         except SafetensorError as error:  # a full disk, which for safetensors is no OSError

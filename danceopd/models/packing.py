@@ -125,6 +125,38 @@ def _sources(conditioning: Conditioning) -> tuple[torch.Tensor, ...]:
     return () if source is None else source if isinstance(source, tuple) else (source,)
 
 
+def each_length(
+    ask: Callable, latents: torch.Tensor, sigma: torch.Tensor, prompt: dict, sources: tuple
+) -> torch.Tensor:
+    """Asks for the samples of each length of prompt by themselves, where a prompt's length changes the result.
+
+    Args:
+        ask: ``ask(latents, sigma, prompt, sources)`` makes one forward of prompts of one length, without a mask.
+        latents: Float tensor [B, C, h, w].
+        sigma: Float tensor [B].
+        prompt: A prompt's dict; without a ``prompt_mask`` all are of one length.
+        sources: The source pictures' latents, each [B, C, h, w].
+
+    Returns:
+        The velocity [B, C, h, w].
+    """
+    if "prompt_mask" not in prompt:
+        return ask(latents, sigma, prompt, sources)
+    lengths, result = prompt["prompt_mask"].sum(1), torch.empty_like(latents)
+    for length in sorted(set(lengths.tolist())):
+        rows = (lengths == length).nonzero()[:, 0]
+        own = with_length({name: value[rows] for name, value in prompt.items()}, length)
+        del own["prompt_mask"]
+        part = ask(latents[rows], sigma[rows], own, tuple(source[rows] for source in sources))
+        result = result.index_copy(0, rows, part)
+    return result
+
+
+def in_whole_batches() -> bool:
+    """Tells whether prompts of different length are to be one forward here, since ranks agree on their number."""
+    return _whole.get()
+
+
 @contextmanager
 def whole_batches() -> Iterator[None]:
     """Makes prompts of different length one forward inside, where ranks agree on the number of forwards.

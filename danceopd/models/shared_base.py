@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -160,11 +161,11 @@ class SharedBase:
 
 
 def target_layers(transformer: nn.Module, targets: Sequence[str], every: bool = True) -> list[str]:
-    """Finds the linear layers whose names end in one of the targets, at a dot.
+    """Finds the linear layers whose names end in one of the targets, at a dot; a * in a target stands for anything.
 
     Args:
         transformer: The transformer.
-        targets: Ends of names, such as ``attn.to_q``.
+        targets: Ends of names, such as ``attn.to_q`` or ``transformer_blocks.*.attn.to_q``.
         every: Whether each target must be found; else one of them.
 
     Returns:
@@ -174,7 +175,7 @@ def target_layers(transformer: nn.Module, targets: Sequence[str], every: bool = 
         UserError: For a target that no layer has, or if not `every` one must be found, where none has any.
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    found = {target: [n for n in linear if n == target or n.endswith(f".{target}")] for target in targets}
+    found = {target: [n for n in linear if fnmatchcase(f".{n}", f"*.{target}")] for target in targets}
     unmatched = [target for target, names in found.items() if not names]
     if unmatched and (every or len(unmatched) == len(targets)):
         ends = sorted({name.rsplit(".", 1)[-1] for name in linear})

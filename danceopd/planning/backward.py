@@ -60,6 +60,15 @@ class _AsOnDevice(TorchFunctionMode):
         return _Attention.apply(query, key, value)
 
 
+class _HostMasks(TorchFunctionMode):
+    """A mask that a transformer reads on the host has values, and yet chooses among tensors of the meta device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.where and len(args) == 3 and isinstance(args[1], torch.Tensor) and args[1].is_meta:
+            args = (args[0].to("meta"), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
 class _Adapted(torch.autograd.Function):
     """A linear layer with an adapter, which keeps what the kernel keeps: its input, that times A, and the weight."""
 
@@ -227,7 +236,8 @@ def _forward(student: nn.Module, shape, conditioning: Conditioning, place: str) 
     prompt = tree_map(move, conditioning.prompt)
     source = None if conditioning.source is None else tree_map(move, conditioning.source)
     latents, sigma = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
-    return student(latents, sigma, Conditioning(prompt, source, conditioning.has_source))
+    with _HostMasks():
+        return student(latents, sigma, Conditioning(prompt, source, conditioning.has_source))
 
 
 def _adapted(student: nn.Module, name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

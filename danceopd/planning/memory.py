@@ -27,6 +27,7 @@ class Findings:
 
     Attributes:
         problems: What keeps the run from starting, each as "key: message".
+        warnings: What lets it start, and should be mended, in the same way.
         found: Lines about files.
         parameters: Number of parameters by network.
         memory: Bytes of one rank by term, and how they come about.
@@ -42,6 +43,7 @@ class Findings:
     """
 
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)
     memory: dict[str, tuple[float, str]] = field(default_factory=dict)
@@ -90,6 +92,8 @@ class Findings:
             lines.append(f"  {'total':34s} {sum(self.evaluations.values()):10.1f}")
         if self.grid:
             lines.append(f"  a sample grid: {self.grid[0]}, and {self.grid[1]} of its sources for the first")
+        if self.warnings:
+            lines += ["", *(f"warning: {warning}" for warning in self.warnings)]
         if self.problems:
             lines += ["", "this run cannot start:", *(f"  {problem}" for problem in self.problems)]
         return "\n".join(lines).lstrip("\n")

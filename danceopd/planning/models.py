@@ -1,6 +1,5 @@
 """Examines the networks and the prepared rows of a diffusers model's run without loading a weight."""
 
-import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,7 @@ from danceopd.models.backbones import backbone_of, meta_transformer, pipeline_cl
 from danceopd.models.blocks import blocks, main_blocks
 from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
-from danceopd.models.loading import check_transformer_file, check_weights, is_file_name
+from danceopd.models.loading import check_transformer_file, check_weights, is_file_name, pipeline_index
 from danceopd.models.lora_algebra import sum_loras
 from danceopd.models.lora_files import load_lora, lora_parameters
 from danceopd.models.precision import PRECISIONS
@@ -33,6 +32,7 @@ from danceopd.planning.memory import (
     nbytes,
 )
 from danceopd.support.errors import UserError
+from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.build import run_attention
 from danceopd.training.assembly.networks import start_folder, student_layers
 from danceopd.training.assembly.samples import check_decoder, model_samples, rows_of
@@ -55,6 +55,7 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     if backbone is None:
         _check_files(config, findings)
         return
+    findings.warnings += distilled_bases(config, backbone)
     samples = model_samples(config, backbone, attempt)
     findings.found.append(_parts(config.model))
     if device:
@@ -252,7 +253,7 @@ def _check_files(config: Config, findings: Findings) -> None:
 
 def _parts(folder: Path) -> str:
     """Says which of a pipeline's parts are there; training itself reads no encoder."""
-    index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+    index = pipeline_index(folder)
     named = [key for key, value in index.items() if isinstance(value, list) and value and value[0]]
     there = [part for part in named if (Path(folder) / part).is_dir()]
     missing = [part for part in named if part not in there]

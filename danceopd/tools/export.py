@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import diffusers
 import torch
 import yaml
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -19,9 +20,9 @@ from danceopd.config.reading import read_run_config
 from danceopd.config.sections import Config
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
-from danceopd.models.loading import class_name_of
+from danceopd.models.loading import class_name_of, pipeline_index, transformer_folder
 from danceopd.models.lora_algebra import Lora, named_factors
-from danceopd.models.lora_files import FILES, load_lora, save_lora
+from danceopd.models.lora_files import FILES, load_lora, loads_loras, save_lora
 from danceopd.models.saving import save_pretrained
 from danceopd.models.weights import check_fits, of_folder, plus
 from danceopd.report.tables import format_markdown
@@ -77,7 +78,7 @@ def export(run: Path, output: Path, merge: bool = False, layout: str = "diffuser
     card = model_card(run, config, merge, layout, type(empty).__name__)
     with new_folder(output) as folder:
         if merge:
-            base = config.model / "transformer"
+            base = transformer_folder(config.model)
             save_pretrained(empty, plus(of_folder(base), lora), folder, stored_dtype(base))
         elif layout == "diffusers":
             save_lora(lora, folder, pipeline_class)
@@ -91,7 +92,7 @@ def export(run: Path, output: Path, merge: bool = False, layout: str = "diffuser
 def _export_full(run: Path, output: Path, config: Config, layout: str) -> Path:
     if layout != "diffusers":
         raise UserError(f"{run} trained all weights; {layout} is a layout of adapters: leave out --layout")
-    empty, dtype = empty_transformer(run / "student"), stored_dtype(config.model / "transformer")
+    empty, dtype = empty_transformer(run / "student"), stored_dtype(transformer_folder(config.model))
     weights = of_folder(run / "student")
     check_fits(weights, empty, run / "student")
     card = model_card(run, config, True, layout, type(empty).__name__)
@@ -195,7 +196,7 @@ def hub_id(model: Path) -> str | None:
     cached = [part for part in model.resolve().parts if part.startswith("models--")]
     if cached:
         return cached[-1].removeprefix("models--").replace("--", "/", 1)
-    named = json.loads((model / "model_index.json").read_text(encoding="utf-8")).get("_name_or_path", "")
+    named = pipeline_index(model).get("_name_or_path", "")
     return named if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named) and not Path(named).exists() else None
 
 
@@ -203,6 +204,11 @@ def _usage(base: str, name: str, transformer_class: str, merge: bool, layout: st
     if layout == "kohya":
         return f"`{FILES[1]}` has kohya's names: for ComfyUI and the trainers that read them, and for diffusers."
     classes = f"{name}, {transformer_class}" if merge else name
+    load = 'pipeline.load_lora_weights("THIS_FOLDER")'
+    if not loads_loras(getattr(diffusers, name)):
+        load = f'pipeline.transformer.load_lora_adapter("THIS_FOLDER", weight_name="{FILES[1]}")'
+    if not merge and not hasattr(getattr(diffusers, transformer_class), "load_lora_adapter"):
+        return "diffusers gives this transformer no adapters: write it merged, by `danceopd export --merge`."
     lines = ["import torch", f"from diffusers import {classes}", ""]
     if merge:
         lines += [
@@ -212,7 +218,7 @@ def _usage(base: str, name: str, transformer_class: str, merge: bool, layout: st
     else:
         lines += [
             f'pipeline = {name}.from_pretrained("{base}", torch_dtype=torch.bfloat16)',
-            'pipeline.load_lora_weights("THIS_FOLDER")',
+            load,
         ]
     return "```python\n" + "\n".join(lines) + "\n```"
 

@@ -275,7 +275,7 @@ def fields_of(
     transformer = backbone.load_transformer(config.model, PRECISIONS[config.training.precision]).to(device)
     shared = SharedBase(transformer, list(adapters.values()), backbone.velocity)
     scale = next(iter(config.capabilities.values())).student_guidance_scale
-    combination = getattr(backbone, "combine", None)
+    combination = combine_of(model)
     return {name: guided(shared.field(i), empty_prompt, scale, combination) for i, name in enumerate(adapters)}
 
 

@@ -416,7 +416,7 @@ def train(
     if (ranks.size > 1 and inspect.isclass(METHODS[config.method])) or (settings and "ema" in needs(config.method)):
         raise UserError(f"method: {config.method} runs in one process; start the run without a launcher and DeepSpeed")
     parts, first = agreed(ranks, build, config, ranks, settings), ranks.rank == 0
-    for line in parts.samples.never_drawn if first else ():
+    for line in parts.warnings if first else ():
         print(f"warning: {line}")
     if parts.device.type == "cpu":
         keep_freed_memory()

@@ -18,7 +18,8 @@ from danceopd.models.loading import transformer_folder
 from danceopd.support.errors import UserError
 from danceopd.training.checkpoints import Checkpoint
 
-# Of `training`, what may change between a run and its resumption; paths may too, and all of `evaluation`.
+# Of `training`, what may change between a run and its resumption; paths may too, all of `evaluation`, and
+# `allow_distilled_base`.
 MAY_CHANGE = (
     # how far it goes, and how fast it learns
     "max_steps",
@@ -61,6 +62,7 @@ def identity(config: Config) -> dict:
     """
     values, contents = config.to_dict(), {}
     values.pop("evaluation")
+    values.pop("allow_distilled_base")
     values["training"] = {k: v for k, v in values["training"].items() if k not in MAY_CHANGE}
     for keys, digest in _contents(config):
         place = values

@@ -77,6 +77,14 @@ def tiny_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGene
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def tiny_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
+    """What shows pictures to the text encoder."""
+    readers = {"image_processor": Qwen2VLImageProcessor(), "tokenizer": tokenizer}
+    if is_torchvision_available():
+        readers["video_processor"] = Qwen2VLVideoProcessor()
+    return Qwen2VLProcessor(**readers)
+
+
 def save_tiny(folder, seed: int = 0, edit: bool = False) -> Path:
     """Save a whole pipeline folder: QwenImagePipeline, or QwenImageEditPlusPipeline if `edit`.
 
@@ -113,10 +121,7 @@ def save_tiny(folder, seed: int = 0, edit: bool = False) -> Path:
         "tokenizer": tokenizer,
     }
     if edit:
-        readers = {"image_processor": Qwen2VLImageProcessor(), "tokenizer": tokenizer}
-        if is_torchvision_available():
-            readers["video_processor"] = Qwen2VLVideoProcessor()
-        parts["processor"] = Qwen2VLProcessor(**readers)
+        parts["processor"] = tiny_processor(tokenizer)
     pipeline = (QwenImageEditPlusPipeline if edit else QwenImagePipeline)(**parts)
     pipeline.save_pretrained(folder)
     return Path(folder)

@@ -99,5 +99,5 @@ def _components(seed, siglip_size):
         "vae": _random(vae),
         "text_encoder": _random(Qwen3Model(text_config)),
         "tokenizer": tokenizer,
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
     }

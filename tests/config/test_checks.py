@@ -27,6 +27,7 @@ from config_mistakes import mistakes
         ("training.seed.x=1", ["seed holds a value"]),
         ("training=3", ["training"]),
         ("sources={}", ["sources"]),
+        ("allow_distilled_base=true", ["allow_distilled_base: is for a model's"]),
     ],
 )
 def test_a_mistake_is_named(override, says):

@@ -94,3 +94,57 @@ def test_a_marked_file_and_one_in_another_case(tmp_path):
     assert load_config(path) == load_config(DEMO)
     with pytest.raises(UserError, match=r"there is .*run\.yaml, with other upper and lower case"):
         load_config(tmp_path / "Run.yaml")
+
+
+def write_chain(folder, **files):
+    for name, text in files.items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_a_file_extends_another_key_by_key(tmp_path):
+    write_chain(
+        tmp_path,
+        one="extends: below/two.yaml\ntraining: {seed: 5}\ncapabilities: {edit: {weight: 3}}\n",
+        **{"below/two": "extends: ../three.yaml\ntraining: {seed: 4, max_steps: 7}\n"},
+        three=Path(DEMO).read_text(),
+    )
+    config, demo = load_config(tmp_path / "one.yaml", ["training.batch_size=8"]), load_config(DEMO)
+    assert (config.training.seed, config.training.max_steps, config.training.batch_size) == (5, 7, 8)
+    assert config.capabilities["edit"].weight == 3
+    assert config.capabilities["edit"].data == demo.capabilities["edit"].data
+    assert config.sources == demo.sources
+    assert parse_config(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"one": "extends: oen.yaml"}, r"no configuration at .*oen\.yaml \(which .*one\.yaml extends\); did you mean"),
+        ({"one": "extends: [two.yaml]"}, r"one\.yaml: extends must be the path of one file, found \['two\.yaml'\]"),
+        ({"one": "extends: 3"}, r"one\.yaml: extends must be the path of one file, found 3"),
+        ({"one": "extends: one.yaml"}, r"one\.yaml extends .*one\.yaml: a circle"),
+        (
+            {"one": "extends: two.yaml", "two": "extends: one.yaml"},
+            r"one\.yaml extends .*two\.yaml extends .*one\.yaml: a circle",
+        ),
+        ({"one": "extends: two.yaml", "two": "- 1"}, r"two\.yaml \(which .*one\.yaml extends\) must be a mapping"),
+        ({"one": "extends: two.yaml", "two": "a: [1"}, r"cannot read .*two\.yaml \(which .*one\.yaml extends\)"),
+        (
+            {"one": "extends: two.yaml\ntrainning: {seed: 1}", "two": "training: {output_dir: x}"},
+            r"one\.yaml has .*mistakes[\s\S]*trainning: unknown key",
+        ),
+    ],
+)
+def test_what_is_wrong_with_what_a_file_extends_is_said(tmp_path, files, said):
+    write_chain(tmp_path, **files)
+    with pytest.raises(UserError, match=said):
+        load_config(tmp_path / "one.yaml")
+
+
+def test_values_and_overrides_extend_nothing(tmp_path):
+    for values, overrides in (({"extends": "a.yaml"}, []), ({}, ["extends=a.yaml"])):
+        with pytest.raises(UserError, match="extends stands in a file alone"):
+            parse_config(values, overrides)

@@ -7,7 +7,7 @@ import tiny_qwen_image
 import tiny_sd3
 import tiny_z_image
 
-from danceopd.data.prompt_limits import look_at_prompts, prompt_notes, readers_of
+from danceopd.data.prompt_limits import look_at_prompts, prompt_notes
 from danceopd.models.backbones import backbone_of
 
 MODELS = {
@@ -26,7 +26,7 @@ AFTER = 80  # letters that the templates put behind a prompt at most, where a le
 def test_a_prompt_is_cut_where_its_end_makes_no_difference(tmp_path, name):
     model = MODELS[name](tmp_path)
     backbone = backbone_of(model)
-    limit = max(reader.limit for reader in readers_of(backbone, model, backbone.MAX_SEQUENCE_LENGTH))
+    limit = max(reader.limit for reader in backbone.prompt_readers(model, backbone.MAX_SEQUENCE_LENGTH))
     prompts = ["ab" * (n // 2) + "c" * (n % 2) for n in range(limit + 5)]
     found, limits = look_at_prompts(backbone, model, prompts, backbone.MAX_SEQUENCE_LENGTH)
     everywhere = [prompt for prompt in prompts if len(found.get(prompt, {}).get("cut", ())) == len(limits)]

@@ -9,14 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_dreamlite
 import tiny_flux
 import tiny_flux2
+import tiny_flux3
+import tiny_krea2
+import tiny_longcat_image
+import tiny_prx
 import tiny_qwen_image
+import tiny_qwen_image_21
 import tiny_sd3
 import tiny_z_image
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline
-from peft import LoraConfig
+from diffusers import ClassifierFreeGuidance, DiffusionPipeline, Flux2KleinPipeline, ModularPipeline
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from released import prompt_of
 from safetensors.torch import save_file
@@ -26,6 +32,8 @@ from danceopd.config.sections import Config
 from danceopd.data.cache import Cache, key_of
 from danceopd.data.prepare import prepare
 from danceopd.models.backbones import backbone_of
+from danceopd.models.loading import transformer_folder
+from danceopd.models.lora_files import loads_loras
 from danceopd.models.shared_base import target_layers
 
 FAMILIES = {
@@ -38,8 +46,18 @@ FAMILIES = {
     "qwen_edit": lambda folder: tiny_qwen_image.save_tiny(folder, edit=True),
     "z": tiny_z_image.save_tiny,
 }
-OMNI = {"z_omni": tiny_z_image.save_tiny_omni}
-EDITING = {"kontext", "klein", "qwen_edit", "z_omni"}
+# Those whose own way from files to files is tested, and what their transformers share with the others is not again.
+MORE = {
+    "z_omni": tiny_z_image.save_tiny_omni,
+    "qwen_21": tiny_qwen_image_21.save_tiny,
+    "longcat": tiny_longcat_image.save_tiny,
+    "longcat_edit": lambda folder: tiny_longcat_image.save_tiny(folder, edit=True),
+    "krea2": tiny_krea2.save_tiny,
+    "prx": tiny_prx.save_tiny,
+    "dreamlite": tiny_dreamlite.save_tiny,
+    "flux3": tiny_flux3.save_tiny,
+}
+EDITING = {"kontext", "klein", "qwen_edit", "z_omni", "qwen_21", "longcat_edit", "dreamlite", "flux3"}
 SIZE = 64  # pixels of write_rows' pictures
 PREPARED_SIZE = 32  # pixels of prepare_place's
 
@@ -96,14 +114,28 @@ def write_place(root: Path, family: str) -> Path:
 # ------------------------------------------------------------------------ adapters by diffusers, rows by prepare
 
 
+def plain_pipeline(model: Path):
+    """The pipeline of a folder by diffusers alone; FLUX.3's is of blocks, without the one that writes prompts anew."""
+    if (model / "model_index.json").is_file():
+        pipeline = DiffusionPipeline.from_pretrained(model)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+    blocks = ModularPipeline.from_pretrained(str(model)).blocks
+    blocks.sub_blocks.pop("prompt_upsampler")
+    pipeline = blocks.init_pipeline(str(model))
+    pipeline.load_components(dtype=torch.float32)
+    pipeline.update_components(guider=ClassifierFreeGuidance(guidance_scale=1.0))
+    return pipeline
+
+
 def save_teacher(model: Path, folder: Path, seed: int) -> None:
     """Writes a random LoRA far from the base, by diffusers; those of all seeds have something in common."""
-    pipeline = DiffusionPipeline.from_pretrained(model)
-    transformer = pipeline.transformer
+    pipeline = plain_pipeline(model)
+    transformer = getattr(pipeline, transformer_folder(model).name)
     layers = target_layers(transformer, backbone_of(model).LORA_TARGETS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers))
+        inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=layers), transformer)
     common, own = torch.Generator().manual_seed(10), torch.Generator().manual_seed(seed)
     for name, value in transformer.named_parameters():
         if "lora_B" in name:
@@ -111,7 +143,11 @@ def save_teacher(model: Path, folder: Path, seed: int) -> None:
     factors = {
         name.replace(".default", ""): value for name, value in transformer.state_dict().items() if "lora_" in name
     }
-    pipeline.save_lora_weights(folder, transformer_lora_layers=factors)
+    if loads_loras(type(pipeline)):
+        pipeline.save_lora_weights(folder, transformer_lora_layers=factors)
+    else:
+        folder.mkdir()
+        save_file({f"transformer.{name}": value for name, value in factors.items()}, folder / "lora.safetensors")
 
 
 def prepare_place(root: Path, family: str) -> Path:
@@ -119,7 +155,7 @@ def prepare_place(root: Path, family: str) -> Path:
 
     The second capability edits where the family does; the other rows have finished pictures.
     """
-    model = (FAMILIES | OMNI)[family](root / "model")
+    model = (FAMILIES | MORE)[family](root / "model")
     for seed, name in enumerate(("one", "two")):
         save_teacher(model, root / name, seed)
     rng, rows = np.random.default_rng(0), []

@@ -10,7 +10,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from model_runs import FAMILIES
+from model_runs import FAMILIES, MORE
 from released import MODELS, prompt_of
 
 from danceopd.api import examiner_of
@@ -23,6 +23,7 @@ from danceopd.planning.models import examine
 from danceopd.support.memory import GIB
 
 CONFIGS = Path("configs/models")
+MADE = FAMILIES | MORE
 # What one card holds: 24 and 80 GB by their names, less what the estimate leaves out.
 CARDS = {True: 24 - 2, False: 79 - 2}
 
@@ -46,13 +47,13 @@ def write_header(path: Path, transformer, layers, rank: int) -> Path:
     return path
 
 
-def write_rows(folder: Path, prompt: dict, shape, size: int) -> Path:
-    """Prepared rows of every capability that the configurations name."""
-    cache, prompt_key, picture = Cache(folder), key_of("prompt"), key_of("picture")
-    cache.write({prompt_key: prompt, picture: {"latents": torch.zeros(*shape)}})
-    lines = [{"model": "m", "negative_prompts": {"": prompt_key}}]
+def write_rows(folder: Path, prompts: list[dict], shape, size: int) -> Path:
+    """Prepared rows of every capability that the configurations name; prompts: of one without and with a picture."""
+    cache, keys, picture = Cache(folder), [key_of("prompt"), key_of("prompt", "seen")], key_of("picture")
+    cache.write(dict(zip(keys, prompts, strict=True)) | {picture: {"latents": torch.zeros(*shape)}})
+    lines = [{"model": "m", "negative_prompts": {"": keys[0]}}]
     for name, edits in (("t2i", 0), ("style", 0), ("cfg", 0), ("edit", 1), ("local", 1), ("global", 1)):
-        row = {"id": name, "capability": name, "prompt": prompt_key, "sources": [picture] * edits, "target": None}
+        row = {"id": name, "capability": name, "prompt": keys[edits], "sources": [picture] * edits, "target": None}
         lines.append({**row, "size": [size, size], "source_sizes": [[size, size]] * edits})
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -76,7 +77,7 @@ def tiny(tmp_path_factory):
     def place(family):
         if family not in made:
             root = tmp_path_factory.mktemp(family)
-            FAMILIES[family](root / "model")
+            MADE[family](root / "model")
             finish(root, family, size=64, rank=2, length=24)
             made[family] = root
         return made[family]
@@ -93,14 +94,17 @@ def real(tmp_path_factory):
         family, config, _ = MODELS[model]
         if model not in made:
             root = tmp_path_factory.mktemp("real")
-            FAMILIES[family](root / "model")
+            MADE[family](root / "model")
             folder = root / "model" / "transformer"
             cls = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
             with torch.device("meta"):
                 cls(**config).save_config(folder)
             (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"")
             vae = root / "model" / "vae" / "config.json"
-            channels = {"latent_channels": 32 if "flux.2" in model else 16, "z_dim": 16}
+            channels = {
+                "latent_channels": 32 if model[:6] in ("flux.2", "flux.3") else 16,
+                "z_dim": 64 if "2.1" in model else 16,
+            }
             vae.write_text(json.dumps(json.loads(vae.read_text()) | channels))
             finish(root, family, size=1024, rank=128, length=333 if family == "sd3" else 512)
             made[model] = root
@@ -114,11 +118,12 @@ def finish(root: Path, family: str, size: int, rank: int, length: int) -> None:
     transformer = meta_transformer(root / "model", backbone, torch.bfloat16)
     layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
     write_header(root / "lora.safetensors", transformer, layers, rank)
-    prompt = {
-        key: value.bfloat16() if value.is_floating_point() else value
-        for key, value in prompt_of(family, transformer, length).items()
-    }
-    write_rows(root / "cache", prompt, backbone.latent_shape(root / "model", size, size), size)
+    seen = (size // 32) ** 2 if backbone.PROMPTS_SEE_PICTURES and "edit" in backbone.tasks(root / "model") else 0
+    prompts = [
+        {key: value.bfloat16() if value.is_floating_point() else value for key, value in prompt.items()}
+        for prompt in (prompt_of(family, transformer, length + more, slots=more) for more in (0, seen))
+    ]
+    write_rows(root / "cache", prompts, backbone.latent_shape(root / "model", size, size), size)
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -141,7 +146,9 @@ def test_every_other_configuration_passes_it_too(config, tmp_path):
 
 
 AT_REAL_SIZE = [
-    path for path in sorted(CONFIGS.glob("*-[ac]*.yaml")) if not path.with_stem(path.stem + "-24gb").exists()
+    path
+    for path in sorted(CONFIGS.glob("*-[ac]*.yaml"))
+    if not path.with_stem(path.stem + "-24gb").exists() and MODELS[model_of(path)][1] is not None
 ]
 
 

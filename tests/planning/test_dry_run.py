@@ -351,3 +351,31 @@ def test_adamw_of_8_bits_needs_its_library(places):
         assert not torch.equal(model.weight, before)
     plan = dry_run(config_of(places("sd3"), **{"training.optimizer": "adamw_8bit"}))
     assert plan.memory["optimizer state"][0] == 2 * plan.parameters["student, trainable"]
+
+
+def test_a_distilled_base_is_warned_of_unless_it_is_allowed(places, tmp_path):
+    root = places("klein")
+    model = shutil.copytree(root / "model", tmp_path / "FLUX.2-klein-4B")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+    config = config_of(root, model=str(model))
+    plan = dry_run(config)
+    assert plan.problems == []
+    (line,) = plan.warnings
+    assert line.startswith(f"model: {model} was distilled to a few steps (is_distilled in its model_index.json)")
+    assert "a rollout of 4 steps leaves the path" in line
+    assert "Take FLUX.2-klein-base-4B" in line
+    assert f"warning: {line}" in plan.text()
+    assert build(config).warnings == (line,)
+    allowed = config_of(root, model=str(model), allow_distilled_base=True)
+    assert dry_run(allowed).warnings == []
+    assert build(allowed).warnings == ()
+    assert dry_run(config_of(root)).warnings == []
+
+
+def test_a_source_of_distilled_weights_is_warned_of(places, tmp_path):
+    root = places("sd3")
+    other = shutil.copytree(root / "other", tmp_path / "sd3.5_large_turbo")
+    changes = {"sources.one": {"weights": str(other)}}
+    (line,) = dry_run(config_of(root, **changes)).warnings
+    assert line.startswith(f"sources.one.weights: {other} was distilled to a few steps ('turbo' in its name")

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from danceopd.evaluation.gedit.benchmark import Benchmark, Row
-from danceopd.evaluation.pipelines import guidance_options, prompt_options, takes
+from danceopd.evaluation.pipelines import call_options
 from danceopd.models import loading
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.fingerprint import fingerprint
@@ -135,17 +135,12 @@ def edit(pipeline, picture: Image.Image, instruction: str, size: tuple[int, int]
         UserError: Numbers in it are not finite, which diffusers would draw as black.
     """
     height, width = size
-    options = guidance_options(pipeline, editing.guidance_scale)
-    options |= prompt_options(pipeline, editing.max_sequence_length)
-    if editing.num_inference_steps is not None:
-        options["num_inference_steps"] = editing.num_inference_steps
-    if takes(pipeline, "_auto_resize"):  # Kontext, which else takes sizes of its own for picture and edit
-        options |= {"_auto_resize": False, "max_area": height * width}
+    options = call_options(
+        pipeline, editing.guidance_scale, size, editing.num_inference_steps, editing.max_sequence_length
+    )
     drawn = pipeline(
         image=picture.resize((width, height), Image.Resampling.LANCZOS),
         prompt=instruction,
-        height=height,
-        width=width,
         generator=torch.Generator().manual_seed(seed),
         output_type="np",
         **options,

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from danceopd.evaluation.geneval.layout import prompt_folder
-from danceopd.evaluation.pipelines import guidance_options, load_pipeline, prompt_options, takes
+from danceopd.evaluation.pipelines import call_options, load_pipeline
+from danceopd.models.backbones import family_of
 from danceopd.models.fingerprint import fingerprint
 from danceopd.models.loading import class_name_of
 from danceopd.support.errors import UserError
@@ -153,10 +154,11 @@ def check_mark(metadata: list[dict], folder: Path, how: Drawing) -> None:
 
 def check_draws_text(model: Path) -> None:
     """Checks that a folder is a pipeline's which draws from a prompt alone; a UserError if not."""
-    if (name := class_name_of(model)).startswith("QwenImageEdit"):
+    name = class_name_of(model)
+    if name in getattr(family_of(name), "EDIT_ONLY", ()):
         raise UserError(
             f"{model} is a {name}, which edits pictures and cannot draw from a prompt alone; give a text-to-image "
-            "pipeline, such as Qwen-Image, or score its edits by danceopd evaluate gedit"
+            "pipeline of its family, or score its edits by danceopd evaluate gedit"
         )
 
 
@@ -169,13 +171,8 @@ def load_drawer(how: Drawing) -> Callable[[str, list[int]], list]:
         UserError: As load_pipeline.
     """
     pipeline = load_pipeline(how.model, how.lora, how.transformer, how.device, how.dtype, how.offload)
-    options = guidance_options(pipeline, how.guidance_scale) | prompt_options(pipeline, how.max_sequence_length)
-    if how.num_inference_steps is not None:
-        options["num_inference_steps"] = how.num_inference_steps
-    if how.resolution:
-        options |= {"height": how.resolution, "width": how.resolution}
-        if takes(pipeline, "max_area"):  # Kontext fits any size to it
-            options["max_area"] = how.resolution**2
+    size = (how.resolution, how.resolution) if how.resolution else None
+    options = call_options(pipeline, how.guidance_scale, size, how.num_inference_steps, how.max_sequence_length)
 
     def draw(prompt: str, seeds: list[int]) -> list:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

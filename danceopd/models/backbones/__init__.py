@@ -1,12 +1,10 @@
-"""Makes diffusers' models velocity fields: one module for each family.
+"""Makes diffusers' models velocity fields: one module for each family, named in FAMILIES.
 
-A family's module has PIPELINES, LORA_TARGETS, PROMPTS_SEE_PICTURES (whether an editing model's text encoder looks at
-the source pictures), PROMPTS_HAVE_MASKS (docs/lengths.md) and MAX_SOURCES (how many of them an editing model takes for
-one sample), and tasks, load_transformer, text_encoder, picture_codec, latent_shape, sigmas and velocity; also combine,
-where its pipelines have their own guidance. danceopd/models/backbones/sd3.py is the plainest.
+docs/adding-a-model.md says what a family's module has; danceopd/models/backbones/sd3.py is the plainest.
 """
 
 import json
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +13,19 @@ from danceopd.models.loading import class_name_of, transformer_folder
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 
-FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image")
+FAMILIES = (
+    "sd3",
+    "flux",
+    "flux2",
+    "qwen_image",
+    "z_image",
+    "longcat_image",
+    "qwen_image_21",
+    "krea2",
+    "prx",
+    "dreamlite",
+    "flux3",
+)
 
 
 def pipeline_class_of(folder: Path | str) -> type:
@@ -87,11 +97,37 @@ def backbone_of(folder: Path | str) -> ModuleType:
         UserError: The folder is not a pipeline's, or of a family that none serves.
     """
     name = class_name_of(folder)
-    try:
-        modules = {family: import_module(f"danceopd.models.backbones.{family}") for family in FAMILIES}
-    except ModuleNotFoundError as error:
-        raise UserError(f"diffusers' models need {error.name}; pip install 'danceopd[models]'") from None
-    served = {pipeline: module for module in modules.values() for pipeline in module.PIPELINES}
+    served = _served()
     if name not in served:
         raise UserError(f"{folder} is a {name}, which no backbone serves{did_you_mean(name, served)}")
     return served[name]
+
+
+def combine_of(folder: Path | str) -> Callable | None:
+    """Finds a pipeline's own rule of guidance, for `core.fields.guided`; None for the usual one.
+
+    Raises:
+        UserError: As backbone_of.
+    """
+    backbone = backbone_of(folder)
+    own = class_name_of(folder) in getattr(backbone, "COMBINE_PIPELINES", backbone.PIPELINES)
+    return getattr(backbone, "combine", None) if own else None
+
+
+def family_of(pipeline: str) -> ModuleType | None:
+    """Finds the module that serves a pipeline's class, by its name; None where none does."""
+    return _served().get(pipeline)
+
+
+def _served() -> dict[str, ModuleType]:
+    """Collects the families' modules by the pipelines that they serve."""
+    modules = map(family_module, FAMILIES)
+    return {pipeline: module for module in modules for pipeline in module.PIPELINES}
+
+
+def family_module(family: str) -> ModuleType:
+    """Imports one of FAMILIES; a UserError names a package that is not installed."""
+    try:
+        return import_module(f"danceopd.models.backbones.{family}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"diffusers' models need {error.name}; pip install 'danceopd[models]'") from None

@@ -11,9 +11,12 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from danceopd.models import loading
+from danceopd.models.prompts import Reader, reader
 from danceopd.support.errors import UserError
 
 PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
+
+BASE = "FLUX.1-dev or FLUX.1-Kontext-dev"  # released, and not distilled to a few steps
 
 # Both streams of a double block; a single block's output projection is one with its MLP's, and stays as it is.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -30,6 +33,12 @@ MAX_SEQUENCE_LENGTH = 512  # T5 tokens, padding included: the pipelines' default
 def tasks(folder) -> tuple[str, ...]:
     """Returns ("t2i",) for a FLUX pipeline folder, ("t2i", "edit") for a Kontext one. Raises UserError for another."""
     return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "FluxKontextPipeline" else ("t2i",)
+
+
+def distilled_scheduler(folder, scheduler: dict) -> str | None:
+    """Says what shows FLUX.1 schnell, by its scheduler's values; None for others."""
+    if scheduler.get("shift") == 1 and not scheduler.get("use_dynamic_shifting"):
+        return "its scheduler, which shifts no noise level, as FLUX.1 schnell's"
 
 
 def load_transformer(folder, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -77,6 +86,14 @@ def text_encoder(
         return {"prompt_embeds": embeds.cpu(), "pooled_prompt_embeds": pooled.cpu()}
 
     return encode
+
+
+def prompt_readers(folder, length: int) -> list[Reader]:
+    """Loads the tokenizers as text_encoder uses them at this max_sequence_length, for what they change of prompts."""
+    folder = Path(folder)
+    clip = loading.load_tokenizer(CLIPTokenizer, folder / "tokenizer")
+    t5 = loading.load_tokenizer(T5TokenizerFast, folder / "tokenizer_2")
+    return [reader("tokenizer", clip, clip.model_max_length), reader("tokenizer_2", t5, length)]
 
 
 def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[Callable, Callable]:
@@ -191,3 +208,14 @@ def _positions(latents: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> torc
 def _tokens(latents: torch.Tensor) -> tuple[int, int]:
     """Returns the rows and columns of tokens, each of 2 x 2 latents."""
     return latents.shape[-2] // 2, latents.shape[-1] // 2
+
+
+def call_options(name: str, guidance_scale: float | None, size: tuple[int, int] | None) -> dict:
+    """Returns the arguments of a pipeline's call, by its class's name, for a guidance and a size (None: its own)."""
+    options = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    if size is None:
+        return options
+    options |= {"height": size[0], "width": size[1]}
+    if name == "FluxKontextPipeline":  # which else takes sizes of its own for picture and edit
+        options |= {"_auto_resize": False, "max_area": size[0] * size[1]}
+    return options

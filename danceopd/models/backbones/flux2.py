@@ -16,14 +16,19 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, compute_empirical_mu, format_input
 from torch import nn
 from transformers import AutoProcessor, Mistral3ForConditionalGeneration, Qwen2TokenizerFast, Qwen3ForCausalLM
 
 from danceopd.models import loading
+from danceopd.models.prompts import Reader, chat_reader, special_tokens
 from danceopd.support.errors import UserError
 
 PIPELINES = ("Flux2KleinPipeline", "Flux2Pipeline")
+
+BASE = "FLUX.2-klein-base-4B or FLUX.2-klein-base-9B"  # released, and not distilled to a few steps
+
+DISTILLED_WITHOUT_BASE = "klein"  # names with this word and without "base" are of step-distilled weights
 
 PROMPTS_SEE_PICTURES = False
 
@@ -81,6 +86,21 @@ def text_encoder(folder, device="cpu", dtype=torch.float32, max_sequence_length=
         return {"prompt_embeds": embed(model, tokenizer, list(prompts), max_sequence_length=max_sequence_length).cpu()}
 
     return encode
+
+
+def prompt_readers(folder, length) -> list[Reader]:
+    """Loads the tokenizers as text_encoder uses them at this max_sequence_length, for what they change of prompts."""
+    folder = Path(folder)
+    if loading.class_name_of(folder, PIPELINES) != "Flux2Pipeline":
+        return [chat_reader(loading.load(Qwen2TokenizerFast, folder / "tokenizer"), length, enable_thinking=False)]
+    processor = loading.load(AutoProcessor, folder / "tokenizer")
+
+    def lengths(prompts: list[str]) -> list[int]:
+        messages = format_input(prompts=list(prompts), system_message=SYSTEM_MESSAGE)
+        told = processor.apply_chat_template(messages, add_generation_prompt=False, tokenize=True, return_dict=True)
+        return [len(ids) for ids in told["input_ids"]]
+
+    return [Reader("tokenizer", length, lengths, special_tokens(getattr(processor, "tokenizer", processor)))]
 
 
 def picture_codec(folder, device="cpu", dtype=torch.float32):

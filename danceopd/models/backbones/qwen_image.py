@@ -16,11 +16,16 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
 
 from danceopd.models import loading
+from danceopd.models.prompts import Reader, reader
 from danceopd.support.errors import UserError
 
 PIPELINES = ("QwenImagePipeline", "QwenImageEditPlusPipeline")
 
+BASE = "Qwen-Image-2512 or Qwen-Image-Edit-2511"  # released, and not distilled to a few steps
+
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # those of diffusers' own LoRA script for Qwen-Image
+
+EDIT_ONLY = ("QwenImageEditPlusPipeline",)  # pipelines that do not draw without a picture
 
 PROMPTS_SEE_PICTURES = True  # where the folder edits
 
@@ -31,19 +36,15 @@ MAX_SOURCES = float("inf")  # where the folder edits
 MAX_SEQUENCE_LENGTH = 512  # tokens of a prompt: the text-to-image pipeline's default; the editing one does not cut
 
 
-def _pack(latents: torch.Tensor) -> torch.Tensor:
-    """Packs [B, C, h, w] as the transformer's tokens: 2 x 2 patches, [B, h w / 4, 4 C]."""
-    return QwenImagePipeline._pack_latents(latents, *latents.shape)
-
-
-def _unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Inverts _pack; height and width are the latents'."""
-    return QwenImagePipeline._unpack_latents(tokens, height, width, vae_scale_factor=1)[:, :, 0]
-
-
 def tasks(folder) -> tuple[str, ...]:
     """Returns ("t2i",) or ("t2i", "edit"): a text-to-image folder has no processor to show its encoder a picture."""
     return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "QwenImageEditPlusPipeline" else ("t2i",)
+
+
+def distilled_scheduler(folder, scheduler: dict) -> str | None:
+    """Says what shows a lightning variant, by its scheduler's values; None for others."""
+    if scheduler.get("use_dynamic_shifting") and scheduler.get("base_shift", 0.5) == scheduler.get("max_shift", 1.15):
+        return "its scheduler, which shifts pictures of every size alike, as Qwen-Image-Lightning's"
 
 
 def load_transformer(folder, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -105,6 +106,17 @@ def text_encoder(
     return encode
 
 
+def prompt_readers(folder, length: int) -> list[Reader]:
+    """Loads the tokenizers as text_encoder uses them at this max_sequence_length, for what they change of prompts."""
+    tokenizer = loading.load_tokenizer(Qwen2Tokenizer, Path(folder) / "tokenizer")
+    if "edit" in tasks(folder):  # the editing pipeline does not cut
+        return [reader("tokenizer", tokenizer, None)]
+    parts = dict.fromkeys(("scheduler", "vae", "transformer", "text_encoder"))
+    pipeline = QwenImagePipeline(tokenizer=tokenizer, **parts)
+    template, drop = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
+    return [reader("tokenizer", tokenizer, length, template.format, drop)]
+
+
 def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
     """Loads the VAE.
 
@@ -116,28 +128,14 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
     Raises:
         UserError: The folder lacks the VAE.
     """
-    vae = loading.load_model(AutoencoderKLQwenImage, Path(folder) / "vae", dtype).to(device)
-    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(device, dtype)
-    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(device, dtype)
-
-    @torch.no_grad()
-    def encode(pictures: torch.Tensor) -> torch.Tensor:
-        frames = pictures.to(device, dtype)[:, :, None]  # a video VAE: a picture is a film of one frame
-        return ((vae.encode(frames).latent_dist.mode() - mean) / std)[:, :, 0]
-
-    @torch.no_grad()
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        return vae.decode(latents.to(device, dtype)[:, :, None] * std + mean).sample[:, :, 0]
-
-    return encode, decode
+    return loading.film_codec(AutoencoderKLQwenImage, folder, device, dtype)
 
 
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     """Returns (C, h, w) of one sample's noise. Raises UserError if a side is no multiple of two latent pixels."""
     config = loading.read_json(Path(folder) / "vae" / "config.json")
     scale = 2 ** len(config["temperal_downsample"])
-    if height < 1 or width < 1 or height % (2 * scale) or width % (2 * scale):
-        raise UserError(f"Qwen-Image draws sides that are multiples of {2 * scale} pixels, not {height} x {width}")
+    loading.check_size(height, width, 2 * scale)
     return config["z_dim"], height // scale, width // scale
 
 
@@ -181,7 +179,7 @@ def velocity(
     """
     pictures = (latents, *sources)
     dtype = loading.input_dtype(transformer)
-    tokens = torch.cat([_pack(picture.to(dtype)) for picture in pictures], dim=1)
+    tokens = torch.cat([loading.pack(picture.to(dtype)) for picture in pictures], dim=1)
     shapes = [(1, picture.shape[2] // 2, picture.shape[3] // 2) for picture in pictures]
     predicted = transformer(
         hidden_states=tokens,
@@ -192,7 +190,7 @@ def velocity(
         return_dict=False,
     )[0]
     height, width = latents.shape[2:]
-    return _unpack(predicted[:, : height * width // 4], height, width).to(latents.dtype)
+    return loading.unpack(predicted[:, : height * width // 4], height, width).to(latents.dtype)
 
 
 def combine(cond: torch.Tensor, uncond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
@@ -206,7 +204,16 @@ def combine(cond: torch.Tensor, uncond: torch.Tensor, scale: float | torch.Tenso
         [B, C, h, w].
     """
     height, width = cond.shape[2:]
-    cond, uncond = _pack(cond), _pack(uncond)
+    cond, uncond = loading.pack(cond), loading.pack(uncond)
     scale = torch.as_tensor(scale, dtype=cond.dtype, device=cond.device).view(-1, 1, 1)
     mixed = uncond + scale * (cond - uncond)
-    return _unpack(mixed * (cond.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)), height, width)
+    return loading.unpack(mixed * (cond.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)), height, width)
+
+
+def call_options(name: str, guidance_scale: float | None, size: tuple[int, int] | None) -> dict:
+    """Returns the arguments of a pipeline's call, by its class's name, for a guidance and a size (None: its own)."""
+    sizes = {} if size is None else {"height": size[0], "width": size[1]}
+    scale = {} if guidance_scale is None else {"true_cfg_scale": guidance_scale}
+    # Guidance needs a negative prompt, else there is none.
+    negative = {"negative_prompt": " "} if guidance_scale is None or guidance_scale > 1 else {}
+    return sizes | scale | negative

@@ -14,9 +14,12 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from danceopd.models import loading
+from danceopd.models.prompts import Reader, reader
 from danceopd.support.errors import UserError
 
 PIPELINES = ("StableDiffusion3Pipeline",)
+
+BASE = "stable-diffusion-3.5-medium or stable-diffusion-3.5-large"  # released, and not distilled to a few steps
 
 PROMPTS_SEE_PICTURES = False
 
@@ -94,6 +97,17 @@ def text_encoder(
         }
 
     return encode
+
+
+def prompt_readers(folder: Path | str, length: int) -> list[Reader]:
+    """Loads the tokenizers as text_encoder uses them at this max_sequence_length, for what they change of prompts."""
+    folder = Path(folder)
+    first, second = (loading.load_tokenizer(CLIPTokenizer, folder / f"tokenizer{end}") for end in ("", "_2"))
+    readers = [reader(n, t, first.model_max_length) for n, t in (("tokenizer", first), ("tokenizer_2", second))]
+    if _has_t5(folder):
+        t5 = loading.load_tokenizer(T5TokenizerFast, folder / "tokenizer_3")
+        readers.append(reader("tokenizer_3", t5, length))
+    return readers
 
 
 def picture_codec(

@@ -19,11 +19,16 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Siglip2VisionModel
 
 from danceopd.models import loading
+from danceopd.models.prompts import Reader, chat_reader, reader
 from danceopd.support.errors import UserError
 
 PIPELINES = ("ZImagePipeline", "ZImageOmniPipeline")
 
+BASE = "Z-Image"  # released, and not distilled to a few steps
+
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+UNGUIDED = 0.0  # the pipelines' guidance_scale that asks for the conditional field alone
 
 PROMPTS_SEE_PICTURES = True  # where the folder edits
 
@@ -40,6 +45,12 @@ def tasks(folder: str | Path) -> tuple[str, ...]:
     A UserError if it is neither pipeline.
     """
     return ("t2i", "edit") if loading.class_name_of(folder, PIPELINES) == "ZImageOmniPipeline" else ("t2i",)
+
+
+def distilled_scheduler(folder, scheduler: dict) -> str | None:
+    """Says what shows Z-Image-Turbo, by its scheduler's values; None for others."""
+    if scheduler.get("shift") == 3:
+        return "its scheduler's shift of 3, as Z-Image-Turbo's; Z-Image has 6"
 
 
 def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -78,11 +89,9 @@ def text_encoder(
 
     def embed(prompt, count):
         """Returns the prompt's parts, each [length, C]."""
-        options = {"max_sequence_length": max_sequence_length}
-        if omni:
-            options["num_condition_images"] = count
-            return pipeline.encode_prompt(prompt, device, False, **options)[0][0]
-        return pipeline.encode_prompt(prompt, device, False, **options)[0]
+        options = {"max_sequence_length": max_sequence_length} | ({"num_condition_images": count} if omni else {})
+        embeds = pipeline.encode_prompt(prompt, device, False, **options)[0]
+        return embeds[0] if omni else embeds
 
     @torch.no_grad()
     def encode(prompts: list[str], pictures: list[list[torch.Tensor]] | None = None) -> dict[str, torch.Tensor]:
@@ -109,6 +118,16 @@ def text_encoder(
         return rows
 
     return encode
+
+
+def prompt_readers(folder: str | Path, length: int) -> list[Reader]:
+    """Loads the tokenizers as text_encoder uses them at this max_sequence_length, for what they change of prompts."""
+    tokenizer = loading.load(AutoTokenizer, Path(folder) / "tokenizer")
+    if "edit" not in tasks(folder):
+        return [chat_reader(tokenizer, length, enable_thinking=True)]
+    # The longest of the parts that pictures cut a prompt into has the prompt itself.
+    around = "<|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>".format
+    return [reader("tokenizer", tokenizer, length, around)]
 
 
 def picture_codec(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):

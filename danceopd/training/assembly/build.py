@@ -8,13 +8,14 @@ from torch.utils._pytree import tree_map
 from danceopd.config.sections import Config
 from danceopd.core.methods import needs
 from danceopd.models.attention import attention_backend
-from danceopd.models.backbones import backbone_of, pipeline_class_of
+from danceopd.models.backbones import backbone_of, combine_of, pipeline_class_of
 from danceopd.models.lora_files import save_lora
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.saving import save_transformer
 from danceopd.models.twins import without_values
 from danceopd.models.weights import either, of_tensors
 from danceopd.support.ranks import ALONE, Ranks
+from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.networks import load_networks, make_student
 from danceopd.training.assembly.parts import Parts, Problems, averaged_student
 from danceopd.training.assembly.room import check_machine
@@ -77,7 +78,7 @@ def build_model(config: Config, ranks: Ranks = ALONE, settings: dict | None = No
     if attends != "native" or config.training.attention_backend == "native":
         student.transformer.set_attention_backend(attends)  # and with it what every other transformer here attends by
     encoded = tree_map(lambda value: value.to(device), shared_texts(config, samples))
-    empty_prompt, combine = encoded[""], getattr(backbone, "combine", None)
+    empty_prompt, combine = encoded[""], combine_of(config.model)
     make = model_fields(config, combine, networks, encoded, transformers)
     fields = [attempt(f"sources.{c.source}", make, c.source) for c in config.capabilities.values()]
     problems.stop(ranks)
@@ -96,7 +97,10 @@ def build_model(config: Config, ranks: Ranks = ALONE, settings: dict | None = No
     def load_decoder():
         return backbone.picture_codec(config.model, device, PRECISIONS[config.training.precision])[1]
 
-    return Parts(student, fields, samples, anchor, empty_prompt, device, save, combine, sigmas, load_decoder, lockstep)
+    warnings = (*distilled_bases(config, backbone), *samples.never_drawn)
+    return Parts(
+        student, fields, samples, anchor, empty_prompt, device, save, combine, sigmas, load_decoder, lockstep, warnings
+    )
 
 
 def run_attention(config: Config, backbone, device) -> str:

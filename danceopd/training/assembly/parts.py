@@ -33,6 +33,7 @@ class Parts:
         drawing_sigmas: Noise levels [N + 1] of a finished picture by the latents' shape; of a model alone.
         load_decoder: Loads the function that decodes latents to pictures; of a model alone.
         lockstep: Keeps ranks in step where they share the sources' shards.
+        warnings: Lines to say before the first step.
         score: `score(field)` gives the scores that the log's curves show; None where a run has none.
     """
 
@@ -47,6 +48,7 @@ class Parts:
     drawing_sigmas: dict[tuple[int, ...], torch.Tensor] | None = None
     load_decoder: Callable[[], Callable] | None = None
     lockstep: Lockstep | None = None
+    warnings: tuple[str, ...] = ()
     score: Callable[[Field], dict[str, float]] | None = None
 
 

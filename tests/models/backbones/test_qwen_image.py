@@ -230,7 +230,7 @@ def test_tasks(folder, edit_folder):
 
 
 def test_errors_say_what_is_wrong(folder, tmp_path):
-    with pytest.raises(UserError, match="multiples of 16 pixels, not 64 x 40"):
+    with pytest.raises(UserError, match="multiples of 16, got 64 x 40"):
         qwen_image.latent_shape(folder, 64, 40)
     for load in (qwen_image.load_transformer, qwen_image.text_encoder, qwen_image.picture_codec, qwen_image.tasks):
         with pytest.raises(UserError, match=str(tmp_path)):
