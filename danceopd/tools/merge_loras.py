@@ -20,7 +20,7 @@ from danceopd.core.fields import Field, guided
 from danceopd.core.rollout import sample
 from danceopd.data.prepare import prepare
 from danceopd.data.prepared import PreparedData
-from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
+from danceopd.models.backbones import backbone_of, combine_of, empty_transformer, pipeline_class_of
 from danceopd.models.lora_algebra import Lora, average
 from danceopd.models.lora_files import FILES, load_lora
 from danceopd.models.precision import PRECISIONS
@@ -275,7 +275,7 @@ def fields_of(
     transformer = backbone.load_transformer(config.model, PRECISIONS[config.training.precision]).to(device)
     shared = SharedBase(transformer, list(adapters.values()), backbone.velocity)
     scale = next(iter(config.capabilities.values())).student_guidance_scale
-    combination = combine_of(model)
+    combination = combine_of(config.model)
     return {name: guided(shared.field(i), empty_prompt, scale, combination) for i, name in enumerate(adapters)}
 
 
