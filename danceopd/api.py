@@ -5,6 +5,7 @@ from pathlib import Path
 
 from danceopd.config.reading import load_config, parse_config
 from danceopd.config.sections import Config
+from danceopd.support.paths import draws_miniature
 from danceopd.training.loop import Build, train
 
 
@@ -52,6 +53,10 @@ def builder_of(config: Config) -> Build:
     Returns:
         ``build(config, ranks, settings) -> Parts``.
     """
+    if draws_miniature(config.model):
+        from danceopd.miniature.build import build as build_miniature
+
+        return build_miniature
     if config.model:
         from danceopd.training.assembly.build import build_model  # imports diffusers, which takes its time
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+MINIATURE = Path("miniature")  # in the place of a detector or judge: the exact one of that world
+
 
 def add_command(commands, name: str, run, help: str, **options) -> argparse.ArgumentParser:
     """Adds a command that is run by `run(args)` and returns its parser; options: the parser's own."""

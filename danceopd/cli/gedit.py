@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_device, add_pipeline
+from danceopd.cli.arguments import MINIATURE, add_command, add_device, add_pipeline
 from danceopd.support.errors import UserError
 
 
@@ -25,7 +25,8 @@ def add_gedit(commands) -> None:
     parser.add_argument("--subset", default="fullset", choices=("fullset", "intersection"), help="(%(default)s)")
     parser.add_argument("--judge-url", metavar="URL", help="of an OpenAI-compatible endpoint, usually ending in /v1")
     parser.add_argument("--judge-model", metavar="NAME", help="the model's name there")
-    parser.add_argument("--judge", type=Path, metavar="FOLDER", help="a Qwen2.5-VL, to judge on this machine instead")
+    judge = "a Qwen2.5-VL, to judge on this machine instead; or miniature, for edits of that world's pictures"
+    parser.add_argument("--judge", type=Path, metavar="FOLDER", help=judge)
     parser.add_argument("--parallel", type=int, default=8, help="questions to the endpoint at a time (%(default)s)")
     parser.add_argument("--requests-per-minute", type=float, help="most requests to the endpoint")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for an answer (%(default)g)")
@@ -124,6 +125,10 @@ def _check(args: argparse.Namespace) -> str:
 
 def _judge(args: argparse.Namespace, device, dtype, processes: int) -> Callable | None:
     """Returns what makes the judge, its rate and budget shared by the processes; None where no judge is asked."""
+    if args.judge == MINIATURE:
+        from danceopd.miniature.exact import MiniatureJudge
+
+        return MiniatureJudge
     if args.judge:
         from danceopd.evaluation.gedit.local_judge import LocalJudge
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_device, add_pipeline
+from danceopd.cli.arguments import MINIATURE, add_command, add_device, add_pipeline
 from danceopd.support.errors import UserError
 
 DESCRIPTION = """GenEval (github.com/djghosh13/geneval): with --model its pictures are drawn into FOLDER, with
@@ -42,7 +42,8 @@ def add_geneval(commands) -> None:
     parser.add_argument(
         "--offload", action="store_true", help="for a pipeline that does not fit the card: a part at a time"
     )
-    parser.add_argument("--detector", type=Path, help="a Mask2Former's folder, trained on COCO's instances: scores")
+    detector = "a Mask2Former's folder, trained on COCO's instances: scores; or miniature, for pictures of that world"
+    parser.add_argument("--detector", type=Path, help=detector)
     parser.add_argument("--clip", type=Path, help="a CLIP's folder: names the colours of what was found")
     parser.add_argument("--max-overlap", type=float, default=1.0, help="of two boxes of a class (%(default)g: any)")
     add_device(parser)
@@ -67,12 +68,13 @@ def run_geneval(args: argparse.Namespace) -> None:
         _draw(args, metadata, ranks, device)
     if args.detector:
         from danceopd.evaluation.geneval.score import score_folder  # imports transformers, which takes its time
+        from danceopd.miniature.exact import MiniatureReader
 
         results = args.results or args.folder / "results.jsonl"
         records = score_folder(
             args.folder,
             results,
-            args.detector,
+            MiniatureReader() if args.detector == MINIATURE else args.detector,
             args.clip,
             metadata=metadata,
             samples=args.samples if args.model else None,

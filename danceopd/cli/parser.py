@@ -8,11 +8,14 @@ from danceopd.cli.compare import add_compare
 from danceopd.cli.data import add_data
 from danceopd.cli.gedit import add_gedit
 from danceopd.cli.geneval import add_geneval
+from danceopd.cli.miniature import add_miniature
 from danceopd.cli.reward import add_reward
 from danceopd.cli.runs import add_export, add_merge_loras, add_report, add_reproduce
 from danceopd.cli.train import add_plan, add_train
 from danceopd.cli.world import add_evaluate, add_sample, add_sources
 from danceopd.support.exits import guarded, quieten
+from danceopd.support.hints import did_you_mean
+from danceopd.support.paths import shipped
 
 DESCRIPTION = "Distil several flow-matching models into one student on its own trajectories (DanceOPD)."
 
@@ -32,10 +35,31 @@ EPILOG = """examples:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that names the nearest command where there is none of a name."""
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            hint = did_you_mean(value, action.choices, "; danceopd --help lists them")
+            raise argparse.ArgumentError(None, f"there is no command {value!r}{hint}")
+        super()._check_value(action, value)
+
+
+class Version(argparse.Action):
+    """Prints the version and, in a repository, the commit."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        from danceopd.support.versions import version
+
+        print(f"danceopd {version()}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Makes the parser of all commands; each command's own file adds its arguments."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("danceopd", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser = Parser("danceopd", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and its commit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(commands)
     add_plan(commands)
@@ -51,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_reproduce(commands)
     add_sources(commands)
     add_data(commands)
+    add_miniature(commands)
     return parser
 
 
@@ -59,10 +84,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["evaluate"] and argv[1:2] and argv[1] in ("geneval", "gedit", "reward"):
         argv[:2] = [" ".join(argv[:2])]  # commands of their own beside `evaluate CHECKPOINT`
+    if not argv:
+        build_parser().print_help()
+        return 0
     args = build_parser().parse_args(argv)
     for name, value in vars(args).items():  # a shell leaves the ~ of --cache=~/x to the command
         if isinstance(value, Path):
-            setattr(args, name, value.expanduser())
+            value = value.expanduser()
+            setattr(args, name, shipped(value) if name in ("model", "lora") else value)
         elif isinstance(value, list) and all(isinstance(one, Path) for one in value):
             setattr(args, name, [one.expanduser() for one in value])
     quieten()

@@ -9,6 +9,7 @@ from danceopd.config.methods import options
 from danceopd.config.sections import OPERATORS, Config, Section, Source
 from danceopd.core.methods import OWN_ROLLOUT, needs
 from danceopd.support.hints import did_you_mean
+from danceopd.support.paths import draws_miniature
 
 
 def _section_at(location: tuple) -> dict:
@@ -42,7 +43,8 @@ def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") 
 def _check_model(config: Config) -> list[str]:
     """Lists what goes with a `model` only and is given without one, and what does not go with one."""
     if config.model:
-        evaluation = ["evaluation.times: not with a model yet; give 0"] if config.evaluation.times else []
+        scored = not config.evaluation.times or draws_miniature(config.model)
+        evaluation = [] if scored else ["evaluation.times: of models the miniature alone is scored; give 0"]
         return evaluation + _check_start(config)
     of_models = {f"student.{key}": getattr(config.student, key) for key in ("lora", "embedded_guidance")}
     for key in ("gradient_checkpointing", "base_precision", "offload_sources"):
@@ -264,7 +266,7 @@ def _check_unread(config: Config) -> list[str]:
     if config.model:
         if _changed(config.rollout, "shift") and "shift" not in reads:
             problems.append("rollout.shift: the noise levels of a model are those of its scheduler; leave it out")
-        for key in ONLY_WORLD:
+        for key in () if draws_miniature(config.model) else ONLY_WORLD:
             if _changed(config.evaluation, key):
                 problems.append(f"evaluation.{key}: is for the picture world; leave it out with a model")
     for name, capability in config.capabilities.items():

@@ -14,6 +14,9 @@ from danceopd.core.query import QUERIES
 from danceopd.core.routing import ROUTES
 from danceopd.core.solver import SOLVERS
 from danceopd.support.optimizers import OPTIMIZERS
+from danceopd.support.paths import shipped
+
+ModelPath = Annotated[Path, pydantic.AfterValidator(shipped)]  # of a model or LoRA, or a name that ships
 
 
 class NewLora(Section):
@@ -54,7 +57,7 @@ class LoraFile(Section):
         scale: What the change of the weights is multiplied by.
     """
 
-    path: Path
+    path: ModelPath
     scale: FiniteFloat = 1.0
 
 
@@ -238,7 +241,7 @@ class Config(Section):
         student, sources, capabilities, rollout, query, training, evaluation: The sections.
     """
 
-    model: Path | None = None
+    model: ModelPath | None = None
     method: Literal[*METHODS] = "danceopd"
     options: dict[str, Any] = pydantic.Field({})
     route: Literal[*ROUTES] = "random"

@@ -56,8 +56,10 @@ def guidance_options(pipeline: DiffusionPipeline, guidance_scale: float | None) 
 
 
 def prompt_options(pipeline: DiffusionPipeline, max_sequence_length: int | None) -> dict:
-    """Returns the argument that sets the tokens of a prompt, none where that is None; a UserError where the pipeline has
-    no such argument."""
+    """Returns the argument that sets the tokens of a prompt, none where that is None.
+
+    Raises UserError where the pipeline has no such argument.
+    """
     if max_sequence_length is None:
         return {}
     if not takes(pipeline, "max_sequence_length"):

@@ -26,6 +26,8 @@ CONFIDENCE_THRESHOLD = 0.3  # GenEval's own; here it means a root mean square er
 
 _ERROR_AT_ZERO_CONFIDENCE = 0.2
 
+_LEAST_CONTRAST = 0.31  # of a thing against its background; on less, as much less error is borne
+
 _MARGIN = 6  # how far a box may lie outside: the empty border of the smallest sprite, made even
 
 _GRID = (IMAGE_SIZE + 2 * _MARGIN - BOX) // 2 + 1  # places of a box on a line, two pixels apart
@@ -34,7 +36,9 @@ _LEAST_GAIN = 2.0  # squared error that a thing must explain to be looked at; a 
 
 _RANK = 96  # directions in which the first look compares
 
-_CANDIDATES = 16  # looks and places that are then compared at full resolution
+_STARTS = 4  # positions from which it then looks closer
+
+_CANDIDATES = 48  # looks and places that are then compared at full resolution
 
 
 @dataclass
@@ -128,6 +132,7 @@ def detect(images: torch.Tensor, chunk: int = 8) -> Detection:
             label, centres, errors = found
             scene.things[part], scene.paints[part], style[part], scene.sizes[part] = label.unbind(-1)
             scene.centres[part], error[part] = centres, errors
+    scene.things[error > _ERROR_AT_ZERO_CONFIDENCE * (1 - CONFIDENCE_THRESHOLD)] = EMPTY
     occupied = scene.occupied
     counts = torch.stack([((style == s) & occupied).sum(-1) for s in range(len(STYLES))], -1)
     scene.style = counts.argmax(-1)
@@ -154,13 +159,15 @@ def _read(residual: torch.Tensor, background: int) -> tuple[torch.Tensor, torch.
     errors = torch.full((n, PLACES), float("inf"))
     alive = torch.arange(n)
     for place in range(PLACES):
-        best, index = gains[alive].flatten(1).max(-1)
-        alive, index = alive[best > _LEAST_GAIN], index[best > _LEAST_GAIN]
+        best, index = gains[alive].flatten(1).topk(_STARTS)
+        alive, index = alive[best[:, 0] > _LEAST_GAIN], index[best[:, 0] > _LEAST_GAIN]
         if not len(alive):
             break
-        at = index // len(SIZES)
-        template = (2 * windows[alive, at] @ looks.half - looks.norms).topk(_CANDIDATES).indices
-        t, centre = _closest(wide[alive], looks, template, grid[at])
+        row, at = alive.repeat_interleave(_STARTS), index.flatten() // len(SIZES)
+        template = (2 * windows[row, at] @ looks.half - looks.norms).topk(_CANDIDATES).indices
+        t, centre, gain = _closest(wide[row], looks, template, grid[at])
+        first = gain.view(-1, _STARTS).argmax(-1) + _STARTS * torch.arange(len(alive))
+        t, centre = t[first], centre[first]
         label[alive, place], centres[alive, place] = labels[t], centre
         errors[alive, place] = _error(wide[alive], looks, t, centre)
         # What overlaps the thing by more than two pixels is the same thing read otherwise.
@@ -181,21 +188,36 @@ def _windows(wide: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
 
 def _closest(
     wide: torch.Tensor, looks: Templates, template: torch.Tensor, at: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compares candidates [n, k] at full resolution, around [n, 2] and shifted by one pixel: the best template [n] and
-    its centre [n, 2]."""
-    shifts = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2))
-    centres = at[:, None] + shifts
-    windows = _windows(wide, centres).flatten(2)  # [n, 9, 2352]
-    added = looks.added[template].flatten(2)  # [n, k, 2352]
-    gain = (2 * added @ windows.mT - added.square().sum(-1, keepdim=True)).flatten(1)
-    best, row = gain.argmax(-1), torch.arange(len(wide))
-    return template[row, best // len(shifts)], centres[row, best % len(shifts)]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Finds the look and place that explain most at full resolution, near [n, 2]: the template [n], the centre [n, 2]
+    and the squared error explained [n].
+
+    The candidates [n, k] find the place, there all templates are compared, and the best once more finds its place.
+    """
+    reach = torch.arange(-2, 3)
+    shifts, everything = torch.cartesian_prod(reach, reach), looks.added.flatten(1)
+    norms, row = everything.square().sum(-1), torch.arange(len(wide))
+    for choice in (template, None):
+        centres = at[:, None] + shifts
+        windows = _windows(wide, centres).flatten(2)  # [n, 25, 2352]
+        if choice is None:
+            middle = windows[:, len(shifts) // 2]
+            choice = (2 * middle @ everything.T - norms).argmax(-1, keepdim=True)
+        gain = 2 * everything[choice] @ windows.mT - norms[choice][..., None]  # [n, k, 25]
+        best = gain.flatten(1).argmax(-1)
+        at = centres[row, best % len(shifts)]
+    return choice[:, 0], at, gain.flatten(1).amax(-1)
 
 
 def _error(wide: torch.Tensor, looks: Templates, template: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    """Returns the root mean square difference of each picture to a template over the pixels that it covers: [n]."""
-    window = _windows(wide, centre[:, None])[:, 0]
+    """Returns the root mean square difference of each picture to a template over the pixels that it covers: [n].
+
+    It counts for more where the template itself differs little from the background: half of it is not there.
+    """
+    window, added = _windows(wide, centre[:, None])[:, 0], looks.added[template]
     support = looks.support[template]
-    squares = (window - looks.added[template]).square().mean(1) * support
-    return (squares.sum((-2, -1)) / support.sum((-2, -1))).sqrt()
+
+    def over_support(values: torch.Tensor) -> torch.Tensor:
+        return ((values.square().mean(1) * support).sum((-2, -1)) / support.sum((-2, -1))).sqrt()
+
+    return over_support(window - added) * (_LEAST_CONTRAST / over_support(added)).clamp(min=1)

@@ -10,19 +10,17 @@ from danceopd.miniature.looks import (
     CLASSES,
     COLORS,
     EMPTY,
-    IMAGE_SIZE,
     LETTERS,
     MATERIALS,
     NATURAL,
     PAINTS,
     PLACES,
-    SIZES,
     STYLES,
     THINGS,
     TONES,
 )
 from danceopd.miniature.prompts import allowed_colors, allowed_pairs, canvas, named
-from danceopd.miniature.scene import Scene, free, put
+from danceopd.miniature.scene import Scene, free, on_lattice, put
 from danceopd.world.prompts import draw, draw_row
 
 LOCAL_KINDS = (
@@ -37,6 +35,19 @@ KINDS = LOCAL_KINDS + GLOBAL_KINDS
 HELD_OUT_KINDS = ("subject-add", "subject-replace", "color-alter")  # those that can bring in a held-out pair
 
 SIDES = ("left", "right", "top", "bottom")
+
+INSTRUCTIONS = {
+    "subject-add": "add {painted}",
+    "subject-remove": "remove the {old}",
+    "subject-replace": "replace the {old} with {painted}",
+    "color-alter": "make the {old} {paint}",
+    "material-alter": "make the {old} out of {paint}",
+    "motion-change": "move the {old} to the {side}",
+    "text-change": "change the letter {old} to {new}",
+    "background-change": "change the background to {background}",
+    "tone-transfer": "give the picture a {tone} tone",
+    "style-change": "turn it into a {style}",
+}
 
 HALF = range(len(CLASSES) // 2)  # the classes that the base and the narrow edit source see in edits
 
@@ -61,6 +72,7 @@ def _triples(split: str, half: bool) -> torch.Tensor:
     return (seen[:, :, None] & seen[None] & pairs[:, None, :]).nonzero()
 
 
+# Long: everything is drawn in one order, on which the shipped networks' data depend.
 def sample_edits(
     kinds: torch.Tensor, generator: torch.Generator, *, split: str = "seen", half: bool = False
 ) -> tuple[list[Edit], Scene, Scene]:
@@ -112,7 +124,7 @@ def sample_edits(
     def room_to_move(part: Scene, rows: torch.Tensor) -> torch.Tensor:
         part = part.clone()
         before = part.centres[:, 0].clone()
-        part.centres[:, 0] = after = _moved(before, part.sizes[:, 0], side[rows], far[rows])
+        part.centres[:, 0] = after = moved(before, part.sizes[:, 0], side[rows], far[rows])
         well = free(part.sizes, part.centres, part.occupied) & ((after - before).abs().amax(-1) > 10)
         return well | ~moves[rows]
 
@@ -120,7 +132,7 @@ def sample_edits(
     source.centres, source.sizes = ahead.centres, ahead.sizes
 
     result = source.clone()
-    result.centres[moves, 0] = _moved(source.centres[:, 0], source.sizes[:, 0], side, far)[moves]
+    result.centres[moves, 0] = moved(source.centres[:, 0], source.sizes[:, 0], side, far)[moves]
     result.things[row[brings], place[brings]] = group[brings, 2]
     result.paints[row[brings], place[brings]] = paints[brings, 2]
     result.things[text, 0] = letters[text, 1]
@@ -162,11 +174,10 @@ def _other_paint(
     return torch.multinomial(weights, 1, generator=generator)[:, 0]
 
 
-def _moved(centres: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
-    """Returns centres [B, 2] moved straight into the outer third on their side; far [B] in [0, 1) says how far."""
-    half = torch.tensor(SIZES)[sizes] // 2
-    along = (half + far * (IMAGE_SIZE // 3 + 1 - half)).long()
-    along = torch.where(side % 2 == 0, along, IMAGE_SIZE - along)
+def moved(centres: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+    """Returns centres [B, 2] moved straight to their side, far [B] in [0, 1) of a quarter of the way from it."""
+    share = torch.where(side % 2 == 0, far / 4, 1 - (1 - far) / 4 - 1e-4)
+    along = on_lattice(sizes, share[:, None])[:, 0]
     y, x = centres.unbind(-1)
     return torch.stack([torch.where(side < 2, y, along), torch.where(side < 2, along, x)], -1)
 
@@ -174,23 +185,21 @@ def _moved(centres: torch.Tensor, sizes: torch.Tensor, side: torch.Tensor, far: 
 def _instructions(columns: tuple[torch.Tensor, ...], place: torch.Tensor) -> list[Edit]:
     """Writes the instructions of edits from [B] columns: kind, old thing, new thing and its paint, the side, and the
     new background, tone and style; place is the one that changes."""
-    edits = []
+    edits, names = [], (*THINGS, "")
     for kind, old, new, paint, side, background, tone, style, at in zip(
         *(c.tolist() for c in (*columns, place)), strict=True
     ):
         name = KINDS[kind]
-        text = {
-            "subject-add": lambda: f"add {painted(new, paint)}",
-            "subject-remove": lambda: f"remove the {THINGS[old]}",
-            "subject-replace": lambda: f"replace the {THINGS[old]} with {painted(new, paint)}",
-            "color-alter": lambda: f"make the {THINGS[old]} {PAINTS[paint]}",
-            "material-alter": lambda: f"make the {THINGS[old]} out of {PAINTS[paint]}",
-            "motion-change": lambda: f"move the {THINGS[old]} to the {SIDES[side]}",
-            "text-change": lambda: f"change the letter {THINGS[old]} to {THINGS[new]}",
-            "background-change": lambda: f"change the background to {BACKGROUNDS[background]}",
-            "tone-transfer": lambda: f"give the picture a {TONES[tone]} tone",
-            "style-change": lambda: f"turn it into a {STYLES[style]}",
-        }[name]()
+        text = INSTRUCTIONS[name].format(
+            old=names[old],
+            new=names[new],
+            painted="" if new == EMPTY else painted(new, paint),
+            paint=PAINTS[paint],
+            side=SIDES[side],
+            background=BACKGROUNDS[background],
+            tone=TONES[tone],
+            style=STYLES[style],
+        )
         edits.append(Edit(text, name, -1 if name in GLOBAL_KINDS else at))
     return edits
 

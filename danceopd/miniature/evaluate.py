@@ -1,14 +1,79 @@
-"""Scores of the miniature's networks, by what they draw through the whole pipeline: GenEval's tasks and edits."""
+"""Scores what the miniature's pipeline draws, with a LoRA or without: GenEval's tasks, and edits of GEdit's kinds."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import Field, guided
+from danceopd.core.rollout import sample
+from danceopd.evaluation.pipelines import load_pipeline
 from danceopd.evaluation.statistics import standard_error
 from danceopd.miniature.detector import detect
 from danceopd.miniature.edits import KINDS, Edit, sample_edits
+from danceopd.miniature.looks import IMAGE_SIZE
+from danceopd.miniature.pipeline import TEXT_LENGTH
 from danceopd.miniature.prompts import sample_prompts
 from danceopd.miniature.scene import Scene, render
-from danceopd.miniature.scores import edit_scores, geneval_correct
+from danceopd.miniature.scores import edit_scores, geneval_correct, style_share
+from danceopd.models.backbones import flux2
+from danceopd.models.shared_base import SharedBase
 from danceopd.world.prompts import PAIR_TASKS, TASKS, Prompt
+
+BATCH = 64  # pictures at a time
+
+Draw = Callable[[list[str], torch.Tensor | None, int], torch.Tensor]  # (prompts, pictures, seed) -> pictures
+
+
+class Canvas:
+    """Draws pictures with any velocity field of the miniature, many at a time, each from a source picture of its own.
+
+    Args:
+        folder: The pipeline's, whose text encoder, VAE and schedule are taken.
+        num_inference_steps: Solver steps of the pipeline's own schedule.
+    """
+
+    def __init__(self, folder: Path, num_inference_steps: int = 16) -> None:
+        self._text = flux2.text_encoder(folder, max_sequence_length=TEXT_LENGTH)
+        self._encode, self._decode = flux2.picture_codec(folder)
+        self._shape = flux2.latent_shape(folder, IMAGE_SIZE, IMAGE_SIZE)
+        self._sigmas = flux2.sigmas(folder, num_inference_steps, IMAGE_SIZE, IMAGE_SIZE)
+        self.empty_prompt = {key: value[0] for key, value in self._text([""]).items()}
+
+    @torch.inference_mode()
+    def draw(self, field: Field, prompts: list[str], pictures: torch.Tensor | None, seed: int) -> torch.Tensor:
+        """Draws a picture of each prompt.
+
+        Args:
+            field: The velocity field.
+            prompts: B of them.
+            pictures: To edit, [B, 3, 64, 64] in [-1, 1]; None for text-to-image.
+            seed: Of the noise, which depends on the place in the list too.
+
+        Returns:
+            [B, 3, 64, 64] in [-1, 1].
+        """
+        noise, images = torch.randn(len(prompts), *self._shape, generator=torch.Generator().manual_seed(seed)), []
+        for start in range(0, len(prompts), BATCH):
+            part = slice(start, start + BATCH)
+            source = None if pictures is None else self._encode(pictures[part])
+            conditioning = Conditioning(self._text(prompts[part]), source)
+            images.append(self._decode(sample(field, noise[part], conditioning, self._sigmas)))
+        return torch.cat(images)
+
+    def drawer(self, field: Field, guidance_scale: float = 1.0) -> Draw:
+        """Returns what draws with a field, guided by the empty prompt where the scale is not 1."""
+        return partial(self.draw, guided(field, self.empty_prompt, guidance_scale))
+
+
+def field_of(folder: Path, lora: Path | None = None) -> Field:
+    """Loads the pipeline's transformer as a field, with a LoRA that diffusers reads and merges."""
+    pipeline = load_pipeline(folder, lora, dtype=torch.float32)
+    if lora:
+        pipeline.fuse_lora()
+    return SharedBase(pipeline.transformer, [], flux2.velocity).field(-1)
 
 
 def t2i_set(seed: int, per_task: int, split: str = "seen", style: int = 0) -> tuple[list[Prompt], Scene]:
@@ -18,12 +83,10 @@ def t2i_set(seed: int, per_task: int, split: str = "seen", style: int = 0) -> tu
     return sample_prompts(index, torch.Generator().manual_seed(seed), split=split, style=style)
 
 
-def edit_set(
-    seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS, half: bool = False
-) -> tuple[list[Edit], Scene, Scene]:
+def edit_set(seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS) -> tuple[list[Edit], Scene, Scene]:
     """Draws the evaluation's instructions, `per_kind` of each kind in turn, the scenes to edit and what is expected."""
     index = torch.tensor([KINDS.index(kind) for kind in kinds]).repeat(per_kind)
-    return sample_edits(index, torch.Generator().manual_seed(seed + 1), half=half)
+    return sample_edits(index, torch.Generator().manual_seed(seed + 1))
 
 
 def summary(values: torch.Tensor, labels: list[str], mean_name: str) -> dict:
@@ -34,3 +97,42 @@ def summary(values: torch.Tensor, labels: list[str], mean_name: str) -> dict:
     means = {label: sum(v) / len(v) for label, v in groups.items()}
     error = standard_error([torch.tensor(v) for v in groups.values()])
     return {mean_name: sum(means.values()) / len(means), "standard_error": error, **means}
+
+
+def score_geneval(draw: Draw, seed: int, per_task: int, split: str = "seen", style: int = 0) -> dict:
+    """Scores what draws by GenEval's tasks.
+
+    Args:
+        draw: As Canvas.drawer returns it.
+        seed: Of prompts and noise.
+        per_task: Pictures of each task.
+        split: "seen" or "held_out".
+        style: The style that the prompts ask for, an index into STYLES.
+
+    Returns:
+        {"overall", "standard_error", and each task's share of right pictures}; overall is the mean of the tasks. With a
+        style also "style", the share of the things found that have it.
+    """
+    prompts, _ = t2i_set(seed, per_task, split, style)
+    detection = detect(draw([prompt.text for prompt in prompts], None, seed))
+    result = summary(geneval_correct(prompts, detection).float(), [prompt.task for prompt in prompts], "overall")
+    return {**result, "style": float(style_share(detection, style).mean())} if style else result
+
+
+def score_gedit(draw: Draw, seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS) -> dict:
+    """Scores what draws by GEdit-Bench's kinds.
+
+    Args:
+        draw: As Canvas.drawer returns it.
+        seed: Of edits and noise.
+        per_kind: Pictures of each kind.
+        kinds: Those that are asked.
+
+    Returns:
+        {"average", "standard_error", each kind's mean O in [0, 10], "sc", "pq"}; average is the mean of the kinds.
+    """
+    edits, source, expected = edit_set(seed, per_kind, kinds)
+    detection = detect(draw([edit.text for edit in edits], render(source), seed + 1))
+    scores = edit_scores(edits, source, expected, detection)
+    result = summary(scores["o"], [edit.kind for edit in edits], "average")
+    return {**result, "sc": float(scores["sc"].mean()), "pq": float(scores["pq"].mean())}

@@ -7,13 +7,11 @@ from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from danceopd.miniature.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
+from danceopd.miniature.data import sample
 from danceopd.miniature.looks import CLASSES, LETTERS, STYLES
-from danceopd.miniature.pipeline import TEXT_LENGTH, make_tokenizer
-from danceopd.miniature.prompts import draw_tasks, sample_prompts
-from danceopd.miniature.scene import Scene, render
+from danceopd.miniature.pipeline import TEXT_LENGTH
+from danceopd.miniature.scene import render
 from danceopd.miniature.stages import generator_of
-from danceopd.world.prompts import draw
 
 SHARD = 4096  # samples of one file
 
@@ -39,25 +37,6 @@ def words() -> list[str]:
     texts += [*NUMBERS.values(), *RELATIONS, *prompts.LEADS, *edits.SIDES, "a photo of an apple and"]
     texts += ["add remove the replace with make out of move to change letter background give picture tone turn it into"]
     return [word for text in texts for word in text.split()]
-
-
-def sample(capability: str, n: int, generator: torch.Generator) -> tuple[list[str], Scene | None, Scene]:
-    """Draws n samples of a capability: prompts, the scenes to edit (None for text-to-image), and the right scenes.
-
-    Args:
-        capability: "t2i", "local", "global", "edit", one of STYLES, or an edit's with "-half" after it.
-        n: Number of samples.
-        generator: Draws all.
-    """
-    if capability == "t2i" or capability in STYLES:
-        style = STYLES.index(capability) if capability in STYLES else 0
-        prompts, scene = sample_prompts(draw_tasks(n, generator), generator, style=style)
-        return [prompt.text for prompt in prompts], None, scene
-    name, _, half = capability.partition("-")
-    kinds = {"local": LOCAL_KINDS, "global": GLOBAL_KINDS, "edit": KINDS}[name]
-    index = torch.tensor([KINDS.index(kind) for kind in kinds])[draw(n, len(kinds), generator)]
-    edits, before, after = sample_edits(index, generator, half=bool(half))
-    return [edit.text for edit in edits], before, after
 
 
 def tokens_of(tokenizer, prompts: list[str]) -> dict[str, torch.Tensor]:

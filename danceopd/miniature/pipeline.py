@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from danceopd.miniature.looks import IMAGE_SIZE
 
 TEXT_LENGTH = 16  # tokens of a prompt; the pipelines take it as max_sequence_length
 
@@ -29,9 +31,9 @@ TRANSFORMER = {
 
 TEXT_ENCODER = {
     "hidden_size": 96,
-    "intermediate_size": 192,
+    "intermediate_size": 96,
     "num_attention_heads": 3,
-    "num_key_value_heads": 3,
+    "num_key_value_heads": 1,
     "head_dim": 32,
     "tie_word_embeddings": True,
 }
@@ -91,6 +93,14 @@ def deepened(encoder: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     return deep
 
 
+def shallow(encoder: Qwen3ForCausalLM) -> nn.Module:
+    """Returns the model of a deep encoder with only the layers that add something, and one more."""
+    model = copy.deepcopy(encoder.model)
+    model.layers = nn.ModuleList(model.layers[i] for i in (0, *READ_LAYERS))
+    model.config.num_hidden_layers = len(model.layers)
+    return model
+
+
 def save(folder: Path, tokenizer, encoder: Qwen3ForCausalLM, vae: AutoencoderKLFlux2, transformer: nn.Module) -> Path:
     """Writes the pipeline folder in bfloat16; the encoder is the trained one of three layers."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
@@ -98,4 +108,5 @@ def save(folder: Path, tokenizer, encoder: Qwen3ForCausalLM, vae: AutoencoderKLF
         scheduler=scheduler, vae=vae, text_encoder=deepened(encoder), tokenizer=tokenizer, transformer=transformer
     )
     pipeline.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "miniature.json").write_text(json.dumps({"max_sequence_length": TEXT_LENGTH, "resolution": IMAGE_SIZE}))
     return folder

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from danceopd.miniature.looks import BACKGROUNDS, CLASSES, COLORS, EMPTY, NATURAL, PLACES, SIZES, STYLES, THINGS
+from danceopd.miniature.looks import BACKGROUNDS, CLASSES, COLORS, EMPTY, NATURAL, PLACES, SIZES, THINGS
 from danceopd.miniature.scene import Scene, blank, put
 from danceopd.world.prompts import NUMBERS, PAIR_TASKS, RELATIONS, TASKS, Prompt, draw, draw_row, with_article
 

@@ -8,6 +8,8 @@ from danceopd.miniature.looks import BOX, EMPTY, IMAGE_SIZE, NATURAL, PLACES, SI
 
 GAP = 1  # pixels that are free between two boxes
 
+LATTICE = 4  # pixels: a thing's box begins at a multiple, so that a small network has few offsets to learn its looks at
+
 
 @dataclass
 class Scene:
@@ -120,8 +122,8 @@ def put(scene: Scene, moving: torch.Tensor, generator: torch.Generator, accept=N
     left, tries = moving.any(-1).nonzero()[:, 0], 0
     while len(left):
         part = scene[left]
-        drawn = torch.randint(0, IMAGE_SIZE, part.centres.shape, generator=generator)
-        part.centres = torch.where(moving[left, :, None], drawn.clamp(*_reach(part.sizes)), part.centres)
+        where = torch.rand(part.centres.shape, generator=generator)
+        part.centres = torch.where(moving[left, :, None], on_lattice(part.sizes, where), part.centres)
         good = free(part.sizes, part.centres, part.occupied)
         if accept is not None:
             good &= accept(part, left)
@@ -133,7 +135,13 @@ def put(scene: Scene, moving: torch.Tensor, generator: torch.Generator, accept=N
             raise RuntimeError(f"{len(left)} pictures have no room for what they should hold")
 
 
-def _reach(sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the least and the largest centre that keeps a thing inside: each sizes' shape + [1]."""
-    half = (torch.tensor(SIZES)[sizes] // 2)[..., None]
-    return half, IMAGE_SIZE - half
+def on_lattice(sizes: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Returns centres of things that lie inside the picture and begin on the lattice.
+
+    Args:
+        sizes: Indices into SIZES, of any shape.
+        where: The share of the way from the first place to the last, in [0, 1): sizes' shape + [2], or + [1].
+    """
+    side = torch.tensor(SIZES)[sizes][..., None]
+    places = (IMAGE_SIZE - side) // LATTICE + 1
+    return LATTICE * (where * places).long() + side // 2

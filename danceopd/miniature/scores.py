@@ -71,8 +71,10 @@ def _well_placed(edit: Edit, i: int, source: Scene, expected: Scene, centre: tor
         return int((centre - after).abs().max()) <= 2 * _STAYED
     axis = int((after - before).abs().argmax())
     third = IMAGE_SIZE // 3 + _STAYED
-    outer = centre[axis] <= third if after[axis] < before[axis] else centre[axis] >= IMAGE_SIZE - third
-    return bool(outer) and int((centre - after).abs()[1 - axis]) <= _STAYED
+    lower = after[axis] < before[axis]
+    outer = centre[axis] <= third if lower else centre[axis] >= IMAGE_SIZE - third
+    toward = before[axis] - centre[axis] if lower else centre[axis] - before[axis]
+    return bool(outer) and int(toward) > _STAYED and int((centre - after).abs()[1 - axis]) <= _STAYED
 
 
 def edit_scores(edits: list[Edit], source: Scene, expected: Scene, detection: Detection) -> dict[str, torch.Tensor]:
@@ -89,6 +91,8 @@ def edit_scores(edits: list[Edit], source: Scene, expected: Scene, detection: De
         places = [k for k in range(PLACES) if expected.things[i, k] != EMPTY]
         used: set[int] = set()
         held = {k: next((f for f in _like(expected, i, k, detection) if f not in used), None) for k in places}
+        if edit.kind == "motion-change":  # where it stood may be near where it should go
+            held[edit.target] = None
         used |= {f for f in held.values() if f is not None}
         others = [k for k in places if k != edit.target]
         rest = [held[k] is not None for k in others]
@@ -111,7 +115,7 @@ def edit_scores(edits: list[Edit], source: Scene, expected: Scene, detection: De
             used |= {found} - {None}
             rest.append(ground)
         extra = set(detection.found[i].nonzero()[:, 0].tolist()) - used
-        rest.append(not extra or edit.kind in ("style-change", "subject-remove") and followed[i] < 1)
+        rest.append(not extra or (edit.kind in ("style-change", "subject-remove") and followed[i] < 1))
         kept[i] = sum(rest) / len(rest)
     pq = 10 * ((_UNCLEAN_ERROR - detection.rest) / (_UNCLEAN_ERROR - _CLEAN_ERROR)).clamp(0, 1)
     sc = 10 * torch.minimum(followed, kept)

@@ -30,6 +30,7 @@ def rate(step: int, steps: int, decay: float, warm_up: int = 100) -> float:
     return min(1.0, (step + 1) / warm_up) * (0.02 + 0.98 * min(1.0, left))
 
 
+# Long: a third of it says what its arguments are, and its state is one set of variables.
 def run_stage(
     folder: Path,
     name: str,

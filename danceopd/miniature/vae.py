@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from torch import nn
 
-from danceopd.miniature.looks import BACKGROUNDS, IMAGE_SIZE, PAINTS, PLACES, SIZES, STYLES, THINGS, TONES, EMPTY
+from danceopd.miniature.looks import BACKGROUNDS, EMPTY, IMAGE_SIZE, PAINTS, PLACES, SIZES, STYLES, THINGS, TONES
 from danceopd.miniature.scene import Scene, blank, put, render
 from danceopd.miniature.stages import generator_of, run_stage
 
@@ -78,9 +78,12 @@ def train(folder: Path) -> AutoencoderKLFlux2:
 
 @torch.no_grad()
 def normalised(vae: AutoencoderKLFlux2) -> AutoencoderKLFlux2:
-    """Sets the batch norm that the pipelines normalise latents with to the latents' mean and variance."""
+    """Rounds the weights to bfloat16, as they are kept, and sets the batch norm to the latents' mean and variance, with
+    which the pipelines normalise them."""
+    vae.to(torch.bfloat16).to(torch.float32)
     latents = vae.encode(render(any_scene(512, generator_of(SEED, STEPS)))).latent_dist.mean
     patches = nn.functional.pixel_unshuffle(latents, 2)
     vae.bn.running_mean.copy_(patches.mean((0, 2, 3)))
     vae.bn.running_var.copy_(patches.var((0, 2, 3)))
+    vae.bn.to(torch.bfloat16).to(torch.float32)
     return vae

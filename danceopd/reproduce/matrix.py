@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-SETTINGS = ("A", "B", "C", "D", "E", "F", "ablations", "grid")
+SETTINGS = ("A", "B", "C", "D", "E", "F", "ablations", "grid", "miniature")
 
 # What each method differs in from DanceOPD. Trajectories that are asked at every step are fewer to an update.
 METHODS = {
@@ -83,6 +83,30 @@ ABLATIONS = {
     },
 }
 
+# On the miniature: what each method differs in, and the conditions in which it can be trained. With "data" the
+# capabilities' own pictures are at hand, with "prompts" their prompts alone (and the pictures to edit): there joint
+# training and off-policy distillation learn from pictures that the sources draw, which cost evaluations too.
+MINIATURE = {
+    "joint": (("data",), {"method": "joint"}),
+    "off_policy": (("data",), {"method": "off_policy"}),
+    "joint_samples": (("prompts",), {"method": "joint"}),
+    "off_policy_samples": (("prompts",), {"method": "off_policy", "options.states_from": "sources"}),
+    "diffusion_opd": (
+        ("data", "prompts"),
+        {"method": "diffusion_opd", "route": "round_robin", "training.batch_size": 16},
+    ),
+    "flow_opd": (("data", "prompts"), {"method": "flow_opd"}),
+    "danceopd": (("data", "prompts"), {}),
+    "danceopd_fast": (
+        ("data", "prompts"),
+        {"method": "danceopd_fast", "rollout.solver": "ab2", "rollout.num_inference_steps": 4},
+    ),
+}
+
+DRAWN_SAMPLES, DRAWN_STEPS = 4000, 16  # of each capability: pictures that a source draws, and solver steps of each
+
+DRAWN_EVALUATIONS = 2 * DRAWN_SAMPLES * DRAWN_STEPS
+
 TRAINING_SCALES = (1, 2, 3, 5, 7)  # alpha of setting D
 
 INFERENCE_SCALES = (1, 2, 3, 5, 7)  # beta
@@ -90,18 +114,19 @@ INFERENCE_SCALES = (1, 2, 3, 5, 7)  # beta
 
 @dataclass(frozen=True)
 class Budget:
-    """Network evaluations of a run, of a run of D and F, and of one of the ablations and grids; seeds."""
+    """Network evaluations of a run, of one of D and F, of the ablations and grids, and of the miniature; seeds."""
 
     name: str
     main: int
     short: int
     ablation: int
+    miniature: int
     seeds: int
 
 
 BUDGETS = {
-    "quick": Budget("quick", main=400_000, short=200_000, ablation=100_000, seeds=1),
-    "paper": Budget("paper", main=600_000, short=200_000, ablation=100_000, seeds=3),
+    "quick": Budget("quick", main=400_000, short=200_000, ablation=100_000, miniature=200_000, seeds=1),
+    "paper": Budget("paper", main=600_000, short=200_000, ablation=100_000, miniature=400_000, seeds=3),
 }
 
 
@@ -160,6 +185,10 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
             for row, overrides in METHODS.items()
             for rate in (*GRID, *GRID_MORE.get(row, ()))
         ],
+        "miniature": lambda: [
+            (row, "miniature", overrides, budget.miniature - (DRAWN_EVALUATIONS if row == "joint_samples" else 0))
+            for row, (_, overrides) in MINIATURE.items()
+        ],
     }[setting]()
     result = []
     for seed in range(seeds if setting != "grid" else 1):
@@ -168,7 +197,7 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
                 "training.seed": seed,
                 "training.learning_rate": LEARNING_RATES.get(row, LEARNING_RATES["danceopd"]),
                 "training.max_network_evaluations": evaluations,
-                "evaluation.times": 6 if evaluations == budget.main else 2,
+                "evaluation.times": 6 if evaluations == budget.main else 4 if setting == "miniature" else 2,
             }
             after = f"A/danceopd/seed{seed}" if setting == "F" else None
             result.append(Run(setting, row, seed, f"{config}.yaml", {**common, **overrides}, after))

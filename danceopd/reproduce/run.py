@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
-from danceopd.reproduce.matrix import ABLATIONS, SETTINGS, Budget, Run, runs
+from danceopd.reproduce.matrix import ABLATIONS, DRAWN_EVALUATIONS, MINIATURE, SETTINGS, Budget, Run, runs
 from danceopd.reproduce.measure import VALIDATION_SEED, measure, student, untrained
 from danceopd.reproduce.report import write_report
 from danceopd.reproduce.results import mean_error
@@ -31,8 +31,9 @@ from danceopd.support.devices import machine
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.run_log import read_log
+from danceopd.support.versions import commit
 from danceopd.training.checkpoints import checkpoints
-from danceopd.training.loop import train
+from danceopd.training.loop import Build, train
 from danceopd.world.build import build
 
 POLL_SECONDS = 1.0
@@ -99,7 +100,7 @@ def make_run(run: Run, folders: Folders) -> dict:
         result = finished(run, folders)
         if result:
             return result
-        config = config_of(run, folders, [f"training.output_dir={json.dumps(str(folder))}"])
+        config = _with_data(run, config_of(run, folders, [f"training.output_dir={json.dumps(str(folder))}"]), folders)
         if run.row == UNTRAINED:
             result = {"digest": digest(run, folders), "rows": _untrained_rows(run.setting, config)}
             write_atomic(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -107,8 +108,8 @@ def make_run(run: Run, folders: Folders) -> dict:
         ours = digest(run, folders)
         other = _begun(folder) != ours  # what an earlier version or budget left there is not gone on with
         write_atomic(folder / "digest", ours.encode())
-        train(config, build, overwrite=other)
-        seed = VALIDATION_SEED if run.setting == "grid" else None
+        train(config, _builder(run), overwrite=other)
+        before = DRAWN_EVALUATIONS if run.row == "joint_samples" else 0
         log = read_log(folder / "log.jsonl")
         curve = [
             [r["network_evaluations"], r["evaluation"]["geneval_overall"], r["evaluation"]["gedit_average"]]
@@ -117,8 +118,8 @@ def make_run(run: Run, folders: Folders) -> dict:
         result = {
             "seed": run.seed,
             "digest": ours,
-            **measure(run.setting, student(folder), config, seed),
-            "network_evaluations": log.training[-1]["network_evaluations"],
+            **_measured(run, folder, config),
+            "network_evaluations": log.training[-1]["network_evaluations"] + before,
             "updates": log.training[-1]["step"],
             "seconds": log.training[-1]["seconds"],
             "curve": curve,
@@ -128,6 +129,35 @@ def make_run(run: Run, folders: Folders) -> dict:
         for path in checkpoints(folder / "checkpoints"):
             shutil.rmtree(path)
     return result
+
+
+def _with_data(run: Run, config: Config, folders: Folders) -> Config:
+    """Names the prepared rows of a training on the miniature, which are made where they are not there."""
+    if run.setting != "miniature" or run.row == UNTRAINED:
+        return config
+    from danceopd.reproduce import miniature  # imports diffusers, which the other tables do without
+
+    rows = miniature.prepared(folders.work, config, drawn=run.row == "joint_samples")
+    own = [f"capabilities.{name}.data.prepared={json.dumps(str(rows))}" for name in config.capabilities]
+    return parse_config(config.to_dict(), own, run.config)
+
+
+def _builder(run: Run) -> Build:
+    """Returns what puts a training together."""
+    if run.setting == "miniature":
+        from danceopd.miniature.build import build as build_miniature
+
+        return build_miniature
+    return build
+
+
+def _measured(run: Run, folder: Path, config: Config) -> dict[str, float]:
+    """Measures the student of a finished run by its table's metrics."""
+    if run.setting == "miniature":
+        from danceopd.reproduce import miniature
+
+        return miniature.measure_run(folder, config)
+    return measure(run.setting, student(folder), config, VALIDATION_SEED if run.setting == "grid" else None)
 
 
 def _begun(folder: Path) -> str | None:
@@ -145,18 +175,6 @@ def finished(run: Run, folders: Folders) -> dict | None:
     except (OSError, ValueError):
         return None
     return result if result.get("digest") == digest(run, folders) else None
-
-
-def commit() -> str:
-    """Returns the commit of the code that runs, with "+" where files differ from it; "unknown" outside a repository."""
-    here = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(here)]
-        name = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno", ".."], capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 # Long: a third of it says what its arguments are.
@@ -278,7 +296,9 @@ def gather(setting: str, budget: Budget, folders: Folders, seeds: int) -> None:
         rows += _before_rows(before, folders)
     axes = {row: axis for axis, members in ABLATIONS.items() for row in members} if setting == "ablations" else {}
     for row, members in grouped.items():
-        rows.append(_row(row, "trained", [result for _, result in members], members[0][0], axes.get(row)))
+        made = _row(row, "trained", [result for _, result in members], members[0][0], axes.get(row))
+        conditions = MINIATURE[row][0] if setting == "miniature" else ()
+        rows += [{"method": row, "condition": condition, **made} for condition in conditions] or [made]
     table = {
         "setting": setting,
         "budget": {
@@ -326,12 +346,19 @@ def untrained_run(setting: str) -> list[Run]:
     """Returns the one run that measures a table's base, sources and merges; none for tables without."""
     if setting in ("ablations", "grid"):
         return []
-    return [Run(setting, UNTRAINED, 0, f"setting_{setting.lower()}.yaml")]
+    config = "miniature" if setting == "miniature" else f"setting_{setting.lower()}"
+    return [Run(setting, UNTRAINED, 0, f"{config}.yaml")]
 
 
 def _untrained_rows(setting: str, config: Config) -> list[dict]:
     cost = {"network_evaluations": 0, "seconds": 0, "commit": commit()}
-    return [_row(name, kind, [metrics], None) | cost for name, kind, metrics in untrained(setting, config)]
+    if setting == "miniature":
+        from danceopd.reproduce import miniature
+
+        measured = miniature.untrained(config, VALIDATION_SEED)
+    else:
+        measured = untrained(setting, config)
+    return [_row(name, kind, [metrics], None) | cost for name, kind, metrics in measured]
 
 
 def _before_rows(before: list[Run], folders: Folders) -> list[dict]:

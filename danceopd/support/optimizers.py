@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
             if any(p.ndim < 2 for p in group["params"]):
-                raise ValueError("Muon is for matrices; give other tensors to AdamW")
+                raise ValueError("Muon is for matrices and convolutions' kernels; give other tensors to AdamW")
 
     @torch.no_grad()
     def step(self) -> None:

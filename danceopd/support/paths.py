@@ -3,6 +3,24 @@
 import unicodedata
 from pathlib import Path
 
+MINIATURE = Path(__file__).parents[1] / "miniature" / "assets"  # a small trained pipeline, and LoRAs for it
+
+
+def shipped(path: Path) -> Path:
+    """Returns what ships with the package under a name: the pipeline of "miniature", and the LoRA of "miniature/NAME".
+
+    Any other path, and one that is there, is returned as it is.
+    """
+    if path.parts[:1] != ("miniature",) or len(path.parts) > 2 or path.exists():
+        return path
+    there = MINIATURE.joinpath("sources", *path.parts[1:]) if path.parts[1:] else MINIATURE / "pipeline"
+    return there if there.exists() else path
+
+
+def draws_miniature(model: Path | None) -> bool:
+    """Tells whether a pipeline's folder is the miniature's, shipped or trained again, or stands under its name."""
+    return model is not None and (model == Path("miniature") or (model / "miniature.json").is_file())
+
 
 def near_path(
     path: Path | str, root: Path | None = None, listed: dict[Path, dict[str, list[str]]] | None = None

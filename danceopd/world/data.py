@@ -1,8 +1,9 @@
 """Makes the picture world training data: drawn on demand, or written out in the form of a user's own data."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -102,11 +103,34 @@ def write_world(folder: str | Path, capabilities: Iterable[str], size: int, seed
         UserError: As WorldData does, before anything is written.
         FileExistsError: The folder has a manifest already.
     """
-    folder = Path(folder)
+    manifest = Path(folder) / "manifest.jsonl"
+    if manifest.exists():
+        raise FileExistsError(f"{manifest} is there already; remove it or write to another folder")
+    return write_sets(Path(folder), [WorldData(capability, size, seed) for capability in dict.fromkeys(capabilities)])
+
+
+class SampleSet(Protocol):
+    """Samples of one capability that can be written out: `capability`, and what WorldData gives of indices."""
+
+    capability: str
+
+    def __len__(self) -> int: ...
+
+    def prompts(self, indices: list[int]) -> list[str]: ...
+
+    def sources(self, indices: list[int]) -> torch.Tensor | None: ...
+
+    def targets(self, indices: list[int]) -> torch.Tensor: ...
+
+
+def write_sets(folder: Path, sets: Sequence[SampleSet]) -> Path:
+    """Writes all samples of sets as PNGs and a manifest, whose path it returns.
+
+    Raises FileExistsError where the folder has a manifest already.
+    """
     manifest = folder / "manifest.jsonl"
     if manifest.exists():
         raise FileExistsError(f"{manifest} is there already; remove it or write to another folder")
-    sets = [WorldData(capability, size, seed) for capability in dict.fromkeys(capabilities)]
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for data in sets:
@@ -117,7 +141,7 @@ def write_world(folder: str | Path, capabilities: Iterable[str], size: int, seed
     return manifest
 
 
-def _write_chunk(folder: Path, data: WorldData, indices: list[int]) -> list[dict[str, str]]:
+def _write_chunk(folder: Path, data: SampleSet, indices: list[int]) -> list[dict[str, str]]:
     """Writes the pictures of some samples; return their manifest lines."""
     ids = [f"{data.capability}-{i:05d}" for i in indices]
     lines = [

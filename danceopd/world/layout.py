@@ -1,6 +1,7 @@
 """Writes the picture world's evaluation in GenEval's layout, so that runs can be compared picture by picture."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +14,10 @@ from danceopd.world.prompts import RELATIONS, Prompt
 from danceopd.world.sprites import CLASSES, COLORS, NATURAL
 
 
-def geneval_metadata(prompt: Prompt) -> dict:
-    """Returns a prompt of the picture world as a line of GenEval's metadata."""
+def geneval_metadata(prompt: Prompt, classes: Sequence[str] = CLASSES, colors: Sequence[str] = COLORS) -> dict:
+    """Returns a prompt, whose objects are indices into classes and colors, as a line of GenEval's metadata."""
     include = [
-        {"class": CLASSES[cls], "count": prompt.count, **({} if color == NATURAL else {"color": COLORS[color]})}
+        {"class": classes[cls], "count": prompt.count, **({} if color == NATURAL else {"color": colors[color]})}
         for cls, color in prompt.objects
     ]
     if prompt.relation >= 0:  # of the first to the second, which GenEval names before

@@ -23,7 +23,7 @@ from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.files import save_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = Budget("quick", main=1500, short=1500, ablation=1500, seeds=1)
+TINY = Budget("quick", main=1500, short=1500, ablation=1500, miniature=1500, seeds=1)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ from danceopd.reproduce.matrix import Budget
 from danceopd.reproduce.run import Folders
 from danceopd.reproduce.run import reproduce
 configs, base = map(Path, sys.argv[1:])
-budget = Budget("quick", main=8000, short=8000, ablation=8000, seeds=1)
+budget = Budget("quick", main=8000, short=8000, ablation=8000, miniature=8000, seeds=1)
 reproduce(["C", "E"], budget, Folders(configs, base / "work", base / "results"), seeds=1, workers=1)
 """
 
@@ -190,7 +190,7 @@ def test_a_killed_reproduction_goes_on_without_repeating(configs, tmp_path):
 
 def test_a_run_of_another_budget_is_not_gone_on_with(configs, tmp_path, monkeypatch):
     folders = place_of(configs, tmp_path)
-    (first,), (second,) = (runs("C", Budget("quick", n, n, n, 1), 1) for n in (1500, 3000))
+    (first,), (second,) = (runs("C", Budget("quick", n, n, n, n, 1), 1) for n in (1500, 3000))
     with monkeypatch.context() as patch:
         patch.setattr(driver, "measure", lambda *_: 1 / 0)  # stopped before its checkpoints were removed
         with pytest.raises(ZeroDivisionError):

@@ -43,7 +43,17 @@ def test_zero_matrix_stays_zero():
     assert torch.equal(orthogonalize(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), ()], ids=str)
+def test_a_convolutions_kernel_is_a_matrix_of_its_output_channels():
+    kernel = torch.nn.Parameter(matrices(6, 2 * 9).reshape(6, 2, 3, 3))
+    flat = torch.nn.Parameter(kernel.detach().flatten(1).clone())
+    kernel.grad = matrices(6, 2 * 9, seed=1).reshape(6, 2, 3, 3).contiguous(memory_format=torch.channels_last)
+    flat.grad = kernel.grad.flatten(1)
+    for p in (kernel, flat):
+        Muon([p], lr=0.1, weight_decay=0.1).step()
+    torch.testing.assert_close(kernel.detach().flatten(1), flat.detach())
+
+
+@pytest.mark.parametrize("shape", [(4,), ()], ids=str)
 def test_refuses_what_is_no_matrix(shape):
     with pytest.raises(ValueError, match="matrices"):
         Muon([torch.nn.Parameter(torch.zeros(3, 3)), torch.nn.Parameter(torch.zeros(shape))])

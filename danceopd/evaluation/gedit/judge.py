@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -168,6 +169,20 @@ class Edit:
 
     instruction: str
     load: Callable[[], tuple[Image.Image, Image.Image]]
+
+
+@runtime_checkable
+class ExactJudge(Protocol):
+    """Judges edits of pictures whose every object is known, without asking a model."""
+
+    name: str
+
+    def check(self) -> None:
+        """Does nothing: there is no endpoint to be reached."""
+
+    def verdict(self, instruction: str, source: Image.Image, edited: Image.Image) -> Verdict:
+        """Returns the marks of one edit."""
+        ...
 
 
 def judge_edits(

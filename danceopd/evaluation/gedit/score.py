@@ -20,7 +20,7 @@ from danceopd.evaluation.gedit.draw import (
     missing_rows,
     picture_file,
 )
-from danceopd.evaluation.gedit.judge import Edit, Verdict, judge_edits, overall
+from danceopd.evaluation.gedit.judge import Edit, ExactJudge, Verdict, judge_edits, overall
 from danceopd.evaluation.pipelines import load_pipeline
 from danceopd.evaluation.statistics import standard_error
 from danceopd.models.loading import multiple_of
@@ -31,7 +31,10 @@ from danceopd.support.ranks import ALONE, Ranks
 
 
 def score_rows(benchmark: Benchmark, rows: Sequence[Row], folder: Path, judge, cache: Path) -> list[Verdict]:
-    """Judges each row's edit in a method's folder; a UserError as from judge_edits, and for a damaged picture."""
+    """Judges each row's edit in a method's folder; a UserError as from judge_edits, and for a damaged picture.
+
+    judge: An EndpointJudge or LocalJudge, or an ExactJudge, whose verdicts need no cache.
+    """
 
     def load(row: Row) -> tuple[Image.Image, Image.Image]:
         path = picture_file(folder, row)
@@ -41,6 +44,8 @@ def score_rows(benchmark: Benchmark, rows: Sequence[Row], folder: Path, judge, c
             raise UserError(error if isinstance(error, UserError) else f"{path}: {error}; make it again") from None
 
     edits = [Edit(row.instruction, lambda row=row: load(row)) for row in rows]
+    if isinstance(judge, ExactJudge):
+        return [judge.verdict(edit.instruction, *edit.load()) for edit in tqdm(edits, "judged")]
     return judge_edits(edits, judge, cache, lambda items, total: tqdm(items, "judged", total, unit="batch"))
 
 

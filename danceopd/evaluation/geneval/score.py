@@ -5,12 +5,14 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from PIL import Image
 
 from danceopd.evaluation.geneval import models
 from danceopd.evaluation.geneval.layout import read_pictures, record, write_results
-from danceopd.evaluation.geneval.rules import check_picture, kept
+from danceopd.evaluation.geneval.rules import Found, Objects, check_picture, kept
 from danceopd.models.fingerprint import fingerprint
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
@@ -19,11 +21,25 @@ from danceopd.support.ranks import ALONE, Ranks, agreed
 from danceopd.support.texts import parse_json
 
 
+class Reader(Protocol):
+    """Reads pictures whose every object is known, without a network.
+
+    `name` stands for all that a verdict depends on; `detect` and `name_colors` are as models.load_detector and
+    models.load_colors return them.
+    """
+
+    name: str
+
+    def detect(self, pictures: list[Image.Image]) -> list[Objects]: ...
+
+    def name_colors(self, picture: Image.Image, name: str, found: list[Found]) -> list[str]: ...
+
+
 # Long: a third of it says what its arguments are.
 def score_folder(
     folder: Path,
     results: Path,
-    detector: Path,
+    detector: Path | Reader,
     clip: Path | None = None,
     *,
     metadata: list[dict] | None = None,
@@ -41,7 +57,7 @@ def score_folder(
     Args:
         folder: Pictures in GenEval's layout.
         results: The file to write, a line a picture.
-        detector: The folder of a Mask2Former that was trained on COCO's instances.
+        detector: The folder of a Mask2Former that was trained on COCO's instances, or what reads pictures without one.
         clip: The folder of a CLIP, which names colours.
         metadata: The prompts that must be there; not checked if not given.
         samples: Pictures that each prompt must have; at least one if not given.
@@ -61,9 +77,10 @@ def score_folder(
     def prepare():
         prompts = read_pictures(folder, metadata, samples)
         clauses = [c for p in prompts for key in ("include", "exclude") for c in p.metadata.get(key, [])]
-        if any("color" in clause for clause in clauses) and not clip:
+        by_model = isinstance(detector, Path)
+        if by_model and any("color" in clause for clause in clauses) and not clip:
             raise UserError("some prompts ask for colours; give --clip, for example a folder of clip-vit-large-patch14")
-        by = json.dumps([fingerprint(detector), clip and fingerprint(clip), max_overlap])
+        by = json.dumps([fingerprint(detector) if by_model else detector.name, clip and fingerprint(clip), max_overlap])
         for prompt in prompts[ranks.rank :: ranks.size]:
             keys.update({path: key_of(path, prompt.metadata, by) for path in prompt.pictures.values()})
             there = read_kept(keep / f"{prompt.index:05d}.jsonl")
@@ -72,6 +89,8 @@ def score_folder(
                     scored[path] = there[keys[path]] | {"filename": str(path)}
         if len(scored) == len(keys):
             return prompts, None, None
+        if not by_model:
+            return prompts, detector.detect, detector.name_colors
         detect = models.load_detector(detector, device, {clause["class"] for clause in clauses})
         return prompts, detect, models.load_colors(clip, device) if clip else None
 

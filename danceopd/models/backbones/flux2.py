@@ -60,8 +60,8 @@ def text_encoder(folder, device="cpu", dtype=torch.float32, max_sequence_length=
     """Loads the text encoder once; the pipelines do not mask the padding, so every prompt has all rows.
 
     Returns:
-        encode(prompts, pictures=None) -> {"prompt_embeds": [n, max_sequence_length, C]} in `dtype` on the CPU, C the width of three
-        layers; the pictures are not looked at.
+        encode(prompts, pictures=None) -> {"prompt_embeds": [n, max_sequence_length, C]} in `dtype` on the CPU, C the
+        width of three layers; the pictures are not looked at.
 
     Raises:
         UserError: Something is missing.

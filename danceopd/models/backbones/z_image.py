@@ -47,6 +47,7 @@ def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     return loading.load_transformer(ZImageTransformer2DModel, folder, dtype)
 
 
+# Long: a third of it says what it returns.
 def text_encoder(
     folder: str | Path,
     device: str | torch.device = "cpu",

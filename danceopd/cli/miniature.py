@@ -1,0 +1,49 @@
+"""`danceopd miniature`: says where the small trained pipeline lies, or trains it again."""
+
+import argparse
+from pathlib import Path
+
+from danceopd.cli.arguments import add_command
+
+
+def add_miniature(commands) -> None:
+    """Adds `danceopd miniature`."""
+    parser = add_command(
+        commands, "miniature", run_miniature, "a small trained FLUX.2 klein pipeline, or train it again"
+    )
+    parser.add_argument("action", nargs="?", choices=("list", "train", "card", "data", "benchmark"), default="list")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages only: vae, base, or a source's name")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/miniature"), help="where to train or write (%(default)s)"
+    )
+    parser.add_argument("--capabilities", nargs="+", default=["t2i", "edit"], help="of data (%(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=1000, help="samples of each, or a benchmark's of each task and kind"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of data or a benchmark (%(default)s)")
+
+
+def run_miniature(args: argparse.Namespace) -> None:
+    """Lists, trains, or scores and describes."""
+    if args.action == "train":
+        from danceopd.miniature.train import STAGES, train
+
+        train(args.folder, args.only or STAGES, say=lambda stage: print(f"stage: {stage}", flush=True))
+    elif args.action == "card":
+        from danceopd.miniature.card import write_card
+
+        print(f"wrote {write_card(args.folder)}")
+    elif args.action == "data":
+        from danceopd.miniature.data import write_miniature
+
+        print(f"wrote {write_miniature(args.folder, args.capabilities, args.size, args.seed)}")
+    elif args.action == "benchmark":
+        from danceopd.miniature.benchmark import write_benchmark
+
+        print(f"wrote {write_benchmark(args.folder, args.seed, args.size, args.size)}")
+    else:
+        from danceopd.miniature.shipped import PIPELINE, shipped_sources
+
+        print(f"pipeline: {PIPELINE}")
+        for name, path in shipped_sources().items():
+            print(f"source {name}: {path}")

@@ -1,0 +1,195 @@
+"""Scores the miniature's base and sources, and writes what is known of them beside their weights."""
+
+import io
+import json
+from pathlib import Path
+
+import torch
+
+from danceopd.miniature import base, sources, vae
+from danceopd.miniature.detector import detect
+from danceopd.miniature.edits import GLOBAL_KINDS, LOCAL_KINDS
+from danceopd.miniature.evaluate import Canvas, edit_set, field_of, score_gedit, score_geneval, t2i_set
+from danceopd.miniature.looks import CLASSES, IMAGE_SIZE, STYLES
+from danceopd.miniature.scene import render
+from danceopd.models.backbones import flux2
+from danceopd.support.files import write_atomic
+from danceopd.support.paths import MINIATURE
+from danceopd.support.pictures import labelled_grid
+
+SEED, PICTURES = 1234, 100  # of the scores: of each task and kind
+
+SHOWN = 12  # pictures of each row of the page
+
+
+def score_all(pipeline: Path, loras: dict[str, Path], pictures: int = PICTURES) -> dict[str, dict[str, dict]]:
+    """Scores the base and each LoRA by every task, own or not.
+
+    Returns:
+        {name: {column: its scores}} with "overall" or "average", and "standard_error".
+    """
+    canvas, rows = Canvas(pipeline), {}
+    for name, lora in {"base": None, **loras}.items():
+        draw = canvas.drawer(field_of(pipeline, lora))
+        rows[name] = {
+            "T2I": score_geneval(draw, SEED, pictures),
+            "held-out T2I": score_geneval(draw, SEED, pictures, "held_out"),
+            "Edit": score_gedit(draw, SEED, pictures),
+            "Local": score_gedit(draw, SEED, pictures, LOCAL_KINDS),
+            "Global": score_gedit(draw, SEED, pictures, GLOBAL_KINDS),
+        }
+        if name in STYLES:
+            rows[name]["own style"] = score_geneval(draw, SEED, pictures, style=STYLES.index(name))
+    return rows
+
+
+@torch.inference_mode()
+def fidelity(pipeline: Path, pictures: int = 256) -> dict[str, float]:
+    """Returns the VAE's mean PSNR in dB on pictures of all looks and on photos, and the share that is read the same."""
+    encode, decode = flux2.picture_codec(pipeline)
+    generator, found = torch.Generator().manual_seed(SEED), {}
+    _, photos = t2i_set(SEED, pictures // 6)
+    for name, scene in (("all looks", vae.any_scene(pictures, generator)), ("photos", photos)):
+        true = render(scene)
+        again = torch.cat([decode(encode(part)) for part in true.split(64)])
+        found[name] = float((10 * torch.log10(4 / (again - true).square().mean((1, 2, 3)))).mean())
+    before, after = detect(true).scene, detect(again).scene
+    same = (before.things == after.things).all(-1) & (before.paints == after.paints).all(-1)
+    return {**found, "read the same": float(same.float().mean())}
+
+
+@torch.inference_mode()
+def pages(pipeline: Path, loras: dict[str, Path]) -> tuple[bytes, bytes]:
+    """Draws two PNGs: pictures from prompts by the base and each source that draws, and edits by base and source."""
+    canvas = Canvas(pipeline)
+    fields = {name: field_of(pipeline, lora) for name, lora in {"base": None, **loras}.items()}
+    rows = []
+    for name in ("base", "t2i", *STYLES[1:]):
+        prompts, _ = t2i_set(17, SHOWN // 6, style=STYLES.index(name) if name in STYLES else 0)
+        if name in fields:
+            rows.append((name, canvas.draw(fields[name], [prompt.text for prompt in prompts], None, 17)))
+    drawn = labelled_grid(rows, [prompt.text.removeprefix("a photo of ") for prompt in t2i_set(17, SHOWN // 6)[0]])
+    edits, before, after = edit_set(17, 1)
+    texts, source = [edit.text for edit in edits], render(before)
+    rows = [("to edit", source)]
+    rows += [(name, canvas.draw(fields[name], texts, source, 17)) for name in ("base", "edit") if name in fields]
+    return drawn, labelled_grid([*rows, ("asked for", render(after))], texts)
+
+
+def curves(folder: Path, names: list[str]) -> bytes:
+    """Plots the losses of the stages whose logs a training's folder holds, as a PNG."""
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    for name in names:
+        path = folder / f"{name}.jsonl"
+        if path.is_file():
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            ax = axes[0] if name == "vae" else axes[1]
+            ax.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=name)
+    for ax, label in zip(axes, ("squared error and divergence", "velocity error"), strict=True):
+        ax.set(xlabel="updates", ylabel=label, yscale="log")
+        ax.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def write_card(folder: Path, output: Path = MINIATURE) -> Path:
+    """Scores what a training made, and writes README.md with its pictures and curves beside the weights.
+
+    Args:
+        folder: The training's, with pipeline, a folder for each source, and the stages' logs.
+        output: Where the card goes.
+
+    Returns:
+        The README's path.
+    """
+    pipeline = folder / "pipeline"
+    loras = {name: folder / name for name in sources.RECIPES if (folder / name).is_dir()}
+    rows, psnr = score_all(pipeline, loras), fidelity(pipeline)
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = ["| network | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [_cell(row.get(column)) for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    recipe = ["| stage | data (share) | updates | batch | seed | time |", "|---" * 6 + "|"]
+    recipe.append(f"| vae | all looks | {vae.STEPS:,} | {vae.BATCH} | {vae.SEED} | {_minutes(folder, 'vae')} |")
+    made = {"base": (base.SHARES, base.STEPS, base.BATCH, base.SEED)}
+    made |= {name: (r.shares, r.steps, sources.BATCH, r.seed) for name, r in sources.RECIPES.items()}
+    for name, (shares, steps, batch, seed) in made.items():
+        mix = ", ".join(f"{key} {value:g}" for key, value in shares.items())
+        recipe.append(f"| {name} | {mix} | {steps:,} | {batch} | {seed} | {_minutes(folder, name)} |")
+    drawn, edited = pages(pipeline, loras)
+    write_atomic(output / "drawn.png", drawn)
+    write_atomic(output / "edited.png", edited)
+    write_atomic(output / "curves.png", curves(folder, ["vae", *made]))
+    text = CARD.format(
+        size=IMAGE_SIZE,
+        classes=len(CLASSES),
+        pictures=PICTURES,
+        seed=SEED,
+        scores="\n".join(lines),
+        recipe="\n".join(recipe),
+        psnr=", ".join(f"{value:.1f} dB on {name}" for name, value in psnr.items() if name != "read the same"),
+        same=psnr["read the same"],
+    )
+    write_atomic(output / "README.md", text.encode())
+    return output / "README.md"
+
+
+def _cell(score: dict | None) -> str:
+    if score is None:
+        return ""
+    return f"{score.get('overall', score.get('average')):.3f} ± {score['standard_error']:.3f}"
+
+
+def _minutes(folder: Path, name: str) -> str:
+    path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        return ""
+    return f"{json.loads(path.read_text().splitlines()[-1])['seconds'] / 60:.0f} min"
+
+
+CARD = """# The miniature
+
+A FLUX.2 klein pipeline in small, of diffusers' own classes and really trained: it draws and edits pictures of
+{size} x {size} pixels with one to four of {classes} objects. `DiffusionPipeline.from_pretrained` loads `pipeline`,
+`load_lora_weights` each folder of `sources`; call it with `max_sequence_length=16, height={size}, width={size}`. It
+exists to show and test distillation on the path that users run, and draws nothing but this world.
+
+![Pictures by the base and the sources that draw.](drawn.png)
+
+![Edits by the base and the edit source.](edited.png)
+
+## Scores
+
+GenEval-shaped overall (0 to 1) for text-to-image, GEdit-shaped average (0 to 10) for edits, ± the standard error over
+pictures; 16 steps, no guidance, seed {seed}, {pictures} pictures of each task and kind, exact by the detector. Made by
+`danceopd miniature card`.
+
+{scores}
+
+The VAE gives pictures back at {psnr}; of photos a share of {same:.3f} is read as the same objects.
+
+## Recipe
+
+Flow matching on latents of pictures drawn from seeds (no picture is stored), Muon and AdamW, noise levels with shift 5,
+10 % empty prompts, an exponential average of 0.999 as the result; sources are LoRAs. `danceopd miniature train` runs it
+again, and goes on where it was stopped. Times are on two cores beside other work.
+
+{recipe}
+
+![Losses of all stages.](curves.png)
+
+## Data and licence
+
+Objects are Noto Emoji (Apache-2.0), letters Pillow's own font; the networks are under the project's licence. Held out
+of all training: each class in one colour, and sixteen pairs of classes. The base and the source `edit-half` see eight
+of the classes in edits, and all of them in text-to-image.
+"""

@@ -1,0 +1,176 @@
+"""The table of the miniature: the data that its runs share, and how students, sources and merges are measured."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+
+from danceopd.config.sections import Config
+from danceopd.core.fields import Field
+from danceopd.core.rollout import sample
+from danceopd.data.cache import key_of
+from danceopd.data.prepare import prepare
+from danceopd.data.prepared import PreparedData
+from danceopd.miniature.data import write_miniature
+from danceopd.miniature.evaluate import Canvas, field_of, score_gedit, score_geneval
+from danceopd.miniature.looks import IMAGE_SIZE
+from danceopd.miniature.pipeline import TEXT_LENGTH
+from danceopd.models.backbones import flux2, pipeline_class_of
+from danceopd.models.lora_files import load_lora
+from danceopd.models.shared_base import SharedBase
+from danceopd.reproduce.matrix import DRAWN_SAMPLES, DRAWN_STEPS
+from danceopd.support.files import write_atomic
+
+SEED = 100  # of the samples
+
+HELD_OUT_SEED = 1_000_000  # added to the seed, so that the held-out pictures are others
+
+COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+WEIGHTS = (0.4, 0.6, 0.8, 1.0)  # of each LoRA in a merge
+
+DENSITY = 0.5  # the share of entries that pruning merges keep
+
+
+def prepared(work: Path, config: Config, drawn: bool) -> Path:
+    """Makes the data that all runs share, once: pictures of the world, or with drawn those that the sources draw.
+
+    Args:
+        work: The folder of the runs.
+        config: Names the model and the sources.
+        drawn: Whether the finished pictures are the sources' own.
+
+    Returns:
+        The prepared rows.
+    """
+    folder = work / "miniature"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # runs in other processes want the same
+        rows = folder / "cache" / "manifest.jsonl"
+        if not rows.exists():
+            manifest = folder / "data" / "manifest.jsonl"
+            if not manifest.exists():
+                write_miniature(manifest.parent, ["t2i", "edit"], DRAWN_SAMPLES, SEED)
+            prepare(
+                manifest,
+                config.model,
+                rows.parent,
+                resolution=IMAGE_SIZE,
+                batch_size=64,
+                entries_per_shard=1024,
+                max_sequence_length=TEXT_LENGTH,
+            )
+        if not drawn:
+            return rows
+        path = folder / "cache" / "drawn.jsonl"
+        if not path.exists():
+            _draw(rows, path, config)
+        return path
+
+
+@torch.inference_mode()
+def _draw(rows: Path, path: Path, config: Config) -> None:
+    """Writes prepared rows whose pictures are those that each capability's source draws."""
+    head, *_ = rows.read_text(encoding="utf-8").splitlines()
+    lines, sigmas = [head], flux2.sigmas(config.model, DRAWN_STEPS, IMAGE_SIZE, IMAGE_SIZE)
+    shape = flux2.latent_shape(config.model, IMAGE_SIZE, IMAGE_SIZE)
+    for name, capability in config.capabilities.items():
+        data, generator = PreparedData(rows, name), torch.Generator().manual_seed(SEED)
+        field = field_of(config.model, config.sources[capability.source].lora[0].path)
+        for start in tqdm(range(0, len(data), 64), f"pictures of {name}"):
+            index = list(range(start, min(start + 64, len(data))))
+            noise = torch.randn(len(index), *shape, generator=generator)
+            latents = sample(field, noise, data.condition(index, [False] * len(index)), sigmas)
+            keys = [key_of("drawn", name, str(i)) for i in index]
+            data.cache.write({key: {"latents": one.clone()} for key, one in zip(keys, latents, strict=True)})
+            lines += [json.dumps({**data.rows[i], "target": key}) for i, key in zip(index, keys, strict=True)]
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+
+def measure(field: Field, config: Config, seed: int | None = None, pictures: int | None = None) -> dict[str, float]:
+    """Measures one field on prompts that no training saw, and on held-out pairs.
+
+    Args:
+        field: The student, a source or a merge.
+        config: Its evaluation says how many pictures of each task and kind.
+        seed: Of prompts and noise; the evaluation's own if not given.
+        pictures: Of each task and kind; the evaluation's own numbers if not given, which include held-out pairs.
+
+    Returns:
+        Each metric, and "<metric>_error", its standard error over pictures.
+    """
+    evaluation = config.evaluation
+    draw = Canvas(config.model, evaluation.num_inference_steps).drawer(field)
+    seed = evaluation.seed if seed is None else seed
+    t2i = score_geneval(draw, seed, pictures or evaluation.per_task)
+    edit = score_gedit(draw, seed, pictures or evaluation.per_kind)
+    found = {"geneval_overall": t2i["overall"], "geneval_overall_error": t2i["standard_error"]}
+    found |= {"gedit_average": edit["average"], "gedit_average_error": edit["standard_error"]}
+    if pictures is None:
+        other = score_geneval(draw, seed + HELD_OUT_SEED, evaluation.per_task, "held_out")
+        found |= {"geneval_held_out": other["overall"], "geneval_held_out_error": other["standard_error"]}
+    return found
+
+
+def measure_run(folder: Path, config: Config, seed: int | None = None) -> dict[str, float]:
+    """Measures the exported LoRA of a finished run, as a plain pipeline merges it."""
+    return measure(field_of(config.model, folder / "student"), config, seed)
+
+
+def untrained(config: Config, validation_seed: int) -> Iterator[tuple[str, str, dict]]:
+    """Measures the base, the sources, and every merge of PEFT at its best weight on validation prompts.
+
+    Yields:
+        (row, kind, metrics).
+    """
+    yield "base", "source", measure(field_of(config.model), config)
+    loras = {name: source.lora[0].path for name, source in config.sources.items()}
+    for name, path in loras.items():
+        yield f"source_{name}", "source", measure(field_of(config.model, path), config)
+    for combination in COMBINATIONS:
+        makers = [partial(merged, config.model, list(loras.values()), combination, weight) for weight in WEIGHTS]
+        best = max(makers, key=lambda make: _merit(measure(make(), config, validation_seed, config.evaluation.quick)))
+        yield f"merge_{combination}", "merge", {**measure(best(), config), "chosen": str(best.args[-1])}
+
+
+def _merit(metrics: dict[str, float]) -> float:
+    """Returns one number to choose by: GenEval's overall plus a tenth of the edits' average."""
+    return metrics["geneval_overall"] + metrics["gedit_average"] / 10
+
+
+@torch.no_grad()
+def merged(model: Path, loras: list[Path], combination: str, weight: float) -> Field:
+    """Merges LoRAs into the base by PEFT's add_weighted_adapter.
+
+    Args:
+        model: The pipeline's folder.
+        loras: Their files or folders.
+        combination: One of COMBINATIONS.
+        weight: Of each of them.
+    """
+    transformer = flux2.load_transformer(model)
+    factors = [load_lora(path, transformer, pipeline_class_of(model)) for path in loras]
+    names = sorted({layer for one in factors for layer in one})
+    rank = max(down.shape[0] for one in factors for down, _, _ in one.values())
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    network = get_peft_model(transformer, config, adapter_name="0")
+    for number in range(1, len(loras)):
+        network.add_adapter(str(number), config)
+    for number, one in enumerate(factors):
+        for layer, (down, up, scale) in one.items():
+            module = transformer.get_submodule(layer)
+            module.lora_A[str(number)].weight.zero_()[: len(down)] = down
+            module.lora_B[str(number)].weight.zero_()[:, : len(down)] = scale * up
+    density = DENSITY if combination in ("ties", "dare_linear", "dare_ties", "magnitude_prune") else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # dare drops entries at random
+        own = [str(number) for number in range(len(loras))]
+        network.add_weighted_adapter(own, [weight] * len(own), "merged", combination_type=combination, density=density)
+    network.set_adapter("merged")
+    return SharedBase(network.merge_and_unload().eval(), [], flux2.velocity).field(-1)
