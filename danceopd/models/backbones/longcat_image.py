@@ -33,7 +33,6 @@ EDIT_ONLY = ("LongCatImageEditPipeline",)  # pipelines that do not draw without 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 PROMPTS_SEE_PICTURES = True  # where the folder edits
-
 PROMPTS_HAVE_MASKS = False  # the padding is attended to
 
 COMBINE_PIPELINES = ("LongCatImagePipeline",)  # whose guidance combine is; the editing one's is the usual one
@@ -51,11 +50,7 @@ def tasks(folder) -> tuple[str, ...]:
 
 
 def load_transformer(folder, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """Loads the transformer of a pipeline folder, or of a transformer folder itself, in eval mode.
-
-    Raises:
-        UserError: It is not there, is another class, or lacks weights.
-    """
+    """Loads the transformer of a pipeline folder, or of its own, in eval mode; a UserError where it is not whole."""
     return loading.load_transformer(LongCatImageTransformer2DModel, folder, dtype)
 
 
@@ -123,15 +118,7 @@ def prompt_readers(folder, length: int) -> list[Reader]:
 
 
 def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
-    """Loads the VAE.
-
-    Returns:
-        encode(pictures [n, 3, H, W] in [-1, 1]) -> latents [n, C, h, w] and its inverse, on `device` in `dtype`,
-        without gradient.
-
-    Raises:
-        UserError: The VAE is missing.
-    """
+    """Loads the VAE: encode(pictures [n, 3, H, W] in [-1, 1]) -> latents [n, C, h, w], and its inverse."""
     return loading.picture_codec(folder, device, dtype)
 
 
