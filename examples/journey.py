@@ -53,7 +53,7 @@ def score(folder: Path, name: str, lora: str | None) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="From pictures to a LoRA in a plain pipeline, on the miniature.")
     parser.add_argument("--folder", type=Path, default=Path("runs/journey"))
     parser.add_argument("--steps", type=int, default=400, help="updates of the student (%(default)s)")
     parser.add_argument("--rows", type=int, default=1000, help="samples of each capability (%(default)s)")

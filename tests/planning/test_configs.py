@@ -138,6 +138,8 @@ def test_every_model_configuration_passes_the_dry_run(tiny, config):
 
 @pytest.mark.parametrize("config", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_other_configuration_passes_it_too(config, tmp_path):
+    if config.stem == "miniature":
+        pytest.skip("its data are written by examples/journey.py")
     changes = [f"training.output_dir={tmp_path}"]
     if config.stem == "setting_f":  # its student is another run's
         changes += ["student.init_from=t2i", "sources.self.weights=t2i"]
