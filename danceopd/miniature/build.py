@@ -11,7 +11,7 @@ from danceopd.training.assembly.parts import Parts
 
 
 def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) -> Parts:
-    """Loads the parts as training.assembly.build.build_model does, and adds their scores.
+    """Loads the parts as training.assembly.build.build_model does, and adds their scores where they are asked.
 
     Args:
         config: The configuration, whose `model` is the miniature.
@@ -21,6 +21,8 @@ def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) ->
         UserError: As build_model.
     """
     parts = build_model(config, ranks, settings)
+    if not config.evaluation.times:
+        return parts  # without its text encoder and VAE
     canvas = Canvas(config.model, config.evaluation.num_inference_steps)
 
     def score(field: Field) -> dict[str, float]:

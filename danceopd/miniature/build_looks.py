@@ -6,23 +6,16 @@ python -m danceopd.miniature.build_looks package/icons.json danceopd/miniature/a
 """
 
 import argparse
-import io
 import json
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from danceopd.miniature.looks import BOX, CLASSES, LETTERS, SIZES
+from danceopd.world.build_sprites import EMOJI as WORLD_EMOJI
+from danceopd.world.build_sprites import draw_icon, shrink
 
-EMOJI = {
-    "dog": "dog-face",
-    "cat": "cat-face",
-    "car": "automobile",
-    "apple": "red-apple",
-    "airplane": "airplane",
-    "boat": "sailboat",
-    "clock": "mantelpiece-clock",
-    "cup": "hot-beverage",
+EMOJI = WORLD_EMOJI | {
     "banana": "banana",
     "umbrella": "umbrella",
     "elephant": "elephant",
@@ -34,25 +27,6 @@ EMOJI = {
 }
 
 _LARGE = 16 * BOX
-
-
-def icon(icons: dict, name: str) -> Image.Image:
-    """Draws one icon large, in the middle of a square that it fills."""
-    import resvg_py
-
-    entry = icons["icons"][name]
-    width, height = entry.get("width", icons["width"]), entry.get("height", icons["height"])
-    svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="0 0 {width} {height}">{entry["body"]}</svg>'
-    )
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=_LARGE, height=_LARGE))
-    image = Image.open(io.BytesIO(png)).convert("RGBA")
-    image = image.crop(image.getbbox())
-    side = max(image.size)
-    square = Image.new("RGBA", (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def tile(letter: str) -> Image.Image:
@@ -73,14 +47,12 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the sheet to write (PNG)")
     args = parser.parse_args()
     icons = json.loads(args.icons.read_text())
-    things = [icon(icons, EMOJI[name]) for name in CLASSES] + [tile(letter) for letter in LETTERS]
+    things = [draw_icon(icons, EMOJI[name], _LARGE) for name in CLASSES] + [tile(letter) for letter in LETTERS]
     sheet = Image.new("RGBA", (BOX * len(things), sum(SIZES)))
     for index, thing in enumerate(things):
         top = 0
         for size in SIZES:
-            # Area averaging in premultiplied alpha ("RGBa"), so that edges don't darken.
-            small = thing.convert("RGBa").resize((size, size), Image.Resampling.BOX).convert("RGBA")
-            sheet.paste(small, (index * BOX, top))
+            sheet.paste(shrink(thing, size), (index * BOX, top))
             top += size
     sheet.save(args.output, optimize=True)
 

@@ -79,4 +79,4 @@ def write_miniature(folder: Path, capabilities: Iterable[str], size: int, seed: 
         UserError: There is no such capability.
         FileExistsError: The folder has a manifest already.
     """
-    return write_sets(folder, [MiniatureData(name, size, seed) for name in dict.fromkeys(capabilities)])
+    return write_sets(folder, (MiniatureData(name, size, seed) for name in dict.fromkeys(capabilities)))

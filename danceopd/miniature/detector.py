@@ -78,13 +78,15 @@ class Templates:
         support: [T, 28, 28] bool, the pixels that each covers.
         directions: [588, 96], in which the looks at half resolution differ most.
         half: [96, T], the looks at half resolution in these directions.
-        norms: [T], squared, at half resolution.
+        half_norms: [T], squared, at half resolution.
+        norms: [T], squared, at full resolution.
     """
 
     added: torch.Tensor
     support: torch.Tensor
     directions: torch.Tensor
     half: torch.Tensor
+    half_norms: torch.Tensor
     norms: torch.Tensor
 
 
@@ -95,13 +97,20 @@ def _labels() -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def _templates(background: int) -> "Templates":
+def _templates(background: int) -> Templates:
     """Makes the templates of a background."""
     rgba = sprites()[:EMPTY].reshape(-1, 4, BOX, BOX)
     added = rgba[:, :3] - rgba[:, 3:] * background_rgb()[background].view(3, 1, 1)
     half = avg_pool2d(added, 2).flatten(1)
     directions = torch.linalg.eigh(half.T @ half).eigenvectors[:, -_RANK:]
-    return Templates(added, rgba[:, 3] > 0, directions, (half @ directions).T.contiguous(), half.square().sum(-1))
+    return Templates(
+        added,
+        rgba[:, 3] > 0,
+        directions,
+        (half @ directions).T.contiguous(),
+        half.square().sum(-1),
+        added.square().sum((1, 2, 3)),
+    )
 
 
 def _grounds(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,7 +160,7 @@ def _read(residual: torch.Tensor, background: int) -> tuple[torch.Tensor, torch.
     wide = pad(residual, (_MARGIN,) * 4)
     windows = unfold(avg_pool2d(wide, 2), BOX // 2).mT @ looks.directions  # [n, positions, 96], two pixels apart
     # Squared error explained, at full resolution, by the best thing of each size at each position.
-    gains = (4 * (2 * windows @ looks.half - looks.norms)).unflatten(-1, (-1, len(SIZES))).amax(-2)
+    gains = (4 * (2 * windows @ looks.half - looks.half_norms)).unflatten(-1, (-1, len(SIZES))).amax(-2)
     corner = 2 * torch.arange(_GRID)
     grid = torch.cartesian_prod(corner, corner) - _MARGIN + BOX // 2  # centres of the positions
     label = torch.tensor([EMPTY, 0, 0, 0]).repeat(n, PLACES, 1)
@@ -164,7 +173,7 @@ def _read(residual: torch.Tensor, background: int) -> tuple[torch.Tensor, torch.
         if not len(alive):
             break
         row, at = alive.repeat_interleave(_STARTS), index.flatten() // len(SIZES)
-        template = (2 * windows[row, at] @ looks.half - looks.norms).topk(_CANDIDATES).indices
+        template = (2 * windows[row, at] @ looks.half - looks.half_norms).topk(_CANDIDATES).indices
         t, centre, gain = _closest(wide[row], looks, template, grid[at])
         first = gain.view(-1, _STARTS).argmax(-1) + _STARTS * torch.arange(len(alive))
         t, centre = t[first], centre[first]
@@ -196,7 +205,7 @@ def _closest(
     """
     reach = torch.arange(-2, 3)
     shifts, everything = torch.cartesian_prod(reach, reach), looks.added.flatten(1)
-    norms, row = everything.square().sum(-1), torch.arange(len(wide))
+    norms, row = looks.norms, torch.arange(len(wide))
     for choice in (template, None):
         centres = at[:, None] + shifts
         windows = _windows(wide, centres).flatten(2)  # [n, 25, 2352]

@@ -1,6 +1,5 @@
 """Draws edit instructions with GEdit-Bench's kinds, the scenes to edit, and the scenes they ask for."""
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -12,7 +11,6 @@ from danceopd.miniature.looks import (
     EMPTY,
     LETTERS,
     MATERIALS,
-    NATURAL,
     PAINTS,
     PLACES,
     STYLES,
@@ -21,7 +19,9 @@ from danceopd.miniature.looks import (
 )
 from danceopd.miniature.prompts import allowed_colors, allowed_pairs, canvas, named
 from danceopd.miniature.scene import Scene, free, on_lattice, put
+from danceopd.world.edits import Edit
 from danceopd.world.prompts import draw, draw_row
+from danceopd.world.sprites import NATURAL
 
 LOCAL_KINDS = (
     *("subject-add", "subject-remove", "subject-replace", "color-alter"),
@@ -50,15 +50,6 @@ INSTRUCTIONS = {
 }
 
 HALF = range(len(CLASSES) // 2)  # the classes that the base and the narrow edit source see in edits
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One instruction. target: the place that changes, or -1 where the whole picture does."""
-
-    text: str
-    kind: str
-    target: int
 
 
 @lru_cache

@@ -10,17 +10,19 @@ from danceopd.core.conditioning import Conditioning
 from danceopd.core.fields import Field, guided
 from danceopd.core.rollout import sample
 from danceopd.evaluation.pipelines import load_pipeline
-from danceopd.evaluation.statistics import standard_error
 from danceopd.miniature.detector import detect
-from danceopd.miniature.edits import KINDS, Edit, sample_edits
+from danceopd.miniature.edits import KINDS, sample_edits
 from danceopd.miniature.looks import IMAGE_SIZE
 from danceopd.miniature.pipeline import TEXT_LENGTH
 from danceopd.miniature.prompts import sample_prompts
 from danceopd.miniature.scene import Scene, render
-from danceopd.miniature.scores import edit_scores, geneval_correct, style_share
+from danceopd.miniature.scores import edit_scores, geneval_correct
 from danceopd.models.backbones import flux2
 from danceopd.models.shared_base import SharedBase
+from danceopd.world.edits import Edit
 from danceopd.world.prompts import PAIR_TASKS, TASKS, Prompt
+from danceopd.world.scores import style_share
+from danceopd.world.scoring import summary
 
 BATCH = 64  # pictures at a time
 
@@ -70,9 +72,10 @@ class Canvas:
 
 def field_of(folder: Path, lora: Path | None = None) -> Field:
     """Loads the pipeline's transformer as a field, with a LoRA that diffusers reads and merges."""
+    if lora is None:
+        return SharedBase(flux2.load_transformer(folder), [], flux2.velocity).field(-1)
     pipeline = load_pipeline(folder, lora, dtype=torch.float32)
-    if lora:
-        pipeline.fuse_lora()
+    pipeline.fuse_lora()
     return SharedBase(pipeline.transformer, [], flux2.velocity).field(-1)
 
 
@@ -87,16 +90,6 @@ def edit_set(seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS) -> tuple[
     """Draws the evaluation's instructions, `per_kind` of each kind in turn, the scenes to edit and what is expected."""
     index = torch.tensor([KINDS.index(kind) for kind in kinds]).repeat(per_kind)
     return sample_edits(index, torch.Generator().manual_seed(seed + 1))
-
-
-def summary(values: torch.Tensor, labels: list[str], mean_name: str) -> dict:
-    """Returns the mean of the groups' means under its name, its standard error, and each group's mean."""
-    groups: dict[str, list[float]] = {}
-    for label, value in zip(labels, values.tolist(), strict=True):
-        groups.setdefault(label, []).append(value)
-    means = {label: sum(v) / len(v) for label, v in groups.items()}
-    error = standard_error([torch.tensor(v) for v in groups.values()])
-    return {mean_name: sum(means.values()) / len(means), "standard_error": error, **means}
 
 
 def score_geneval(draw: Draw, seed: int, per_task: int, split: str = "seen", style: int = 0) -> dict:

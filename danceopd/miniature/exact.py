@@ -11,14 +11,13 @@ from PIL import Image
 from danceopd.evaluation.gedit.judge import Verdict
 from danceopd.evaluation.geneval.rules import Found, Objects
 from danceopd.miniature.detector import Detection, detect
-from danceopd.miniature.edits import GLOBAL_KINDS, INSTRUCTIONS, SIDES, Edit, moved
+from danceopd.miniature.edits import GLOBAL_KINDS, INSTRUCTIONS, SIDES, moved
 from danceopd.miniature.looks import (
     BACKGROUNDS,
     CLASSES,
     COLORS,
     EMPTY,
     IMAGE_SIZE,
-    NATURAL,
     PAINTS,
     SIZES,
     STYLES,
@@ -28,6 +27,8 @@ from danceopd.miniature.looks import (
 from danceopd.miniature.scene import Scene
 from danceopd.miniature.scores import edit_scores
 from danceopd.support.errors import UserError
+from danceopd.world.edits import Edit
+from danceopd.world.sprites import NATURAL
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:

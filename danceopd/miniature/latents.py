@@ -7,11 +7,13 @@ from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from danceopd.miniature import edits, looks, prompts
 from danceopd.miniature.data import sample
 from danceopd.miniature.looks import CLASSES, LETTERS, STYLES
 from danceopd.miniature.pipeline import TEXT_LENGTH
 from danceopd.miniature.scene import render
 from danceopd.miniature.stages import generator_of
+from danceopd.world.prompts import NUMBERS, RELATIONS
 
 SHARD = 4096  # samples of one file
 
@@ -22,9 +24,6 @@ EMPTY_PROMPT_SHARE = 0.1
 
 def words() -> list[str]:
     """Returns every word that a prompt of this world can hold."""
-    from danceopd.miniature import edits, looks, prompts
-    from danceopd.world.prompts import NUMBERS, RELATIONS
-
     texts = [
         *CLASSES,
         *map(prompts.plural, CLASSES),

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from danceopd.world.sprites import COLORS, TINTS, edges, tinted
+
 CLASSES = (
     *("dog", "cat", "car", "apple", "airplane", "boat", "clock", "cup"),
     *("banana", "umbrella", "elephant", "pizza", "broccoli", "bus", "chair", "donut"),
@@ -18,13 +20,9 @@ THINGS = CLASSES + LETTERS  # what a picture can hold: objects, then tiles with 
 
 EMPTY = len(THINGS)  # the index of a place with nothing in it
 
-COLORS = ("natural", "red", "green", "blue", "yellow", "purple")
-
 MATERIALS = ("wood", "brick", "ice")
 
 PAINTS = COLORS + MATERIALS
-
-NATURAL = 0
 
 STYLES = ("photo", "sketch", "mosaic", "silhouette", "neon")
 
@@ -49,18 +47,11 @@ _BACKGROUND_RGB = (
 
 _TONE_RGB = ((1.0, 1.0, 1.0), (1.0, 0.72, 0.42), (0.50, 0.76, 1.0), (0.45, 0.45, 0.45))
 
-_PAINT_RGB = {
-    "red": (0.90, 0.10, 0.12),
-    "green": (0.10, 0.66, 0.20),
-    "blue": (0.14, 0.32, 0.95),
-    "yellow": (0.98, 0.84, 0.08),
-    "purple": (0.62, 0.16, 0.78),
+_PAINT_RGB = TINTS | {
     "wood": (0.64, 0.43, 0.22),
     "brick": (0.70, 0.28, 0.20),
     "ice": (0.72, 0.92, 1.00),
 }
-
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 def background_rgb() -> torch.Tensor:
@@ -71,14 +62,6 @@ def background_rgb() -> torch.Tensor:
 def tone_rgb() -> torch.Tensor:
     """Returns the factors of each tone: [tones, 3] float32."""
     return torch.tensor(_TONE_RGB)
-
-
-def _tint(rgb: np.ndarray, tint: np.ndarray) -> np.ndarray:
-    """Recolours a sprite [H, W, 3] but keeps its shading: dark stays darker, highlights stay lighter."""
-    luma = (rgb @ _LUMA)[..., None]
-    dark = tint * (0.25 + 1.1 * luma)
-    light = tint + (1 - tint) * (luma - 0.7) / 0.6
-    return np.clip(np.where(luma > 0.7, np.maximum(dark, light), dark), 0, 1)
 
 
 def _grain(material: str, side: int) -> np.ndarray:
@@ -98,18 +81,8 @@ def _painted(rgb: np.ndarray, paint: str) -> np.ndarray:
     """Returns a sprite [H, W, 3] in a colour or made of a material."""
     if paint == "natural":
         return rgb
-    tint = np.array(_PAINT_RGB[paint], dtype=np.float32)
-    tinted = _tint(rgb, tint)
-    return np.clip(tinted * _grain(paint, len(rgb)), 0, 1) if paint in MATERIALS else tinted
-
-
-def _edges(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Returns how much of a line, contour or inner edge, each pixel of a sprite holds: [H, W] in [0, 1]."""
-    shape = np.pad(alpha, 1)
-    luma = np.pad(rgb @ _LUMA, 1, mode="edge")
-    inside = np.minimum.reduce([shape[:-2, 1:-1], shape[2:, 1:-1], shape[1:-1, :-2], shape[1:-1, 2:]])
-    step = np.abs(luma[2:, 1:-1] - luma[:-2, 1:-1]) + np.abs(luma[1:-1, 2:] - luma[1:-1, :-2])
-    return np.clip(np.maximum(alpha * (1 - inside) * 1.5, step * 1.2 * inside), 0, 1)
+    painted = tinted(rgb, _PAINT_RGB[paint])
+    return np.clip(painted * _grain(paint, len(rgb)), 0, 1) if paint in MATERIALS else painted
 
 
 def _styled(rgb: np.ndarray, alpha: np.ndarray, paint: str, style: str) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +98,7 @@ def _styled(rgb: np.ndarray, alpha: np.ndarray, paint: str, style: str) -> tuple
         color = blocks[0] / np.maximum(blocks[1], 1e-3)
         full = [np.repeat(np.repeat(a, 4, 0), 4, 1)[: len(rgb), : len(rgb)] for a in (color, blocks[1] > 0.4)]
         return np.clip(full[0], 0, 1), full[1][..., 0].astype(np.float32)
-    lines = _edges(rgb, alpha)[..., None]
+    lines = edges(rgb, alpha)[..., None]
     if style == "sketch":
         ink = np.array(_PAINT_RGB.get(paint, (0.15, 0.15, 0.15)), dtype=np.float32)
         return (1 - lines) + lines * ink, alpha

@@ -5,9 +5,10 @@ from functools import lru_cache
 
 import torch
 
-from danceopd.miniature.looks import BACKGROUNDS, CLASSES, COLORS, EMPTY, NATURAL, PLACES, SIZES, THINGS
+from danceopd.miniature.looks import BACKGROUNDS, CLASSES, COLORS, EMPTY, PLACES, SIZES, THINGS
 from danceopd.miniature.scene import Scene, blank, put
 from danceopd.world.prompts import NUMBERS, PAIR_TASKS, RELATIONS, TASKS, Prompt, draw, draw_row, with_article
+from danceopd.world.sprites import NATURAL
 
 # Never seen in any training picture: each class lacks one colour, and a pair of classes for each never meets.
 HELD_OUT_COLORS = frozenset((c, 1 + c % (len(COLORS) - 1)) for c in range(len(CLASSES)))

@@ -1,10 +1,12 @@
 """Describes what a picture of the miniature's world holds, and draws it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-from danceopd.miniature.looks import BOX, EMPTY, IMAGE_SIZE, NATURAL, PLACES, SIZES, background_rgb, sprites, tone_rgb
+from danceopd.miniature.looks import BOX, EMPTY, IMAGE_SIZE, PLACES, SIZES, background_rgb, sprites, tone_rgb
+from danceopd.world.scene import Columns
+from danceopd.world.sprites import NATURAL
 
 GAP = 1  # pixels that are free between two boxes
 
@@ -12,7 +14,7 @@ LATTICE = 4  # pixels: a thing's box begins at a multiple, so that a small netwo
 
 
 @dataclass
-class Scene:
+class Scene(Columns):
     """A batch of B pictures; all tensors are int64.
 
     background [B], tone [B], style [B]; things, paints, sizes [B, 4]; centres [B, 4, 2] (y, x) in pixels. An unused
@@ -26,17 +28,6 @@ class Scene:
     paints: torch.Tensor
     sizes: torch.Tensor
     centres: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.background)
-
-    def __getitem__(self, index) -> "Scene":
-        """Selects pictures by slice, mask or index tensor."""
-        return Scene(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
-
-    def clone(self) -> "Scene":
-        """Returns a copy."""
-        return Scene(**{f.name: getattr(self, f.name).clone() for f in fields(self)})
 
     @property
     def occupied(self) -> torch.Tensor:

@@ -3,10 +3,11 @@
 import torch
 
 from danceopd.miniature.detector import Detection
-from danceopd.miniature.edits import Edit
 from danceopd.miniature.looks import EMPTY, IMAGE_SIZE, PLACES
 from danceopd.miniature.scene import Scene
+from danceopd.world.edits import Edit
 from danceopd.world.prompts import Prompt
+from danceopd.world.scores import judge
 
 # PQ is 10 up to the first root mean square error from a clean rendering and 0 from the second.
 _CLEAN_ERROR, _UNCLEAN_ERROR = 0.02, 0.15
@@ -15,39 +16,9 @@ _STAYED = 3  # pixels that a thing may move without having moved
 
 
 def geneval_correct(prompts: list[Prompt], detection: Detection) -> torch.Tensor:
-    """Judges pictures by GenEval's rules: [B] bool.
-
-    Single object, two objects, colours and attribution: every object named is there, in its colour where one is named.
-    Counting: exactly that many. Position: some such pair of centres is apart by more than half of their distance along
-    the axis named.
-    """
-    found = detection.found
-    things, paints, centres = detection.scene.things, detection.scene.paints, detection.scene.centres
-    correct = []
-    for i, prompt in enumerate(prompts):
-        match = [
-            found[i] & (things[i] == thing) & ((paints[i] == paint) | (paint == 0 and prompt.task != "colors"))
-            for thing, paint in prompt.objects
-        ]
-        if prompt.task == "counting":
-            correct.append(int(match[0].sum()) == prompt.count)
-        elif prompt.task == "position":
-            correct.append(
-                any(
-                    _related(centres[i, a], centres[i, b], prompt.relation)
-                    for a in match[0].nonzero()[:, 0].tolist()
-                    for b in match[1].nonzero()[:, 0].tolist()
-                )
-            )
-        else:
-            correct.append(all(bool(m.any()) for m in match))
-    return torch.tensor(correct, dtype=torch.bool)
-
-
-def _related(a: torch.Tensor, b: torch.Tensor, relation: int) -> bool:
-    """Returns whether centre a is left of, right of, above or below (0 to 3) centre b."""
-    dy, dx = ((a - b) / (a - b).float().norm().clamp(min=1e-6)).tolist()
-    return (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)[relation]
+    """Judges pictures by GenEval's rules, as world.scores.geneval_correct has them: [B] bool."""
+    scene = detection.scene
+    return judge(prompts, detection.found, scene.things, scene.paints, scene.centres)
 
 
 def _like(scene: Scene, i: int, k: int, detection: Detection, *, moved: bool = False, styled: bool = True) -> list[int]:
@@ -120,9 +91,3 @@ def edit_scores(edits: list[Edit], source: Scene, expected: Scene, detection: De
     pq = 10 * ((_UNCLEAN_ERROR - detection.rest) / (_UNCLEAN_ERROR - _CLEAN_ERROR)).clamp(0, 1)
     sc = 10 * torch.minimum(followed, kept)
     return {"sc": sc, "pq": pq, "o": (sc * pq).sqrt()}
-
-
-def style_share(detection: Detection, style: int) -> torch.Tensor:
-    """Returns the share of the things found that are drawn in the style, [B] float32; 0 where none is found."""
-    found = detection.found
-    return ((detection.style == style) & found).sum(-1) / found.sum(-1).clamp(min=1)

@@ -25,10 +25,10 @@ from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase
 from danceopd.reproduce.matrix import DRAWN_SAMPLES, DRAWN_STEPS
 from danceopd.support.files import write_atomic
+from danceopd.world.scoring import HELD_OUT_SEED
+from danceopd.world.weight_merge import combined
 
 SEED = 100  # of the samples
-
-HELD_OUT_SEED = 1_000_000  # added to the seed, so that the held-out pictures are others
 
 COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
@@ -93,10 +93,13 @@ def _draw(rows: Path, path: Path, config: Config) -> None:
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
-def measure(field: Field, config: Config, seed: int | None = None, pictures: int | None = None) -> dict[str, float]:
+def measure(
+    canvas: Canvas, field: Field, config: Config, seed: int | None = None, pictures: int | None = None
+) -> dict[str, float]:
     """Measures one field on prompts that no training saw, and on held-out pairs.
 
     Args:
+        canvas: The model's.
         field: The student, a source or a merge.
         config: Its evaluation says how many pictures of each task and kind.
         seed: Of prompts and noise; the evaluation's own if not given.
@@ -106,7 +109,7 @@ def measure(field: Field, config: Config, seed: int | None = None, pictures: int
         Each metric, and "<metric>_error", its standard error over pictures.
     """
     evaluation = config.evaluation
-    draw = Canvas(config.model, evaluation.num_inference_steps).drawer(field)
+    draw = canvas.drawer(field)
     seed = evaluation.seed if seed is None else seed
     t2i = score_geneval(draw, seed, pictures or evaluation.per_task)
     edit = score_gedit(draw, seed, pictures or evaluation.per_kind)
@@ -120,7 +123,12 @@ def measure(field: Field, config: Config, seed: int | None = None, pictures: int
 
 def measure_run(folder: Path, config: Config, seed: int | None = None) -> dict[str, float]:
     """Measures the exported LoRA of a finished run, as a plain pipeline merges it."""
-    return measure(field_of(config.model, folder / "student"), config, seed)
+    return measure(canvas_of(config), field_of(config.model, folder / "student"), config, seed)
+
+
+def canvas_of(config: Config) -> Canvas:
+    """Loads what a run's model draws with beside its transformer."""
+    return Canvas(config.model, config.evaluation.num_inference_steps)
 
 
 def untrained(config: Config, validation_seed: int) -> Iterator[tuple[str, str, dict]]:
@@ -129,14 +137,16 @@ def untrained(config: Config, validation_seed: int) -> Iterator[tuple[str, str, 
     Yields:
         (row, kind, metrics).
     """
-    yield "base", "source", measure(field_of(config.model), config)
+    canvas = canvas_of(config)
+    yield "base", "source", measure(canvas, field_of(config.model), config)
     loras = {name: source.lora[0].path for name, source in config.sources.items()}
     for name, path in loras.items():
-        yield f"source_{name}", "source", measure(field_of(config.model, path), config)
+        yield f"source_{name}", "source", measure(canvas, field_of(config.model, path), config)
     for combination in COMBINATIONS:
         makers = [partial(merged, config.model, list(loras.values()), combination, weight) for weight in WEIGHTS]
-        best = max(makers, key=lambda make: _merit(measure(make(), config, validation_seed, config.evaluation.quick)))
-        yield f"merge_{combination}", "merge", {**measure(best(), config), "chosen": str(best.args[-1])}
+        few = {"seed": validation_seed, "pictures": config.evaluation.quick}
+        best = max(makers, key=lambda make: _merit(measure(canvas, make(), config, **few)))
+        yield f"merge_{combination}", "merge", {**measure(canvas, best(), config), "chosen": str(best.args[-1])}
 
 
 def _merit(metrics: dict[str, float]) -> float:
@@ -167,10 +177,5 @@ def merged(model: Path, loras: list[Path], combination: str, weight: float) -> F
             module = transformer.get_submodule(layer)
             module.lora_A[str(number)].weight.zero_()[: len(down)] = down
             module.lora_B[str(number)].weight.zero_()[:, : len(down)] = scale * up
-    density = DENSITY if combination in ("ties", "dare_linear", "dare_ties", "magnitude_prune") else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # dare drops entries at random
-        own = [str(number) for number in range(len(loras))]
-        network.add_weighted_adapter(own, [weight] * len(own), "merged", combination_type=combination, density=density)
-    network.set_adapter("merged")
-    return SharedBase(network.merge_and_unload().eval(), [], flux2.velocity).field(-1)
+    network = combined(network, combination, [weight] * len(loras), DENSITY)
+    return SharedBase(network, [], flux2.velocity).field(-1)

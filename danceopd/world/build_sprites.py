@@ -26,8 +26,8 @@ EMOJI = {
 }
 
 
-def rasterise(icons: dict, name: str) -> Image.Image:
-    """Draws one icon at 16 times the sprite size, crop it to what is drawn, and shrink it by area."""
+def draw_icon(icons: dict, name: str, size: int) -> Image.Image:
+    """Draws one icon, cut to what is drawn, in the middle of a square that it fills; size: of its canvas."""
     import resvg_py
 
     icon = icons["icons"][name]
@@ -36,16 +36,18 @@ def rasterise(icons: dict, name: str) -> Image.Image:
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
     )
-    size = 16 * SPRITE_SIZE
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     image = image.crop(image.getbbox())
     side = max(image.size)
     square = Image.new("RGBA", (side, side))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    # Area averaging in premultiplied alpha ("RGBa"), so that edges don't darken.
-    small = square.convert("RGBa").resize((SPRITE_SIZE, SPRITE_SIZE), Image.Resampling.BOX)
-    return small.convert("RGBA")
+    return square
+
+
+def shrink(image: Image.Image, size: int) -> Image.Image:
+    """Shrinks a square by area, in premultiplied alpha ("RGBa"), so that edges don't darken."""
+    return image.convert("RGBa").resize((size, size), Image.Resampling.BOX).convert("RGBA")
 
 
 def main() -> None:
@@ -56,7 +58,8 @@ def main() -> None:
     icons = json.loads(args.icons.read_text())
     sheet = Image.new("RGBA", (SPRITE_SIZE * len(CLASSES), SPRITE_SIZE))
     for index, name in enumerate(CLASSES):
-        sheet.paste(rasterise(icons, EMOJI[name]), (index * SPRITE_SIZE, 0))
+        large = draw_icon(icons, EMOJI[name], 16 * SPRITE_SIZE)
+        sheet.paste(shrink(large, SPRITE_SIZE), (index * SPRITE_SIZE, 0))
     sheet.save(args.output, optimize=True)
 
 

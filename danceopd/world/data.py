@@ -1,7 +1,7 @@
 """Makes the picture world training data: drawn on demand, or written out in the form of a user's own data."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -103,10 +103,7 @@ def write_world(folder: str | Path, capabilities: Iterable[str], size: int, seed
         UserError: As WorldData does, before anything is written.
         FileExistsError: The folder has a manifest already.
     """
-    manifest = Path(folder) / "manifest.jsonl"
-    if manifest.exists():
-        raise FileExistsError(f"{manifest} is there already; remove it or write to another folder")
-    return write_sets(Path(folder), [WorldData(capability, size, seed) for capability in dict.fromkeys(capabilities)])
+    return write_sets(Path(folder), (WorldData(capability, size, seed) for capability in dict.fromkeys(capabilities)))
 
 
 class SampleSet(Protocol):
@@ -123,7 +120,7 @@ class SampleSet(Protocol):
     def targets(self, indices: list[int]) -> torch.Tensor: ...
 
 
-def write_sets(folder: Path, sets: Sequence[SampleSet]) -> Path:
+def write_sets(folder: Path, sets: Iterable[SampleSet]) -> Path:
     """Writes all samples of sets as PNGs and a manifest, whose path it returns.
 
     Raises FileExistsError where the folder has a manifest already.
@@ -131,6 +128,7 @@ def write_sets(folder: Path, sets: Sequence[SampleSet]) -> Path:
     manifest = folder / "manifest.jsonl"
     if manifest.exists():
         raise FileExistsError(f"{manifest} is there already; remove it or write to another folder")
+    sets = list(sets)  # drawn before anything is written
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for data in sets:

@@ -1,6 +1,7 @@
 """Describes what a picture of the world holds, and draws it."""
 
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 
@@ -11,8 +12,23 @@ CELLS = GRID * GRID
 NO_JITTER = JITTER.index((0, 0))
 
 
+class Columns:
+    """A batch whose fields are tensors with a row for each picture."""
+
+    def __len__(self) -> int:
+        return len(self.background)
+
+    def __getitem__(self, index) -> Self:
+        """Selects pictures by slice, mask or index tensor."""
+        return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def clone(self) -> Self:
+        """Returns a copy."""
+        return type(self)(**{f.name: getattr(self, f.name).clone() for f in fields(self)})
+
+
 @dataclass
-class Scene:
+class Scene(Columns):
     """A batch of B pictures. Cells are numbered in reading order; all tensors are int64.
 
     background [B], style [B]; objects, colors, jitter [B, 4]. An empty cell has `objects == EMPTY`.
@@ -23,17 +39,6 @@ class Scene:
     objects: torch.Tensor
     colors: torch.Tensor
     jitter: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.background)
-
-    def __getitem__(self, index) -> "Scene":
-        """Selects pictures by slice, mask or index tensor."""
-        return Scene(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
-
-    def clone(self) -> "Scene":
-        """Returns a copy."""
-        return Scene(**{f.name: getattr(self, f.name).clone() for f in fields(self)})
 
     @property
     def occupied(self) -> torch.Tensor:

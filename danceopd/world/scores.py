@@ -28,8 +28,24 @@ def geneval_correct(prompts: list[Prompt], detection: Detection) -> torch.Tensor
     Counting: exactly that many. Position: some such pair of centres is apart by more than half of their distance along
     the axis named.
     """
-    found = detection.found
-    objects, colors, centres = detection.scene.objects, detection.scene.colors, _centres(detection.scene)
+    scene = detection.scene
+    return judge(prompts, detection.found, scene.objects, scene.colors, _centres(scene))
+
+
+def judge(
+    prompts: list[Prompt], found: torch.Tensor, objects: torch.Tensor, colors: torch.Tensor, centres: torch.Tensor
+) -> torch.Tensor:
+    """Judges what was found in pictures of any world by GenEval's rules, as geneval_correct has them.
+
+    Args:
+        prompts: Of the B pictures; their objects are class and colour indices.
+        found: [B, N] bool, the places that hold something for certain.
+        objects, colors: [B, N] int64.
+        centres: [B, N, 2] (y, x) in pixels.
+
+    Returns:
+        [B] bool.
+    """
     correct = []
     for i, prompt in enumerate(prompts):
         match = [
@@ -53,7 +69,7 @@ def geneval_correct(prompts: list[Prompt], detection: Detection) -> torch.Tensor
 
 def _related(a: torch.Tensor, b: torch.Tensor, relation: int) -> bool:
     """Returns whether centre a is left of, right of, above or below (0 to 3) centre b."""
-    dy, dx = ((a - b) / (a - b).norm().clamp(min=1e-6)).tolist()
+    dy, dx = ((a - b) / (a - b).float().norm().clamp(min=1e-6)).tolist()
     return (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)[relation]
 
 

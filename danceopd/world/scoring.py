@@ -95,7 +95,8 @@ def edit_set(
     return sample_edits(index, torch.Generator().manual_seed(seed + 1), split=split)
 
 
-def _summary(values: torch.Tensor, labels: list[str], mean_name: str) -> dict:
+def summary(values: torch.Tensor, labels: list[str], mean_name: str) -> dict:
+    """Returns the mean of the groups' means under its name, its standard error, and each group's mean."""
     groups = {}
     for label, value in zip(labels, values.tolist(), strict=True):
         groups.setdefault(label, []).append(value)
@@ -134,7 +135,7 @@ def score_geneval(
     correct = geneval_correct(prompts, detection)
     if pictures:
         write_pictures(pictures, prompts, images, correct)
-    result = _summary(correct.float(), [prompt.task for prompt in prompts], "overall")
+    result = summary(correct.float(), [prompt.task for prompt in prompts], "overall")
     if style:
         result["style"] = float(style_share(detection, style).mean())
     return result
@@ -164,7 +165,7 @@ def score_gedit(
     edits, source, expected = edit_set(seed, per_kind, split, kinds)
     detection = detect(sampler(field, [edit.text for edit in edits], render(source), seed + 1))
     scores = edit_scores(edits, source, expected, detection)
-    result = _summary(scores["o"], [edit.kind for edit in edits], "average")
+    result = summary(scores["o"], [edit.kind for edit in edits], "average")
     return {**result, "sc": float(scores["sc"].mean()), "pq": float(scores["pq"].mean())}
 
 

@@ -29,7 +29,7 @@ IMAGE_SIZE = CELL_SIZE * GRID
 
 JITTER = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
 
-_TINTS = {
+TINTS = {
     "red": (0.90, 0.10, 0.12),
     "green": (0.10, 0.66, 0.20),
     "blue": (0.14, 0.32, 0.95),
@@ -49,26 +49,29 @@ def background_rgb() -> torch.Tensor:
     return torch.tensor(_BACKGROUND_RGB)
 
 
-def _tint(rgb: np.ndarray, color: str) -> np.ndarray:
+def tinted(rgb: np.ndarray, color: tuple[float, float, float]) -> np.ndarray:
     """Recolours a sprite [H, W, 3] but keeps its shading: dark stays darker, highlights stay lighter."""
-    if color == "natural":
-        return rgb
-    tint = np.array(_TINTS[color], dtype=np.float32)
+    tint = np.array(color, dtype=np.float32)
     luma = (rgb @ _LUMA)[..., None]
     dark = tint * (0.25 + 1.1 * luma)
     light = tint + (1 - tint) * (luma - 0.7) / 0.6
     return np.clip(np.where(luma > 0.7, np.maximum(dark, light), dark), 0, 1)
 
 
-def _sketch(rgb: np.ndarray, alpha: np.ndarray, color: str) -> tuple[np.ndarray, np.ndarray]:
-    """Draws white paper cut to the object's shape, with its contour and inner edges in the object's colour."""
-    ink = np.array(_TINTS.get(color, (0.15, 0.15, 0.15)), dtype=np.float32)
+def edges(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Returns how much of a line, contour or inner edge, each pixel of a sprite holds: [H, W] in [0, 1]."""
     shape = np.pad(alpha, 1)
     luma = np.pad(rgb @ _LUMA, 1, mode="edge")
     inside = np.minimum.reduce([shape[:-2, 1:-1], shape[2:, 1:-1], shape[1:-1, :-2], shape[1:-1, 2:]])
     contour = alpha * (1 - inside)
     step = np.abs(luma[2:, 1:-1] - luma[:-2, 1:-1]) + np.abs(luma[1:-1, 2:] - luma[1:-1, :-2])
-    lines = np.clip(np.maximum(contour * 1.5, step * 1.2 * inside), 0, 1)[..., None]
+    return np.clip(np.maximum(contour * 1.5, step * 1.2 * inside), 0, 1)
+
+
+def _sketch(rgb: np.ndarray, alpha: np.ndarray, color: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draws white paper cut to the object's shape, with its contour and inner edges in the object's colour."""
+    ink = np.array(TINTS.get(color, (0.15, 0.15, 0.15)), dtype=np.float32)
+    lines = edges(rgb, alpha)[..., None]
     return (1 - lines) + lines * ink, alpha
 
 
@@ -86,7 +89,7 @@ def cells() -> torch.Tensor:
         sprite = sheet[:, c * SPRITE_SIZE : (c + 1) * SPRITE_SIZE]
         alpha = sprite[..., 3]
         for k, color in enumerate(COLORS):
-            photo = (_tint(sprite[..., :3], color), alpha)
+            photo = (tinted(sprite[..., :3], TINTS[color]) if color in TINTS else sprite[..., :3], alpha)
             for s, (rgb, a) in enumerate((photo, _sketch(sprite[..., :3], alpha, color))):
                 rgba = np.concatenate([rgb * a[..., None], a[..., None]], axis=-1).transpose(2, 0, 1)
                 for j, (dy, dx) in enumerate(JITTER):

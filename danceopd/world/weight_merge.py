@@ -84,10 +84,27 @@ def lora_merge(
         raise ValueError(f"unknown combination {combination!r}; use one of {', '.join(COMBINATIONS)}")
     sides = (min(m.weight.shape) for m in base.modules() if isinstance(m, torch.nn.Linear))
     model = as_lora(base, networks, rank or min(sides))
-    kept = density if "ties" in combination else None
+    return combined(model, combination, weights, density)
+
+
+def combined(model, combination: str, weights: list[float], density: float):
+    """Merges the adapters "0", "1", ... of a PEFT model into its weights, by PEFT's add_weighted_adapter.
+
+    Args:
+        model: A PeftModel.
+        combination: PEFT's name of it.
+        weights: Of each adapter.
+        density: The share of entries that a combination keeps which prunes.
+
+    Returns:
+        The network in eval mode.
+    """
+    prunes = any(word in combination for word in ("ties", "dare", "prune"))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # dare_ties drops entries at random
-        names = [str(i) for i in range(len(networks))]
-        model.add_weighted_adapter(names, weights, "merged", combination_type=combination, density=kept)
+        torch.manual_seed(0)  # dare drops entries at random
+        names = [str(i) for i in range(len(weights))]
+        model.add_weighted_adapter(
+            names, weights, "merged", combination_type=combination, density=density if prunes else None
+        )
     model.set_adapter("merged")
     return model.merge_and_unload().eval()

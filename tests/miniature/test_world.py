@@ -12,7 +12,7 @@ from danceopd.miniature.detector import detect
 from danceopd.miniature.edits import GLOBAL_KINDS, HALF, KINDS, sample_edits
 from danceopd.miniature.evaluate import edit_set, t2i_set
 from danceopd.miniature.exact import MiniatureJudge, MiniatureReader, asked
-from danceopd.miniature.looks import CLASSES, COLORS, EMPTY, IMAGE_SIZE, NATURAL, PLACES, SIZES, sprites
+from danceopd.miniature.looks import CLASSES, COLORS, EMPTY, IMAGE_SIZE, PLACES, SIZES, sprites
 from danceopd.miniature.prompts import HELD_OUT_COLORS, HELD_OUT_PAIRS, relation_of
 from danceopd.miniature.scene import Scene, corner, free, render
 from danceopd.miniature.scores import edit_scores, geneval_correct
@@ -20,6 +20,7 @@ from danceopd.support.errors import UserError
 from danceopd.support.pictures import to_uint8
 from danceopd.world.layout import geneval_metadata
 from danceopd.world.prompts import PAIR_TASKS, TASKS
+from danceopd.world.sprites import NATURAL
 
 
 def generator(seed=0):
