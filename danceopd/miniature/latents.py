@@ -12,8 +12,8 @@ from danceopd.miniature.data import sample
 from danceopd.miniature.looks import CLASSES, LETTERS, STYLES
 from danceopd.miniature.pipeline import TEXT_LENGTH
 from danceopd.miniature.scene import render
-from danceopd.miniature.stages import generator_of
 from danceopd.world.prompts import NUMBERS, RELATIONS
+from danceopd.world.stages import generator_of
 
 SHARD = 4096  # samples of one file
 
@@ -56,7 +56,8 @@ def encode(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> torch.Tensor:
     parts = []
     for part in pictures.split(PART):
         part = part.contiguous(memory_format=torch.channels_last)
-        parts.append(nn.functional.pixel_unshuffle(vae.encode(part).latent_dist.mean, 2))
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(nn.functional.pixel_unshuffle(vae.encode(part).latent_dist.mean.float(), 2))
     mean = vae.bn.running_mean.view(1, -1, 1, 1)
     std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
     return (torch.cat(parts) - mean) / std

@@ -10,7 +10,7 @@ from danceopd.world.sprites import NATURAL
 
 GAP = 1  # pixels that are free between two boxes
 
-LATTICE = 4  # pixels: a thing's box begins at a multiple, so that a small network has few offsets to learn its looks at
+LATTICE = 8  # pixels: a thing begins at a multiple, half a token, so that a small network has few offsets to learn
 
 
 @dataclass

@@ -8,12 +8,12 @@ from diffusers import Flux2KleinPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from danceopd.miniature.base import Batches, flow_matching_loss, prompt_embeds
+from danceopd.miniature.base import Batches, denoising
 from danceopd.miniature.pipeline import shallow
-from danceopd.miniature.stages import run_stage
 from danceopd.models.backbones import flux2
 from danceopd.models.loading import load
 from danceopd.models.shared_base import target_layers
+from danceopd.world.stages import run_stage
 
 BATCH, LEARNING_RATE, DECAY = 64, 2e-3, 0.5
 
@@ -74,16 +74,10 @@ def train(folder: Path, pipeline: Path, name: str) -> Path:
     )
     text = shallow(parts.text_encoder)
     batches = Batches(folder / "data", vae, parts.tokenizer, recipe.shares, recipe.shards, BATCH, recipe.seed)
-    compiled = torch.compile(transformer, dynamic=False)
+    loss_of = denoising(transformer, text.requires_grad_(False))
 
     def loss(step: int) -> torch.Tensor:
-        batch, generator = batches(step)
-        with torch.no_grad():
-            prompt = prompt_embeds(text, batch)
-        sources = (batch["sources"].float(),) if "sources" in batch else ()
-        return flow_matching_loss(
-            lambda z, sigma: flux2.velocity(compiled, z, sigma, prompt, sources), batch["latents"].float(), generator
-        )
+        return loss_of(*batches(step))
 
     average = run_stage(
         folder,
@@ -94,6 +88,7 @@ def train(folder: Path, pipeline: Path, name: str) -> Path:
         learning_rate=LEARNING_RATE,
         decay=DECAY,
         matrices=lambda key, _: True,
+        products=torch.bfloat16,
     )
     layers = {key: value.to(torch.bfloat16) for key, value in get_peft_model_state_dict(average).items()}
     Flux2KleinPipeline.save_lora_weights(folder / name, transformer_lora_layers=layers)

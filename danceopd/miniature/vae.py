@@ -8,7 +8,7 @@ from torch import nn
 
 from danceopd.miniature.looks import BACKGROUNDS, EMPTY, IMAGE_SIZE, PAINTS, PLACES, SIZES, STYLES, THINGS, TONES
 from danceopd.miniature.scene import Scene, blank, put, render
-from danceopd.miniature.stages import generator_of, run_stage
+from danceopd.world.stages import generator_of, run_stage
 
 CONFIG = {
     "block_out_channels": (16, 32, 64, 96),
@@ -19,7 +19,7 @@ CONFIG = {
     "mid_block_add_attention": False,
 }
 
-STEPS, BATCH, LEARNING_RATE, SEED = 5_000, 16, 4e-3, 11
+STEPS, BATCH, LEARNING_RATE, SEED = 3_500, 16, 4e-3, 11
 
 KL_WEIGHT = 1e-4  # of the mean over latents
 
@@ -61,7 +61,8 @@ def train(folder: Path) -> AutoencoderKLFlux2:
     def loss(step: int) -> torch.Tensor:
         generator = generator_of(SEED, step)
         pictures = render(any_scene(BATCH, generator)).contiguous(memory_format=torch.channels_last)
-        return loss_of(vae, pictures, generator)
+        with torch.autocast("cpu", torch.bfloat16):  # for speed; the weights stay in float32
+            return loss_of(vae, pictures, generator)
 
     vae = run_stage(
         folder,
@@ -72,6 +73,7 @@ def train(folder: Path) -> AutoencoderKLFlux2:
         learning_rate=LEARNING_RATE,
         decay=0.7,
         matrices=lambda _, p: min(p.shape[:2]) > 3,
+        products=torch.bfloat16,
     )
     return normalised(vae)
 

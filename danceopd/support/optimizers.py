@@ -1,4 +1,4 @@
-"""Makes AdamW, also with states of 8 bits, and Muon (Jordan et al., 2024) in float32.
+"""Makes AdamW, also with states of 8 bits, and Muon (Jordan et al., 2024).
 
 torch.optim.Muon iterates in bfloat16, one matrix at a time; on a CPU without bfloat16 products that doubled the time of
 an update of the embedded network, where this one, which takes matrices of one shape together, costs a fifth.
@@ -22,12 +22,16 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: Matrices, and convolutions' kernels, which are taken as matrices of one row an output channel.
         lr, momentum, weight_decay: As elsewhere.
+        dtype: Of the Newton-Schulz products.
 
     Raises:
         ValueError: A tensor is a vector.
     """
 
-    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(
+        self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.01, dtype=torch.float32
+    ):
+        self._dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
             if any(p.ndim < 2 for p in group["params"]):
@@ -47,7 +51,7 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
                 by_shape.setdefault(update.shape, []).append((p, update))
             for shape, items in by_shape.items():
-                updates = orthogonalize(torch.stack([update for _, update in items]))
+                updates = orthogonalize(torch.stack([update for _, update in items]).to(self._dtype))
                 scale = 0.2 * max(shape) ** 0.5
                 for (p, _), update in zip(items, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -1,10 +1,5 @@
 """Trains the embedded networks: one base and five specialists, by ordinary flow matching on the world."""
 
-import io
-import json
-import math
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,13 +8,13 @@ import torch
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.schedule import shift_sigma, sigma_grid
 from danceopd.support.files import write_atomic
-from danceopd.support.optimizers import make_optimizers
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
 from danceopd.world.files import SHIPPED, load_model, save_model, shipped_sources
 from danceopd.world.prompts import draw, draw_tasks, sample_prompts
 from danceopd.world.sampling import make_conditioning
 from danceopd.world.scene import render
+from danceopd.world.stages import generator_of, run_stage
 
 SHIFT = 5.0  # of the training noise levels and of every sampler of these networks: layout is decided near noise
 
@@ -95,17 +90,15 @@ def training_batch(
     return render(scene), make_conditioning(texts, source, text_length)
 
 
-def batches(stage: Stage, text_length: int, first_step: int) -> Iterator[tuple[torch.Tensor, Conditioning]]:
-    """Yields the stage's training batches from an update on; their data depend on the seed and the update alone.
+def update_batch(stage: Stage, text_length: int, step: int) -> tuple[torch.Tensor, Conditioning]:
+    """Draws the training batch of an update; the seed and the update alone decide it.
 
     Updates alternate between pictures with and without a source picture, in the stage's shares, so that one batch is
     one forward.
     """
-    shares = torch.tensor(list(stage.mix.values()))
-    for step in range(first_step, stage.steps):
-        generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
-        capability = list(stage.mix)[int(torch.multinomial(shares, 1, generator=generator))]
-        yield training_batch(capability, stage.batch_size, stage, text_length, generator)
+    generator = generator_of(stage.seed, step)
+    capability = list(stage.mix)[int(torch.multinomial(torch.tensor(list(stage.mix.values())), 1, generator=generator))]
+    return training_batch(capability, stage.batch_size, stage, text_length, generator)
 
 
 def flow_matching_loss(
@@ -120,13 +113,7 @@ def flow_matching_loss(
     return ((velocity - (noise - clean)) * s).square().mean()
 
 
-def rate(step: int, stage: Stage) -> float:
-    """Returns the learning rate's factor: warm-up over 100 updates, constant, then down to 2 % over the last part."""
-    left = (stage.steps - step) / max(1.0, stage.decay * stage.steps)
-    return min(1.0, (step + 1) / 100) * (0.02 + 0.98 * min(1.0, left) if stage.decay else 1.0)
-
-
-def train_source(name: str, folder: Path, log_every: int = 250) -> Path:
+def train_source(name: str, folder: Path) -> Path:
     """Trains one stage of the recipe, going on from folder/name.pt; returns folder/name.safetensors (EMA, fp16)."""
     stage = STAGES[name]
     torch.manual_seed(stage.seed)
@@ -134,59 +121,25 @@ def train_source(name: str, folder: Path, log_every: int = 250) -> Path:
         model = load_model(folder / f"{stage.start_from}.safetensors")
     else:
         model = DiT(DiTConfig())
-    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    optims = make_optimizers(model, "muon", stage.learning_rate, weight_decay=0.01, betas=(0.9, 0.99))
-    state_path, step, seconds = folder / f"{name}.pt", 0, 0.0
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        for optim, saved in zip(optims, state["optims"], strict=True):
-            optim.load_state_dict(saved)
-        step, seconds = state["step"], state["seconds"]
     if stage.steps >= COMPILE_FROM:
-        model._forward = torch.compile(model._forward, dynamic=False)
-    start, losses = time.monotonic() - seconds, []
-    for clean, conditioning in batches(stage, model.config.text_length, step):
-        for optim in optims:
-            for group in optim.param_groups:
-                group["lr"] = stage.learning_rate * rate(step, stage)
-            optim.zero_grad()
-        generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step + 500_000)
-        loss = flow_matching_loss(model, clean, conditioning, generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-        # A young average follows faster, so that it forgets the initial weights.
-        decay = min(0.999, (step + 1) / (step + 10))
-        ema.multi_avg_fn = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-        ema.update_parameters(model)
-        losses.append(loss.item())
-        step += 1
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss of {name} is {losses[-1]} at step {step}")
-        if step % log_every == 0 or step == stage.steps:
-            seconds = time.monotonic() - start
-            mean = sum(losses) / len(losses)
-            print(
-                json.dumps({"source": name, "step": step, "loss": round(mean, 5), "seconds": round(seconds)}),
-                flush=True,
-            )
-            losses = []
-        if step % 500 == 0 or step == stage.steps:
-            _save_state(state_path, model, ema, optims, step, seconds)
-            save_model(ema.module, folder / f"{name}.safetensors", torch.float16)
+        model._forward = torch.compile(model._forward, dynamic=False)  # the average, which is only saved, keeps it too
+
+    def loss(step: int) -> torch.Tensor:
+        clean, conditioning = update_batch(stage, model.config.text_length, step)
+        return flow_matching_loss(model, clean, conditioning, generator_of(stage.seed, step + 500_000))
+
+    average = run_stage(
+        folder,
+        name,
+        model,
+        loss,
+        steps=stage.steps,
+        learning_rate=stage.learning_rate,
+        decay=stage.decay,
+        matrices=lambda key, p: key.startswith("blocks.") and p.ndim == 2 and "modulation" not in key,
+    )
+    save_model(average, folder / f"{name}.safetensors", torch.float16)
     return folder / f"{name}.safetensors"
-
-
-def _save_state(path: Path, model: DiT, ema, optims: list, step: int, seconds: float) -> None:
-    """Writes all that a stage goes on from."""
-    optimizers = [optim.state_dict() for optim in optims]
-    state = {"model": model.state_dict(), "ema": ema.state_dict(), "optims": optimizers, "step": step}
-    buffer = io.BytesIO()
-    torch.save({**state, "seconds": seconds}, buffer)
-    write_atomic(path, buffer.getvalue())
 
 
 def score_sources(seed: int = 1234, per_task: int = 100, per_kind: int = 100) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Trains a network of the miniature, going on where a killed run stopped."""
+"""Trains a network of a picture world, going on where a killed run stopped."""
 
 import io
 import json
@@ -41,6 +41,7 @@ def run_stage(
     learning_rate: float,
     decay: float,
     matrices: Callable[[str, torch.Tensor], bool],
+    products: torch.dtype = torch.float32,
     log_every: int = 250,
 ) -> nn.Module:
     """Trains a model by its loss, and keeps its state in folder/name.pt.
@@ -54,6 +55,7 @@ def run_stage(
         learning_rate: Its largest value.
         decay: The share of updates with a falling rate.
         matrices: Chooses by name the parameters of two or more dimensions that Muon takes; AdamW takes the rest.
+        products: The dtype of Muon's.
         log_every: Updates between two lines of the log.
 
     Returns:
@@ -66,7 +68,7 @@ def run_stage(
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     by_muon = [p for key, p in trained.items() if p.ndim >= 2 and matrices(key, p)]
     rest = [p for p in trained.values() if all(p is not q for q in by_muon)]
-    optims = [Muon(by_muon), torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01)]
+    optims = [Muon(by_muon, dtype=products), torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01)]
     path, step, seconds = folder / f"{name}.pt", 0, 0.0
     if path.exists():
         state = torch.load(path, weights_only=True)
