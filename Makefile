@@ -1,11 +1,14 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint docs bench bench-gpu clean
+.PHONY: demo journey test test-all lint docs bench bench-gpu clean
 
 demo: .venv/installed
 	$(BIN)/danceopd train --config configs/demo.yaml
 	$(BIN)/danceopd report runs/demo
+
+journey: .venv/installed-test  # the whole way on the miniature: data, training, export, a plain pipeline, scores
+	$(BIN)/python examples/journey.py
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from danceopd.cli.arguments import MINIATURE, add_command, add_device, add_pipeline
+from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 
 DESCRIPTION = """GenEval (github.com/djghosh13/geneval): with --model its pictures are drawn into FOLDER, with
@@ -117,9 +118,7 @@ def _draw(args: argparse.Namespace, metadata: list[dict], ranks, device) -> None
 
 
 def _progress(what: str) -> Callable:
-    from tqdm import tqdm
-
-    return lambda items: tqdm(items, desc=what, disable=os.environ.get("RANK", "0") != "0")
+    return lambda items: bar(items, desc=what, disable=os.environ.get("RANK", "0") != "0")
 
 
 def _check(args: argparse.Namespace) -> None:

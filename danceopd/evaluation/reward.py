@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 
 from danceopd.evaluation.geneval.layout import Drawn, read_pictures
 from danceopd.models import loading
+from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 from danceopd.support.pictures import decode_picture
 
@@ -155,7 +155,7 @@ def reward_of(drawn: list[Drawn], reward: Reward, batch_size: int = 16, name: st
     """Returns the mean reward of each prompt's pictures, [prompts] float64; a UserError for one that cannot be read."""
     pairs = [(path, entry.metadata["prompt"]) for entry in drawn for path in entry.pictures.values()]
     values: list[torch.Tensor] = []
-    for start in tqdm(range(0, len(pairs), batch_size), name, unit="batch"):
+    for start in bar(range(0, len(pairs), batch_size), name, unit="batch"):
         part = pairs[start : start + batch_size]
         values.append(reward([_decode(path) for path, _ in part], [prompt for _, prompt in part]))
     each = torch.cat(values).double().numpy()

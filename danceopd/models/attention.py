@@ -26,7 +26,8 @@ def attention_backend(name: str, model: Path, half: bool, backbone: ModuleType, 
 
     Args:
         name: The kernel that is wanted, by diffusers' name, or "auto": flash-attn where it is installed, on CUDA, in
-            half precision and for a family whose prompts have no mask, else torch's own.
+            half precision and for a family whose prompts have no mask; on a CPU in half precision plain products,
+            because the backward of torch's fused one is ten times slower there than in float32; else torch's own.
         model: The pipeline's folder.
         half: Whether attention's inputs are in half precision.
         backbone: The module of the model's family.
@@ -37,7 +38,7 @@ def attention_backend(name: str, model: Path, half: bool, backbone: ModuleType, 
             alone, it takes no masks where the family's prompts have one, or the transformer asks no dispatcher.
     """
     masked = backbone.PROMPTS_HAVE_MASKS
-    if name == "native" or (name == "auto" and (masked or device.type != "cuda" or not half)):
+    if name == "native" or (name == "auto" and (masked or not half or device.type not in ("cuda", "cpu"))):
         return "native"
     transformer = empty_transformer(model)
     asks = any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in transformer.modules())
@@ -67,6 +68,8 @@ def attention_backend(name: str, model: Path, half: bool, backbone: ModuleType, 
 
 
 def _best(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "_native_math"
     if dispatch._CAN_USE_FLASH_ATTN_3 and torch.cuda.get_device_capability(device)[0] == HOPPER:
         return "_flash_3"
     return "flash" if dispatch._CAN_USE_FLASH_ATTN else "native"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tqdm import tqdm
 
 from danceopd.config.sections import Config
 from danceopd.core.fields import Field
@@ -24,6 +23,7 @@ from danceopd.models.backbones import flux2, pipeline_class_of
 from danceopd.models.lora_files import load_lora
 from danceopd.models.shared_base import SharedBase
 from danceopd.reproduce.matrix import DRAWN_SAMPLES, DRAWN_STEPS
+from danceopd.support.bars import bar
 from danceopd.support.files import write_atomic
 from danceopd.world.scoring import HELD_OUT_SEED
 from danceopd.world.weight_merge import combined
@@ -83,7 +83,7 @@ def _draw(rows: Path, path: Path, config: Config) -> None:
     for name, capability in config.capabilities.items():
         data, generator = PreparedData(rows, name), torch.Generator().manual_seed(SEED)
         field = field_of(config.model, config.sources[capability.source].lora[0].path)
-        for start in tqdm(range(0, len(data), 64), f"pictures of {name}"):
+        for start in bar(range(0, len(data), 64), f"pictures of {name}"):
             index = list(range(start, min(start + 64, len(data))))
             noise = torch.randn(len(index), *shape, generator=generator)
             latents = sample(field, noise, data.condition(index, [False] * len(index)), sigmas)

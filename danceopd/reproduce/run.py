@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from tqdm import tqdm
 
 from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
@@ -27,6 +26,7 @@ from danceopd.reproduce.matrix import ABLATIONS, DRAWN_EVALUATIONS, MINIATURE, S
 from danceopd.reproduce.measure import VALIDATION_SEED, measure, student, untrained
 from danceopd.reproduce.report import write_report
 from danceopd.reproduce.results import mean_error
+from danceopd.support.bars import bar
 from danceopd.support.devices import machine
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
@@ -208,7 +208,7 @@ def reproduce(settings: list[str], budget: Budget, folders: Folders, seeds: int,
             waiting.insert(0, run)
     total = sum(run.evaluations for run in todo)
     done = total - sum(run.evaluations for run in waiting)
-    bar = tqdm(total=total, initial=done, unit="evaluation", unit_scale=True, dynamic_ncols=True, smoothing=0.02)
+    shown = bar(total=total, initial=done, unit="evaluation", unit_scale=True, smoothing=0.02)
     if not waiting:
         print("every run is finished already; --again makes them anew", file=sys.stderr)
     for setting in settings:
@@ -221,8 +221,8 @@ def reproduce(settings: list[str], budget: Budget, folders: Folders, seeds: int,
                     waiting.remove(run)
                     active.append((run, _start(run, folders, workers)))
             time.sleep(POLL_SECONDS)
-            bar.n = done + sum(_evaluations(run, folders) for run, _ in active)
-            bar.set_postfix_str(", ".join(run.name for run, _ in active))
+            shown.n = done + sum(_evaluations(run, folders) for run, _ in active)
+            shown.set_postfix_str(", ".join(run.name for run, _ in active))
             for run, process in list(active):
                 if process.poll() is None:
                     continue
@@ -233,7 +233,7 @@ def reproduce(settings: list[str], budget: Budget, folders: Folders, seeds: int,
                 if run.setting in settings:
                     gather(run.setting, budget, folders, seeds)
     finally:
-        bar.close()
+        shown.close()
         for _, process in active:
             process.terminate()  # it ends after its update, with a checkpoint
         for _, process in active:

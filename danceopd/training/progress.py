@@ -5,6 +5,7 @@ import sys
 from tqdm import tqdm
 
 from danceopd.config.sections import Config
+from danceopd.support.bars import bar
 from danceopd.support.run_log import RunLog
 
 
@@ -20,14 +21,7 @@ class Progress:
     def __init__(self, config: Config, step: int, silent: bool = False):
         training = config.training
         self.log, self.log_every, self.silent = RunLog(training.output_dir, step, silent), training.log_every, silent
-        self.bar = tqdm(
-            total=training.max_steps,
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.05,
-            disable=silent,
-        )
+        self.bar = bar(total=training.max_steps, initial=step, unit="step", smoothing=0.05, disable=silent)
         self.said: set[str] = set()
 
     def __enter__(self) -> "Progress":

@@ -189,7 +189,8 @@ def test_backends(asked_for):
     for name, message in {"flesh": "did you mean 'flash'", "nothing like it": "valid are "}.items():
         with pytest.raises(UserError, match=message):
             asked_for(qwen_image, name)
-    assert asked_for(flux2, "auto") == "native"
+    assert asked_for(flux2, "auto") == "_native_math"
+    assert asked_for(flux2, "auto", precision="fp32") == asked_for(flux2, "native") == "native"
     with pytest.raises(UserError, match=r"flash-attn>=2.*danceopd\[flash-attn\]"):
         asked_for(flux2, "flash", "cuda")
     with pytest.raises(UserError, match="have masks"):

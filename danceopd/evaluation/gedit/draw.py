@@ -12,7 +12,6 @@ from types import ModuleType
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from danceopd.evaluation.gedit.benchmark import Benchmark, Row
 from danceopd.evaluation.pipelines import call_options
@@ -20,6 +19,7 @@ from danceopd.models import loading
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.fingerprint import fingerprint
 from danceopd.models.lora_files import lora_parameters
+from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 
@@ -160,7 +160,7 @@ def edit_rows(benchmark: Benchmark, rows: Sequence[Row], folder: Path, pipeline,
 
     One at a time: pictures are of different sizes, and what comes out must not depend on who is beside it.
     """
-    for row in tqdm(missing_rows(benchmark, folder, rows), "edits", unit="picture"):
+    for row in bar(missing_rows(benchmark, folder, rows), "edits", unit="picture"):
         source = benchmark.picture(row)
         size = size_of(source, editing.resolution, multiple)
         buffer = io.BytesIO()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from danceopd.evaluation.gedit.benchmark import PAPER_KINDS, SUBSETS, Benchmark, Row, read_benchmark
 from danceopd.evaluation.gedit.draw import (
@@ -24,6 +23,7 @@ from danceopd.evaluation.gedit.judge import Edit, ExactJudge, Verdict, judge_edi
 from danceopd.evaluation.pipelines import load_pipeline
 from danceopd.evaluation.statistics import standard_error
 from danceopd.models.loading import multiple_of
+from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pictures import decode_picture
@@ -45,8 +45,8 @@ def score_rows(benchmark: Benchmark, rows: Sequence[Row], folder: Path, judge, c
 
     edits = [Edit(row.instruction, lambda row=row: load(row)) for row in rows]
     if isinstance(judge, ExactJudge):
-        return [judge.verdict(edit.instruction, *edit.load()) for edit in tqdm(edits, "judged")]
-    return judge_edits(edits, judge, cache, lambda items, total: tqdm(items, "judged", total, unit="batch"))
+        return [judge.verdict(edit.instruction, *edit.load()) for edit in bar(edits, "judged")]
+    return judge_edits(edits, judge, cache, lambda items, total: bar(items, "judged", total, unit="batch"))
 
 
 def summarize(rows: Sequence[Row], verdicts: Sequence[Verdict], kinds: Sequence[str] = PAPER_KINDS) -> dict:

@@ -1,0 +1,24 @@
+"""Long work in a file: lines that only follow each other."""
+
+from tqdm import tqdm
+
+from danceopd.support.bars import bar
+
+
+def test_a_file_gets_lines_and_nothing_is_erased(capsys):
+    with bar(total=3, desc="rows") as shown:
+        for _ in range(3):
+            shown.update()
+            tqdm.write("a warning")
+    said = capsys.readouterr()
+    assert "\r" not in said.err
+    assert said.out == "a warning\n" * 3
+    lines = [line for line in said.err.splitlines() if line]
+    assert lines[0].startswith("rows: 0/3")
+    assert lines[-1].startswith("rows: 3/3")
+    assert len(lines) == len(set(lines))
+
+
+def test_what_is_disabled_says_nothing(capsys):
+    assert list(bar([1, 2], disable=True)) == [1, 2]
+    assert capsys.readouterr().err == ""
