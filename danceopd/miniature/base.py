@@ -88,14 +88,14 @@ class Batches:
         shares: The share of updates of each capability.
         shards: The number of shards of each.
         size: Samples of a batch.
-        seed: Of everything.
+        seed: Of the samples' order and the noise.
     """
 
     def __init__(self, folder: Path, vae, tokenizer, shares: dict[str, float], shards: dict[str, int], size, seed):
         self.names, self.shares, self.size, self.seed = list(shares), torch.tensor(list(shares.values())), size, seed
         self.data = {}
-        for number, name in enumerate(self.names):
-            parts = [shard(folder, vae, tokenizer, name, i, 1000 * seed + number) for i in range(shards[name])]
+        for name in self.names:
+            parts = [shard(folder, vae, tokenizer, name, i) for i in range(shards[name])]
             self.data[name] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def __call__(self, step: int) -> tuple[dict[str, torch.Tensor], torch.Generator]:

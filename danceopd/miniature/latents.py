@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from danceopd.miniature import edits, looks, prompts
-from danceopd.miniature.data import sample
+from danceopd.miniature.data import CAPABILITIES, sample
 from danceopd.miniature.looks import CLASSES, LETTERS, STYLES
 from danceopd.miniature.pipeline import TEXT_LENGTH
 from danceopd.miniature.scene import render
@@ -16,6 +16,8 @@ from danceopd.world.prompts import NUMBERS, RELATIONS
 from danceopd.world.stages import generator_of
 
 SHARD = 4096  # samples of one file
+
+SEED = 12_000  # of the first capability's
 
 PART = 64  # pictures that the VAE takes at once
 
@@ -63,8 +65,8 @@ def encode(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> torch.Tensor:
     return (torch.cat(parts) - mean) / std
 
 
-def shard(folder: Path, vae: AutoencoderKLFlux2, tokenizer, capability: str, index: int, seed: int) -> dict:
-    """Returns one shard of a capability's samples, from its file if that is there.
+def shard(folder: Path, vae: AutoencoderKLFlux2, tokenizer, capability: str, index: int) -> dict:
+    """Returns one shard of a capability's samples, the same for all networks, from its file if that is there.
 
     Returns:
         latents [4096, 64, 4, 4] float16, input_ids and attention_mask [4096, 16] int64, and for edits sources, shaped
@@ -72,7 +74,7 @@ def shard(folder: Path, vae: AutoencoderKLFlux2, tokenizer, capability: str, ind
     """
     path = folder / f"{capability}-{index:03d}.safetensors"
     if not path.exists():
-        generator = generator_of(seed, index)
+        generator = generator_of(SEED + CAPABILITIES.index(capability), index)
         prompts, before, after = sample(capability, SHARD, generator)
         for i in (torch.rand(SHARD, generator=generator) < EMPTY_PROMPT_SHARE).nonzero()[:, 0].tolist():
             prompts[i] = ""

@@ -26,7 +26,7 @@ class Recipe:
         shares: The share of updates of each capability (miniature.latents.sample).
         shards: The number of shards of each.
         steps: Number of updates.
-        seed: Of data and noise.
+        seed: Of the samples' order and the noise.
         rank: Of the LoRA.
     """
 
@@ -38,7 +38,7 @@ class Recipe:
 
 
 RECIPES = {
-    "t2i": Recipe({"t2i": 1.0}, {"t2i": 20}, 8000, 21, 32),
+    "t2i": Recipe({"t2i": 1.0}, {"t2i": 16}, 8000, 21, 32),
     "edit": Recipe({"local": 0.65, "global": 0.35}, {"local": 7, "global": 5}, 8000, 22, 32),
     "local": Recipe({"local": 1.0}, {"local": 7}, 4000, 23),
     "global": Recipe({"global": 1.0}, {"global": 5}, 2000, 24),
