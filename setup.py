@@ -31,6 +31,7 @@ setup(
         "torch>=2.6",
         "numpy>=1.26",
         "safetensors>=0.5",
+        "huggingface_hub>=1.0",
         "peft>=0.15",
         "tokenizers>=0.20",
         "pydantic>=2.7",

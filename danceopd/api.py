@@ -5,6 +5,7 @@ from pathlib import Path
 
 from danceopd.config.reading import load_config, parse_config
 from danceopd.config.sections import Config
+from danceopd.support.hub import downloads
 from danceopd.support.paths import draws_miniature
 from danceopd.training.loop import Build, train
 
@@ -35,12 +36,13 @@ def distill(
         >>> records = []
         >>> folder = distill("configs/demo.yaml", ["training.max_steps=5"], callbacks=[records.append])
     """
-    if isinstance(config, str | Path):
-        config = load_config(config, list(overrides))
-    elif isinstance(config, dict):
-        config = parse_config(config, list(overrides))
-    elif overrides:
-        config = parse_config(config.to_dict(), list(overrides))
+    with downloads():  # of what is named by an id of the hub
+        if isinstance(config, str | Path):
+            config = load_config(config, list(overrides))
+        elif isinstance(config, dict):
+            config = parse_config(config, list(overrides))
+        elif overrides:
+            config = parse_config(config.to_dict(), list(overrides))
     return train(config, builder_of(config), overwrite, callbacks=callbacks)
 
 

@@ -11,7 +11,7 @@ MINIATURE = Path("miniature")  # in the place of a detector or judge: the exact 
 def add_command(commands, name: str, run, help: str, **options) -> argparse.ArgumentParser:
     """Adds a command that is run by `run(args)` and returns its parser; options: the parser's own."""
     parser = commands.add_parser(name, help=help, **options)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, models=("model", "lora"))  # the arguments that may be an id of the hub
     return parser
 
 
@@ -34,7 +34,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_pipeline(parser: argparse.ArgumentParser) -> None:
     """Adds the diffusers pipeline that draws, and how."""
     own = "(the pipeline's own)"
-    parser.add_argument("--model", type=Path, help="the folder of the diffusers pipeline that draws")
+    parser.add_argument("--model", type=Path, help="the diffusers pipeline that draws: a folder, or an id of the hub")
     parser.add_argument("--lora", type=Path, help="a LoRA for it, such as a run's student: a file or a folder")
     parser.add_argument("--transformer", type=Path, help="a folder of another transformer for it, as of export --merge")
     parser.add_argument("--num-inference-steps", type=int, help=f"solver steps {own}")

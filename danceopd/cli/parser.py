@@ -14,9 +14,10 @@ from danceopd.cli.reward import add_reward
 from danceopd.cli.runs import add_export, add_merge_loras, add_report, add_reproduce
 from danceopd.cli.train import add_plan, add_train
 from danceopd.cli.world import add_evaluate, add_sample, add_sources
+from danceopd.support.errors import UserError
 from danceopd.support.exits import guarded, quieten
 from danceopd.support.hints import did_you_mean
-from danceopd.support.paths import shipped
+from danceopd.support.hub import downloads, located
 
 DESCRIPTION = "Distil several flow-matching models into one student on its own trajectories (DanceOPD)."
 
@@ -94,11 +95,26 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in vars(args).items():  # a shell leaves the ~ of --cache=~/x to the command
         if isinstance(value, Path):
             value = value.expanduser()
-            setattr(args, name, shipped(value) if name in ("model", "lora") else value)
+            setattr(args, name, value)
         elif isinstance(value, list) and all(isinstance(one, Path) for one in value):
             setattr(args, name, [one.expanduser() for one in value])
     quieten()
-    return guarded(args.run, args)
+    return guarded(_run, args)
+
+
+def _run(args: argparse.Namespace):
+    """Runs a command, once its model and its LoRA are there; what may not download finds them in the hub's cache."""
+    with downloads(getattr(args, "download", True) or not getattr(args, "dry_run", False)):
+        for name in args.models:
+            value = getattr(args, name, None)
+            try:
+                if isinstance(value, Path):
+                    setattr(args, name, located(value))
+                elif isinstance(value, list):
+                    setattr(args, name, [located(one) for one in value])
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
+        return args.run(args)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,10 @@ def add_export(commands) -> None:
 def add_merge_loras(commands) -> None:
     """Adds `danceopd merge-loras`."""
     parser = add_command(commands, "merge-loras", run_merge_loras, "distil several LoRAs into one, from prompts alone")
-    parser.add_argument("--base", type=Path, required=True, help="the diffusers pipeline's folder of all LoRAs")
+    parser.add_argument(
+        "--base", type=Path, required=True, help="the diffusers pipeline of all LoRAs: a folder, or hub id"
+    )
+    parser.set_defaults(models=("base", "lora"))
     parser.add_argument("--lora", type=Path, action="append", required=True, help="a LoRA; give it for each of them")
     parser.add_argument("--prompts", type=Path, required=True, help="a prompt, or LORA<TAB>prompt, a line")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the .safetensors file to write")

@@ -16,6 +16,9 @@ def add_train(commands) -> None:
         "--dry-run", action="store_true", help="load no weight: check files, count parameters, memory and evaluations"
     )
     parser.add_argument(
+        "--download", action="store_true", help="with --dry-run: download what is named by an id of the hub"
+    )
+    parser.add_argument(
         "--deepspeed", type=Path, metavar="JSON", help="DeepSpeed's settings (with several processes: ZeRO stage 3)"
     )
     parser.add_argument(

@@ -13,10 +13,10 @@ from danceopd.core.methods import METHODS
 from danceopd.core.query import QUERIES
 from danceopd.core.routing import ROUTES
 from danceopd.core.solver import SOLVERS
+from danceopd.support.hub import located
 from danceopd.support.optimizers import OPTIMIZERS
-from danceopd.support.paths import shipped
 
-ModelPath = Annotated[Path, pydantic.AfterValidator(shipped)]  # of a model or LoRA, or a name that ships
+ModelPath = Annotated[Path, pydantic.AfterValidator(located)]  # of a model or LoRA, a name that ships, or a hub's id
 
 
 class NewLora(Section):

@@ -11,6 +11,7 @@ from torch import nn
 
 from danceopd.models.tensor_files import opened, read_header
 from danceopd.support.errors import UserError
+from danceopd.support.hub import near_cached
 
 INSIDE = "model.diffusion_model."  # in front of a transformer's names where a file holds a VAE and encoders beside it
 
@@ -29,7 +30,8 @@ def read_json(path: Path | str) -> dict:
     """Reads a JSON file of a pipeline; a UserError if it is not there or is damaged."""
     path = Path(path)
     if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent}; give the folder of a whole diffusers pipeline")
+        near = near_cached(path.parent)
+        raise UserError(f"there is no folder {path.parent}; give the folder of a whole diffusers pipeline{near}")
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; give the folder of a whole diffusers pipeline")
     try:
@@ -64,7 +66,7 @@ def load(cls: type, path: Path | str, **options):
     """Calls cls.from_pretrained with a folder; a UserError if it is not there or cannot be loaded."""
     path = Path(path)
     if not path.is_dir():  # else taken for the name of a repository
-        raise UserError(f"there is no folder {path}; give the folder of a whole pipeline or model")
+        raise UserError(f"there is no folder {path}; give the folder of a whole pipeline or model{near_cached(path)}")
     if options.get("use_safetensors"):
         parts = path.iterdir() if (path / "model_index.json").is_file() else (path,)
         variants = {variant_of(part) for part in parts if part.is_dir()} - {None}

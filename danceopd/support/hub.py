@@ -1,0 +1,155 @@
+"""Finds models and LoRAs that a user names by their id on the Hugging Face hub: owner/repo, @revision, :file."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from danceopd.support.hints import did_you_mean
+from danceopd.support.paths import shipped
+
+_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<file>[^@:]+\.safetensors))?(@(?P<revision>[\w./-]+))?"
+)
+
+# What a pipeline's or a LoRA's folder is read from; never weights as pickles, nor code.
+_READ = (".safetensors", ".json", ".txt", ".model", ".jinja")
+
+SECONDS = 20.0  # until a hub that does not answer is given up
+
+_allowed: ContextVar[bool] = ContextVar("downloads", default=False)
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A repository of the hub.
+
+    Attributes:
+        repo: owner/name.
+        file: One file of it; None for all that a pipeline needs.
+        revision: A branch, tag or commit; None for the main one.
+    """
+
+    repo: str
+    file: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo + (f":{self.file}" if self.file else "") + (f"@{self.revision}" if self.revision else "")
+
+
+def hub_name(path: Path | str) -> HubName | None:
+    """Reads owner/repo, owner/repo@revision or owner/repo:file.safetensors@revision; None for any other path."""
+    match = _ID.fullmatch(str(path))
+    if not match or ".." in str(path):
+        return None
+    return HubName(match["repo"], match["file"], match["revision"])
+
+
+@contextmanager
+def downloads(allowed: bool = True) -> Iterator[None]:
+    """Says whether `located` may download within this context."""
+    token = _allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def located(path: Path) -> Path:
+    """Returns where a model or a LoRA lies.
+
+    Args:
+        path: A path, a name that ships (support.paths.shipped), or an id of the hub.
+
+    Returns:
+        What is there under the path; else what ships under the name; else what the hub's cache holds, or what was
+        downloaded into it, within `downloads`; else the path as it is.
+
+    Raises:
+        ValueError: The hub has no such repository, revision or file, does not give it, or cannot be reached.
+    """
+    path = shipped(path)
+    name = None if path.exists() else hub_name(path)
+    if name is None:
+        return path
+    if _allowed.get():
+        return _downloaded(name)
+    return _cached(name) or path
+
+
+def _cached(name: HubName) -> Path | None:
+    """Returns the folder or file in the hub's cache; what a folder lacks is said by who reads it."""
+    for file in (name.file,) if name.file else ("model_index.json", "modular_model_index.json"):
+        found = huggingface_hub.try_to_load_from_cache(name.repo, file, revision=name.revision)
+        if isinstance(found, str):
+            return Path(found) if name.file else Path(found).parent
+    return None
+
+
+def _downloaded(name: HubName) -> Path:
+    try:
+        if name.file:
+            return Path(huggingface_hub.hf_hub_download(name.repo, name.file, revision=name.revision))
+        there = huggingface_hub.HfApi().model_info(name.repo, revision=name.revision, timeout=SECONDS)
+        files = wanted([one.rfilename for one in there.siblings or []])
+        return Path(huggingface_hub.snapshot_download(name.repo, revision=name.revision, allow_patterns=files))
+    except GatedRepoError:
+        raise ValueError(
+            f"{name} asks for its licence to be accepted: open https://huggingface.co/{name.repo}, accept it, and give "
+            "your token with `hf auth login`"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
+        missing = {RevisionNotFoundError: "revision", RemoteEntryNotFoundError: "file"}.get(type(error), "repository")
+        raise ValueError(f"there is no {name} here, and the hub has no such {missing}{near_cached(name)}") from None
+    except Exception as error:  # the HTTP library's, which is another for each version of the hub's client
+        if cached := _cached(name):
+            return cached
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"there is no {name} here, and the hub does not answer: {said}{near_cached(name)}") from None
+
+
+def wanted(files: list[str]) -> list[str]:
+    """Chooses the files that are read of a repository.
+
+    Those are the parts of a pipeline in their folders, not the whole checkpoint that often lies beside them, and not
+    the halved variant of weights that are there in full.
+    """
+    parts = [file for file in files if file.endswith(_READ)]
+    if any(file.endswith("model_index.json") for file in parts):
+        parts = [file for file in parts if "/" in file or not file.endswith(".safetensors")]
+    return [file for file in parts if re.sub(r"\.(fp16|bf16)(?=[.-])", "", file) == file or _alone(file, parts)]
+
+
+def _alone(file: str, files: list[str]) -> bool:
+    """Tells whether a variant's folder holds weights of that variant only."""
+    folder = file.rpartition("/")[0]
+    weights = [f for f in files if f.endswith(".safetensors") and f.rpartition("/")[0] == folder]
+    return all(re.search(r"\.(fp16|bf16)[.-]", f) for f in weights)
+
+
+def near_cached(name: HubName | Path | str) -> str:
+    """Ends a message about what is not there by the nearest repository of the hub's cache, or how to download it.
+
+    Returns:
+        "", where the name is none of the hub's.
+    """
+    name = name if isinstance(name, HubName) else hub_name(name)
+    if name is None:
+        return ""
+    try:
+        cached = [repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos]
+    except (huggingface_hub.errors.CacheNotFound, OSError, ValueError):
+        cached = []
+    near = did_you_mean(name.repo, cached, "") if cached else ""
+    return near or "; if it is meant as a repository of the hub, --download brings it"
