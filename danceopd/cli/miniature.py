@@ -31,9 +31,10 @@ def run_miniature(args: argparse.Namespace) -> None:
 
         train(args.folder, args.only or STAGES, say=lambda stage: print(f"stage: {stage}", flush=True))
     elif args.action == "card":
-        from danceopd.miniature.card import write_card
+        from danceopd.miniature.card import publish, write_card
 
-        print(f"wrote {write_card(args.folder)}")
+        publish(args.folder)
+        print(f"wrote {write_card()}")
     elif args.action == "data":
         from danceopd.miniature.data import write_miniature
 

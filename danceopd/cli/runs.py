@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from danceopd.cli.arguments import add_command, add_overrides
+from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 
 
@@ -70,8 +71,6 @@ def add_reproduce(commands) -> None:
 
 def run_report(args: argparse.Namespace) -> None:
     """Scores a run, or measures how far a model's student is from its sources, and writes the report."""
-    from tqdm import tqdm
-
     from danceopd.config.reading import read_run_config
     from danceopd.report.tables import format_table
 
@@ -79,7 +78,7 @@ def run_report(args: argparse.Namespace) -> None:
         from danceopd.tools.model_report import evaluate_model_run as evaluate  # imports diffusers: takes its time
     else:
         from danceopd.world.evaluate import evaluate_run as evaluate
-    results = evaluate(args.folder, lambda rows: tqdm(rows, desc="evaluating", unit="part"))
+    results = evaluate(args.folder, lambda rows: bar(rows, desc="evaluating", unit="part"))
     for warning in results["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(format_table(results))

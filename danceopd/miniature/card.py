@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -76,8 +77,8 @@ def pages(pipeline: Path, loras: dict[str, Path]) -> tuple[bytes, bytes]:
     return drawn, labelled_grid([*rows, ("asked for", render(after))], texts)
 
 
-def curves(folder: Path, names: list[str]) -> bytes:
-    """Plots the losses of the stages whose logs a training's folder holds, as a PNG."""
+def curves(logs: Path, names: list[str]) -> bytes:
+    """Plots the losses of the stages whose logs a folder holds, as a PNG."""
 
     import matplotlib
 
@@ -86,7 +87,7 @@ def curves(folder: Path, names: list[str]) -> bytes:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
     for name in names:
-        path = folder / f"{name}.jsonl"
+        path = logs / f"{name}.jsonl"
         if path.is_file():
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             ax = axes[0] if name == "vae" else axes[1]
@@ -100,18 +101,34 @@ def curves(folder: Path, names: list[str]) -> bytes:
     return buffer.getvalue()
 
 
-def write_card(folder: Path, output: Path = MINIATURE) -> Path:
-    """Scores what a training made, and writes README.md with its pictures and curves beside the weights.
+def publish(folder: Path, output: Path = MINIATURE) -> None:
+    """Copies what a training made to where it ships: the pipeline, the sources, and the stages' logs.
 
     Args:
-        folder: The training's, with pipeline, a folder for each source, and the stages' logs.
-        output: Where the card goes.
+        folder: The training's.
+        output: Gets pipeline, sources/NAME and logs; a stage that the training has not made stays as it is there.
+    """
+    if (folder / "pipeline").is_dir():
+        shutil.copytree(folder / "pipeline", output / "pipeline", dirs_exist_ok=True)
+    for name in sources.RECIPES:
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, output / "sources" / name, dirs_exist_ok=True)
+    for log in folder.glob("*.jsonl"):
+        (output / "logs").mkdir(exist_ok=True)
+        shutil.copy(log, output / "logs")
+
+
+def write_card(output: Path = MINIATURE) -> Path:
+    """Scores the weights that ship, and writes README.md with pictures and curves beside them.
+
+    Args:
+        output: Holds pipeline, sources and logs, as `publish` writes them.
 
     Returns:
         The README's path.
     """
-    pipeline = folder / "pipeline"
-    loras = {name: folder / name for name in sources.RECIPES if (folder / name).is_dir()}
+    pipeline, logs = output / "pipeline", output / "logs"
+    loras = {name: output / "sources" / name for name in sources.RECIPES if (output / "sources" / name).is_dir()}
     rows, psnr = score_all(pipeline, loras), fidelity(pipeline)
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = ["| network | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -119,16 +136,16 @@ def write_card(folder: Path, output: Path = MINIATURE) -> Path:
         cells = [_cell(row.get(column)) for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     recipe = ["| stage | data (share) | updates | batch | seed | time |", "|---" * 6 + "|"]
-    recipe.append(f"| vae | all looks | {vae.STEPS:,} | {vae.BATCH} | {vae.SEED} | {_minutes(folder, 'vae')} |")
+    recipe.append(f"| vae | all looks | {vae.STEPS:,} | {vae.BATCH} | {vae.SEED} | {_minutes(logs, 'vae')} |")
     made = {"base": (base.SHARES, base.STEPS, base.BATCH, base.SEED)}
     made |= {name: (r.shares, r.steps, sources.BATCH, r.seed) for name, r in sources.RECIPES.items()}
     for name, (shares, steps, batch, seed) in made.items():
         mix = ", ".join(f"{key} {value:g}" for key, value in shares.items())
-        recipe.append(f"| {name} | {mix} | {steps:,} | {batch} | {seed} | {_minutes(folder, name)} |")
+        recipe.append(f"| {name} | {mix} | {steps:,} | {batch} | {seed} | {_minutes(logs, name)} |")
     drawn, edited = pages(pipeline, loras)
     write_atomic(output / "drawn.png", drawn)
     write_atomic(output / "edited.png", edited)
-    write_atomic(output / "curves.png", curves(folder, ["vae", *made]))
+    write_atomic(output / "curves.png", curves(logs, ["vae", *made]))
     text = CARD.format(
         size=IMAGE_SIZE,
         classes=len(CLASSES),
@@ -149,8 +166,8 @@ def _cell(score: dict | None) -> str:
     return f"{score.get('overall', score.get('average')):.3f} ± {score['standard_error']:.3f}"
 
 
-def _minutes(folder: Path, name: str) -> str:
-    path = folder / f"{name}.jsonl"
+def _minutes(logs: Path, name: str) -> str:
+    path = logs / f"{name}.jsonl"
     if not path.is_file():
         return ""
     return f"{json.loads(path.read_text().splitlines()[-1])['seconds'] / 60:.0f} min"
