@@ -16,7 +16,7 @@ SHARES = {"t2i": 0.7, "local-half": 0.2, "global-half": 0.1}  # of the updates
 
 SHARDS = {"t2i": 16, "local-half": 6, "global-half": 3}  # of 4096 samples
 
-STEPS, BATCH, LEARNING_RATE, DECAY, SEED = 20_000, 64, 1.5e-3, 0.3, 12
+STEPS, BATCH, LEARNING_RATE, DECAY, SEED = 11_000, 64, 1.5e-3, 0.3, 12
 
 SHIFT = 5.0  # of the training noise levels: layout is decided near noise
 
