@@ -19,7 +19,8 @@ class Fp8Linear(nn.Linear):
     """A frozen linear layer in FP8: x [..., in] in `dtype` -> [..., out], differentiable in x.
 
     On GPUs before sm_89, which do not multiply FP8, and in layers that modulate, x is multiplied as it is; elsewhere it
-    is rounded to FP8 too (danceopd_kernels.fp8_linear).
+    is rounded to FP8 too (danceopd_kernels.fp8_linear). Under autocast the product is autocast's dtype, as nn.Linear's
+    is, whatever dtype x has: a layer norm gives float32 there.
 
     Attributes:
         weight: [out, in] float8_e4m3fn.
@@ -48,8 +49,17 @@ class Fp8Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.detach()
         if not x.numel():
-            return x.new_empty(*x.shape[:-1], self.out_features)
-        return fp8_linear(x, self.weight, self.weight_scale, bias, weight_only=self.modulates or None)
+            return x.new_empty(*x.shape[:-1], self.out_features, dtype=autocast_dtype(x))
+        dtype = autocast_dtype(x)
+        weight_only = self.modulates or None
+        return fp8_linear(x, self.weight, self.weight_scale, bias, out_dtype=dtype, weight_only=weight_only)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """Tells the dtype in which autocast, if it is on where x lies, has a linear layer's product; else x's own."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on and x.dtype != torch.float64 else x.dtype
 
 
 def numbers(weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
