@@ -29,7 +29,7 @@ def collected(*options: str, folder: Path) -> dict[str, set[str]]:
     """{test: its parameters} as pytest would run them on a machine with a card."""
     (folder / "with_a_card.py").write_text(CARD)
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", ""), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "pytest", "-p", "with_a_card", "-n0", "-q", "--collect-only", *options, str(FOLDER)]
+    command = [sys.executable, "-m", "pytest", "-p", "with_a_card", "-n0", "--collect-only", *options, str(FOLDER)]
     ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     found = defaultdict(set)
     for file, test, parameters in re.findall(r"(test_\w+\.py)::(\w+)(?:\[(.*)\])?", ran.stdout):

@@ -104,6 +104,27 @@ def test_bf16_on_bf16_is_what_autocast_computes(raw):
     assert trainer.update()["loss"] == plain.update()["loss"]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_product_of_an_fp8_rollout_is_of_codes(raw, monkeypatch, precision):
+    """Counted. Under autocast each comes out in bfloat16, which is all that a card's product gives."""
+    trainer = trainer_of(config_of(raw, precision=precision, rollout_precision="fp8"))
+    product, made = torch._scaled_mm, []
+
+    def counting(*args, out_dtype, **options):
+        made.append(out_dtype)
+        return product(*args, out_dtype=out_dtype, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", counting)
+    asked = []
+    for module in trainer.engine.replica.modules():
+        if isinstance(module, Fp8Linear) and not module.modulates:
+            module.register_forward_hook(lambda *_: asked.append(1))
+    trainer.update()
+    assert len(made) == len(asked) > 0
+    if precision == "bf16":
+        assert set(made) == {torch.bfloat16}
+
+
 def test_the_query_runs_on_the_student(raw):
     trainer = trainer_of(config_of(raw, rollout_precision="fp8"))
     asked = []
