@@ -173,17 +173,27 @@ class Phases:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that a call holds at once beyond what was there: of the GPU, or of torch's tensors on a CPU."""
+    """The most bytes that a call holds at once beyond what was there: of the GPU, or of torch's tensors on a CPU.
+
+    What a captured graph computes lies in the graph's own pool, which torch counts as free between replays: all of the
+    pools of this process count, also those of graphs that the call does not replay.
+    """
     synchronize()
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - before + idle_in_pools(torch.cuda.memory_snapshot())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     events = profiled.profiler.kineto_results.events()
     return max(accumulate((event.nbytes() for event in events if event.name() == "[memory]"), initial=0))
+
+
+def idle_in_pools(segments: Sequence[Mapping]) -> int:
+    """The bytes that graphs' pools keep and no tensor holds, of what torch.cuda.memory_snapshot() returns."""
+    own = [s for s in segments if tuple(s["segment_pool_id"]) != (0, 0)]
+    return sum(s["total_size"] - s["allocated_size"] for s in own)
 
 
 def python_calls(run: Callable[[], object]) -> int:

@@ -76,6 +76,38 @@ def test_counts_are_those_of_the_operations():
     assert common.share_of_roofline(limit, 4.0, flops=200, dtype="bfloat16") is None
 
 
+def test_what_a_graphs_pool_keeps_counts():
+    def segment(pool, size, held):
+        return {"segment_pool_id": pool, "total_size": size, "allocated_size": held}
+
+    common_pool, graph, other = (segment(p, s, h) for p, s, h in (((0, 0), 90, 20), ((0, 1), 50, 10), ((2, 0), 30, 30)))
+    assert common.idle_in_pools([common_pool, graph, other]) == 40
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_peak_of_a_replay_is_that_of_the_call():
+    """A chain of large tensors, each let go after the next: eager and replayed they take as much."""
+    x = torch.randn(2**22, device="cuda")
+
+    def chain():
+        y = x
+        for _ in range(6):
+            y = y * 2 + 1
+        return y
+
+    eager = common.peak_bytes(chain)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        chain()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        kept = chain()
+    replayed = common.peak_bytes(graph.replay) + kept.nbytes
+    assert eager <= replayed < 1.5 * eager + 2**21
+
+
 def test_what_a_benchmark_writes(tmp_path, capsys):
     args = common.arguments(argparse.ArgumentParser()).parse_args(
         ["--json", str(tmp_path / "new" / "a.json"), "--plot", str(tmp_path / "a.png")]
