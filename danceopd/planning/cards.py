@@ -33,10 +33,10 @@ class Card:
     fp8: float | None = None
 
 
-# NVIDIA's data sheets "H100 Tensor Core GPU", "H200 Tensor Core GPU", "A100 Tensor Core GPU", "L40S" and "NVIDIA Blackwell
-# Architecture Technical Brief" (HGX B200), and its papers "NVIDIA Ada GPU Architecture" (RTX 4090) and "NVIDIA RTX
-# Blackwell GPU Architecture" (RTX 5090), appendix A of each. Figures with sparsity are halved, and those of GeForce cards
-# are with sums in float32, as products have them here. Memory is what a process can have of what is published.
+# NVIDIA's data sheets "H100 Tensor Core GPU", "H200 Tensor Core GPU", "A100 Tensor Core GPU", "L40S" and "HGX B200", and
+# its papers "NVIDIA Ada GPU Architecture" (RTX 4090) and "NVIDIA RTX Blackwell GPU Architecture" (RTX 5090), appendix A
+# of each. Figures with sparsity are halved, and those of GeForce cards are with sums in float32, as products have them
+# here. Memory is what a process can have of what is published.
 CARDS = {
     # NVLink 4, 400 Gb/s, PCIe 5, HBM3
     "h100": Card("H100 SXM 80 GB", 79 * GIB, 989e12, 450e9, 50e9, 64e9, 3.35e12, 1979e12),

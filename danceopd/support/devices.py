@@ -11,7 +11,6 @@ import torch
 
 from danceopd.support.errors import UserError
 
-
 # The least NVIDIA driver that each version of CUDA runs on, by its major number: NVIDIA's CUDA Compatibility, table 1.
 DRIVERS = {11: 450, 12: 525, 13: 580}
 LOADED = Path("/proc/driver/nvidia/version")  # of the driver that Linux has loaded
@@ -52,14 +51,14 @@ def no_cuda() -> str | None:
     driver, cuda = found.group(1) + (found.group(2) or ""), torch.version.cuda
     if cuda is None:
         return (
-            f"torch {torch.__version__} is built without CUDA; install a torch with it (this machine has NVIDIA's driver "
-            f"{driver})"
+            f"torch {torch.__version__} is built without CUDA; install a torch with it (this machine has NVIDIA's "
+            f"driver {driver})"
         )
     least = DRIVERS.get(int(cuda.partition(".")[0]))
     if least and int(found.group(1)) < least:
         return (
-            f"torch {torch.__version__} is built for CUDA {cuda}, which needs NVIDIA's driver {least} or later, and this "
-            f"machine has {driver}; install a newer driver, or a torch for an older CUDA"
+            f"torch {torch.__version__} is built for CUDA {cuda}, which needs NVIDIA's driver {least} or later, and "
+            f"this machine has {driver}; install a newer driver, or a torch for an older CUDA"
         )
     return None
 

@@ -5,9 +5,9 @@ import torch
 from danceopd_kernels import adaln
 from danceopd_kernels.adaln import adaln_modulate, reference
 from danceopd_kernels.dispatch import has_triton
-from kernel_device import here
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from kernel_device import here
 
 pytestmark = pytest.mark.usefixtures("device")
 

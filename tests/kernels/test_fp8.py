@@ -191,8 +191,8 @@ def test_triton_product_against_scaled_mm(rows, width, out, dtype):
         last = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps  # the interpreter cuts off for bfloat16
         # On a GPU torch._scaled_mm gives bfloat16, and takes whole blocks of 16 alone.
         rounded = 2 * torch.finfo(torch.bfloat16).eps if here() == "cuda" else last
-        for y, last in ((got, last), (want, rounded)):
-            torch.testing.assert_close(y.double(), exact, rtol=last, atol=last * float(exact.abs().max()))
+        for y, bound in ((got, last), (want, rounded)):
+            torch.testing.assert_close(y.double(), exact, rtol=bound, atol=bound * float(exact.abs().max()))
 
 
 def test_codes_or_numbers_give_the_same():

@@ -5,9 +5,9 @@ import torch
 from danceopd_kernels import output_head
 from danceopd_kernels.dispatch import has_triton
 from danceopd_kernels.output_head import Head, fused_output_head_mse, reference
-from kernel_device import here
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from kernel_device import here
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -1,6 +1,7 @@
 """Prompts of different length: nothing is computed for a shorter one's padding, and the velocity is the same."""
 
 from collections import Counter
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
