@@ -17,10 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # The parts in the order of their worth, and how much of the budget each may take beside what others left.
 PARTS = {
-    "machine": 20, "kernels": 110, "update": 110, "tests": 100, "rollout": 90, "query": 40, "csrc": 50, "zero3": 40,
+    "machine": 20, "kernels": 100, "update": 110, "csrc": 60, "tests": 100, "rollout": 90, "query": 40, "zero3": 40,
     "profile": 40,
 }  # fmt: skip
 GRACE = 8.0  # seconds that a part may take to end by itself
+START = 120.0  # and that a process may take to import torch
 DONE, STOPPED, FAILED, ENDED = "done", "stopped at its time", "failed", "ended with its process"
 
 
@@ -40,6 +41,13 @@ class Worker:
         os.close(command_in)
         os.close(answer_out)
         self._rest = b""
+
+    def ready(self, until: float) -> None:
+        """Wait until it has imported what it needs; OSError if it does not get there in time."""
+        for said in self.answers(min(until, time.monotonic() + START)):
+            if said.get("ready"):
+                return
+        raise OSError("the process that runs the parts did not start; worker.txt has what it said")
 
     def start(self, part: str, seconds: float, out: Path) -> None:
         """Have it run a part, that is to end within so many seconds."""
@@ -79,12 +87,18 @@ def run(names: Sequence[str], budget: float, out: Path) -> dict:
     share, left_over = budget / sum(PARTS[name] for name in names), 0.0
     try:
         for name in names:
+            limit = 0.0
             try:
-                worker = worker or Worker(out / "worker.txt")
+                if worker is None:
+                    worker = Worker(out / "worker.txt")
+                    worker.ready(begin + budget)
                 limit = min(share * PARTS[name] + left_over, budget - (time.monotonic() - begin))
                 part, worker = _part(worker, name, limit, out)
-            except OSError as error:  # the worker is gone
-                part, worker = {"part": name, "ended": ENDED, "error": str(error), "seconds": 0.0, "rows": []}, None
+            except OSError as error:
+                part = {"part": name, "ended": ENDED, "error": str(error), "seconds": 0.0, "rows": []}
+                if worker:
+                    worker.end()
+                worker = None
             left_over = max(0.0, limit - part["seconds"])
             result["parts"].append(part)
             result["seconds"] = time.monotonic() - begin

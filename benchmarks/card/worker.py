@@ -43,6 +43,7 @@ class Desk:
 
 def work(command: int, answer: int) -> int:
     """Run parts until the pipe is closed, or the card's context is broken."""
+    os.write(answer, b'{"ready": true}\n')
     with os.fdopen(command, encoding="utf-8") as commands:
         for line in commands:
             told, ended = json.loads(line), {"ended": DONE}

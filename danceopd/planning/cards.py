@@ -33,9 +33,9 @@ class Card:
     fp8: float | None = None
 
 
-# NVIDIA's data sheets "H100 Tensor Core GPU", "H200 Tensor Core GPU", "A100 Tensor Core GPU", "L40S" and "HGX B200", and
-# its papers "NVIDIA Ada GPU Architecture" (RTX 4090) and "NVIDIA RTX Blackwell GPU Architecture" (RTX 5090), appendix A
-# of each. Figures with sparsity are halved, and those of GeForce cards are with sums in float32, as products have them
+# NVIDIA's data sheets "H100 Tensor Core GPU", "H200 Tensor Core GPU", "A100 Tensor Core GPU", "L40S" and "HGX B200",
+# and, in appendix A of each, "NVIDIA Ada GPU Architecture" (RTX 4090) and "NVIDIA RTX Blackwell GPU Architecture" (RTX
+# 5090). Figures with sparsity are halved, and those of GeForce cards are with sums in float32, as products have them
 # here. Memory is what a process can have of what is published.
 CARDS = {
     # NVLink 4, 400 Gb/s, PCIe 5, HBM3
