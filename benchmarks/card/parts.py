@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -351,17 +352,13 @@ def csrc(desk) -> None:
     sys.path.insert(0, str(ROOT / "kernels"))
     from build_csrc import nvcc_command
 
-    if on_card():
-        major, minor = torch.cuda.get_device_capability()
-        os.environ.setdefault("DANCEOPD_CUDA_ARCHS", f"{major}{minor}")
+    major, minor = torch.cuda.get_device_capability() if on_card() else (9, 0)
+    os.environ.setdefault("DANCEOPD_CUDA_ARCHS", f"{major}{minor}")
     # torch brings pybind11's headers along.
     folders = [str(Path(torch.__file__).parent / "include"), sysconfig.get_path("include")]
     target = _cuda_file(desk)
     command = nvcc_command(nvcc, str(ROOT / "csrc" / "cuda.cu"), target, folders)
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, desk.left()))
-    last = (ran.stderr or ran.stdout).strip().splitlines()[-1:] or [""]
-    desk.say("csrc's CUDA part is built", ok=ran.returncode == 0, note=last[0][:160], main=True)
-    if ran.returncode or not on_card():
+    if not _ran(desk, "csrc's CUDA part is built", command) or not on_card():
         return
     _load_cuda(desk)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -371,6 +368,25 @@ def csrc(desk) -> None:
                 if backend == "cuda":
                     desk.say(f"{case.name}, {name}, cuda", error, "error", ok=error <= right.BOUND[name], show=False)
     _bandwidth(desk, ["bfloat16"], "cuda")
+
+
+def _ran(desk, name: str, command: list[str]) -> bool:
+    """Run a command within the part's time, in a process group that is ended as a whole; whether it succeeded."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    allowed, late = max(1.0, desk.left() - 3), ""
+    try:
+        said, _ = process.communicate(timeout=allowed)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        late = f"ended after {allowed:.0f} s: "
+    last = said.strip().splitlines()[-1:] or [""]
+    desk.say(name, ok=process.returncode == 0, note=f"{late}{last[0]}"[:160], main=True)
+    return process.returncode == 0
 
 
 def _cuda_file(desk) -> Path:
@@ -406,9 +422,7 @@ def zero3(desk) -> None:
         "training.sample_every=0",
     ]
     command += [f"training.output_dir={desk.out / 'zero3'}"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, desk.left()))
-    last = (ran.stdout + ran.stderr).strip().splitlines()[-1:] or [""]
-    desk.say("ZeRO-3 on one rank, two updates", ok=ran.returncode == 0, note=last[0][:160], main=True)
+    _ran(desk, "ZeRO-3 on one rank, two updates", command)
 
 
 def profile(desk) -> None:

@@ -32,6 +32,7 @@ class Case:
     run: Callable[[dict, str | None], list[torch.Tensor]]
 
 
+# Long: a list of operations, each with the inputs it takes.
 def cases(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> list[Case]:
     """The operations that have a definition in float64; latents have tokens x width entries a sample."""
     torch.manual_seed(0)

@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,10 @@ import torch
 
 from benchmarks import common
 from danceopd.core.phase import phase
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "KINETO_LOG_LEVEL"}
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
 
 
 def test_quartiles_are_numpys_and_ratios_are_taken_round_by_round():
@@ -74,6 +82,21 @@ def test_counts_are_those_of_the_operations():
     assert common.share_of_roofline(limit, 4.0, flops=200) == 0.5
     assert common.share_of_roofline(limit, 4.0, flops=200, moved=30) == 0.75  # bound by memory
     assert common.share_of_roofline(limit, 4.0, flops=200, dtype="bfloat16") is None
+
+
+def test_measuring_memory_writes_nothing_onto_the_screen():
+    program = "import torch\nfrom benchmarks import common\nprint(common.peak_bytes(lambda: torch.ones(1000) + 1) > 0)"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("True\n", "")
+
+
+def test_a_row_is_shown_when_it_is_there(capsys):
+    row = common.row("ours", [1.0, 1.0], settings={"batch": 4}, over=("plain", [2.0, 2.0]))
+    assert common.show(row) is row
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "batch 4" in said
+    assert "1000 ms" in said
+    assert "2.00 times as fast as plain" in said
 
 
 def test_what_a_graphs_pool_keeps_counts():
