@@ -92,7 +92,7 @@ def run(names: Sequence[str], budget: float, out: Path) -> dict:
                 if worker is None:
                     worker = Worker(out / "worker.txt")
                     worker.ready(begin + budget)
-                limit = min(share * PARTS[name] + left_over, budget - (time.monotonic() - begin))
+                limit = min(share * PARTS[name] + left_over, budget - GRACE - (time.monotonic() - begin))
                 part, worker = _part(worker, name, limit, out)
             except OSError as error:
                 part = {"part": name, "ended": ENDED, "error": str(error), "seconds": 0.0, "rows": []}
@@ -133,9 +133,9 @@ def _part(worker: Worker, name: str, limit: float, out: Path) -> tuple[dict, Wor
     return part | {"seconds": time.monotonic() - begin}, worker if healthy else None
 
 
-def line(row: dict) -> str:
-    """A row in words."""
-    said = f"{row['name']:<52}"
+def line(row: dict, width: int = 52) -> str:
+    """A row in words, the name first."""
+    said = f"{row['name'][:width]:<{width}}"
     if row.get("value") is not None:
         said += f"{row['value']:>12.5g} {row['unit']:<10}"
     if row.get("over_least"):
@@ -167,7 +167,8 @@ def summary(result: dict) -> str:
             + (f"  {len(judged) - len(wrong)} of {len(judged)} right" if judged else "")
         )
         lines += [
-            f"  {line(row)}"[:110] for row in [*wrong[:4], *(r for r in rows if r.get("main") and r not in wrong)][:5]
+            f"  {line(row, 42)}"[:118]
+            for row in [*wrong[:4], *(r for r in rows if r.get("main") and r not in wrong)][:5]
         ]
         lines += [f"  {said}"[:110] for said in part.get("error", "").splitlines()[-1:]]
     return "\n".join(lines)

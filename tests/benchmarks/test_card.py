@@ -143,9 +143,10 @@ def test_the_check_runs_with_torch_and_triton_alone(tmp_path):
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr + (out / "worker.txt").read_text()
     result = json.loads((out / "card.json").read_text())
-    assert [part["ended"] for part in result["parts"]] == [runner.DONE] * 3
-    assert all(row["ok"] for row in result["parts"][0]["rows"])
-    assert "left out" in result["parts"][1]["rows"][0]["note"]
+    found = {part["part"]: part for part in result["parts"]}
+    assert [found[name]["ended"] for name in ("query", "tests", "zero3")] == [runner.DONE] * 3
+    assert all(row["ok"] for row in found["query"]["rows"])
+    assert "left out" in found["tests"]["rows"][0]["note"] or torch.cuda.is_available()
     assert "query" in (out / "card.txt").read_text()
     assert len(runner.summary(result).splitlines()) < 40
 
@@ -176,7 +177,7 @@ def test_the_runner_outlives_what_its_parts_do(tmp_path, monkeypatch, capsys):
         return popen([command[0], str(tmp_path / "trouble.py"), *command[3:]], **options)
 
     monkeypatch.setattr(runner.subprocess, "Popen", started)
-    monkeypatch.setattr(runner, "PARTS", {"machine": 30, "kernels": 5, "update": 30, "tests": 30, "query": 30})
+    monkeypatch.setattr(runner, "PARTS", {"machine": 1, "kernels": 1, "update": 60, "tests": 60, "query": 60})
     monkeypatch.setattr(runner, "GRACE", 0.5)
     names = list(runner.PARTS)
     result = runner.run(names, 600, tmp_path / "out")
