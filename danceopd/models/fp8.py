@@ -7,12 +7,15 @@ and all that lies outside the blocks stay in their own dtype. docs/fp8.md has th
 
 import torch
 from danceopd_kernels import fp8_linear, fp8_quantize_rowwise
+from danceopd_kernels.dispatch import has_triton
 from torch import nn
 
 from danceopd.models.blocks import block_layers
 from danceopd.support.errors import UserError
 
-PART = 2**18  # entries of a weight that are rounded at a time, some of them in float32
+# Entries of a weight that are rounded at a time where PyTorch does it, some of them in float32; a kernel of the card's
+# takes the whole weight in one pass, and makes nothing beside the codes.
+PART = 2**18
 
 
 class Fp8Linear(nn.Linear):
@@ -41,7 +44,8 @@ class Fp8Linear(nn.Linear):
     @torch.no_grad()
     def fill(self, weight: torch.Tensor) -> None:
         """Rounds a weight [out, in] into the place of the old one."""
-        rows = max(1, PART // weight.shape[1])
+        one_pass = weight.is_cuda and has_triton()
+        rows = len(weight) if one_pass else max(1, PART // weight.shape[1])
         for part, codes, scale in zip(*(t.split(rows) for t in (weight, self.weight, self.weight_scale)), strict=True):
             for place, value in zip((codes, scale), fp8_quantize_rowwise(part), strict=True):
                 place.copy_(value)
