@@ -40,7 +40,7 @@ class Worker:
             )  # fmt: skip
         os.close(command_in)
         os.close(answer_out)
-        self._rest = b""
+        self._rest, self.gone = b"", False  # what is not yet a line; whether the process has closed its end
 
     def ready(self, until: float) -> None:
         """Wait until it has imported what it needs; OSError if it does not get there in time."""
@@ -67,6 +67,7 @@ class Worker:
                 return
             more = os.read(self._answer, 65536)
             if not more:
+                self.gone = True
                 return
             self._rest += more
 
@@ -126,7 +127,7 @@ def _part(worker: Worker, name: str, limit: float, out: Path) -> tuple[dict, Wor
         if answer.get("show", True):
             print(f"  {line(answer)}", flush=True)
     else:
-        if worker.process.poll() is None:
+        if not worker.gone:
             part["ended"] = STOPPED
     if not healthy:
         worker.end()
