@@ -121,7 +121,7 @@ def test_a_layer_that_modulates_takes_its_input_as_it_is():
 
 
 @pytest.mark.parametrize("modulates", [False, True])
-@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("device", [pytest.param(d, marks=pytest.mark.gpu) if d == "cuda" else d for d in devices()])
 def test_under_autocast_the_product_is_autocasts(device, modulates):
     """As of nn.Linear: whatever comes in, where a card's FP8 product gives bfloat16 alone; its gradient comes back."""
     linear = nn.Linear(64, 96).requires_grad_(False).to(device)
