@@ -75,12 +75,11 @@ class _Attention(nn.Module):
 
 
 class _Modulated(nn.Module):
-    """The layer norm and its modulations: shift and scale for each branch, then gates."""
+    """The modulations of a sample: shift, scale and gate of each branch."""
 
     def __init__(self, width: int, parts: int):
         super().__init__()
         self.parts, self.linear = parts, nn.Linear(width, parts * width)
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
     def forward(self, time):
         return self.linear(F.silu(time))[:, None].chunk(self.parts, 2)

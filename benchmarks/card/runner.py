@@ -169,7 +169,7 @@ def summary(result: dict) -> str:
         )
         lines += [
             f"  {line(row, 42)}"[:118]
-            for row in [*wrong[:4], *(r for r in rows if r.get("main") and r not in wrong)][:5]
+            for row in [*wrong[:3], *(r for r in rows if r.get("main") and r not in wrong)][:4]
         ]
         lines += [f"  {said}"[:110] for said in part.get("error", "").splitlines()[-1:]]
     return "\n".join(lines)

@@ -198,6 +198,15 @@ def test_the_runner_outlives_what_its_parts_do(tmp_path, monkeypatch, capsys):
     assert "query: done" in capsys.readouterr().out
 
 
+def test_the_summary_is_one_screen():
+    rows = [{"name": "a row " * 20, "value": 1.0, "unit": "ms", "ok": i > 5, "main": True} for i in range(30)]
+    parts_of = [{"part": name, "ended": runner.DONE, "seconds": 9.0, "rows": rows} for name in runner.PARTS]
+    said = runner.summary({"budget_seconds": 600.0, "seconds": 99.0, "parts": parts_of}).splitlines()
+    assert len(said) <= 50
+    assert max(map(len, said)) <= 120
+    assert sum("WRONG" in line for line in said) == 3 * len(runner.PARTS)
+
+
 @pytest.mark.parametrize(
     "options", [["--budget", "9"], ["--budget", "0", "--out", "x"], ["--parts", "all", "--out", "x"]]
 )
