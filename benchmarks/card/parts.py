@@ -1,4 +1,4 @@
-"""The parts of the check, each a function of its desk (benchmarks.card.worker.Desk)."""
+"""The parts of the check, each a function of its report (benchmarks.card.worker.Report)."""
 
 import copy
 import importlib.util
@@ -76,28 +76,28 @@ def peak(run) -> float | None:
 # ---------------------------------------------------------------------------------------------------- the machine
 
 
-def machine(desk) -> None:
+def machine(report) -> None:
     """What it is, and what its product and its copy reach of what is published."""
     found = common.describe()
     kernels = found.pop("kernels")
     where = found["name"] + (f", compute capability {torch.cuda.get_device_capability()}" if on_card() else "")
-    desk.say("device", note=where, main=True, description=found)
+    report.say("device", note=where, main=True, description=found)
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
     for name in ("triton", "diffusers", "transformers", "deepspeed", "pytest", "hypothesis"):
         versions[name] = _version(name)
-    desk.say("versions", note=", ".join(f"{name} {value}" for name, value in versions.items() if value))
+    report.say("versions", note=", ".join(f"{name} {value}" for name, value in versions.items() if value))
     for said in kernels.splitlines():
-        desk.say("kernels", note=said, show=False)
-    desk.say("limit of the figures", note=f"{limit()['of']}")
+        report.say("kernels", note=said, show=False)
+    report.say("limit of the figures", note=f"{limit()['of']}")
     dtypes = ["bfloat16", "float8_e4m3fn"] if on_card() else ["float32"]
     measured = common.roofline(dtypes, rounds=ROUNDS)
     for dtype, rate in measured["flops_per_second"].items():
         peak_rate = limit()["fp8" if "float8" in dtype else "flops"]
         note = f"{rate / peak_rate:.0%} of the limit"
-        desk.say(f"product, {dtype}", rate / 1e12, "TFLOP/s", note=note, main=True)
+        report.say(f"product, {dtype}", rate / 1e12, "TFLOP/s", note=note, main=True)
     rate = measured["copy_bytes_per_second"]
     note = f"{rate / limit()['bytes']:.0%} of the limit"
-    desk.say("copy, read and written", rate / 1e9, "GB/s", note=note, main=True)
+    report.say("copy, read and written", rate / 1e9, "GB/s", note=note, main=True)
 
 
 def _version(name: str) -> str | None:
@@ -112,7 +112,7 @@ def _version(name: str) -> str | None:
 # -------------------------------------------------------------------------------------------------------- kernels
 
 
-def kernels(desk) -> None:
+def kernels(report) -> None:
     """Every operation on every backend against float64, and what it reaches of the bandwidth."""
     device = common.device()
     tokens, width = (1000, 1536) if on_card() else (9, 40)
@@ -120,16 +120,16 @@ def kernels(desk) -> None:
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         for case in right.cases(device, dtype, tokens, width):
-            desk.need(1)
+            report.need(1)
             for backend, error in right.errors(case):
                 bound = right.BOUND[name]
-                desk.say(f"{case.name}, {name}, {backend}", error, "error", ok=error <= bound, show=error > bound)
+                report.say(f"{case.name}, {name}, {backend}", error, "error", ok=error <= bound, show=error > bound)
         for what, backend, error, bound in right.fp8_errors(device, dtype, 4 * tokens, width // 16 * 16):
-            desk.say(f"{what}, {name}, {backend}", error, "error", ok=error <= bound, show=error > bound)
-    _bandwidth(desk, ["bfloat16", "float32"] if on_card() else ["float32"])
+            report.say(f"{what}, {name}, {backend}", error, "error", ok=error <= bound, show=error > bound)
+    _bandwidth(report, ["bfloat16", "float32"] if on_card() else ["float32"])
 
 
-def _bandwidth(desk, dtypes: list[str], backend: str | None = None) -> None:
+def _bandwidth(report, dtypes: list[str], backend: str | None = None) -> None:
     shape = kernel_bench.large_shape() if on_card() else (2, 4, 32, 32)
     for name in dtypes:
         dtype = getattr(torch, name)
@@ -137,7 +137,7 @@ def _bandwidth(desk, dtypes: list[str], backend: str | None = None) -> None:
         target = torch.empty_like(source)
         copying = common.replayed(lambda: target.copy_(source))  # noqa: B023
         for case in kernel_bench.cases(shape, dtype, common.device().type):
-            desk.need(2)
+            report.need(2)
             if backend == "cuda" and "step" not in case.name and "mse" not in case.name:
                 continue
             times = common.interleaved(
@@ -147,7 +147,7 @@ def _bandwidth(desk, dtypes: list[str], backend: str | None = None) -> None:
             )
             taken, copied = (common.quartiles(times[key])[1] for key in ("ours", "copy"))
             share = case.least / taken / (2 * source.nbytes / copied)
-            desk.say(
+            report.say(
                 f"{case.name}, {name}" + (f", {backend}" if backend else ""), 1e3 * taken, "ms",
                 least=least_ms(0, case.least), note=f"{share:.0%} of a copy's bandwidth", main=name == dtypes[0],
             )  # fmt: skip
@@ -156,7 +156,7 @@ def _bandwidth(desk, dtypes: list[str], backend: str | None = None) -> None:
 # -------------------------------------------------------------------------------------------- rollout and queries
 
 
-def rollout(desk) -> None:
+def rollout(report) -> None:
     """A step of rollouts: eager, static or captured, in FP8."""
     device, steps = common.device(), 8
     for title, size in sizes().items():
@@ -169,7 +169,7 @@ def rollout(desk) -> None:
             sigmas, until = sigma_grid(steps, 3.0).to(device), torch.full((batch, 1), steps)
             expected = None
             for name, asked in (("eager", base), ("captured", base), ("captured, fp8", narrow)):
-                desk.need(5 if on_card() else 0)
+                report.need(5 if on_card() else 0)
                 field = _field(asked)
                 if "captured" in name:
                     field = StaticField(field, field, None, [asked], capture=on_card())
@@ -180,7 +180,7 @@ def rollout(desk) -> None:
                 taken = common.quartiles(common.interleaved({name: run}, ROUNDS)[name])[1]
                 least = least_ms(batch * size.flops(), codes if "fp8" in name else weights, "fp8" in name)
                 refused = getattr(field, "reason", None)
-                desk.say(
+                report.say(
                     f"{title}, batch {batch}, {name}: a step", 1e3 * taken / steps, "ms", least=least,
                     ok=distance < (0.2 if "fp8" in name else 0.02) and not refused, main=batch == 1,
                     note=refused or "", peak_MiB=peak(run), distance=distance,
@@ -213,12 +213,12 @@ def _sources(transformer, layers: list[str]) -> tuple[SharedBase, list[SharedFie
     return shared, [SharedField(shared, ask, m) for m in range(SOURCES)]
 
 
-def query(desk) -> None:
+def query(report) -> None:
     """Four LoRA sources on one network, asked in one forward."""
     device = common.device()
     title, size = next(iter(sizes().items()))
     for name in ("", ", fp8"):
-        desk.need(5 if on_card() else 0)
+        report.need(5 if on_card() else 0)
         base = network.make(size, device, precision())
         weights = sum(p.nbytes for p in base.parameters())
         _, fields = _sources(to_fp8(base) if name else base, [])
@@ -230,7 +230,7 @@ def query(desk) -> None:
         distance = float((together[1:2] - alone).norm() / alone.norm())
         taken = common.quartiles(common.interleaved({"": run}, ROUNDS)[""])[1]
         least = least_ms(BATCH * size.flops(), weights, bool(name))
-        desk.say(
+        report.say(
             f"{title}, {SOURCES} LoRA sources, {BATCH} samples{name}", 1e3 * taken, "ms", least=least,
             ok=distance < (0.1 if on_card() else 1e-3), peak_MiB=peak(run), main=True,
         )  # fmt: skip
@@ -273,12 +273,12 @@ class Update:
         return total
 
 
-def update(desk) -> None:
+def update(report) -> None:
     """Whole updates: by graphs, eager, in FP8; losses that agree, samples a second, MFU, memory, phases."""
     size, first = network.MEDIUM_512 if on_card() else network.TINY, None
     title = "SD3.5-medium's size, 512 px" if on_card() else "tiny"
     for name, options in {"captured": (True, False), "eager": (False, False), "captured, fp8": (True, True)}.items():
-        desk.need(15 if on_card() else 0)
+        report.need(15 if on_card() else 0)
         run = Update(size, *options)
         begin = torch.cuda.memory_allocated() if on_card() else 0
         losses = [float(run()) for _ in range(3)]
@@ -292,45 +292,45 @@ def update(desk) -> None:
         whole = sum(phases.seconds.values())
         shares = {key: round(100 * value / whole, 1) for key, value in phases.seconds.items()}
         refused = getattr(run.rolled, "reason", None)
-        desk.say(
+        report.say(
             f"{title}, {BATCH} samples, {name}: an update", 1e3 * taken, "ms", least=least_ms(flops, 0),
             ok=near and not refused, main=True, phases=shares, losses=losses, peak_MiB=peak(run),
             note=refused or f"{BATCH / taken:.3g} samples/s, MFU {flops / taken / limit()['flops']:.1%}",
         )  # fmt: skip
-        desk.say("  phases, %", note=", ".join(f"{key} {value}" for key, value in shares.items()))
+        report.say("  phases, %", note=", ".join(f"{key} {value}" for key, value in shares.items()))
         if on_card():
             for _ in range(5):
                 run()
             torch.cuda.synchronize()
             grown = (torch.cuda.memory_allocated() - begin) / 2**20
-            desk.say("  memory that 11 updates have added", grown, "MiB", show=False)
+            report.say("  memory that 11 updates have added", grown, "MiB", show=False)
         del run
 
 
 # ------------------------------------------------------------------------------------------------------ the rest
 
 
-def tests(desk) -> None:
+def tests(report) -> None:
     """The tests marked gpu, in this process."""
     missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     if missing or not on_card():
-        desk.say("tests marked gpu", note=f"left out: {', '.join(missing) or 'a card'} is not there")
+        report.say("tests marked gpu", note=f"left out: {', '.join(missing) or 'a card'} is not there")
         return
     import pytest
 
-    _load_cuda(desk)
-    counts, outcome = {"passed": 0, "failed": 0, "skipped": 0}, {}
+    _load_cuda(report)
+    say, counts, outcome = report.say, {"passed": 0, "failed": 0, "skipped": 0}, {}
 
     class Watch:
-        def pytest_runtest_logreport(self, report):
+        def pytest_runtest_logreport(self, report):  # pytest's name for a test's outcome
             if report.when == "call" or report.outcome != "passed":
                 outcome[report.nodeid] = report.outcome
             if report.outcome == "failed":
                 last = str(report.longrepr).strip().splitlines()[-1][:200]
-                desk.say(report.nodeid.rpartition("/")[2][:60], ok=False, note=last)
+                say(report.nodeid.rpartition("/")[2][:60], ok=False, note=last)
 
         def pytest_runtest_logfinish(self, nodeid):
-            if desk.left() < 3:
+            if report.left() < 3:
                 pytest.exit("the part's time is up", returncode=0)
 
     options = ["-m", "gpu and not slow", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--color=no"]
@@ -340,15 +340,15 @@ def tests(desk) -> None:
     for result in outcome.values():
         counts[result] += 1
     note = ", ".join(f"{count} {name}" for name, count in counts.items()) + f", pytest's exit status {int(code)}"
-    desk.say("tests marked gpu", counts["passed"], "passed", ok=not counts["failed"], note=note, main=True)
+    report.say("tests marked gpu", counts["passed"], "passed", ok=not counts["failed"], note=note, main=True)
 
 
-def csrc(desk) -> None:
+def csrc(report) -> None:
     """The CUDA part of csrc/: built by nvcc, right, and its share of the bandwidth."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if not nvcc or importlib.util.find_spec("setuptools") is None:
-        desk.say("csrc's CUDA part", note="left out: nvcc or setuptools is not there")
+        report.say("csrc's CUDA part", note="left out: nvcc or setuptools is not there")
         return
     sys.path.insert(0, str(ROOT / "kernels"))
     from build_csrc import nvcc_command
@@ -357,28 +357,28 @@ def csrc(desk) -> None:
     os.environ.setdefault("DANCEOPD_CUDA_ARCHS", f"{major}{minor}")
     # torch brings pybind11's headers along.
     folders = [str(Path(torch.__file__).parent / "include"), sysconfig.get_path("include")]
-    target = _cuda_file(desk)
+    target = _cuda_file(report)
     command = nvcc_command(nvcc, str(ROOT / "csrc" / "cuda.cu"), target, folders)
-    if not _ran(desk, "csrc's CUDA part is built", command) or not on_card():
+    if not _ran(report, "csrc's CUDA part is built", command) or not on_card():
         return
-    _load_cuda(desk)
+    _load_cuda(report)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         for case in right.cases(common.device(), dtype, 1000, 1536):
             for backend, error in right.errors(case):
                 if backend == "cuda":
-                    desk.say(f"{case.name}, {name}, cuda", error, "error", ok=error <= right.BOUND[name], show=False)
-    _bandwidth(desk, ["bfloat16"], "cuda")
+                    report.say(f"{case.name}, {name}, cuda", error, "error", ok=error <= right.BOUND[name], show=False)
+    _bandwidth(report, ["bfloat16"], "cuda")
 
 
-def _ran(desk, name: str, command: list[str]) -> bool:
+def _ran(report, name: str, command: list[str]) -> bool:
     """Run a command within the part's time, in a process group that is ended as a whole; whether it succeeded."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    allowed, late = max(1.0, desk.left() - 3), ""
+    allowed, late = max(1.0, report.left() - 3), ""
     try:
         said, _ = process.communicate(timeout=allowed)
     except subprocess.TimeoutExpired:
@@ -386,18 +386,18 @@ def _ran(desk, name: str, command: list[str]) -> bool:
         said, _ = process.communicate()
         late = f"ended after {allowed:.0f} s: "
     last = said.strip().splitlines()[-1:] or [""]
-    desk.say(name, ok=process.returncode == 0, note=f"{late}{last[0]}"[:160], main=True)
+    report.say(name, ok=process.returncode == 0, note=f"{late}{last[0]}"[:160], main=True)
     return process.returncode == 0
 
 
-def _cuda_file(desk) -> Path:
-    return desk.out / f"_CUDA{sysconfig.get_config_var('EXT_SUFFIX')}"
+def _cuda_file(report) -> Path:
+    return report.out / f"_CUDA{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def _load_cuda(desk) -> None:
+def _load_cuda(report) -> None:
     """Let this process have the module that csrc built, if it did, where the installation has none."""
-    if compiled.module("cuda") is None and _cuda_file(desk).is_file():
-        spec = importlib.util.spec_from_file_location("danceopd_kernels._CUDA", _cuda_file(desk))
+    if compiled.module("cuda") is None and _cuda_file(report).is_file():
+        spec = importlib.util.spec_from_file_location("danceopd_kernels._CUDA", _cuda_file(report))
         if spec and spec.loader:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
@@ -405,14 +405,14 @@ def _load_cuda(desk) -> None:
             compiled.module.cache_clear()
 
 
-def zero3(desk) -> None:
+def zero3(report) -> None:
     """Two updates of the picture world's run under ZeRO-3 on one rank, by the trainer itself."""
     needed = ("deepspeed", "pydantic", "safetensors", "yaml")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing or not on_card():
-        desk.say("ZeRO-3 on one rank", note=f"left out: {', '.join(missing) or 'a card'} is not there")
+        report.say("ZeRO-3 on one rank", note=f"left out: {', '.join(missing) or 'a card'} is not there")
         return
-    settings = desk.out / "zero3.json"
+    settings = report.out / "zero3.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     command = [sys.executable, "-m", "danceopd", "train", "--config", str(ROOT / "configs" / "demo.yaml")]
     command += [
@@ -422,16 +422,16 @@ def zero3(desk) -> None:
         "training.batch_size=8",
         "training.sample_every=0",
     ]
-    command += [f"training.output_dir={desk.out / 'zero3'}"]
-    _ran(desk, "ZeRO-3 on one rank, two updates", command)
+    command += [f"training.output_dir={report.out / 'zero3'}"]
+    _ran(report, "ZeRO-3 on one rank, two updates", command)
 
 
-def profile(desk) -> None:
+def profile(report) -> None:
     """Where an update's time goes: the operations that take most, and how often kernels start."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    desk.need(10 if on_card() else 0)
+    report.need(10 if on_card() else 0)
     run = Update(network.MEDIUM_512 if on_card() else network.TINY, captured=True, fp8=False)
     for _ in range(2):
         run()
@@ -442,7 +442,7 @@ def profile(desk) -> None:
     spent = "self_device_time_total" if on_card() else "self_cpu_time_total"
     rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, spent))
     whole = sum(getattr(row, spent) for row in rows) or 1
-    desk.say("kinds of operations", len(rows), "kinds", note=f"{sum(row.count for row in rows)} calls", main=True)
+    report.say("kinds of operations", len(rows), "kinds", note=f"{sum(row.count for row in rows)} calls", main=True)
     for row in rows[:15]:
         share = getattr(row, spent) / whole
-        desk.say(row.key[:50], getattr(row, spent) / 1e3, "ms", note=f"{share:.1%}, {row.count} calls", show=False)
+        report.say(row.key[:50], getattr(row, spent) / 1e3, "ms", note=f"{share:.1%}, {row.count} calls", show=False)

@@ -21,7 +21,7 @@ PARTS = {
     "profile": 40,
 }  # fmt: skip
 GRACE = 8.0  # seconds that a part may take to end by itself
-START = 120.0  # and that a process may take to import torch
+START = 240.0  # and that a process may take to import torch
 DONE, STOPPED, FAILED, ENDED = "done", "stopped at its time", "failed", "ended with its process"
 
 

@@ -18,7 +18,7 @@ class OutOfTime(Exception):
     """A part's time is up."""
 
 
-class Desk:
+class Report:
     """What a part has at hand: its time, a place to say rows, and a folder for files."""
 
     def __init__(self, seconds: float, out: Path, answer: int):
@@ -47,9 +47,9 @@ def work(command: int, answer: int) -> int:
     with os.fdopen(command, encoding="utf-8") as commands:
         for line in commands:
             told, ended = json.loads(line), {"ended": DONE}
-            desk = Desk(told["seconds"], Path(told["out"]), answer)
+            report = Report(told["seconds"], Path(told["out"]), answer)
             try:
-                getattr(parts, told["part"])(desk)
+                getattr(parts, told["part"])(report)
             except OutOfTime:
                 ended = {"ended": STOPPED}
             except Exception:  # whatever it is: the other parts run all the same

@@ -21,7 +21,7 @@ ALONE = (
 )  # fmt: skip
 
 
-class Desk:
+class Report:
     """Keeps the rows of a part."""
 
     def __init__(self, out):
@@ -38,10 +38,10 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch):
+def report(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "limit", lambda: {"flops": 1e10, "fp8": 1e10, "bytes": 1e9, "of": "a test"})
     monkeypatch.setattr(parts, "ROUNDS", 1)
-    return Desk(tmp_path)
+    return Report(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------- the parts
@@ -78,9 +78,9 @@ def test_a_velocity_depends_on_every_input():
         assert not torch.allclose(ask(*changed), whole)
 
 
-def test_an_update_of_the_check_learns_and_is_the_same_by_static_steps(desk):
-    parts.update(desk)
-    static, eager, narrow = (row for row in desk.rows if row["unit"] == "ms")
+def test_an_update_of_the_check_learns_and_is_the_same_by_static_steps(report):
+    parts.update(report)
+    static, eager, narrow = (row for row in report.rows if row["unit"] == "ms")
     assert static["losses"] == pytest.approx(eager["losses"], rel=1e-4)
     assert static["ok"]
     assert eager["ok"]
@@ -90,13 +90,13 @@ def test_an_update_of_the_check_learns_and_is_the_same_by_static_steps(desk):
     assert sum(static["phases"].values()) == pytest.approx(100, abs=1)
 
 
-def test_rollouts_and_queries_of_the_check_are_right(desk):
-    parts.rollout(desk)
-    parts.query(desk)
-    assert len(desk.rows) == 6 + 2
-    assert all(row["ok"] for row in desk.rows)
-    assert all(row["least"] > 0 for row in desk.rows)
-    eager, static, narrow = (row["distance"] for row in desk.rows[:3])
+def test_rollouts_and_queries_of_the_check_are_right(report):
+    parts.rollout(report)
+    parts.query(report)
+    assert len(report.rows) == 6 + 2
+    assert all(row["ok"] for row in report.rows)
+    assert all(row["least"] > 0 for row in report.rows)
+    eager, static, narrow = (row["distance"] for row in report.rows[:3])
     assert eager == 0
     assert static < 1e-4 < narrow
 
@@ -156,11 +156,11 @@ import os, sys, time
 from types import SimpleNamespace
 from benchmarks.card import parts, worker
 
-def machine(desk): desk.say("before", 1.0, "ms", least=0.5, ok=True); raise ValueError("no such thing")
-def kernels(desk): desk.say("hangs", ok=True); time.sleep(600)
-def update(desk): desk.say("dies", ok=True); os._exit(3)
-def tests(desk): desk.need(1e9)
-def query(desk): desk.say("after", 2.0, "ms", ok=False, note="far off", main=True)
+def machine(report): report.say("before", 1.0, "ms", least=0.5, ok=True); raise ValueError("no such thing")
+def kernels(report): report.say("hangs", ok=True); time.sleep(600)
+def update(report): report.say("dies", ok=True); os._exit(3)
+def tests(report): report.need(1e9)
+def query(report): report.say("after", 2.0, "ms", ok=False, note="far off", main=True)
 
 for part in (machine, kernels, update, tests, query):
     setattr(parts, part.__name__, part)
