@@ -1,6 +1,7 @@
 """python -m benchmarks.card"""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--out FOLDER is needed: the results go there")
     if args.budget <= 0:
         parser.error(f"--budget: {args.budget:g} seconds are no time")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the parts' process is ended too
     result = runner.run([name for name in runner.PARTS if name in args.parts], args.budget, args.out.resolve())
     print(f"\n{runner.summary(result)}\n{args.out / 'card.txt'} has everything, card.json the same as figures")
     return 1 if runner.failed(result) else 0

@@ -68,6 +68,11 @@ def sizes() -> dict[str, network.Size]:
     return {"SD3.5-medium's size, 1024 px": network.MEDIUM, "2 blocks of 12 billion, 1024 px": network.TWELVE_BILLION}
 
 
+def named(variant: str) -> str:
+    """A variant's name in a row: what is captured on a card are static steps on a CPU."""
+    return variant if on_card() else variant.replace("captured", "static")
+
+
 def peak(run) -> float | None:
     """The most MiB of a call beyond what was there, of a card."""
     return common.peak_bytes(run) / 2**20 if on_card() else None
@@ -181,7 +186,7 @@ def rollout(report) -> None:
                 least = least_ms(batch * size.flops(), codes if "fp8" in name else weights, "fp8" in name)
                 refused = getattr(field, "reason", None)
                 report.say(
-                    f"{title}, batch {batch}, {name}: a step", 1e3 * taken / steps, "ms", least=least,
+                    f"{title}, batch {batch}, {named(name)}: a step", 1e3 * taken / steps, "ms", least=least,
                     ok=distance < (0.2 if "fp8" in name else 0.02) and not refused, main=batch == 1,
                     note=refused or "", peak_MiB=peak(run), distance=distance,
                 )  # fmt: skip
@@ -293,7 +298,7 @@ def update(report) -> None:
         shares = {key: round(100 * value / whole, 1) for key, value in phases.seconds.items()}
         refused = getattr(run.rolled, "reason", None)
         report.say(
-            f"{title}, {BATCH} samples, {name}: an update", 1e3 * taken, "ms", least=least_ms(flops, 0),
+            f"{title}, {BATCH} samples, {named(name)}: an update", 1e3 * taken, "ms", least=least_ms(flops, 0),
             ok=near and not refused, main=True, phases=shares, losses=losses, peak_MiB=peak(run),
             note=refused or f"{BATCH / taken:.3g} samples/s, MFU {flops / taken / limit()['flops']:.1%}",
         )  # fmt: skip
