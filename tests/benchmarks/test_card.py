@@ -169,6 +169,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow  # three processes that import torch
 def test_the_runner_outlives_what_its_parts_do(tmp_path, monkeypatch, capsys):
     (tmp_path / "trouble.py").write_text(TROUBLE)
     popen = subprocess.Popen
