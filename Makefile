@@ -29,17 +29,19 @@ docs: .venv/installed-test  # what is made from the code: a test says where it i
 bench: .venv/installed-test  # at small sizes, on whatever is there
 	$(BIN)/python -m benchmarks.run --suite quick --output bench-results
 
-# The tests marked gpu, all benchmarks, what SD3.5-medium's size takes against the roofline, and one file to send.
-# What fails is in the folder too, and the rest goes on.
+# The check of benchmarks/card with much time, which builds csrc's CUDA part and runs the tests marked gpu, then all
+# benchmarks, what SD3.5-medium's size takes against the roofline, and one file to send. What fails is in the folder too,
+# and the rest goes on.
 bench-gpu: .venv/installed-test
-	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu needs an NVIDIA GPU, and \
-	torch ' + torch.__version__ + ' finds none (nvidia-smi says whether there is one); make bench runs on a CPU')"
+	@$(BIN)/python -c "import sys, torch; from danceopd.support.devices import no_cuda; \
+	torch.cuda.is_available() or sys.exit('make bench-gpu needs an NVIDIA GPU, and torch ' + torch.__version__ + ' finds \
+	none (' + (no_cuda() or 'nvidia-smi says whether there is one') + '); make bench runs on a CPU')"
 	rm -rf bench-results && mkdir bench-results
 	-nvidia-smi > bench-results/nvidia-smi.txt
-	-$(BIN)/python -m pytest -m gpu -rA 2>&1 | tee bench-results/gpu-tests.txt | tail -n 3
+	-$(BIN)/python -m benchmarks.card --budget 1800 --out bench-results/card
 	-$(BIN)/python -m benchmarks.run --suite all --output bench-results
-	-$(BIN)/python -m benchmarks.query_bench --model sd35-medium --teachers 4 --rank 128 --batch 4 $(call to,query-sd35)
-	-$(BIN)/python -m benchmarks.rollout_bench --model sd35-medium --batch 1 4 --guidance 1 4.5 $(call to,rollout-sd35)
+	-$(BIN)/python -m benchmarks.query_bench --full --model sd35-medium --teachers 4 --rank 128 $(call to,query-sd35)
+	-$(BIN)/python -m benchmarks.rollout_bench --full --model sd35-medium --batch 1 4 --guidance 1 4.5 $(call to,rollout-sd35)
 	-$(BIN)/python -m benchmarks.roofline --batch 1 4 --results bench-results $(call to,roofline)
 	tar -czf bench-results.tar.gz bench-results
 	@echo "please send bench-results.tar.gz"

@@ -32,6 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from danceopd.core.phase import phase, recorders
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes lines of its own onto the screen
+
 
 def device() -> torch.device:
     """The GPU if there is one, else the CPU."""
@@ -66,6 +68,37 @@ def _processor() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def cache_bytes() -> int:
+    """The largest cache between the device's cores and its memory: a GPU's L2, or the CPU's last one; 0 if unknown."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_properties().L2_cache_size
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes if size[-1:] in "KM"), default=0)
+
+
+def replayed(run: Callable[[], object]) -> Callable[[], object]:
+    """A call as the replay of a CUDA graph, whose time is the device's alone; on a CPU the call as it is.
+
+    What the call makes stays where the capture put it.
+    """
+    if device().type != "cuda":
+        return run
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, fills caches
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -173,17 +206,27 @@ class Phases:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that a call holds at once beyond what was there: of the GPU, or of torch's tensors on a CPU."""
+    """The most bytes that a call holds at once beyond what was there: of the GPU, or of torch's tensors on a CPU.
+
+    What a captured graph computes lies in the graph's own pool, which torch counts as free between replays: all of the
+    pools of this process count, also those of graphs that the call does not replay.
+    """
     synchronize()
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - before + idle_in_pools(torch.cuda.memory_snapshot())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     events = profiled.profiler.kineto_results.events()
     return max(accumulate((event.nbytes() for event in events if event.name() == "[memory]"), initial=0))
+
+
+def idle_in_pools(segments: Sequence[Mapping]) -> int:
+    """The bytes that graphs' pools keep and no tensor holds, of what torch.cuda.memory_snapshot() returns."""
+    own = [s for s in segments if tuple(s["segment_pool_id"]) != (0, 0)]
+    return sum(s["total_size"] - s["allocated_size"] for s in own)
 
 
 def python_calls(run: Callable[[], object]) -> int:
@@ -313,6 +356,15 @@ def _cells(row: dict) -> dict[str, str]:
     }
 
 
+def show(row: dict) -> dict:
+    """Print one row as soon as it is there; returns it."""
+    low, middle, high = row["milliseconds"]
+    settings = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
+    ratio = f"  {row['ratio'][1]:.2f} times as fast as {row['over']}" if row["ratio"] else ""
+    print(f"{row['name']:<28}{settings:<48}  {middle:.4g} ms ({low:.4g} to {high:.4g}){ratio}", flush=True)
+    return row
+
+
 def plot(result: dict, file: Path) -> None:
     """Bars of the rows' medians, with their quartiles."""
     from matplotlib.figure import Figure
@@ -335,7 +387,7 @@ def plot(result: dict, file: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def arguments(parser: argparse.ArgumentParser, rounds: int = 5) -> argparse.ArgumentParser:
+def arguments(parser: argparse.ArgumentParser, rounds: int | None = 5) -> argparse.ArgumentParser:
     """Add what every benchmark takes: --rounds, --clock, --json, --plot, --profile."""
     parser.add_argument("--rounds", type=positive, default=rounds, help="in each of which all variants are timed")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a CPU (%(default)s)")
@@ -358,7 +410,7 @@ def positive(text: str) -> int:
 def finish(result: dict, args: argparse.Namespace) -> dict:
     """Print the table, write what was asked for, and return the result."""
     result["clock"] = args.clock if result["device"]["kind"] == "cpu" else "wall"
-    print(f"{heading(result)}\n\n{table(result['rows'])}", flush=True)
+    print(f"\n{heading(result)}\n\n{table(result['rows'])}", flush=True)
     write(result, args.json)
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,12 @@
 """The kernels beside eager PyTorch and torch.compile, in turn in one run: how many times as fast, and bandwidth.
 
-    python benchmarks/kernel_bench.py                       # 8 x 16 x 128 x 128 latents, on a GPU if there is one
+    python benchmarks/kernel_bench.py                       # on a GPU if there is one, else the host
+    python benchmarks/kernel_bench.py --full                # with torch.compile, float16 and more rounds
     python benchmarks/kernel_bench.py --shape 16 16 128 128 --dtypes bfloat16 --json results.json
+
+On a GPU the latents are so many that none of a call's tensors fits into its L2 cache, and every contender is the replay
+of a CUDA graph: what is timed is the kernel and not its launch. A host's latents are 8 x 16 x 128 x 128, and --shape
+says otherwise; the result says how large the cache is.
 
 The share of the roofline is of bandwidth: the least that has to be moved (every input read once, every output written
 once) over the time, of what copying a tensor of the latents' size reaches in the same round.
@@ -75,21 +80,29 @@ def cases(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Case]
     return made
 
 
+def large_shape() -> tuple[int, ...]:
+    """Latents [B, 16, 128, 128] of which, in bfloat16, one tensor is twice the GPU's L2 cache; 8 samples on a host."""
+    if common.device().type == "cpu":
+        return (8, 16, 128, 128)
+    sample = 2 * 16 * 128 * 128
+    return (max(8, -(-2 * common.cache_bytes() // sample)), 16, 128, 128)
+
+
 def measure(case: Case, copy: Callable, copied: int, settings: dict, args: argparse.Namespace) -> list[dict]:
-    """Ours, eager and compiled."""
+    """Ours, eager and compiled; on a GPU replayed."""
     contenders = {"ours": lambda: case.run(None), "eager": lambda: case.run("torch")}
-    if not args.no_compile:
+    if args.full and not args.no_compile:
         torch.compiler.reset()
         contenders["compiled"] = torch.compile(lambda: case.run("torch"))
+    contenders = {name: common.replayed(run) for name, run in contenders.items()}
     times = common.interleaved(contenders | {"copy": copy}, args.rounds, warmup=2, least=0.02, clock=args.clock)
     rows = []
     for by, run in contenders.items():
         pairs = zip(times[by], times["copy"], strict=True)
         share = statistics.median(case.least / taken / (copied / copying) for taken, copying in pairs)
         over, peak = ("eager", times["eager"]), common.peak_bytes(run)
-        rows.append(
-            common.row(case.name, times[by], settings={**settings, "by": by}, over=over, share=share, peak=peak)
-        )
+        row = common.row(case.name, times[by], settings={**settings, "by": by}, over=over, share=share, peak=peak)
+        rows.append(common.show(row))
         if args.profile:
             common.profiled(run, args.profile, " ".join([case.name, *settings.values(), by]))
     return rows
@@ -97,13 +110,14 @@ def measure(case: Case, copy: Callable, copied: int, settings: dict, args: argpa
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shape", type=common.positive, nargs="+", default=[8, 16, 128, 128], help="of the latents, batch first"
-    )
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--shape", type=common.positive, nargs="+", help="of the latents, batch first")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="float32 and bfloat16; with --full float16 too")
+    parser.add_argument("--full", action="store_true", help="torch.compile and float16 too, and 15 rounds")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of --full")
     parser.add_argument("--only", default="", help="operations whose name contains this")
-    args = common.arguments(parser, rounds=15).parse_args(argv)
+    args = common.arguments(parser, rounds=None).parse_args(argv)
+    args.shape, args.rounds = args.shape or list(large_shape()), args.rounds or (15 if args.full else 5)
+    args.dtypes = args.dtypes or DTYPES[: 3 if args.full else 2]
     if len(args.shape) < 2:
         parser.error("--shape needs a batch and at least one more dimension")
     device, rows = common.device().type, []
@@ -112,9 +126,9 @@ def main(argv: list[str] | None = None) -> dict:
         target = torch.empty_like(source)
         for case in cases(tuple(args.shape), source.dtype, device):
             if args.only in case.name:
-                copy = lambda: target.copy_(source)  # noqa: B023, E731
+                copy = common.replayed(lambda: target.copy_(source))  # noqa: B023
                 rows += measure(case, copy, 2 * source.nbytes, {"dtype": dtype}, args)
-    return common.finish(common.result("kernels", rows, latents=args.shape), args)
+    return common.finish(common.result("kernels", rows, latents=args.shape, cache_bytes=common.cache_bytes()), args)
 
 
 if __name__ == "__main__":

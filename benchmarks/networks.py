@@ -79,6 +79,9 @@ def small_sd3(side: int, width: int = 192, layers: int = 8, heads: int = 4, text
 
 def _sd3(model: str, resolution: int, device: torch.device, dtype: torch.dtype):
     from diffusers import SD3Transformer2DModel
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # it warns of casts that are meant
 
     from danceopd.models.backbones import sd3
 

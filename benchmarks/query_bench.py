@@ -1,6 +1,7 @@
 """Teacher queries: samples per second and memory of M teachers, as copies, as adapters on one base, and in FP8.
 
     python benchmarks/query_bench.py                                         # a small SD3 of the real class
+    python benchmarks/query_bench.py --full                                  # 1 to 8 teachers, and FP8
     python benchmarks/query_bench.py --teachers 4 --batch 32 --guidance 1 4.5 --json results.json
     python benchmarks/query_bench.py --model sd35-medium --rank 128          # random weights, made on a GPU
 
@@ -36,7 +37,8 @@ from danceopd.models.shared_base import SharedBase
 from danceopd.support.memory import keep_freed_memory
 
 PLACES, MORE = ("copies", "shared"), ("fp8", "fused")
-DEFAULT = ("copies", "copies+fused", "shared", "shared+fused", "copies+fp8+fused", "shared+fp8+fused")
+DEFAULT = ("copies", "shared", "shared+fused")
+FULL = ("copies", "copies+fused", "shared", "shared+fused", "copies+fp8+fused", "shared+fp8+fused")
 
 
 def variant(text: str) -> str:
@@ -144,7 +146,7 @@ def measure(network: networks.Network, count: int, guidance: float, args, limit:
         )
         if args.profile:
             common.profiled(run, args.profile, f"{name} {count} teachers")
-        rows.append(row)
+        rows.append(common.show(row))
     return rows
 
 
@@ -152,15 +154,24 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = [model for model in networks.MODELS if model != "world"]  # which has no LoRA targets
     parser.add_argument("--model", choices=models, default="sd3", help="(%(default)s)")
-    parser.add_argument("--teachers", type=common.positive, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--batch", type=common.positive, default=8, help="samples of a query (%(default)s)")
+    parser.add_argument("--teachers", type=common.positive, nargs="+", help="2 and 4; with --full 1, 2, 4 and 8")
+    parser.add_argument("--batch", type=common.positive, help="samples of a query (4; with --full 8)")
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=[1.0], help="the teachers' scales; 1 has one branch"
     )
     parser.add_argument("--resolution", type=common.positive, help="in pixels")
     parser.add_argument("--rank", type=common.positive, default=16, help="of each teacher's LoRA (%(default)s)")
-    parser.add_argument("--variants", type=variant, nargs="+", default=list(DEFAULT), help="the first is the base line")
-    args = common.arguments(parser).parse_args(argv)
+    parser.add_argument("--variants", type=variant, nargs="+", help=f"the first is the base line; {', '.join(DEFAULT)}")
+    parser.add_argument("--full", action="store_true", help=f"all of {', '.join(FULL)}, and 5 rounds")
+    args = common.arguments(parser, rounds=None).parse_args(argv)
+    args.teachers, args.batch = (
+        args.teachers or ([1, 2, 4, 8] if args.full else [2, 4]),
+        args.batch or 4 + 4 * args.full,
+    )
+    args.rounds, args.variants = (
+        args.rounds or (5 if args.full else 3),
+        args.variants or (FULL if args.full else DEFAULT),
+    )
     keep_freed_memory()
     where, resolution = common.device(), args.resolution or networks.RESOLUTIONS[args.model]
     network = networks.load(args.model, resolution, where)

@@ -1,6 +1,7 @@
 """Rollouts: milliseconds of a batch's and of a step, samples per second, evaluations spent over the least possible.
 
     python benchmarks/rollout_bench.py                                        # the picture world's network
+    python benchmarks/rollout_bench.py --full                                 # larger, compiled and in FP8 too
     python benchmarks/rollout_bench.py --model sd3 --batch 4 16 --guidance 1 4.5 --json results.json
     python benchmarks/rollout_bench.py --model sd35-medium --resolution 1024  # random weights, made on a GPU
     python benchmarks/rollout_bench.py --overhead                             # the loop's own time alone
@@ -41,7 +42,8 @@ from danceopd.training.rollouts.static import StaticField
 
 STEPS, SHIFT = 16, 3.0
 WORDS = ("full", "depth", "static", "compiled", "bf16", "fp8")
-DEFAULT = ("full", "depth", "depth+static", "depth+compiled", "depth+static+compiled", "depth+bf16", "depth+fp8")
+DEFAULT = ("full", "depth", "depth+static")
+FULL = (*DEFAULT, "depth+compiled", "depth+static+compiled", "depth+bf16", "depth+fp8")
 NETWORK = 5e-3  # seconds of a network that the loop's own time is compared with
 
 
@@ -120,7 +122,7 @@ def measure(network, names: list[str], batch: int, guidance: float, args, limit:
         )
         if args.profile:
             common.profiled(variants[name], args.profile, " ".join([name, *map(str, settings.values())]))
-        rows.append(row)
+        rows.append(common.show(row))
     return rows
 
 
@@ -199,12 +201,15 @@ def overheads(rounds: int) -> list[dict]:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=networks.MODELS, default="world", help="(%(default)s)")
-    parser.add_argument("--batch", type=common.positive, nargs="+", default=[64])
+    parser.add_argument("--batch", type=common.positive, nargs="+", help="samples: 16, with --full 64")
     parser.add_argument("--resolution", type=common.positive, nargs="+", help="in pixels")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="scales; 1 has one branch")
-    parser.add_argument("--variants", type=variant, nargs="+", default=list(DEFAULT), help="the first is the base line")
+    parser.add_argument("--variants", type=variant, nargs="+", help=f"the first is the base line; {', '.join(DEFAULT)}")
+    parser.add_argument("--full", action="store_true", help=f"{', '.join(FULL[3:])} too, 64 samples and 7 rounds")
     parser.add_argument("--overhead", action="store_true", help="the time outside the network alone")
-    args = common.arguments(parser, rounds=7).parse_args(argv)
+    args = common.arguments(parser, rounds=None).parse_args(argv)
+    args.batch, args.rounds = args.batch or [64 if args.full else 16], args.rounds or (7 if args.full else 3)
+    args.variants = args.variants or (FULL if args.full else DEFAULT)
     if args.overhead:
         torch.set_num_threads(1)
     keep_freed_memory()

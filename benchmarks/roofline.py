@@ -1,4 +1,4 @@
-"""The least possible time of a rollout step and of a teacher's query on H100 and A100 cards: computed, not measured.
+"""The least possible time of a rollout step and of a teacher's query on NVIDIA's cards: computed, not measured.
 
     python benchmarks/roofline.py                                        # every configuration of configs/models
     python benchmarks/roofline.py --configs flux.1-dev-c z-image-d --batch 1 8 --json limits.json --plot limits.png
@@ -36,7 +36,7 @@ from danceopd.models.blocks import block_layers
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
 from danceopd.planning.backward import operations
-from danceopd.planning.cards import CARDS, Card
+from danceopd.planning.cards import CARDS, Card, card_of
 from danceopd.planning.memory import FLOAT
 from danceopd.support.errors import UserError
 
@@ -49,6 +49,7 @@ HALF = 2  # bytes of bf16
 LATENTS = {"sd3": (8, 1), "flux": (8, 4), "flux2": (16, 1), "qwen_image": (8, 4), "z_image": (8, 1)}
 LATENTS |= {"longcat_image": (8, 4), "qwen_image_21": (16, 1), "krea2": (8, 4), "prx": (8, 1), "flux3": (16, 1)}
 MEASURED = {"rollout": "rollout step", "query": "query"}  # benchmark: kind
+SHOWN = ("h100", "h200", "b200", "a100", "l40s", "rtx-4090", "rtx-5090")  # the columns, if no cards are named
 NAMES = {"sd35-medium": "sd3.5-medium"}  # of benchmarks.networks: the released network of that size
 
 # ------------------------------------------------------------------------------------------------------ the limit
@@ -198,15 +199,6 @@ def row_of(name: str, settings: dict, cards: Sequence[str]) -> dict:
 # --------------------------------------------------------------------------------------------- what was measured
 
 
-def card_of(device: str) -> str | None:
-    """The key in CARDS of a GPU by the name that torch gives it; None for another."""
-    if "H100" in device and "NVL" not in device:
-        return "h100-pcie" if "PCIe" in device else "h100"
-    if "A100" in device:
-        return "a100-40" if "40GB" in device else "a100"
-    return None
-
-
 @dataclass(frozen=True)
 class Measured:
     """seconds: of one evaluation of the batch; settings: as a row's."""
@@ -351,7 +343,7 @@ def config_paths(names: Sequence[str]) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cards", nargs="+", choices=CARDS, default=list(CARDS))
+    parser.add_argument("--cards", nargs="+", choices=CARDS, default=list(SHOWN), help="(%(default)s)")
     parser.add_argument("--configs", nargs="+", default=[], help="names in configs/models, or files; all if not given")
     parser.add_argument(
         "--batch", type=common.positive, nargs="+", default=[1], help="samples of one evaluation (%(default)s)"

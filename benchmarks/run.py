@@ -22,18 +22,22 @@ from benchmarks import common
 ROOT = Path(__file__).parents[1]
 # Each name has its module, the arguments of "all" and those of "quick".
 SUITE = {
-    "rollout": ("rollout_bench", [], ["--rounds", "3", "--batch", "16", "--variants", "full", "depth", "depth+static"]),
+    "rollout": (
+        "rollout_bench",
+        ["--full"],
+        ["--rounds", "3", "--batch", "16", "--variants", "full", "depth", "depth+static"],
+    ),
     "rollout-guided": (
         "rollout_bench",
-        ["--model", "sd3", "--batch", "4", "8", "--guidance", "1", "4.5"],
+        ["--full", "--model", "sd3", "--batch", "4", "8", "--guidance", "1", "4.5"],
         ["--model", "sd3", "--resolution", "32", "--batch", "2", "--guidance", "4.5", "--variants", "full", "depth"],
     ),
-    "rollout-overhead": ("rollout_bench", ["--overhead"], ["--overhead", "--rounds", "2"]),
-    "query": ("query_bench", [], ["--teachers", "4", "--rounds", "3"]),
+    "rollout-overhead": ("rollout_bench", ["--overhead", "--full"], ["--overhead", "--rounds", "2"]),
+    "query": ("query_bench", ["--full"], ["--teachers", "4", "--rounds", "3"]),
     "train-world": ("train_bench", ["--world"], ["--world", "--rounds", "1", "--batch-size", "8"]),
     "train": ("train_bench", [], ["--only-ratio", "--rounds", "1", "--batch-size", "2"]),
     "stream": ("stream_bench", [], ["--rounds", "1"]),
-    "kernels": ("kernel_bench", [], ["--shape", "4", "16", "32", "32", "--dtypes", "float32", "--no-compile"]),
+    "kernels": ("kernel_bench", ["--full"], ["--shape", "4", "16", "32", "32", "--dtypes", "float32"]),
     "zero3": ("zero3_bench", [], ["--rounds", "1", "--width", "128", "--depth", "2"]),
 }
 

@@ -6,6 +6,9 @@ from pathlib import Path
 from danceopd.cli.arguments import add_command, add_config, add_overrides
 from danceopd.support.errors import UserError
 
+# The keys of planning.cards.CARDS, whose import takes torch's time.
+CARDS = ("h100", "h100-pcie", "h200", "b200", "a100", "a100-40", "l40s", "rtx-4090", "rtx-5090")
+
 
 def add_train(commands) -> None:
     """Adds `danceopd train`."""
@@ -35,9 +38,7 @@ def add_plan(commands) -> None:
     )
     add_config(parser)
     parser.add_argument("--gpus", type=int, required=True, help="cards, 8 in a machine")
-    parser.add_argument(
-        "--gpu", choices=("h100", "h100-pcie", "a100", "a100-40"), default="h100", help="the card (%(default)s)"
-    )
+    parser.add_argument("--gpu", choices=CARDS, default="h100", help="the card: %(choices)s (%(default)s)")
     parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="DeepSpeed's settings: sizes of its buckets")
     add_overrides(parser, "training.batch_size=64")
 

@@ -67,6 +67,20 @@ def attention_backend(name: str, model: Path, half: bool, backbone: ModuleType, 
     return name
 
 
+def set_torch_kernels(backbone: ModuleType, device: torch.device) -> None:
+    """Leaves cuDNN out of what torch's own attention takes on CUDA, for families whose prompts have masks.
+
+    cuDNN builds a plan for each new shape, on the host, and with such prompts nearly every forward has one of its own.
+    torch's flash and memory-efficient kernels build none. It holds for the process.
+
+    Args:
+        backbone: The module of the model's family.
+        device: Where the run computes.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(not backbone.PROMPTS_HAVE_MASKS)
+
+
 def _best(device: torch.device) -> str:
     if device.type == "cpu":
         return "_native_math"

@@ -7,19 +7,23 @@ and all that lies outside the blocks stay in their own dtype. docs/fp8.md has th
 
 import torch
 from danceopd_kernels import fp8_linear, fp8_quantize_rowwise
+from danceopd_kernels.dispatch import has_triton
 from torch import nn
 
 from danceopd.models.blocks import block_layers
 from danceopd.support.errors import UserError
 
-PART = 2**18  # entries of a weight that are rounded at a time, some of them in float32
+# Entries of a weight that are rounded at a time where PyTorch does it, some of them in float32; a kernel of the card's
+# takes the whole weight in one pass, and makes nothing beside the codes.
+PART = 2**18
 
 
 class Fp8Linear(nn.Linear):
     """A frozen linear layer in FP8: x [..., in] in `dtype` -> [..., out], differentiable in x.
 
     On GPUs before sm_89, which do not multiply FP8, and in layers that modulate, x is multiplied as it is; elsewhere it
-    is rounded to FP8 too (danceopd_kernels.fp8_linear).
+    is rounded to FP8 too (danceopd_kernels.fp8_linear). Under autocast the product is autocast's dtype, as nn.Linear's
+    is, whatever dtype x has: a layer norm gives float32 there.
 
     Attributes:
         weight: [out, in] float8_e4m3fn.
@@ -40,7 +44,8 @@ class Fp8Linear(nn.Linear):
     @torch.no_grad()
     def fill(self, weight: torch.Tensor) -> None:
         """Rounds a weight [out, in] into the place of the old one."""
-        rows = max(1, PART // weight.shape[1])
+        one_pass = weight.is_cuda and has_triton()
+        rows = len(weight) if one_pass else max(1, PART // weight.shape[1])
         for part, codes, scale in zip(*(t.split(rows) for t in (weight, self.weight, self.weight_scale)), strict=True):
             for place, value in zip((codes, scale), fp8_quantize_rowwise(part), strict=True):
                 place.copy_(value)
@@ -48,8 +53,17 @@ class Fp8Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.detach()
         if not x.numel():
-            return x.new_empty(*x.shape[:-1], self.out_features)
-        return fp8_linear(x, self.weight, self.weight_scale, bias, weight_only=self.modulates or None)
+            return x.new_empty(*x.shape[:-1], self.out_features, dtype=autocast_dtype(x))
+        dtype = autocast_dtype(x)
+        weight_only = self.modulates or None
+        return fp8_linear(x, self.weight, self.weight_scale, bias, out_dtype=dtype, weight_only=weight_only)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """Tells the dtype in which autocast, if it is on where x lies, has a linear layer's product; else x's own."""
+    kind = x.device.type
+    on = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on and x.dtype != torch.float64 else x.dtype
 
 
 def numbers(weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

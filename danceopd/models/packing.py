@@ -17,6 +17,10 @@ FORWARD = 0.05  # what a forward more costs, as a share of a sample's tokens, an
 # were padding. It counts for the whole process: who wants to know takes the difference.
 TOKENS: Counter = Counter()
 
+# Counts the forwards of each shape of attention where prompts have a mask: (samples, tokens of pictures, tokens of
+# prompts, whether a mask was left). It counts for the whole process too.
+SHAPES: Counter = Counter()
+
 _whole: ContextVar[bool] = ContextVar("whole", default=False)
 
 
@@ -63,6 +67,7 @@ def _by_length(latents, rows: torch.Tensor | None, part: Conditioning) -> list[t
         longest, shortest = max(lengths[i] for i in own), min(lengths[i] for i in own)
         TOKENS["computed"] += len(own) * (picture + longest)
         TOKENS["padding"] += len(own) * longest - sum(lengths[i] for i in own)
+        SHAPES[len(own), picture, longest, shortest != longest] += 1
         there = torch.tensor(own, device=latents.device) if len(split) > 1 else None
         samples = part if there is None else part[there]
         prompt = with_length(samples.prompt, longest)

@@ -23,7 +23,7 @@ from danceopd.core.randomness import sample_generators
 from danceopd.core.schedule import sigma_grid
 from danceopd.core.watch import Watched, join, watched
 from danceopd.data.sampler import draw_batch
-from danceopd.models.packing import TOKENS
+from danceopd.models.packing import SHAPES, TOKENS
 from danceopd.support.errors import Terminated, UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.memory import keep_freed_memory
@@ -121,7 +121,7 @@ class Trainer:
         Returns:
             The update's record: its loss, gradient norm and learning rate, and what the run has spent so far.
         """
-        rate, tokens = self.learning_rate(), Counter(TOKENS)
+        rate, tokens, shapes = self.learning_rate(), Counter(TOKENS), Counter(SHAPES)
         batch = self.draw()
         questions = self.ask(batch)
         self.engine.finish()  # no rank asks without gradient any more
@@ -132,7 +132,9 @@ class Trainer:
             for name, learner in self.learners.items():
                 if updated and name != "student":
                     learner.step(rate)
-        seen = self._count(watched(questions["student"], found, len(batch)), Counter(TOKENS) - tokens)
+        new = Counter(TOKENS) - tokens
+        new["shapes"] = len(Counter(SHAPES) - shapes)
+        seen = self._count(watched(questions["student"], found, len(batch)), new)
         if self.step == 0:
             check_answers(self.config, seen)
         if updated:
@@ -285,8 +287,9 @@ class Trainer:
         tokens = sum((own for *_, own in everyone), Counter())
         # Evaluations of samples that have left, and the share of tokens that fill up shorter prompts, were in vain.
         self._padding = {"padding": self.evaluations["padding"]} if hasattr(self.student, "rollout") else {}
-        if tokens:
+        if tokens["computed"]:
             self._padding["padding_tokens"] = tokens["padding"] / tokens["computed"]
+            self._padding["attention_shapes"] = tokens["shapes"]
         return join([own for own, *_ in everyone])
 
     def save(self) -> Path:

@@ -33,7 +33,9 @@ def reference(x, norm: bool, scale, shift, eps: float) -> tuple[torch.Tensor, to
     if scale is not None:
         value = value * (1 + scale.float()[:, None]) + shift.float()[:, None]
     largest = value.abs().amax(-1, keepdim=True)
-    row_scale = torch.where(largest == 0, 1.0, (largest / LARGEST).clamp(min=SMALLEST_SCALE))
+    # Over a tensor: over a number CUDA multiplies by its inverse, which rounds otherwise.
+    share = largest / torch.full((), LARGEST, device=value.device)
+    row_scale = torch.where(largest == 0, 1.0, share.clamp(min=SMALLEST_SCALE))
     return (value * (1 / row_scale)).clamp(-LARGEST, LARGEST).to(FLOAT8), row_scale
 
 
@@ -298,12 +300,13 @@ def fp8_linear(
     """Multiplies tokens by a frozen weight in codes: x weight^T + bias, accumulated in float32.
 
     Codes go through torch._scaled_mm where it takes these, else through Triton; backend "torch" is the former or a
-    product in float32, "triton" the latter. With weight_only Triton decodes the weight inside the product in bfloat16
-    and float16; "torch", and any x in float32, before it.
+    product in float32, "triton" the latter. On a GPU what torch._scaled_mm gives is rounded to bfloat16 first, whatever
+    out_dtype is. With weight_only Triton decodes the weight inside the product in bfloat16 and float16; "torch", and a
+    product in float32, before it.
 
     Args:
         x: [..., in]: codes with x_scale, or float32, bfloat16 or float16, which are quantised here or, with
-            weight_only, multiplied as they are.
+            weight_only, multiplied as they are: in out_dtype where that is the narrower.
         weight: [out, in] float8_e4m3fn, as fp8_quantize_rowwise makes it.
         weight_scale: [out, 1] float32.
         bias: [out] in float32, bfloat16 or float16.
@@ -348,7 +351,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return input_gradient(grad, *ctx.saved_tensors, ctx.dtype), *(None,) * 7
+        narrow = min(ctx.dtype, grad.dtype, key=lambda dtype: dtype.itemsize)
+        return input_gradient(grad, *ctx.saved_tensors, narrow).to(ctx.dtype), *(None,) * 7
 
 
 def input_gradient(grad, weight, weight_scale, dtype: torch.dtype) -> torch.Tensor:
@@ -366,10 +370,11 @@ def _linear(x, weight, weight_scale, bias, x_scale, out_dtype, weight_only: bool
     """x [T, in]."""
     weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
     if weight_only:
+        x = x.to(min(x.dtype, out_dtype, key=lambda dtype: dtype.itemsize))
         if choose(x, backend, WEIGHT_ONLY) == "triton":
             return run_triton_linear(x.contiguous(), None, weight, weight_scale, bias, out_dtype)
         return reference_weight_linear(x, weight, weight_scale, bias, out_dtype)
-    offered = scaled_mm_takes(weight, out_dtype)
+    offered = scaled_mm_takes(weight)
     first = "torch" if backend is None and offered and not os.environ.get(VARIABLE) else backend
     chosen = choose(x, first, (*DTYPES, FLOAT8))
     codes, x_scale = fp8_quantize_rowwise(x, backend=backend) if x_scale is None else (x, x_scale)
@@ -377,17 +382,21 @@ def _linear(x, weight, weight_scale, bias, x_scale, out_dtype, weight_only: bool
     return run(codes.contiguous(), x_scale.contiguous(), weight, weight_scale, bias, out_dtype)
 
 
-def scaled_mm_takes(weight: torch.Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether torch multiplies rows of codes here: any on the CPU; from sm_89 on, whole blocks of 16 into bf16."""
+def scaled_mm_takes(weight: torch.Tensor) -> bool:
+    """Whether torch multiplies rows of codes here: any on the CPU; from sm_89 on, whole blocks of 16."""
     if weight.device.type == "cpu":
         return True
-    fits = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0 and out_dtype == torch.bfloat16
+    fits = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
     return fits and weight.is_cuda and multiplies_codes(weight.device)
 
 
 def run_scaled_mm(codes, x_scale, weight, weight_scale, bias, out_dtype) -> torch.Tensor:
-    bias = None if bias is None else bias.to(out_dtype)
-    return torch._scaled_mm(codes, weight.mT, x_scale, weight_scale.mT, bias, out_dtype=out_dtype)
+    # On a GPU products of rows come out in bfloat16 alone, whose rounding is a tenth of the codes' own; that of the
+    # tensor cores' own sums, which are quicker, is no more.
+    on_gpu = weight.device.type != "cpu"
+    made = torch.bfloat16 if on_gpu else out_dtype
+    bias, options = None if bias is None else bias.to(made), {"use_fast_accum": True} if on_gpu else {}
+    return torch._scaled_mm(codes, weight.mT, x_scale, weight_scale.mT, bias, out_dtype=made, **options).to(out_dtype)
 
 
 def _check(x, scale, shift) -> None:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 OPERATIONS = ("routed_velocity_mse", "output_head", "lora", "steps", "fp8", "adaln")
 CAPABILITIES = (80, 90)
+# Bytes of stack that a kernel may take, from each version of Triton on: the older ones spill one to four registers of
+# kernels that 3.9 fits.
+STACK = (((3, 9), 0), ((0, 0), 16))
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,16 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def problems(configuration: Configuration, resources: Resources) -> list[str]:
-    """What a kernel's resources fall short of; empty if nothing."""
+def allowed_stack(version: str) -> int:
+    """Bytes of stack that a kernel may take by this version of Triton."""
+    major, minor = map(int, version.split(".")[:2])
+    return next(most for since, most in STACK if (major, minor) >= since)
+
+
+def problems(configuration: Configuration, resources: Resources, stack: int = 0) -> list[str]:
+    """What a kernel's resources fall short of, with so many bytes of stack allowed; empty if nothing."""
     found = []
-    if resources.stack:
+    if resources.stack > stack:
         found.append(f"{resources.stack} bytes of stack")
     if resources.registers > configuration.registers:
         found.append(f"{resources.registers} registers, {configuration.registers} allowed")
@@ -154,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     chosen = [c for c in configurations() if args.only in c.name]
     rows = [(c, compile_for(c, capability)) for c in chosen for capability in CAPABILITIES]
-    found = [problem for c, r in rows for problem in problems(c, r)]
+    found = [problem for c, r in rows for problem in problems(c, r, allowed_stack(triton_version()))]
     text = table([r for _, r in rows])
     if args.only:
         print(text)

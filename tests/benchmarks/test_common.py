@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,10 @@ import torch
 
 from benchmarks import common
 from danceopd.core.phase import phase
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "KINETO_LOG_LEVEL"}
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
 
 
 def test_quartiles_are_numpys_and_ratios_are_taken_round_by_round():
@@ -74,6 +82,53 @@ def test_counts_are_those_of_the_operations():
     assert common.share_of_roofline(limit, 4.0, flops=200) == 0.5
     assert common.share_of_roofline(limit, 4.0, flops=200, moved=30) == 0.75  # bound by memory
     assert common.share_of_roofline(limit, 4.0, flops=200, dtype="bfloat16") is None
+
+
+def test_measuring_memory_writes_nothing_onto_the_screen():
+    program = "import torch\nfrom benchmarks import common\nprint(common.peak_bytes(lambda: torch.ones(1000) + 1) > 0)"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("True\n", "")
+
+
+def test_a_row_is_shown_when_it_is_there(capsys):
+    row = common.row("ours", [1.0, 1.0], settings={"batch": 4}, over=("plain", [2.0, 2.0]))
+    assert common.show(row) is row
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "batch 4" in said
+    assert "1000 ms" in said
+    assert "2.00 times as fast as plain" in said
+
+
+def test_what_a_graphs_pool_keeps_counts():
+    def segment(pool, size, held):
+        return {"segment_pool_id": pool, "total_size": size, "allocated_size": held}
+
+    common_pool, graph, other = (segment(p, s, h) for p, s, h in (((0, 0), 90, 20), ((0, 1), 50, 10), ((2, 0), 30, 30)))
+    assert common.idle_in_pools([common_pool, graph, other]) == 40
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_peak_of_a_replay_is_that_of_the_call():
+    """A chain of large tensors, each let go after the next: eager and replayed they take as much."""
+    x = torch.randn(2**22, device="cuda")
+
+    def chain():
+        y = x
+        for _ in range(6):
+            y = y * 2 + 1
+        return y
+
+    eager = common.peak_bytes(chain)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        chain()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        kept = chain()
+    replayed = common.peak_bytes(graph.replay) + kept.nbytes
+    assert eager <= replayed < 1.5 * eager + 2**21
 
 
 def test_what_a_benchmark_writes(tmp_path, capsys):

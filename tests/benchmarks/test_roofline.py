@@ -94,11 +94,14 @@ def test_laws(work, card, precision, bandwidth):
         assert once.seconds <= roofline.least(work, card, batch, False, "bf16").seconds
 
 
-def test_a_better_card_is_not_slower(work):
+@pytest.mark.parametrize(
+    "best_first",
+    [("b200", "h200", "h100", "h100-pcie", "l40s", "a100-40"), ("h100", "a100", "a100-40"), ("rtx-5090", "rtx-4090")],
+)
+def test_a_better_card_is_not_slower(work, best_first):
     for precision in ("bf16", "int8", "fp8"):
-        best_first = [roofline.least(work, CARDS[c], 4, False, precision).seconds for c in CARDS]
-        assert list(CARDS) == ["h100", "h100-pcie", "a100", "a100-40"]
-        assert best_first == sorted(best_first)
+        times = [roofline.least(work, CARDS[c], 4, False, precision).seconds for c in best_first]
+        assert times == sorted(times)
 
 
 # --------------------------------------------------------------------------------------------------- measured
@@ -185,7 +188,10 @@ def test_a_malformed_file_is_refused_by_name(tmp_path, content):
 def test_cards_by_the_names_that_torch_gives():
     names = {
         "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA A100-SXM4-80GB": "a100",
-        "NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA H100 NVL": None, "NVIDIA H200": None, "AMD EPYC": None,
+        "NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA H100 NVL": None, "AMD EPYC": None,
+        "NVIDIA H200": "h200", "NVIDIA H200 NVL": None, "NVIDIA GH200 480GB": None, "NVIDIA B200": "b200",
+        "NVIDIA GB200": None, "NVIDIA L40S": "l40s", "NVIDIA L40": None, "NVIDIA GeForce RTX 4090": "rtx-4090",
+        "NVIDIA GeForce RTX 4090 D": None, "NVIDIA GeForce RTX 5090": "rtx-5090", "Tesla V100-SXM2-16GB": None,
     }  # fmt: skip
     assert {name: roofline.card_of(name) for name in names} == names
 

@@ -7,9 +7,11 @@ from danceopd_kernels.adaln import adaln_modulate, reference
 from danceopd_kernels.dispatch import has_triton
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from kernel_device import here
+
+pytestmark = pytest.mark.usefixtures("device")
 
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason="no Triton"))]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative to the largest entry
 
@@ -17,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # 
 def case(b, tokens, width, dtype=torch.float32, gated=False, seed=0):
     """(x, shift, scale, residual, gate), the last two None without a gate."""
     generator = torch.Generator().manual_seed(seed)
-    new = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, dtype)  # noqa: E731
+    new = lambda *shape: torch.randn(*shape, generator=generator).to(here(), dtype)  # noqa: E731
     tensors = [new(b, tokens, width) * 2 + 1, new(b, width), new(b, width) / 2]
     tensors += [new(b, tokens, width) + 3, new(b, width)] if gated else [None, None]
     return [None if t is None else t.requires_grad_() for t in tensors]
@@ -33,7 +35,7 @@ def gradients(outputs, tensors):
     """Of a sum that weights every output's entries differently."""
     loss = 0
     for i, output in enumerate(outputs):
-        slope = torch.linspace(-1, 2 + i, output.numel(), device=DEVICE, dtype=torch.float64).view(output.shape)
+        slope = torch.linspace(-1, 2 + i, output.numel(), device=here(), dtype=torch.float64).view(output.shape)
         loss = loss + (output.double() * slope.to(output.dtype).double()).sum()
     return torch.autograd.grad(loss, [t for t in tensors if t is not None])
 
@@ -85,11 +87,11 @@ def test_what_is_not_finite_is_kept(value, backend):
         tensors[2][1, 5] = value
     h, out = run(tensors, backend)
     assert h.isfinite().logical_not().nonzero().tolist() == [[0, 1, 7]]
-    bad = torch.zeros(2, 3, 40, dtype=torch.bool, device=DEVICE)
+    bad = torch.zeros(2, 3, 40, dtype=torch.bool, device=here())
     bad[0, 1] = bad[1, :, 5] = True
     assert torch.equal(~out.isfinite(), bad)
     x, shift, scale, residual, gate = torch.autograd.grad(out.sum(), tensors)
-    rows = torch.tensor([[False, True, False], [True] * 3], device=DEVICE)
+    rows = torch.tensor([[False, True, False], [True] * 3], device=here())
     assert torch.equal(~residual.isfinite().any(2), rows)
     assert torch.equal(~x.isfinite().any(2), rows)
     assert shift.isfinite().all()
@@ -124,11 +126,11 @@ def test_strided_input_and_equal_runs(backend):
 def test_diffusers_norms(backend):
     normalization = pytest.importorskip("diffusers.models.normalization")
     torch.manual_seed(0)
-    x, embedding = torch.randn(2, 5, 48, device=DEVICE), torch.randn(2, 48, device=DEVICE)
-    continuous = normalization.AdaLayerNormContinuous(48, 48, elementwise_affine=False, eps=1e-6).to(DEVICE)
+    x, embedding = torch.randn(2, 5, 48, device=here()), torch.randn(2, 48, device=here())
+    continuous = normalization.AdaLayerNormContinuous(48, 48, elementwise_affine=False, eps=1e-6).to(here())
     scale, shift = continuous.linear(continuous.silu(embedding)).chunk(2, 1)
     torch.testing.assert_close(adaln_modulate(x, shift, scale, backend=backend), continuous(x, embedding))
-    zero = normalization.AdaLayerNormZero(48).to(DEVICE)
+    zero = normalization.AdaLayerNormZero(48).to(here())
     shift, scale, *rest = zero.linear(zero.silu(embedding)).chunk(6, 1)
     out, *expected = zero(x, emb=embedding)
     torch.testing.assert_close(adaln_modulate(x, shift, scale, backend=backend), out)
@@ -140,8 +142,8 @@ def test_diffusers_block(backend):
     """JointTransformerBlock's forward with every norm, gate and residual but the last ones by this operation."""
     attention = pytest.importorskip("diffusers.models.attention")
     torch.manual_seed(0)
-    block = attention.JointTransformerBlock(32, 2, 16).to(DEVICE)
-    x, context, embedding = (torch.randn(2, n, 32, device=DEVICE) for n in (6, 3, 1))
+    block = attention.JointTransformerBlock(32, 2, 16).to(here())
+    x, context, embedding = (torch.randn(2, n, 32, device=here()) for n in (6, 3, 1))
     embedding = embedding[:, 0]
 
     def fused(x, context):

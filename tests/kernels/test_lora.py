@@ -4,19 +4,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_device import here
 
 pytest.importorskip("danceopd_kernels")
 
 from danceopd_kernels import fp8_linear, fp8_quantize_rowwise
 from danceopd_kernels.lora import lora_linear, pack_adapters, routed_lora_linear
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("device")
+
 # Triton's interpreter rounds to bfloat16 towards zero, at twice the error.
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
-def case(ranks, tokens=20, width=24, out=40, samples=4, dtype=torch.float32, seed=0, device=DEVICE):
+def case(ranks, tokens=20, width=24, out=40, samples=4, dtype=torch.float32, seed=0, device=None):
     """x, weight, bias, adapters that require gradients, route, scale; in the way the operation takes them."""
+    device = device or here()
     torch.manual_seed(seed)
     make = lambda *shape: torch.randn(*shape).to(device, dtype)  # noqa: E731
     x = make(samples, tokens, width).requires_grad_()
@@ -93,7 +96,7 @@ def test_on_the_host_without_gradient(tokens, route, ranks, scale, dtype):
 @pytest.mark.parametrize("tokens", [3, 400])  # the second: the adapter is added to the weight
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_one_adapter_for_all_rows(gradient, dtype, of_adapter, tokens, backend, monkeypatch):
-    if backend == "triton" and tokens > 3 and DEVICE == "cpu":
+    if backend == "triton" and tokens > 3 and here() == "cpu":
         pytest.skip("the interpreter is slow")
     x, weight, bias, [(a, b)], _, _ = case((4,), tokens, dtype=getattr(torch, dtype))
     a, b = (t.detach().to(getattr(torch, of_adapter)).requires_grad_() for t in (a, b))
@@ -106,7 +109,7 @@ def test_one_adapter_for_all_rows(gradient, dtype, of_adapter, tokens, backend, 
     assert got.dtype == x.dtype
     assert error(got, want) < limit
     if gradient:
-        upstream = torch.randn(got.shape, device=DEVICE)
+        upstream = torch.randn(got.shape, device=here())
         for mine, exact in zip(*(gradients(y, (x, a, b), upstream) for y in (got, want)), strict=True):
             assert error(mine, exact) < limit
 
@@ -155,7 +158,7 @@ def test_one_sample_and_empty_routes(backend):
     x, adapters = problem[0], problem[3]
     assert compare(problem, backend) < BOUND[torch.float32]
     grads = gradients(
-        routed_lora_linear(*problem, backend=backend), leaves(x, adapters), torch.ones(1, 20, 40, device=DEVICE)
+        routed_lora_linear(*problem, backend=backend), leaves(x, adapters), torch.ones(1, 20, 40, device=here())
     )
     assert [bool(g.any()) for g in grads[1:]] == [i // 2 == 5 for i in range(16)]
 
@@ -196,7 +199,7 @@ def test_float32_adapters_under_bfloat16():
 
 def test_autocast_does_not_reach_inside():
     problem = case([4, 8])
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(here(), torch.bfloat16):
         y = routed_lora_linear(*problem, backend="triton")
     assert y.dtype == torch.float32
     y.sum().backward()
@@ -209,7 +212,7 @@ def test_autocast_does_not_reach_inside():
 def test_inf_and_nan_stay_in_their_token(value, backend):
     """Nor do they reach the gradients of adapters of other routes."""
     x, weight, bias, adapters, _, scale = case([3, 20])
-    route = torch.tensor([0, 1, -1, 0], device=DEVICE)
+    route = torch.tensor([0, 1, -1, 0], device=here())
     x = x.detach().clone()
     x[1, 7, 5] = value
     y = routed_lora_linear(x, weight, bias, adapters, route, scale, backend=backend)
@@ -224,7 +227,7 @@ def test_inf_and_nan_stay_in_their_token(value, backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_broken_adapter_reaches_its_own_samples_only(where, backend):
     x, weight, bias, adapters, _, scale = case([3, 20])
-    route = torch.tensor([0, 1, -1, 0], device=DEVICE)
+    route = torch.tensor([0, 1, -1, 0], device=here())
     with torch.no_grad():
         adapters[1][where == "b"].fill_(float("nan"))
     y = routed_lora_linear(x, weight, bias, adapters, route, scale, backend=backend)
@@ -235,7 +238,7 @@ def test_a_broken_adapter_reaches_its_own_samples_only(where, backend):
 
 def test_definition_by_gradcheck():
     x, weight, bias, adapters, _, scale = case([2, 3], tokens=2, width=3, out=4, samples=3, dtype=torch.float64)
-    route = torch.tensor([1, -1, 0], device=DEVICE)
+    route = torch.tensor([1, -1, 0], device=here())
 
     def call(x, *factors):
         return routed_lora_linear(x, weight, bias, list(zip(factors[::2], factors[1::2], strict=True)), route, scale)
@@ -282,7 +285,7 @@ def test_scale_as_number_tensor_or_none():
     x, weight, bias, adapters, route, _ = case([3, 8])
     of = lambda scale: routed_lora_linear(x, weight, bias, adapters, route, scale, backend="triton")  # noqa: E731
     assert torch.equal(of(None), of(1))
-    assert torch.equal(of(2.0), of(torch.tensor([2.0, 2.0], device=DEVICE)))
+    assert torch.equal(of(2.0), of(torch.tensor([2.0, 2.0], device=here())))
 
 
 def changed(**new):

@@ -7,11 +7,13 @@ from danceopd_kernels.dispatch import has_triton
 from danceopd_kernels.output_head import Head, fused_output_head_mse, reference
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from kernel_device import here
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+pytestmark = pytest.mark.usefixtures("device")
+
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason="no Triton"))]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # relative to the largest entry
 
@@ -25,7 +27,7 @@ def head(n, tokens, width, outputs, dtype=torch.float32, generator=None, grad=Fa
         new(outputs, width) / width**0.5,
         new(outputs),
     )
-    return Head(*(t.to(DEVICE, dtype).requires_grad_(grad) for t in tensors))
+    return Head(*(t.to(here(), dtype).requires_grad_(grad) for t in tensors))
 
 
 def case(
@@ -40,13 +42,13 @@ def case(
     kwargs = {}
     if guided:
         branches = [head(n, tokens, w, outputs, dtype, generator)[:3] for n, w in zip(counts, widths, strict=True)]
-        kwargs |= {"uncond": branches, "guidance_scale": 1 + 3 * torch.rand(b, generator=generator).to(DEVICE)}
+        kwargs |= {"uncond": branches, "guidance_scale": 1 + 3 * torch.rand(b, generator=generator).to(here())}
     if masked:
         lengths = torch.randint(1, tokens + 1, (b, 1), generator=generator)
-        kwargs["mask"] = (torch.arange(tokens) < lengths).to(DEVICE)
+        kwargs["mask"] = (torch.arange(tokens) < lengths).to(here())
     if weighted:
-        kwargs["weight"] = torch.rand(b, generator=generator).to(DEVICE) + 0.5
-    return (*args, teachers, route.to(DEVICE)), kwargs
+        kwargs["weight"] = torch.rand(b, generator=generator).to(here()) + 0.5
+    return (*args, teachers, route.to(here())), kwargs
 
 
 def double(x):
@@ -66,7 +68,7 @@ def exact(args, kwargs, upstream):
 
 def errors(args, kwargs, backend):
     """Largest errors of the losses and of each gradient, relative to the largest entry."""
-    upstream = torch.linspace(0.5, 2, len(args[0].hidden), device=DEVICE)
+    upstream = torch.linspace(0.5, 2, len(args[0].hidden), device=here())
     losses = fused_output_head_mse(*args, **kwargs, reduction="none", backend=backend)
     found = torch.autograd.grad((upstream * losses).sum(), args[0])
     assert losses.dtype == torch.float32
@@ -159,11 +161,11 @@ def test_without_gradients_and_with_few(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_numbers_and_autocast(backend):
     args, kwargs = case([0, 1], 5, 24, [24, 16], 16, guided=True)
-    scale = torch.full((2,), 2.5, device=DEVICE)
+    scale = torch.full((2,), 2.5, device=here())
     uncond = {"uncond": kwargs["uncond"], "backend": backend}
     loss = fused_output_head_mse(*args, **uncond, guidance_scale=scale, weight=scale)
     assert fused_output_head_mse(*args, **uncond, guidance_scale=2.5, weight=scale[:1]) == loss
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(here(), torch.bfloat16):
         assert fused_output_head_mse(*args, **uncond, guidance_scale=2.5, weight=2.5) == loss
 
 
@@ -199,7 +201,7 @@ def test_what_is_not_finite_is_kept_unless_masked(value, backend):
     assert hidden.isfinite().all(2).logical_not().nonzero().tolist() == [[0, 3], [2, 5]]
     assert not weight.isfinite().any()
 
-    mask = torch.ones(3, 12, dtype=torch.bool, device=DEVICE)
+    mask = torch.ones(3, 12, dtype=torch.bool, device=here())
     mask[0, 3] = mask[2, 5] = False
     loss = fused_output_head_mse(student, *args[1:], mask=mask, backend=backend)
     gradients = torch.autograd.grad(loss, student)
@@ -215,8 +217,8 @@ def test_fp16_gradients_are_not_lost_before_the_loss_is_scaled(backend, weight, 
     args, kwargs = case([0, 1], 64, 32, [32, 16], 64, dtype=torch.float16)
     loss = fused_output_head_mse(*args, **kwargs, weight=weight, backend=backend)
     found = torch.autograd.grad(loss * scale, args[0])
-    kwargs["weight"] = torch.full((2,), weight, device=DEVICE)
-    _, expected = exact(args, kwargs, torch.full((2,), scale / 2, device=DEVICE))
+    kwargs["weight"] = torch.full((2,), weight, device=here())
+    _, expected = exact(args, kwargs, torch.full((2,), scale / 2, device=here()))
     for a, b in zip(found, expected, strict=True):
         assert (a.double() - b).abs().max() < 5e-3 * b.abs().max()
 
@@ -225,7 +227,7 @@ def test_orders_of_a_patch():
     """A teacher that packs (height, width, channel) against a student that packs (channel, height, width)."""
     p, c, tokens = 2, 4, 6
     student, teacher = (head(2, tokens, 16, p * p * c) for _ in range(2))
-    order = torch.arange(p * p * c, device=DEVICE).view(p, p, c).permute(2, 0, 1).flatten()
+    order = torch.arange(p * p * c, device=here()).view(p, p, c).permute(2, 0, 1).flatten()
     loss = fused_output_head_mse(student, teacher._replace(weight=teacher.weight[order], bias=teacher.bias[order]))
     a = output_head.velocity(student, 1e-6).view(2, tokens, c, p, p)
     b = output_head.velocity(teacher, 1e-6).view(2, tokens, p, p, c)
@@ -237,9 +239,9 @@ def test_diffusers_head():
     torch.manual_seed(0)
     losses, heads = [], []
     for width in (32, 48):
-        norm = normalization.AdaLayerNormContinuous(width, 16, elementwise_affine=False, eps=1e-6).to(DEVICE)
-        projection = torch.nn.Linear(width, 16).to(DEVICE)
-        hidden, embedding = torch.randn(2, 7, width, device=DEVICE), torch.randn(2, 16, device=DEVICE)
+        norm = normalization.AdaLayerNormContinuous(width, 16, elementwise_affine=False, eps=1e-6).to(here())
+        projection = torch.nn.Linear(width, 16).to(here())
+        hidden, embedding = torch.randn(2, 7, width, device=here()), torch.randn(2, 16, device=here())
         losses.append(projection(norm(hidden, embedding)))
         scale, shift = norm.linear(norm.silu(embedding)).chunk(2, 1)
         heads.append(Head(hidden, shift, scale, projection.weight, projection.bias))
@@ -295,7 +297,7 @@ BAD = {
     "uncond 0: shift must be": lambda a, k: (a, k | {"uncond": [[b[0], b[0], b[2]] for b in k["uncond"]]}),
     "needs both uncond": lambda a, k: (a, {"guidance_scale": 2.0}),
     "guidance_scale must be a number or \\[3\\]": lambda a, k: (a, k | {"guidance_scale": torch.ones(2)}),
-    "mask must be bool": lambda a, k: (a, k | {"mask": torch.ones(3, 5, device=DEVICE)}),
+    "mask must be bool": lambda a, k: (a, k | {"mask": torch.ones(3, 5, device=here())}),
     "unknown reduction": lambda a, k: (a, k | {"reduction": "sum"}),
     "unknown backend": lambda a, k: (a, k | {"backend": "gpu"}),
 }
@@ -308,8 +310,9 @@ def test_bad_input(message):
         fused_output_head_mse(*args, **kwargs)
 
 
-@pytest.mark.skipif(CUDA, reason="would wait for the device")
 def test_route_that_does_not_fit():
+    if here() == "cuda":
+        pytest.skip("would wait for the device")
     args, kwargs = case([0, 1, 1], 5, 8, [8, 6], 16)
     with pytest.raises(ValueError, match="the route asks for"):
         fused_output_head_mse(*args[:2], torch.tensor([0, 0, 1]), **kwargs)

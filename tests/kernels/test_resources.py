@@ -27,8 +27,16 @@ def test_what_falls_short_is_told():
     told = " / ".join(problems(wanted, short))
     for part in ("8 bytes of stack", "65 registers, 64 allowed", "no 128-bit loads", "no wgmma"):
         assert part in told
+    assert not any("stack" in problem for problem in problems(wanted, short, 8))
     enough = Resources("k", 80, 64, 0, 0, wide_loads=4, loads=4, wide_stores=1, stores=1, tensor_core="mma")
     assert problems(wanted, enough) == []
+
+
+@pytest.mark.parametrize(("version", "most"), [("3.6.0", 16), ("3.9.0", 0), ("3.10.1+git1", 0), ("4.0", 0)])
+def test_an_older_triton_may_spill_a_little(version, most):
+    from danceopd_kernels.resources import allowed_stack
+
+    assert allowed_stack(version) == most
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

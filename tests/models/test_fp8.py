@@ -7,6 +7,7 @@ from copy import deepcopy
 import diffusers
 import pytest
 import torch
+from kernel_device import devices
 from model_runs import config_of
 from released import CLASSES, MODELS
 from safetensors.torch import load_file, save_file
@@ -117,6 +118,26 @@ def test_a_layer_that_modulates_takes_its_input_as_it_is():
     torch.testing.assert_close(modulating(x), want)
     assert 0.01 < relative(other(x), want) < 0.05  # the rounding of x alone
     assert other(x[:0]).shape == (0, 96)
+
+
+@pytest.mark.parametrize("modulates", [False, True])
+@pytest.mark.parametrize("device", [pytest.param(d, marks=pytest.mark.gpu) if d == "cuda" else d for d in devices()])
+def test_under_autocast_the_product_is_autocasts(device, modulates):
+    """As of nn.Linear: whatever comes in, where a card's FP8 product gives bfloat16 alone; its gradient comes back."""
+    linear = nn.Linear(64, 96).requires_grad_(False).to(device)
+    layer = Fp8Linear(linear, modulates)
+    x = torch.randn(5, 64, device=device, requires_grad=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
+            got, empty = layer(x.to(dtype)), layer(x[:0].to(dtype))
+        assert got.dtype == empty.dtype == torch.bfloat16
+        assert relative(got.detach(), linear(x).detach()) < 0.05
+        (gradient,) = torch.autograd.grad(got.float().square().sum(), x)
+        want = 2 * got.detach().double() @ numbers(layer.weight, layer.weight_scale, torch.float64)
+        assert gradient.dtype == torch.float32
+        assert relative(gradient, want) < 0.01
+    with torch.autocast(device, torch.bfloat16, enabled=False):
+        assert layer(x).dtype == torch.float32
 
 
 def test_gradients_pass_to_the_input_alone():

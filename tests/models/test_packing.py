@@ -1,6 +1,7 @@
 """Prompts of different length: nothing is computed for a shorter one's padding, and the velocity is the same."""
 
 from collections import Counter
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
@@ -12,9 +13,9 @@ from model_runs import FAMILIES
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.rollout import rollout
 from danceopd.core.schedule import sigma_grid
-from danceopd.models.attention import attention_backend
+from danceopd.models.attention import attention_backend, set_torch_kernels
 from danceopd.models.backbones import backbone_of, flux2, qwen_image, sd3, z_image
-from danceopd.models.packing import FORWARD, TOKENS, split_by_length, whole_batches
+from danceopd.models.packing import FORWARD, SHAPES, TOKENS, split_by_length, whole_batches
 from danceopd.models.shared_base import SharedBase
 from danceopd.models.students import FullStudent
 from danceopd.support.errors import UserError
@@ -125,9 +126,25 @@ def test_waste_is_counted(students, family):
         assert new[1] - new[0] == len(lengths) * 16 + sum(lengths)
         return new[0] / new[1]
 
+    before = Counter(SHAPES)
     assert share() < 0.05
+    met = Counter(SHAPES) - before
+    assert 1 < len(met) < len(lengths)
+    assert sum(rows * forwards for (rows, *_), forwards in met.items()) == len(lengths)
     with whole_batches():
         assert share() > 0.4
+    assert (Counter(SHAPES) - before - met) == {(len(lengths), 16, max(lengths), True): 1}
+
+
+@pytest.mark.parametrize(("family", "takes"), [("sd3", True), ("qwen_image", False), ("z_image", False)])
+def test_no_plan_is_built_for_each_length(family, takes):
+    """cuDNN's attention has one for each shape."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        set_torch_kernels(import_module(f"danceopd.models.backbones.{family}"), torch.device("cuda"))
+        assert torch.backends.cuda.cudnn_sdp_enabled() == takes
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_equal_lengths_are_one_forward_without_a_mask(students):

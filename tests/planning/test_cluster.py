@@ -161,6 +161,12 @@ def test_the_command_prints_an_estimate_that_says_so(capsys, tmp_path):
     assert "muon runs in one process" in text
 
 
+def test_the_command_knows_every_card():
+    from danceopd.cli import train
+
+    assert tuple(CARDS) == train.CARDS
+
+
 def test_what_is_missing_is_said(capsys):
     pytest.importorskip("diffusers")
     assert main(["plan", "--config", "configs/models/z-image-c.yaml", "--gpus", "64", "--gpu", "a100"]) == 2

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_map
 
 from danceopd.config.sections import Config
 from danceopd.core.methods import needs
-from danceopd.models.attention import attention_backend
+from danceopd.models.attention import attention_backend, set_torch_kernels
 from danceopd.models.backbones import backbone_of, combine_of, pipeline_class_of
 from danceopd.models.lora_files import save_lora
 from danceopd.models.precision import PRECISIONS
@@ -104,7 +104,8 @@ def build_model(config: Config, ranks: Ranks = ALONE, settings: dict | None = No
 
 
 def run_attention(config: Config, backbone, device) -> str:
-    """Finds the attention backend of a run, by `models.attention.attention_backend` for these settings.
+    """Finds the attention backend of a run, by `models.attention.attention_backend` for these settings; torch's own
+    leaves cuDNN out where prompts have masks (`models.attention.set_torch_kernels`).
 
     Args:
         config: The run's.
@@ -117,6 +118,7 @@ def run_attention(config: Config, backbone, device) -> str:
     Raises:
         UserError: If the backend that the configuration names cannot be had.
     """
+    set_torch_kernels(backbone, device)
     # A student of all weights is in float32: autocast casts for torch's attention, and for no other.
     half = config.training.precision == "bf16" and config.student.lora is not None
     return attention_backend(config.training.attention_backend, config.model, half, backbone, device)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from danceopd_kernels import fp8_quantize_rowwise
+from kernel_device import devices
 from model_runs import config_of as model_config
 from world_runs import config_of
 
@@ -102,6 +103,28 @@ def test_bf16_on_bf16_is_what_autocast_computes(raw):
     with torch.no_grad():
         assert torch.equal(*(states(t, t.student) for t in (trainer, plain)))
     assert trainer.update()["loss"] == plain.update()["loss"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("device", [pytest.param(d, marks=pytest.mark.gpu) if d == "cuda" else d for d in devices()])
+def test_every_product_of_an_fp8_rollout_is_of_codes(raw, monkeypatch, device, precision):
+    """Counted. Under autocast each comes out in bfloat16, which is all that a card's product gives."""
+    trainer = trainer_of(config_of(raw, device=device, precision=precision, rollout_precision="fp8"))
+    product, made = torch._scaled_mm, []
+
+    def counting(*args, out_dtype, **options):
+        made.append(out_dtype)
+        return product(*args, out_dtype=out_dtype, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", counting)
+    asked = []
+    for module in trainer.engine.replica.modules():
+        if isinstance(module, Fp8Linear) and not module.modulates:
+            module.register_forward_hook(lambda *_: asked.append(1))
+    trainer.update()
+    assert len(made) == len(asked) > 0
+    if precision == "bf16" or device == "cuda":
+        assert set(made) == {torch.bfloat16}
 
 
 def test_the_query_runs_on_the_student(raw):

@@ -1,0 +1,223 @@
+"""benchmarks.card: its parts on the CPU with torch and triton alone, and a runner that outlives what they do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import common
+from benchmarks.card import network, parts, right, runner
+from benchmarks.card.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+# What is installed with torch and triton themselves.
+ALONE = (
+    "torch", "torchgen", "functorch", "triton", "numpy", "numpy.libs", "sympy", "mpmath", "networkx", "jinja2",
+    "markupsafe", "filelock", "fsspec", "typing_extensions.py", "setuptools",
+)  # fmt: skip
+
+
+class Report:
+    """Keeps the rows of a part."""
+
+    def __init__(self, out):
+        self.out, self.rows = out, []
+
+    def left(self):
+        return 1000.0
+
+    def need(self, seconds=0.0):
+        pass
+
+    def say(self, name, value=None, unit="", **more):
+        self.rows.append({"name": name, "value": value, "unit": unit, **more})
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "limit", lambda: {"flops": 1e10, "fp8": 1e10, "bytes": 1e9, "of": "a test"})
+    monkeypatch.setattr(parts, "ROUNDS", 1)
+    return Report(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------- the parts
+
+
+@pytest.mark.parametrize("size", [network.TINY, network.Size(96, 3, 4, 2, 12, 8, 5, 16)])
+def test_the_stand_ins_operations_are_counted_right(size):
+    transformer = network.make(size, torch.device("cpu"), torch.float32)
+    noise, conditioning = network.samples(size, 1, torch.device("cpu"))
+    found = []
+    counted = common.flops(
+        lambda: found.append(network.velocity(transformer, noise, torch.ones(1), conditioning.prompt))
+    )
+    assert found[0].shape == noise.shape
+    assert counted == size.flops()
+
+
+def test_the_stand_in_is_of_the_size_it_says():
+    with torch.device("meta"):
+        transformer = network.Transformer(network.MEDIUM)
+    count = sum(p.numel() for p in transformer.parameters())
+    assert 2.1e9 < count < 2.6e9
+
+
+def test_a_velocity_depends_on_every_input():
+    size = network.TINY
+    transformer = network.make(size, torch.device("cpu"), torch.float32)
+    noise, conditioning = network.samples(size, 2, torch.device("cpu"))
+    ask = lambda z, s, text: network.velocity(transformer, z, s, {"prompt_embeds": text})  # noqa: E731
+    text, sigma = conditioning.prompt["prompt_embeds"], torch.tensor([0.9, 0.3])
+    whole = ask(noise, sigma, text)
+    torch.testing.assert_close(whole[1:], ask(noise[1:], sigma[1:], text[1:]), rtol=1e-4, atol=1e-5)
+    for changed in ((noise + 1, sigma, text), (noise, sigma / 2, text), (noise, sigma, text + 1)):
+        assert not torch.allclose(ask(*changed), whole)
+
+
+def test_an_update_of_the_check_learns_and_is_the_same_by_static_steps(report):
+    parts.update(report)
+    static, eager, narrow = (row for row in report.rows if row["unit"] == "ms")
+    assert static["losses"] == pytest.approx(eager["losses"], rel=1e-4)
+    assert static["ok"]
+    assert eager["ok"]
+    assert narrow["ok"]
+    assert eager["losses"] != pytest.approx(narrow["losses"], rel=1e-6)
+    assert {"rollout", "query", "match", "backward", "step"} <= static["phases"].keys()
+    assert sum(static["phases"].values()) == pytest.approx(100, abs=1)
+
+
+def test_rollouts_and_queries_of_the_check_are_right(report):
+    parts.rollout(report)
+    parts.query(report)
+    assert len(report.rows) == 6 + 2
+    assert all(row["ok"] for row in report.rows)
+    assert all(row["least"] > 0 for row in report.rows)
+    eager, static, narrow = (row["distance"] for row in report.rows[:3])
+    assert eager == 0
+    assert static < 1e-4 < narrow
+
+
+@pytest.mark.parametrize("wrong", [None, "routed_velocity_mse, guided", "adaln_modulate, gated"])
+def test_an_operation_that_is_wrong_is_seen(wrong):
+    """The host's backends against float64; one whose result is scaled by 1.001 is beyond the bound."""
+    for case in right.cases(torch.device("cpu"), torch.float32, 5, 32):
+        spoilt = case.run if case.name != wrong else _spoilt(case.run)
+        on_host = tuple(backend for backend in case.backends if backend in ("torch", "cpu"))
+        for _, error in right.errors(right.Case(case.name, on_host, case.inputs, spoilt)):
+            assert (error <= right.BOUND["float32"]) == (case.name != wrong), (case.name, error)
+
+
+def _spoilt(run):
+    def spoilt(inputs, backend):
+        found = run(inputs, backend)
+        return [t * 1.001 if t.dtype == torch.float32 else t for t in found]
+
+    return spoilt
+
+
+def test_fp8_operations_are_right():
+    for what, backend, error, bound in right.fp8_errors(torch.device("cpu"), torch.float32, 20, 32):
+        assert error <= bound, (what, backend)
+
+
+# --------------------------------------------------------------------------------------------------------- the runner
+
+
+def test_the_check_runs_with_torch_and_triton_alone(tmp_path):
+    """From a folder of links to what those two install: nothing else is there to import."""
+    site, out = tmp_path / "site", tmp_path / "out"
+    site.mkdir()
+    for name in ALONE:
+        there = next((Path(p) / name for p in sys.path if (Path(p) / name).exists()), None)
+        if there:
+            (site / name).symlink_to(there)
+    path = os.pathsep.join([str(site), str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-S", "-m", "benchmarks.card", "--budget", "500", "--out", str(out)]
+    ran = subprocess.run(
+        [*command, "--parts", "query", "tests", "zero3"], cwd=tmp_path, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr + (out / "worker.txt").read_text()
+    result = json.loads((out / "card.json").read_text())
+    found = {part["part"]: part for part in result["parts"]}
+    assert [found[name]["ended"] for name in ("query", "tests", "zero3")] == [runner.DONE] * 3
+    assert all(row["ok"] for row in found["query"]["rows"])
+    assert "left out" in found["tests"]["rows"][0]["note"] or torch.cuda.is_available()
+    assert "query" in (out / "card.txt").read_text()
+    assert len(runner.summary(result).splitlines()) < 40
+
+
+TROUBLE = """
+import os, sys, time
+from types import SimpleNamespace
+from benchmarks.card import parts, worker
+
+def machine(report): report.say("before", 1.0, "ms", least=0.5, ok=True); raise ValueError("no such thing")
+def kernels(report): report.say("hangs", ok=True); time.sleep(600)
+def update(report): report.say("dies", ok=True); os._exit(3)
+def tests(report): report.need(1e9)
+def query(report): report.say("after", 2.0, "ms", ok=False, note="far off", main=True)
+
+for part in (machine, kernels, update, tests, query):
+    setattr(parts, part.__name__, part)
+from benchmarks.card.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow  # three processes that import torch
+def test_the_runner_outlives_what_its_parts_do(tmp_path, monkeypatch, capsys):
+    (tmp_path / "trouble.py").write_text(TROUBLE)
+    popen = subprocess.Popen
+
+    def started(command, **options):
+        return popen([command[0], str(tmp_path / "trouble.py"), *command[3:]], **options)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", started)
+    monkeypatch.setattr(runner, "PARTS", {"machine": 1, "kernels": 1, "update": 60, "tests": 60, "query": 60})
+    monkeypatch.setattr(runner, "GRACE", 0.5)
+    names = list(runner.PARTS)
+    result = runner.run(names, 600, tmp_path / "out")
+    ended = {part["part"]: part["ended"] for part in result["parts"]}
+    assert ended == {
+        "machine": runner.FAILED, "kernels": runner.STOPPED, "update": runner.ENDED, "tests": runner.STOPPED,
+        "query": runner.DONE,
+    }  # fmt: skip
+    assert [len(part["rows"]) for part in result["parts"]] == [1, 1, 1, 0, 1]
+    assert result["parts"][0]["rows"][0]["over_least"] == 2.0
+    assert "no such thing" in result["parts"][0]["error"]
+    assert runner.failed(result)
+    said = runner.summary(result)
+    assert "WRONG" in said
+    assert "far off" in said
+    assert json.loads((tmp_path / "out" / "card.json").read_text())["parts"] == json.loads(json.dumps(result["parts"]))
+    assert "ValueError: no such thing" in (tmp_path / "out" / "card.txt").read_text()
+    assert "query: done" in capsys.readouterr().out
+
+
+def test_the_summary_is_one_screen():
+    rows = [{"name": "a row " * 20, "value": 1.0, "unit": "ms", "ok": i > 5, "main": True} for i in range(30)]
+    parts_of = [{"part": name, "ended": runner.DONE, "seconds": 9.0, "rows": rows} for name in runner.PARTS]
+    said = runner.summary({"budget_seconds": 600.0, "seconds": 99.0, "parts": parts_of}).splitlines()
+    assert len(said) <= 50
+    assert max(map(len, said)) <= 120
+    assert sum("WRONG" in line for line in said) == 3 * len(runner.PARTS)
+
+
+@pytest.mark.parametrize(
+    "options", [["--budget", "9"], ["--budget", "0", "--out", "x"], ["--parts", "all", "--out", "x"]]
+)
+def test_mistakes_are_refused(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        main(options)
+    assert refused.value.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_part_is_there():
+    assert all(callable(getattr(parts, name)) for name in runner.PARTS)
