@@ -15,12 +15,12 @@ from danceopd.models.blocks import blocks, main_blocks
 from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.loading import check_transformer_file, check_weights, is_file_name, pipeline_index
-from danceopd.models.lora_algebra import sum_loras
+from danceopd.models.lora_algebra import squared_norms, sum_loras
 from danceopd.models.lora_files import load_lora, lora_parameters
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase
 from danceopd.models.students import FullStudent, LoraStudent
-from danceopd.models.weights import shapes_of
+from danceopd.models.weights import of_folder, shapes_of
 from danceopd.planning.backward import conditioning_bytes, held_in_forward, kept_for_backward, operations
 from danceopd.planning.memory import (
     FLOAT,
@@ -34,7 +34,7 @@ from danceopd.planning.memory import (
 from danceopd.support.errors import UserError
 from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.build import run_attention
-from danceopd.training.assembly.networks import start_folder, student_layers
+from danceopd.training.assembly.networks import start_folder, student_layers, student_sizes
 from danceopd.training.assembly.samples import check_decoder, model_samples, rows_of
 from danceopd.training.assembly.sources import needs_base, source_folder, sources_on_base
 from danceopd.training.assembly.starts import check_alike, start_lora
@@ -196,13 +196,44 @@ def _student(config: Config, findings: Findings, backbone: ModuleType, transform
         start = findings.attempt("student.init_from", _meta_start, config, backbone)
         return start and FullStudent(start, velocity)
     layers = findings.attempt("student.lora.targets", student_layers, config, backbone, transformer)
-    if layers is None:
+    sizes = layers and findings.attempt("student.lora", student_sizes, config, layers)
+    if not sizes:
         return None
+    _lacking(config, findings, transformer, layers)
     cut = findings.attempt("student.init_from", _cut_layers, config, transformer, layers)
     if cut:
         findings.found.append(f"student: begins as {config.student.init_from}, cut to rank {lora.rank} in {cut} layers")
     with torch.device("meta"):
-        return LoraStudent(SharedBase(transformer, [], velocity, layers), layers, lora.rank, lora.alpha or lora.rank)
+        shared = SharedBase(transformer, [], velocity, layers)
+        return LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, sizes=sizes)
+
+
+def _lacking(config: Config, findings: Findings, transformer: nn.Module, layers: list[str]) -> None:
+    """Says which sources' adapters change layers that the student's does not have, and how much of their change.
+
+    The share is |D in those layers|^2 / |D|^2, of the change D of all weights.
+    """
+    pipeline_class, own = pipeline_class_of(config.model), set(layers)
+    for name in sources_on_base(config):
+        source = config.sources[name]
+        try:
+            if all(own.issuperset(load_lora(x.path, transformer, pipeline_class, 1.0, True)) for x in source.lora):
+                continue
+            loras = [
+                load_lora(x.path, transformer, pipeline_class, x.scale, base=of_folder(config.model))
+                for x in source.lora
+            ]
+        except (UserError, RuntimeError):  # said of the source, where it is a problem
+            continue
+        norms = squared_norms(sum_loras(loras))
+        missing = [layer for layer in norms if layer not in own]
+        share = sum(norms[layer] for layer in missing) / (sum(norms.values()) or 1.0)
+        more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
+        findings.warnings.append(
+            f"sources.{name}: {share:.1%} of its change (squared norm) is in {len(missing)} layers that the student's "
+            f"adapter lacks ({', '.join(missing[:2])}{more}); the student can only follow it by other layers: widen "
+            "student.lora.targets, such as attention+ffn"
+        )
 
 
 def _meta_start(config: Config, backbone: ModuleType) -> nn.Module:
@@ -234,7 +265,8 @@ def _cut_layers(config: Config, transformer: nn.Module, layers: list[str]) -> in
             loras[name] = sum_loras([load_lora(x.path, transformer, pipeline_class, 1.0, True) for x in source.lora])
         except (UserError, RuntimeError):  # said of the source, where it is a problem
             return 0
-    return sum(len(a) > config.student.lora.rank for a, _, _ in start_lora(config, loras, layers).values())
+    sizes = student_sizes(config, layers)
+    return sum(len(a) > sizes[name][0] for name, (a, _, _) in start_lora(config, loras, layers).items())
 
 
 def _check_files(config: Config, findings: Findings) -> None:

@@ -25,6 +25,7 @@ from danceopd.models.lora_algebra import Lora, average
 from danceopd.models.lora_files import FILES, load_lora
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.models.weights import of_folder
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
@@ -107,7 +108,7 @@ def merge_loras(
     named = name_loras(loras)
     asked = read_prompts(prompts, list(named), read_triggers(triggers, list(named)))
     empty = empty_transformer(base)
-    adapters = _load(named, empty, pipeline_class_of(base))
+    adapters = _load(named, empty, base)
     manifest, rows = manifest_of(asked)
     work = work or output.with_suffix(".work")
     cache = work / "cache"
@@ -145,6 +146,9 @@ def _configuration(
     embeds = getattr(empty.config, "guidance_embeds", False)
     embedded, scale = (guidance_scale, 1.0) if embeds else (None, guidance_scale)
     largest = max(len(a) for lora in adapters.values() for a, _, _ in lora.values())
+    whole = [n for n, lora in adapters.items() if any(len(a) >= min(len(b), a.shape[1]) for a, b, _ in lora.values())]
+    if rank is None and whole:
+        raise UserError(f"{', '.join(whole)} changes layers in their full rank, of up to {largest}; give --rank")
     return {
         "model": str(base),
         "student": {
@@ -238,11 +242,11 @@ def read_prompts(path: Path, names: Sequence[str], triggers: dict[str, str]) -> 
     return {name: list(own) for name, own in asked.items()}
 
 
-def _load(named: dict[str, Path], empty: nn.Module, pipeline_class: type) -> dict[str, Lora]:
-    loaded, problems = {}, []
+def _load(named: dict[str, Path], empty: nn.Module, base: Path) -> dict[str, Lora]:
+    loaded, problems, weights = {}, [], of_folder(base)
     for name, path in named.items():
         try:
-            loaded[name] = load_lora(path, empty, pipeline_class)
+            loaded[name] = load_lora(path, empty, pipeline_class_of(base), base=weights)
         except UserError as error:
             problems.append(str(error))
     if problems:
