@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from danceopd.models.lora_algebra import Lora, named_factors
@@ -79,7 +80,7 @@ def load_lora(
             transformer, or a DoRA's base is not at hand.
         RuntimeError: With header_only, where the conversion depends on values.
     """
-    file = _find(Path(path))
+    file = lora_file(Path(path))
     raw, config = _read(file, header_only)
     if found := refused(raw):
         raise UserError(f"{file}: {found[0]} ({_first(found[1])})")
@@ -178,7 +179,7 @@ def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: ty
     Raises:
         UserError: As load_lora; or the file changes nothing.
     """
-    file = _find(Path(path))
+    file = lora_file(Path(path))
     try:
         lora = load_lora(path, transformer, pipeline_class, header_only=True)
         zero: dict[str, bool] = {}  # by layer: whether one of its factors is
@@ -197,7 +198,7 @@ def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: ty
     return sum(a.numel() + b.numel() for a, b, _ in lora.values()), kind_of(read_header(file))
 
 
-def _find(path: Path) -> Path:
+def lora_file(path: Path) -> Path:
     """Returns the safetensors file that path is or holds."""
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -429,10 +430,10 @@ def _loader(pipeline_class: type) -> type:
     return pipeline_class if loads_loras(pipeline_class) else CogVideoXLoraLoaderMixin
 
 
-def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
+def save_lora(lora: Lora, folder: Path, pipeline_class: type, metadata: Mapping[str, str] | None = None) -> Path:
     """Writes an adapter as the pipeline's own save_lora_weights does, so that load_lora_weights takes it; atomically.
 
-    Of a pipeline that loads no LoRAs the transformer's load_lora_adapter takes it.
+    Of a pipeline that loads no LoRAs the transformer's load_lora_adapter takes it. The file has this metadata too.
 
     Raises:
         UserError: It cannot be written.
@@ -449,7 +450,16 @@ def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
         except SafetensorError as error:  # a full disk, which for safetensors is no OSError
             raise UserError(f"cannot write {path}: {error}; make room, or give another place") from error
         written = Path(temporary) / FILES[1]
+        if metadata:
+            add_metadata(written, metadata)
         with open(written, "rb") as file:
             os.fsync(file.fileno())
         os.replace(written, path)
     return path
+
+
+def add_metadata(file: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file again, with more metadata."""
+    with opened(file) as stored:
+        tensors, own = {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
+    save_file(tensors, file, {"format": "pt", **own, **metadata})

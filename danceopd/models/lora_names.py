@@ -180,7 +180,7 @@ def published_layers(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
                 f"{old}.{i}.{name}": tuple(f"{new}.{i}.{layer}" for layer in layers) for name, layers in names.items()
             }
     found |= {old: (new,) for old, new in rest.items()}
-    if kind.startswith(("Flux", "LongCat", "SD3")):
+    if kind.startswith(("FluxTransformer", "Flux2", "LongCat", "SD3")):
         found |= {old: (new, new) for old, new in SWAPPED.items()}
     if kind.startswith("SD3"):
         last = len(transformer.transformer_blocks) - 1

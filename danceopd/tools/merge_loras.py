@@ -22,7 +22,7 @@ from danceopd.data.prepare import prepare
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, combine_of, empty_transformer, pipeline_class_of
 from danceopd.models.lora_algebra import Lora, average
-from danceopd.models.lora_files import FILES, load_lora
+from danceopd.models.lora_files import FILES, add_metadata, load_lora
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.weights import of_folder
@@ -32,6 +32,7 @@ from danceopd.support.files import write_atomic
 from danceopd.support.hints import did_you_mean
 from danceopd.support.pictures import labelled_grid
 from danceopd.support.texts import lines_of, read_text
+from danceopd.tools.provenance import provenance
 from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import train
 
@@ -126,6 +127,7 @@ def merge_loras(
     errors, grid = _compare(config, backbone, adapters, asked, resolution, device)
     write_atomic(output.with_suffix(".png"), grid)
     write_atomic(output, student.read_bytes())
+    add_metadata(output, provenance(config, [words.partition("=")[2].strip() for words in triggers]))
     return Merged(output, output.with_suffix(".png"), errors)
 
 

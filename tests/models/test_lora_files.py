@@ -1,15 +1,13 @@
 """LoRA files: each layout gives diffusers' own weights, and no key is left out in silence."""
 
 import json
-from copy import deepcopy
 
 import diffusers
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from small_loras import SD3, TINY, batch, close, prompts, small_sd3
+from small_loras import SD3, TINY, batch, close, diffusers_deltas, prompts, small_sd3
 from tiny_sd3 import save_tiny
 
 from danceopd.models.backbones import sd3
@@ -29,17 +27,6 @@ def factors(shapes, rank=4, style=("lora_down", "lora_up"), alpha=None, seed=0):
         if alpha:
             state[f"{name}.alpha"] = torch.tensor(alpha + i)
     return state
-
-
-def diffusers_deltas(transformer, path, pipeline_class):
-    """scale B A by module as diffusers loads the file into the transformer, without load_lora's help."""
-    alphas = {"return_alphas": True} if pipeline_class is diffusers.FluxPipeline else {}
-    state, *rest = pipeline_class.lora_state_dict(str(path), use_safetensors=True, return_lora_metadata=True, **alphas)
-    metadata, network = rest[-1], rest[0] if alphas else None
-    model = deepcopy(transformer)
-    model.load_lora_adapter(state, network_alphas=network, metadata=metadata, prefix="transformer", adapter_name="x")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-    return {name: layer.get_delta_weight("x") for name, layer in layers.items()}
 
 
 LAYOUTS = {
