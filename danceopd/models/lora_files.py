@@ -38,6 +38,9 @@ from danceopd.support.errors import UserError
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of PEFT and of diffusers
 
+# Where files name their base: this program's, PEFT's, the model specification's, kohya's and ai-toolkit's.
+BASES = ("base_model", "base_model_name_or_path", "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
+
 BEING_WRITTEN = ".new-"  # begins the name of a folder that a file is written in
 
 BIASES = (".diff_b", ".bias", ".b_norm")  # ends of changes of biases, which trainers write as zeros too
@@ -198,8 +201,31 @@ def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: ty
     return sum(a.numel() + b.numel() for a, b, _ in lora.values()), kind_of(read_header(file))
 
 
+def trained_for(path: str | Path) -> str | None:
+    """Says which model a LoRA names as the one that it was trained on; None where it names none.
+
+    Raises:
+        UserError: There is no LoRA.
+    """
+    file = lora_file(Path(path))
+    with opened(file) as stored:
+        metadata = stored.metadata() or {}
+    beside = file.with_name("adapter_config.json")
+    if file.name == FILES[0] and beside.is_file():
+        try:
+            metadata = {**metadata, **json.loads(beside.read_text(encoding="utf-8"))}
+        except (OSError, ValueError):
+            return None  # said when it is read
+    found = (metadata.get(key) for key in BASES)
+    return next((str(value) for value in found if value and not Path(str(value)).is_absolute()), None)
+
+
 def lora_file(path: Path) -> Path:
-    """Returns the safetensors file that path is or holds."""
+    """Finds the safetensors file that a path is or holds.
+
+    Raises:
+        UserError: There is none, or there are several.
+    """
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: a LoRA must be a safetensors file; files of other kinds may run code when read")

@@ -1,4 +1,4 @@
-"""Examines the networks and the prepared rows of a diffusers model's run without loading a weight."""
+"""Examines the networks and the prepared rows of a diffusers model's run without loading a network."""
 
 import math
 from pathlib import Path
@@ -14,13 +14,13 @@ from danceopd.models.backbones import backbone_of, meta_transformer, pipeline_cl
 from danceopd.models.blocks import blocks, main_blocks
 from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
-from danceopd.models.loading import check_transformer_file, check_weights, is_file_name, pipeline_index
+from danceopd.models.loading import check_transformer_file, check_weights, hub_id, is_file_name, pipeline_index
 from danceopd.models.lora_algebra import squared_norms, sum_loras
-from danceopd.models.lora_files import load_lora, lora_parameters
+from danceopd.models.lora_files import load_lora, lora_parameters, trained_for
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase
 from danceopd.models.students import FullStudent, LoraStudent
-from danceopd.models.weights import of_folder, shapes_of
+from danceopd.models.weights import RELATED, likeness, of_folder, shapes_of
 from danceopd.planning.backward import conditioning_bytes, held_in_forward, kept_for_backward, operations
 from danceopd.planning.memory import (
     FLOAT,
@@ -96,7 +96,7 @@ def _sources(
     for name, source in config.networks().items():
         carrier = transformer  # of the source's adapters
         if name not in sources_on_base(config):
-            carrier = networks[name] = _own_transformer(config, name, backbone, transformer, attempt)
+            carrier = networks[name] = _own_transformer(config, name, backbone, transformer, findings)
         pipeline_class = pipeline_class_of(config.model)
         files = [
             carrier and attempt(f"sources.{name}.lora", lora_parameters, lora.path, carrier, pipeline_class)
@@ -109,6 +109,12 @@ def _sources(
         for lora, result in zip(source.lora, files, strict=True):
             if result:
                 findings.found.append(f"{name}: {lora.path}, {result[1]}, all keys fit")
+                base, own = trained_for(lora.path), hub_id(config.model)
+                if base and own and "/" in base and base != own and name not in networks:
+                    findings.warnings.append(
+                        f"sources.{name}.lora: {lora.path} says that it was trained on {base}, and the model is {own}; "
+                        "it fits by shape, and may look otherwise on these weights"
+                    )
     for name, source in config.sources.items():
         if source.guided and source.guided.skip_layers:
             network = networks.get(source.guided.source, transformer)
@@ -297,14 +303,32 @@ def _parts(folder: Path) -> str:
     return line + (f"; not there, and needed by `danceopd data prepare` alone: {', '.join(spare)}" if spare else "")
 
 
+def _warn_of_strangers(config: Config, findings: Findings, key: str, weights: Path | str) -> None:
+    """Warns of a source's weights that fit the model by shape and have nothing in common with it."""
+    try:
+        alike = likeness(of_folder(config.model), of_folder(weights))
+    except UserError:  # said of the model
+        return
+    if alike < RELATED:
+        findings.warnings.append(
+            f"{key}: {weights} fits {config.model} by shape alone: cosines of its weights with the model's are at most "
+            f"{alike:.2f}, where fine-tuned ones have nearly 1; check that it was trained from this model, since a "
+            "student near the base follows no other"
+        )
+
+
 def _own_transformer(
-    config: Config, name: str, backbone: ModuleType, transformer: nn.Module | None, attempt
+    config: Config, name: str, backbone: ModuleType, transformer: nn.Module | None, findings: Findings
 ) -> nn.Module | None:
     """Makes a source's own transformer without values; None, and a problem, where its weights cannot be used."""
     key, weights, dtype = f"sources.{name}.weights", config.sources[name].weights, PRECISIONS[config.training.precision]
+    attempt = findings.attempt
     if not is_file_name(weights):
         network = attempt(key, meta_transformer, weights, backbone, dtype)
+        problems = len(findings.problems)
         attempt(key, check_weights, weights, network)
+        if network is not None and len(findings.problems) == problems:
+            _warn_of_strangers(config, findings, key, weights)
         return network
     if transformer is not None:
         attempt(key, check_transformer_file, weights, transformer)

@@ -21,7 +21,7 @@ from danceopd.config.sections import Config
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.blocks import block_layers
-from danceopd.models.loading import class_name_of, transformer_folder
+from danceopd.models.loading import class_name_of, hub_id, transformer_folder
 from danceopd.models.lora_algebra import Lora
 from danceopd.models.lora_files import FILES, load_lora, loads_loras, save_lora
 from danceopd.models.lora_layouts import in_layout, save_peft
@@ -31,7 +31,7 @@ from danceopd.report.tables import format_markdown
 from danceopd.support.errors import UserError
 from danceopd.support.files import new_folder
 from danceopd.support.run_log import read_log
-from danceopd.tools.provenance import hub_id, provenance
+from danceopd.tools.provenance import provenance
 
 LAST = 5  # records of the training curve in a model card
 

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from danceopd.config.sections import Config
 from danceopd.models.fingerprint import fingerprint
-from danceopd.models.loading import pipeline_index
+from danceopd.models.loading import hub_id
 from danceopd.models.lora_files import lora_file
 from danceopd.models.tensor_files import opened
 from danceopd.support.errors import UserError
@@ -62,15 +61,3 @@ def own_triggers(path: Path) -> list[str]:
     except UserError:
         return []
     return [metadata[key] for key in TRIGGERS if metadata.get(key)][:1]
-
-
-def hub_id(model: Path) -> str | None:
-    """Finds the repository that a pipeline's folder came from, by the hub's cache or its own index.
-
-    None where none says.
-    """
-    cached = [part for part in model.resolve().parts if part.startswith("models--")]
-    if cached:
-        return cached[-1].removeprefix("models--").replace("--", "/", 1)
-    named = pipeline_index(model).get("_name_or_path", "")
-    return named if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named) and not Path(named).exists() else None

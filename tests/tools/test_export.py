@@ -25,6 +25,7 @@ from danceopd.core.conditioning import Conditioning
 from danceopd.core.rollout import sample
 from danceopd.data.prepare import prepare
 from danceopd.models.backbones import FAMILIES, backbone_of, empty_transformer, pipeline_class_of
+from danceopd.models.loading import hub_id
 from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import FILES, load_lora, save_lora
 from danceopd.models.lora_layouts import layouts_of
@@ -32,7 +33,6 @@ from danceopd.models.shared_base import target_layers
 from danceopd.support.errors import UserError
 from danceopd.support.files import new_folder, write_atomic
 from danceopd.tools.export import export, stored_dtype
-from danceopd.tools.provenance import hub_id
 from danceopd.training.assembly.build import build_model
 from danceopd.training.checkpoints import load_newest
 from danceopd.training.loop import Trainer
