@@ -12,7 +12,7 @@ from tiny_sd3 import save_tiny
 
 from danceopd.models.backbones import sd3
 from danceopd.models.lora_algebra import merge_into
-from danceopd.models.lora_files import load_lora, lora_parameters
+from danceopd.models.lora_files import load_lora, lora_parameters, trained_for
 from danceopd.models.shared_base import SharedBase
 from danceopd.models.weights import of_tensors
 from danceopd.support.errors import UserError
@@ -492,6 +492,38 @@ def test_a_lokr_of_a_layout_that_diffusers_converts_is_taken(tmp_path):
     for x, rows in zip("qkv", product.chunk(3), strict=True):
         a, b, scale = lora[f"transformer_blocks.0.attn.to_{x}"]
         close(scale * b @ a, rows)
+
+
+def test_a_file_that_changes_nothing_is_said(tmp_path):
+    state = ab(GOOD)
+    save_file(state | {f"{Q}.lora_B.weight": torch.zeros(16, 4)}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=r"lora.safetensors: changes nothing: in every layer a factor is zero"):
+        lora_parameters(tmp_path, small_sd3(), SD3)
+    save_file(lokr(Q, (4, 4), (4, 4))[0] | {f"{Q}.lokr_w1": torch.zeros(4, 4)}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="changes nothing"):
+        lora_parameters(tmp_path, small_sd3(), SD3)
+    other = ab({"transformer.transformer_blocks.1.attn.to_q": (16, 16)})
+    save_file(state | {f"{Q}.lora_B.weight": torch.zeros(16, 4)} | other, tmp_path / "lora.safetensors")
+    assert lora_parameters(tmp_path, small_sd3(), SD3)[1] == "LoRA"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "config", "named"),
+    [
+        ({"base_model": "org/model"}, None, "org/model"),
+        ({"modelspec.architecture": "flux-1-dev/lora"}, None, "flux-1-dev/lora"),
+        ({"ss_base_model_version": "flux1"}, None, "flux1"),
+        ({}, {"base_model_name_or_path": "org/other"}, "org/other"),
+        ({}, {"base_model_name_or_path": "/home/me/model"}, None),
+        ({}, {}, None),
+    ],
+)
+def test_a_file_names_the_base_that_it_was_trained_on(metadata, config, named, tmp_path):
+    name = "lora" if config is None else "adapter_model"
+    save_file(ab(GOOD), tmp_path / f"{name}.safetensors", metadata=metadata)
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert trained_for(tmp_path) == named
 
 
 def test_a_change_that_is_zero_may_be_left_out(tmp_path):
