@@ -128,11 +128,11 @@ def test_sd3_draws_the_students_pictures(sd3_run, tmp_path):
 def test_flux_draws_the_students_pictures(flux_run, tmp_path):
     run, config = flux_run
     check_pictures(run, config, tmp_path, diffusers.FluxPipeline)
-    # A kohya file too, by diffusers' own reader.
-    export(run, tmp_path / "kohya", layout="kohya")
+    # A file for ComfyUI too, by diffusers' own reader, which takes kohya's fused layers at FLUX's real size alone.
+    export(run, tmp_path / "comfyui", layout="comfyui")
     noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     pictures = []
-    for folder in ("lora", "kohya"):
+    for folder in ("lora", "comfyui"):
         pipeline = diffusers.FluxPipeline.from_pretrained(config.model)
         pipeline.load_lora_weights(tmp_path / folder)
         pictures.append(pipeline_picture(pipeline, noise))

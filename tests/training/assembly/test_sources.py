@@ -76,6 +76,40 @@ def test_adapters_of_a_teacher_with_weights_of_its_own(places):
     torch.testing.assert_close(parts.fields[1](*question), expected)
 
 
+def test_a_dora_and_a_lora_cut_to_a_rank_are_sources(places, tmp_path, capsys):
+    """Both on the shared base: the one by the base's weights, the other by the best of its rank, with its error."""
+    root, file, layer = places("sd3"), tmp_path / "dora.safetensors", "transformer_blocks.0.attn.to_k"
+    transformer = backbone_of(root / "model").load_transformer(root / "model")
+    weight = transformer.get_submodule(layer).weight.detach().double()
+    generator = torch.Generator().manual_seed(3)
+    down, up = torch.randn(2, weight.shape[1], generator=generator), torch.randn(len(weight), 2, generator=generator)
+    turned = weight + 0.1 * (up @ down).double()
+    magnitude = turned.norm(dim=1, keepdim=True) * (0.5 + torch.rand(len(weight), 1, generator=generator))
+    state = {f"transformer.{layer}.lora_down.weight": 0.1 * down, f"transformer.{layer}.lora_up.weight": up}
+    save_file(state | {f"transformer.{layer}.dora_scale": magnitude.float()}, file)
+    sources = {"sources.one.lora": [{"path": str(root / "one.safetensors"), "rank": 1}]}
+    sources["sources.two.lora"] = [{"path": str(file)}]
+    config = config_of(root, **sources)
+    assert dry_run(config, examine).problems == []
+    parts, question = asked(root, config)
+    said = capsys.readouterr().out
+    assert "one.safetensors: cut to rank 1, which leaves out" in said
+    changed = deepcopy(transformer)
+    change = turned * magnitude / turned.norm(dim=1, keepdim=True) - weight
+    changed.get_submodule(layer).weight.data += change.float()
+    torch.testing.assert_close(parts.fields[1](*question), velocity_of(root, changed, question), rtol=1e-4, atol=1e-4)
+    whole = load_lora(root / "one.safetensors", transformer, pipeline_class_of(root / "model"))
+    left, total = 0.0, 0.0
+    for name, (a, b, scale) in whole.items():
+        u, s, vh = torch.linalg.svd(scale * b @ a, full_matrices=False)
+        transformer.get_submodule(name).weight.data += s[0] * u[:, :1] @ vh[:1]
+        left, total = left + s[1:].square().sum().item(), total + s.square().sum().item()
+    torch.testing.assert_close(
+        parts.fields[0](*question), velocity_of(root, transformer, question), rtol=1e-4, atol=1e-4
+    )
+    assert f"leaves out {(left / total) ** 0.5:.1%}"[:-2] in said
+
+
 @pytest.mark.parametrize("family", ["sd3", "flux", "klein", "qwen", "z"])
 def test_a_file_of_diffusers_names(places, family):
     root = places(family)
