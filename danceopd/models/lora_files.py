@@ -53,6 +53,7 @@ FACTOR = re.compile(r"(.+?)\.(?:lora_(A|B|down|up)|lora\.(down|up))(?:\.default)
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
+# Long: a third of it says what its arguments are.
 @torch.inference_mode(False)  # reading asks for gradients
 def load_lora(
     path: str | Path,
