@@ -82,9 +82,9 @@ def kind_of(keys: Iterable[str]) -> str:
     """Names the format of a file's weight changes: LoRA, DoRA, LoKr, LoHa, full weights, or several of them."""
     names = {"lokr": "LoKr", "hada": "LoHa", "diff": "full weights"}
     keys = [key for key in keys if ".alpha" not in key]
-    factors, magnitudes = without_magnitudes(dict.fromkeys(keys))
+    factors = [key for key in keys if not MAGNITUDE.fullmatch(key)]
     found = {names[match[2][:4]] if (match := CHANGE.fullmatch(key)) else "LoRA" for key in factors}
-    return " and ".join(sorted(found)) + (" of DoRA's kind" if magnitudes else "")
+    return " and ".join(sorted(found)) + (" of DoRA's kind" if len(factors) < len(keys) else "")
 
 
 def as_factors(raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

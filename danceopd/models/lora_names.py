@@ -207,7 +207,7 @@ def known_layers(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
         diffusers fuses it under; and each name once more with _ for every dot.
     """
     linear = _linear(transformer)
-    found = {name: (name,) for name in linear}
+    found: dict[str, tuple[str, ...]] = {name: (name,) for name in linear}
     for name, layers in published_layers(transformer).items():
         found.setdefault(name, layers)
 

@@ -42,7 +42,7 @@ def layer_sizes(
     """
     sizes, unused = {}, {*rank_pattern, *alpha_pattern}
     for name in layers:
-        own, other = get_pattern_key(rank_pattern, name), get_pattern_key(alpha_pattern, name)
+        own, other = get_pattern_key([*rank_pattern], name), get_pattern_key([*alpha_pattern], name)
         unused -= {own, other}
         size = rank_pattern.get(own, rank)
         sizes[name] = size, float(alpha_pattern.get(other, size if alpha is None else alpha))

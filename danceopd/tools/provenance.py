@@ -35,7 +35,8 @@ def provenance(config: Config, triggers: Sequence[str] = ()) -> dict[str, str]:
         sources[name] = {path.name: content_hash(path) for path in paths}
         for lora in source.lora:
             words |= dict.fromkeys(own_triggers(lora.path))
-    found = {"base_model": hub_id(config.model) or config.model.resolve().name, "sources": json.dumps(sources)}
+    model = Path(str(config.model))
+    found = {"base_model": hub_id(model) or model.resolve().name, "sources": json.dumps(sources)}
     if words:
         found |= {"trigger_words": ", ".join(words), "modelspec.trigger_phrase": ", ".join(words)}
     return found
