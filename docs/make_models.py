@@ -8,10 +8,13 @@ import diffusers
 
 from danceopd.models.backbones import FAMILIES, family_module
 from danceopd.models.lora_files import loads_loras
+from danceopd.models.lora_layouts import layouts_of
+from danceopd.models.lora_names import PUBLISHED
 
 PAGE = Path(__file__).with_name("models.md")
 TABLE = re.compile(r"(?<=<!-- table -->\n).*(?=<!-- end of table -->)", re.DOTALL)
-HEAD = ["pipeline", "text to image", "edit", "references", "prompts", "an adapter in plain diffusers", "base"]
+HEAD = ["pipeline", "text to image", "edit", "references", "prompts", "an adapter in plain diffusers"]
+HEAD += ["layers' names in LoRA files", "layouts of `danceopd export`", "base"]
 EDITS = ("Kontext", "Edit", "Omni")  # in the names of pipelines that edit, where those of a family differ
 
 
@@ -32,7 +35,9 @@ def rows() -> list[list[str]]:
                 loads = "none: merged, by `danceopd export --merge`"
             draws = "yes" if alone else "in training; the pipeline needs a picture"
             padding = "as long as they are" if backbone.PROMPTS_HAVE_MASKS else "padded to one length"
-            found.append([name, draws, "yes" if edits else "no", count if edits else "", padding, loads, backbone.BASE])
+            names = "diffusers' and published" if network.__name__ in PUBLISHED else "diffusers'"
+            row = [name, draws, "yes" if edits else "no", count if edits else "", padding, loads, names]
+            found.append([*row, ", ".join(layouts_of(family)), backbone.BASE])
     return found
 
 

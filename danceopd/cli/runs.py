@@ -30,7 +30,15 @@ def add_export(commands) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
     parser.add_argument("--merge", action="store_true", help="the whole transformer, with the adapter in its weights")
     parser.add_argument(
-        "--layout", default="diffusers", choices=("diffusers", "comfyui", "kohya"), help="(%(default)s)"
+        "--layout", default="diffusers", choices=("diffusers", "peft", "comfyui", "kohya"), help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16", "fp8"),
+        help="(fp32; with --merge the base's own; fp8 is for --merge)",
+    )
+    parser.add_argument(
+        "--trigger", action="append", default=[], metavar="WORDS", help="for the file's metadata, beside the sources'"
     )
 
 
@@ -89,7 +97,7 @@ def run_export(args: argparse.Namespace) -> None:
     """Writes a run's student for other tools."""
     from danceopd.tools.export import export
 
-    print(f"wrote {export(args.folder, args.output, args.merge, args.layout)}")
+    print(f"wrote {export(args.folder, args.output, args.merge, args.layout, args.dtype, args.trigger)}")
 
 
 def run_merge_loras(args: argparse.Namespace) -> None:

@@ -24,13 +24,18 @@ class NewLora(Section):
 
     Attributes:
         rank: Number of rows of A.
-        alpha: The rank if not given.
-        targets: Ends of the layers' names, in which * stands for anything; those of the model's family if not given.
+        alpha: Each layer's own rank if not given.
+        targets: Ends of the layers' names, in which * stands for anything; or the layers of attention, also of
+            feed-forwards, or every linear one; those of the model's family if not given.
+        rank_pattern: Ranks of some layers, by ends of their names as regular expressions, as PEFT has it.
+        alpha_pattern: Alphas of some layers, in the same way.
     """
 
     rank: PositiveInt = 128
     alpha: PositiveFinite | None = None
-    targets: list[str] | None = None
+    targets: Literal["attention", "attention+ffn", "all-linear"] | list[str] | None = None
+    rank_pattern: dict[str, PositiveInt] = pydantic.Field({})
+    alpha_pattern: dict[str, PositiveFinite] = pydantic.Field({})
 
 
 class Student(Section):
@@ -50,15 +55,18 @@ class Student(Section):
 
 
 class LoraFile(Section):
-    """A LoRA in any layout that diffusers converts.
+    """A LoRA, DoRA, LoKr or LoHa in any layout that docs/loras.md names.
 
     Attributes:
         path: A file, or a folder with one.
         scale: What the change of the weights is multiplied by.
+        rank: The change is cut to this rank by SVD, and the run says how much that leaves out; taken whole if not
+            given.
     """
 
     path: ModelPath
     scale: FiniteFloat = 1.0
+    rank: PositiveInt | None = None
 
 
 OPERATORS = ("guided", "autoguided", "difference", "compose", "slider", "mean", "by_sigma", "teacher_at")

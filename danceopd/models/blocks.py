@@ -1,6 +1,7 @@
 """Finds the blocks of a transformer and their linear layers: one rule for FP8, int8, compiling, streaming and Muon."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -43,6 +44,37 @@ def block_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear, bool]]:
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and name.startswith(prefixes):
             yield name, module, any(part in name for part in ("norm", "mod"))
+
+
+ATTENTION = re.compile(r"\.(attn\d?|attention)\.")
+FEED_FORWARD = re.compile(r"\.(ff|ff_context|feed_forward|img_mlp|txt_mlp|proj_mlp|proj_out|(gate|up|down)_proj)(\.|$)")
+
+PRESETS = ("attention", "attention+ffn", "all-linear")  # of layers that a student's adapter may change
+
+
+def preset_layers(network: nn.Module, preset: str) -> list[str]:
+    """Finds the linear layers that a preset stands for.
+
+    Args:
+        network: The transformer or UNet.
+        preset: "attention", the layers of the blocks' attention; "attention+ffn", also those of their feed-forwards,
+            gated ones too; or "all-linear", every linear layer of the network. Where a block has attention and
+            feed-forward in one layer (FLUX.2's single blocks), "attention" has that layer.
+
+    Returns:
+        The layers' names, in the network's order.
+    """
+    if preset == "all-linear":
+        return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    lists = (*block_lists(network), "mid_block")  # a UNet's block in the middle is in no list
+    patterns = (ATTENTION, FEED_FORWARD) if preset == "attention+ffn" else (ATTENTION,)
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.startswith(tuple(f"{part}." for part in lists))
+        and any(pattern.search(name) for pattern in patterns)
+    ]
 
 
 def main_blocks(network: nn.Module, layers: Sequence[int]) -> nn.ModuleList:

@@ -50,6 +50,18 @@ def pipeline_index(folder: Path | str) -> dict:
     return read_json(modular if modular.is_file() and not plain.is_file() else plain)
 
 
+def hub_id(model: Path) -> str | None:
+    """Finds the repository that a pipeline's folder came from, by the hub's cache or its own index.
+
+    None where none says.
+    """
+    cached = [part for part in model.resolve().parts if part.startswith("models--")]
+    if cached:
+        return cached[-1].removeprefix("models--").replace("--", "/", 1)
+    named = pipeline_index(model).get("_name_or_path", "")
+    return named if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named) and not Path(named).exists() else None
+
+
 def class_name_of(folder: Path | str, served: tuple[str, ...] = ()) -> str:
     """Reads the pipeline's class from a folder's index.
 
@@ -252,11 +264,20 @@ def check_weights(folder: Path | str, network: nn.Module | None = None) -> None:
     Raises:
         UserError: A file is missing, cut off or no safetensors file, or the weights are not the network's.
     """
-    shapes = {}
-    for file in weight_files(folder):
+    shapes, files = {}, weight_files(folder)
+    for file in files:
         shapes |= {name: shape for name, (_, shape) in read_header(file).items()}
-    if network is not None:
-        check_shapes(shapes, network, transformer_folder(folder))
+    if network is None:
+        return
+    folder = transformer_folder(folder)
+    missing = network.state_dict().keys() - shapes.keys()
+    others = sorted(path.name for path in folder.glob("*-of-*.safetensors") if path not in files)
+    if missing and others:  # of shards that an index of another download does not name
+        raise UserError(
+            f"{folder}: the weights lack {len(missing)} tensors, such as {min(missing)}, and the index does not name "
+            f"{others[0]}, which lies there; copy the index and all shards of one download again"
+        )
+    check_shapes(shapes, network, folder)
 
 
 def check_shapes(shapes: Mapping[str, torch.Size], network: nn.Module, where: Path | str) -> None:

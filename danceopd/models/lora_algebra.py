@@ -57,6 +57,33 @@ def named_factors(lora: Lora, prefix: str = "") -> dict[str, torch.Tensor]:
     return tensors
 
 
+def squared_norms(lora: Lora) -> dict[str, float]:
+    """Returns |scale B A|^2, summed over entries, of each module, without the product itself: tr (B^T B) (A A^T)."""
+    found = {}
+    for name, (a, b, scale) in lora.items():
+        a, b = a.double(), b.double()
+        found[name] = scale**2 * ((b.mT @ b) * (a @ a.mT)).sum().item()
+    return found
+
+
+def cut(lora: Lora, rank: int) -> tuple[Lora, float]:
+    """Cuts each module's change to a rank by SVD.
+
+    Args:
+        lora: Of any rank.
+        rank: The largest wanted.
+
+    Returns:
+        The LoRA, the best of this rank, and the share |D - D_r| / |D| of the whole change's norm that it leaves out.
+    """
+    whole, short = squared_norms(lora), {}
+    for name, factors in lora.items():
+        a, b = truncated(*factors, rank)
+        short[name] = (a, b, 1.0)
+    kept, total = sum(squared_norms(short).values()), sum(whole.values())
+    return short, max(0.0, 1 - kept / total) ** 0.5 if total else 0.0  # D_r is a projection of D
+
+
 def truncated(a: torch.Tensor, b: torch.Tensor, scale: float, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cuts scale b a to a rank by the SVD of the n x n product of their triangular parts.
 

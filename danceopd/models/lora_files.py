@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,26 +17,35 @@ from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from danceopd.models.lora_algebra import Lora, named_factors
 from danceopd.models.lora_formats import (
-    MERGED,
-    PREFIXES,
+    CHANGE,
+    CONVERTED,
     as_factors,
+    decomposed,
+    full,
     kind_of,
-    known_layers,
-    layers_of,
-    nearest,
     refused,
-    whose,
+    without_magnitudes,
 )
+from danceopd.models.lora_names import PREFIXES, in_order, known_layers, layers_of, nearest, whose
 from danceopd.models.tensor_files import opened, read_header
+from danceopd.models.weights import Weights
 from danceopd.support.errors import UserError
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of PEFT and of diffusers
 
+# Where files name their base: this program's, PEFT's, the model specification's, kohya's and ai-toolkit's.
+BASES = ("base_model", "base_model_name_or_path", "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
+
 BEING_WRITTEN = ".new-"  # begins the name of a folder that a file is written in
+
+BIASES = (".diff_b", ".bias", ".b_norm")  # ends of changes of biases, which trainers write as zeros too
+
+TAKEN = ("LORA", "LOKR", "LOHA")  # kinds of PEFT's adapters
 
 FACTOR = re.compile(r"(.+?)\.(?:lora_(A|B|down|up)|lora\.(down|up))(?:\.default)?\.weight")
 
@@ -44,40 +53,81 @@ FACTOR = re.compile(r"(.+?)\.(?:lora_(A|B|down|up)|lora\.(down|up))(?:\.default)
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
+# Long: a third of it says what its arguments are.
 @torch.inference_mode(False)  # reading asks for gradients
 def load_lora(
-    path: str | Path, transformer: nn.Module, pipeline_class: type, scale: float = 1.0, header_only: bool = False
+    path: str | Path,
+    transformer: nn.Module,
+    pipeline_class: type,
+    scale: float = 1.0,
+    header_only: bool = False,
+    base: Weights | None = None,
 ) -> Lora:
     """Reads a LoRA by module of a transformer, in float32; nothing in the file is left out.
 
     Args:
-        path: A PEFT folder, or a safetensors file (or the folder of one) with LoRA, LoKr, LoHa or full changes of
-            weights, whose names are the transformer's own, those of lora_formats.known_layers, or in a layout that the
-            pipeline class converts by its lora_state_dict: kohya's, ComfyUI's, ai-toolkit's.
+        path: A PEFT folder, or a safetensors file (or the folder of one) with LoRA, DoRA, LoKr, LoHa or full changes of
+            weights, whose names are those of lora_names.known_layers, or in a layout that the pipeline class converts
+            by its lora_state_dict.
         transformer: Whose layers it changes, on any device.
         pipeline_class: Diffusers' class of the pipeline.
         scale: Multiplies alpha / rank.
         header_only: Whether no tensor is read: the factors are on the meta device then, with scales that say nothing.
+        base: The weights that it lies on, which a DoRA's change depends on; the transformer's own if not given.
 
     Returns:
-        {module: (A [rank, in], B [out, rank], scale)}.
+        {module: (A [rank, in], B [out, rank], scale)}. Of what has no low rank, one of them is a unit matrix.
 
     Raises:
-        UserError: Files are missing or corrupt, hold numbers that are not finite or a format that is no sum of factors,
-            the class cannot convert the layout, or a key is no factor of a linear layer of the transformer.
+        UserError: Files are missing or corrupt, hold numbers that are not finite or a format that is no change of
+            linear weights, the class cannot convert the layout, a key is no factor of a linear layer of the
+            transformer, or a DoRA's base is not at hand.
         RuntimeError: With header_only, where the conversion depends on values.
     """
-    file = _find(Path(path))
+    file = lora_file(Path(path))
     raw, config = _read(file, header_only)
     if found := refused(raw):
         raise UserError(f"{file}: {found[0]} ({_first(found[1])})")
+    known = known_layers(transformer)
+    raw, magnitudes = without_magnitudes(raw)
+    magnitudes = _by_layers(file, magnitudes, transformer, known)
     try:
         raw = as_factors(raw)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-    raw, known = _fold_alphas(file, raw, config), known_layers(transformer)
+    pairs = _pairs_of(file, _fold_alphas(file, raw, config), pipeline_class, transformer, known)
+    lora, fused = {}, []
+    for (name, layers), pair in pairs.items():
+        if len(pair) != 2:
+            raise UserError(f"{file}: {name} has only one of its two factors; the file is incomplete")
+        a, b, factor = pair["A"], pair["B"], _configured_scale(file, config, name, pair["A"])
+        rows = _rows(file, name, layers, transformer, a, b)
+        magnitude = magnitudes.pop(layers, None)
+        if magnitude is not None:
+            b, a = _decomposed(file, layers, transformer, base, factor * b @ a, magnitude)
+            factor = 1.0
+        made = _split(a, b, rows, layers, scale * factor)
+        if len(layers) > 1:
+            fused.append((name, made))
+        else:
+            lora |= made
+    if magnitudes:
+        layer = next(iter(magnitudes))[0]
+        raise UserError(f"{file}: {layer} has a magnitude and no factors of the same layer; the file is incomplete")
+    for name, made in fused:
+        _add_fused(file, name, made, lora)
+    if not lora:
+        raise UserError(f"{file}: holds no factors of any layer; train or copy it again")
+    return lora
+
+
+def _pairs_of(
+    file: Path, raw: dict[str, torch.Tensor], pipeline_class: type, transformer: nn.Module, known: dict
+) -> dict[tuple, dict[str, torch.Tensor]]:
+    """Collects {(name, layers): {"A" or "B": factor}}, by known names where there are such, else by diffusers."""
     named = {key: _named(key, known) for key in raw}
     odd = {_once(key): raw[key] for key, found in named.items() if found is None}
+    odd = {key: value for key, value in odd.items() if not key.endswith(BIASES) or value.any()}
     pairs = _pairs((found, raw[key]) for key, found in named.items() if found)
     if any(not key.endswith(".alpha") for key in odd):
         converted = _convert(file, odd, pipeline_class, transformer, known)
@@ -86,22 +136,40 @@ def load_lora(
         if unknown:
             raise _unknown(file, unknown, transformer, known, of=odd)
         pairs |= _pairs((found, converted[key]) for key, found in named.items())
-    lora, fused = {}, []
-    for (name, layers), pair in pairs.items():
-        if len(pair) != 2:
-            raise UserError(f"{file}: {name} has only one of its two factors; the file is incomplete")
-        parts = _parts(file, name, layers, transformer, pair["A"], pair["B"])
-        factor = scale * _configured_scale(file, config, name, len(pair["A"]))
-        made = {layer: (pair["A"], b, factor) for layer, b in zip(layers, parts, strict=True)}
-        if len(layers) > 1:
-            fused.append((name, made))
+    return pairs
+
+
+def _by_layers(
+    file: Path, magnitudes: dict[str, torch.Tensor], transformer: nn.Module, known: dict
+) -> dict[tuple[str, ...], torch.Tensor]:
+    """Names a DoRA's magnitudes by the layers that they are of."""
+    found = {}
+    for stem, value in magnitudes.items():
+        layers = layers_of(next(iter(convert_unet_state_dict_to_peft({stem: None}))), known)
+        if layers is None:
+            raise _unknown(file, [stem], transformer, known)
+        once, turned = in_order(layers, value)
+        found[once] = value if len(value) == 1 else turned  # norms of columns stand in one row
+    return found
+
+
+def _decomposed(file: Path, layers: Sequence[str], transformer: nn.Module, base: Weights | None, change, magnitude):
+    """Returns (B, A) of what a DoRA adds to layers, whose rows are one matrix's in its file."""
+    if change.is_meta:
+        return full(change)
+    weights = []
+    for layer in layers:
+        own = transformer.get_submodule(layer).weight
+        if base is not None:
+            weights.append(base.tensor(f"{layer}.weight").float())
+        elif own.is_meta or own.dtype.itemsize < 2:
+            raise UserError(f"{file}: is a DoRA, whose change depends on the base's own weights; these are not at hand")
         else:
-            lora |= made
-    for name, made in fused:
-        _add_fused(file, name, made, lora)
-    if not lora:
-        raise UserError(f"{file}: holds no factors of any layer; train or copy it again")
-    return lora
+            weights.append(own.detach().float().cpu())
+    try:
+        return full(decomposed(torch.cat(weights), change, magnitude))
+    except ValueError as error:
+        raise UserError(f"{file}: {layers[0]}: {error}; it was trained for another model") from None
 
 
 def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: type) -> tuple[int, str]:
@@ -113,21 +181,52 @@ def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: ty
         The number, and the name of the file's format, such as "LoKr".
 
     Raises:
-        UserError: As load_lora.
+        UserError: As load_lora; or the file changes nothing.
     """
-    file = _find(Path(path))
+    file = lora_file(Path(path))
     try:
         lora = load_lora(path, transformer, pipeline_class, header_only=True)
+        zero: dict[str, bool] = {}  # by layer: whether one of its factors is
         with opened(file) as stored:
             for key in stored.keys():  # noqa: SIM118
-                _check_finite(file, key, stored.get_tensor(key))
+                value = stored.get_tensor(key)
+                _check_finite(file, key, value)
+                match = FACTOR.fullmatch(key) or CHANGE.fullmatch(key)
+                layer = match[1] if match else key
+                zero[layer] = zero.get(layer, False) or not (value.any() or key.endswith(".alpha"))
     except RuntimeError:
         lora = load_lora(path, transformer, pipeline_class)
+        zero = {name: not (a.any() and b.any()) for name, (a, b, _) in lora.items()}
+    if all(zero.values()):
+        raise UserError(f"{file}: changes nothing: in every layer a factor is zero, as before training; train it first")
     return sum(a.numel() + b.numel() for a, b, _ in lora.values()), kind_of(read_header(file))
 
 
-def _find(path: Path) -> Path:
-    """Returns the safetensors file that path is or holds."""
+def trained_for(path: str | Path) -> str | None:
+    """Says which model a LoRA names as the one that it was trained on; None where it names none.
+
+    Raises:
+        UserError: There is no LoRA.
+    """
+    file = lora_file(Path(path))
+    with opened(file) as stored:
+        metadata = stored.metadata() or {}
+    beside = file.with_name("adapter_config.json")
+    if file.name == FILES[0] and beside.is_file():
+        try:
+            metadata = {**metadata, **json.loads(beside.read_text(encoding="utf-8"))}
+        except (OSError, ValueError):
+            return None  # said when it is read
+    found = (metadata.get(key) for key in BASES)
+    return next((str(value) for value in found if value and not Path(str(value)).is_absolute()), None)
+
+
+def lora_file(path: Path) -> Path:
+    """Finds the safetensors file that a path is or holds.
+
+    Raises:
+        UserError: There is none, or there are several.
+    """
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: a LoRA must be a safetensors file; files of other kinds may run code when read")
@@ -163,8 +262,8 @@ def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict 
         raise UserError(f"{file}: its configuration cannot be read as JSON: {error}") from error
     if config is not None and any(key.startswith("transformer.") for key in config):
         config = {k.removeprefix("transformer."): v for k, v in config.items() if k.startswith("transformer.")}
-    if config is not None and config.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{file}: is a {config['peft_type']} of PEFT, of whose kinds only LORA is taken; {MERGED}")
+    if config is not None and config.get("peft_type", "LORA") not in TAKEN:
+        raise UserError(f"{file}: is a {config['peft_type']} of PEFT, of whose kinds {TAKEN} are taken; {CONVERTED}")
     if config is not None and str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
         raise UserError(
             f"{file}: trained with init_lora_weights={config['init_lora_weights']}, which changes the base model; "
@@ -249,8 +348,10 @@ def _pairs(named: Iterable[tuple]) -> dict[tuple, dict[str, torch.Tensor]]:
     """Collects {(name, layers): {"A" or "B": factor}}."""
     pairs: dict[tuple, dict[str, torch.Tensor]] = {}
     for (name, layers, side), value in named:
-        if side != "alpha":  # folded in
-            pairs.setdefault((name, layers), {})[side] = value
+        if side == "alpha":  # folded in
+            continue
+        once, value = in_order(layers, value) if side == "B" else (layers[: len(set(layers))], value)
+        pairs.setdefault((name if once == layers else once[0], once), {})[side] = value
     return pairs
 
 
@@ -262,8 +363,8 @@ def _once(key: str) -> str:
     return key
 
 
-def _parts(file: Path, name: str, layers: Sequence[str], transformer: nn.Module, a, b) -> Sequence[torch.Tensor]:
-    """Returns the rows of B that are each layer's; a UserError for factors of other shapes."""
+def _rows(file: Path, name: str, layers: Sequence[str], transformer: nn.Module, a, b) -> list[int]:
+    """Returns the numbers of rows of B that are each layer's; a UserError for factors of other shapes."""
     shapes = [transformer.get_submodule(layer).weight.shape for layer in layers]
     rows, width = [shape[0] for shape in shapes], shapes[0][1]
     if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1] or a.shape[1] != width or len(b) != sum(rows):
@@ -271,7 +372,21 @@ def _parts(file: Path, name: str, layers: Sequence[str], transformer: nn.Module,
             f"{file}: {name} is {width} -> {sum(rows)} in {type(transformer).__name__}, the LoRA's factors are "
             f"{list(a.shape)} and {list(b.shape)}; it was trained for another model"
         )
-    return b.split(rows)
+    return rows
+
+
+def _split(a: torch.Tensor, b: torch.Tensor, rows: list[int], layers: Sequence[str], scale: float) -> Lora:
+    """Gives each layer of a fused one its rows of B, with that part of the rank which changes them.
+
+    Where a file has the ranks of several layers beside each other, these come apart again.
+    """
+    if len(layers) == 1 or b.is_meta:
+        return {layer: (a, part, scale) for layer, part in zip(layers, b.split(rows), strict=True)}
+    made = {}
+    for layer, part in zip(layers, b.split(rows), strict=True):
+        if (used := part.any(0)).any():
+            made[layer] = (a, part, scale) if used.all() else (a[used], part[:, used], scale)
+    return made
 
 
 def _add_fused(file: Path, name: str, made: Lora, lora: Lora) -> None:
@@ -292,14 +407,16 @@ def _check_finite(file: Path, key: str, value: torch.Tensor) -> None:
         )
 
 
-def _configured_scale(file: Path, config: dict | None, name: str, rank: int) -> float:
+def _configured_scale(file: Path, config: dict | None, name: str, a: torch.Tensor) -> float:
     """Returns alpha / rank, or alpha over its root, as PEFT works it out for a module; 1 without a configuration."""
     if config is None:
         return 1.0
     patterns, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    expected = patterns.get(get_pattern_key(patterns, name), config.get("r", 8))
-    if expected != rank:
-        raise UserError(f"{file}: the configuration gives {name} rank {expected}, its factors have {rank}")
+    rank = patterns.get(get_pattern_key(patterns, name), config.get("r", 8))
+    if config.get("peft_type", "LORA") != "LORA":  # whose rank is not that of the product
+        return alphas.get(get_pattern_key(alphas, name), config.get("alpha", 8)) / rank
+    if rank != len(a):
+        raise UserError(f"{file}: the configuration gives {name} rank {rank}, its factors have {len(a)}")
     alpha = alphas.get(get_pattern_key(alphas, name), config.get("lora_alpha", 8))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
@@ -340,10 +457,10 @@ def _loader(pipeline_class: type) -> type:
     return pipeline_class if loads_loras(pipeline_class) else CogVideoXLoraLoaderMixin
 
 
-def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
+def save_lora(lora: Lora, folder: Path, pipeline_class: type, metadata: Mapping[str, str] | None = None) -> Path:
     """Writes an adapter as the pipeline's own save_lora_weights does, so that load_lora_weights takes it; atomically.
 
-    Of a pipeline that loads no LoRAs the transformer's load_lora_adapter takes it.
+    Of a pipeline that loads no LoRAs the transformer's load_lora_adapter takes it. The file has this metadata too.
 
     Raises:
         UserError: It cannot be written.
@@ -360,7 +477,16 @@ def save_lora(lora: Lora, folder: Path, pipeline_class: type) -> Path:
         except SafetensorError as error:  # a full disk, which for safetensors is no OSError
             raise UserError(f"cannot write {path}: {error}; make room, or give another place") from error
         written = Path(temporary) / FILES[1]
+        if metadata:
+            add_metadata(written, metadata)
         with open(written, "rb") as file:
             os.fsync(file.fileno())
         os.replace(written, path)
     return path
+
+
+def add_metadata(file: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file again, with more metadata."""
+    with opened(file) as stored:
+        tensors, own = {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
+    save_file(tensors, file, {"format": "pt", **own, **metadata})

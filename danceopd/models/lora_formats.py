@@ -1,63 +1,90 @@
-"""Recognises what a LoRA file holds beside plain factors, and whose layers it names."""
+"""Recognises what a LoRA file holds beside plain factors."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
 
 CHANGE = re.compile(
     r"(.+?)\.(lokr_w1|lokr_w1_a|lokr_w1_b|lokr_w2|lokr_w2_a|lokr_w2_b|hada_w1_a|hada_w1_b|hada_w2_a|hada_w2_b|diff)"
     r"(?:\.default)?(?:\.weight)?"
 )
 
-# What trainers and wrappers put in front of layers' names, also several times.
-PREFIXES = ("base_model.model.", "base_model.", "transformer.", "diffusion_model.", "model.", "module.", "_orig_mod.")
-FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_", "lycoris_")  # of names with _ for every dot
+MAGNITUDE = re.compile(r"(.+?)\.(?:dora_scale|lora_magnitude_vector|magnitude)(?:\.default)?(?:\.weight)?")
 
-MERGED = "merge it into its base with the tool that trained it, and give that transformer as the source's weights"
+MERGED = (
+    "merge it into its base with the tool that trained it (LyCORIS: tools/merge.py, PEFT: merge_and_unload), and give "
+    "that transformer as the source's weights"
+)
+CONVERTED = f"make it a LoRA by peft.save_as_lora, or {MERGED}"
 
-# What is no sum of factors or needs what the file does not hold; by an end of its keys.
+# What is no change of weights that the file and its base give; by an end of its keys.
 REFUSED = {
-    "a DoRA, whose change depends on the base's own weights": r"dora_scale|lora_magnitude_vector|magnitude",
-    "an OFT or BOFT, which rotates the base's weights": r"oft_blocks|oft_diag|oft_[rRs]|boft_[rRs]",
-    "an IA3, which scales the base's outputs": r"ia3_l|on_input",
-    "a GLoRA, which multiplies the base's weights": r"[ab][12]",
-    "a VeRA, whose shared factors are not in the file": r"vera_lambda_[bd]",
-    "a LoRA of convolutions in Tucker's form": r"lok?r_t2|hada_t[12]|lora_mid",
-}
-
-# {what it changes: (transformers that it is right for, how its keys look)}
-FAMILIES = {
-    "a UNet, as Stable Diffusion 1, 2 and XL have one": ((), r"(down|up|input|output)_blocks|mid(dle)?_block"),
-    "Wan's transformer": ((), r"(^|[._])blocks[._]\d+[._](self|cross)_attn"),
-    "FLUX's transformer": (("Flux",), r"(double|single)_blocks|single_transformer_blocks"),
-    "Stable Diffusion 3's transformer": (("SD3",), r"joint_blocks"),
-    "Qwen-Image's transformer": (("QwenImage",), r"transformer_blocks[._]\d+[._](img|txt)_m(lp|od)"),
-    "Z-Image's or Lumina's transformer": (("ZImage",), r"(noise|context)_refiner|(^|[._])layers[._]\d+[._]attention"),
+    f"an OFT or BOFT, which rotates the base's weights; {CONVERTED}": r"oft_blocks|oft_diag|oft_[rRs]|boft_[rRs]",
+    f"an IA3, which scales the base's outputs; {MERGED}": r"ia3_l|on_input",
+    f"a GLoRA, which multiplies the base's weights; {CONVERTED}": r"[ab][12]|glora_[A-E]",
+    f"a VeRA, whose shared factors are not in the file; {CONVERTED}": r"vera_lambda_[bd]",
+    f"a VB-LoRA, whose vectors lie in a shared bank; {CONVERTED}": r"vblora_logits_[AB]|vblora_vector_bank",
+    f"a LoRA of convolutions in Tucker's form; {MERGED}": r"lok?r_t2|hada_t[12]|lora_mid",
+    f"a DoRA of LyCORIS that is decomposed in the change itself; {MERGED}": r"wd_for_diff",
+    "a LoRA of a quantized base for nunchaku; take the file that it was converted from": r"proj_(down|up)|smooth_orig",
+    "a textual inversion and no change of weights; leave it out, prompts are encoded without it": r"emb_params",
 }
 
 
 def refused(keys: Iterable[str]) -> tuple[str, list[str]] | None:
-    """Finds a format among a file's keys that no sum of factors can stand for.
+    """Finds a format among a file's keys that is no change of the base's linear layers.
 
     Returns:
         What it is and what to do, and its keys; None for a file without one.
     """
     keys = list(keys)
     for what, ends in REFUSED.items():
-        found = [key for key in keys if re.fullmatch(rf".+\.(?:{ends})(?:\.default)?(?:\.weight)?", key)]
+        found = [key for key in keys if re.fullmatch(rf"(?:.+\.)?(?:{ends})(?:\.default)?(?:\.weight)?", key)]
         if found:
-            return f"is {what}; {MERGED}", found
+            return f"is {what}", found
     return None
 
 
+def without_magnitudes(raw: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Takes DoRA's magnitudes (PEFT's lora_magnitude_vector, LyCORIS's dora_scale) out of a file's tensors.
+
+    Returns:
+        The other tensors by key, and the magnitudes by what stands before their key's end.
+    """
+    magnitudes = {match[1]: value for key, value in raw.items() if (match := MAGNITUDE.fullmatch(key))}
+    return {key: value for key, value in raw.items() if not MAGNITUDE.fullmatch(key)}, magnitudes
+
+
+def decomposed(weight: torch.Tensor, change: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Returns what a DoRA adds to a weight W: m (W + D) / |W + D| - W (arXiv 2402.09353), as PEFT and LyCORIS do.
+
+    Args:
+        weight: W [out, in] of the base, in float32.
+        change: D [out, in], what the factors alone would add.
+        magnitude: m, [out] or [out, 1] for norms of rows, [1, in] for norms of columns.
+
+    Returns:
+        [out, in].
+
+    Raises:
+        ValueError: The magnitude is of another shape.
+    """
+    rows = magnitude.shape in ((len(weight),), (len(weight), 1))
+    if not rows and magnitude.shape != (1, weight.shape[1]):
+        raise ValueError(f"its magnitude is {list(magnitude.shape)}, for weights of {list(weight.shape)}")
+    turned = weight + change
+    norm = turned.norm(dim=1 if rows else 0, keepdim=True)
+    return turned * (magnitude.reshape(norm.shape) / norm.clamp(min=torch.finfo(norm.dtype).tiny)) - weight
+
+
 def kind_of(keys: Iterable[str]) -> str:
-    """Names the format of a file's weight changes: LoRA, LoKr, LoHa, full weights, or several of them."""
+    """Names the format of a file's weight changes: LoRA, DoRA, LoKr, LoHa, full weights, or several of them."""
     names = {"lokr": "LoKr", "hada": "LoHa", "diff": "full weights"}
-    found = {names[match[2][:4]] if (match := CHANGE.fullmatch(key)) else "LoRA" for key in keys if ".alpha" not in key}
-    return " and ".join(sorted(found))
+    keys = [key for key in keys if ".alpha" not in key]
+    factors = [key for key in keys if not MAGNITUDE.fullmatch(key)]
+    found = {names[match[2][:4]] if (match := CHANGE.fullmatch(key)) else "LoRA" for key in factors}
+    return " and ".join(sorted(found)) + (" of DoRA's kind" if len(factors) < len(keys) else "")
 
 
 def as_factors(raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -138,91 +165,3 @@ def _matrix(name: str, part: Mapping[str, torch.Tensor], key: str):
     if b.shape[1] != len(a):
         raise ValueError(f"{name}.{key}_a and {key}_b do not fit each other")
     return (b, a), len(a)
-
-
-def known_layers(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Lists the names that files have for a transformer's linear layers.
-
-    Returns:
-        {name: layers}: the layers' own names, and of attention also the names of the layer that the original network
-        has in place of several or of one; and each name once more with _ for every dot.
-    """
-    linear = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-    found = {name: (name,) for name in linear}
-
-    def also(name: str, *layers: str) -> None:
-        if linear.issuperset(layers):
-            found.setdefault(name, layers)
-
-    for parent in sorted({name.rpartition(".")[0] for name in linear if name.endswith((".to_q", ".add_q_proj"))}):
-        own, added = [f"{parent}.to_{x}" for x in "qkv"], [f"{parent}.add_{x}_proj" for x in "qkv"]
-        for fused in ("qkv", "to_qkv"):
-            also(f"{parent}.{fused}", *own)
-        for fused in ("add_qkv_proj", "to_added_qkv"):
-            also(f"{parent}.{fused}", *added)
-        for x, layer in zip("qkv", own, strict=True):
-            also(f"{parent}.to.{x}", layer)
-        for name in ("out", "to_out"):
-            also(f"{parent}.{name}", f"{parent}.to_out.0")
-    if type(transformer).__name__.startswith("SD3"):
-        _add_sd3(also, len(transformer.transformer_blocks))
-    if type(transformer).__name__.startswith("ZImage"):
-        for name, layer in {
-            "x_embedder": "all_x_embedder.2-1",
-            "final_layer.linear": "all_final_layer.2-1.linear",
-        }.items():
-            also(name, layer)
-    return {name.replace(".", "_"): layers for name, layers in found.items()} | found
-
-
-def _add_sd3(also, blocks: int) -> None:
-    """Adds the names of Stability's own SD3. Its last norms, whose halves diffusers swaps, are not among them."""
-    for i in range(blocks):
-        old, new = f"joint_blocks.{i}", f"transformer_blocks.{i}"
-        for attention in ("attn", "attn2"):
-            also(f"{old}.x_block.{attention}.qkv", *(f"{new}.{attention}.to_{x}" for x in "qkv"))
-            also(f"{old}.x_block.{attention}.proj", f"{new}.{attention}.to_out.0")
-        also(f"{old}.context_block.attn.qkv", *(f"{new}.attn.add_{x}_proj" for x in "qkv"))
-        also(f"{old}.context_block.attn.proj", f"{new}.attn.to_add_out")
-        for part, feed in (("x_block", "ff"), ("context_block", "ff_context")):
-            also(f"{old}.{part}.mlp.fc1", f"{new}.{feed}.net.0.proj")
-            also(f"{old}.{part}.mlp.fc2", f"{new}.{feed}.net.2")
-        also(f"{old}.x_block.adaLN_modulation.1", f"{new}.norm1.linear")
-        if i + 1 < blocks:
-            also(f"{old}.context_block.adaLN_modulation.1", f"{new}.norm1_context.linear")
-    for old, new in {"t_embedder": "timestep_embedder", "y_embedder": "text_embedder"}.items():
-        for i, name in ((0, "linear_1"), (2, "linear_2")):
-            also(f"{old}.mlp.{i}", f"time_text_embed.{new}.{name}")
-    also("final_layer.linear", "proj_out")
-
-
-def layers_of(name: str, known: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """Returns the layers that a file's name stands for, with any of the prefixes, however often; None for none."""
-    prefixes = FLAT_PREFIXES if "." not in name else PREFIXES
-    while name not in known:
-        prefix = next((p for p in prefixes if name.startswith(p)), None)
-        if prefix is None:
-            return None
-        name = name.removeprefix(prefix)
-    return known[name]
-
-
-def whose(keys: Iterable[str], transformer: nn.Module) -> str | None:
-    """Says what network keys that a transformer does not have are of, where their names show it."""
-    keys, own = list(keys), type(transformer).__name__
-    for what, (classes, pattern) in FAMILIES.items():
-        found = sum(bool(re.search(pattern, key)) for key in keys)
-        if 2 * found > len(keys) and not own.startswith(classes or ("no",)):
-            return f"its keys are those of {what}"
-    return None
-
-
-def nearest(name: str, known: Mapping[str, tuple[str, ...]]) -> str | None:
-    """Says what is near a layer's name that is not known: the same behind another prefix, or one spelled alike."""
-    for at in (match.end() for match in re.finditer(r"\.", name)):
-        if name[at:] in known:
-            return f"the prefix {name[:at]!r} is none that is known; without it {name[at:]} is a layer there"
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"the nearest layers to {name} are {', '.join(near)}" if near else None

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Container, Mapping
 from pathlib import Path
 from uuid import uuid4
 
@@ -65,7 +66,14 @@ def save_transformer(transformer: nn.Module, weights: Weights, folder: Path) -> 
 SHARD = "5GB"  # of a file that is written, and so what is in memory at a time
 
 
-def save_pretrained(network: nn.Module, weights: Weights, folder: Path, dtype: torch.dtype) -> None:
+def save_pretrained(
+    network: nn.Module,
+    weights: Weights,
+    folder: Path,
+    dtype: torch.dtype,
+    narrow: Container[str] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes what the network's save_pretrained would with these weights, one file's in memory at a time.
 
     Args:
@@ -73,21 +81,32 @@ def save_pretrained(network: nn.Module, weights: Weights, folder: Path, dtype: t
         weights: What it holds.
         folder: Where to.
         dtype: Of what is written.
+        narrow: Names of tensors that are rounded to float8_e4m3fn instead.
+        metadata: Of the files, beside their format.
 
     Raises:
         OSError, SafetensorError: The disk is full or the folder read-only.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device="meta")
+    kinds = {
+        name: torch.float8_e4m3fn if name in narrow else dtype if tensor.is_floating_point() else tensor.dtype
         for name, tensor in network.state_dict().items()
     }
+    state = {name: torch.empty(weights.shapes[name], dtype=kind, device="meta") for name, kind in kinds.items()}
     pattern = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=SHARD)
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: weights.tensor(name).to(state[name].dtype) for name in names}
-        save_file(tensors, folder / file, {"format": "pt"})
+        tensors = {name: _rounded(weights.tensor(name), kinds[name]) for name in names}
+        save_file(tensors, folder / file, {"format": "pt", **(metadata or {})})
     if split.is_sharded:
         content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     network.save_config(folder)
+
+
+def _rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds a tensor to a dtype; what float8_e4m3fn cannot hold becomes its largest number and not NaN."""
+    if dtype == torch.float8_e4m3fn:
+        largest = torch.finfo(dtype).max
+        value = value.clamp(-largest, largest)
+    return value.to(dtype)

@@ -1,11 +1,12 @@
 """Students of a diffusers model: an adapter on a shared transformer, or all weights of one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 
 import torch
 from danceopd_kernels.lora import frozen_linear
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from danceopd.core.conditioning import Conditioning
@@ -14,6 +15,40 @@ from danceopd.models.lora_algebra import Lora
 from danceopd.models.lora_layers import _Factors, _flat
 from danceopd.models.packing import by_sources
 from danceopd.models.shared_base import SharedBase
+from danceopd.support.errors import UserError
+
+
+def layer_sizes(
+    layers: Sequence[str],
+    rank: int,
+    alpha: float | None,
+    rank_pattern: Mapping[str, int],
+    alpha_pattern: Mapping[str, float],
+) -> dict[str, tuple[int, float]]:
+    """Works out the rank and alpha of each layer of an adapter, as PEFT does.
+
+    Args:
+        layers: The layers' names.
+        rank: Of those that no pattern names.
+        alpha: Of those that no pattern names; a layer's own rank if None.
+        rank_pattern: Ranks by regular expressions for ends of names, at a dot.
+        alpha_pattern: Alphas in the same way.
+
+    Returns:
+        {layer: (rank, alpha)}.
+
+    Raises:
+        UserError: A pattern names no layer.
+    """
+    sizes, unused = {}, {*rank_pattern, *alpha_pattern}
+    for name in layers:
+        own, other = get_pattern_key([*rank_pattern], name), get_pattern_key([*alpha_pattern], name)
+        unused -= {own, other}
+        size = rank_pattern.get(own, rank)
+        sizes[name] = size, float(alpha_pattern.get(other, size if alpha is None else alpha))
+    if unused:
+        raise UserError(f"no layer of the adapter ends in {', '.join(sorted(unused))}, which a pattern names")
+    return sizes
 
 
 class LoraStudent(nn.Module):
@@ -29,6 +64,7 @@ class LoraStudent(nn.Module):
         alpha: The adapter's scale, times rank.
         generator: Draws A.
         embedded_guidance: The input of all its samples, where the transformer takes one.
+        sizes: {layer: (rank, alpha)} of those that have their own, as layer_sizes gives them.
     """
 
     def __init__(
@@ -39,6 +75,7 @@ class LoraStudent(nn.Module):
         alpha: float,
         generator: torch.Generator | None = None,
         embedded_guidance: float | None = None,
+        sizes: Mapping[str, tuple[int, float]] | None = None,
     ):
         super().__init__()
         self.embedded_guidance = embedded_guidance
@@ -46,9 +83,10 @@ class LoraStudent(nn.Module):
         self.factors = nn.ModuleDict()
         for name in layers:
             linear = shared.transformer.get_submodule(name)
+            own_rank, own_alpha = (sizes or {}).get(name, (rank, alpha))
             bound = linear.in_features**-0.5
-            a = (2 * torch.rand(rank, linear.in_features, generator=generator) - 1) * bound
-            self.factors[_flat(name)] = _Factors(a, torch.zeros(linear.out_features, rank), alpha / rank)
+            a = (2 * torch.rand(own_rank, linear.in_features, generator=generator) - 1) * bound
+            self.factors[_flat(name)] = _Factors(a, torch.zeros(linear.out_features, own_rank), own_alpha / own_rank)
 
     def __deepcopy__(self, memo) -> "LoraStudent":
         copied = LoraStudent(self._shared[0], [], self.rank, self.alpha, embedded_guidance=self.embedded_guidance)
@@ -95,6 +133,10 @@ class LoraStudent(nn.Module):
         """
         own = self.factors[_flat(name)]
         return own.lora_A, own.lora_B
+
+    def scale_of(self, name: str) -> float:
+        """Returns what a layer's B A is multiplied by: its alpha / rank."""
+        return self.factors[_flat(name)].scale
 
     def lora(self) -> Lora:
         """Returns the adapter by module.

@@ -98,6 +98,30 @@ def check_fits(weights: Weights, network: nn.Module, where: Path | str) -> None:
     check_shapes(weights.shapes, network, where)
 
 
+PROBED, RELATED = 3, 0.5  # tensors that are compared; the cosine below which two networks have nothing in common
+
+
+def likeness(one: Weights, other: Weights) -> float:
+    """Compares two networks of one architecture by a few of their largest matrices, which alone are read.
+
+    Weights that were trained from the same ones have a cosine near 1, those of another model near 0.
+
+    Args:
+        one: A network's.
+        other: The other's.
+
+    Returns:
+        The largest cosine of the matrices read; 1 where the networks have none in common.
+    """
+    names = [n for n, s in one.shapes.items() if len(s) == 2 and other.shapes.get(n) == s and min(s) > 1]
+    names = sorted(names, key=lambda name: one.shapes[name].numel())[-64:]
+    found = []
+    for name in names[:: max(1, len(names) // PROBED)][:PROBED]:
+        a, b = (weights.tensor(name).flatten().double() for weights in (one, other))
+        found.append((a @ b / (a.norm() * b.norm()).clamp(min=1e-30)).item())
+    return max(found, default=1.0)
+
+
 def _rows(shape: torch.Size, start: int, stop: int) -> tuple[int, int, int]:
     """Returns (first, last) row of a tensor in which these places of it lie, and the places of the first row before
     them.

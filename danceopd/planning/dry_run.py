@@ -1,8 +1,8 @@
 """Finds out what a run takes and what it lacks, without loading a weight: `danceopd train --dry-run`.
 
-Networks are built on the meta device from their configurations; of files only configurations, headers, prepared
-rows and both ends of the encoders' files are read. What the backward keeps is seen on a forward there, through the code
-that trains.
+Networks are built on the meta device from their configurations; of files only configurations, headers, LoRAs, prepared
+rows and both ends of the encoders' files are read, and of a source's own weights a few matrices. What the backward
+keeps is seen on a forward there, through the code that trains.
 """
 
 import os

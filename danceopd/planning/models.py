@@ -1,4 +1,4 @@
-"""Examines the networks and the prepared rows of a diffusers model's run without loading a weight."""
+"""Examines the networks and the prepared rows of a diffusers model's run without loading a network."""
 
 import math
 from pathlib import Path
@@ -14,13 +14,13 @@ from danceopd.models.backbones import backbone_of, meta_transformer, pipeline_cl
 from danceopd.models.blocks import blocks, main_blocks
 from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
-from danceopd.models.loading import check_transformer_file, check_weights, is_file_name, pipeline_index
-from danceopd.models.lora_algebra import sum_loras
-from danceopd.models.lora_files import load_lora, lora_parameters
+from danceopd.models.loading import check_transformer_file, check_weights, hub_id, is_file_name, pipeline_index
+from danceopd.models.lora_algebra import squared_norms, sum_loras
+from danceopd.models.lora_files import load_lora, lora_parameters, trained_for
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase
 from danceopd.models.students import FullStudent, LoraStudent
-from danceopd.models.weights import shapes_of
+from danceopd.models.weights import RELATED, likeness, of_folder, shapes_of
 from danceopd.planning.backward import conditioning_bytes, held_in_forward, kept_for_backward, operations
 from danceopd.planning.memory import (
     FLOAT,
@@ -34,7 +34,7 @@ from danceopd.planning.memory import (
 from danceopd.support.errors import UserError
 from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.build import run_attention
-from danceopd.training.assembly.networks import start_folder, student_layers
+from danceopd.training.assembly.networks import start_folder, student_layers, student_sizes
 from danceopd.training.assembly.samples import check_decoder, model_samples, rows_of
 from danceopd.training.assembly.sources import needs_base, source_folder, sources_on_base
 from danceopd.training.assembly.starts import check_alike, start_lora
@@ -96,7 +96,7 @@ def _sources(
     for name, source in config.networks().items():
         carrier = transformer  # of the source's adapters
         if name not in sources_on_base(config):
-            carrier = networks[name] = _own_transformer(config, name, backbone, transformer, attempt)
+            carrier = networks[name] = _own_transformer(config, name, backbone, transformer, findings)
         pipeline_class = pipeline_class_of(config.model)
         files = [
             carrier and attempt(f"sources.{name}.lora", lora_parameters, lora.path, carrier, pipeline_class)
@@ -109,6 +109,12 @@ def _sources(
         for lora, result in zip(source.lora, files, strict=True):
             if result:
                 findings.found.append(f"{name}: {lora.path}, {result[1]}, all keys fit")
+                base, own = trained_for(lora.path), hub_id(config.model)
+                if base and own and "/" in base and base != own and name not in networks:
+                    findings.warnings.append(
+                        f"sources.{name}.lora: {lora.path} says that it was trained on {base}, and the model is {own}; "
+                        "it fits by shape, and may look otherwise on these weights"
+                    )
     for name, source in config.sources.items():
         if source.guided and source.guided.skip_layers:
             network = networks.get(source.guided.source, transformer)
@@ -196,13 +202,44 @@ def _student(config: Config, findings: Findings, backbone: ModuleType, transform
         start = findings.attempt("student.init_from", _meta_start, config, backbone)
         return start and FullStudent(start, velocity)
     layers = findings.attempt("student.lora.targets", student_layers, config, backbone, transformer)
-    if layers is None:
+    sizes = layers and findings.attempt("student.lora", student_sizes, config, layers)
+    if not sizes:
         return None
+    _lacking(config, findings, transformer, layers)
     cut = findings.attempt("student.init_from", _cut_layers, config, transformer, layers)
     if cut:
         findings.found.append(f"student: begins as {config.student.init_from}, cut to rank {lora.rank} in {cut} layers")
     with torch.device("meta"):
-        return LoraStudent(SharedBase(transformer, [], velocity, layers), layers, lora.rank, lora.alpha or lora.rank)
+        shared = SharedBase(transformer, [], velocity, layers)
+        return LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, sizes=sizes)
+
+
+def _lacking(config: Config, findings: Findings, transformer: nn.Module, layers: list[str]) -> None:
+    """Says which sources' adapters change layers that the student's does not have, and how much of their change.
+
+    The share is |D in those layers|^2 / |D|^2, of the change D of all weights.
+    """
+    pipeline_class, own = pipeline_class_of(config.model), set(layers)
+    for name in sources_on_base(config):
+        source = config.sources[name]
+        try:
+            if all(own.issuperset(load_lora(x.path, transformer, pipeline_class, 1.0, True)) for x in source.lora):
+                continue
+            loras = [
+                load_lora(x.path, transformer, pipeline_class, x.scale, base=of_folder(config.model))
+                for x in source.lora
+            ]
+        except (UserError, RuntimeError):  # said of the source, where it is a problem
+            continue
+        norms = squared_norms(sum_loras(loras))
+        missing = [layer for layer in norms if layer not in own]
+        share = sum(norms[layer] for layer in missing) / (sum(norms.values()) or 1.0)
+        more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
+        findings.warnings.append(
+            f"sources.{name}: {share:.1%} of its change (squared norm) is in {len(missing)} layers that the student's "
+            f"adapter lacks ({', '.join(missing[:2])}{more}); the student can only follow it by other layers: widen "
+            "student.lora.targets, such as attention+ffn"
+        )
 
 
 def _meta_start(config: Config, backbone: ModuleType) -> nn.Module:
@@ -234,7 +271,8 @@ def _cut_layers(config: Config, transformer: nn.Module, layers: list[str]) -> in
             loras[name] = sum_loras([load_lora(x.path, transformer, pipeline_class, 1.0, True) for x in source.lora])
         except (UserError, RuntimeError):  # said of the source, where it is a problem
             return 0
-    return sum(len(a) > config.student.lora.rank for a, _, _ in start_lora(config, loras, layers).values())
+    sizes = student_sizes(config, layers)
+    return sum(len(a) > sizes[name][0] for name, (a, _, _) in start_lora(config, loras, layers).items())
 
 
 def _check_files(config: Config, findings: Findings) -> None:
@@ -265,14 +303,32 @@ def _parts(folder: Path) -> str:
     return line + (f"; not there, and needed by `danceopd data prepare` alone: {', '.join(spare)}" if spare else "")
 
 
+def _warn_of_strangers(config: Config, findings: Findings, key: str, weights: Path | str) -> None:
+    """Warns of a source's weights that fit the model by shape and have nothing in common with it."""
+    try:
+        alike = likeness(of_folder(config.model), of_folder(weights))
+    except UserError:  # said of the model
+        return
+    if alike < RELATED:
+        findings.warnings.append(
+            f"{key}: {weights} fits {config.model} by shape alone: cosines of its weights with the model's are at most "
+            f"{alike:.2f}, where fine-tuned ones have nearly 1; check that it was trained from this model, since a "
+            "student near the base follows no other"
+        )
+
+
 def _own_transformer(
-    config: Config, name: str, backbone: ModuleType, transformer: nn.Module | None, attempt
+    config: Config, name: str, backbone: ModuleType, transformer: nn.Module | None, findings: Findings
 ) -> nn.Module | None:
     """Makes a source's own transformer without values; None, and a problem, where its weights cannot be used."""
     key, weights, dtype = f"sources.{name}.weights", config.sources[name].weights, PRECISIONS[config.training.precision]
+    attempt = findings.attempt
     if not is_file_name(weights):
         network = attempt(key, meta_transformer, weights, backbone, dtype)
+        problems = len(findings.problems)
         attempt(key, check_weights, weights, network)
+        if network is not None and len(findings.problems) == problems:
+            _warn_of_strangers(config, findings, key, weights)
         return network
     if transformer is not None:
         attempt(key, check_transformer_file, weights, transformer)

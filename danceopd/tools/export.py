@@ -2,66 +2,70 @@
 
 import json
 import os
-import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
 import torch
 import yaml
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
-from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from danceopd.config.expressions import parts
 from danceopd.config.reading import read_run_config
 from danceopd.config.sections import Config
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
-from danceopd.models.loading import class_name_of, pipeline_index, transformer_folder
-from danceopd.models.lora_algebra import Lora, named_factors
+from danceopd.models.blocks import block_layers
+from danceopd.models.loading import class_name_of, hub_id, transformer_folder
+from danceopd.models.lora_algebra import Lora
 from danceopd.models.lora_files import FILES, load_lora, loads_loras, save_lora
+from danceopd.models.lora_layouts import in_layout, save_peft
 from danceopd.models.saving import save_pretrained
-from danceopd.models.weights import check_fits, of_folder, plus
+from danceopd.models.weights import Weights, check_fits, of_folder, plus
 from danceopd.report.tables import format_markdown
 from danceopd.support.errors import UserError
 from danceopd.support.files import new_folder
 from danceopd.support.run_log import read_log
-
-# The prefix of diffusers' own layer names in a family's layout. Left out is what neither diffusers nor PEFT writes:
-# kohya's files for SD3 and FLUX.2, and ComfyUI's for FLUX.2, name the layers of the original networks and fuse some.
-LAYOUTS = {
-    "comfyui": {
-        "sd3": "transformer",
-        "flux": "transformer",
-        "qwen_image": "diffusion_model",
-        "z_image": "diffusion_model",
-    },
-    "kohya": {"flux": "lora_transformer", "qwen_image": "unet", "z_image": "unet"},  # "unet" becomes "lora_unet"
-}
+from danceopd.tools.provenance import provenance
 
 LAST = 5  # records of the training curve in a model card
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
+# What a user calls the dtype of what is written. fp8: e4m3 for the linear weights of a merged transformer's blocks, as
+# they are and without scales, beside bf16.
+STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
-def export(run: Path, output: Path, merge: bool = False, layout: str = "diffusers") -> Path:
+
+def export(
+    run: Path,
+    output: Path,
+    merge: bool = False,
+    layout: str = "diffusers",
+    dtype: str | None = None,
+    triggers: Sequence[str] = (),
+) -> Path:
     """Writes the student of a run into a new folder, with a model card.
 
-    An adapter is written as the pipeline's load_lora_weights takes it, or with `merge` the transformer with it, in the
-    dtype of the base's own files, as from_pretrained takes it; of a run that trained all weights always the
-    transformer.
+    An adapter is written as the pipeline's load_lora_weights takes it, or in another tool's layout, or with `merge` the
+    transformer with it as from_pretrained takes it; of a run that trained all weights always the transformer. The
+    file's metadata has the base, trigger words and the sources' hashes.
 
     Args:
         run: The run's folder.
         output: The new folder.
         merge: Whether the adapter is merged into its transformer.
-        layout: "diffusers", "comfyui" or "kohya".
+        layout: "diffusers", "peft", "comfyui" or "kohya".
+        dtype: One of STORAGE; what the student was trained in, or the base's files are stored in, if not given.
+        triggers: Words for the metadata, beside those that the sources' own files name.
 
     Returns:
-        The file of the weights.
+        The folder.
 
     Raises:
         UserError: The run has no student, its base is no longer there, the family lacks the layout, or the output is
@@ -69,37 +73,52 @@ def export(run: Path, output: Path, merge: bool = False, layout: str = "diffuser
     """
     config = _config_of(run)
     backbone = backbone_of(config.model)
+    facts = provenance(config, triggers)
     if not config.student.lora:
-        return _export_full(run, output, config, layout)
+        return _export_full(run, output, config, layout, dtype, facts)
     if merge and layout != "diffusers":
         raise UserError("a merged transformer is written as diffusers does; leave out --layout, or --merge")
+    if dtype == "fp8" and not merge:
+        raise UserError("an adapter is stored in fp32, bf16 or fp16; fp8 is for --merge")
     pipeline_class, empty = pipeline_class_of(config.model), empty_transformer(config.model)
     lora = load_lora(run / "student", empty, pipeline_class)
     card = model_card(run, config, merge, layout, type(empty).__name__)
     with new_folder(output) as folder:
         if merge:
             base = transformer_folder(config.model)
-            save_pretrained(empty, plus(of_folder(base), lora), folder, stored_dtype(base))
-        elif layout == "diffusers":
-            save_lora(lora, folder, pipeline_class)
+            _write_merged(empty, plus(of_folder(base), lora), folder, dtype, stored_dtype(base), facts)
         else:
+            if dtype:
+                lora = {
+                    name: (a.to(STORAGE[dtype]), (b * s).to(STORAGE[dtype]), 1.0) for name, (a, b, s) in lora.items()
+                }
             family = backbone.__name__.rpartition(".")[2]
-            _write_layout(lora, folder / FILES[1], layout, family, empty, pipeline_class)
+            _write_adapter(lora, folder, layout, family, empty, pipeline_class, facts)
         card.save(folder / "README.md")
     return output
 
 
-def _export_full(run: Path, output: Path, config: Config, layout: str) -> Path:
+def _export_full(
+    run: Path, output: Path, config: Config, layout: str, dtype: str | None, facts: dict[str, str]
+) -> Path:
     if layout != "diffusers":
         raise UserError(f"{run} trained all weights; {layout} is a layout of adapters: leave out --layout")
-    empty, dtype = empty_transformer(run / "student"), stored_dtype(transformer_folder(config.model))
+    empty, stored = empty_transformer(run / "student"), stored_dtype(transformer_folder(config.model))
     weights = of_folder(run / "student")
     check_fits(weights, empty, run / "student")
     card = model_card(run, config, True, layout, type(empty).__name__)
     with new_folder(output) as folder:
-        save_pretrained(empty, weights, folder, dtype)
+        _write_merged(empty, weights, folder, dtype, stored, facts)
         card.save(folder / "README.md")
     return output
+
+
+def _write_merged(
+    empty: nn.Module, weights: Weights, folder: Path, dtype: str | None, stored: torch.dtype, facts: dict[str, str]
+) -> None:
+    """Writes a whole transformer, the linear weights of its blocks in FP8 where that is asked for."""
+    narrow = {f"{name}.weight" for name, _, _ in block_layers(empty)} if dtype == "fp8" else set()
+    save_pretrained(empty, weights, folder, STORAGE[dtype] if dtype else stored, narrow, facts)
 
 
 def _config_of(run: Path) -> Config:
@@ -130,31 +149,37 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def _write_layout(lora: Lora, file: Path, layout: str, family: str, empty, pipeline_class: type) -> None:
-    """Writes an adapter in another layout, and read it back by diffusers' own converter: it must be the same."""
-    try:
-        prefix = LAYOUTS[layout][family]
-    except KeyError:
-        others = ["diffusers", *(name for name, families in LAYOUTS.items() if family in families)]
-        raise UserError(
-            f"neither diffusers nor PEFT writes the {layout} layout of {family}; use --layout {' or '.join(others)}"
-        ) from None
-    tensors = named_factors(lora, f"{prefix}.")
-    if layout == "kohya":
-        tensors = convert_state_dict_to_kohya(tensors)
-    save_file(tensors, file, {"format": "pt"})
-    refused = f"diffusers does not read this adapter back from the {layout} layout; use --layout diffusers"
+def _write_adapter(
+    lora: Lora, folder: Path, layout: str, family: str, empty: nn.Module, pipeline_class: type, facts: dict[str, str]
+) -> None:
+    """Writes an adapter and reads it back: it must be the same."""
+    if layout == "peft":
+        file = save_peft(lora, folder, facts.get("base_model"), facts)
+    elif layout == "diffusers":
+        file = save_lora(lora, folder, pipeline_class, facts)
+    else:
+        file = folder / FILES[1]
+        save_file(in_layout(lora, empty, layout, family), file, {"format": "pt", **facts})
+    refused = f"this adapter cannot be read back from the {layout} layout; use --layout diffusers"
     try:
         back = load_lora(file, empty, pipeline_class)
     except UserError as error:
         raise UserError(f"{refused}: {error}") from None
-    changed = [
-        name
-        for name, (a, b, scale) in lora.items()
-        if name not in back or not (back[name][0].equal(a) and (back[name][1] * back[name][2]).equal(b * scale))
-    ]
-    if changed or len(back) != len(lora):
-        raise UserError(f"{refused}: {', '.join(changed[:3])} would change")
+    changed = [name for name, factors in lora.items() if name in back and not _alike(factors, back[name])]
+    changed += [name for name, (a, b, _) in lora.items() if name not in back and a.any() and b.any()]
+    if changed or back.keys() - lora.keys():
+        raise UserError(f"{refused}: {', '.join(changed[:3]) or 'other layers'} would change")
+
+
+def _alike(one: tuple, other: tuple) -> bool:
+    """Returns whether two pairs of factors are the same but for parts of the rank that change nothing."""
+    (a, b), (c, d) = (_used(*factors) for factors in (one, other))
+    return a.equal(c) and b.equal(d)
+
+
+def _used(a: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    b = b.float() * scale
+    return a.float()[b.any(0)], b[:, b.any(0)]
 
 
 def model_card(run: Path, config: Config, merge: bool, layout: str, transformer_class: str) -> ModelCard:
@@ -188,28 +213,24 @@ def model_card(run: Path, config: Config, merge: bool, layout: str, transformer_
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
-def hub_id(model: Path) -> str | None:
-    """Finds the repository that a pipeline's folder came from, by the hub's cache or its own index.
-
-    None where none says.
-    """
-    cached = [part for part in model.resolve().parts if part.startswith("models--")]
-    if cached:
-        return cached[-1].removeprefix("models--").replace("--", "/", 1)
-    named = pipeline_index(model).get("_name_or_path", "")
-    return named if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named) and not Path(named).exists() else None
-
-
 def _usage(base: str, name: str, transformer_class: str, merge: bool, layout: str) -> str:
-    if layout == "kohya":
-        return f"`{FILES[1]}` has kohya's names: for ComfyUI and the trainers that read them, and for diffusers."
+    if layout in ("kohya", "comfyui"):
+        whose = {"kohya": "kohya's names: for ComfyUI, and the trainers", "comfyui": "names for ComfyUI, and the tools"}
+        return f"`{FILES[1]}` has {whose[layout]} that read them."
     classes = f"{name}, {transformer_class}" if merge else name
     load = 'pipeline.load_lora_weights("THIS_FOLDER")'
-    if not loads_loras(getattr(diffusers, name)):
+    if layout == "peft":
+        load = 'pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "THIS_FOLDER")'
+    elif not loads_loras(getattr(diffusers, name)):
         load = f'pipeline.transformer.load_lora_adapter("THIS_FOLDER", weight_name="{FILES[1]}")'
     if not merge and not hasattr(getattr(diffusers, transformer_class), "load_lora_adapter"):
         return "diffusers gives this transformer no adapters: write it merged, by `danceopd export --merge`."
-    lines = ["import torch", f"from diffusers import {classes}", ""]
+    lines = [
+        "import torch",
+        f"from diffusers import {classes}",
+        *(["from peft import PeftModel"] * (layout == "peft")),
+        "",
+    ]
     if merge:
         lines += [
             f'transformer = {transformer_class}.from_pretrained("THIS_FOLDER", torch_dtype=torch.bfloat16)',

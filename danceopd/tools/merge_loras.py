@@ -22,15 +22,17 @@ from danceopd.data.prepare import prepare
 from danceopd.data.prepared import PreparedData
 from danceopd.models.backbones import backbone_of, combine_of, empty_transformer, pipeline_class_of
 from danceopd.models.lora_algebra import Lora, average
-from danceopd.models.lora_files import FILES, load_lora
+from danceopd.models.lora_files import FILES, add_metadata, load_lora
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.models.weights import of_folder
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.hints import did_you_mean
 from danceopd.support.pictures import labelled_grid
 from danceopd.support.texts import lines_of, read_text
+from danceopd.tools.provenance import provenance
 from danceopd.training.assembly.build import build_model
 from danceopd.training.loop import train
 
@@ -107,7 +109,7 @@ def merge_loras(
     named = name_loras(loras)
     asked = read_prompts(prompts, list(named), read_triggers(triggers, list(named)))
     empty = empty_transformer(base)
-    adapters = _load(named, empty, pipeline_class_of(base))
+    adapters = _load(named, empty, base)
     manifest, rows = manifest_of(asked)
     work = work or output.with_suffix(".work")
     cache = work / "cache"
@@ -125,6 +127,7 @@ def merge_loras(
     errors, grid = _compare(config, backbone, adapters, asked, resolution, device)
     write_atomic(output.with_suffix(".png"), grid)
     write_atomic(output, student.read_bytes())
+    add_metadata(output, provenance(config, [words.partition("=")[2].strip() for words in triggers]))
     return Merged(output, output.with_suffix(".png"), errors)
 
 
@@ -145,6 +148,9 @@ def _configuration(
     embeds = getattr(empty.config, "guidance_embeds", False)
     embedded, scale = (guidance_scale, 1.0) if embeds else (None, guidance_scale)
     largest = max(len(a) for lora in adapters.values() for a, _, _ in lora.values())
+    whole = [n for n, lora in adapters.items() if any(len(a) >= min(len(b), a.shape[1]) for a, b, _ in lora.values())]
+    if rank is None and whole:
+        raise UserError(f"{', '.join(whole)} changes layers in their full rank, of up to {largest}; give --rank")
     return {
         "model": str(base),
         "student": {
@@ -238,11 +244,11 @@ def read_prompts(path: Path, names: Sequence[str], triggers: dict[str, str]) -> 
     return {name: list(own) for name, own in asked.items()}
 
 
-def _load(named: dict[str, Path], empty: nn.Module, pipeline_class: type) -> dict[str, Lora]:
-    loaded, problems = {}, []
+def _load(named: dict[str, Path], empty: nn.Module, base: Path) -> dict[str, Lora]:
+    loaded, problems, weights = {}, [], of_folder(base)
     for name, path in named.items():
         try:
-            loaded[name] = load_lora(path, empty, pipeline_class)
+            loaded[name] = load_lora(path, empty, pipeline_class_of(base), base=weights)
         except UserError as error:
             problems.append(str(error))
     if problems:

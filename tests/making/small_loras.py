@@ -1,7 +1,10 @@
 """Tiny transformers of every family and random LoRAs for them."""
 
+from copy import deepcopy
+
 import diffusers
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from danceopd.core.conditioning import Conditioning
@@ -81,3 +84,14 @@ def batch(n, size=8):
 
 def close(got, expected, tolerance=1e-5):
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def diffusers_deltas(transformer, path, pipeline_class):
+    """scale B A by module as diffusers loads the file into the transformer, without load_lora's help."""
+    alphas = {"return_alphas": True} if pipeline_class is diffusers.FluxPipeline else {}
+    state, *rest = pipeline_class.lora_state_dict(str(path), use_safetensors=True, return_lora_metadata=True, **alphas)
+    metadata, network = rest[-1], rest[0] if alphas else None
+    model = deepcopy(transformer)
+    model.load_lora_adapter(state, network_alphas=network, metadata=metadata, prefix="transformer", adapter_name="x")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    return {name: layer.get_delta_weight("x") for name, layer in layers.items()}

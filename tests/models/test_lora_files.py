@@ -1,21 +1,20 @@
 """LoRA files: each layout gives diffusers' own weights, and no key is left out in silence."""
 
 import json
-from copy import deepcopy
 
 import diffusers
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from small_loras import SD3, TINY, batch, close, prompts, small_sd3
+from small_loras import SD3, TINY, batch, close, diffusers_deltas, prompts, small_sd3
 from tiny_sd3 import save_tiny
 
 from danceopd.models.backbones import sd3
 from danceopd.models.lora_algebra import merge_into
-from danceopd.models.lora_files import load_lora, lora_parameters
+from danceopd.models.lora_files import load_lora, lora_parameters, trained_for
 from danceopd.models.shared_base import SharedBase
+from danceopd.models.weights import of_tensors
 from danceopd.support.errors import UserError
 
 
@@ -28,17 +27,6 @@ def factors(shapes, rank=4, style=("lora_down", "lora_up"), alpha=None, seed=0):
         if alpha:
             state[f"{name}.alpha"] = torch.tensor(alpha + i)
     return state
-
-
-def diffusers_deltas(transformer, path, pipeline_class):
-    """scale B A by module as diffusers loads the file into the transformer, without load_lora's help."""
-    alphas = {"return_alphas": True} if pipeline_class is diffusers.FluxPipeline else {}
-    state, *rest = pipeline_class.lora_state_dict(str(path), use_safetensors=True, return_lora_metadata=True, **alphas)
-    metadata, network = rest[-1], rest[0] if alphas else None
-    model = deepcopy(transformer)
-    model.load_lora_adapter(state, network_alphas=network, metadata=metadata, prefix="transformer", adapter_name="x")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-    return {name: layer.get_delta_weight("x") for name, layer in layers.items()}
 
 
 LAYOUTS = {
@@ -182,7 +170,12 @@ def ab(shapes):
 @pytest.mark.parametrize(
     ("family", "state", "message"),
     [
-        ("sd3", ab(GOOD) | {f"{Q}.lora_magnitude_vector": torch.ones(16)}, "is a DoRA.*merge it into its base.*lora_m"),
+        ("sd3", ab(GOOD) | {f"{Q}.lora_magnitude_vector": torch.ones(9)}, r"magnitude is \[9\], for weights of \[16"),
+        ("sd3", ab(GOOD) | {f"{Q}s.lora_magnitude_vector": torch.ones(16)}, "nearest layers to .*to_qs are .*to_q"),
+        ("sd3", {f"{Q}.dora_scale": torch.ones(16, 1)}, "to_q has a magnitude and no factors of the same layer"),
+        ("sd3", ab(GOOD) | {f"{Q}.wd_for_diff": torch.ones(1)}, "decomposed in the change itself; merge it .*LyCORIS"),
+        ("sd3", {f"{Q}.vera_lambda_b": torch.ones(16)}, "is a VeRA, .*peft.save_as_lora"),
+        ("sd3", {"emb_params": torch.ones(4, 16)}, "is a textual inversion and no change of weights"),
         ("sd3", ab(GOOD) | {f"{Q}.lora_B.bias": torch.ones(16)}, "to_q.lora_B.bias would"),
         ("sd3", ab(GOOD) | {f"{Q}.diff": torch.ones(16, 16)}, "to_q has a LoRA and another change beside it"),
         ("sd3", {f"{Q}.lokr_w1": torch.ones(4, 4)}, "to_q has no lokr_w2_a; the file is incomplete"),
@@ -202,14 +195,12 @@ def ab(shapes):
         ("sd3", ab(GOOD) | ab({"transformer.pos_embed.proj": (16, 16)}), "pos_embed.proj.lora_A"),
         ("sd3", ab({Q: (24, 24)}), r"to_q is 16 -> 16 .* \[4, 24\] and \[24, 4\]; it was trained for another"),
         ("sd3", {f"{Q}.lora_A.weight": torch.ones(4, 16)}, "only one of its two factors"),
-        ("sd3", factors({"lora_unet_joint_blocks_1_context_block_adaLN_modulation_1": (16, 32)}),
+        ("sd3", factors({"lora_unet_joint_blocks_2_context_block_adaLN_modulation_1": (16, 32)}),
          "cannot take all of this LoRA"),
         ("sd3", ab(GOOD) | {f"{Q}.alpha": torch.ones(2)}, "no number beside a pair"),
         ("sd3", ab(GOOD) | {"transformer.x.alpha": torch.ones(())}, "transformer.x.alpha: no number beside a pair"),
         ("sd3", ab(GOOD) | {f"{Q}.lora_A.weight": torch.ones(4, 16, dtype=torch.int8)}, "not floating point"),
         # what diffusers' converters leave out in silence
-        ("flux", factors({"lora_unet_double_blocks_0_img_attn_proj": (16, 16)})
-         | {"lora_unet_double_blocks_0_img_attn_proj.dora_scale": torch.ones(16, 1)}, "is a DoRA"),
         ("flux", factors({"lora_unet_double_blocks_0_img_attn_proj": (16, 16),
                           "text_encoders.t5xxl.transformer.block": (8, 8)}), "t5xxl.* would be left out"),
         ("flux", factors({"lora_unet_double_blocks_0_img_attn_proj": (16, 16)})
@@ -356,6 +347,141 @@ def test_a_full_change_of_a_weight_is_taken_whole(layer, tmp_path):
     close(merged.get_submodule(name).weight, expected)
 
 
+def dora(model, settings=CONFIG):
+    """PEFT's own DoRA on a model, with random factors and magnitudes."""
+    model = get_peft_model(model, LoraConfig(**settings, use_dora=True))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3, generator=generator)
+            elif "magnitude" in name:
+                parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+    return model
+
+
+def test_a_dora_of_peft_gives_the_weights_that_peft_gives_it(tmp_path):
+    model = dora(small_sd3())
+    model.save_pretrained(tmp_path / "lora")
+    expected = dict(model.merge_and_unload().named_parameters())
+    for transformer in (small_sd3(), small_sd3().to("meta")):
+        base = of_tensors(small_sd3().state_dict()) if transformer.device.type == "meta" else None
+        lora = load_lora(tmp_path / "lora", transformer, SD3, base=base)
+        result = merge_into(small_sd3(), lora)
+        for name, parameter in result.named_parameters():
+            close(parameter, expected[name])
+    assert lora_parameters(tmp_path / "lora", small_sd3(), SD3) == (
+        sum(map(numbers, lora.values())),
+        "LoRA of DoRA's kind",
+    )
+    with pytest.raises(UserError, match="is a DoRA, whose change depends on the base's own weights; these are not at"):
+        load_lora(tmp_path / "lora", small_sd3().to("meta"), SD3)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("kind", ["LoRA", "LoKr"])
+def test_a_dora_of_lycoris_on_a_fused_layer(axis, kind, tmp_path):
+    """m (W + D) / |W + D|, of rows or of columns of the whole fused weight, worked out here in float64."""
+    pipeline_class, build = TINY["flux2"]
+    transformer, key = build(), "lora_unet_double_blocks_1_img_attn_qkv"
+    layers = [f"transformer_blocks.1.attn.to_{x}" for x in "qkv"]
+    weight = torch.cat([transformer.get_submodule(layer).weight for layer in layers]).double().detach()
+    if kind == "LoRA":
+        state = factors({key: (16, 48)}, alpha=2.0)
+        change = 0.5 * state[f"{key}.lora_up.weight"].double() @ state[f"{key}.lora_down.weight"].double()
+    else:
+        state, product = lokr(key, (6, 4), (8, 4))
+        change = product.double()
+    turned = weight + change
+    norm = turned.norm(dim=1 - axis, keepdim=True)
+    magnitude = norm * (0.5 + torch.rand(norm.shape, generator=torch.Generator().manual_seed(3)))
+    save_file(state | {f"{key}.dora_scale": magnitude.float()}, tmp_path / "lora.safetensors")
+    lora = load_lora(tmp_path, transformer, pipeline_class, scale=0.7)
+    expected = 0.7 * (turned * magnitude / norm - weight)
+    for layer, rows in zip(layers, expected.chunk(3), strict=True):
+        a, b, scale = lora[layer]
+        close(scale * b @ a, rows.float())
+
+
+@pytest.mark.parametrize("kind", ["LoKr", "LoKr of factors", "LoHa"])
+def test_other_adapters_of_peft_give_the_weights_that_peft_gives_them(kind, tmp_path):
+    settings = {"r": 3, "alpha": 6, "target_modules": ["to_q", "net.2"], "init_weights": False}
+    settings |= {"rank_pattern": {"net.2": 2}, "alpha_pattern": {"net.2": 5}}
+    if kind == "LoHa":
+        config = LoHaConfig(**settings)
+    else:
+        config = LoKrConfig(**settings, decompose_both="factors" in kind, decompose_factor=4)
+    torch.manual_seed(1)
+    model = get_peft_model(small_sd3(width=64), config)
+    model.save_pretrained(tmp_path)
+    expected = dict(model.merge_and_unload().named_parameters())
+    result = merge_into(small_sd3(width=64), load_lora(tmp_path, small_sd3(width=64), SD3))
+    for name, parameter in result.named_parameters():
+        close(parameter, expected[name])
+
+
+NORMS = {
+    "flux": ("final_layer.adaLN_modulation.1", "norm_out.linear"),
+    "flux2": ("final_layer.adaLN_modulation.1", "norm_out.linear"),
+    "sd3": ("joint_blocks.1.context_block.adaLN_modulation.1", "transformer_blocks.1.norm1_context.linear"),
+}
+
+
+@pytest.mark.parametrize("family", NORMS)
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet_"])
+def test_norms_whose_halves_diffusers_swaps_are_swapped(family, prefix, tmp_path):
+    """As diffusers does with the weights themselves; its LoRA converter for FLUX.2 forgets it."""
+    old, new = NORMS[family]
+    key = prefix + (old if prefix.endswith(".") else old.replace(".", "_"))
+    state = factors({key: (16, 32)})
+    save_file(state, tmp_path / "lora.safetensors")
+    pipeline_class, build = TINY[family]
+    lora = load_lora(tmp_path, build(), pipeline_class)
+    assert [*lora] == [new]
+    a, b, scale = lora[new]
+    shift, scaling = (state[f"{key}.lora_up.weight"] @ state[f"{key}.lora_down.weight"]).chunk(2)
+    close(scale * b @ a, torch.cat([scaling, shift]))
+
+
+PEFT_STYLE = {"style": ("lora_A", "lora_B")}
+SINGLE = "single_transformer_blocks.1"
+SPLIT = [f"{SINGLE}.attn.to_{x}" for x in "qkv"]
+
+# {trainer: (family, {name in its files: (in, out)}, how it writes, the layers here)}
+TRAINERS = {
+    "ai-toolkit, FLUX.2": ("flux2", {"diffusion_model.single_blocks.1.linear1": (16, 144)}, PEFT_STYLE,
+                           [f"{SINGLE}.attn.to_qkv_mlp_proj"]),
+    "musubi, Qwen-Image": ("qwen", {"lora_unet_transformer_blocks_0_img_mlp_net_0_proj": (16, 64)}, {"alpha": 1.0},
+                           ["transformer_blocks.0.img_mlp.net.0.proj"]),
+    "musubi, Z-Image": ("z", {"lora_unet_layers_1_attention_to_out_0": (16, 16)}, {"alpha": 1.0},
+                        ["layers.1.attention.to_out.0"]),
+    "OneTrainer, FLUX": ("flux", {"lora_transformer_transformer_blocks_0_ff_net_0_proj": (16, 64)}, {"alpha": 1.0},
+                         ["transformer_blocks.0.ff.net.0.proj"]),
+    "OneTrainer, dotted": ("flux", {f"transformer.{SINGLE}.proj_mlp": (16, 64)}, {"alpha": 1.0},
+                           [f"{SINGLE}.proj_mlp"]),
+    "X-Labs, single blocks": ("flux", {"single_blocks.1.processor.qkv_lora": (16, 48)}, {"style": ("down", "up")},
+                              SPLIT),
+    "kohya, fused linear1": ("flux", {"lora_unet_single_blocks_1_linear1": (16, 112)}, {"alpha": 1.0},
+                             [*SPLIT, f"{SINGLE}.proj_mlp"]),
+    "kohya, SD3": ("sd3", {"lora_unet_joint_blocks_0_x_block_attn2_qkv": (16, 48)}, {"alpha": 1.0},
+                   [f"transformer_blocks.0.attn2.to_{x}" for x in "qkv"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_what_trainers_write_is_read_to_the_last_key(trainer, tmp_path):
+    family, shapes, style, layers = TRAINERS[trainer]
+    pipeline_class, build = TINY[family]
+    state = factors(shapes, **style)
+    save_file(state, tmp_path / "lora.safetensors")
+    lora = load_lora(tmp_path, build(), pipeline_class)
+    assert [*lora] == layers
+    change = torch.cat([scale * b @ a for a, b, scale in lora.values()])
+    down, up = (value for key, value in state.items() if key.endswith("weight"))
+    alpha = next((value / len(down) for key, value in state.items() if key.endswith("alpha")), 1.0)
+    close(change, alpha * up @ down)
+
+
 def test_a_lokr_of_a_layout_that_diffusers_converts_is_taken(tmp_path):
     # of FLUX's own fused layer, whose LoKr diffusers itself cannot split
     key = "diffusion_model.double_blocks.0.img_attn.qkv"
@@ -366,6 +492,38 @@ def test_a_lokr_of_a_layout_that_diffusers_converts_is_taken(tmp_path):
     for x, rows in zip("qkv", product.chunk(3), strict=True):
         a, b, scale = lora[f"transformer_blocks.0.attn.to_{x}"]
         close(scale * b @ a, rows)
+
+
+def test_a_file_that_changes_nothing_is_said(tmp_path):
+    state = ab(GOOD)
+    save_file(state | {f"{Q}.lora_B.weight": torch.zeros(16, 4)}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=r"lora.safetensors: changes nothing: in every layer a factor is zero"):
+        lora_parameters(tmp_path, small_sd3(), SD3)
+    save_file(lokr(Q, (4, 4), (4, 4))[0] | {f"{Q}.lokr_w1": torch.zeros(4, 4)}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="changes nothing"):
+        lora_parameters(tmp_path, small_sd3(), SD3)
+    other = ab({"transformer.transformer_blocks.1.attn.to_q": (16, 16)})
+    save_file(state | {f"{Q}.lora_B.weight": torch.zeros(16, 4)} | other, tmp_path / "lora.safetensors")
+    assert lora_parameters(tmp_path, small_sd3(), SD3)[1] == "LoRA"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "config", "named"),
+    [
+        ({"base_model": "org/model"}, None, "org/model"),
+        ({"modelspec.architecture": "flux-1-dev/lora"}, None, "flux-1-dev/lora"),
+        ({"ss_base_model_version": "flux1"}, None, "flux1"),
+        ({}, {"base_model_name_or_path": "org/other"}, "org/other"),
+        ({}, {"base_model_name_or_path": "/home/me/model"}, None),
+        ({}, {}, None),
+    ],
+)
+def test_a_file_names_the_base_that_it_was_trained_on(metadata, config, named, tmp_path):
+    name = "lora" if config is None else "adapter_model"
+    save_file(ab(GOOD), tmp_path / f"{name}.safetensors", metadata=metadata)
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert trained_for(tmp_path) == named
 
 
 def test_a_change_that_is_zero_may_be_left_out(tmp_path):
@@ -409,7 +567,7 @@ def test_a_file_that_is_not_there_or_broken_is_an_error_with_its_path(tmp_path):
     [
         (None, "no adapter_config.json"),
         ("{", "cannot be read as JSON"),
-        ({"peft_type": "LOHA"}, "only LORA"),
+        ({"peft_type": "BOFT"}, "of whose kinds .*LOKR.* are taken; make it a LoRA by peft.save_as_lora"),
         ({"r": 8}, f"gives {QUERY} rank 8, its factors have 4"),
         ({"r": 4, "init_lora_weights": "pissa_niter_4"}, "changes the base model"),
     ],

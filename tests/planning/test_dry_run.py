@@ -1,5 +1,6 @@
 """The dry run: what it counts is what a run loads, keeps and asks, and it opens no weights."""
 
+import copy
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import torch
 import yaml
 from model_runs import FAMILIES, SIZE, config_of
 from released import prompt_of
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import danceopd.data.cache
 import danceopd.models.backbones
@@ -273,6 +274,80 @@ def test_shards_that_are_missing_are_named(places, tmp_path):
     (folder / names[0]).write_bytes(b"")
     with pytest.raises(UserError, match="no weights diffusion_pytorch_model-00002-of-00002"):
         check_weights(folder)
+
+
+def test_a_shard_that_the_index_does_not_name_is_named(places, tmp_path):
+    folder = tmp_path / "transformer"
+    transformer = backbone_of(places("sd3") / "model").load_transformer(places("sd3") / "model")
+    transformer.save_pretrained(folder, max_shard_size="60KB")
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    last = max(content["weight_map"].values())
+    content["weight_map"] = {key: file for key, file in content["weight_map"].items() if file != last}
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"lack \d+ tensors, .* the index does not name {last}, which lies there"):
+        check_weights(folder, transformer)
+
+
+def test_the_share_of_a_source_outside_of_the_students_adapter_is_said(places):
+    root = places("sd3")
+    assert not [line for line in dry_run(config_of(root)).warnings if "adapter lacks" in line]
+    plan = dry_run(config_of(root, **{"student.lora.targets": ["attn.to_q", "attn.to_k"]}))
+    assert plan.problems == []
+    for name in ("one", "two"):
+        (line,) = [line for line in plan.warnings if line.startswith(f"sources.{name}:")]
+        tensors = load_file(root / f"{name}.safetensors")
+        norms = {
+            key.removesuffix(".lora_A.weight"): (tensors[key.replace("lora_A", "lora_B")] @ a).double().square().sum()
+            for key, a in tensors.items()
+            if "lora_A" in key
+        }
+        lacking = [layer for layer in norms if not layer.endswith(("attn.to_q", "attn.to_k"))]
+        share = sum(norms[layer] for layer in lacking) / sum(norms.values())
+        assert f"{share:.1%} of its change (squared norm) is in {len(lacking)} layers" in line
+        assert "widen student.lora.targets" in line
+    every = dry_run(config_of(root, **{"student.lora.targets": "all-linear"}))
+    assert not [line for line in every.warnings if "adapter lacks" in line]
+
+
+def test_presets_and_patterns_are_in_the_plan(places):
+    root = places("sd3")
+    small = dry_run(config_of(root, **{"student.lora.targets": "attention", "student.lora.rank": 4}))
+    large = dry_run(
+        config_of(root, **{"student.lora.targets": "attention+ffn", "student.lora.rank_pattern": {"net.2": 9}})
+    )
+    assert small.parameters["student, trainable"] < large.parameters["student, trainable"]
+    wrong = dry_run(config_of(root, **{"student.lora.alpha_pattern": {"to_w": 1.0}}))
+    assert wrong.problems == ["student.lora: no layer of the adapter ends in to_w, which a pattern names"]
+
+
+def test_weights_of_another_model_of_equal_shapes_are_warned_of(places, tmp_path):
+    root = places("sd3")
+    transformer = backbone_of(root / "model").load_transformer(root / "model")
+    generator = torch.Generator().manual_seed(7)
+    for share, warned in ((0.1, False), (1.0, True)):  # fine-tuned, and drawn anew
+        changed = copy.deepcopy(transformer)
+        for value in changed.parameters():
+            noise = torch.randn(value.shape, generator=generator) * value.std(correction=0)
+            value.data = (1 - share) * value + share * noise
+        changed.save_pretrained(tmp_path / str(share))
+        plan = dry_run(config_of(root, **{"sources.two": {"weights": str(tmp_path / str(share))}}))
+        assert plan.problems == []
+        assert any("by shape alone" in line and "sources.two.weights" in line for line in plan.warnings) == warned
+
+
+def test_a_lora_that_names_another_base_is_warned_of(places, tmp_path):
+    root = places("sd3")
+    model = tmp_path / "models--org--base" / "snapshots" / "0"
+    model.parent.mkdir(parents=True)
+    shutil.copytree(root / "model", model)
+    for base, warned in (("org/base", False), ("org/edit", True)):
+        save_file(load_file(root / "one.safetensors"), tmp_path / "one.safetensors", metadata={"base_model": base})
+        config = config_of(
+            root, model=str(model), **{"sources.one": {"lora": [{"path": str(tmp_path / "one.safetensors")}]}}
+        )
+        said = [line for line in dry_run(config).warnings if "trained on org/edit, and the model is org/base" in line]
+        assert bool(said) == warned
 
 
 # ------------------------------------------------------------------------ gradient checkpointing, 8-bit AdamW

@@ -1,5 +1,6 @@
 """Export: what the plain pipeline of diffusers draws with the written files is what the student itself draws."""
 
+import hashlib
 import importlib
 import json
 import resource
@@ -14,7 +15,7 @@ import torch
 import yaml
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import ModelCard
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 
 from danceopd.api import distill
@@ -23,13 +24,15 @@ from danceopd.config.reading import parse_config
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.rollout import sample
 from danceopd.data.prepare import prepare
-from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
+from danceopd.models.backbones import FAMILIES, backbone_of, empty_transformer, pipeline_class_of
+from danceopd.models.loading import hub_id
 from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import FILES, load_lora, save_lora
+from danceopd.models.lora_layouts import layouts_of
 from danceopd.models.shared_base import target_layers
 from danceopd.support.errors import UserError
 from danceopd.support.files import new_folder, write_atomic
-from danceopd.tools.export import LAYOUTS, export, hub_id, stored_dtype
+from danceopd.tools.export import export, stored_dtype
 from danceopd.training.assembly.build import build_model
 from danceopd.training.checkpoints import load_newest
 from danceopd.training.loop import Trainer
@@ -125,11 +128,11 @@ def test_sd3_draws_the_students_pictures(sd3_run, tmp_path):
 def test_flux_draws_the_students_pictures(flux_run, tmp_path):
     run, config = flux_run
     check_pictures(run, config, tmp_path, diffusers.FluxPipeline)
-    # A kohya file too, by diffusers' own reader.
-    export(run, tmp_path / "kohya", layout="kohya")
+    # A file for ComfyUI too, by diffusers' own reader, which takes kohya's fused layers at FLUX's real size alone.
+    export(run, tmp_path / "comfyui", layout="comfyui")
     noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     pictures = []
-    for folder in ("lora", "kohya"):
+    for folder in ("lora", "comfyui"):
         pipeline = diffusers.FluxPipeline.from_pretrained(config.model)
         pipeline.load_lora_weights(tmp_path / folder)
         pictures.append(pipeline_picture(pipeline, noise))
@@ -151,34 +154,66 @@ def fake_student(run, tmp_path, model):
     return folder
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", "flux2", "qwen_image", "z_image"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "prx"])
 def test_layouts_of_every_family(sd3_run, tmp_path, family):
+    """Each reads back as the same change of the same layers; of PEFT's by PEFT itself."""
     model = importlib.import_module(f"tiny_{family}").save_tiny(tmp_path / family)
     run = fake_student(sd3_run[0], tmp_path, model)
-    names, written = {}, 0
     expected = load_lora(run / "student", empty_transformer(model), pipeline_class_of(model))
-    for layout in ("diffusers", "comfyui", "kohya"):
+    for layout in ("diffusers", "peft", "comfyui", "kohya"):
         output = tmp_path / f"{family}_{layout}"
-        if layout in LAYOUTS and family not in LAYOUTS[layout]:
-            with pytest.raises(UserError, match=f"neither diffusers nor PEFT writes the {layout} layout of {family}"):
+        if layout not in layouts_of(family):
+            with pytest.raises(UserError, match=f"no tool is known that reads the {layout} layout of {family}; use"):
                 export(run, output, layout=layout)
             assert not output.exists()
             continue
-        export(run, output, layout=layout)
-        file = output / "pytorch_lora_weights.safetensors"
+        export(run, output, layout=layout, dtype="bf16", triggers=["in ink"])
+        (file,) = output.glob("*.safetensors")
         back = load_lora(file, empty_transformer(model), pipeline_class_of(model))
         assert back.keys() == expected.keys()
         for name, (a, b, scale) in back.items():
-            torch.testing.assert_close(scale * b @ a, expected[name][1] @ expected[name][0])
+            other_a, other_b = (part.bfloat16().float() for part in expected[name][:2])
+            torch.testing.assert_close(scale * b @ a, other_b @ other_a)
         with safe_open(file, framework="pt") as opened:
-            names[layout] = sorted(opened.keys())
-        written += 1
-    assert written > (family != "flux2")
-    if family in LAYOUTS["kohya"]:
-        assert any(key.endswith(".alpha") for key in names["kohya"])
-        assert all(key.startswith(("lora_unet_", "lora_transformer_")) for key in names["kohya"])
-    if family in ("qwen_image", "z_image"):
-        assert all(key.startswith("diffusion_model.") for key in names["comfyui"])
+            assert {opened.get_slice(key).get_dtype() for key in opened.keys() if ".alpha" not in key} == {"BF16"}  # noqa: SIM118
+            assert opened.metadata()["base_model"] == model.name
+            assert opened.metadata()["trigger_words"] == "in ink"
+        if layout == "peft":
+            transformer = backbone_of(model).load_transformer(model)
+            merged = PeftModel.from_pretrained(transformer, output).merge_and_unload()
+            fresh = merge_into(backbone_of(model).load_transformer(model), back)
+            for one, other in zip(merged.parameters(), fresh.parameters(), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_files_metadata_names_base_triggers_and_sources(sd3_run, tmp_path):
+    run, config = sd3_run
+    teacher = config.sources["style"].lora[0].path / FILES[1]
+    digest = hashlib.sha256(teacher.read_bytes()).hexdigest()
+    for layout in ("diffusers", "peft", "kohya"):
+        (file,) = export(run, tmp_path / layout, layout=layout, triggers=["ink"]).glob("*.safetensors")
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        assert json.loads(metadata["sources"]) == {"style": {"teacher": f"sha256:{digest}"}}
+        assert metadata["modelspec.trigger_phrase"] == metadata["trigger_words"] == "ink"
+        assert str(run.parent) not in json.dumps(metadata)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp8"])
+def test_a_merged_transformer_of_any_storage_is_read_by_diffusers(sd3_run, tmp_path, dtype):
+    run, config = sd3_run
+    output = export(run, tmp_path / dtype, merge=True, dtype=dtype)
+    kinds = {"fp16": {"F16"}, "bf16": {"BF16"}, "fp8": {"BF16", "F8_E4M3"}}[dtype]
+    (file,) = output.glob("*.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        assert {opened.get_slice(key).get_dtype() for key in opened.keys()} == kinds  # noqa: SIM118
+        assert opened.metadata()["base_model"]
+    whole = diffusers.SD3Transformer2DModel.from_pretrained(output, dtype=torch.float32)
+    exact = diffusers.SD3Transformer2DModel.from_pretrained(config.model / "transformer")
+    merge_into(exact, load_lora(run / "student", exact, StableDiffusion3Pipeline))
+    bits = {"fp16": 10, "bf16": 7, "fp8": 3}[dtype]
+    for one, other in zip(whole.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=2.0**-bits, atol=2.0**-9 if dtype == "fp8" else 1e-4)
 
 
 def test_the_card(sd3_run, tmp_path):
@@ -203,7 +238,13 @@ def test_the_card(sd3_run, tmp_path):
     assert "0.800" in text
     assert str(run.parent) not in text
     config = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    assert config["student"]["lora"] == {"rank": 3, "alpha": 1.5, "targets": None}
+    assert config["student"]["lora"] == {
+        "rank": 3,
+        "alpha": 1.5,
+        "targets": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
     merged = ModelCard((export(run, tmp_path / "whole", merge=True) / "README.md").read_text())
     assert merged.data.base_model_relation == "finetune"
     assert "## Scores" not in merged.text
@@ -240,6 +281,8 @@ def test_what_cannot_be_exported(sd3_run, tmp_path, capsys):
     run, config = sd3_run
     with pytest.raises(UserError, match="holds no run"):
         export(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="stored in fp32, bf16 or fp16; fp8 is for --merge"):
+        export(run, tmp_path / "out", dtype="fp8")
     with pytest.raises(UserError, match="leave out --layout"):
         export(run, tmp_path / "out", merge=True, layout="kohya")
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())

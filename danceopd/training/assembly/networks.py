@@ -10,22 +10,23 @@ from torch import nn
 
 from danceopd.config.sections import Config
 from danceopd.models.backbones import meta_transformer, pipeline_class_of
+from danceopd.models.blocks import preset_layers
 from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.loading import transformer_folder
 from danceopd.models.lora_algebra import Lora
 from danceopd.models.shared_base import SharedBase, target_layers
-from danceopd.models.students import FullStudent, LoraStudent
-from danceopd.models.weights import Weights, check_fits
+from danceopd.models.students import FullStudent, LoraStudent, layer_sizes
+from danceopd.models.weights import Weights, check_fits, of_folder
 from danceopd.training.assembly.sources import (
     Unread,
     _check_embedded,
     _load,
     _own_frozen,
-    _sum,
     _unread,
     needs_base,
     read,
     source_folder,
+    source_lora,
     sources_on_base,
 )
 from danceopd.training.assembly.starts import begin, start_lora, start_weights
@@ -62,10 +63,13 @@ def load_networks(
             return None, None
     if config.student.lora:
         layers = attempt("student.lora.targets", student_layers, config, backbone, transformer)
+        if layers and attempt("student.lora", student_sizes, config, layers) is None:
+            layers = None
     pipeline_class = pipeline_class_of(config.model)
     on_base = sources_on_base(config)
+    base = of_folder(config.model) if transformer else None
     loras = {
-        name: attempt(f"sources.{name}.lora", _sum, source, transformer, pipeline_class)
+        name: attempt(f"sources.{name}.lora", source_lora, source, transformer, pipeline_class, base)
         for name, source in config.networks().items()
         if name in on_base
     }
@@ -137,7 +141,9 @@ def make_student(
     if checkpointing:
         shared.enable_gradient_checkpointing()
     generator = torch.Generator().manual_seed(config.training.seed)
-    student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, generator, embedded)
+    student = LoraStudent(
+        shared, layers, lora.rank, lora.alpha or lora.rank, generator, embedded, student_sizes(config, layers)
+    )
     begin(student, start)
     return student.to(device)
 
@@ -170,7 +176,26 @@ def student_layers(config: Config, backbone: ModuleType, transformer: nn.Module)
         UserError: As target_layers does.
     """
     targets = config.student.lora.targets
+    if isinstance(targets, str):
+        return preset_layers(transformer, targets)
     return target_layers(transformer, targets or backbone.LORA_TARGETS, every=bool(targets))
+
+
+def student_sizes(config: Config, layers: Sequence[str]) -> dict[str, tuple[int, float]]:
+    """Finds the ranks and alphas of the student's adapter.
+
+    Args:
+        config: The run's.
+        layers: The layers that it changes.
+
+    Returns:
+        {layer: (rank, alpha)}.
+
+    Raises:
+        UserError: A pattern names none of the layers.
+    """
+    lora = config.student.lora
+    return layer_sizes(layers, lora.rank, lora.alpha, lora.rank_pattern, lora.alpha_pattern)
 
 
 def _unread_start(config: Config, loras: dict[str, Lora], empty: nn.Module, others: dict[str, nn.Module]) -> Unread:

@@ -1,5 +1,6 @@
 """Loads the frozen sources of a model's run."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,7 @@ from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.fp8_loading import load_fp8
 from danceopd.models.loading import is_file_name, load_transformer_file, stream_blocks, transformer_folder
-from danceopd.models.lora_algebra import Lora, merge_into, sum_loras
+from danceopd.models.lora_algebra import Lora, cut, merge_into, sum_loras
 from danceopd.models.lora_files import load_lora
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase
@@ -62,7 +63,7 @@ def own_networks(config: Config, backbone: ModuleType, attempt: Callable) -> dic
     for name, source in config.networks().items():
         if name in sources_on_base(config):
             continue
-        kind = (source.weights, tuple((lora.path, lora.scale) for lora in source.lora))
+        kind = (source.weights, tuple((lora.path, lora.scale, lora.rank) for lora in source.lora))
         if kind not in found:
             folder = source_folder(config, source)
             found[kind] = attempt(f"sources.{name}.weights", meta_transformer, folder, backbone, dtype)
@@ -211,9 +212,30 @@ def _ask(shared: SharedBase) -> Field:
     return lambda latents, sigma, conditioning: shared(latents, sigma, conditioning, conditioning.adapter)
 
 
-def _sum(source: Source, transformer: nn.Module, pipeline_class: type) -> Lora:
-    """Reads the source's adapters as one; empty for the base itself."""
-    return sum_loras([load_lora(lora.path, transformer, pipeline_class, lora.scale) for lora in source.lora])
+def source_lora(source: Source, transformer: nn.Module, pipeline_class: type, base: Weights | None = None) -> Lora:
+    """Reads a source's adapters as one, and says what of them is cut.
+
+    Args:
+        source: The source; one of the base alone has none.
+        transformer: Whose layers they change, on any device.
+        pipeline_class: Diffusers' class of the pipeline.
+        base: The weights that they lie on; the transformer's own if not given.
+
+    Returns:
+        Their sum; empty for the base itself.
+
+    Raises:
+        UserError: As load_lora.
+    """
+    loras = []
+    for file in source.lora:
+        lora = load_lora(file.path, transformer, pipeline_class, file.scale, base=base)
+        if file.rank is not None:
+            lora, lost = cut(lora, file.rank)
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(f"{file.path}: cut to rank {file.rank}, which leaves out {lost:.2%} of its change's norm")
+        loras.append(lora)
+    return sum_loras(loras)
 
 
 def _field(network: nn.Module, backbone: ModuleType) -> Field:
@@ -227,7 +249,7 @@ def _own_weights(source: Source, config: Config, backbone: ModuleType, empty: nn
         network = load_transformer_file(source.weights, empty, config.model, empty.dtype)
     else:
         network = backbone.load_transformer(source.weights, empty.dtype)
-    return merge_into(network, _sum(source, network, pipeline_class_of(config.model)))
+    return merge_into(network, source_lora(source, network, pipeline_class_of(config.model)))
 
 
 def _unread(source: Source, config: Config, _: ModuleType, empty: nn.Module) -> Unread:
@@ -240,7 +262,7 @@ def _unread(source: Source, config: Config, _: ModuleType, empty: nn.Module) -> 
     else:
         found = of_folder(source.weights)
         check_fits(found, empty, source.weights)
-    lora = _sum(source, empty, pipeline_class_of(config.model))
+    lora = source_lora(source, empty, pipeline_class_of(config.model), found)
     return Unread(empty, transformer_folder(source_folder(config, source)), plus(found, lora))
 
 
@@ -272,7 +294,7 @@ def _own_frozen(
     """Loads a source's own transformer to be asked, with its adapters merged."""
     fp8, device = config.training.base_precision == "fp8", None if config.training.offload_sources else device
     if fp8 and not is_file_name(source.weights):
-        lora = _sum(source, empty, pipeline_class_of(config.model))
+        lora = source_lora(source, empty, pipeline_class_of(config.model), of_folder(source.weights))
         return _load(config, backbone, source.weights, device, lora)
     network = _own_weights(source, config, backbone, empty)
     return to_fp8(network, device) if fp8 else network

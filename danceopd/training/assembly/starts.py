@@ -98,7 +98,7 @@ def begin(student: LoraStudent, lora: Lora) -> None:
         lora: What it adds from then on.
     """
     for name, factors in lora.items():
-        a, b = truncated(*factors, student.rank)
         own_a, own_b = student.factors_of(name)
+        a, b = truncated(*factors, len(own_a))
         own_a[: len(a)] = a.to(own_a)
-        own_b.zero_()[:, : len(a)] = (b * (student.rank / student.alpha)).to(own_b)
+        own_b.zero_()[:, : len(a)] = (b / student.scale_of(name)).to(own_b)

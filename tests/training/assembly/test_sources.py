@@ -8,6 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 from model_runs import config_of
+from original_layouts import as_flux2, as_sd3, as_z_image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -75,6 +76,40 @@ def test_adapters_of_a_teacher_with_weights_of_its_own(places):
     torch.testing.assert_close(parts.fields[1](*question), expected)
 
 
+def test_a_dora_and_a_lora_cut_to_a_rank_are_sources(places, tmp_path, capsys):
+    """Both on the shared base: the one by the base's weights, the other by the best of its rank, with its error."""
+    root, file, layer = places("sd3"), tmp_path / "dora.safetensors", "transformer_blocks.0.attn.to_k"
+    transformer = backbone_of(root / "model").load_transformer(root / "model")
+    weight = transformer.get_submodule(layer).weight.detach().double()
+    generator = torch.Generator().manual_seed(3)
+    down, up = torch.randn(2, weight.shape[1], generator=generator), torch.randn(len(weight), 2, generator=generator)
+    turned = weight + 0.1 * (up @ down).double()
+    magnitude = turned.norm(dim=1, keepdim=True) * (0.5 + torch.rand(len(weight), 1, generator=generator))
+    state = {f"transformer.{layer}.lora_down.weight": 0.1 * down, f"transformer.{layer}.lora_up.weight": up}
+    save_file(state | {f"transformer.{layer}.dora_scale": magnitude.float()}, file)
+    sources = {"sources.one.lora": [{"path": str(root / "one.safetensors"), "rank": 1}]}
+    sources["sources.two.lora"] = [{"path": str(file)}]
+    config = config_of(root, **sources)
+    assert dry_run(config, examine).problems == []
+    parts, question = asked(root, config)
+    said = capsys.readouterr().out
+    assert "one.safetensors: cut to rank 1, which leaves out" in said
+    changed = deepcopy(transformer)
+    change = turned * magnitude / turned.norm(dim=1, keepdim=True) - weight
+    changed.get_submodule(layer).weight.data += change.float()
+    torch.testing.assert_close(parts.fields[1](*question), velocity_of(root, changed, question), rtol=1e-4, atol=1e-4)
+    whole = load_lora(root / "one.safetensors", transformer, pipeline_class_of(root / "model"))
+    left, total = 0.0, 0.0
+    for name, (a, b, scale) in whole.items():
+        u, s, vh = torch.linalg.svd(scale * b @ a, full_matrices=False)
+        transformer.get_submodule(name).weight.data += s[0] * u[:, :1] @ vh[:1]
+        left, total = left + s[1:].square().sum().item(), total + s.square().sum().item()
+    torch.testing.assert_close(
+        parts.fields[0](*question), velocity_of(root, transformer, question), rtol=1e-4, atol=1e-4
+    )
+    assert f"leaves out {(left / total) ** 0.5:.1%}"[:-2] in said
+
+
 @pytest.mark.parametrize("family", ["sd3", "flux", "klein", "qwen", "z"])
 def test_a_file_of_diffusers_names(places, family):
     root = places(family)
@@ -86,125 +121,6 @@ def test_a_file_of_diffusers_names(places, family):
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
     half = load_transformer_file(root / "other.safetensors", like, root / "model", torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-
-
-def swapped(value):
-    """Shift and scale change places in the last modulation."""
-    return torch.cat(value.chunk(2)[::-1])
-
-
-def as_sd3(tensors):
-    """Stability's layout, which ComfyUI's files have, of diffusers' names."""
-    result = {"pos_embed": tensors["pos_embed.pos_embed"]}
-    plain = {
-        "pos_embed.proj": "x_embedder.proj",
-        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-        "context_embedder": "context_embedder",
-        "proj_out": "final_layer.linear",
-    }
-    inside = {
-        "attn.to_out.0": "x_block.attn.proj",
-        "attn.to_add_out": "context_block.attn.proj",
-        "attn.norm_q": "x_block.attn.ln_q",
-        "attn.norm_k": "x_block.attn.ln_k",
-        "attn.norm_added_q": "context_block.attn.ln_q",
-        "attn.norm_added_k": "context_block.attn.ln_k",
-        "attn2.to_out.0": "x_block.attn2.proj",
-        "attn2.norm_q": "x_block.attn2.ln_q",
-        "attn2.norm_k": "x_block.attn2.ln_k",
-        "norm1.linear": "x_block.adaLN_modulation.1",
-        "norm1_context.linear": "context_block.adaLN_modulation.1",
-        "ff.net.0.proj": "x_block.mlp.fc1",
-        "ff.net.2": "x_block.mlp.fc2",
-        "ff_context.net.0.proj": "context_block.mlp.fc1",
-        "ff_context.net.2": "context_block.mlp.fc2",
-    }
-    fused = {
-        "attn.to_q": ("x_block.attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
-        "attn2.to_q": ("x_block.attn2.qkv", ("attn2.to_q", "attn2.to_k", "attn2.to_v")),
-        "attn.add_q_proj": ("context_block.attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-    }
-    last = max(int(key.split(".")[1]) for key in tensors if key.startswith("transformer_blocks."))
-    for key, value in tensors.items():
-        name, _, kind = key.rpartition(".")
-        if name in plain:
-            result[f"{plain[name]}.{kind}"] = value
-        elif name == "norm_out.linear":
-            result[f"final_layer.adaLN_modulation.1.{kind}"] = swapped(value)
-        elif name.startswith("transformer_blocks."):
-            _, i, rest = name.split(".", 2)
-            if rest in fused:
-                new, parts = fused[rest]
-                together = [tensors[f"transformer_blocks.{i}.{part}.{kind}"] for part in parts]
-                result[f"joint_blocks.{i}.{new}.{kind}"] = torch.cat(together)
-            elif rest in inside:
-                both = int(i) == last and rest == "norm1_context.linear"
-                result[f"joint_blocks.{i}.{inside[rest]}.{kind}"] = swapped(value) if both else value
-    return result
-
-
-def as_z_image(tensors):
-    result = {"norm_final.weight": torch.ones(3)}  # in the published file, and used by nobody
-    for key, value in tensors.items():
-        new = key.replace("all_final_layer.2-1.", "final_layer.").replace("all_x_embedder.2-1.", "x_embedder.")
-        new = new.replace("attention.to_out.0.", "attention.out.").replace("attention.norm_", "attention.")
-        new = new.replace("attention.q.", "attention.q_norm.").replace("attention.k.", "attention.k_norm.")
-        if ".to_q." in new:
-            result[new.replace("to_q", "qkv")] = torch.cat([tensors[key.replace("to_q", f"to_{c}")] for c in "qkv"])
-        elif ".to_k." not in new and ".to_v." not in new:
-            result[new] = value
-    return result
-
-
-def as_flux2(tensors):
-    plain = {
-        "x_embedder": "img_in",
-        "context_embedder": "txt_in",
-        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
-        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
-        "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
-        "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
-        "single_stream_modulation.linear": "single_stream_modulation.lin",
-        "proj_out": "final_layer.linear",
-    }
-    inside = {
-        "attn.norm_q": "img_attn.norm.query_norm",
-        "attn.norm_k": "img_attn.norm.key_norm",
-        "attn.to_out.0": "img_attn.proj",
-        "ff.linear_in": "img_mlp.0",
-        "ff.linear_out": "img_mlp.2",
-        "attn.norm_added_q": "txt_attn.norm.query_norm",
-        "attn.norm_added_k": "txt_attn.norm.key_norm",
-        "attn.to_add_out": "txt_attn.proj",
-        "ff_context.linear_in": "txt_mlp.0",
-        "ff_context.linear_out": "txt_mlp.2",
-    }
-    single = {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
-    single |= {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"}
-    fused = {"attn.to_q": ("img", ("to_q", "to_k", "to_v"))}
-    fused["attn.add_q_proj"] = ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"))
-    result = {}
-    for key, value in tensors.items():
-        name, _, kind = key.rpartition(".")
-        kind = "scale" if ".norm_" in name else kind
-        if name in plain:
-            result[f"{plain[name]}.{kind}"] = value
-        elif name == "norm_out.linear":
-            result[f"final_layer.adaLN_modulation.1.{kind}"] = swapped(value)
-        else:
-            blocks, i, rest = name.split(".", 2)
-            if blocks == "single_transformer_blocks":
-                result[f"single_blocks.{i}.{single[rest]}.{kind}"] = value
-            elif rest in inside:
-                result[f"double_blocks.{i}.{inside[rest]}.{kind}"] = value
-            elif rest in fused:
-                stream, parts = fused[rest]
-                together = torch.cat([tensors[f"{blocks}.{i}.attn.{part}.{kind}"] for part in parts])
-                result[f"double_blocks.{i}.{stream}_attn.qkv.{kind}"] = together
-    return result
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["transformer", "whole_checkpoint"])
