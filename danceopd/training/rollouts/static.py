@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from danceopd.core.conditioning import Conditioning
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Field
 from danceopd.core.rollout import rows_by_index
 from danceopd.core.solver import half_ratio
 from danceopd.models.packing import TOKENS
 from danceopd.training.rollouts.capture import NotCapturable
-from danceopd.training.rollouts.layouts import Layout, _device, _filled, _flat, _in_layout, _lengths, _tokens
+from danceopd.training.rollouts.layouts import Layout, _filled, _flat, _in_layout, _lengths, _tokens
 from danceopd.training.rollouts.program import Program
 from danceopd.training.rows import Rows
 
@@ -88,7 +89,7 @@ class StaticField:
         if solver not in self.SOLVERS or self.reason:
             return None
         steps, spent, tokens, lengths = until.amax(1) - start, Counter(), Counter(), _lengths(conditioning)
-        sigmas = sigmas.to(noise.device)
+        sigmas = sigmas.cpu()
         states = noise.float()[:, None].repeat(1, until.shape[1], *(1,) * (noise.dim() - 1))
         try:
             for layout, rows in self._layouts(conditioning, lengths):
@@ -96,8 +97,8 @@ class StaticField:
                 capacity = min(self.rows.rows, len(noise))
                 rows = rows[steps[rows] > 0]
                 for own in rows.split(capacity) if len(rows) else ():
-                    there, guided = own.to(noise.device), layout.guided
-                    part = _in_layout(conditioning[there], layout)
+                    there, guided = to_device(own, noise.device), layout.guided
+                    part = _in_layout(conditioning[own], layout)
                     program = self._program(noise[there], part, guided, capacity, solver)
                     spent += self._integrate(program, sigmas, start[own], until[own], states, there, 1 + guided)
                     tokens += _tokens(noise, part, layout, steps[own], lengths[own])
@@ -114,15 +115,16 @@ class StaticField:
 
     def _integrate(self, program: Program, sigmas, start, until, states, there, cost: int) -> Counter:
         """Makes all steps of a program's samples, the deepest first, and writes the rows `there` of states."""
-        device, steps = sigmas.device, until.amax(1) - start
+        device, steps = states.device, until.amax(1) - start
         number = torch.arange(int(steps[0]))[:, None]
         under_way = number < steps
-        index = (start + number.minimum(steps - 1)).to(device)  # a sample that has left stays at its last step
+        index = start + number.minimum(steps - 1)  # a sample that has left stays at its last step
         sigma, next_sigma = sigmas[index], sigmas[index + 1]
         half = half_ratio(sigmas[(index - 1).clamp(min=0)], sigma, next_sigma)
         # A trajectory's first step has no velocity before it and is Euler's.
-        half = half.where((under_way & (number > 0)).to(device), 0)
-        numbers, active = torch.stack([sigma, next_sigma, half], 1), under_way.to(device)
+        half = half.where(under_way & (number > 0), 0)
+        numbers = to_device(torch.stack([sigma, next_sigma, half], 1), device)
+        active = to_device(under_way, device)
         reached = rows_by_index(until - start[:, None], len(number), device)
         now, going, spent = program.numbers[:, : len(steps)], program.active[: len(steps)], Counter()
         for i, n in enumerate(under_way.sum(1).tolist()):
@@ -148,10 +150,9 @@ class StaticField:
         """
         lengths = _lengths(conditioning)
         layouts = [
-            (layout, lengths[own], own.to(_device(conditioning)))
+            (layout, lengths[own], to_device(own, conditioning.device), _in_layout(conditioning[own], layout))
             for layout, own in self._layouts(conditioning, lengths)
         ]
-        parts = [_in_layout(conditioning[own], layout) for layout, _, own in layouts]
         programs: list[Program] = []
 
         def velocity(latents, sigma, _):
@@ -159,10 +160,10 @@ class StaticField:
                 return self.field(latents, sigma, conditioning)
             result, spent, tokens = torch.empty_like(latents), Counter(), Counter()
             try:
-                for i, (layout, length, own) in enumerate(layouts):
+                for i, (layout, length, own, part) in enumerate(layouts):
                     guided = layout.guided
                     if i == len(programs):
-                        programs.append(self._program(latents[own], parts[i], guided, len(latents), None))
+                        programs.append(self._program(latents[own], part, guided, len(latents), None))
                     program, n = programs[i], len(own)
                     program.z[:n].copy_(latents[own])
                     program.numbers[0, :n].copy_(sigma[own])
@@ -171,7 +172,7 @@ class StaticField:
                     result[own] = program.velocity[:n].to(result.dtype)
                     spent[self.name] += (1 + guided) * n
                     spent["padding"] += (1 + guided) * (size - n)
-                    tokens += _tokens(latents, parts[i], layout, torch.ones(n, dtype=torch.int64), length)
+                    tokens += _tokens(latents, part, layout, torch.ones(n, dtype=torch.int64), length)
             except NotCapturable as error:
                 self._give_up(error)
                 return self.field(latents, sigma, conditioning)
@@ -185,9 +186,9 @@ class StaticField:
         """Lists each layout that there is, with the numbers of its samples on the CPU."""
         n = len(conditioning)
         sourced, guided = conditioning.sourced(), torch.zeros(n, dtype=torch.bool)
-        has = conditioning.has_source.cpu() if sourced is None else torch.full((n,), sourced)
+        has = conditioning.has_source if sourced is None else torch.full((n,), sourced)
         if self.both is not None:
-            guided = conditioning.guidance_scale.cpu() != 1
+            guided = conditioning.guidance_scale != 1
         layouts = [
             Layout(*layout) for layout in zip(has.tolist(), guided.tolist(), _filled(lengths).tolist(), strict=True)
         ]
