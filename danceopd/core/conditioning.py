@@ -261,10 +261,7 @@ def _join_marks(parts: list[Conditioning]) -> torch.Tensor | None:
     """Joins `has_source` of the parts; None where all have source pictures or none has."""
     if all(p.has_source is None for p in parts) and len({p.source is None for p in parts}) == 1:
         return None
-    marks = [
-        torch.full((len(p),), p.source is not None) if p.has_source is None else p.has_source
-        for p in parts
-    ]
+    marks = [torch.full((len(p),), p.source is not None) if p.has_source is None else p.has_source for p in parts]
     return torch.cat(marks)
 
 

@@ -11,10 +11,10 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
+from danceopd.core.conditioning import placed
 from danceopd.core.distance import velocity_error
 from danceopd.core.fields import Field, guided
 from danceopd.core.rollout import sample

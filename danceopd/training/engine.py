@@ -187,4 +187,5 @@ class Local:
 
 def _like(value, p: torch.Tensor) -> bool:
     """Tells whether a state is a plain tensor as large as its parameter; a state of eight bits is not."""
-    return type(value) is torch.Tensor and value.shape == p.shape and value.is_floating_point()
+    tensor = isinstance(value, torch.Tensor) and not hasattr(value, "codes")  # as torchao's of eight bits have
+    return tensor and value.shape == p.shape and value.is_floating_point()

@@ -7,6 +7,7 @@ is not both from pinned memory and without blocking. Inside `card.no_waits()` th
 compute on the CPU, so that a run on the card can be held against the same run on the CPU, bit for bit.
 """
 
+import linecache
 import sys
 import sysconfig
 import threading
@@ -27,7 +28,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "card"
 ROOT = Path(__file__).parents[2]
-HERE = str(Path(__file__).parent)
+OURS = (str(ROOT / "danceopd"), str(ROOT / "kernels"))
 TORCH = (str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"] + "/")  # lines that are nobody's own
 
 BOTH_SIDES = {"aten::_to_copy", "aten::copy_"}  # the operations that may see tensors of both sides
@@ -90,6 +91,8 @@ class CardTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents=None):
         return f"CardTensor({self.numbers})"
 
+    is_cuda = True  # to whoever asks whether it is a card's
+
     def data_ptr(self) -> int:
         return self.numbers.data_ptr()
 
@@ -98,6 +101,14 @@ class CardTensor(torch.Tensor):
 
     def tolist(self):
         return self.cpu().tolist()
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            copied = self.detach().clone()
+            of_module = getattr(self, "_is_param", False)
+            memo[id(self)] = torch.nn.Parameter(copied) if of_module else copied
+            memo[id(self)].requires_grad_(self.requires_grad)
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol):  # as CUDA's, once it is read again with map_location="cpu"
         CURRENT.wait("a copy to the host, to be written")
@@ -132,7 +143,6 @@ class PretendCard:
         self.refusing = 0
         self.phases: list[str] = []
         self._pinned: dict[int, StorageWeakRef] = {}
-        self._known: dict[int, object] = {}
 
     # --- waits ----------------------------------------------------------------------------------------
 
@@ -216,19 +226,30 @@ class PretendCard:
         inner_kwargs.pop("pin_memory", None)
         if name in RANDOM and on_card and inner_kwargs.get("generator") is None:
             func, inner_kwargs["generator"] = _drawing(func), self.module.generator
-        if name == "aten::_to_copy" and inner_kwargs.pop("non_blocking", False):
-            pass  # the numbers are there at once
+        if name == "aten::_to_copy":  # the numbers are there at once
+            inner_kwargs.pop("non_blocking", None)
+        module, graph = self.module, self.module.capturing
+        read = {id(x._memory): x._memory for x in outer.values() if x._memory is not None}
+        module.read(read.values(), name)
+        if graph is not None:
+            graph.before(func, inner_args, inner_kwargs)
         result = func(*inner_args, **inner_kwargs)
         if not on_card:
             return result
-        self.module.ran(func, inner_args, inner_kwargs, result)
+        if graph is not None:
+            graph.record(module, func, inner_args, inner_kwargs, result)
 
         def wrap(x):
             if not isinstance(x, torch.Tensor):
                 return x
             return outer.get(id(x)) if id(x) in outer else self.wrapped(x)
 
-        return tree_map(wrap, result)
+        wrapped = tree_map(wrap, result)
+        made = (x._memory for x in tree_leaves(wrapped) if isinstance(x, CardTensor) and x._memory is not None)
+        module.wrote(memory for memory in made if id(memory) not in read)  # not views
+        if func._schema.is_mutable:
+            module.wrote(_written(func, args))
+        return wrapped
 
     def wrapped(self, numbers: torch.Tensor) -> CardTensor:
         """Puts a tensor on the card; tensors of one storage share the memory that is counted."""
@@ -251,8 +272,7 @@ class PretendCard:
     def _check_waits(self, func, name, args) -> None:
         short = name.removeprefix("aten::")
         if short in READS or func.name().removeprefix("aten::") in READS:
-            if not (short == "bincount" and False):
-                self.wait(f"{name}, which is read on the host")
+            self.wait(f"{name}, which is read on the host")
         elif name in INDEXING and any(
             isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         ):
@@ -263,26 +283,31 @@ class PretendCard:
             target, source = args[0], args[1]
             non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
             to_card, from_card = isinstance(target, CardTensor), isinstance(source, CardTensor)
-            if not source.dim() and not from_card and to_card:  # CUDA makes a fill of a number of the host
-                pass
         else:
             source, non_blocking = args[0], kwargs.get("non_blocking", False)
             from_card = isinstance(source, CardTensor)
             to_card = from_card if device is None else device.type == NAME
         if from_card and not to_card:
             self.wait(f"{name} to the host")
-        elif to_card and not from_card:
-            if not (non_blocking and self.is_pinned(source)):
-                how = "that blocks" if not non_blocking else "from memory that is not pinned"
-                self.wait(f"{name} to the card {how}")
+        elif to_card and not from_card and not (non_blocking and self.is_pinned(source)):
+            how = "from memory that is not pinned" if non_blocking else "that blocks"
+            self.wait(f"{name} to the card {how}")
 
 
+MAKERS = (torch.tensor, torch.as_tensor, torch.asarray)  # as they are now: a capture replaces two of them
 RANDOM = {
     *("aten::rand", "aten::randn", "aten::randint", "aten::randperm", "aten::normal_", "aten::uniform_"),
     *("aten::bernoulli_", "aten::multinomial", "aten::exponential_", "aten::random_", "aten::normal"),
 }
 
 CURRENT: "PretendCard | None" = None
+
+
+def _written(func, args) -> list:
+    """Finds the memory of what an operation changes in place."""
+    arguments = func._schema.arguments
+    found = [x for x, a in zip(args, arguments, strict=False) if a.alias_info is not None and a.alias_info.is_write]
+    return [x._memory for x in tree_leaves(found) if isinstance(x, CardTensor) and x._memory is not None]
 
 
 def _drawing(func):
@@ -293,15 +318,13 @@ def _drawing(func):
 
 
 def _line() -> str:
-    """Returns the innermost line that is neither torch's nor of this folder's device."""
-    frame = sys._getframe(1)
-    chosen = None
+    """Returns the innermost line of the package, else of whoever is neither torch nor one of the device's modules."""
+    frame, chosen = sys._getframe(1), None
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith(TORCH) and not file.startswith("<") and "/pretend_" not in file:
-            if chosen is None:
-                chosen = frame
-            if file.startswith((str(ROOT / "danceopd"), str(ROOT / "kernels"))):
+        if not (file.startswith((*TORCH, "<")) or Path(file).name.startswith("pretend_")):
+            chosen = chosen or frame
+            if file.startswith(OURS):
                 chosen = frame
                 break
             if file.startswith(str(ROOT / "tests")):
@@ -309,11 +332,8 @@ def _line() -> str:
         frame = frame.f_back
     if chosen is None:
         return f"a thread of autograd ({threading.current_thread().name})"
-    import linecache
-
     file, number = chosen.f_code.co_filename, chosen.f_lineno
-    code = linecache.getline(file, number).strip()
-    return f"{file.removeprefix(f'{ROOT}/')}:{number}: {code}"
+    return f"{file.removeprefix(f'{ROOT}/')}:{number}: {linecache.getline(file, number).strip()}"
 
 
 class _Dispatch(TorchDispatchMode):
@@ -340,7 +360,7 @@ class _Functions(TorchFunctionMode):
             return self.card.is_pinned(args[0])
         if func is torch.Tensor.record_stream:
             return None
-        if func in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") is not None:
+        if func in MAKERS and kwargs.get("device") is not None:
             device = torch.device(kwargs["device"])
             if device.type == NAME and not isinstance(args[0], CardTensor):
                 return func(*args, **{**kwargs, "device": "cpu"}).to(device)
@@ -419,5 +439,5 @@ def _never(*args):
     raise AssertionError("the card's tensors compute in CardTensor.__torch_dispatch__")
 
 
-_KERNELS = torch.library.Library("aten", "IMPL", "PrivateUse1")  # noqa: TOR901
-_FALLBACK = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")  # noqa: TOR901
+_KERNELS = torch.library.Library("aten", "IMPL", "PrivateUse1")
+_FALLBACK = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")

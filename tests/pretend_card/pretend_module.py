@@ -1,8 +1,11 @@
 """What `torch.card` is: streams, memory and its statistics, the generator, and graphs."""
 
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from pretend_graphs import Graph, Race, Stream, capture
 
 CAPACITY = 2**34  # bytes of the card's memory
 
@@ -12,6 +15,7 @@ class _Memory:
 
     def __init__(self, module, size: int):
         self.module, self.size = module, size
+        self.written: tuple[Stream, int] | None = None
         module.allocated += size
         module.peak = max(module.peak, module.allocated)
 
@@ -30,6 +34,7 @@ class CardModule:
     def begin(self, card) -> None:
         """Begins anew for a card."""
         self.card, self.capturing = card, None
+        self.default = self.now = Stream(self)
         self.peak = self.allocated  # what a test before has left
         self.generator = torch.Generator().manual_seed(0x0CA4D)
 
@@ -68,8 +73,6 @@ class CardModule:
 
     def memory_of(self, numbers: torch.Tensor) -> _Memory:
         """Finds or begins the count of a tensor's storage."""
-        import weakref
-
         storage = numbers.untyped_storage()
         known = self._memories.get(storage._cdata)
         memory = None if known is None else known()
@@ -77,9 +80,6 @@ class CardModule:
             memory = _Memory(self, storage.nbytes())
             self._memories[storage._cdata] = weakref.ref(memory)
         return memory
-
-    def ran(self, func, args, kwargs, result) -> None:
-        """Is told every operation of the card."""
 
     def memory_allocated(self, device=None) -> int:
         return self.allocated
@@ -101,3 +101,50 @@ class CardModule:
 
     def synchronize(self, device=None) -> None:
         self.card.wait("synchronize")
+
+    def get_device_capability(self, device=None) -> tuple[int, int]:
+        return (9, 0)
+
+    def get_device_name(self, device=None) -> str:
+        return "a pretend card"
+
+    # --- streams and graphs ---------------------------------------------------------------------------
+
+    CUDAGraph = Graph
+
+    def Stream(self, *_, **__) -> Stream:
+        return Stream(self)
+
+    def current_stream(self, device=None) -> Stream:
+        return self.now
+
+    def graph_pool_handle(self) -> tuple[int, int]:
+        return (0, id(self))
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        """Puts the operations inside into a stream."""
+        before, self.now = self.now, stream
+        try:
+            yield
+        finally:
+            self.now = before
+
+    def graph(self, graph: Graph, pool=None, stream=None, capture_error_mode="global"):
+        """Captures what is done inside."""
+        return capture(self, graph, stream)
+
+    def read(self, memories, what: str) -> None:
+        """Checks that what an operation reads is there in the stream at hand."""
+        for memory in memories:
+            if memory is None or memory.written is None or memory.written[0] is self.now:
+                continue
+            stream, tick = memory.written
+            if self.now.seen.get(stream, 0) < tick:
+                raise Race(f"{what}: reads what another stream wrote, without having waited for it")
+
+    def wrote(self, memories) -> None:
+        """Notes which stream wrote last."""
+        self.now.tick += 1
+        for memory in memories:
+            memory.written = (self.now, self.now.tick)

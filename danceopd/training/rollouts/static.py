@@ -63,8 +63,7 @@ class StaticField:
         self.reason: str | None = None
         self._constants: dict = {}
         self._addresses: tuple = ()
-        self._stream = torch.cuda.Stream() if capture else None
-        self._pool = torch.cuda.graph_pool_handle() if capture else None
+        self._capture, self._stream, self._pool = capture, None, None
 
     def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         return self.field(latents, sigma, conditioning)
@@ -216,16 +215,19 @@ class StaticField:
 
     def _step(self, program: Program, size: int) -> None:
         """Makes one step, by a graph where steps are captured."""
-        if self._stream is None:
+        if not self._capture:
             program.step(size)
             return
+        if self._stream is None:
+            cards = torch.get_device_module(program.z.device)
+            self._stream, self._pool = cards.Stream(), cards.graph_pool_handle()
         if size not in program.graphs:
             program.capture(size, self._constants, self._stream, self._pool)
         program.graphs[size][0].replay()
 
     def _check_addresses(self) -> None:
         """Drops all graphs where a weight has moved: a graph reads where the weights were as it was captured."""
-        if self._stream is not None:
+        if self._capture:
             now = tuple(t.data_ptr() for n in self.networks for t in (*n.parameters(), *n.buffers()))
             if now != self._addresses:
                 for program in self.programs.values():
