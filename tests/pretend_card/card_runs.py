@@ -3,17 +3,40 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from pretend_card import PretendCard, cuda_autocast, pretend_card
 
+from danceopd.config.reading import parse_config
+from danceopd.config.sections import Config
 from danceopd.training.assembly import room
 from danceopd.training.loop import Trainer
 
+EAGER = {"training": {"cuda_graphs": False}}
 BEGINS = "the beginning of a capture"  # what each graph costs once
+
+
+def world_config(networks: Path, folder: Path, **sections) -> Config:
+    """A run of the embedded network of two capabilities, one of which edits."""
+    raw = {
+        "student": {"init_from": str(networks / "base.safetensors")},
+        "sources": {name: {"weights": str(networks / f"{name}.safetensors")} for name in ("one", "two")},
+        "capabilities": {
+            "t2i": {"source": "one", "task": "t2i", "data": {"world": "t2i", "size": 8}},
+            "edit": {"source": "two", "task": "edit", "data": {"world": "edit", "size": 8}},
+        },
+        "rollout": {"num_inference_steps": 3},
+        "training": {"output_dir": str(folder), "batch_size": 6, "max_steps": 8, "warmup_steps": 0, "ema_decay": 0.5},
+        "evaluation": {"num_inference_steps": 2},
+    }
+    for key, value in sections.items():
+        raw[key] = {**raw[key], **value} if key in raw and isinstance(value, dict) else value
+    if sections.get("method") == "joint":
+        del raw["rollout"]  # it rolls nothing out
+    return parse_config(raw)
 
 
 @contextmanager
@@ -57,22 +80,23 @@ def told(record: dict) -> dict:
 
 
 def on_cpu(config, build, updates: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """The records and the state of a run on the CPU that computes as on a card."""
+    """The records and the state of a run on the CPU that computes as on a card: in the same products and batches."""
+    if config.training.cuda_graphs == "auto":
+        config = config.model_copy(update={"training": config.training.model_copy(update={"cuda_graphs": True})})
     with plain_kernels(), lora_as_on_a_card(), cuda_autocast():
         trainer = trainer_on("cpu", config, build)
         records = [told(trainer.update()) for _ in range(updates)]
         return records, state_of(trainer)
 
 
-def on_card(config, build, updates: int, count: bool = True) -> tuple[list[dict], dict, Counter, PretendCard]:
+def on_card(config, build, updates: int) -> tuple[list[dict], dict, Counter, PretendCard]:
     """The same on the pretend card, and the waits of the last update by phase and line."""
     with plain_kernels(), pretend_card() as card:
         trainer = trainer_on("card:0", config, build)
         assert {p.device.type for p in trainer.parts.student.parameters()} == {"card"}
         records = [told(trainer.update()) for _ in range(updates - 1)]
         card.waits.clear()
-        with nullcontext():
-            records.append(told(trainer.update()))
+        records.append(told(trainer.update()))
         waits = Counter(str(wait) for wait in card.waits if wait.what != BEGINS)
         return records, state_of(trainer), waits, card
 

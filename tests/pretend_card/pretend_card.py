@@ -370,22 +370,24 @@ class _Functions(TorchFunctionMode):
             raise WrongSide(f"numpy() of a tensor on the card, at {_line()}")
         if torch.is_autocast_enabled(self.autocast_as):
             args, kwargs = cast_inputs(func, args, kwargs, torch.get_autocast_dtype(self.autocast_as))
-        if func is F.scaled_dot_product_attention and isinstance(args[0], CardTensor):
+        if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Takes the CPU's fused attention where the CPU would; torch chooses it by the device's name."""
-    mask = attn_mask.numbers if isinstance(attn_mask, CardTensor) else attn_mask
-    numbers = [x.numbers.detach() for x in (q, k, v)]
-    chosen = torch._fused_sdp_choice(*numbers, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if chosen == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value and not enable_gqa:
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, -torch.inf)
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    if isinstance(query, CardTensor) and not enable_gqa:
+        mask = attn_mask.numbers if isinstance(attn_mask, CardTensor) else attn_mask
+        numbers = [x.numbers.detach() for x in (query, key, value)]
+        chosen = torch._fused_sdp_choice(*numbers, mask, dropout_p, is_causal, **options)
+        if chosen == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value:
+            if attn_mask is not None and attn_mask.dtype == torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
 @contextmanager

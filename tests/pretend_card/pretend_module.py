@@ -30,11 +30,11 @@ class CardModule:
         self._memories: dict = {}
         self.allocated = self.peak = 0
         self.generator = torch.Generator()
+        self.default = self.now = Stream(self)  # of the process: caches outlive a card
 
     def begin(self, card) -> None:
         """Begins anew for a card."""
-        self.card, self.capturing = card, None
-        self.default = self.now = Stream(self)
+        self.card, self.capturing, self.now = card, None, self.default
         self.peak = self.allocated  # what a test before has left
         self.generator = torch.Generator().manual_seed(0x0CA4D)
 

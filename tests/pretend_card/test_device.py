@@ -94,7 +94,7 @@ def test_a_network_trains_as_on_the_cpu(card):
             torch.nn.utils.clip_grad_norm_(network.parameters(), 0.1)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
     assert losses[:3] == losses[3:]
     assert all(torch.equal(p, q.cpu()) for p, q in zip(plain.parameters(), moved.parameters(), strict=True))
     back = copy.deepcopy(moved).to("cpu")

@@ -1,60 +1,14 @@
 """Every method on the pretend card: the CPU's numbers bit for bit, and one wait of the host in an update."""
 
 import pytest
-import torch
-from card_runs import compared, plain_kernels, same, state_of, told, trainer_on
-from pretend_card import HostWait, WrongSide, pretend_card
+from card_runs import EAGER, compared, plain_kernels, same, state_of, told, trainer_on, world_config
+from pretend_card import WrongSide, pretend_card
 
-from danceopd.config.reading import parse_config
-from danceopd.core import conditioning
 from danceopd.core.methods import METHODS
 from danceopd.training.checkpoints import load_newest
 from danceopd.training.resume import go_on
 from danceopd.world.build import build
-from danceopd.world.dit import DiT, DiTConfig
-from danceopd.world.files import save_model
 
-B, N = 6, 3
-TINY = DiTConfig(width=16, depth=1, heads=2, mlp_ratio=1)
-
-
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    """Three networks whose every parameter counts, on disk."""
-    folder = tmp_path_factory.mktemp("networks")
-    for seed, name in enumerate(("base", "one", "two")):
-        torch.manual_seed(seed)
-        network = DiT(TINY)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                if not parameter.any():
-                    parameter.normal_(std=0.05)
-        save_model(network, folder / f"{name}.safetensors")
-    return folder
-
-
-def config_of(networks, folder, **sections):
-    raw = {
-        "student": {"init_from": str(networks / "base.safetensors")},
-        "sources": {name: {"weights": str(networks / f"{name}.safetensors")} for name in ("one", "two")},
-        "capabilities": {
-            "t2i": {"source": "one", "task": "t2i", "data": {"world": "t2i", "size": 8}},
-            "edit": {"source": "two", "task": "edit", "data": {"world": "edit", "size": 8}},
-        },
-        "rollout": {"num_inference_steps": N},
-        "training": {"output_dir": str(folder), "batch_size": B, "max_steps": 8, "warmup_steps": 0, "ema_decay": 0.5},
-        "evaluation": {"num_inference_steps": 2},
-    }
-    for key, value in sections.items():
-        raw[key] = {**raw[key], **value} if key in ("rollout", "training") else value
-        for name, own in value.items() if key in ("capabilities", "sources") else ():
-            raw[key] |= {name: own}
-    if sections.get("method") == "joint":
-        del raw["rollout"]  # it rolls nothing out
-    return parse_config(raw)
-
-
-EAGER = {"training": {"cuda_graphs": False}}
 VARIANTS = {
     "danceopd": {},
     "danceopd eager": EAGER,
@@ -88,7 +42,7 @@ def test_every_method_has_a_variant():
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in VARIANTS])
 def test_a_method_is_the_same_on_the_card_and_waits_once(networks, tmp_path, name):
-    compared(config_of(networks, tmp_path, method=name.split()[0], **VARIANTS[name]), build)
+    compared(world_config(networks, tmp_path, method=name.split()[0], **VARIANTS[name]), build)
 
 
 def test_guided_students_and_sources_are_the_same_and_wait_once(networks, tmp_path):
@@ -103,18 +57,18 @@ def test_guided_students_and_sources_are_the_same_and_wait_once(networks, tmp_pa
         },
         "sources": {"two": {"weights": str(networks / "two.safetensors"), "guidance_scale": 3.0}},
     }
-    compared(config_of(networks, tmp_path, **guided), build)
+    compared(world_config(networks, tmp_path, **guided), build)
 
 
 def test_a_run_goes_from_the_card_to_the_cpu_and_back(networks, tmp_path):
     with plain_kernels():
-        config = config_of(networks, tmp_path / "whole")
+        config = world_config(networks, tmp_path / "whole")
         whole = trainer_on("cpu", config, build)
         records = [told(whole.update()) for _ in range(3)]
         found = []
         for device in ("card:0", "cpu", "card:0"):
             with pretend_card():
-                trainer = trainer_on(device, config_of(networks, tmp_path / "parts"), build)
+                trainer = trainer_on(device, world_config(networks, tmp_path / "parts"), build)
                 checkpoint, _ = load_newest(tmp_path / "parts" / "checkpoints")
                 if checkpoint is not None:
                     go_on(trainer, checkpoint)
@@ -127,7 +81,7 @@ def test_a_run_goes_from_the_card_to_the_cpu_and_back(networks, tmp_path):
 
 def test_previews_are_drawn_on_the_card(networks, tmp_path):
     with plain_kernels():
-        config = config_of(networks, tmp_path)
+        config = world_config(networks, tmp_path)
         trainer_on("cpu", config, build).previews.write(tmp_path / "cpu.png", trainer_on("cpu", config, build).student)
         with pretend_card():
             trainer = trainer_on("card:0", config, build)
@@ -137,7 +91,7 @@ def test_previews_are_drawn_on_the_card(networks, tmp_path):
 
 def test_the_one_wait_reads_the_norm_and_all_that_is_watched(networks, tmp_path):
     with plain_kernels(), pretend_card() as card:
-        trainer = trainer_on("card:0", config_of(networks, tmp_path, **EAGER), build)
+        trainer = trainer_on("card:0", world_config(networks, tmp_path, **EAGER), build)
         trainer.update()
         card.waits.clear()
         trainer.update()
@@ -146,27 +100,9 @@ def test_the_one_wait_reads_the_norm_and_all_that_is_watched(networks, tmp_path)
     assert wait.line.startswith("danceopd/training/engine.py:")
 
 
-def test_marks_on_the_card_fail_with_the_line_that_reads_them(networks, tmp_path, monkeypatch):
-    """As they lay there before: the host read them in every forward."""
-    plain = conditioning.Conditioning.to
-
-    def everything(self, device):
-        moved = plain(self, device)
-        moved.has_source = moved.has_source.to(device)
-        return moved
-
-    monkeypatch.setattr(conditioning.Conditioning, "to", everything)
-    with plain_kernels(), pretend_card() as card:
-        trainer = trainer_on("card:0", config_of(networks, tmp_path, **EAGER), build)
-        batch = trainer.draw()
-        line = r"danceopd/core/conditioning\.py:\d+: return bool\(self\.has_source"
-        with pytest.raises(HostWait, match=line), card.no_waits():
-            trainer.ask(batch)
-
-
-def test_a_tensor_on_the_wrong_side_fails_with_its_line(networks, tmp_path, monkeypatch):
+def test_a_tensor_on_the_wrong_side_fails_with_its_line(networks, tmp_path):
     with plain_kernels(), pretend_card():
-        trainer = trainer_on("card:0", config_of(networks, tmp_path, **EAGER), build)
+        trainer = trainer_on("card:0", world_config(networks, tmp_path, **EAGER), build)
         batch = trainer.draw()
         batch.noise = batch.noise.cpu()
         with pytest.raises(WrongSide, match=r"meet tensors on the CPU.* at danceopd/world/dit\.py:\d+"):
