@@ -20,4 +20,5 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     device = torch.device(device)
     if tensor.device.type != "cpu" or device.type in ON_HOST:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # Expanded tensors cannot be pinned as they are: their rows share memory.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)

@@ -181,7 +181,9 @@ class PretendCard:
             raise WrongSide(f"only tensors of the CPU can be pinned, at {_line()}")
         if self.is_pinned(tensor):
             return tensor
-        copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise RuntimeError(f"an expanded tensor cannot be pinned, its rows share memory, at {_line()}")
+        copied = tensor.detach().clone()
         self._pinned[copied.untyped_storage()._cdata] = StorageWeakRef(copied.untyped_storage())
         return copied
 

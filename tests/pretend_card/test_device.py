@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from pretend_card import CardTensor, HostWait, WrongSide, pretend_card
 from pretend_graphs import GraphFault, Race
 
+from danceopd.core.copies import to_device
+
 
 @pytest.fixture
 def card():
@@ -79,6 +81,14 @@ MEETINGS = {
 def test_tensors_of_both_sides_do_not_meet(card, name):
     with pytest.raises(WrongSide, match=r"test_device\.py:\d+"):
         MEETINGS[name](there(4, 4))
+
+
+def test_an_expanded_tensor_cannot_be_pinned_as_it_is(card):
+    """As torch's pin_memory, which copies into the same strides; `to_device` takes it apart."""
+    rows = torch.arange(3).expand(2, 3)
+    with pytest.raises(RuntimeError, match="cannot be pinned"):
+        rows.pin_memory()
+    assert torch.equal(to_device(rows, "card").cpu(), rows)
 
 
 def test_a_network_trains_as_on_the_cpu(card):

@@ -89,6 +89,7 @@ class StaticField:
             return None
         steps, spent, tokens, lengths = until.amax(1) - start, Counter(), Counter(), _lengths(conditioning)
         sigmas = sigmas.cpu()
+        self._check_addresses()
         states = noise.float()[:, None].repeat(1, until.shape[1], *(1,) * (noise.dim() - 1))
         try:
             for layout, rows in self._layouts(conditioning, lengths):
@@ -153,6 +154,7 @@ class StaticField:
             for layout, own in self._layouts(conditioning, lengths)
         ]
         programs: list[Program] = []
+        self._check_addresses()
 
         def velocity(latents, sigma, _):
             if self.reason or len(latents) > self.rows.rows:
@@ -199,7 +201,6 @@ class StaticField:
 
     def _program(self, z, conditioning, guided: bool, capacity: int, solver: str | None) -> Program:
         """Finds the program of such samples, or makes it, and fills it with these."""
-        self._check_addresses()
         leaves, spec = _flat(conditioning)
         shapes = [(value.shape[1:], value.dtype) for value in (z, *leaves)]
         key = f"{solver} {guided} {shapes} {spec}"
