@@ -94,6 +94,7 @@ class Answers:
         conditional = one.velocities[0][to_device(one.row, device)].to(wide)
         if self.guidance_scale is None:
             return conditional
+        assert one.uncond_row is not None  # as there is a scale
         unconditional = one.velocities[0][to_device(one.uncond_row, device)].to(wide)
         scale = to_device(self.guidance_scale.to(wide), device).view(-1, *(1,) * (conditional.dim() - 1))
         return unconditional + scale * (conditional - unconditional)

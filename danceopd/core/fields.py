@@ -41,7 +41,7 @@ class Guided:
             mixed = self.combine(cond[there], uncond, alpha)
         else:
             mixed = uncond + alpha.view(-1, *(1,) * (cond.dim() - 1)) * (cond[there] - uncond)
-        return mixed if isinstance(rows, slice) else cond.to(mixed.dtype).index_copy(0, there, mixed)
+        return mixed if isinstance(there, slice) else cond.to(mixed.dtype).index_copy(0, there, mixed)
 
     def answer(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> Answers:
         """Asks for both branches and leaves them as they are; a family's own combination is written.

@@ -84,7 +84,7 @@ def _integrate(field, noise, conditioning, sigmas, until, solver, start) -> torc
         if late and not (start[:n] <= i).any():
             continue
         rows = (start[:n] <= i).nonzero()[:, 0] if late else slice(n)
-        active, part = to_device(rows, z.device) if late else rows, conditioning[rows]
+        active, part = rows if isinstance(rows, slice) else to_device(rows, z.device), conditioning[rows]
         if previous is not None:
             # A trajectory's first step has no velocity before it and is Euler's.
             ratio = half_ratio(sigmas[i - 1], sigmas[i], sigmas[i + 1]) if i else 0.0

@@ -1,14 +1,11 @@
 """Model families on the pretend card: the CPU's numbers bit for bit, and how often the host waits."""
 
 import pytest
-import torch
 from card_runs import compared, on_card, on_cpu, same
 from model_runs import FAMILIES, config_of
 
 from danceopd.training.assembly.build import build_model
 
-# What diffusers' own transformers read on the host in a forward with gradient, twice in these updates (the sources' and
-# the student's): rollouts are captured.
 SMALL = {
     "rollout.num_inference_steps": 3,
     "training.batch_size": 4,
@@ -55,7 +52,7 @@ def test_a_family_is_the_same(places, tmp_path, family):
     root = places(family)
     embedded = {f"{key}.embedded_guidance": 3.5 for key in ("student", "sources.one", "sources.two")}
     changes = embedded if family in ("flux", "kontext", "flux2") else GUIDED
-    compared(changed(root, tmp_path, **changes), build_model, bound=1)
+    compared(changed(root, tmp_path, **changes), build_model)
 
 
 @pytest.mark.slow
@@ -71,4 +68,3 @@ def test_offloaded_sources_are_the_same(places, tmp_path):
     assert there == records
     same(state, found)
     assert waits  # a block at a time
-    assert torch is not None
