@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from danceopd.core.conditioning import Conditioning
+from danceopd.core.copies import to_device
 
 
 class Field(Protocol):
@@ -39,7 +40,7 @@ class Answers:
 
     Args:
         velocities: A float tensor [n, ...] for each forward; at most the `MAX_TEACHERS` that the loss takes.
-        network: int64 tensor [Q], the forward that a query was in.
+        network: int64 tensor [Q] on the CPU, as what follows is: the forward that a query was in.
         row: int64 tensor [Q], its row there.
         uncond_row: int64 tensor [Q], the row of its unconditional velocity; None where no query is guided.
         guidance_scale: float32 tensor [Q], float64 with states in it; None where no query is guided.
@@ -69,7 +70,7 @@ class Answers:
         Returns:
             Answers without guidance.
         """
-        rows = torch.arange(len(velocity), device=velocity.device)
+        rows = torch.arange(len(velocity))
         return cls([velocity], torch.zeros_like(rows), rows)
 
     def __len__(self) -> int:
@@ -89,11 +90,13 @@ class Answers:
         """
         one = self.joined()
         wide = torch.promote_types(one.velocities[0].dtype, torch.float32)
-        conditional = one.velocities[0][one.row].to(wide)
+        device = one.velocities[0].device
+        conditional = one.velocities[0][to_device(one.row, device)].to(wide)
         if self.guidance_scale is None:
             return conditional
-        unconditional = one.velocities[0][one.uncond_row].to(wide)
-        scale = self.guidance_scale.to(wide).view(-1, *(1,) * (conditional.dim() - 1))
+        assert one.uncond_row is not None  # as there is a scale
+        unconditional = one.velocities[0][to_device(one.uncond_row, device)].to(wide)
+        scale = to_device(self.guidance_scale.to(wide), device).view(-1, *(1,) * (conditional.dim() - 1))
         return unconditional + scale * (conditional - unconditional)
 
     def to(self, dtype: torch.dtype) -> "Answers":
@@ -107,10 +110,10 @@ class Answers:
         """
         if all(velocity.dtype == dtype for velocity in (*self.velocities, *(self.unconds or ()))):
             return self
-        one, rows = self.joined(), torch.arange(len(self), device=self.row.device)
+        one, rows = self.joined(), torch.arange(len(self))
         wanted = one.row if one.uncond_row is None else torch.cat([one.row, one.uncond_row])
         uncond_row = None if one.uncond_row is None else rows + len(self)
-        copied = one.velocities[0][wanted].to(dtype)
+        copied = one.velocities[0][to_device(wanted, one.velocities[0].device)].to(dtype)
         return Answers([copied], torch.zeros_like(rows), rows, uncond_row, self.guidance_scale)
 
     def joined(self) -> "Answers":
@@ -127,7 +130,7 @@ class Answers:
         start = {id(v): first for v, first in zip(each, ends, strict=False)}
 
         def moved(row: torch.Tensor, forwards: list[torch.Tensor]) -> torch.Tensor:
-            return row + torch.tensor([start[id(v)] for v in forwards], device=row.device)[self.network]
+            return row + torch.tensor([start[id(v)] for v in forwards])[self.network]
 
         uncond_row = None if self.uncond_row is None else moved(self.uncond_row, unconds)
         row = moved(self.row, self.velocities)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from danceopd.core.conditioning import Conditioning
+from danceopd.core.copies import to_device
 
 
 @dataclass
@@ -16,7 +17,8 @@ class Batch:
         conditioning: The prompts and source pictures of the samples.
         route: int64 tensor [B] on the CPU: the number of the source that supervises each sample.
         clean: Float tensor [B, ...], the data's own pictures, for the methods that learn from them.
-        sigmas: float32 tensor [N + 1], the noise levels of this batch's rollout where they depend on its picture size.
+        sigmas: float32 tensor [N + 1] on the CPU, the noise levels of this batch's rollout where they depend on its
+            picture size.
 
     Example:
         >>> routes = torch.tensor([0, 1, 1])
@@ -39,7 +41,7 @@ class Batch:
         return Batch(self.noise[index], self.conditioning[index], self.route[index], clean, self.sigmas)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copies everything but the routes, which the host reads, to a device.
+        """Copies everything to a device but the routes, noise levels and marks, which the host reads.
 
         Args:
             device: Where the copies lie.
@@ -47,5 +49,5 @@ class Batch:
         Returns:
             The same samples there.
         """
-        clean, sigmas = (None if value is None else value.to(device) for value in (self.clean, self.sigmas))
-        return Batch(self.noise.to(device), self.conditioning.to(device), self.route, clean, sigmas)
+        clean = None if self.clean is None else to_device(self.clean, device)
+        return Batch(to_device(self.noise, device), self.conditioning.to(device), self.route, clean, self.sigmas)

@@ -8,6 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from danceopd.core.copies import to_device
+
+# Of a prompt's dict: what says how long prompts are, which the host reads.
+READ_ON_HOST = ("prompt_mask", "prompt_parts", "siglip_shapes")
+
 Tensors = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, ...]
 
 
@@ -15,16 +20,22 @@ Tensors = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, ...]
 class Conditioning:
     """Holds the prompts and source pictures of B samples.
 
+    What the host decides by stays on the CPU, so that nobody waits for a device to read it: `has_source`,
+    `guidance_scale`, `adapter`, and of a prompt's dict the masks and lengths.
+
     Args:
         prompt: What the backbone's text encoder gives, a tensor or a dict of them, each [B, ...]; the embedded network
             takes int64 tokens [B, L]. In a dict, ``prompt_mask`` [B, L] bool is False after a prompt's end, and
-            ``prompt_keep`` is the same for prompts to be computed at this very L, whose masks nobody reads on the host.
+            ``prompt_keep`` is the same for prompts to be computed at this very L, whose masks nobody reads on the host:
+            these lie beside the rest.
         source: The pictures to edit in the space of the latents, a float tensor [B, C, h, w] or a tuple of them where
             there are several references; None if no sample has one.
-        has_source: Bool tensor [B]: `source` is ignored where it is False. None if all samples have theirs, where
-            `source` is given, such that nothing has to be read on the device to know it.
-        guidance_scale: float32 tensor [B]; read by a field that is guided per sample (`guided`), and by nothing else.
-        adapter: int64 tensor [B]: which of several sources a network that answers for all of them is asked for.
+        has_source: Bool tensor [B] on the CPU: `source` is ignored where it is False. None if all samples have theirs,
+            where `source` is given.
+        guidance_scale: float32 tensor [B] on the CPU; read by a field that is guided per sample (`guided`), and by
+            nothing else.
+        adapter: int64 tensor [B] on the CPU: which of several sources a network that answers for all of them is asked
+            for.
         embedded_guidance: float32 tensor [B], the number that a guidance-distilled model takes as an input.
         empty_prompt: Like `prompt`, each sample's own empty prompt; None where it is one for all. A text encoder that
             sees the source pictures has another for each.
@@ -52,14 +63,14 @@ class Conditioning:
     @property
     def device(self) -> torch.device:
         """Returns the device of the prompts."""
-        return self._first().device
+        return device_of(self.prompt)
 
     def _first(self) -> torch.Tensor:
         """Returns one tensor that has a row for each sample."""
         return tree_leaves(self.prompt)[0] if self.has_source is None else self.has_source
 
     def sourced(self) -> bool | None:
-        """Tells whether the samples have source pictures; it reads `has_source`, which waits for its device.
+        """Tells whether the samples have source pictures.
 
         Returns:
             True where all have them, False where none has, None where some have.
@@ -77,11 +88,21 @@ class Conditioning:
         return replace(self, **mapped)
 
     def __getitem__(self, index) -> "Conditioning":
-        """Selects samples by slice, mask or index tensor."""
-        return self._map(lambda value: value[index])
+        """Selects samples by slice, or by mask or index tensor on the CPU."""
+        if not isinstance(index, torch.Tensor):
+            return self._map(lambda value: value[index])
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
+        there = {index.device: index}
+
+        def select(value):
+            if value.device not in there:
+                there[value.device] = to_device(index, value.device)
+            return value[there[value.device]]
+
+        return self._map(select)
 
     def to(self, device: torch.device | str) -> "Conditioning":
-        """Copies everything to a device.
+        """Copies everything that the host does not read to a device.
 
         Args:
             device: Where the copies lie.
@@ -89,7 +110,9 @@ class Conditioning:
         Returns:
             The same samples there.
         """
-        return self._map(lambda value: value.to(device))
+        names = ("prompt", "source", "embedded_guidance", "empty_prompt", "texts")
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: placed(value, device) for name, value in values.items()})
 
     def repeat(self, k: int) -> "Conditioning":
         """Repeats each sample k times in a row.
@@ -113,7 +136,7 @@ class Conditioning:
         """
         if guidance is None:
             return replace(self, embedded_guidance=None)
-        return replace(self, embedded_guidance=torch.full((len(self),), guidance, device=self._first().device))
+        return replace(self, embedded_guidance=torch.full((len(self),), guidance, device=self.device))
 
     def without_prompt(self, empty: Tensors) -> "Conditioning":
         """Gives the samples empty prompts, their own where they have some; their source pictures stay.
@@ -134,7 +157,7 @@ class Conditioning:
         Args:
             name: The text's key in `texts`; "" is the empty prompt.
             encoded: One sample's encoding, as `prompt` without the batch, for samples that have none of their own.
-            index: int64 tensor [n], the samples.
+            index: int64 tensor [n] on the CPU, the samples.
 
         Returns:
             The n samples, without `texts`.
@@ -144,12 +167,41 @@ class Conditioning:
         """
         own = self.empty_prompt if name == "" else (self.texts or {}).get(name)
         if own is not None:
-            prompt = tree_map(lambda value: value[index], own)
+            prompt = Conditioning(own)[index].prompt
         elif encoded is not None:
             prompt = _expanded(encoded, len(index))
         else:
             raise ValueError(f"the samples have no encoding of the text {name!r} in Conditioning.texts")
         return replace(replace(self, texts=None)[index], prompt=prompt)
+
+
+def placed(tensors, device: torch.device | str):
+    """Copies tensors to a device, but for what says how long prompts are.
+
+    Args:
+        tensors: A tensor, or dicts and tuples of them, such as prompts.
+        device: Where the copies lie.
+
+    Returns:
+        The same structure of tensors.
+    """
+    if isinstance(tensors, dict):
+        return {name: v if name in READ_ON_HOST else placed(v, device) for name, v in tensors.items()}
+    return tree_map(lambda value: to_device(value, device), tensors)
+
+
+def device_of(prompt: Tensors) -> torch.device:
+    """Finds the device that a prompt lies on.
+
+    Args:
+        prompt: As `Conditioning.prompt`.
+
+    Returns:
+        The device of what the host does not read of it.
+    """
+    if isinstance(prompt, dict):
+        prompt = next((value for name, value in prompt.items() if name not in READ_ON_HOST), prompt)
+    return tree_leaves(prompt)[0].device
 
 
 def _expanded(one: Tensors, samples: int) -> Tensors:
@@ -209,10 +261,7 @@ def _join_marks(parts: list[Conditioning]) -> torch.Tensor | None:
     """Joins `has_source` of the parts; None where all have source pictures or none has."""
     if all(p.has_source is None for p in parts) and len({p.source is None for p in parts}) == 1:
         return None
-    marks = [
-        torch.full((len(p),), p.source is not None, device=p._first().device) if p.has_source is None else p.has_source
-        for p in parts
-    ]
+    marks = [torch.full((len(p),), p.source is not None) if p.has_source is None else p.has_source for p in parts]
     return torch.cat(marks)
 
 

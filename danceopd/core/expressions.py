@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 
 from danceopd.core.conditioning import Tensors
+from danceopd.core.copies import to_device
 
 TINY = 1e-12  # a weight below it is a sum that cancels: nobody is asked for it
 
@@ -139,8 +140,9 @@ class Expression:
                 velocity = of(atom, rows[own])
             else:
                 velocity = atom.combine(*(part._velocity(sigma, rows[own], of) for part in atom.parts))
-            scaled = weight[own].to(velocity).view(-1, *(1,) * (velocity.dim() - 1)) * velocity
-            parts.append((own.to(velocity.device), scaled))
+            scaled = to_device(weight[own].to(velocity.dtype), velocity.device)
+            scaled = scaled.view(-1, *(1,) * (velocity.dim() - 1)) * velocity
+            parts.append((to_device(own, velocity.device), scaled))
         total = parts[0][1].new_zeros(len(rows), *parts[0][1].shape[1:])
         for own, scaled in parts:
             total[own] += scaled

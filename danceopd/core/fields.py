@@ -8,6 +8,7 @@ import torch
 
 from danceopd.core.answers import Answers, Field
 from danceopd.core.conditioning import Conditioning, Tensors, concatenate
+from danceopd.core.copies import to_device
 from danceopd.core.expressions import Expression, Term, summed
 from danceopd.core.forwards import SharedField, ask_each
 from danceopd.core.phase import phase
@@ -34,11 +35,13 @@ class Guided:
     def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         alpha, rows, both = self._branches(latents, sigma, conditioning)
         cond, uncond = both[: len(latents)], both[len(latents) :]
+        alpha = to_device(alpha[rows], cond.device)
+        there = rows if isinstance(rows, slice) else to_device(rows, cond.device)
         if self.combine:
-            mixed = self.combine(cond[rows], uncond, alpha[rows])
+            mixed = self.combine(cond[there], uncond, alpha)
         else:
-            mixed = uncond + alpha[rows].view(-1, *(1,) * (cond.dim() - 1)) * (cond[rows] - uncond)
-        return mixed if isinstance(rows, slice) else cond.to(mixed.dtype).index_copy(0, rows, mixed)
+            mixed = uncond + alpha.view(-1, *(1,) * (cond.dim() - 1)) * (cond[there] - uncond)
+        return mixed if isinstance(there, slice) else cond.to(mixed.dtype).index_copy(0, there, mixed)
 
     def answer(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> Answers:
         """Asks for both branches and leaves them as they are; a family's own combination is written.
@@ -57,22 +60,26 @@ class Guided:
         if self.combine:
             return Answers.of(self(latents, sigma, conditioning))
         alpha, rows, both = self._branches(latents, sigma, conditioning)
-        row = torch.arange(len(latents), device=latents.device)
+        row = torch.arange(len(latents))
         uncond_row = row.clone()
-        uncond_row[rows] = torch.arange(len(latents), len(both), device=latents.device)
+        uncond_row[rows] = torch.arange(len(latents), len(both))
         return Answers([both], torch.zeros_like(row), row, uncond_row, alpha.float())
 
     def _branches(self, latents, sigma, conditioning):
-        """Asks both branches: (scale [B], guided rows, conditional velocities [B, ...] and then the unconditional)."""
+        """Asks both branches: (scale [B], guided rows, conditional velocities [B, ...] and then the unconditional).
+
+        Scale and rows are on the CPU; with `every` the scale is beside the latents, and the rows are a slice.
+        """
         alpha = conditioning.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        alpha = torch.as_tensor(alpha, dtype=latents.dtype, device=latents.device)
+        alpha = torch.as_tensor(alpha, dtype=latents.dtype, device=latents.device if self.every else "cpu")
         if alpha.numel() not in (1, len(latents)):  # a rollout reorders its batch: there, use None
             raise ValueError(f"{alpha.numel()} guidance scales for a batch of {len(latents)}")
         alpha = alpha.expand(len(latents))
         # At scale 1 the conditional branch is the field.
         rows = slice(None) if self.every else (alpha != 1).nonzero()[:, 0]
         empty = conditioning[rows].without_prompt(self.empty_prompt)
-        asked = [(latents, sigma, conditioning), (latents[rows], sigma[rows], empty)]
+        there = rows if isinstance(rows, slice) else to_device(rows, latents.device)
+        asked = [(latents, sigma, conditioning), (latents[there], sigma[there], empty)]
         if _kept_length(empty) != _kept_length(conditioning):
             return alpha, rows, torch.cat([self.field(*branch) for branch in asked])
         z, s = (torch.cat(values) for values in list(zip(*asked, strict=True))[:2])
@@ -94,7 +101,7 @@ def guided(
     Args:
         field: The field to guide.
         empty_prompt: One sample's, as `Conditioning.prompt` without the batch, for samples that have none of their own.
-        guidance_scale: alpha, a number or a float tensor [B]; None takes each sample's own, of
+        guidance_scale: alpha, a number or a float tensor [B] on the CPU; None takes each sample's own, of
             ``conditioning.guidance_scale``.
         combine: ``combine(cond, uncond, alpha [B]) -> velocity``, where a model family has another combination.
         every: Evaluates both branches for all samples, whatever their scales, so that nothing is read on the device.
@@ -142,7 +149,7 @@ def routed(
         fields: The sources.
         route: int64 tensor [Q] on the CPU, the number of each query's field.
         latents: Float tensor [Q, ...].
-        sigma: Float tensor [Q].
+        sigma: Float tensor [Q], on the CPU where nobody is to wait for the device: operators decide by it.
         conditioning: What the Q queries are conditioned on; where `sample` is given, what the samples that they are
             about are conditioned on.
         sample: int64 tensor [Q] on the CPU, which sample of the conditioning each query is about.

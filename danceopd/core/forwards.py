@@ -9,6 +9,7 @@ from danceopd_kernels.routed_velocity_mse import MAX_TEACHERS
 
 from danceopd.core.answers import Answers, Field, answer
 from danceopd.core.conditioning import Conditioning, concatenate
+from danceopd.core.copies import to_device
 from danceopd.core.expressions import Expression, Term, Text
 
 
@@ -53,10 +54,9 @@ def ask_for(fields: Sequence[SharedField], which: torch.Tensor, conditioning: Co
     Returns:
         The same samples with their source's adapter, guidance scale and embedded guidance.
     """
-    device = conditioning.device
 
     def each(values: list, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype)[which].to(device)
+        return torch.tensor(values, dtype=dtype)[which]
 
     own = replace(
         conditioning,
@@ -66,7 +66,8 @@ def ask_for(fields: Sequence[SharedField], which: torch.Tensor, conditioning: Co
     )
     if fields[0].embedded_guidance is None:
         return own
-    return replace(own, embedded_guidance=each([field.embedded_guidance for field in fields], torch.float32))
+    embedded = each([field.embedded_guidance for field in fields], torch.float32)
+    return replace(own, embedded_guidance=to_device(embedded, conditioning.device))
 
 
 @dataclass(eq=False)
@@ -102,7 +103,8 @@ def ask_each(
     if route.min() < 0 or route.max() >= len(fields):
         raise IndexError(f"routes must lie in [0, {len(fields) - 1}], got {route.min()} to {route.max()}")
     # On the host, which decides who is asked at them.
-    levels = sigma.double().cpu() if any(isinstance(field, Expression) for field in fields) else torch.empty(0)
+    levels = sigma.cpu().double() if any(isinstance(field, Expression) for field in fields) else torch.empty(0)
+    sigma = to_device(sigma, latents.device)
     plain: dict[int, _Asked] = {}
     terms: dict[int, dict[tuple, _Asked]] = {}
     networks: dict[tuple, list[_Asked]] = {}
@@ -140,8 +142,8 @@ def _way(field: Field, m: int | None) -> tuple[str, int]:
 
 def _forward(way: str, asked: list[_Asked], latents, sigma, conditioning, sample) -> Answers:
     """Asks one network for the rows of all that ask it, one after another."""
-    there = torch.cat([one.queries for one in asked]).to(latents.device)
-    about, field = _about(asked, conditioning, sample, latents.device), asked[0].field
+    there = to_device(torch.cat([one.queries for one in asked]), latents.device)
+    about, field = _about(asked, conditioning, sample), asked[0].field
     if way == "term":  # one velocity, whatever its field combines
         return Answers.of(field(latents[there], sigma[there], about))
     if way == "shared":
@@ -151,13 +153,13 @@ def _forward(way: str, asked: list[_Asked], latents, sigma, conditioning, sample
     return answer(field, latents[there], sigma[there], about)
 
 
-def _about(asked: list[_Asked], conditioning: Conditioning, sample, device) -> Conditioning:
+def _about(asked: list[_Asked], conditioning: Conditioning, sample) -> Conditioning:
     """Selects what the rows of a forward are conditioned on."""
     bare, parts, waiting = replace(conditioning, texts=None), [], []
 
     def index(some):
         queries = torch.cat([one.queries for one in some])
-        return (queries if sample is None else sample[queries]).to(device)
+        return queries if sample is None else sample[queries]
 
     for one in [*asked, None]:
         if one is not None and one.text is None:
@@ -175,11 +177,11 @@ class _Pointers:
     """Points queries at rows of forwards, as Answers hold them."""
 
     def __init__(self, latents: torch.Tensor, forwards: list[Answers]):
-        self.forwards, self.device, queries = forwards, latents.device, len(latents)
+        self.forwards, queries = forwards, len(latents)
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []  # of velocities, and of those without a prompt
-        self.network, self.row = (torch.zeros(queries, dtype=torch.int64, device=self.device) for _ in range(2))
+        self.network, self.row = (torch.zeros(queries, dtype=torch.int64) for _ in range(2))
         self.uncond_row = torch.zeros_like(self.row)
-        self.scale = torch.ones(queries, dtype=torch.promote_types(latents.dtype, torch.float32), device=self.device)
+        self.scale = torch.ones(queries, dtype=torch.promote_types(latents.dtype, torch.float32))
         self.guided = False
 
     def _pair(self, velocity: torch.Tensor, uncond: torch.Tensor) -> int:
@@ -192,11 +194,11 @@ class _Pointers:
 
     def at_plain(self, one: _Asked) -> None:
         """Points the queries of a field of its own at what it answered."""
-        part, there = self.forwards[one.forward], one.queries.to(self.device)
+        part, there = self.forwards[one.forward], one.queries
         own = part[one.first : one.first + len(one.queries)]
         unconds = part.velocities if part.unconds is None else part.unconds
         numbers = [self._pair(*pair) for pair in zip(part.velocities, unconds, strict=True)]
-        self.network[there] = torch.tensor(numbers, device=self.device)[own.network]
+        self.network[there] = torch.tensor(numbers)[own.network]
         self.row[there] = own.row
         self.uncond_row[there] = own.row if own.uncond_row is None else own.uncond_row
         if own.guidance_scale is not None:
@@ -217,11 +219,11 @@ class _Pointers:
         first, last = asked.int().argmax(1), asked.shape[1] - 1 - asked.flip(1).int().argmax(1)
         for a, b in sorted(set(zip(first[simple].tolist(), last[simple].tolist(), strict=True))):
             own = (simple & (first == a) & (last == b)).nonzero()[:, 0]
-            there, (one, other) = queries[own].to(self.device), (expression.atoms[i].key for i in (a, b))
+            there, (one, other) = queries[own], (expression.atoms[i].key for i in (a, b))
             (velocity,), (uncond,) = (self._of(terms[key]).velocities for key in (one, other))
             self.network[there] = self._pair(velocity, uncond)
-            self.row[there] = self._of(terms[one]).row[rows[one][own].to(self.device)]
-            self.uncond_row[there] = self._of(terms[other]).row[rows[other][own].to(self.device)]
+            self.row[there] = self._of(terms[one]).row[rows[one][own]]
+            self.uncond_row[there] = self._of(terms[other]).row[rows[other][own]]
             self.scale[there] = weights[own, a].to(self.scale)
             self.guided |= a != b
         rest = (~simple).nonzero()[:, 0]
@@ -230,13 +232,14 @@ class _Pointers:
 
         def velocity_of(term: Term, some: torch.Tensor) -> torch.Tensor:
             answers = self._of(terms[term.key])
-            found = answers.velocities[0][answers.row[rows[term.key][rest[some]].to(self.device)]]
+            wanted = answers.row[rows[term.key][rest[some]]]
+            found = answers.velocities[0][to_device(wanted, answers.velocities[0].device)]
             return found.to(torch.promote_types(found.dtype, torch.float32))
 
         written = expression.velocity(levels[queries][rest], velocity_of)
-        there = queries[rest].to(self.device)
+        there = queries[rest]
         self.network[there] = self._pair(written, written)
-        self.row[there] = self.uncond_row[there] = torch.arange(len(rest), device=self.device)
+        self.row[there] = self.uncond_row[there] = torch.arange(len(rest))
 
     def _of(self, one: _Asked) -> Answers:
         """Returns the forward of a term, as one tensor."""

@@ -7,6 +7,7 @@ import torch
 from danceopd_kernels import routed_velocity_mse
 from danceopd_kernels.routed_velocity_mse import Matched
 
+from danceopd.core.copies import to_device
 from danceopd.core.randomness import Generator, rand, randn
 
 Weighting = Literal["mse", "sigma_sqrt", "logit_normal", "mode", "cosmap", "kl", "clean"]
@@ -17,13 +18,13 @@ def per_sample(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Shapes one number for each sample so that it broadcasts over the latents.
 
     Args:
-        value: Tensor [B].
+        value: Tensor [B], on the CPU too.
         like: Float tensor [B, ...], whose dtype and device the result has.
 
     Returns:
         Float tensor [B, 1, ...].
     """
-    return value.to(like).view(-1, *(1,) * (like.dim() - 1))
+    return to_device(value.to(like.dtype), like.device).view(-1, *(1,) * (like.dim() - 1))
 
 
 def velocity_loss(velocity: torch.Tensor, questions) -> Matched:
@@ -48,14 +49,16 @@ def velocity_loss(velocity: torch.Tensor, questions) -> Matched:
     dtype = torch.promote_types(velocity.dtype, questions.answers.velocities[0].dtype)
     answers = questions.answers.to(dtype)
     unconds = answers.velocities if answers.unconds is None else answers.unconds
+    guided, own = answers.guidance_scale is not None, (answers.network, answers.row, answers.uncond_row)
+    pointers = to_device(torch.stack([pointer for pointer in own if pointer is not None]), velocity.device)
     compared = routed_velocity_mse(
         velocity.to(dtype),
         answers.velocities,
-        answers.network,
-        row=answers.row,
-        uncond=None if answers.guidance_scale is None else unconds,
-        uncond_row=answers.uncond_row,
-        guidance_scale=answers.guidance_scale,
+        pointers[0],
+        row=pointers[1],
+        uncond=unconds if guided else None,
+        uncond_row=pointers[2] if guided else None,
+        guidance_scale=to_device(answers.guidance_scale, velocity.device) if guided else None,
         weight=questions.weight,
         reduction="none",
         norms=True,
@@ -164,10 +167,10 @@ def renoised(clean: torch.Tensor, generator: Generator) -> tuple[torch.Tensor, t
         generator: Draws the batch's randomness.
 
     Returns:
-        The states [B, ...], their sigma [B] and the noise [B, ...].
+        The states [B, ...], their sigma [B] on the CPU, and the noise [B, ...].
     """
-    sigma = (0.02 + 0.96 * rand(generator, len(clean))).to(clean)
-    noise = randn(generator, *clean.shape).to(clean)
+    sigma = (0.02 + 0.96 * rand(generator, len(clean))).to(clean.dtype)
+    noise = to_device(randn(generator, *clean.shape).to(clean.dtype), clean.device)
     return noised(clean, noise, sigma), sigma, noise
 
 
@@ -181,7 +184,7 @@ def distillation_move(real: torch.Tensor, other: torch.Tensor, data: torch.Tenso
         other: Float tensor [B, ...]: `data` (SDS, arXiv 2209.14988) or the velocity of the network that follows the
             student (DMD, arXiv 2311.18828).
         data: Float tensor [B, ...], noise - estimate.
-        sigma: Float tensor [B], the noise level.
+        sigma: Float tensor [B], the noise level, on the CPU too.
 
     Returns:
         Float tensor [B, ...].

@@ -8,6 +8,7 @@ from danceopd_kernels.routed_velocity_mse import Matched
 
 from danceopd.core.batch import Batch
 from danceopd.core.conditioning import Conditioning
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Answers, Field, routed, soft
 from danceopd.core.objectives import velocity_loss, weighting
 from danceopd.core.phase import phase
@@ -102,7 +103,7 @@ def on_rollout(
         depth: int64 tensor [B, K] on the CPU, the trajectory indices asked.
         states: Float tensor [B, K, ...], the rollouts' states there.
         sigma: Float tensor [B, K], their noise levels.
-        sigmas: float32 tensor [N + 1], the noise levels of the rollout.
+        sigmas: float32 tensor [N + 1] on the CPU, the noise levels of the rollout.
         objective: The weight of each squared error, as in `weighting`.
         share: A factor of every weight.
         routing: ``hard``, each sample's own source, or ``soft``, the mean of all.
@@ -111,12 +112,13 @@ def on_rollout(
         The questions, K a sample in a row.
     """
     sample = torch.arange(len(batch)).repeat_interleave(depth.shape[1])
-    states, sigma, depth = states.flatten(0, 1), sigma.flatten(), depth.flatten()
+    states, sigma, depth, sigmas = states.flatten(0, 1), sigma.flatten(), depth.flatten(), sigmas.cpu()
+    levels = sigmas[depth]
     if routing == "hard":
-        answers = routed(sources, batch.route[sample], states, sigma, batch.conditioning, sample)
+        answers = routed(sources, batch.route[sample], states, levels, batch.conditioning, sample)
     else:
-        answers = routed([soft(sources)], torch.zeros_like(sample), states, sigma, batch.conditioning, sample)
-    weight = share * weighting(objective, sigma, sigmas.to(sigma.device)[depth.to(sigma.device) + 1])
+        answers = routed([soft(sources)], torch.zeros_like(sample), states, levels, batch.conditioning, sample)
+    weight = to_device(share * weighting(objective, levels, sigmas[depth + 1]), sigma.device)
     return Questions(states, sigma, batch.conditioning, batch.route, sample, answers, weight, depth)
 
 
@@ -141,6 +143,6 @@ def matched(student: Field, questions: Questions) -> Matched:
     """
     sample, q = questions.sample, questions
     in_a_row = len(sample) == 1 or bool((sample.diff() == 1).all())  # a view then, where an index would copy prompts
-    rows = slice(int(sample[0]), int(sample[-1]) + 1) if in_a_row else sample.to(q.states.device)
+    rows = slice(int(sample[0]), int(sample[-1]) + 1) if in_a_row else sample
     velocity = student(q.states, q.sigma, replace(q.conditioning, texts=None)[rows])
     return q.match(velocity, q)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from danceopd.core.conditioning import Conditioning
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Field
 from danceopd.core.phase import phase
 from danceopd.core.solver import SOLVERS, extrapolate, half_ratio, step
@@ -31,7 +32,7 @@ def rollout(
         field: The field to integrate.
         noise: Float tensor [B, ...], the states at index 0, or at `start` where that is given.
         conditioning: What the B samples are conditioned on.
-        sigmas: float32 tensor [N + 1], the noise levels, falling from 1.
+        sigmas: float32 tensor [N + 1] on the CPU, the noise levels, falling from 1.
         until: int64 tensor [B, K] on the CPU, so that no step waits for the device: the indices asked, in [0, N].
         solver: ``euler``, ``heun`` or ``ab2``, the two-step Adams-Bashforth method.
         start: int64 tensor [B] on the CPU, the index at which each trajectory begins; 0 if not given.
@@ -59,21 +60,20 @@ def rollout(
     start = torch.zeros(len(until), dtype=torch.int64) if start is None else start
     if start.min() < 0 or (until < start[:, None]).any():
         raise ValueError("a trajectory cannot start after an index that is asked of it")
-    sigmas = sigmas.to(noise.device)
+    sigmas = sigmas.cpu()
     own = getattr(field, "rollout", None)
     states = None if own is None else own(noise, conditioning, sigmas, until, solver, start)
     if states is None:
         states = _integrate(field, noise, conditioning, sigmas, until, solver, start)
-    return states, sigmas[until.to(noise.device)]
+    return states, to_device(sigmas[until], noise.device)
 
 
 def _integrate(field, noise, conditioning, sigmas, until, solver, start) -> torch.Tensor:
     """Steps all samples together, the deepest first: [B, K, ...]."""
     depth, order = until.amax(1).sort(descending=True, stable=True)
-    wanted, start = until[order], start[order]
-    order = order.to(noise.device)
+    wanted, start, conditioning = until[order], start[order], conditioning[order]
+    order, there = (to_device(value, noise.device) for value in (order, sigmas))
     z = noise[order].to(torch.promote_types(noise.dtype, torch.float32))
-    conditioning = conditioning[order]
     states = z[:, None].repeat(1, until.shape[1], *(1,) * (z.dim() - 1))
     previous = torch.zeros_like(z) if solver == "ab2" else None
     deeper = (depth > torch.arange(len(sigmas))[:, None]).sum(1).tolist()
@@ -83,16 +83,18 @@ def _integrate(field, noise, conditioning, sigmas, until, solver, start) -> torc
         late = i < latest and bool((start[:n] > i).any())
         if late and not (start[:n] <= i).any():
             continue
-        active = (start[:n] <= i).nonzero()[:, 0].to(z.device) if late else slice(n)
+        rows = (start[:n] <= i).nonzero()[:, 0] if late else slice(n)
+        active, part = rows if isinstance(rows, slice) else to_device(rows, z.device), conditioning[rows]
         if previous is not None:
             # A trajectory's first step has no velocity before it and is Euler's.
             ratio = half_ratio(sigmas[i - 1], sigmas[i], sigmas[i + 1]) if i else 0.0
-            half = ((start[:n] < i).to(z) * ratio)[active].view(-1, *(1,) * (z.dim() - 1))
-            velocity = field(z[active], sigmas[i].expand(len(z[active])), conditioning[active]).to(z.dtype)
+            half = to_device(((start[:n] < i).to(z.dtype) * ratio)[rows], z.device).view(-1, *(1,) * (z.dim() - 1))
+            velocity = field(z[active], there[i].expand(len(z[active])), part).to(z.dtype)
             extrapolated = extrapolate(velocity, previous[active], half)
-            previous[active], z[active] = velocity, z[active] + (sigmas[i + 1] - sigmas[i]) * extrapolated
-        else:
-            z[active] = step(field, z[active], conditioning[active], sigmas[i], sigmas[i + 1], solver)
+            previous[active], z[active] = velocity, z[active] + (there[i + 1] - there[i]) * extrapolated
+        else:  # no field is defined at sigma 0
+            own = "euler" if sigmas[i + 1] == 0 else solver
+            z[active] = step(field, z[active], part, there[i], there[i + 1], own)
         row, k = reached[i + 1]
         if len(row):
             states[row, k] = z[row]
@@ -113,7 +115,7 @@ def rows_by_index(asked: torch.Tensor, last: int, device: torch.device) -> list[
         For each index the (rows, columns), int64 tensors on the device, copied there at once.
     """
     flat = asked.flatten()
-    order = flat.argsort(stable=True).to(device)
+    order = to_device(flat.argsort(stable=True), device)
     sizes = flat.bincount(minlength=last + 1).tolist()
     k = asked.shape[1]
     return list(zip((order // k).split(sizes), (order % k).split(sizes), strict=True))
@@ -145,9 +147,9 @@ def rollout_by_route(
     for m, field in enumerate(fields):
         index = (route == m).nonzero()[:, 0]
         if len(index):
-            there = index.to(noise.device)
-            states[there], _ = rollout(field, noise[there], conditioning[there], sigmas, until[index], solver)
-    return states, sigmas.to(noise.device)[until.to(noise.device)]
+            there = to_device(index, noise.device)
+            states[there], _ = rollout(field, noise[there], conditioning[index], sigmas, until[index], solver)
+    return states, to_device(sigmas.cpu()[until], noise.device)
 
 
 def sample(
@@ -159,7 +161,7 @@ def sample(
         field: The field to integrate.
         noise: Float tensor [B, ...].
         conditioning: What the B samples are conditioned on.
-        sigmas: float32 tensor [N + 1], such as `sigma_grid` makes.
+        sigmas: float32 tensor [N + 1] on the CPU, such as `sigma_grid` makes.
         solver: As in `rollout`.
 
     Returns:

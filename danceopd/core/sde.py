@@ -5,6 +5,7 @@ import math
 import torch
 
 from danceopd.core.conditioning import Conditioning
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Field
 from danceopd.core.objectives import per_sample
 from danceopd.core.randomness import Generator, randn
@@ -22,19 +23,18 @@ def transition(
     Args:
         velocity: Float tensor [B, ...], the velocity at z.
         z: Float tensor [B, ...], the states.
-        index: int64 tensor [B], their trajectory indices.
-        sigmas: float32 tensor [N + 1], the noise levels.
+        index: int64 tensor [B] on the CPU, their trajectory indices.
+        sigmas: float32 tensor [N + 1] on the CPU, the noise levels.
         noise_level: a of the equation.
 
     Returns:
         The mean [B, ...] and the standard deviation [B].
     """
-    index = index.to(z.device)
     sigma, dt = sigmas[index], sigmas[index + 1] - sigmas[index]
     s2 = noise_level**2 * sigma / (1 - torch.where(sigma == 1, sigmas[1], sigma))
     on_z = per_sample(1 + s2 / (2 * sigma) * dt, z)
     on_v = per_sample((1 + s2 * (1 - sigma) / (2 * sigma)) * dt, z)
-    return on_z * z + on_v * velocity.to(z.dtype), (s2 * -dt).sqrt()
+    return on_z * z + on_v * velocity.to(z.dtype), to_device((s2 * -dt).sqrt(), z.device)
 
 
 def log_probability(value: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def sde_rollout(
         field: The field to integrate; one that brings ``fixed`` is asked by the steps that it has for these samples.
         noise: Float tensor [B, ...], the states at sigma 1.
         conditioning: What the B samples are conditioned on.
-        sigmas: float32 tensor [N + 1], the noise levels.
+        sigmas: float32 tensor [N + 1] on the CPU, the noise levels.
         noise_level: a in the transition's deviation; 0 would be the ODE.
         generator: Draws the batch's randomness.
 
@@ -94,12 +94,13 @@ def sde_rollout(
     """
     fixed = getattr(field, "fixed", None)
     field = field if fixed is None else fixed(conditioning)
-    z = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    z, sigmas = noise.to(torch.promote_types(noise.dtype, torch.float32)), sigmas.cpu()
+    levels = to_device(sigmas, z.device)
     states, velocities, log_densities = [z], [], []
     for i in range(len(sigmas) - 1):
-        velocity = field(z, sigmas[i].expand(len(z)), conditioning)
+        velocity = field(z, levels[i].expand(len(z)), conditioning)
         mean, deviation = transition(velocity, z, torch.full((len(z),), i), sigmas, noise_level)
-        fresh = randn(generator, *z.shape).to(z)
+        fresh = to_device(randn(generator, *z.shape).to(z.dtype), z.device)
         z = mean + per_sample(deviation, z) * fresh
         states.append(z)
         velocities.append(velocity)

@@ -51,7 +51,7 @@ def step(
         z: float32 tensor [B, ...], the states at sigma.
         conditioning: What the B samples are conditioned on.
         sigma: float32 scalar tensor, the noise level of all of them.
-        next_sigma: float32 scalar tensor, the noise level to go to.
+        next_sigma: float32 scalar tensor, the noise level to go to; Heun's solver asks there, and so not at 0.
         solver: ``euler``, ``heun``; ``ab2`` takes Euler's step, as its first is.
 
     Returns:
@@ -59,7 +59,7 @@ def step(
     """
     dt = next_sigma - sigma
     velocity = field(z, sigma.expand(len(z)), conditioning).to(z.dtype)
-    if solver != "heun" or next_sigma == 0:  # no field is defined at sigma 0
+    if solver != "heun":
         return z + dt * velocity
     end = field(z + dt * velocity, next_sigma.expand(len(z)), conditioning).to(z.dtype)
     return z + dt * (velocity + end) / 2

@@ -48,21 +48,33 @@ class Watched:
         return float(own.double().mean()) * len(self.loss) / self.samples
 
 
-def watched(questions: Questions, parts: Sequence[Matched], samples: int) -> Watched:
-    """Collects what is watched of questions that were matched in parts, by one copy to the host.
+def columns(questions: Questions, parts: Sequence[Matched]) -> torch.Tensor:
+    """Collects what is watched of questions that were matched in parts, on their device.
 
     Args:
         questions: Q of them.
         parts: What their matching gave, in their order.
+
+    Returns:
+        float32 tensor [5, Q]: the weighted losses, the errors, and the norms of velocities, targets and states.
+    """
+    norms = questions.states.flatten(1).norm(dim=1).float()
+    return torch.stack([*(torch.cat([part[i].detach().float() for part in parts]) for i in range(4)), norms])
+
+
+def watched(questions: Questions, seen: torch.Tensor, samples: int) -> Watched:
+    """Says which queries the columns are of.
+
+    Args:
+        questions: Q of them.
+        seen: What `columns` gave, on the CPU.
         samples: The number of samples of the batch.
 
     Returns:
         What is watched of the Q queries, in their order.
     """
     depth = torch.full((len(questions),), -1) if questions.depth is None else questions.depth
-    norms = questions.states.flatten(1).norm(dim=1).float()
-    columns = [torch.cat([part[i].detach().float() for part in parts]) for i in range(4)]
-    loss, error, velocity, target, state = torch.stack([*columns, norms]).cpu()
+    loss, error, velocity, target, state = seen
     return Watched(samples, loss, questions.query_route(), depth, error, velocity, target, state)
 
 

@@ -62,7 +62,7 @@ class Fp8Linear(nn.Linear):
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """Tells the dtype in which autocast, if it is on where x lies, has a linear layer's product; else x's own."""
     kind = x.device.type
-    on = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on and x.dtype != torch.float64 else x.dtype
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from danceopd.core.copies import to_device
 from danceopd.models.tensor_files import opened, read_header
 from danceopd.support.errors import UserError
 from danceopd.support.hub import near_cached
@@ -233,6 +234,12 @@ def _converted(path: Path, tensors: dict[str, torch.Tensor], transformer: nn.Mod
         return dict(convert(checkpoint=tensors, config=dict(transformer.config)))
     except Exception:  # of any kind: the converters assume the names that they expect
         return {}
+
+
+def mask_of(prompt: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor | None:
+    """Returns the mask of a prompt's tokens [B, L] on a device; None where all are of one length."""
+    mask = prompt.get("prompt_mask", prompt.get("prompt_keep"))
+    return None if mask is None else to_device(mask, device)
 
 
 def stream_blocks(network: nn.Module, device: torch.device) -> nn.Module:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from danceopd.core.conditioning import Conditioning, with_length
+from danceopd.core.copies import to_device
 
 FORWARD = 0.05  # what a forward more costs, as a share of a sample's tokens, and the most that may be padding
 
@@ -28,12 +29,12 @@ def by_sources(ask: Callable, latents: torch.Tensor, sigma: torch.Tensor, condit
     """Asks a transformer that takes source pictures, and prompts of one length, for all of a batch.
 
     Samples with sources and those without are two forwards, and each of them is as many as `split_by_length` says where
-    prompts have a prompt_mask: the prompts of each are cut to its longest, and have no mask where all are as long. The
-    masks are read for it. One transformer's samples do not see each other, so that the velocity is the same.
+    prompts have a prompt_mask: the prompts of each are cut to its longest, and have no mask where all are as long. One
+    transformer's samples do not see each other, so that the velocity is the same.
 
     Args:
-        ask: ``ask(latents, sigma, conditioning, sources, rows)`` makes one forward of the samples `rows` [n] int64 of
-            the batch (None: of all) with sources, a tuple of [n, C, h, w] or ().
+        ask: ``ask(latents, sigma, conditioning, sources, rows)`` makes one forward of the samples `rows` [n] int64 on
+            the CPU of the batch (None: of all) with sources, a tuple of [n, C, h, w] or ().
         latents: Float tensor [B, ...].
         sigma: Float tensor [B].
         conditioning: What the B samples are conditioned on.
@@ -50,9 +51,10 @@ def by_sources(ask: Callable, latents: torch.Tensor, sigma: torch.Tensor, condit
     groups = [group for kind in kinds for group in _by_length(latents, *kind)]
     result = torch.empty_like(latents) if len(groups) > 1 else None
     for rows, part in groups:
-        own = (latents, sigma) if rows is None else (latents[rows], sigma[rows])
+        there = None if rows is None else to_device(rows, latents.device)
+        own = (latents, sigma) if there is None else (latents[there], sigma[there])
         velocity = ask(*own, part, _sources(part), rows)
-        result = velocity if result is None else result.index_copy(0, rows, velocity)
+        result = velocity if result is None else result.index_copy(0, there, velocity)
     return result
 
 
@@ -68,7 +70,7 @@ def _by_length(latents, rows: torch.Tensor | None, part: Conditioning) -> list[t
         TOKENS["computed"] += len(own) * (picture + longest)
         TOKENS["padding"] += len(own) * longest - sum(lengths[i] for i in own)
         SHAPES[len(own), picture, longest, shortest != longest] += 1
-        there = torch.tensor(own, device=latents.device) if len(split) > 1 else None
+        there = torch.tensor(own) if len(split) > 1 else None
         samples = part if there is None else part[there]
         prompt = with_length(samples.prompt, longest)
         if shortest == longest:
@@ -150,10 +152,11 @@ def each_length(
     lengths, result = prompt["prompt_mask"].sum(1), torch.empty_like(latents)
     for length in sorted(set(lengths.tolist())):
         rows = (lengths == length).nonzero()[:, 0]
-        own = with_length({name: value[rows] for name, value in prompt.items()}, length)
+        own = with_length(Conditioning(prompt)[rows].prompt, length)
         del own["prompt_mask"]
-        part = ask(latents[rows], sigma[rows], own, tuple(source[rows] for source in sources))
-        result = result.index_copy(0, rows, part)
+        there = to_device(rows, latents.device)
+        part = ask(latents[there], sigma[there], own, tuple(source[there] for source in sources))
+        result = result.index_copy(0, there, part)
     return result
 
 

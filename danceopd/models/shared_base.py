@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from danceopd.core.conditioning import Conditioning
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Field
 from danceopd.models.blocks import block_layers
 from danceopd.models.fp8 import Fp8Linear
@@ -94,7 +95,7 @@ class SharedBase:
             latents: Float tensor [B, ...].
             sigma: Float tensor [B].
             conditioning: What the B samples are conditioned on.
-            adapter: int64 tensor [B], the source of each sample; -1 for the base alone.
+            adapter: int64 tensor [B] on the CPU, the source of each sample; -1 for the base alone.
 
         Returns:
             The velocity [B, ...].
@@ -106,7 +107,7 @@ class SharedBase:
         if adapter.shape != (len(latents),) or adapter.dtype != torch.int64:
             raise ValueError(f"adapter must be int64 [{len(latents)}], got {adapter.dtype} {list(adapter.shape)}")
         self._check(adapter)
-        return self._ask(latents, sigma, conditioning, adapter.to(latents.device), same=False)
+        return self._ask(latents, sigma, conditioning, adapter, same=False)
 
     def field(self, m: int) -> Field:
         """Makes one source a field.
@@ -152,6 +153,7 @@ class SharedBase:
 
         def ask(latents, sigma, conditioning, sources, rows):
             part = adapter if same or rows is None else adapter[rows]
+            part = None if part is None else to_device(part, latents.device)
             with self._route.of(part, same, student):
                 return self._velocity(
                     self.transformer, latents, sigma, conditioning.prompt, sources, conditioning.embedded_guidance

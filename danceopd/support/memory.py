@@ -28,10 +28,10 @@ def keep_freed_memory() -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the free memory of a CUDA device, or this rank's share of the host's, in bytes."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+    """Returns the free memory of a card, or this rank's share of the host's, in bytes."""
+    if device.type not in ("cpu", "meta"):
+        card = torch.get_device_module(device)
+        return card.mem_get_info(device)[0] + card.memory_reserved(device) - card.memory_allocated(device)
     import psutil  # DeepSpeed needs it too
 
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

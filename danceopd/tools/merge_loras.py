@@ -11,10 +11,10 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
+from danceopd.core.conditioning import placed
 from danceopd.core.distance import velocity_error
 from danceopd.core.fields import Field, guided
 from danceopd.core.rollout import sample
@@ -296,9 +296,9 @@ def _compare(
     """Returns (errors as in Merged, the grid as PNG), a prompt at a time, so that what trains fits here too."""
     prepared = next(iter(config.capabilities.values())).data.prepared
     data = {name: PreparedData(prepared, name) for name in asked}
-    empty_prompt = tree_map(lambda value: value.to(device), next(iter(data.values())).empty_prompt())
+    empty_prompt = placed(next(iter(data.values())).empty_prompt(), device)
     fields = fields_of(config, backbone, adapters, empty_prompt, device)
-    sigmas = backbone.sigmas(config.model, config.rollout.num_inference_steps, resolution, resolution).to(device)
+    sigmas = backbone.sigmas(config.model, config.rollout.num_inference_steps, resolution, resolution)
     shape = backbone.latent_shape(config.model, resolution, resolution)
     generator = torch.Generator().manual_seed(config.training.seed)
     errors: dict[str, dict[str, float]] = {}

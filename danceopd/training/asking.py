@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from danceopd.config.sections import Config
+from danceopd.core.copies import ON_HOST
 from danceopd.core.fields import Field, guided
 from danceopd.support.ranks import Ranks
 from danceopd.training.rollouts.layouts import always_guided
@@ -78,15 +79,15 @@ def rolled_out(config: Config, parts, network: nn.Module | None, field: Field, r
     Returns:
         The student as a field, which may bring a rollout of its own.
     """
-    field, on_cuda = as_student(config, parts, field), parts.device.type == "cuda"
-    wanted = on_cuda if config.training.cuda_graphs == "auto" else config.training.cuda_graphs
+    field, on_card = as_student(config, parts, field), parts.device.type not in ON_HOST
+    wanted = on_card if config.training.cuda_graphs == "auto" else config.training.cuda_graphs
     if not wanted or network is None:
         return field
     ask, both = in_precision(config, parts.device, network), None
     if guidance_scales(config) is not None:
         both = always_guided(ask, parts.empty_prompt, parts.combine)
     networks = list(dict.fromkeys([network, getattr(network, "transformer", network)]))
-    return StaticField(field, ask, both, networks, capture=on_cuda, spent=spent, rows=rows)
+    return StaticField(field, ask, both, networks, capture=on_card, spent=spent, rows=rows)
 
 
 def rows_of_run(config: Config, parts, rolled: Field, ranks: Ranks) -> Rows:

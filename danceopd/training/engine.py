@@ -1,5 +1,6 @@
 """What holds the student and its optimizer in one process."""
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,36 @@ from danceopd.config.sections import Config
 from danceopd.support.optimizers import make_optimizers, set_learning_rate
 from danceopd.training.checkpoints import Checkpoint
 from danceopd.training.rollouts.replica import destinations, make_replica, rollout_precision
+
+
+class Average:
+    """Keeps the running mean of a network's parameters, by numbers of the host alone.
+
+    torch's AveragedModel counts in a tensor, whose copy to the device the host waits for at every update.
+
+    Args:
+        network: The network; the mean begins as its first update leaves it.
+        decay: The share of the mean that an update keeps.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.module, self.decay, self.updates = copy.deepcopy(network).eval(), decay, 0
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Takes in the network as it is now.
+
+        Args:
+            network: The network.
+        """
+        own, new = list(self.module.parameters()), list(network.parameters())
+        if self.updates:
+            torch._foreach_lerp_(own, new, 1 - self.decay)
+        else:
+            torch._foreach_copy_(own, new)
+        for mean, value in zip(self.module.buffers(), network.buffers(), strict=True):
+            mean.copy_(value)
+        self.updates += 1
 
 
 class Local:
@@ -34,8 +65,7 @@ class Local:
         self._refresh()
         self.shapes = {name: p.shape for name, p in student.named_parameters()}
         self.max_grad_norm = training.max_grad_norm
-        decay = torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema_decay)
-        self.ema = torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=decay).eval()
+        self.ema = Average(student, training.ema_decay)
         self.optimizers = make_optimizers(student, training.optimizer, training.learning_rate, training.weight_decay)
 
     def finish(self) -> None:
@@ -49,28 +79,37 @@ class Local:
         """
         loss.backward()
 
-    def step(self, rate: float) -> tuple[float, bool]:
+    def step(self, rate: float, seen: torch.Tensor | None = None) -> tuple[float, bool, torch.Tensor | None]:
         """Makes one optimizer step, but none where the gradient's norm is not finite, and forgets the gradient.
+
+        The host waits for the device once, to read the norm.
 
         Args:
             rate: The learning rate.
+            seen: A float32 tensor that is read with it.
 
         Returns:
-            The norm of the gradient before it is clipped, and whether the student was updated.
+            The norm of the gradient before it is clipped, whether the student was updated, and what was seen, on the
+            CPU.
         """
         for p in self.student.parameters():
             if p.grad is None:  # what no sample of this batch passes through; DeepSpeed takes it so too
                 p.grad = torch.zeros_like(p)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.max_grad_norm))
+        total = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.max_grad_norm)
+        if seen is None:
+            norm = float(total)
+        else:
+            read = torch.cat([total.view(1), seen.flatten()]).cpu()
+            norm, seen = float(read[0]), read[1:].view(seen.shape)
         finite = math.isfinite(norm)
         if finite:
             for optimizer in self.optimizers:
                 set_learning_rate(optimizer, rate)
                 optimizer.step()
-            self.ema.update_parameters(self.student)
+            self.ema.update(self.student)
             self._refresh()
         self.student.zero_grad(set_to_none=True)
-        return norm, finite
+        return norm, finite, seen
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -103,7 +142,7 @@ class Local:
             name: {key: value for key, value in state.items() if not _like(value, p)}
             for name, p, state in self._states()
         }
-        return {"averaged": int(self.ema.n_averaged), "optimizer": others}
+        return {"averaged": self.ema.updates, "optimizer": others}
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
@@ -116,7 +155,7 @@ class Local:
         for kind, network in (("student", self.student), ("ema", self.ema.module)):
             for name, p in network.named_parameters():
                 p.copy_(checkpoint.tensor(f"{kind}/{name}"))
-        self.ema.n_averaged.fill_(rest["averaged"])
+        self.ema.updates = rest["averaged"]
         states = checkpoint.optimizer_states()
         names = {p: name for name, p in self.student.named_parameters()}
         for optimizer in self.optimizers:
@@ -148,4 +187,5 @@ class Local:
 
 def _like(value, p: torch.Tensor) -> bool:
     """Tells whether a state is a plain tensor as large as its parameter; a state of eight bits is not."""
-    return type(value) is torch.Tensor and value.shape == p.shape and value.is_floating_point()
+    tensor = isinstance(value, torch.Tensor) and not hasattr(value, "codes")  # as torchao's of eight bits have
+    return tensor and value.shape == p.shape and value.is_floating_point()

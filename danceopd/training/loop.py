@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from danceopd.core.phase import phase
 from danceopd.core.questions import Questions, matched
 from danceopd.core.randomness import sample_generators
 from danceopd.core.schedule import sigma_grid
-from danceopd.core.watch import Watched, join, watched
+from danceopd.core.watch import Watched, columns, join, watched
 from danceopd.data.sampler import draw_batch
 from danceopd.models.packing import SHAPES, TOKENS
 from danceopd.support.errors import Terminated, UserError
@@ -77,10 +78,11 @@ class Trainer:
         sigmas = parts.samples.groups[0].sigmas
         if sigmas is None:
             sigmas = sigma_grid(config.rollout.num_inference_steps, config.rollout.shift)
-        self.sigmas = sigmas.to(self.device)
+        self.sigmas = sigmas
 
         # What has been done, and what was seen of it: a checkpoint keeps these.
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
+        self._drawn: dict[int, Batch] = {}  # the next step's batch, where it was drawn ahead
         self.evaluations: Counter = Counter()  # all ranks' network evaluations, up to the last update
         self.spent: Counter = Counter()  # this rank's, since then
         self.errors, self.health = RunningErrors(len(self.names), len(self.sigmas) - 1), Health(self.names, self.sigmas)
@@ -122,19 +124,20 @@ class Trainer:
             The update's record: its loss, gradient norm and learning rate, and what the run has spent so far.
         """
         rate, tokens, shapes = self.learning_rate(), Counter(TOKENS), Counter(SHAPES)
-        batch = self.draw()
+        batch = self._drawn.pop(self.step, None) or self.draw()
         questions = self.ask(batch)
         self.engine.finish()  # no rank asks without gradient any more
         found = self.match(questions, self.config.training.gradient_accumulation_steps)
         self.at(f"the update of step {self.step}")
+        self._draw_ahead()
         with phase("step"):
-            norm, updated = self.engine.step(rate)
+            norm, updated, seen = self.engine.step(rate, columns(questions["student"], found))
             for name, learner in self.learners.items():
                 if updated and name != "student":
                     learner.step(rate)
         new = Counter(TOKENS) - tokens
         new["shapes"] = len(Counter(SHAPES) - shapes)
-        seen = self._count(watched(questions["student"], found, len(batch)), new)
+        seen = self._count(watched(questions["student"], seen, len(batch)), new)
         if self.step == 0:
             check_answers(self.config, seen)
         if updated:
@@ -154,9 +157,19 @@ class Trainer:
             **self._padding,
         }
 
+    def _draw_ahead(self) -> None:
+        """Draws the next update's batch while the device is at the backward, where nothing of this one decides it."""
+        if self.config.route == "adaptive" or self.step + 1 >= self.config.training.max_steps:
+            return
+        with suppress(Exception):  # it is drawn again in its own update, and says there what is wrong
+            self._drawn = {self.step + 1: self.draw(self.step + 1)}
+
     @phase("route")
-    def draw(self) -> Batch:
-        """Draws this rank's part of the step's batch, the same at any number of ranks and interruptions.
+    def draw(self, step: int | None = None) -> Batch:
+        """Draws this rank's part of a step's batch, the same at any number of ranks and interruptions.
+
+        Args:
+            step: The step; this one's if not given.
 
         Returns:
             The samples, on the run's device.
@@ -168,7 +181,7 @@ class Trainer:
             self.errors.route_weights(weights) if self.config.route == "adaptive" else weights,
             training.batch_size,
             training.seed,
-            self.step,
+            self.step if step is None else step,
             guidance_scales(self.config),
             in_turn=self.config.route == "round_robin",
             prompt_dropout=dropout if any(dropout) else None,

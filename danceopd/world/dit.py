@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from danceopd.core.conditioning import Conditioning
+from danceopd.core.copies import to_device
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class DiT(nn.Module):
             return self._forward(latents, sigma, conditioning.prompt, None)
         if sourced:
             return self._forward(latents, sigma, conditioning.prompt, conditioning.source)
-        with_source, without = has_source.nonzero()[:, 0], (~has_source).nonzero()[:, 0]
+        marks = (has_source, ~has_source)
+        with_source, without = (to_device(mark.nonzero()[:, 0], latents.device) for mark in marks)
         tokens, source = conditioning.prompt, conditioning.source
         edited = self._forward(latents[with_source], sigma[with_source], tokens[with_source], source[with_source])
         drawn = self._forward(latents[without], sigma[without], tokens[without], None)

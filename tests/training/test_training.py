@@ -23,7 +23,7 @@ from world_runs import TINY, config_of, random_network, write_networks
 from danceopd.api import distill
 from danceopd.config.reading import parse_config
 from danceopd.core.questions import matched
-from danceopd.core.watch import watched
+from danceopd.core.watch import columns, watched
 from danceopd.data.sampler import draw_batch
 from danceopd.support.errors import UserError
 from danceopd.training import checkpoints as state
@@ -457,7 +457,7 @@ def test_collapse_is_warned_about(raw):
     trainer.update()
     health, batch = Health(["t2i", "edit"], trainer.sigmas), trainer.draw()
     questions = trainer.ask(batch)["student"]
-    seen = watched(questions, [matched(trainer.trained["student"], questions)], len(batch))
+    seen = watched(questions, columns(questions, [matched(trainer.trained["student"], questions)]), len(batch))
     seen = replace(seen, velocity_norm=seen.target_norm)
     for _ in range(40):
         health.update(seen, 1.0)

@@ -6,6 +6,7 @@ import torch
 from danceopd_kernels.routed_velocity_mse import Matched
 
 from danceopd.core.batch import Batch
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Answers, Field
 from danceopd.core.methods.danceopd import danceopd
 from danceopd.core.objectives import per_sample, velocity_loss
@@ -38,12 +39,14 @@ def consistency(
     """
     q = danceopd(student, sources, batch, sigmas=sigmas, generator=generator, solver=solver, bias=bias)
     assert q.depth is not None  # asked on the rollout
-    after = sigmas.to(q.sigma.device)[q.depth.to(q.sigma.device) + 1]
-    goal = q.states + per_sample(after - q.sigma, q.states) * q.answers.target()
+    levels = sigmas.cpu()
+    after = levels[q.depth + 1]
+    goal = q.states + per_sample(after - levels[q.depth], q.states) * q.answers.target()
     inside = (after > 0).nonzero()[:, 0]
     if len(inside):
-        nearer, level = goal[inside], after[inside]
-        goal[inside] = nearer - per_sample(level, nearer) * ema(nearer, level, batch.conditioning[inside])
+        there, level = (to_device(value, goal.device) for value in (inside, after[inside]))
+        nearer = goal[there]
+        goal[there] = nearer - per_sample(level, nearer) * ema(nearer, level, batch.conditioning[inside])
     rest = {"goal": (q.states - goal) / per_sample(q.sigma, goal)}
     return replace(q, weight=q.sigma.square(), match=to_goal, rest=rest)
 

@@ -36,7 +36,7 @@ def danceopd(
         student: The field to roll out.
         sources: The field of each route.
         batch: B routed samples.
-        sigmas: float32 tensor [N + 1], the noise levels of the rollout.
+        sigmas: float32 tensor [N + 1] on the CPU, the noise levels of the rollout.
         generator: Draws the batch's randomness.
         solver: As in `rollout`.
         bias: As in `query`.
@@ -78,7 +78,7 @@ def danceopd_loss(
         student: The field to train; it is rolled out without gradient and then asked once with it.
         sources: The frozen field of each route.
         batch: B routed samples.
-        sigmas: float32 tensor [N + 1], the noise levels of the rollout, such as `sigma_grid` makes.
+        sigmas: float32 tensor [N + 1] on the CPU, the noise levels of the rollout, such as `sigma_grid` makes.
         generator: Draws the update's randomness.
         solver: As in `rollout`.
         bias: As in `query`.

@@ -5,6 +5,7 @@ import copy
 import torch
 
 from danceopd.core.batch import Batch
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Answers, Field
 from danceopd.core.methods.sds import score_questions
 from danceopd.core.objectives import renoised
@@ -77,7 +78,8 @@ class DMD:
             is noise - estimate and whose weight is sigma^2.
         """
         questions, clean = score_questions(student, sources, batch, sigmas, generator, solver, bias, fake)
-        z, sigma, noise = renoised(clean, generator)  # fresh: the rollout's own noise tells its end
+        z, level, noise = renoised(clean, generator)  # fresh: the rollout's own noise tells its end
+        sigma = to_device(level, z.device)
         own = Questions(
             z,
             sigma,

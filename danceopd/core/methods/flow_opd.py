@@ -6,6 +6,7 @@ import torch
 from danceopd_kernels.routed_velocity_mse import Matched
 
 from danceopd.core.batch import Batch
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Field, routed
 from danceopd.core.objectives import velocity_mse
 from danceopd.core.questions import Questions
@@ -55,13 +56,15 @@ def flow_opd(
     # Long: half of it says what the options are.
     if len(batch) % group_size:
         raise ValueError(f"group_size {group_size} does not divide {len(batch)} samples")
+    sigmas = sigmas.cpu()
     steps, first = len(sigmas) - 1, torch.arange(len(batch)) // group_size * group_size
-    conditioning = batch.conditioning[first.to(batch.noise.device)]
+    conditioning = batch.conditioning[first]
     states, velocity, old = sde_rollout(student, batch.noise, conditioning, sigmas, noise_level, generator)
     z, after, velocity = (x.flatten(0, 1) for x in (states[:, :-1], states[:, 1:], velocity))
     depth, sample = torch.arange(steps).repeat(len(batch)), first.repeat_interleave(steps)
-    sigma = sigmas.to(z.device)[depth.to(z.device)]
-    answers = routed(sources, batch.route[sample], z, sigma, batch.conditioning, sample)
+    levels = sigmas[depth]
+    sigma = to_device(levels, z.device)
+    answers = routed(sources, batch.route[sample], z, levels, batch.conditioning, sample)
 
     mean, deviation = transition(velocity, z, depth, sigmas, noise_level)
     wanted = transition(answers.target(), z, depth, sigmas, noise_level)[0]
@@ -71,7 +74,7 @@ def flow_opd(
     rest |= {"centre": centre.expand_as(reward).flatten(), "spread": spread.expand_as(reward).flatten()}
     rest["reward"] = reward.flatten()
     if anchor_weight:
-        kept = anchor(z, sigma, batch.conditioning[sample.to(z.device)])
+        kept = anchor(z, sigma, batch.conditioning[sample])
         rest["kept"] = transition(kept, z, depth, sigmas, noise_level)[0]
     match = partial(
         clipped_policy,
@@ -102,7 +105,7 @@ def clipped_policy(
     Args:
         velocity: Float tensor [Q, ...], the student's, with gradient.
         q: The questions that `flow_opd` made.
-        sigmas: float32 tensor [N + 1], the noise levels.
+        sigmas: float32 tensor [N + 1] on the CPU, the noise levels.
         noise_level, max_advantage, clip_range, anchor_weight, detach_advantage: As in `flow_opd`.
 
     Returns:

@@ -3,6 +3,7 @@
 import torch
 
 from danceopd.core.batch import Batch
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Answers, Field
 from danceopd.core.objectives import noised
 from danceopd.core.questions import Questions
@@ -29,7 +30,7 @@ def joint(
     Returns:
         B questions off the rollout's noise levels.
     """
-    sigma = shift_sigma(rand(generator, len(batch)), shift).clamp(min=1e-3).to(clean)
+    sigma = to_device(shift_sigma(rand(generator, len(batch)), shift).clamp(min=1e-3).to(clean.dtype), clean.device)
     states, sample = noised(clean, batch.noise, sigma), torch.arange(len(batch))
     answers = Answers.of(batch.noise - clean)
     return Questions(states, sigma, batch.conditioning, batch.route, sample, answers, sigma.square())

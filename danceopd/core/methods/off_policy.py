@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 
 from danceopd.core.batch import Batch
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Field, routed
 from danceopd.core.objectives import noised
 from danceopd.core.questions import Questions
@@ -40,12 +41,12 @@ def off_policy(
     Returns:
         B questions off the rollout's noise levels.
     """
-    sigma = shift_sigma(rand(generator, len(batch)), shift).clamp(min=1e-3).to(clean)
-    noise = batch.noise
+    levels = shift_sigma(rand(generator, len(batch)), shift).clamp(min=1e-3).to(clean.dtype)
+    noise, sigma = batch.noise, to_device(levels, clean.device)
     if states_from == "sources":
         end = torch.full((len(batch), 1), len(sigmas) - 1)
         clean = rollout_by_route(sources, batch.route, noise, batch.conditioning, sigmas, end, solver)[0][:, 0]
-        noise = randn(generator, *noise.shape).to(noise)
+        noise = to_device(randn(generator, *noise.shape).to(noise.dtype), noise.device)
     states, sample = noised(clean, noise, sigma), torch.arange(len(batch))
-    answers = routed(sources, batch.route, states, sigma, batch.conditioning)
+    answers = routed(sources, batch.route, states, levels, batch.conditioning)
     return Questions(states, sigma, batch.conditioning, batch.route, sample, answers, sigma.square())

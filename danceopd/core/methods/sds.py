@@ -4,6 +4,7 @@ import torch
 from danceopd_kernels.routed_velocity_mse import Matched
 
 from danceopd.core.batch import Batch
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Answers, Field, routed
 from danceopd.core.objectives import distillation_move, per_sample, renoised, velocity_mse
 from danceopd.core.query import query
@@ -50,7 +51,7 @@ def score_questions(student, sources, batch, sigmas, generator, solver, bias, fa
     z, level, noise = renoised(clean, generator)
     answers = routed(sources, batch.route, z, level, batch.conditioning)
     real, data = answers.target(), noise - clean
-    other = data if fake is None else fake(z, level, batch.conditioning).to(data.dtype)
+    other = data if fake is None else fake(z, to_device(level, z.device), batch.conditioning).to(data.dtype)
     rest = {
         "move": distillation_move(real, other, data, level),
         "error": velocity_mse(other, real),

@@ -180,7 +180,7 @@ def velocity(
         torch.cat([latents, beside], dim=3).to(dtype),
         timestep=(1000 * sigma).to(dtype),
         encoder_hidden_states=prompt["prompt_embeds"].to(dtype),
-        encoder_attention_mask=prompt.get("prompt_mask", prompt.get("prompt_keep")),
+        encoder_attention_mask=loading.mask_of(prompt, latents.device),
         added_cond_kwargs={"time_ids": size.to(dtype)},
         return_dict=False,
     )[0][..., :width].to(latents.dtype)

@@ -165,7 +165,7 @@ def velocity(
         encoder_hidden_states=embeds.to(dtype),
         timestep=(1000 * sigma / 1000).to(dtype),  # rounded as in the pipeline
         position_ids=Krea2Pipeline.prepare_position_ids(embeds.shape[1], height // 2, width // 2, latents.device),
-        encoder_attention_mask=prompt.get("prompt_mask", prompt.get("prompt_keep")),
+        encoder_attention_mask=loading.mask_of(prompt, latents.device),
         return_dict=False,
     )[0]
     return loading.unpack(tokens, height, width).to(latents.dtype)

@@ -168,7 +168,7 @@ def velocity(
         hidden_states=latents.to(dtype),
         timestep=1000 * sigma / 1000,  # rounded as in the pipeline
         encoder_hidden_states=prompt["prompt_embeds"].to(dtype),
-        attention_mask=prompt.get("prompt_mask", prompt.get("prompt_keep")),
+        attention_mask=loading.mask_of(prompt, latents.device),
         return_dict=False,
     )[0].to(latents.dtype)
 

@@ -185,7 +185,7 @@ def velocity(
         hidden_states=tokens,
         timestep=sigma,  # the transformer multiplies it by 1000 itself
         encoder_hidden_states=prompt["prompt_embeds"].to(dtype),
-        encoder_hidden_states_mask=prompt.get("prompt_mask", prompt.get("prompt_keep")),
+        encoder_hidden_states_mask=loading.mask_of(prompt, latents.device),
         img_shapes=[shapes] * len(latents),
         return_dict=False,
     )[0]

@@ -181,7 +181,7 @@ def _ask(transformer, latents, sigma, prompt, sources) -> torch.Tensor:
         timestep=(1000 * sigma).to(dtype) / 1000,  # rounded as in the pipeline
         img_shapes=[[(1, *picture.shape[2:]) for picture in pictures]] * len(latents),
         img_mask=torch.cat([slots, slots.new_ones(len(latents), count // 4)], dim=1),
-        encoder_hidden_states_mask=prompt.get("prompt_mask"),
+        encoder_hidden_states_mask=loading.mask_of(prompt, latents.device),
         return_dict=False,
     )[0]
     return output[:, -count:].transpose(1, 2).unflatten(2, latents.shape[2:]).to(latents.dtype)

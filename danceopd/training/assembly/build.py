@@ -3,9 +3,8 @@
 import copy
 from pathlib import Path
 
-from torch.utils._pytree import tree_map
-
 from danceopd.config.sections import Config
+from danceopd.core.conditioning import placed
 from danceopd.core.methods import needs
 from danceopd.models.attention import attention_backend, set_torch_kernels
 from danceopd.models.backbones import backbone_of, combine_of, pipeline_class_of
@@ -77,7 +76,7 @@ def build_model(config: Config, ranks: Ranks = ALONE, settings: dict | None = No
     networks = place_sources(config, backbone, device, networks, lockstep, settings)
     if attends != "native" or config.training.attention_backend == "native":
         student.transformer.set_attention_backend(attends)  # and with it what every other transformer here attends by
-    encoded = tree_map(lambda value: value.to(device), shared_texts(config, samples))
+    encoded = placed(shared_texts(config, samples), device)
     empty_prompt, combine = encoded[""], combine_of(config.model)
     make = model_fields(config, combine, networks, encoded, transformers)
     fields = [attempt(f"sources.{c.source}", make, c.source) for c in config.capabilities.values()]

@@ -6,9 +6,10 @@ from dataclasses import fields, replace
 from typing import NamedTuple
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
-from danceopd.core.conditioning import Conditioning, Tensors, with_length
+from danceopd.core.conditioning import Conditioning, Tensors, device_of, with_length
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Field, guided
 from danceopd.models.packing import picture_tokens
 
@@ -37,15 +38,10 @@ def _flat(conditioning: Conditioning) -> tuple[list[torch.Tensor], TreeSpec]:
     return tree_flatten({name: value for name, value in values.items() if value is not None})
 
 
-def _device(conditioning: Conditioning) -> torch.device:
-    """Returns the device of the prompts."""
-    return tree_leaves(conditioning.prompt)[0].device
-
-
 def _in_layout(conditioning: Conditioning, layout: Layout) -> Conditioning:
-    """Gives the samples, all of one layout, without anything that the layout does not read."""
-    empty = conditioning.empty_prompt if layout.guided else None
-    return replace(
+    """Gives the samples, all of one layout, on their device, without anything that the layout does not read."""
+    empty, device = conditioning.empty_prompt if layout.guided else None, conditioning.device
+    kept = replace(
         conditioning,
         prompt=_kept(conditioning.prompt, layout.length),
         source=conditioning.source if layout.sourced else None,
@@ -54,10 +50,11 @@ def _in_layout(conditioning: Conditioning, layout: Layout) -> Conditioning:
         empty_prompt=None if empty is None else _kept(empty),
         texts=None,
     )
+    return kept._map(lambda value: to_device(value, device))
 
 
 def _lengths(conditioning: Conditioning) -> torch.Tensor:
-    """Counts the tokens of each prompt that has a mask, else 0: [B] int64 on the CPU. It waits for the device."""
+    """Counts the tokens of each prompt that has a mask, else 0: [B] int64 on the CPU."""
     prompt = conditioning.prompt
     if _has_lengths(prompt):
         return prompt["prompt_mask"].sum(1).cpu()
@@ -103,5 +100,6 @@ def always_guided(field: Field, empty_prompt: Tensors, combine: Callable | None 
     Returns:
         The guided field, which reads nothing on the device.
     """
-    kept = _kept(tree_map(lambda value: value[None], empty_prompt))
+    kept, device = _kept(tree_map(lambda value: value[None], empty_prompt)), device_of(empty_prompt)
+    kept = tree_map(lambda value: to_device(value, device), kept)
     return guided(field, tree_map(lambda value: value[0], kept), combine=combine, every=True)

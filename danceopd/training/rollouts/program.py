@@ -93,7 +93,7 @@ class Program:
             velocity = extrapolated
         euler_step_(z, velocity.contiguous(), sigma, next_sigma, active=active)
 
-    def capture(self, n: int, made: dict, stream: torch.cuda.Stream, pool) -> None:
+    def capture(self, n: int, made: dict, stream, pool) -> None:
         """Captures the graph of one size; the buffers stay as they were.
 
         Args:
@@ -106,23 +106,24 @@ class Program:
             NotCapturable: With the reason.
         """
         kept = [t[:n].clone() for t in (self.z, self.previous) if t is not None]
-        before, graph = GraphSafe(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
+        cards = torch.get_device_module(self.z.device)
+        before, graph = GraphSafe(), cards.CUDAGraph()
+        stream.wait_stream(cards.current_stream())
         try:
             # The outer context leads back to the stream at hand, even where the end of the capture fails.
-            with torch.cuda.stream(stream), constants(made):
+            with cards.stream(stream), constants(made):
                 self.step(n)  # fills caches, compiles kernels
                 with before:
                     self.step(n)
                 # Threads of NCCL and of data loaders may go on meanwhile.
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                with cards.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     self.step(n)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # CUDA's
             raise NotCapturable(str(error).strip().splitlines()[0]) from error
         finally:
-            torch.cuda.current_stream().wait_stream(stream)
+            cards.current_stream().wait_stream(stream)
             for tensor, value in zip([t for t in (self.z, self.previous) if t is not None], kept, strict=True):
                 tensor[:n].copy_(value)
         self.graphs[n] = (graph, before.before)

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from danceopd.core.conditioning import Conditioning
+from danceopd.core.copies import to_device
 from danceopd.core.fields import Field
 from danceopd.core.rollout import rows_by_index
 from danceopd.core.solver import half_ratio
 from danceopd.models.packing import TOKENS
 from danceopd.training.rollouts.capture import NotCapturable
-from danceopd.training.rollouts.layouts import Layout, _device, _filled, _flat, _in_layout, _lengths, _tokens
+from danceopd.training.rollouts.layouts import Layout, _filled, _flat, _in_layout, _lengths, _tokens
 from danceopd.training.rollouts.program import Program
 from danceopd.training.rows import Rows
 
@@ -62,8 +63,7 @@ class StaticField:
         self.reason: str | None = None
         self._constants: dict = {}
         self._addresses: tuple = ()
-        self._stream = torch.cuda.Stream() if capture else None
-        self._pool = torch.cuda.graph_pool_handle() if capture else None
+        self._capture, self._stream, self._pool = capture, None, None
 
     def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         return self.field(latents, sigma, conditioning)
@@ -88,7 +88,8 @@ class StaticField:
         if solver not in self.SOLVERS or self.reason:
             return None
         steps, spent, tokens, lengths = until.amax(1) - start, Counter(), Counter(), _lengths(conditioning)
-        sigmas = sigmas.to(noise.device)
+        sigmas = sigmas.cpu()
+        self._check_addresses()
         states = noise.float()[:, None].repeat(1, until.shape[1], *(1,) * (noise.dim() - 1))
         try:
             for layout, rows in self._layouts(conditioning, lengths):
@@ -96,8 +97,8 @@ class StaticField:
                 capacity = min(self.rows.rows, len(noise))
                 rows = rows[steps[rows] > 0]
                 for own in rows.split(capacity) if len(rows) else ():
-                    there, guided = own.to(noise.device), layout.guided
-                    part = _in_layout(conditioning[there], layout)
+                    there, guided = to_device(own, noise.device), layout.guided
+                    part = _in_layout(conditioning[own], layout)
                     program = self._program(noise[there], part, guided, capacity, solver)
                     spent += self._integrate(program, sigmas, start[own], until[own], states, there, 1 + guided)
                     tokens += _tokens(noise, part, layout, steps[own], lengths[own])
@@ -114,15 +115,16 @@ class StaticField:
 
     def _integrate(self, program: Program, sigmas, start, until, states, there, cost: int) -> Counter:
         """Makes all steps of a program's samples, the deepest first, and writes the rows `there` of states."""
-        device, steps = sigmas.device, until.amax(1) - start
+        device, steps = states.device, until.amax(1) - start
         number = torch.arange(int(steps[0]))[:, None]
         under_way = number < steps
-        index = (start + number.minimum(steps - 1)).to(device)  # a sample that has left stays at its last step
+        index = start + number.minimum(steps - 1)  # a sample that has left stays at its last step
         sigma, next_sigma = sigmas[index], sigmas[index + 1]
         half = half_ratio(sigmas[(index - 1).clamp(min=0)], sigma, next_sigma)
         # A trajectory's first step has no velocity before it and is Euler's.
-        half = half.where((under_way & (number > 0)).to(device), 0)
-        numbers, active = torch.stack([sigma, next_sigma, half], 1), under_way.to(device)
+        half = half.where(under_way & (number > 0), 0)
+        numbers = to_device(torch.stack([sigma, next_sigma, half], 1), device)
+        active = to_device(under_way, device)
         reached = rows_by_index(until - start[:, None], len(number), device)
         now, going, spent = program.numbers[:, : len(steps)], program.active[: len(steps)], Counter()
         for i, n in enumerate(under_way.sum(1).tolist()):
@@ -148,21 +150,21 @@ class StaticField:
         """
         lengths = _lengths(conditioning)
         layouts = [
-            (layout, lengths[own], own.to(_device(conditioning)))
+            (layout, lengths[own], to_device(own, conditioning.device), _in_layout(conditioning[own], layout))
             for layout, own in self._layouts(conditioning, lengths)
         ]
-        parts = [_in_layout(conditioning[own], layout) for layout, _, own in layouts]
         programs: list[Program] = []
+        self._check_addresses()
 
         def velocity(latents, sigma, _):
             if self.reason or len(latents) > self.rows.rows:
                 return self.field(latents, sigma, conditioning)
             result, spent, tokens = torch.empty_like(latents), Counter(), Counter()
             try:
-                for i, (layout, length, own) in enumerate(layouts):
+                for i, (layout, length, own, part) in enumerate(layouts):
                     guided = layout.guided
                     if i == len(programs):
-                        programs.append(self._program(latents[own], parts[i], guided, len(latents), None))
+                        programs.append(self._program(latents[own], part, guided, len(latents), None))
                     program, n = programs[i], len(own)
                     program.z[:n].copy_(latents[own])
                     program.numbers[0, :n].copy_(sigma[own])
@@ -171,7 +173,7 @@ class StaticField:
                     result[own] = program.velocity[:n].to(result.dtype)
                     spent[self.name] += (1 + guided) * n
                     spent["padding"] += (1 + guided) * (size - n)
-                    tokens += _tokens(latents, parts[i], layout, torch.ones(n, dtype=torch.int64), length)
+                    tokens += _tokens(latents, part, layout, torch.ones(n, dtype=torch.int64), length)
             except NotCapturable as error:
                 self._give_up(error)
                 return self.field(latents, sigma, conditioning)
@@ -185,9 +187,9 @@ class StaticField:
         """Lists each layout that there is, with the numbers of its samples on the CPU."""
         n = len(conditioning)
         sourced, guided = conditioning.sourced(), torch.zeros(n, dtype=torch.bool)
-        has = conditioning.has_source.cpu() if sourced is None else torch.full((n,), sourced)
+        has = conditioning.has_source if sourced is None else torch.full((n,), sourced)
         if self.both is not None:
-            guided = conditioning.guidance_scale.cpu() != 1
+            guided = conditioning.guidance_scale != 1
         layouts = [
             Layout(*layout) for layout in zip(has.tolist(), guided.tolist(), _filled(lengths).tolist(), strict=True)
         ]
@@ -199,7 +201,6 @@ class StaticField:
 
     def _program(self, z, conditioning, guided: bool, capacity: int, solver: str | None) -> Program:
         """Finds the program of such samples, or makes it, and fills it with these."""
-        self._check_addresses()
         leaves, spec = _flat(conditioning)
         shapes = [(value.shape[1:], value.dtype) for value in (z, *leaves)]
         key = f"{solver} {guided} {shapes} {spec}"
@@ -215,16 +216,19 @@ class StaticField:
 
     def _step(self, program: Program, size: int) -> None:
         """Makes one step, by a graph where steps are captured."""
-        if self._stream is None:
+        if not self._capture:
             program.step(size)
             return
+        if self._stream is None:
+            cards = torch.get_device_module(program.z.device)
+            self._stream, self._pool = cards.Stream(), cards.graph_pool_handle()
         if size not in program.graphs:
             program.capture(size, self._constants, self._stream, self._pool)
         program.graphs[size][0].replay()
 
     def _check_addresses(self) -> None:
         """Drops all graphs where a weight has moved: a graph reads where the weights were as it was captured."""
-        if self._stream is not None:
+        if self._capture:
             now = tuple(t.data_ptr() for n in self.networks for t in (*n.parameters(), *n.buffers()))
             if now != self._addresses:
                 for program in self.programs.values():

@@ -153,15 +153,18 @@ class Zero:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # counts the micro-batch
 
-    def step(self, rate: float) -> tuple[float, bool]:
+    def step(self, rate: float, seen: torch.Tensor | None = None) -> tuple[float, bool, torch.Tensor | None]:
         """Makes one optimizer step, but on no rank where the gradient is not finite on one.
 
         Args:
             rate: The learning rate.
+            seen: A tensor that is read on the host.
 
         Returns:
-            The norm of the gradient before it is clipped, and whether the student was updated.
+            The norm of the gradient before it is clipped, whether the student was updated, and what was seen, on the
+            CPU.
         """
+        seen = None if seen is None else seen.cpu()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = None
@@ -170,16 +173,16 @@ class Zero:
             if not math.isfinite(norm):
                 self.engine.zero_grad()
                 self.engine.micro_steps += 1
-                return norm, False
+                return norm, False, seen
         self.engine.step()
         self._forget_gradients()
         if getattr(self.optimizer, "overflow", False):
-            return math.nan, False
+            return math.nan, False, seen
         for name in self.parameters:
             self.ema[name].lerp_(self._slice(name).to(self.home), 1 - self.decay if self.updates else 1.0)
         self.updates += 1
         self._refresh(self._slice)
-        return float(self.engine.get_global_grad_norm()) if norm is None else norm, True
+        return float(self.engine.get_global_grad_norm()) if norm is None else norm, True, seen
 
     @contextmanager
     def averaged(self) -> Iterator[Callable]:

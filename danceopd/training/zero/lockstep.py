@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from danceopd.core.conditioning import Conditioning
+from danceopd.core.copies import to_device
 from danceopd.models.packing import whole_batches
 from danceopd.support.ranks import Ranks, device_of_collectives
 
@@ -145,5 +146,9 @@ def _by_kind(latents, sigma, conditioning: Conditioning) -> dict[bool, tuple[tor
     sourced, has = conditioning.sourced(), conditioning.has_source
     if sourced is not None:
         return {sourced: (None, (latents, sigma, conditioning))}
-    rows = {True: has.nonzero()[:, 0], False: (~has).nonzero()[:, 0]}
-    return {kind: (own, (latents[own], sigma[own], conditioning[own])) for kind, own in rows.items()}
+    found = {}
+    for kind, mark in ((True, has), (False, ~has)):
+        own = mark.nonzero()[:, 0]
+        there = to_device(own, latents.device)
+        found[kind] = there, (latents[there], sigma[there], conditioning[own])
+    return found
