@@ -24,6 +24,13 @@ setup(
     package_data={
         "danceopd": ["py.typed"],
         "danceopd.world": ["assets/*", "assets/sources/*"],
+        "danceopd.miniature": [
+            "assets/*",
+            "assets/logs/*",
+            "assets/pipeline/*",
+            "assets/pipeline/*/*",
+            "assets/sources/*/*",
+        ],
         "danceopd.evaluation": ["*.j2"],
         "danceopd.report": ["*.j2"],
     },
