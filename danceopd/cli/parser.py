@@ -41,6 +41,17 @@ EPILOG = """examples:
 class Parser(argparse.ArgumentParser):
     """A parser that names the nearest command where there is none of a name."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Takes a list of arguments that are no options from wherever they stand, not from one place alone."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        places = [action for action in self._get_positional_actions() if action.nargs in ("*", "+")]
+        if places and rest and "--" not in rest:
+            more = [text for text in rest if not text.startswith("-")]
+            values = [*getattr(namespace, places[-1].dest), *(self._get_value(places[-1], text) for text in more)]
+            setattr(namespace, places[-1].dest, values)
+            rest = [text for text in rest if text.startswith("-")]
+        return namespace, rest
+
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             hint = did_you_mean(value, action.choices, "; danceopd --help lists them")
