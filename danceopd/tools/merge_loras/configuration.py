@@ -35,9 +35,9 @@ def manifest_of(routes: Sequence[Route]) -> tuple[str, bytes]:
     return f"prompts-{hashlib.blake2b(data, digest_size=4).hexdigest()}.jsonl", data
 
 
-def heard_otherwise(route: Route) -> bool:
-    """Tells whether a route's source hears anything but the result's prompt."""
-    return any(prompt != heard for prompt, heard in route.rows)
+def heard_otherwise(routes: Sequence[Route]) -> bool:
+    """Tells whether any source hears anything but the result's prompt."""
+    return any(prompt != heard for route in routes for prompt, heard in route.rows)
 
 
 def configuration(given: Given, options: Options, routes: Sequence[Route], work: Path, manifest: str) -> dict:
@@ -60,12 +60,12 @@ def configuration(given: Given, options: Options, routes: Sequence[Route], work:
     sources: dict[str, dict] = {"base": {"weights": "base", **asked}}
     for name, path in given.paths.items():
         sources[name] = {"lora": [{"path": str(path), "scale": given.weights[name]}], **asked}
-    capabilities = {}
+    capabilities, otherwise = {}, heard_otherwise(routes)
     for route in routes:
         source = " + ".join(route.loras) or "base"
         if len(route.loras) > 1:
             sources[source] = {"compose": {"base": "base", "sources": dict.fromkeys(route.loras, 1.0)}}
-        if heard_otherwise(route):
+        if otherwise:  # of all of them: one source is compared on another's prompts too
             source, of = f"{source}, by its own words", source
             sources[source] = {"teacher_at": {"source": of, "prompt": HEARD}}
         capabilities[route.name] = {

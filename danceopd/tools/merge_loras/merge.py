@@ -104,7 +104,7 @@ def _encode(
         device=str(find_device(config.training.device)),
         dtype=PRECISIONS[config.training.precision],
         on_bad_row="refuse",
-        texts=[HEARD] if any(map(heard_otherwise, routes)) else [],
+        texts=[HEARD] if heard_otherwise(routes) else [],
     )
     for note in prepared.notes:
         say(f"warning: {note}")

@@ -55,10 +55,14 @@ def described(given: Given, options: Options, routes: Sequence[Route], config: C
             "while the LoRA itself is asked without it; --trigger NAME=WORDS if it has words, NAME= to act always"
         )
     lines += [f"note: {note}" for note in given.notes]
-    total = sum(route.weight for route in routes)
+    total, pairs = sum(route.weight for route in routes), [route for route in routes if " + " in route.name]
     for route in routes:
-        of = " and ".join(route.loras) or "the base"
-        lines.append(f"  {100 * route.weight / total:.0f} % of the samples: {len(route.rows)} prompts to {of}")
+        if route not in pairs:
+            share, of = route.weight / total, " and ".join(route.loras) or "the base"
+            lines.append(f"  {100 * share:.0f} % of the samples: {len(route.rows)} prompts to {of}")
+    if pairs:
+        share, prompts = sum(route.weight for route in pairs) / total, sum(len(route.rows) for route in pairs)
+        lines.append(f"  {100 * share:.0f} % of the samples: {prompts} prompts to {len(pairs)} pairs, both together")
     sigmas = given.backbone.sigmas(
         given.base, config.rollout.num_inference_steps, options.resolution, options.resolution
     )
