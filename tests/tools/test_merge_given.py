@@ -4,6 +4,7 @@ import json
 
 import diffusers
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -11,9 +12,12 @@ from small_loras import far_lora
 from tiny_sd3 import save_tiny
 
 from danceopd.cli.parser import build_parser
-from danceopd.models.backbones import empty_transformer
-from danceopd.models.lora_files import save_lora
+from danceopd.models.backbones import empty_transformer, sd3
+from danceopd.models.lora_algebra import merge_into
+from danceopd.models.lora_files import load_lora, save_lora
+from danceopd.models.weights import of_tensors
 from danceopd.support.errors import UserError
+from danceopd.tools.merge_loras.checkpoints import extract
 from danceopd.tools.merge_loras.configuration import configuration, targets_of
 from danceopd.tools.merge_loras.given import Options, names_of, read
 from danceopd.tools.merge_loras.prompts import EMPTY, PLAIN, SHIPPED, Prompts, read_prompts, routes_of
@@ -254,3 +258,63 @@ def test_one_mistake(place, tmp_path, given, message):
     base, loras = place / given.pop("base", "model"), [place / name for name in given.pop("loras", ["ink", "oil"])]
     with pytest.raises(UserError, match=message):
         read(base, loras, tmp_path / "out.safetensors", Options(resolution=32, **given))
+
+
+@pytest.mark.parametrize("one_file", [False, True])
+def test_a_checkpoint_is_taken_as_what_it_changed(place, tmp_path, one_file):
+    network = sd3.load_transformer(place / "model")
+    change = far_lora(network, 9)
+    merge_into(network, change)
+    with torch.no_grad():
+        network.proj_out.bias += 1
+    path = tmp_path / "anime" / "transformer"
+    network.save_pretrained(path)
+    if one_file:
+        path = tmp_path / "anime.safetensors"
+        save_file(network.state_dict(), path)
+    output, options = tmp_path / "out.safetensors", Options(resolution=32, weights=["anime=0.5"])
+    given = read(place / "model", [place / "ink", path], output, options)
+    assert given.triggers["anime"] == Trigger("anime", False, "its name")
+    assert given.loras["anime"].keys() == change.keys()
+    for name, (a, b, scale) in given.loras["anime"].items():
+        down, up, own = change[name]
+        torch.testing.assert_close(scale * b @ a, 0.5 * own * up @ down, atol=1e-5, rtol=1e-4)
+    (note,) = given.notes
+    assert note.startswith("anime: a checkpoint, taken as a LoRA of rank 64 at most that keeps 100.0 % of the squared")
+    assert "1 norms and biases differ too" in note
+    with pytest.raises(UserError, match="changes no linear layer"):
+        read(place / "model", [place / "ink", place / "model"], output, Options(resolution=32))
+
+
+def test_a_cut_keeps_the_largest_singular_values(place):
+    network = sd3.load_transformer(place / "model")
+    base = of_tensors({name: value.clone() for name, value in network.state_dict().items()})
+    with torch.no_grad():
+        for p in network.parameters():
+            p += torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
+    lora, line = extract(of_tensors(network.state_dict()), base, network, rank=3)
+    kept = whole = 0.0
+    for name, (a, b, _) in lora.items():
+        difference = network.get_submodule(name).weight.detach().double() - base.tensor(f"{name}.weight").double()
+        singular = torch.linalg.svdvals(difference)
+        left = (difference - b.double() @ a.double()).norm()
+        torch.testing.assert_close(left, singular[3:].norm(), atol=1e-4, rtol=1e-4)
+        kept, whole = kept + float(singular[:3].square().sum()), whole + float(singular.square().sum())
+    assert f"keeps {100 * kept / whole:.1f} %" in line
+
+
+def test_a_weight_of_some_layers(place, tmp_path):
+    loras, output = [place / "ink", place / "oil"], tmp_path / "out.safetensors"
+    weights = ["ink:transformer_blocks.0.*=0.25", "ink:*.to_q=0", "ink=0.5"]
+    given = read(place / "model", loras, output, Options(resolution=32, weights=weights))
+    plain = read(place / "model", loras, output, Options(resolution=32)).loras["ink"]
+    empty = empty_transformer(place / "model")
+    stored = load_lora(given.paths["ink"], empty, diffusers.StableDiffusion3Pipeline)  # what the source will be
+    for name, (a, b, scale) in given.loras["ink"].items():
+        factor = 0 if name.endswith(".to_q") else 0.25 if name.startswith("transformer_blocks.0.") else 1
+        down, up, own = plain[name]
+        torch.testing.assert_close(scale * b @ a, 0.5 * factor * own * up @ down)
+        torch.testing.assert_close(stored[name][2] * stored[name][1] @ stored[name][0], factor * own * up @ down)
+    with pytest.raises(UserError, match=r"no layer of ink is called so; there is transformer_blocks") as caught:
+        read(place / "model", loras, output, Options(resolution=32, weights=["ink:blocks=1", "inc:*=1"]))
+    assert "no LoRA 'inc'; did you mean 'ink'?" in str(caught.value)

@@ -1,9 +1,11 @@
 """Reads what a user gives to merge-loras; all mistakes are told at once."""
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 
@@ -11,12 +13,13 @@ from torch import nn
 
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.lora_algebra import Lora
-from danceopd.models.lora_files import FILES, load_lora
+from danceopd.models.lora_files import FILES, load_lora, save_lora
 from danceopd.models.lora_merges import automatic_rank
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 from danceopd.support.hub import hub_name, located
 from danceopd.tools.export import LAYOUTS
+from danceopd.tools.merge_loras.checkpoints import check_checkpoint, extracted, is_checkpoint
 from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, read_prompts
 from danceopd.tools.merge_loras.triggers import Trigger, trigger_of
 from danceopd.training.assembly.parts import Problems
@@ -31,7 +34,7 @@ class Options:
     Attributes:
         prompts: A file of prompts; the shipped one if not given.
         triggers: "NAME=WORDS".
-        weights: "NAME=NUMBER".
+        weights: "NAME=NUMBER", or "NAME:LAYERS=NUMBER" for the layers of these names, in which * stands for anything.
         pairs: Whether two triggers together ask for both LoRAs.
         rank: Of the result; "auto" for the one of danceopd.models.lora_merges.automatic_rank, None for the largest of
             the LoRAs'.
@@ -121,10 +124,17 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
             problems.append(f"--layout {options.layout}: not written for {family}; give {' or '.join(others)}")
     paths = _paths(loras, attempt, notes)
     read_loras = {}
+    checkpoints = [name for name, path in paths.items() if is_checkpoint(path)]
     for name, path in paths.items() if empty is not None else ():
-        read_loras[name] = attempt(str(path), _whole, path, empty, pipeline_class_of(base))
-    weights = _assigned("--weight", options.weights, paths, problems)
-    numbers = {name: attempt(f"--weight {name}={text}", _weight, text) for name, text in weights.items()}
+        if name in checkpoints:
+            attempt(str(path), check_checkpoint, path, empty)
+        else:
+            read_loras[name] = attempt(str(path), _whole, path, empty, pipeline_class_of(base))
+    of_layers = [text for text in options.weights if ":" in text.partition("=")[0]]
+    whole = [text for text in options.weights if text not in of_layers]
+    texts = _assigned("--weight", whole, paths, problems)
+    numbers = {name: attempt(f"--weight {name}={text}", _weight, text) for name, text in texts.items()}
+    layered = _layered(of_layers, read_loras, problems)
     triggers = _triggers(options, paths, problems)
     prompts = attempt("--prompts", read_prompts, options.prompts or SHIPPED, list(paths))
     if options.steps < 1:
@@ -137,10 +147,18 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
         problems.append("a merge needs two LoRAs at least; name their files one after another")
     if problems:
         raise UserError("\n  ".join(["these LoRAs cannot be merged yet:", *(_one_line(line) for line in problems)]))
+    work = options.work or output.with_suffix(".work")
+    for name in checkpoints:
+        paths[name], read_loras[name], line = extracted(paths[name], base, empty, pipeline_class_of(base), work)
+        notes.append(f"{name}: {line}")
+    for name, lora in layered.items():
+        content = hashlib.blake2b(json.dumps([_content(paths[name]), *of_layers]).encode(), digest_size=8).hexdigest()
+        paths[name], read_loras[name] = work / "weighted" / f"{name}-{content}", lora
+        save_lora(lora, paths[name], pipeline_class_of(base))
     weights = {name: numbers.get(name, 1.0) for name in paths}
     weighted = {
-        name: {layer: (a, b, scale * weights[name]) for layer, (a, b, scale) in lora.items()}
-        for name, lora in read_loras.items()
+        name: {layer: (a, b, scale * weights[name]) for layer, (a, b, scale) in read_loras[name].items()}
+        for name in paths
     }
     if prompts.twice:
         notes.append(f"{prompts.twice} lines of {options.prompts or SHIPPED} stand there twice and are taken once")
@@ -220,7 +238,7 @@ def _parts(path: Path) -> list[str]:
         return [*named.repo.split("/"), *([Path(named.file).stem] if named.file else [])]
     whole = path.expanduser().absolute()
     parts = [part for part in whole.parts[:-1] if part != whole.anchor]
-    if whole.name in FILES:
+    if whole.name in FILES or whole.name in ("transformer", "unet"):
         return parts or [whole.stem]
     return [*parts, whole.stem if whole.suffix == ".safetensors" else whole.name]
 
@@ -242,14 +260,33 @@ def _assigned(option: str, given: Sequence[str], names: dict, problems: Problems
     return found
 
 
-def _weight(text: str) -> float:
+def _weight(text: str, least: float = 1e-6) -> float:
     try:
         weight = float(text)
     except ValueError:
         raise UserError("is no number") from None
-    if not 0 < weight < 100:
+    if not least <= weight < 100:
         raise UserError("must be above 0, and 1 is the LoRA as it is; leave out a LoRA that is not wanted")
     return weight
+
+
+def _layered(given: Sequence[str], loras: dict[str, Lora | None], problems: Problems) -> dict[str, Lora]:
+    """Weighs the layers of LoRAs by their names."""
+    found: dict[str, Lora] = {}
+    for text in given:
+        place, _, number = text.partition("=")
+        name, _, pattern = place.partition(":")
+        lora = found.get(name) or loras.get(name)
+        weight = problems.attempt(f"--weight {text}", _weight, number, 0.0)
+        if lora is None or weight is None:
+            if name not in loras:
+                problems.append(f"--weight {text}: no LoRA {name!r}{did_you_mean(name, loras)}")
+            continue
+        named = [layer for layer in lora if fnmatchcase(layer, pattern)]
+        if not named:
+            problems.append(f"--weight {text}: no layer of {name} is called so; there is {next(iter(lora))}")
+        found[name] = lora | {layer: (*lora[layer][:2], lora[layer][2] * weight) for layer in named}
+    return found
 
 
 def _triggers(options: Options, paths: dict[str, Path], problems: Problems) -> dict[str, Trigger]:
