@@ -48,7 +48,13 @@ def by_peft(loras, kind: str, weights, rank: int) -> dict[str, torch.Tensor]:
                     a, b, scale = one[name]
                     layer.lora_A[str(i)].weight[: len(a)] = scale**0.5 * a
                     layer.lora_B[str(i)].weight[:, : len(a)] = scale**0.5 * b
-    torch.manual_seed(SEED)
+    inject = model.base_model.inject_adapter
+
+    def inject_and_seed(*args, **kwargs):  # making the adapter draws numbers, which are not those of dare
+        inject(*args, **kwargs)
+        torch.manual_seed(SEED)
+
+    model.base_model.inject_adapter = inject_and_seed
     density = 0.5 if any(word in kind for word in ("ties", "dare", "prune")) else None
     names = [str(i) for i in range(len(loras))]
     model.add_weighted_adapter(names, list(weights), "merged", combination_type=kind, density=density)

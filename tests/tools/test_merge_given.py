@@ -5,8 +5,6 @@ import json
 import diffusers
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_loras import far_lora
 from tiny_sd3 import save_tiny
@@ -45,13 +43,9 @@ def test_the_shipped_prompts_are_500_general_ones():
     assert all(prompt.isascii() and 3 <= len(prompt.split()) <= 14 for prompt in prompts.shared)
 
 
-TWENTY, TABLES = {"img_count": 20}, ["ss_tag_frequency", "ss_dataset_dirs"]
+TWENTY = {"img_count": 20}
 
-ODD = st.recursive(
-    st.none() | st.integers(-2, 30) | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=8,
-)
+ODD = [None, 3, "x", [], [1], {}, {"a": None}, {"1_a": 3}, {"1_a": []}, {"1_a": {"b": "c"}}, {"1_a": {"b": -2, "": 1}}]
 
 
 # ------------------------------------------------------------------------------------------------------- triggers
@@ -86,11 +80,11 @@ def test_words_in_metadata(metadata, words):
     assert words_in(stored) == words
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.dictionaries(st.sampled_from(TABLES), ODD))
-def test_odd_metadata_is_no_fault(metadata):
-    found = words_in({key: json.dumps(value) for key, value in metadata.items()})
-    assert found is None or isinstance(found, str)
+@pytest.mark.parametrize("tags", ODD)
+def test_odd_metadata_is_no_fault(tags):
+    for folders in ODD:
+        found = words_in({"ss_tag_frequency": json.dumps(tags), "ss_dataset_dirs": json.dumps(folders)})
+        assert found is None or isinstance(found, str)
 
 
 # ----------------------------------------------------------------------------------------------- prompts and routes

@@ -108,7 +108,7 @@ def test_nearer_to_each_than_the_average(place, tmp_path, capsys):
     assert pipeline.get_active_adapters()
     page = (tmp_path / "merged.html").read_text()
     pictures = Pictures(page).found
-    assert len(pictures) == 4 * 2 * 4
+    assert len(pictures) == 2 * 3 + 3 * 2 * 4  # what is wanted without a trigger is the base
     assert all(inside for _, inside in pictures)
     assert sum(alt.startswith("this merge: INK, ") for alt, _ in pictures) == 4  # two of ink, two of the pair
     for text in ("load_lora_weights(", "--layout comfyui", "ComfyUI/models/loras", "called by"):
@@ -137,6 +137,8 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
     assert "WORSE than the plain average" in said.out
     assert "Do not use it as it is. Train longer" in said.out
     assert "oil: no file says which words call it" in said.err
+    shares = json.loads((tmp_path / "out.work" / "results.json").read_text())["shares"]
+    assert shares["oil"]["oil"] == pytest.approx(1.0)  # the LoRA hears no word that it does not know
     assert asked == {3.5}
     run = tmp_path / "out.work" / "rank-1"
     config = yaml.safe_load((run / "config.yaml").read_text())

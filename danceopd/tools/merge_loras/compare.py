@@ -8,12 +8,14 @@ import torch
 
 from danceopd.config.sections import Config
 from danceopd.core.distance import velocity_error
+from danceopd.core.operators import teacher_at
 from danceopd.core.rollout import sample
 from danceopd.models.lora_algebra import Lora, average
 from danceopd.models.lora_merges import COMBINATIONS, WEIGHTS, combined
 from danceopd.models.students import LoraStudent
 from danceopd.support.bars import bar
 from danceopd.support.pictures import to_uint8
+from danceopd.tools.merge_loras.configuration import HEARD, heard_otherwise
 from danceopd.tools.merge_loras.gaps import Gaps
 from danceopd.tools.merge_loras.given import Given
 from danceopd.tools.merge_loras.prompts import Route
@@ -128,6 +130,8 @@ def compare(config: Config, given: Given, routes: Sequence[Route], merged: Lora)
     for who, lora in bar(list(candidates.items()), "comparing", unit="merge"):
         place(slot, lora)
         own = gaps.field(slot)
+        if who in given.loras and heard_otherwise(routes):  # as when it is a source
+            own = teacher_at(own, HEARD)
         errors[who] = {
             name: velocity_error(own, source, batch.noise, batch.conditioning, batch.sigmas)
             for name, source, batch in zip(names, gaps.sources, batches, strict=True)

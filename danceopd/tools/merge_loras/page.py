@@ -109,6 +109,9 @@ def comfyui_use(output: Path, run: Path, given: Given, options: Options) -> str:
 def _pictures(one: Drawn, results: Results) -> list[dict[str, str]]:
     """Lays out the pictures of one prompt and seed: base, source, PEFT's best, this merge."""
     labels = {BASE: "base", "source": _of(one.route, results), results.best: results.best, MERGED: MERGED}
+    if results.shares[BASE][one.route] > 0.999:  # the base itself is what is wanted
+        del labels["source"]
+        labels[BASE] = "base, as is wanted"
     found = []
     for who, label in labels.items():
         if who in one.pictures:
