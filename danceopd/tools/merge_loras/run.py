@@ -66,12 +66,12 @@ def described(given: Given, options: Options, routes: Sequence[Route], config: C
     sigmas = given.backbone.sigmas(
         given.base, config.rollout.num_inference_steps, options.resolution, options.resolution
     )
-    each = sum(evaluations_per_step(config, sigmas).values())
-    steps = config.training.max_steps
-    lines.append(
-        f"result: rank {given.rank}; at most {steps} updates of {config.training.batch_size} samples, "
-        f"{each:.1f} network evaluations each, {steps * each:,.0f} in all"
-    )
+    counts, steps = evaluations_per_step(config, sigmas), config.training.max_steps
+    line = f"result: rank {given.rank}; at most {steps} updates of {config.training.batch_size} samples"
+    if counts:  # of the usual method
+        each = sum(counts.values())
+        line += f", {each:.1f} network evaluations each, {steps * each:,.0f} in all"
+    lines.append(line)
     return lines
 
 
@@ -177,9 +177,10 @@ def _time(config: Config, parts: Parts, gaps: Gaps) -> str:
         began = time.monotonic()
         float(field(*asked).float().sum())  # waits for the device
         seconds = time.monotonic() - began
-    updates = config.training.max_steps
-    total = updates * sum(evaluations_per_step(config, parts.samples.groups[0].sigmas).values())
-    predicted = duration(total * seconds / len(asked[0]))
+    updates, counts = config.training.max_steps, evaluations_per_step(config, parts.samples.groups[0].sigmas)
+    if counts is None:
+        return f"time: {seconds:.2g} s for a forward of {len(asked[0])} samples; this method's are not worked out"
+    predicted = duration(updates * sum(counts.values()) * seconds / len(asked[0]))
     return (
         f"time, a prediction: {predicted} for {updates} updates, by a forward of {len(asked[0])} samples that took "
         f"{seconds:.2g} s now; less where no gap closes further"
