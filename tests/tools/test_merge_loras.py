@@ -1,6 +1,8 @@
 """merge-loras: from two LoRAs to one adapter of the size of one that is nearer to both than their mean."""
 
 import json
+import os
+import signal
 from html.parser import HTMLParser
 
 import diffusers
@@ -20,7 +22,7 @@ from danceopd.models.lora_algebra import average
 from danceopd.models.lora_files import load_lora, save_lora
 from danceopd.models.shared_base import SharedBase
 from danceopd.tools.merge_loras.compare import AVERAGE, BASE, MERGED, Results, judge, shares_of
-from danceopd.tools.merge_loras.gaps import GROWTH, settled
+from danceopd.tools.merge_loras.gaps import GROWTH, Gaps, settled
 from danceopd.tools.merge_loras.prompts import PLAIN, Route
 
 SD3, STEPS = diffusers.StableDiffusion3Pipeline, 2
@@ -60,17 +62,34 @@ class Pictures(HTMLParser):
             self.found.append((dict(attrs)["alt"], dict(attrs)["src"].startswith("data:image/")))
 
 
+def interrupting(measure):
+    """Sends a Ctrl-C after the third update's scores."""
+    calls = []
+
+    def measured(self, network):
+        calls.append(network)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(self, network)
+
+    return measured
+
+
 # Long: one run, of which everything that a user gets is looked at.
-def test_nearer_to_each_than_the_average(place, tmp_path, capsys):
+def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     output = tmp_path / "merged.safetensors"
     learn = "training.learning_rate=2e-2"
     assert main(command(place, output, "--dry-run", learn)) == 0
     assert list(tmp_path.iterdir()) == []
     assert "ink: rank 2, weight 1, called by 'INK' (--trigger)" in capsys.readouterr().err
-    assert main(command(place, output, "--steps", "10", learn)) in (0, 1)
-    assert main(command(place, output, "--steps", "32", "--patience", "0", learn)) == 0  # the same run goes on
+    line = command(place, output, "--steps", "26", "--patience", "0", learn)
+    with monkeypatch.context() as patched:
+        patched.setattr(Gaps, "__call__", interrupting(Gaps.__call__))
+        assert main(line) == 130
+    assert "stopped; run the same command again to go on" in capsys.readouterr().err
+    assert main(line) == 0
     said = capsys.readouterr()
-    assert "going on from step 10" in said.out
+    assert "going on from step 3" in said.out
     assert "gap closed: no trigger" in said.err
     assert "time, a prediction: " in said.err
     assert "memory, an estimate: " in said.err
@@ -125,7 +144,8 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
     asked, original = set(), flux.velocity
 
     def velocity(*args):
-        asked.update(args[-1].tolist())
+        if isinstance(args[-1], torch.Tensor):  # not while memory is counted
+            asked.update(args[-1].tolist())
         return original(*args)
 
     monkeypatch.setattr(flux, "velocity", velocity)
