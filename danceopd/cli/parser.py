@@ -28,6 +28,7 @@ EPILOG = """examples:
   danceopd plan --config configs/demo.yaml --gpus 8 --gpu h100   an estimate: does it fit, how long does it take
   danceopd report runs/demo                                      score every row, write report.html
   danceopd export runs/model -o my_lora                          the student, for the plain diffusers pipeline
+  danceopd merge-loras ink.safetensors oil.safetensors --base MODEL -o merged.safetensors   several LoRAs in one
   danceopd reproduce A                                           six methods at equal cost, in half an hour
   danceopd evaluate runs/demo/student.safetensors --json row.json
   danceopd evaluate gedit GEDIT --model MODEL --lora my_lora -o results --judge-url URL --judge-model NAME

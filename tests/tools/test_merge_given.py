@@ -312,3 +312,14 @@ def test_a_weight_of_some_layers(place, tmp_path):
     with pytest.raises(UserError, match=r"no layer of ink is called so; there is transformer_blocks") as caught:
         read(place / "model", loras, output, Options(resolution=32, weights=["ink:blocks=1", "inc:*=1"]))
     assert "no LoRA 'inc'; did you mean 'ink'?" in str(caught.value)
+
+
+def test_a_lora_of_full_rank_does_not_set_the_rank(place, tmp_path):
+    transformer = empty_transformer(place / "model")
+    whole = {name: (a.repeat(8, 1), b.repeat(1, 8), s) for name, (a, b, s) in far_lora(transformer, 7).items()}
+    save_lora(whole, tmp_path / "whole", diffusers.StableDiffusion3Pipeline)
+    loras, output = [place / "ink", tmp_path / "whole"], tmp_path / "out.safetensors"
+    given = read(place / "model", loras, output, Options(resolution=32))
+    assert 1 <= given.rank <= 4
+    assert given.notes == ["whole: changes layers in their full rank; the result has that of --rank auto"]
+    assert read(place / "model", loras, output, Options(resolution=32, rank=5)).rank == 5

@@ -163,8 +163,13 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
     if prompts.twice:
         notes.append(f"{prompts.twice} lines of {options.prompts or SHIPPED} stand there twice and are taken once")
     rank = options.rank
-    if rank == "auto":
+    full = [
+        name for name, lora in weighted.items() if any(len(a) >= min(len(b), len(a[0])) for a, b, _ in lora.values())
+    ]
+    if rank == "auto" or (rank is None and full):
         rank = automatic_rank(list(weighted.values()))
+        if options.rank is None:
+            notes.append(f"{', '.join(full)}: changes layers in their full rank; the result has that of --rank auto")
     elif rank is None:
         rank = max(len(a) for lora in weighted.values() for a, _, _ in lora.values())
     return Given(base, backbone, empty, paths, triggers, weights, weighted, prompts, rank, notes)
