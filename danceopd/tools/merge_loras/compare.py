@@ -232,6 +232,6 @@ def judge(results: Results) -> None:
         enough = f"No better than {results.best}, which needs no training: a plain merge is enough."
         results.verdict = f"{enough} This merge {closed}."
     else:
-        results.verdict = f"Better than any plain merge: this merge {closed}."
+        results.verdict = f"Better than any plain merge that was tried: this merge {closed}."
     if results.better and worse:
         results.verdict += f" On {', '.join(worse)} the plain average is nearer; train longer if that matters."

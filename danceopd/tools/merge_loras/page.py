@@ -1,5 +1,6 @@
 """Writes the page of a merge: pictures by the same noise, the numbers, and how to use the file."""
 
+import json
 from pathlib import Path
 
 import diffusers
@@ -68,20 +69,20 @@ def python_use(output: Path, given: Given) -> str:
         The lines of Python.
     """
     name = class_name_of(given.base)
-    base = hub_id(given.base) or str(given.base)
-    load = f'pipeline.load_lora_weights("{output.parent}", weight_name="{output.name}")'
+    base, folder, file = map(json.dumps, (hub_id(given.base) or str(given.base), str(output.parent), output.name))
+    load = f"pipeline.load_lora_weights({folder}, weight_name={file})"
     if not loads_loras(getattr(diffusers, name)):
-        load = f'pipeline.transformer.load_lora_adapter("{output.parent}", weight_name="{output.name}")'
+        load = f"pipeline.transformer.load_lora_adapter({folder}, weight_name={file})"
     called = [trigger.call("a fox in the snow") for trigger in given.triggers.values() if trigger.words]
-    prompt = called[0] if called else "a fox in the snow"
+    prompt = json.dumps(called[0] if called else "a fox in the snow", ensure_ascii=False)
     return "\n".join(
         [
             "import torch",
             f"from diffusers import {name}",
             "",
-            f'pipeline = {name}.from_pretrained("{base}", torch_dtype=torch.bfloat16)',
+            f"pipeline = {name}.from_pretrained({base}, torch_dtype=torch.bfloat16)",
             load,
-            f'picture = pipeline("{prompt}").images[0]',
+            f"picture = pipeline({prompt}).images[0]",
         ]
     )
 
