@@ -33,6 +33,7 @@ setup(
         ],
         "danceopd.evaluation": ["*.j2"],
         "danceopd.report": ["*.j2"],
+        "danceopd.tools": ["merge_loras/*.txt", "merge_loras/*.j2"],
     },
     install_requires=[
         "torch>=2.6",

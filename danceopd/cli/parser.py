@@ -28,6 +28,7 @@ EPILOG = """examples:
   danceopd plan --config configs/demo.yaml --gpus 8 --gpu h100   an estimate: does it fit, how long does it take
   danceopd report runs/demo                                      score every row, write report.html
   danceopd export runs/model -o my_lora                          the student, for the plain diffusers pipeline
+  danceopd merge-loras ink.safetensors oil.safetensors --base MODEL -o merged.safetensors   several LoRAs in one
   danceopd reproduce A                                           six methods at equal cost, in half an hour
   danceopd evaluate runs/demo/student.safetensors --json row.json
   danceopd evaluate gedit GEDIT --model MODEL --lora my_lora -o results --judge-url URL --judge-model NAME
@@ -40,6 +41,17 @@ EPILOG = """examples:
 
 class Parser(argparse.ArgumentParser):
     """A parser that names the nearest command where there is none of a name."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Takes a list of arguments that are no options from wherever they stand, not from one place alone."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        places = [action for action in self._get_positional_actions() if action.nargs in ("*", "+")]
+        if places and rest and "--" not in rest:
+            more = [text for text in rest if not text.startswith("-")]
+            values = [*getattr(namespace, places[-1].dest), *(self._get_value(places[-1], text) for text in more)]
+            setattr(namespace, places[-1].dest, values)
+            rest = [text for text in rest if text.startswith("-")]
+        return namespace, rest
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:

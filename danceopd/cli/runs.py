@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_overrides
+from danceopd.cli.arguments import add_command
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 
@@ -44,22 +44,57 @@ def add_export(commands) -> None:
 
 def add_merge_loras(commands) -> None:
     """Adds `danceopd merge-loras`."""
-    parser = add_command(commands, "merge-loras", run_merge_loras, "distil several LoRAs into one, from prompts alone")
-    parser.add_argument(
-        "--base", type=Path, required=True, help="the diffusers pipeline of all LoRAs: a folder, or hub id"
+    parser = add_command(
+        commands,
+        "merge-loras",
+        run_merge_loras,
+        "several LoRAs of one model become one, distilled from prompts alone; exit status 1 where a plain average is "
+        "better",
+        description="LoRAs are told apart by their files' names (NAME). docs/merging.md says how to judge the result.",
     )
-    parser.set_defaults(models=("base", "lora"))
-    parser.add_argument("--lora", type=Path, action="append", required=True, help="a LoRA; give it for each of them")
-    parser.add_argument("--prompts", type=Path, required=True, help="a prompt, or LORA<TAB>prompt, a line")
+    parser.set_defaults(models=())  # read with everything else, so that all mistakes are told at once
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="LORA | KEY=VALUE",
+        help="files, folders or ids of the hub; and changes of the training, as training.batch_size=8",
+    )
+    parser.add_argument("--base", type=Path, required=True, help="the diffusers pipeline of all LoRAs: a folder or id")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the .safetensors file to write")
-    parser.add_argument("--trigger", action="append", default=[], metavar="LORA=WORDS", help="in front of its prompts")
-    parser.add_argument("--rank", type=int, help="of the result (the largest of the LoRAs')")
-    parser.add_argument("--steps", type=int, default=1000, help="updates (%(default)s)")
+    parser.add_argument(
+        "--trigger",
+        action="append",
+        default=[],
+        metavar="NAME=WORDS",
+        help="the words that call a LoRA, in front of prompts or around {prompt}; none: it acts on every prompt "
+        "(as its file says; else its name)",
+    )
+    parser.add_argument("--weight", action="append", default=[], metavar="NAME=0.8", help="of a LoRA (1)")
+    parser.add_argument("--no-pairs", action="store_true", help="ask no prompts with two triggers")
+    parser.add_argument("--prompts", type=Path, help="a prompt, or NAME<TAB>prompt, a line (500 general ones)")
+    parser.add_argument("--rank", type=_rank, help="of the result: a number or auto (the largest of the LoRAs')")
+    parser.add_argument(
+        "--layout", default="diffusers", choices=("diffusers", "comfyui", "kohya"), help="of the file (%(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=1000, help="most updates (%(default)s)")
+    parser.add_argument(
+        "--patience", type=int, default=4, help="scorings without growth until it ends; 0 for never (%(default)s)"
+    )
     parser.add_argument("--resolution", type=int, default=1024, help="sides of the pictures (%(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="that all are drawn with (%(default)s)")
     parser.add_argument("--work", type=Path, help="folder of the encoded prompts and the run (OUTPUT.work)")
     parser.add_argument("--overwrite", action="store_true", help="start again where another run lies")
-    add_overrides(parser, "training.batch_size=8")
+    parser.add_argument("--dry-run", action="store_true", help="say what it takes; no weight is loaded")
+    parser.add_argument("--download", action="store_true", help="with --dry-run: download what is named by an id")
+
+
+def _rank(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number or auto, not {text!r}") from None
 
 
 def add_reproduce(commands) -> None:
@@ -100,28 +135,43 @@ def run_export(args: argparse.Namespace) -> None:
     print(f"wrote {export(args.folder, args.output, args.merge, args.layout, args.dtype, args.trigger)}")
 
 
-def run_merge_loras(args: argparse.Namespace) -> None:
-    """Distils several LoRAs into one and prints how near it is to each."""
-    from danceopd.tools.merge_loras import merge_loras
+def run_merge_loras(args: argparse.Namespace) -> int:
+    """Merges LoRAs and prints how near the result is; returns 1 where their plain average is nearer."""
+    from danceopd.tools.merge_loras import Options, merge_loras
 
-    merged = merge_loras(
-        args.base,
-        args.lora,
-        args.prompts,
-        args.output,
+    changes = [text for text in args.inputs if _is_change(text)]
+    options = Options(
+        prompts=args.prompts,
         triggers=args.trigger,
+        weights=args.weight,
+        pairs=not args.no_pairs,
         rank=args.rank,
         steps=args.steps,
+        patience=args.patience,
         resolution=args.resolution,
         guidance_scale=args.guidance_scale,
+        layout=args.layout,
         work=args.work,
         overwrite=args.overwrite,
-        overrides=args.overrides,
+        overrides=changes,
     )
-    print("mean squared velocity error to each LoRA, on its prompts:")
-    for name, errors in merged.errors.items():
-        print(f"  {name}: " + ", ".join(f"{who} {error:.3g}" for who, error in errors.items()))
-    print(f"wrote {merged.path}\nwrote {merged.grid}")
+    loras = [Path(text).expanduser() for text in args.inputs if text not in changes]
+    merged = merge_loras(args.base, loras, args.output, options, args.dry_run)
+    if merged is None:
+        return 0
+    lines = merged.results.table()
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print("share of the gap closed, along each one's own trajectories:")
+    for first, *cells in lines:
+        print("  " + first.ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:], strict=True)))
+    print("\n".join(filter(None, [merged.results.verdict, merged.results.advice])))
+    print(f"wrote {merged.path}\nwrote {merged.page}")
+    return 0 if merged.results.better else 1
+
+
+def _is_change(text: str) -> bool:
+    """Tells a KEY=VALUE from a file whose name has a = in it."""
+    return "=" in text and not Path(text).expanduser().exists() and not text.endswith(".safetensors")
 
 
 def run_reproduce(args: argparse.Namespace) -> None:

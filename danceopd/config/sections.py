@@ -43,7 +43,8 @@ class Student(Section):
 
     Attributes:
         init_from: The name of an embedded network, or a .safetensors file. With a `model`: "base", its transformer; the
-            name of a source; or "merge", the mean of all sources (of networks: guidance is no part of either).
+            name of a source; or "merge", the mean of all sources, of a LoRA of all that change the base (of networks:
+            guidance is no part of either).
         lora: Trains an adapter of a `model`'s transformer; all its weights if not given.
         embedded_guidance: The number that a guidance-distilled `model` takes as an input (FLUX.1 dev and Kontext 3.5,
             FLUX.2 dev 4), at which the student is trained and then drawn with.

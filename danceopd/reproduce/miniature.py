@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 
 from danceopd.config.sections import Config
 from danceopd.core.fields import Field
@@ -20,21 +19,16 @@ from danceopd.miniature.evaluate import Canvas, field_of, score_gedit, score_gen
 from danceopd.miniature.looks import IMAGE_SIZE
 from danceopd.miniature.pipeline import TEXT_LENGTH
 from danceopd.models.backbones import flux2, pipeline_class_of
+from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora
+from danceopd.models.lora_merges import COMBINATIONS, WEIGHTS, combined
 from danceopd.models.shared_base import SharedBase
 from danceopd.reproduce.matrix import DRAWN_SAMPLES, DRAWN_STEPS
 from danceopd.support.bars import bar
 from danceopd.support.files import write_atomic
 from danceopd.world.scoring import HELD_OUT_SEED
-from danceopd.world.weight_merge import combined
 
 SEED = 100  # of the samples
-
-COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-
-WEIGHTS = (0.4, 0.6, 0.8, 1.0)  # of each LoRA in a merge
-
-DENSITY = 0.5  # the share of entries that pruning merges keep
 
 
 def prepared(work: Path, config: Config, drawn: bool) -> Path:
@@ -156,7 +150,7 @@ def _merit(metrics: dict[str, float]) -> float:
 
 @torch.no_grad()
 def merged(model: Path, loras: list[Path], combination: str, weight: float) -> Field:
-    """Merges LoRAs into the base by PEFT's add_weighted_adapter.
+    """Merges LoRAs into the base by one of PEFT's combinations.
 
     Args:
         model: The pipeline's folder.
@@ -166,16 +160,5 @@ def merged(model: Path, loras: list[Path], combination: str, weight: float) -> F
     """
     transformer = flux2.load_transformer(model)
     factors = [load_lora(path, transformer, pipeline_class_of(model)) for path in loras]
-    names = sorted({layer for one in factors for layer in one})
-    rank = max(down.shape[0] for one in factors for down, _, _ in one.values())
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
-    network = get_peft_model(transformer, config, adapter_name="0")
-    for number in range(1, len(loras)):
-        network.add_adapter(str(number), config)
-    for number, one in enumerate(factors):
-        for layer, (down, up, scale) in one.items():
-            module = transformer.get_submodule(layer)
-            module.lora_A[str(number)].weight.zero_()[: len(down)] = down
-            module.lora_B[str(number)].weight.zero_()[:, : len(down)] = scale * up
-    network = combined(network, combination, [weight] * len(loras), DENSITY)
-    return SharedBase(network, [], flux2.velocity).field(-1)
+    whole = combined(factors, combination, [weight] * len(loras))
+    return SharedBase(merge_into(transformer, whole), [], flux2.velocity).field(-1)

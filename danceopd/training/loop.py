@@ -83,6 +83,7 @@ class Trainer:
         # What has been done, and what was seen of it: a checkpoint keeps these.
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
         self._drawn: dict[int, Batch] = {}  # the next step's batch, where it was drawn ahead
+        self.scores: list[dict[str, float]] = []  # where the run has some
         self.evaluations: Counter = Counter()  # all ranks' network evaluations, up to the last update
         self.spent: Counter = Counter()  # this rank's, since then
         self.errors, self.health = RunningErrors(len(self.names), len(self.sigmas) - 1), Health(self.names, self.sigmas)
@@ -259,8 +260,10 @@ class Trainer:
         """Works out the share of the run that is done: of its steps or its evaluations, whichever is further.
 
         Returns:
-            A number between 0 and 1.
+            A number between 0 and 1; 1 where its scores are enough.
         """
+        if self.scores and self.parts.enough and self.parts.enough(self.scores):
+            return 1.0
         training, done = self.config.training, self.step / self.config.training.max_steps
         if training.max_network_evaluations:
             done = max(done, self.evaluations.total() / training.max_network_evaluations)
@@ -361,8 +364,10 @@ class Trainer:
                 self._stop_where_nothing_is_finite()
                 if training.sample_every and (self.step % training.sample_every == 0 or done == 1):
                     self._with_average("samples", lambda network: self.previews.show(self.step, network, progress.log))
-                if int(self.config.evaluation.times * done) > int(self.config.evaluation.times * before):
+                every, times = self.parts.score_every, self.config.evaluation.times
+                if int(times * done) > int(times * before) or (every and self.step % every == 0):
                     self._score(progress)
+                    done = self.progress()
                 stopped = self.ranks.most(stop[0] if stop else 0)  # a signal may have reached one rank alone
                 if stopped and not stop and first:
                     print("\nanother rank was told to stop, and so this run stops with a checkpoint", file=sys.stderr)
@@ -391,12 +396,12 @@ class Trainer:
 
     def _score(self, progress: Progress) -> None:
         """Writes the scores of the student's average to the log, where the run has scores."""
-        if self.config.evaluation.times and self.parts.score:
+        if (self.config.evaluation.times or self.parts.score_every) and self.parts.score:
+            found: list[dict[str, float]] = []
+            self._with_average("scores", lambda network: found.append(self.parts.score(network)))
+            self.scores += self.ranks.from_first(found)
             spent = {"network_evaluations": self.evaluations.total()}
-            self._with_average(
-                "scores",
-                lambda network: progress.log.write(self.step, {**spent, "evaluation": self.parts.score(network)}),
-            )
+            progress.log.write(self.step, {**spent, "evaluation": self.scores[-1]})
 
 
 def train(

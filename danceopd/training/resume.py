@@ -149,6 +149,7 @@ def state_of(trainer) -> dict:
         "method": trainer.method.state_dict() if inspect.isclass(METHODS[trainer.config.method]) else {},
         "evaluations": dict(trainer.evaluations),
         "seconds": trainer.seconds,
+        "scores": trainer.scores,
         "skipped": [trainer.skipped, trainer.skipped_in_a_row],
         "identity": trainer.identity,
     }
@@ -190,6 +191,7 @@ def go_on(trainer, checkpoint: Checkpoint) -> None:
     trainer.evaluations.update(state["evaluations"])
     trainer.step, trainer.seconds = state["step"], state["seconds"]
     trainer.skipped, trainer.skipped_in_a_row = state["skipped"]
+    trainer.scores = list(state.get("scores", []))  # older checkpoints have none
 
 
 def _given(values: dict) -> dict:

@@ -8,6 +8,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from danceopd.core.conditioning import Conditioning
+from danceopd.models.backbones import sd3
+from danceopd.models.shared_base import target_layers
 
 SD3 = diffusers.StableDiffusion3Pipeline
 
@@ -65,6 +67,16 @@ def random_lora(transformer, ends, rank, seed, scale=1.0):
     for name, linear in linears(transformer, ends).items():
         a = torch.randn(rank, linear.in_features, generator=generator) / linear.in_features**0.5
         lora[name] = (a, torch.randn(linear.out_features, rank, generator=generator) * 0.2, scale)
+    return lora
+
+
+def far_lora(transformer, seed, rank=2, targets=sd3.LORA_TARGETS):
+    """An adapter of the layers that end in the targets, far from the base."""
+    generator, lora = torch.Generator().manual_seed(seed), {}
+    for name in target_layers(transformer, targets):
+        out, width = transformer.get_submodule(name).weight.shape
+        a = torch.randn(rank, width, generator=generator) / width**0.5
+        lora[name] = (a, 2 * torch.randn(out, rank, generator=generator), 1.0)
     return lora
 
 

@@ -1,11 +1,17 @@
-"""merge-loras: from two LoRAs and prompts to one adapter of the size of one that is nearer to both than their mean."""
+"""merge-loras: from two LoRAs to one adapter of the size of one that is nearer to both than their mean."""
+
+import json
+import os
+import signal
+from html.parser import HTMLParser
 
 import diffusers
 import pytest
 import tiny_flux
 import torch
 import yaml
-from PIL import Image
+from safetensors import safe_open
+from small_loras import far_lora
 from tiny_sd3 import save_tiny
 
 from danceopd.cli.parser import main
@@ -14,23 +20,14 @@ from danceopd.core.distance import velocity_error
 from danceopd.models.backbones import empty_transformer, flux, sd3
 from danceopd.models.lora_algebra import average
 from danceopd.models.lora_files import load_lora, save_lora
-from danceopd.models.shared_base import SharedBase, target_layers
-from danceopd.support.errors import UserError
-from danceopd.tools.merge_loras import merge_loras, read_prompts, targets_of
+from danceopd.models.shared_base import SharedBase
+from danceopd.tools.merge_loras.compare import AVERAGE, BASE, MERGED, Results, judge, shares_of
+from danceopd.tools.merge_loras.gaps import GROWTH, Gaps, settled
+from danceopd.tools.merge_loras.prompts import PLAIN, Route
 
 SD3, STEPS = diffusers.StableDiffusion3Pipeline, 2
 WORDS = ["cup", "car", "cat", "tree", "house", "lamp", "boat", "bird"]
 TRIGGERS = {"ink": "INK", "oil": "???"}
-
-
-def random_lora(transformer, seed, rank=2, targets=sd3.LORA_TARGETS):
-    """An adapter far from the base."""
-    generator, lora = torch.Generator().manual_seed(seed), {}
-    for name in target_layers(transformer, targets):
-        out, width = transformer.get_submodule(name).weight.shape
-        a = torch.randn(rank, width, generator=generator) / width**0.5
-        lora[name] = (a, 2 * torch.randn(out, rank, generator=generator), 1.0)
-    return lora
 
 
 @pytest.fixture(scope="module")
@@ -38,148 +35,210 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("merge")
     model = save_tiny(root / "model")
     for name, seed in (("ink", 1), ("oil", 5)):
-        save_lora(random_lora(empty_transformer(model), seed), root / name, SD3)
+        save_lora(far_lora(empty_transformer(model), seed, targets=sd3.LORA_TARGETS), root / name, SD3)
     (root / "prompts.txt").write_text("".join(f"a {word}\n" for word in WORDS))
     return root
 
 
-def command(place, output, *more):
-    given = ["--base", place / "model", "--lora", place / "ink", "--lora", place / "oil", "--resolution", 32]
-    given += ["--prompts", place / "prompts.txt", "-o", output]
-    for name, words in TRIGGERS.items():
+def command(place, output, *more, triggers=TRIGGERS, model=None):
+    given = [place / "ink", place / "oil", "--base", model or place / "model", "--resolution", 32, "-o", output]
+    given += ["--prompts", place / "prompts.txt"]
+    for name, words in triggers.items():
         given += ["--trigger", f"{name}={words}"]
-    settings = [f"rollout.num_inference_steps={STEPS}", "training.batch_size=8", "training.learning_rate=2e-2"]
-    return ["merge-loras", *map(str, given), *more, *settings, "training.ema_decay=0.8", "training.warmup_steps=1"]
+    settings = [f"rollout.num_inference_steps={STEPS}", "training.batch_size=8", "training.ema_decay=0.8"]
+    return ["merge-loras", *map(str, given), *more, *settings, "training.warmup_steps=1"]
 
 
-def test_nearer_to_each_than_the_average(place, tmp_path, capsys):
+class Pictures(HTMLParser):
+    """The pictures of a page: what each shows, and whether it is in the page."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found: list[tuple[str, bool]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.found.append((dict(attrs)["alt"], dict(attrs)["src"].startswith("data:image/")))
+
+
+def interrupting(measure):
+    """Sends a Ctrl-C after the third update's scores."""
+    calls = []
+
+    def measured(self, network):
+        calls.append(network)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(self, network)
+
+    return measured
+
+
+# Long: one run, of which everything that a user gets is looked at.
+def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     output = tmp_path / "merged.safetensors"
-    assert main(command(place, output, "--steps", "15")) == 0
-    assert main(command(place, output, "--steps", "36")) == 0  # the same run goes on
-    said = capsys.readouterr().out
-    assert "going on from step 15" in said
-    assert "ink: weight average" in said
-    with Image.open(tmp_path / "merged.png") as grid:
-        assert grid.width == 4 * 160
-        assert grid.height > 4 * 160
-        assert grid.convert("L").getextrema()[1] > grid.convert("L").getextrema()[0]
+    learn = "training.learning_rate=4e-2"
+    assert main(command(place, output, "--dry-run", learn)) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert "ink: rank 2, weight 1, called by 'INK' (--trigger)" in capsys.readouterr().err
+    line = command(place, output, "--steps", "40", "--patience", "0", learn)
+    with monkeypatch.context() as patched:
+        patched.setattr(Gaps, "__call__", interrupting(Gaps.__call__))
+        assert main(line) == 130
+    assert "stopped; run the same command again to go on" in capsys.readouterr().err
+    assert main(line) == 0
+    said = capsys.readouterr()
+    assert "going on from step 6" in said.out
+    assert "gap closed: no trigger" in said.err
+    assert "time, a prediction: " in said.err
+    assert "memory, an estimate: " in said.err
+    for row in ("base", "ink", "oil", "plain average", "PEFT's", "this merge"):
+        assert f"\n  {row} " in said.out, row
+
+    results = json.loads((tmp_path / "merged.work" / "results.json").read_text())
+    assert results["routes"] == [PLAIN, "ink", "oil", "ink + oil"]
+    assert results["shares"][BASE] == {PLAIN: 1.0, "ink": 0.0, "oil": 0.0, "ink + oil": 0.0}
+    assert results["shares"]["ink"]["ink"] == results["shares"]["oil"]["oil"] == 1.0
+    assert results["errors"][MERGED].keys() == results["errors"][AVERAGE].keys()
+
     transformer = sd3.load_transformer(place / "model")
-    teachers = [load_lora(place / name, transformer, SD3) for name in TRIGGERS]
+    sources = [load_lora(place / name, transformer, SD3) for name in TRIGGERS]
     student = load_lora(output, transformer, SD3)
-    sizes = [sum(a.numel() + b.numel() for a, b, _ in lora.values()) for lora in (*teachers, student)]
+    sizes = [sum(a.numel() + b.numel() for a, b, _ in lora.values()) for lora in (*sources, student)]
     assert sizes[0] == sizes[1] == sizes[2]
-    # On prompts that it never saw, and noise of its own.
+    # On prompts that it never saw, and noise of its own: each LoRA by its trigger, and the base without.
     encode, sigmas = sd3.text_encoder(place / "model"), sd3.sigmas(place / "model", STEPS, 32, 32)
     noise = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(9))
-    shared = SharedBase(transformer, [*teachers, average(teachers), student], sd3.velocity)
-    for m, trigger in enumerate(TRIGGERS.values()):
-        prompt = encode([f"{trigger} a {word}" for word in ("chair", "horse", "spoon", "clock")])
-        conditioning = Conditioning(prompt, None, torch.zeros(4, dtype=torch.bool))
-        mean, distilled = (
-            velocity_error(shared.field(i), shared.field(m), noise, conditioning, sigmas) for i in (2, 3)
-        )
-        print(f"{trigger}: average {mean:.4f}, distilled {distilled:.4f}")
-        assert distilled < 0.8 * mean
+    shared = SharedBase(transformer, [*sources, average(sources), student], sd3.velocity)
+    for m, trigger in {0: "INK, ", 1: "???, ", -1: ""}.items():
+        prompt = encode([f"{trigger}a {word}" for word in ("chair", "horse", "spoon", "clock")])
+        asked = noise, Conditioning(prompt, None, torch.zeros(4, dtype=torch.bool)), sigmas
+        mean, distilled = (velocity_error(shared.field(i), shared.field(m), *asked) for i in (2, 3))
+        print(f"{trigger or 'base'}: average {mean:.4f}, distilled {distilled:.4f}")
+        assert distilled < 0.9 * mean
+
+    with safe_open(output, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.trigger_phrase"] == metadata["trigger_words"] == "INK, ???"
+    assert json.loads(metadata["triggers"]) == TRIGGERS
     pipeline = SD3.from_pretrained(place / "model")
     pipeline.load_lora_weights(tmp_path, weight_name="merged.safetensors")
     assert pipeline.get_active_adapters()
+    page = (tmp_path / "merged.html").read_text()
+    pictures = Pictures(page).found
+    assert len(pictures) == 2 * 3 + 3 * 2 * 4  # what is wanted without a trigger is the base
+    assert all(inside for _, inside in pictures)
+    assert sum(alt.startswith("this merge: INK, ") for alt, _ in pictures) == 4  # two of ink, two of the pair
+    for text in ("load_lora_weights(", "--layout comfyui", "ComfyUI/models/loras", "called by"):
+        assert text in page
 
 
-def test_a_model_that_embeds_its_guidance_is_asked_with_it(place, tmp_path, monkeypatch):
+def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path, monkeypatch, capsys):
+    """Of a model that embeds its guidance, whose LoRAs go to kohya's layout."""
     model = tiny_flux.save_tiny(tmp_path / "model", pipeline="FluxPipeline", guidance_embeds=True)
     for name, seed in (("ink", 1), ("oil", 5)):
-        lora = random_lora(empty_transformer(model), seed, targets=["to_q"])
+        # So near to the base that what they add, adds up: then a cut of the mean is farther than the mean.
+        lora = far_lora(empty_transformer(model), seed, targets=["to_q", "to_v", "proj_out"])
+        lora = {layer: (a, b, 0.05) for layer, (a, b, _) in lora.items()}
         save_lora(lora, tmp_path / name, diffusers.FluxPipeline)
+    (tmp_path / "prompts.txt").write_text("a cup\na car\n")
     asked, original = set(), flux.velocity
 
     def velocity(*args):
-        asked.update(args[-1].tolist())
+        if isinstance(args[-1], torch.Tensor):  # not while memory is counted
+            asked.update(args[-1].tolist())
         return original(*args)
 
     monkeypatch.setattr(flux, "velocity", velocity)
-    given = [tmp_path / "ink", tmp_path / "oil"], place / "prompts.txt", tmp_path / "out.safetensors"
-    options = {"resolution": 32, "guidance_scale": 3.5, "triggers": [f"{n}={w}" for n, w in TRIGGERS.items()]}
-    few = ["training.batch_size=2", f"rollout.num_inference_steps={STEPS}"]
-    merged = merge_loras(model, *given, steps=1, overrides=few, **options)
+    output = tmp_path / "out.safetensors"
+    more = ["--guidance-scale", "3.5", "--layout", "kohya", "--steps", "9", "--patience", "1", "--rank", "1"]
+    line = command(tmp_path, output, *more, "--no-pairs", "training.learning_rate=1e-12", triggers={"ink": "INK"})
+    assert main(line) == 1
+    said = capsys.readouterr()
+    assert "WORSE than the plain average" in said.out
+    assert "Do not use it as it is. Train longer" in said.out
+    assert "oil: no file says which words call it" in said.err
+    shares = json.loads((tmp_path / "out.work" / "results.json").read_text())["shares"]
+    assert shares["oil"]["oil"] == pytest.approx(1.0)  # the LoRA hears no word that it does not know
     assert asked == {3.5}
-    assert merged.path.is_file()
-    config = yaml.safe_load((tmp_path / "out.work" / "run" / "config.yaml").read_text())
-    assert {source["guidance_scale"] for source in config["sources"].values()} == {1.0}
+    run = tmp_path / "out.work" / "rank-1"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    networks = [source for name, source in config["sources"].items() if "words" not in name]
+    assert {source["guidance_scale"] for source in networks} == {1.0}
+    records = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "evaluation" in record] == [0, 1]  # it did not grow
+    whole = load_lora(run / "student", empty_transformer(model), diffusers.FluxPipeline)
+    back = load_lora(output, empty_transformer(model), diffusers.FluxPipeline)
+    with safe_open(output, framework="pt") as file:
+        assert all(key.startswith("lora_transformer_") for key in file.keys())  # noqa: SIM118
+    for name, (a, b, scale) in whole.items():
+        torch.testing.assert_close(back[name][2] * back[name][1] @ back[name][0], scale * b @ a)
+
+
+def test_what_is_wrong_is_said_before_anything_is_encoded(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sd3, "text_encoder", lambda *_: 1 / 0)
+    output = tmp_path / "out.safetensors"
+    assert main(command(place, output, "--trigger", "inc=INK", "--weight", "oil=none")) == 2
+    said = capsys.readouterr().err
+    assert "did you mean 'ink'" in said
+    assert "--weight oil=none: is no number" in said
+    assert main(command(place, output, "training.stepps=3")) == 2
+    assert "unknown key" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_average_is_the_mean_of_what_they_add(place):
     transformer = empty_transformer(place / "model")
-    loras = [random_lora(transformer, 1), random_lora(transformer, 5, rank=3, targets=["to_q"])]
-    mean = average(loras)
-    for name, (a, b, scale) in mean.items():
+    loras = [far_lora(transformer, 1), far_lora(transformer, 5, rank=3, targets=["to_q"])]
+    for name, (a, b, scale) in average(loras).items():
         expected = sum(s * y @ x for x, y, s in (lora[name] for lora in loras if name in lora)) / 2
         torch.testing.assert_close(scale * b @ a, expected)
 
 
-def test_the_students_layers_are_those_of_the_loras(place):
-    transformer = empty_transformer(place / "model")
-    loras = [random_lora(transformer, 1, targets=["attn.to_q"]), random_lora(transformer, 1, targets=["ff.net.0.proj"])]
-    assert targets_of(loras, transformer) == ["attn.to_q", "ff.net.0.proj"]
-    one = {name: value for name, value in loras[0].items() if ".1." in name}
-    assert targets_of([one], transformer) == ["transformer_blocks.1.attn.to_q"]
-
-
-def test_prompts(tmp_path, capsys):
-    path = tmp_path / "prompts.txt"
-    path.write_text("a cup\n\nink\ta fish, in ink\na cup\n", encoding="utf-8-sig")
-    asked = read_prompts(path, ["ink", "oil"], {"oil": "oil style,"})
-    assert asked == {"ink": ["a cup", "a fish, in ink"], "oil": ["oil style, a cup"]}
-    assert not capsys.readouterr().err
-    read_prompts(path, ["ink", "oil"], {})
-    assert "1 prompts are asked of every LoRA" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0c", "\x1e"])
-def test_a_prompt_with_a_separator_is_one(tmp_path, separator):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(f"a cup{separator}on a table\r\na dog\r\n".encode("utf-8-sig"))
-    assert read_prompts(path, ["ink"], {}) == {"ink": [f"a cup{separator}on a table", "a dog"]}
-    path.write_text(f"a cup{separator}on a table\na dog\nnone\tx\n", encoding="utf-8")
-    with pytest.raises(UserError, match="line 3: no LoRA 'none'"):
-        read_prompts(path, ["ink"], {})
-
-
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("means", "patience", "ends"),
     [
-        ("", r"no prompt for ink[\s\S]*no prompt for oil"),
-        ("ink\ta cup\n", "no prompt for oil"),
-        (
-            "a cup\ninc\ta cup\noil\t \n",
-            r"line 2: no LoRA 'inc'.*did you mean 'ink'[\s\S]*line 3: no prompt after 'oil'",
-        ),
+        ([0.1, 0.2], 2, False),
+        ([0.1, 0.2, 0.2], 2, False),
+        ([0.1, 0.2, 0.2, 0.2 + GROWTH / 2], 2, True),
+        ([0.1, 0.2, 0.2, 0.2 + 2 * GROWTH], 2, False),
+        ([0.5, 0.4, 0.3], 2, True),
+        ([0.5, 0.4, 0.3], 0, False),
     ],
 )
-def test_prompts_of_no_use(tmp_path, text, message):
-    (tmp_path / "prompts.txt").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_prompts(tmp_path / "prompts.txt", ["ink", "oil"], {})
+def test_it_ends_where_nothing_grows(means, patience, ends):
+    assert settled([{"a": x + 0.1, "b": x - 0.1} for x in means], patience) is ends
 
 
-def test_what_is_wrong_is_said_before_anything_is_encoded(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(sd3, "text_encoder", lambda *_: 1 / 0)
-    loras, prompts, out = [place / "ink", place / "oil"], place / "prompts.txt", tmp_path / "out.safetensors"
+def results(average: dict, best: dict, ours: dict) -> Results:
+    shares = {BASE: dict.fromkeys(ours, 0.0), AVERAGE: average, "PEFT's ties at 0.8": best, MERGED: ours}
+    found = Results(list(ours), {}, shares, "PEFT's ties at 0.8", 4)
+    judge(found)
+    return found
 
-    def refused(message, base=place / "model", loras=loras, prompts=prompts, out=out, resolution=32, **options):
-        with pytest.raises(UserError, match=message):
-            merge_loras(base, loras, prompts, out, resolution=resolution, **options)
-        assert list(tmp_path.glob("out*")) == []
 
-    wider = save_tiny(tmp_path / "wider", num_attention_heads=4, caption_projection_dim=32)
-    save_lora(random_lora(empty_transformer(wider), 1), tmp_path / "wide", SD3)
-    refused(r"no model_index\.json", base=tmp_path)
-    refused("needs two LoRAs", loras=loras[:1])
-    refused("two LoRAs would be called 'ink'", loras=[*loras, place / "ink"])
-    refused(r"gone.*no LoRA there[\s\S]*trained for another model", loras=[tmp_path / "gone", tmp_path / "wide"])
-    refused("no file of prompts", prompts=tmp_path / "gone.txt")
-    refused("must end in .safetensors", out=tmp_path / "out")
-    refused("did you mean 'ink'", triggers=["inc=INK"])
-    refused("not of the form", triggers=["ink"])
-    refused("multiples of", resolution=33)
-    refused("greater than 0", rank=0)
-    refused("unknown key", overrides=["training.stepps=3"])
+def test_the_verdict():
+    worse = results({"ink": 0.5, "oil": 0.5}, {"ink": 0.6, "oil": 0.6}, {"ink": 0.7, "oil": 0.2})
+    assert not worse.better
+    assert worse.verdict.startswith("WORSE than the plain average: this merge closes 45 % of the gaps")
+    assert "--steps" in worse.advice
+    enough = results({"ink": 0.5, "oil": 0.5}, {"ink": 0.9, "oil": 0.9}, {"ink": 0.9, "oil": 0.9})
+    assert enough.better
+    assert "a plain merge is enough" in enough.verdict
+    better = results({"ink": 0.5, "oil": 0.5}, {"ink": 0.6, "oil": 0.6}, {"ink": 0.9, "oil": 0.4})
+    assert better.better
+    assert better.verdict.startswith("Better than any plain merge")
+    assert "On oil the plain average is nearer" in better.verdict
+
+
+def test_shares_of_the_gap():
+    routes = [Route(PLAIN, (), [], 1), Route("ink", ("ink",), [], 1), Route("oil", ("oil",), [], 1)]
+    errors = {
+        BASE: {PLAIN: 0.0, "ink": 4.0, "oil": 2.0},
+        "ink": {PLAIN: 3.0, "ink": 0.0, "oil": 5.0},
+        "oil": {PLAIN: 1.0, "ink": 6.0, "oil": 0.0},
+        MERGED: {PLAIN: 1.0, "ink": 1.0, "oil": 1.0},
+    }
+    assert shares_of(errors, routes)[MERGED] == {PLAIN: 0.5, "ink": 0.75, "oil": 0.5}
+    assert shares_of(errors, routes)["ink"]["oil"] == -1.5

@@ -189,7 +189,7 @@ def test_without_an_optional_package_a_command_says_in_a_line_how_to_install_it(
     (tmp_path / "p.txt").write_text("a fish\n")
     commands = [
         "data prepare p.txt --model model --cache cache",
-        "merge-loras --base model --lora a.safetensors --lora b.safetensors --prompts p.txt -o m.safetensors",
+        "merge-loras a.safetensors b.safetensors --base model -o m.safetensors training.batch_size=2",
         "train --config c.yaml --dry-run",
         "train --config c.yaml",
         "export run -o exported",

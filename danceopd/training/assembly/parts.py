@@ -35,6 +35,8 @@ class Parts:
         lockstep: Keeps ranks in step where they share the sources' shards.
         warnings: Lines to say before the first step.
         score: `score(field)` gives the scores that the log's curves show; None where a run has none.
+        score_every: Updates between scores, beside those of evaluation.times; 0 for none.
+        enough: Is given all scores so far, in their order, and tells whether the run may end; None where it never may.
     """
 
     student: nn.Module
@@ -50,6 +52,8 @@ class Parts:
     lockstep: Lockstep | None = None
     warnings: tuple[str, ...] = ()
     score: Callable[[Field], dict[str, float]] | None = None
+    score_every: int = 0
+    enough: Callable[[list[dict[str, float]]], bool] | None = None
 
 
 class Problems(list[str]):

@@ -64,7 +64,7 @@ def start_lora(config: Config, loras: dict[str, Lora], layers: list[str]) -> Lor
 
     Args:
         config: The run's.
-        loras: Each source's, by its name; one of the base alone is empty.
+        loras: Each source's, by its name; one of the base alone is empty, and no part of a mean.
         layers: Those that the student changes.
 
     Returns:
@@ -76,7 +76,7 @@ def start_lora(config: Config, loras: dict[str, Lora], layers: list[str]) -> Lor
     start = config.student.init_from
     if start == "base":
         return {}
-    lora = average(list(loras.values())) if start == "merge" else loras[start]
+    lora = average([lora for lora in loras.values() if lora]) if start == "merge" else loras[start]
     missing = [name for name in lora if name not in layers]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

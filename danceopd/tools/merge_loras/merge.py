@@ -1,0 +1,128 @@
+"""From several LoRAs to one: reads them, trains, compares, and writes the file and its page."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors import safe_open
+from safetensors.torch import save
+
+from danceopd.config.reading import parse_config
+from danceopd.config.sections import Config
+from danceopd.data.prepare import prepare
+from danceopd.models.backbones import pipeline_class_of
+from danceopd.models.loading import hub_id
+from danceopd.models.lora_files import FILES, load_lora
+from danceopd.models.precision import PRECISIONS
+from danceopd.support.devices import find_device
+from danceopd.support.errors import UserError
+from danceopd.support.files import write_atomic
+from danceopd.tools.export import export
+from danceopd.tools.merge_loras.compare import Results, compare
+from danceopd.tools.merge_loras.configuration import HEARD, configuration, heard_otherwise, manifest_of
+from danceopd.tools.merge_loras.given import Given, Options, read
+from danceopd.tools.merge_loras.page import write_page
+from danceopd.tools.merge_loras.prompts import Route, routes_of, say
+from danceopd.tools.merge_loras.run import described, distilled, fitted, looked_at
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What came of a merge.
+
+    Attributes:
+        path: The adapter's file.
+        page: The page that compares it.
+        results: What was measured; work/results.json holds it too.
+    """
+
+    path: Path
+    page: Path
+    results: Results
+
+
+def merge_loras(
+    base: Path, loras: Sequence[Path], output: Path, options: Options | None = None, dry_run: bool = False
+) -> Merged | None:
+    """Distils LoRAs of one pipeline into one adapter, and compares it.
+
+    The same call goes on after an interruption; another rank or other prompts are another run beside it.
+
+    Args:
+        base: The pipeline's folder, or an id of the hub.
+        loras: Two LoRAs or more: files, folders or ids of the hub.
+        output: The .safetensors file to write; a page OUTPUT.html stands beside it.
+        options: How they are merged.
+        dry_run: Says what it takes, and ends.
+
+    Returns:
+        What came of it; None of a dry run.
+
+    Raises:
+        UserError: Something is missing or does not fit; every mistake is named before anything is encoded.
+    """
+    options = options or Options()
+    given = read(base, loras, output, options)
+    routes = routes_of(given.triggers, given.prompts, options.pairs)
+    work = options.work or output.with_suffix(".work")
+    manifest, rows = manifest_of(routes)
+    raw = configuration(given, options, routes, work, manifest)
+    config = parse_config(raw, list(options.overrides), "this merge")
+    for line in described(given, options, routes, config):
+        say(line)
+    if dry_run:
+        findings = looked_at(config, (work / "cache" / manifest).is_file())
+        print(findings.text())
+        if findings.problems:
+            raise UserError("\n  ".join(["this merge cannot start:", *findings.problems]))
+        return None
+    _encode(config, given, options, routes, work, (manifest, rows))
+    config, lines = fitted(config, options.overrides)
+    for line in lines:
+        say(line)
+    run = distilled(config, options.patience, options.overwrite)
+    merged = load_lora(run / "student" / FILES[1], given.empty, pipeline_class_of(given.base))
+    results = compare(config, given, routes, merged)
+    write_atomic(work / "results.json", (json.dumps(results.plain(), indent=1) + "\n").encode())
+    _write(run, output, options.layout, given)
+    page = write_page(output, run, given, options, results)
+    return Merged(output, page, results)
+
+
+def _encode(
+    config: Config, given: Given, options: Options, routes: Sequence[Route], work: Path, manifest: tuple[str, bytes]
+) -> None:
+    """Encodes the prompts that are not in the cache yet."""
+    name, rows = manifest
+    write_atomic(work / name, rows)
+    prepared = prepare(
+        work / name,
+        given.base,
+        work / "cache",
+        resolution=options.resolution,
+        device=str(find_device(config.training.device)),
+        dtype=PRECISIONS[config.training.precision],
+        on_bad_row="refuse",
+        texts=[HEARD] if heard_otherwise(routes) else [],
+    )
+    for note in prepared.notes:
+        say(f"warning: {note}")
+
+
+def _write(run: Path, output: Path, layout: str, given: Given) -> None:
+    """Writes the adapter in a layout, with the words that call it in its metadata."""
+    words = {name: trigger.words for name, trigger in given.triggers.items() if trigger.words}
+    metadata = {"format": "pt", "base_model": hub_id(given.base) or given.base.resolve().name}
+    if words:
+        joined = ", ".join(words.values())
+        metadata |= {"trigger_words": joined, "modelspec.trigger_phrase": joined, "triggers": json.dumps(words)}
+    with TemporaryDirectory() as temporary:
+        file = run / "student" / FILES[1]
+        if layout != "diffusers":
+            file = export(run, Path(temporary) / "lora", layout=layout) / FILES[1]
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            metadata = (opened.metadata() or {}) | metadata
+        write_atomic(output, save(tensors, metadata))

@@ -1,0 +1,137 @@
+"""What is asked of whom: prompts of a file with the LoRAs' triggers put in, in routes."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+
+from danceopd.support.errors import UserError
+from danceopd.support.hints import did_you_mean
+from danceopd.support.texts import lines_of, read_text
+from danceopd.tools.merge_loras.triggers import Trigger
+
+SHIPPED = Path(__file__).with_name("prompts.txt")
+
+PLAIN = "no trigger"  # the route of prompts as they are
+
+BASE, PAIRS = 0.2, 0.2  # shares of the samples: prompts as they are, and all pairs together
+
+EMPTY = 0.25  # of the prompts as they are, this share is left empty, so that guidance works on the result
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The lines of a file of prompts.
+
+    Attributes:
+        shared: For every LoRA, as they are.
+        own: For one of them with its trigger in them, by its name.
+        twice: Number of lines that stood there before.
+    """
+
+    shared: list[str]
+    own: dict[str, list[str]] = field(default_factory=dict)
+    twice: int = 0
+
+
+@dataclass(frozen=True)
+class Route:
+    """Samples that are asked of one source.
+
+    Attributes:
+        name: Of the capability.
+        loras: The LoRAs that answer, together; none for the base.
+        rows: (prompt of the result, what the source hears).
+        weight: Its share of the samples.
+        empty: The share of its prompts that are left empty.
+    """
+
+    name: str
+    loras: tuple[str, ...]
+    rows: list[tuple[str, str]]
+    weight: float
+    empty: float = 0.0
+
+
+def read_prompts(path: Path, names: Sequence[str]) -> Prompts:
+    """Reads a prompt a line, for all LoRAs, or for one of them as NAME<TAB>PROMPT.
+
+    Args:
+        path: The file.
+        names: The LoRAs'.
+
+    Returns:
+        The prompts, each once.
+
+    Raises:
+        UserError: It cannot be read, holds no prompt, or has lines that are of no use, which are listed.
+    """
+    shared: dict[str, None] = {}
+    own: dict[str, dict[str, None]] = {}
+    problems, twice = [], 0
+    for number, line in lines_of(read_text(path, "file of prompts")):
+        name, tab, prompt = line.partition("\t")
+        name, prompt = (name.strip(), prompt.strip()) if tab else ("", line.strip())
+        if tab and name not in names:
+            problems.append(f"line {number}: no LoRA {name!r}{did_you_mean(name, names)}")
+            continue
+        if not prompt:
+            problems.append(f"line {number}: no prompt after {name!r}")
+            continue
+        place = own.setdefault(name, {}) if tab else shared
+        twice += prompt in place
+        place[prompt] = None
+    if not problems and not shared and not own:
+        problems.append("no prompt in it")
+    if not problems and not shared:
+        problems += [f"no prompt for {name}" for name in names if name not in own]
+    if problems:
+        raise UserError("\n    ".join([f"{path} cannot be used:", *problems]))
+    return Prompts(list(shared), {name: list(lines) for name, lines in own.items()}, twice)
+
+
+def routes_of(triggers: dict[str, Trigger], prompts: Prompts, pairs: bool) -> list[Route]:
+    """Says what is asked of whom.
+
+    Prompts as they are go to the base, with each trigger to its LoRA, and with two triggers to both together; LoRAs
+    without words act on all of them. The pairs share the prompts among them. With as many prompts as they are as of
+    pairs, the mean of what the LoRAs change is the one change of weights with the least expected squared distance from
+    what the samples' sources change, and so it is what the student begins as.
+
+    Args:
+        triggers: Of the LoRAs by name.
+        prompts: The prompts.
+        pairs: Whether pairs are asked.
+
+    Returns:
+        The routes that have prompts.
+    """
+    called = [name for name, trigger in triggers.items() if trigger.words]
+    always = tuple(name for name in triggers if name not in called)
+    two = list(combinations(called, 2)) if pairs and prompts.shared else []
+    each = (1 - BASE - (PAIRS if two else 0)) / max(1, len(called))
+
+    def rows(names: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
+        spoken, heard = list(texts), list(texts)
+        for trigger in (triggers[name] for name in reversed(names)):
+            spoken = [trigger.call(text) for text in spoken]
+            heard = [trigger.call(text) if trigger.known else text for text in heard]
+        return list(dict(zip(spoken, heard, strict=True)).items())
+
+    plain = [(text, text) for text in (*prompts.shared, *(own for name in always for own in prompts.own.get(name, [])))]
+    routes = [Route(PLAIN, always, plain, BASE if called else 1.0, EMPTY)]
+    for name in called:
+        own = [(text, text) for text in prompts.own.get(name, [])]
+        asked = list(dict([*rows([name], prompts.shared), *own]).items())
+        routes.append(Route(name, (name, *always), asked, each))
+    for i, names in enumerate(two):
+        least = max(8, len(prompts.shared) // len(two))  # a pair gets its share, from a place of its own
+        some = [prompts.shared[(i * least + j) % len(prompts.shared)] for j in range(min(least, len(prompts.shared)))]
+        routes.append(Route(" + ".join(names), (*names, *always), rows(names, some), PAIRS / len(two)))
+    return [route for route in routes if route.rows]
+
+
+def say(line: str) -> None:
+    """Prints a line of what is going on."""
+    print(line, file=sys.stderr, flush=True)

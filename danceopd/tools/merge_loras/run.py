@@ -1,0 +1,187 @@
+"""Says what a merge takes, fits it to the memory that is there, and trains it."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from danceopd.config.sections import Config
+from danceopd.core.fields import Field
+from danceopd.planning.cluster import LEFT
+from danceopd.planning.counts import evaluations_per_step
+from danceopd.planning.dry_run import dry_run
+from danceopd.planning.memory import Findings
+from danceopd.planning.models import examine
+from danceopd.report.names import duration
+from danceopd.support.devices import find_device
+from danceopd.support.memory import format_bytes, free_bytes
+from danceopd.support.ranks import ALONE, Ranks
+from danceopd.tools.merge_loras.gaps import Gaps, settled, words
+from danceopd.tools.merge_loras.given import Given, Options
+from danceopd.tools.merge_loras.prompts import Route, say
+from danceopd.training.assembly.build import build_model
+from danceopd.training.assembly.parts import Parts
+from danceopd.training.loop import train
+
+SCORINGS = 20  # in a run of all its steps
+
+PROBES = 2  # samples of each route that a scoring asks
+
+
+def described(given: Given, options: Options, routes: Sequence[Route], config: Config) -> list[str]:
+    """Says what will be merged, and what is asked of whom.
+
+    Args:
+        given, options, routes: What the user gave, and what is asked of whom.
+        config: The training's.
+
+    Returns:
+        The lines.
+    """
+    lines = [f"base: {given.base}"]
+    for name, trigger in given.triggers.items():
+        ranks = {len(a) for a, _, _ in given.loras[name].values()}
+        rank = f"rank {min(ranks)}" + (f" to {max(ranks)}" if len(ranks) > 1 else "")
+        called = f"called by {trigger.words!r} ({trigger.origin})" if trigger.words else "acts on every prompt"
+        lines.append(f"{name}: {rank}, weight {given.weights[name]:g}, {called}")
+    new = [name for name, trigger in given.triggers.items() if not trigger.known]
+    if new:
+        lines.append(
+            f"{' and '.join(new)}: no file says which words call it, so its name will call it in the merged LoRA, "
+            "while the LoRA itself is asked without it; --trigger NAME=WORDS if it has words, NAME= to act always"
+        )
+    lines += [f"note: {note}" for note in given.notes]
+    total, pairs = sum(route.weight for route in routes), [route for route in routes if " + " in route.name]
+    for route in routes:
+        if route not in pairs:
+            share, of = route.weight / total, " and ".join(route.loras) or "the base"
+            lines.append(f"  {100 * share:.0f} % of the samples: {len(route.rows)} prompts to {of}")
+    if pairs:
+        share, prompts = sum(route.weight for route in pairs) / total, sum(len(route.rows) for route in pairs)
+        lines.append(f"  {100 * share:.0f} % of the samples: {prompts} prompts to {len(pairs)} pairs, both together")
+    sigmas = given.backbone.sigmas(
+        given.base, config.rollout.num_inference_steps, options.resolution, options.resolution
+    )
+    counts, steps = evaluations_per_step(config, sigmas), config.training.max_steps
+    line = f"result: rank {given.rank}; at most {steps} updates of {config.training.batch_size} samples"
+    if counts:  # of the usual method
+        each = sum(counts.values())
+        line += f", {each:.1f} network evaluations each, {steps * each:,.0f} in all"
+    lines.append(line)
+    return lines
+
+
+def fitted(config: Config, chosen: Sequence[str]) -> tuple[Config, list[str]]:
+    """Fits a run to the memory that is free, by the dry run's estimate.
+
+    Where it is too much for a card, blocks are computed again in the backward, and then the batch is matched a sample
+    at a time; what the user has chosen stays.
+
+    Args:
+        config: The run's, whose prompts are prepared.
+        chosen: The user's overrides.
+
+    Returns:
+        The configuration, and lines about it.
+    """
+    device = find_device(config.training.device)
+    tries = [{}, {"gradient_checkpointing": True}]
+    tries.append({**tries[1], "gradient_accumulation_steps": config.training.batch_size})
+    if device.type != "cuda":
+        tries = tries[:1]
+    room = free_bytes(device) - (LEFT if device.type == "cuda" else 0)
+    wanted, changes, findings = config, {}, Findings()
+    for changes in tries:
+        changes = {key: value for key, value in changes.items() if not _is_chosen(key, chosen)}
+        wanted = config.model_copy(update={"training": config.training.model_copy(update=changes)})
+        findings = dry_run(wanted, examine)
+        if findings.total_memory() <= room:
+            break
+    how = "".join(f", with training.{key}={str(value).lower()}" for key, value in changes.items())
+    size = format_bytes(findings.total_memory())
+    lines = [f"memory, an estimate: {size} of {format_bytes(room)} that is free on {device.type}{how}"]
+    if findings.total_memory() > room:
+        lines.append(
+            "warning: that is more than is free; training.base_precision=fp8 halves the base, and a smaller "
+            "--resolution or --rank takes less"
+        )
+    return wanted, lines
+
+
+def _is_chosen(key: str, overrides: Sequence[str]) -> bool:
+    return any(text.partition("=")[0].strip() == f"training.{key}" for text in overrides)
+
+
+def looked_at(config: Config, prepared: bool) -> Findings:
+    """Makes the dry run of a merge; where no prompt is encoded yet, that is no problem.
+
+    Args:
+        config: The run's.
+        prepared: Whether the prompts are encoded.
+
+    Returns:
+        What it found.
+    """
+    findings = dry_run(config, examine)
+    if not prepared:
+        findings.problems = [line for line in findings.problems if ".data.prepared:" not in line]
+        findings.found.append("no prompt is encoded yet; activations are counted once they are")
+    return findings
+
+
+def distilled(config: Config, patience: int, overwrite: bool) -> Path:
+    """Trains the merge; ends where no gap closes further.
+
+    Args:
+        config: The run's.
+        patience: Scorings without growth, as in `gaps.settled`.
+        overwrite: Whether to start again where another run lies.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: As danceopd.training.loop.train.
+    """
+
+    def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) -> Parts:
+        parts = build_model(config, ranks, settings)
+        gaps = Gaps(config, parts, PROBES)
+        say(_time(config, parts, gaps))
+
+        def score(field: Field) -> dict[str, float]:
+            shares = gaps(field)
+            tqdm.write(f"gap closed: {words(shares)}", file=sys.stderr)
+            return shares
+
+        def enough(scores: list[dict[str, float]]) -> bool:
+            return settled(scores, patience)
+
+        every = max(1, config.training.max_steps // SCORINGS)
+        return replace(parts, score=score, score_every=every, enough=enough)
+
+    return train(config, build, overwrite)
+
+
+@torch.no_grad()
+def _time(config: Config, parts: Parts, gaps: Gaps) -> str:
+    """Predicts how long the training takes, by a forward that is timed now."""
+    probe, rows = next(iter(gaps.probes.values())), gaps.rows.rows
+    asked = probe.states[:rows], probe.sigma[:rows], probe.conditioning[:rows]
+    field, seconds = gaps.field(parts.student), 0.0
+    for _ in range(2):  # the first is the slower
+        began = time.monotonic()
+        float(field(*asked).float().sum())  # waits for the device
+        seconds = time.monotonic() - began
+    updates, counts = config.training.max_steps, evaluations_per_step(config, parts.samples.groups[0].sigmas)
+    if counts is None:
+        return f"time: {seconds:.2g} s for a forward of {len(asked[0])} samples; this method's are not worked out"
+    predicted = duration(updates * sum(counts.values()) * seconds / len(asked[0]))
+    return (
+        f"time, a prediction: {predicted} for {updates} updates, by a forward of {len(asked[0])} samples that took "
+        f"{seconds:.2g} s now; less where no gap closes further"
+    )
