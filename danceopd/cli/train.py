@@ -36,6 +36,7 @@ def add_plan(commands) -> None:
     parser = add_command(
         commands, "plan", run_plan, "estimate whether a run fits on so many cards, and how long it takes"
     )
+    parser.set_defaults(dry_run=True, download=False)  # it loads nothing
     add_config(parser)
     parser.add_argument("--gpus", type=int, required=True, help="cards, 8 in a machine")
     parser.add_argument("--gpu", choices=CARDS, default="h100", help="the card: %(choices)s (%(default)s)")

@@ -68,7 +68,9 @@ def run_stage(
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     by_muon = [p for key, p in trained.items() if p.ndim >= 2 and matrices(key, p)]
     rest = [p for p in trained.values() if all(p is not q for q in by_muon)]
-    optims = [Muon(by_muon, dtype=products), torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01)]
+    optims: list[torch.optim.Optimizer] = [Muon(by_muon, dtype=products)]
+    if rest:  # an adapter has matrices alone
+        optims.append(torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01))
     path, step, seconds = folder / f"{name}.pt", 0, 0.0
     if path.exists():
         state = torch.load(path, weights_only=True)
@@ -77,6 +79,11 @@ def run_stage(
         for optim, saved in zip(optims, state["optims"], strict=True):
             optim.load_state_dict(saved)
         step, seconds = state["step"], state["seconds"]
+    log = folder / f"{name}.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= step]  # what was killed wrote further than it saved
+    if kept != lines:
+        write_atomic(log, "".join(f"{line}\n" for line in kept).encode())
 
     def save() -> None:
         buffer = io.BytesIO()
@@ -104,8 +111,8 @@ def run_stage(
             raise FloatingPointError(f"the loss of {name} is {losses[-1]} at step {step}")
         if step % log_every == 0 or step == steps:
             line = {"stage": name, "step": step, "loss": sum(losses) / len(losses), "seconds": round(seconds)}
-            with open(folder / f"{name}.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
             losses = []
         if time.monotonic() - saved > SAVE_EVERY:
             save()

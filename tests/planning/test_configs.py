@@ -33,17 +33,22 @@ def model_of(config: Path) -> str:
 
 
 def write_header(path: Path, transformer, layers, rank: int) -> Path:
-    """A LoRA file with a header and a hole for its values: whoever reads no values sees no difference."""
-    entries, end = {}, 0
+    """A LoRA file with a header, a number in each factor, and a hole for the others."""
+    entries, end, starts = {}, 0, []
     for name in layers:
         linear = transformer.get_submodule(name)
         for side, shape in (("A", [rank, linear.in_features]), ("B", [linear.out_features, rank])):
             first, end = end, end + 2 * math.prod(shape)
+            starts.append(first)
             key = f"transformer.{name}.lora_{side}.weight"
             entries[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [first, end]}
     header = json.dumps(entries).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     os.truncate(path, 8 + len(header) + end)
+    with open(path, "r+b") as file:
+        for start in starts:
+            file.seek(8 + len(header) + start)
+            file.write(b"\x80\x3f")  # 1 in bfloat16
     return path
 
 

@@ -142,13 +142,12 @@ def test_flux_draws_the_students_pictures(flux_run, tmp_path):
 def fake_student(run, tmp_path, model):
     """The run's folder with an adapter of another model in its place."""
     backbone, empty = backbone_of(model), empty_transformer(model)
-    generator, tensors = torch.Generator().manual_seed(1), {}
+    generator, lora = torch.Generator().manual_seed(1), {}
     for name in target_layers(empty, [t for t in backbone.LORA_TARGETS if "single" not in t]):
         out, width = empty.get_submodule(name).weight.shape
-        tensors[f"{name}.lora_A.weight"] = torch.randn(2, width, generator=generator)
-        tensors[f"{name}.lora_B.weight"] = torch.randn(out, 2, generator=generator)
+        lora[name] = (torch.randn(2, width, generator=generator), torch.randn(out, 2, generator=generator), 1.0)
     folder = tmp_path / f"run_{model.name}"
-    pipeline_class_of(model).save_lora_weights(folder / "student", transformer_lora_layers=tensors)
+    save_lora(lora, folder / "student", pipeline_class_of(model))
     config = yaml.safe_load((run / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "model": str(model)}))
     return folder

@@ -171,7 +171,7 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
     whole = load_lora(run / "student", empty_transformer(model), diffusers.FluxPipeline)
     back = load_lora(output, empty_transformer(model), diffusers.FluxPipeline)
     with safe_open(output, framework="pt") as file:
-        assert all(key.startswith("lora_transformer_") for key in file.keys())  # noqa: SIM118
+        assert all(key.startswith("lora_unet_") for key in file.keys())  # noqa: SIM118
     for name, (a, b, scale) in whole.items():
         torch.testing.assert_close(back[name][2] * back[name][1] @ back[name][0], scale * b @ a)
 
