@@ -38,11 +38,11 @@ class Recipe:
 
 
 RECIPES = {
-    "t2i": Recipe({"t2i": 1.0}, {"t2i": 16}, 2000, 21, 32),
-    "edit": Recipe({"local": 0.65, "global": 0.35}, {"local": 7, "global": 5}, 1500, 22, 32),
+    "t2i": Recipe({"t2i": 1.0}, {"t2i": 16}, 16_000, 21, 32),
+    "edit": Recipe({"local": 0.65, "global": 0.35}, {"local": 7, "global": 5}, 12_000, 22, 32),
     "local": Recipe({"local": 1.0}, {"local": 7}, 4000, 23),
     "global": Recipe({"global": 1.0}, {"global": 5}, 2000, 24),
-    "edit-half": Recipe({"local-half": 0.65, "global-half": 0.35}, {"local-half": 7, "global-half": 4}, 8000, 25, 32),
+    "edit-half": Recipe({"local-half": 0.65, "global-half": 0.35}, {"local-half": 7, "global-half": 4}, 12_000, 25, 32),
     **{
         style: Recipe({style: 1.0}, {style: 3}, 2000, 26 + number)
         for number, style in enumerate(("sketch", "mosaic", "silhouette", "neon"))

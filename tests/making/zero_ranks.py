@@ -134,8 +134,8 @@ def watch_replica(report: Path) -> None:
     """After each update compare the replica with the student that DeepSpeed gathers; write which parameters differ."""
     update, seen = zero.Zero.step, []
 
-    def step(self, rate):
-        result = update(self, rate)
+    def step(self, rate, *more):
+        result = update(self, rate, *more)
         wrong = []
         for name, module in self.replica.named_modules():
             for leaf, copied in module.named_parameters(recurse=False):
