@@ -304,7 +304,11 @@ def test_progress_is_the_further_of_steps_and_evaluations(share, step):
     for limit in (None, 1000):
         trainer = Trainer.__new__(Trainer)
         trainer.config = parse_config({**sections, "training": {**training, "max_network_evaluations": limit}})
-        trainer.step, trainer.evaluations = step, Counter(student=int(600 * share), backward=int(400 * share))
+        trainer.step, trainer.scores, trainer.evaluations = (
+            step,
+            [],
+            Counter(student=int(600 * share), backward=int(400 * share)),
+        )
         done = step / 100 if limit is None else min(1, max(step / 100, trainer.evaluations.total() / 1000))
         assert trainer.progress() == pytest.approx(done)
         assert trainer.learning_rate() == pytest.approx(0.005 * (1 + math.cos(math.pi * done)), abs=1e-9)

@@ -399,7 +399,7 @@ def test_rank_0_writes_and_each_rank_has_its_traceback(context, base, tmp_path):
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(context, base, whole, tmp_path):
     interrupted(whole, tmp_path)
     run = Run(context, tmp_path, base, 2, fault={"what": "slow"})
-    until(lambda: "/20 [" in run.err() and len(losses(tmp_path / "run")) > 15, run)
+    until(lambda: "/20 step [" in run.err() and len(losses(tmp_path / "run")) > 15, run)
     began = time.monotonic()
     run.processes[1].terminate()
     assert run.wait() == [143, 143], run.said()
@@ -510,7 +510,7 @@ STOPPED = {  # who gets the signal, and the launcher's exit status
 def test_a_signal_to_a_launcher(context, base, whole, tmp_path, launcher, who):
     interrupted(whole, tmp_path)
     run = Launched(launcher, tmp_path, base, fault={"what": "slow"})
-    until(lambda: "/20 [" in run.said() and len(losses(tmp_path / "run")) > 15, run)
+    until(lambda: "/20 step [" in run.said() and len(losses(tmp_path / "run")) > 15, run)
     ranks = run.ranks()
     assert len(ranks) == 2
     (run.process if who == "launcher" else ranks[1]).send_signal(signal.SIGTERM)
