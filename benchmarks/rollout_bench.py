@@ -81,7 +81,7 @@ def measure(network, names: list[str], batch: int, guidance: float, args, limit:
     generator, where = torch.Generator().manual_seed(0), common.device()
     noise = torch.randn(batch, *network.shape, generator=generator).to(where)
     conditioning = network.conditioning(batch, guidance if guidance != 1 else None)
-    sigmas = sigma_grid(STEPS, SHIFT).to(where)
+    sigmas = sigma_grid(STEPS, SHIFT)
     depths = [query(batch, STEPS, generator, bias="low_t") for _ in range(args.rounds)]
     end, calls, spent = torch.full((batch, 1), STEPS), Counter(), {name: Counter() for name in names}
 
@@ -100,7 +100,7 @@ def measure(network, names: list[str], batch: int, guidance: float, args, limit:
     # As many rounds of warming up as there are, where a size of the batch that is new is compiled or captured.
     once_more = any("compiled" in name or "static" in name for name in names)
     times = common.interleaved(variants, args.rounds, warmup=args.rounds if once_more else 1, clock=args.clock)
-    sigma = sigmas[:1].expand(batch)
+    sigma = sigmas[:1].expand(batch).to(where)
     each = common.flops(lambda: network.field(network.module)(noise, sigma, conditioning)) / batch
     deepest = {"full": STEPS, "depth": statistics.median(int(depth.max()) for depth in depths)}
     rows = []

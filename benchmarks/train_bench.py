@@ -216,7 +216,7 @@ class Plain:
     """
 
     def __init__(self, ours: Trainer, student, teachers: list, encode: Callable, ask: Callable):
-        self.ours, self.sigmas, self.step = ours, ours.sigmas, 0
+        self.ours, self.sigmas, self.step = ours, ours.sigmas.to(ours.device), 0
         self.student, self.teachers, self.encode, self.ask = student, teachers, encode, ask
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=RATE, weight_decay=0.0)

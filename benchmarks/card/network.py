@@ -154,4 +154,4 @@ def samples(size: Size, n: int, device: torch.device) -> tuple[torch.Tensor, Con
     """Noise [n, C, h, w] and prompts of n samples."""
     noise = torch.randn(n, size.channels, size.side, size.side, device=device)
     prompt = {"prompt_embeds": torch.randn(n, size.text, size.text_width, device=device)}
-    return noise, Conditioning(prompt, None, torch.zeros(n, dtype=torch.bool, device=device))
+    return noise, Conditioning(prompt, None, torch.zeros(n, dtype=torch.bool))

@@ -171,7 +171,7 @@ def rollout(report) -> None:
         codes = sum(p.nbytes for p in narrow.parameters())
         for batch in (1, 4):
             noise, conditioning = network.samples(size, batch, device)
-            sigmas, until = sigma_grid(steps, 3.0).to(device), torch.full((batch, 1), steps)
+            sigmas, until = sigma_grid(steps, 3.0), torch.full((batch, 1), steps)
             expected = None
             for name, asked in (("eager", base), ("captured", base), ("captured, fp8", narrow)):
                 report.need(5 if on_card() else 0)
@@ -258,7 +258,7 @@ class Update:
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-4)
         noise, conditioning = network.samples(size, BATCH, device)
         self.batch = Batch(noise, conditioning, torch.arange(BATCH) % SOURCES)
-        self.sigmas, self.steps, self.depth = sigma_grid(16, 3.0).to(device), 0, 0
+        self.sigmas, self.steps, self.depth = sigma_grid(16, 3.0), 0, 0
 
     def __call__(self) -> torch.Tensor:
         """The loss."""

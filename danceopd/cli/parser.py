@@ -106,8 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     for name, value in vars(args).items():  # a shell leaves the ~ of --cache=~/x to the command
         if isinstance(value, Path):
-            value = value.expanduser()
-            setattr(args, name, value)
+            setattr(args, name, value.expanduser())
         elif isinstance(value, list) and all(isinstance(one, Path) for one in value):
             setattr(args, name, [one.expanduser() for one in value])
     quieten()
@@ -118,12 +117,9 @@ def _run(args: argparse.Namespace):
     """Runs a command, once its model and its LoRA are there; what may not download finds them in the hub's cache."""
     with downloads(getattr(args, "download", True) or not getattr(args, "dry_run", False)):
         for name in args.models:
-            value = getattr(args, name, None)
             try:
-                if isinstance(value, Path):
+                if isinstance(value := getattr(args, name, None), Path):
                     setattr(args, name, located(value))
-                elif isinstance(value, list):
-                    setattr(args, name, [located(one) for one in value])
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
         return args.run(args)

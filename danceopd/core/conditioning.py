@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from danceopd.core.copies import to_device
 
-# Of a prompt's dict: what says how long prompts are, which the host reads.
+# The keys of a prompt's dict that say how long prompts are: the host reads them.
 READ_ON_HOST = ("prompt_mask", "prompt_parts", "siglip_shapes")
 
 Tensors = torch.Tensor | dict[str, torch.Tensor] | tuple[torch.Tensor, ...]

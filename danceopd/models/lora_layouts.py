@@ -14,9 +14,9 @@ from danceopd.models.lora_files import FILES
 from danceopd.models.lora_names import published_layers
 from danceopd.support.errors import UserError
 
-# By layout and family what stands before a layer's name, and whether that is the published network's: "lora_unet_" (of
-# "unet") and "diffusion_model." before published names are read for every network that ComfyUI has; others are those of
-# its key map (comfy/lora.py). kohya's files of Qwen-Image and Z-Image are musubi-tuner's.
+# Each layout and family has what stands before a layer's name, and whether that name is the published network's.
+# "lora_unet_" (of "unet") and "diffusion_model." before published names are read for every network that ComfyUI has;
+# others are those of its key map (comfy/lora.py). kohya's files of Qwen-Image and Z-Image are musubi-tuner's.
 LAYOUTS = {
     "comfyui": {
         "sd3": ("transformer", False),

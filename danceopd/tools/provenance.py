@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from danceopd.config.sections import Config
@@ -35,11 +35,21 @@ def provenance(config: Config, triggers: Sequence[str] = ()) -> dict[str, str]:
         sources[name] = {path.name: content_hash(path) for path in paths}
         for lora in source.lora:
             words |= dict.fromkeys(own_triggers(lora.path))
-    model = Path(str(config.model))
-    found = {"base_model": hub_id(model) or model.resolve().name, "sources": json.dumps(sources)}
-    if words:
-        found |= {"trigger_words": ", ".join(words), "modelspec.trigger_phrase": ", ".join(words)}
-    return found
+    return {**named(Path(str(config.model)), words), "sources": json.dumps(sources)}
+
+
+def named(model: Path, words: Iterable[str]) -> dict[str, str]:
+    """Names a file's base and the words that call it.
+
+    Args:
+        model: The base's folder.
+        words: The words.
+
+    Returns:
+        base_model, and where there are words trigger_words and modelspec.trigger_phrase.
+    """
+    found, joined = {"base_model": hub_id(model) or model.resolve().name}, ", ".join(words)
+    return found | dict.fromkeys(TRIGGERS, joined) if joined else found
 
 
 def content_hash(path: Path) -> str:

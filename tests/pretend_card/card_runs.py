@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from pretend_card import PretendCard, cuda_autocast, pretend_card
+from world_runs import two_sources
 
 from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
@@ -22,12 +23,7 @@ BEGINS = "the beginning of a capture"  # what each graph costs once
 def world_config(networks: Path, folder: Path, **sections) -> Config:
     """A run of the embedded network of two capabilities, one of which edits."""
     raw = {
-        "student": {"init_from": str(networks / "base.safetensors")},
-        "sources": {name: {"weights": str(networks / f"{name}.safetensors")} for name in ("one", "two")},
-        "capabilities": {
-            "t2i": {"source": "one", "task": "t2i", "data": {"world": "t2i", "size": 8}},
-            "edit": {"source": "two", "task": "edit", "data": {"world": "edit", "size": 8}},
-        },
+        **two_sources(networks, 8),
         "rollout": {"num_inference_steps": 3},
         "training": {"output_dir": str(folder), "batch_size": 6, "max_steps": 8, "warmup_steps": 0, "ema_decay": 0.5},
         "evaluation": {"num_inference_steps": 2},

@@ -2,10 +2,9 @@
 
 import pretend_card
 import pytest
-import torch
+from world_runs import write_networks
 
-from danceopd.world.dit import DiT, DiTConfig
-from danceopd.world.files import save_model
+from danceopd.world.dit import DiTConfig
 
 pretend_card.register()
 
@@ -16,12 +15,5 @@ TINY = DiTConfig(width=16, depth=1, heads=2, mlp_ratio=1)
 def networks(tmp_path_factory):
     """Three networks whose every parameter counts, on disk."""
     folder = tmp_path_factory.mktemp("networks")
-    for seed, name in enumerate(("base", "one", "two")):
-        torch.manual_seed(seed)
-        network = DiT(TINY)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                if not parameter.any():
-                    parameter.normal_(std=0.05)
-        save_model(network, folder / f"{name}.safetensors")
+    write_networks(folder, sizes=TINY)
     return folder

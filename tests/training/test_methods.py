@@ -16,6 +16,7 @@ from by_hand import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from world_runs import two_sources, write_networks
 
 from danceopd.config.reading import parse_config
 from danceopd.core.methods import METHODS
@@ -28,8 +29,7 @@ from danceopd.training.loop import Trainer
 from danceopd.training.resume import go_on, state_of
 from danceopd.world.build import build
 from danceopd.world.data import write_world
-from danceopd.world.dit import DiT, DiTConfig
-from danceopd.world.files import save_model
+from danceopd.world.dit import DiTConfig
 
 SEED = st.integers(0, 2**40)
 
@@ -42,25 +42,13 @@ N, B = 4, 8
 def networks(tmp_path_factory):
     """Three networks whose every parameter counts, on disk."""
     folder = tmp_path_factory.mktemp("networks")
-    for seed, name in enumerate(("base", "one", "two")):
-        torch.manual_seed(seed)
-        network = DiT(TINY)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                if not parameter.any():
-                    parameter.normal_(std=0.05)
-        save_model(network, folder / f"{name}.safetensors")
+    write_networks(folder, sizes=TINY)
     return folder
 
 
 def config_of(networks, folder, **sections):
     raw = {
-        "student": {"init_from": str(networks / "base.safetensors")},
-        "sources": {name: {"weights": str(networks / f"{name}.safetensors")} for name in ("one", "two")},
-        "capabilities": {
-            "t2i": {"source": "one", "task": "t2i", "data": {"world": "t2i", "size": 20}},
-            "edit": {"source": "two", "task": "edit", "data": {"world": "edit", "size": 20}},
-        },
+        **two_sources(networks, 20),
         "rollout": {"num_inference_steps": N},
         "training": {"output_dir": str(folder), "batch_size": B, "max_steps": 8, "warmup_steps": 0},
     }

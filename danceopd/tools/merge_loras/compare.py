@@ -16,7 +16,7 @@ from danceopd.models.students import LoraStudent
 from danceopd.support.bars import bar
 from danceopd.support.pictures import to_uint8
 from danceopd.tools.merge_loras.configuration import HEARD, heard_otherwise
-from danceopd.tools.merge_loras.gaps import Gaps
+from danceopd.tools.merge_loras.gaps import Gaps, empty
 from danceopd.tools.merge_loras.given import Given
 from danceopd.tools.merge_loras.prompts import Route
 from danceopd.tools.model_report import HELD_OUT, SAMPLES, held_out
@@ -176,9 +176,7 @@ def best_merge(gaps: Gaps, slot: LoraStudent, loras: Sequence[Lora]) -> tuple[st
 
 def place(slot: LoraStudent, lora: Lora) -> None:
     """Makes an adapter add what a LoRA adds, and nothing else."""
-    with torch.no_grad():
-        for name in slot.lora():
-            slot.factors_of(name)[1].zero_()
+    empty(slot)
     begin(slot, lora)
 
 

@@ -98,10 +98,15 @@ class Gaps:
 def base_of(student: LoraStudent) -> LoraStudent:
     """Copies a student's adapter, of which nothing is left but the base."""
     base = deepcopy(student)
-    with torch.no_grad():
-        for name in base.lora():
-            base.factors_of(name)[1].zero_()
+    empty(base)
     return base
+
+
+@torch.no_grad()
+def empty(student: LoraStudent) -> None:
+    """Makes an adapter add nothing."""
+    for name in student.lora():
+        student.factors_of(name)[1].zero_()
 
 
 def settled(scores: list[dict[str, float]], patience: int) -> bool:

@@ -1,20 +1,17 @@
 """From several LoRAs to one: reads them, trains, compares, and writes the file and its page."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from safetensors import safe_open
-from safetensors.torch import save
-
 from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
 from danceopd.data.prepare import prepare
 from danceopd.models.backbones import pipeline_class_of
-from danceopd.models.loading import hub_id
-from danceopd.models.lora_files import FILES, load_lora
+from danceopd.models.lora_files import FILES, add_metadata, load_lora
 from danceopd.models.precision import PRECISIONS
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
@@ -26,6 +23,7 @@ from danceopd.tools.merge_loras.given import Given, Options, read
 from danceopd.tools.merge_loras.page import write_page
 from danceopd.tools.merge_loras.prompts import Route, routes_of, say
 from danceopd.tools.merge_loras.run import described, distilled, fitted, looked_at
+from danceopd.tools.provenance import named
 
 
 @dataclass(frozen=True)
@@ -114,15 +112,12 @@ def _encode(
 def _write(run: Path, output: Path, layout: str, given: Given) -> None:
     """Writes the adapter in a layout, with the words that call it in its metadata."""
     words = {name: trigger.words for name, trigger in given.triggers.items() if trigger.words}
-    metadata = {"format": "pt", "base_model": hub_id(given.base) or given.base.resolve().name}
-    if words:
-        joined = ", ".join(words.values())
-        metadata |= {"trigger_words": joined, "modelspec.trigger_phrase": joined, "triggers": json.dumps(words)}
+    metadata = named(given.base, words.values()) | ({"triggers": json.dumps(words)} if words else {})
     with TemporaryDirectory() as temporary:
-        file = run / "student" / FILES[1]
-        if layout != "diffusers":
+        file = Path(temporary) / FILES[1]
+        if layout == "diffusers":
+            shutil.copy(run / "student" / FILES[1], file)
+        else:
             file = export(run, Path(temporary) / "lora", layout=layout) / FILES[1]
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            metadata = (opened.metadata() or {}) | metadata
-        write_atomic(output, save(tensors, metadata))
+        add_metadata(file, metadata)
+        write_atomic(output, file.read_bytes())

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from world_runs import write_networks
+from world_runs import two_sources, write_networks
 from zero_fork import as_rank
 
 from danceopd.training import checkpoints as state
@@ -57,12 +57,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
     write_networks(folder)
     return {
-        "student": {"init_from": str(folder / "base.safetensors")},
-        "sources": {name: {"weights": str(folder / f"{name}.safetensors")} for name in ("one", "two")},
-        "capabilities": {
-            "t2i": {"source": "one", "task": "t2i", "data": {"world": "t2i", "size": 50}},
-            "edit": {"source": "two", "task": "edit", "data": {"world": "edit", "size": 50}},
-        },
+        **two_sources(folder, 50),
         "rollout": {"num_inference_steps": 4},
         "training": {
             "max_steps": STEPS,
