@@ -20,7 +20,7 @@ from danceopd.support.pictures import labelled_grid
 
 SEED, PICTURES = 1234, 100  # of the scores: of each task and kind
 
-SHOWN = 12  # pictures of each row of the page
+SHOWN, CELL = 12, 112  # pictures of each row of the page, and pixels of each
 
 
 def score_all(pipeline: Path, loras: dict[str, Path], pictures: int = PICTURES) -> dict[str, dict[str, dict]]:
@@ -69,12 +69,14 @@ def pages(pipeline: Path, loras: dict[str, Path]) -> tuple[bytes, bytes]:
         prompts, _ = t2i_set(17, SHOWN // 6, style=STYLES.index(name) if name in STYLES else 0)
         if name in fields:
             rows.append((name, canvas.draw(fields[name], [prompt.text for prompt in prompts], None, 17)))
-    drawn = labelled_grid(rows, [prompt.text.removeprefix("a photo of ") for prompt in t2i_set(17, SHOWN // 6)[0]])
+    drawn = labelled_grid(
+        rows, [prompt.text.removeprefix("a photo of ") for prompt in t2i_set(17, SHOWN // 6)[0]], least=112
+    )
     edits, before, after = edit_set(17, 1)
     texts, source = [edit.text for edit in edits], render(before)
     rows = [("to edit", source)]
     rows += [(name, canvas.draw(fields[name], texts, source, 17)) for name in ("base", "edit") if name in fields]
-    return drawn, labelled_grid([*rows, ("asked for", render(after))], texts)
+    return drawn, labelled_grid([*rows, ("asked for", render(after))], texts, least=CELL)
 
 
 def curves(logs: Path, names: list[str]) -> bytes:
