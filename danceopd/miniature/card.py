@@ -207,9 +207,9 @@ The VAE gives pictures back at {psnr}; of photos a share of {same:.3f} is read a
 
 Flow matching on latents of pictures drawn from seeds (no picture is stored), Muon and AdamW, noise levels with shift 5,
 10 % empty prompts, an exponential average of 0.999 as the result. Where a stage has "tuned" in its name, all weights of
-the base's transformer are trained on pictures; the source, a LoRA, starts as the best cut of that change and is fitted to
-the tuned network's velocities. `danceopd miniature train` runs it again, and goes on where it was stopped. Times are on
-two cores beside other work. A stage without a time has not been trained, and does not ship.
+the base's transformer are trained on pictures; the source, a LoRA, starts as the best cut of that change and is fitted
+to the tuned network's velocities. `danceopd miniature train` runs it again, and goes on where it was stopped. Times are
+on two cores beside other work. A stage without a time has not been trained, and does not ship.
 
 {recipe}
 

@@ -51,15 +51,15 @@ HALF_EDITS = ({"local-half": 0.65, "global-half": 0.35}, {"local-half": 7, "glob
 TUNED = {  # with all weights, for the LoRAs to be fitted to; they do not ship
     "t2i": Recipe({"t2i": 1.0}, {"t2i": 24}, 5500, 31),
     "edit": Recipe(*EDITS, 2200, 32),
-    "edit-half": Recipe(*HALF_EDITS, 9000, 33),
+    "edit-half": Recipe(*HALF_EDITS, 2200, 33),
 }
 
 RECIPES = {
-    "t2i": Recipe({"t2i": 1.0}, {"t2i": 24}, 3000, 21, 32, "t2i"),
-    "edit": Recipe(*EDITS, 3000, 22, 32, "edit"),
-    "local": Recipe({"local": 1.0}, {"local": 7}, 2000, 23, 16, "edit"),
-    "global": Recipe({"global": 1.0}, {"global": 5}, 1000, 24, 16, "edit"),
-    "edit-half": Recipe(*HALF_EDITS, 3000, 25, 32, "edit-half"),
+    "t2i": Recipe({"t2i": 1.0}, {"t2i": 24}, 800, 21, 32, "t2i"),
+    "edit": Recipe(*EDITS, 600, 22, 32, "edit"),
+    "local": Recipe({"local": 1.0}, {"local": 7}, 400, 23, 16, "edit"),
+    "global": Recipe({"global": 1.0}, {"global": 5}, 300, 24, 16, "edit"),
+    "edit-half": Recipe(*HALF_EDITS, 600, 25, 32, "edit-half"),
     **{
         style: Recipe({style: 1.0}, {style: 3}, 2000, 26 + number)
         for number, style in enumerate(("sketch", "mosaic", "silhouette", "neon"))
