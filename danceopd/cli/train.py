@@ -12,7 +12,14 @@ CARDS = ("h100", "h100-pcie", "h200", "b200", "a100", "a100-40", "l40s", "rtx-40
 
 def add_train(commands) -> None:
     """Adds `danceopd train`."""
-    parser = add_command(commands, "train", run_train, "train a student as a configuration says")
+    parser = add_command(
+        commands,
+        "train",
+        run_train,
+        "train a student as a configuration says, or go on where a run stopped",
+        example="danceopd train --config configs/demo.yaml training.max_steps=50 training.output_dir=runs/short\n"
+        "danceopd train --config configs/demo.yaml --dry-run",
+    )
     add_config(parser)
     parser.add_argument("--overwrite", action="store_true", help="start again where a finished or other run lies")
     parser.add_argument(
@@ -34,7 +41,11 @@ def add_train(commands) -> None:
 def add_plan(commands) -> None:
     """Adds `danceopd plan`."""
     parser = add_command(
-        commands, "plan", run_plan, "estimate whether a run fits on so many cards, and how long it takes"
+        commands,
+        "plan",
+        run_plan,
+        "estimate whether a run fits on so many cards, and how long it takes",
+        example="danceopd plan --config configs/models/z-image-c.yaml --gpus 8 --gpu h100",
     )
     parser.set_defaults(dry_run=True, download=False)  # it loads nothing
     add_config(parser)

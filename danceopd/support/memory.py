@@ -38,5 +38,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Writes a number of bytes: "1.50 GiB", and "1.50 MiB" below a GiB."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.2f} MiB"
+    """Writes a number of bytes with the unit that suits it: "1.50 GiB", "1.50 MiB", "1.50 KiB", or "0" of none."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 2**10:.2f} KiB" if count else "0"

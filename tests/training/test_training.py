@@ -275,7 +275,7 @@ def _other_picture(path):
 
 
 @pytest.mark.parametrize("behind", ["checkpoints", "student"])
-def test_a_run_that_was_killed_at_its_end_writes_what_is_missing(raw, monkeypatch, behind):
+def test_a_run_that_was_killed_at_its_end_writes_what_is_missing(raw, capsys, behind):
     config = config_of(raw, keep_checkpoints=1, sample_every=0)
     folder = distill(config)
     student, expected = folder / "student.safetensors", load_file(folder / "student.safetensors")
@@ -288,7 +288,13 @@ def test_a_run_that_was_killed_at_its_end_writes_what_is_missing(raw, monkeypatc
     for left in (folder / ".student.safetensors.123.tmp", folder / ".config.yaml.4.tmp"):
         left.write_bytes(b"x")
     (folder / "checkpoints" / ".step-00000006.tmp").mkdir()
+    log = (folder / "log.jsonl").read_bytes()
     distill(config)
+    said = capsys.readouterr()
+    assert f"{folder} is finished after 6 updates: nothing is left to train" in said.out
+    assert "going on" not in said.out
+    assert "step" not in said.err  # no bar of nothing
+    assert (folder / "log.jsonl").read_bytes() == log
     assert [*map(str, state.checkpoints(folder / "checkpoints"))] == [str(name)]
     assert [path.name for path in folder.rglob(".*")] == []
     found = load_file(student)
