@@ -35,6 +35,16 @@ function colour(run) {
   return COLOURS[dark.matches ? "dark" : "light"][run.number % 8];
 }
 
+// The end of a run's folder that tells it from the other runs.
+function short(run) {
+  const parts = run.name.split("/").filter(Boolean);
+  for (let count = 1; count < parts.length; count += 1) {
+    const end = parts.slice(-count).join("/");
+    if ([...runs.keys()].filter((name) => name === end || name.endsWith(`/${end}`)).length === 1) return end;
+  }
+  return run.name;
+}
+
 function number(value) {
   if (value == null) return "–";
   const size = Math.abs(value);
@@ -103,15 +113,15 @@ function list() {
   const all = [...runs.values()];
   const training = all.filter((run) => run.summary.state === "training");
   $("headline").textContent = all.length === 1
-    ? `${all[0].name}: ${phrase(all[0].summary)}.`
-    : `${all.length} runs, ${training.length} training${training.length ? `: ${training.map((run) => run.name).join(", ")}` : ""}.`;
+    ? `${short(all[0])}: ${phrase(all[0].summary)}.`
+    : `${all.length} runs, ${training.length} training${training.length ? `: ${training.map(short).join(", ")}` : ""}.`;
   for (const run of all) {
     if (!run.label) {
       const box = element("input", { type: "checkbox", checked: run.shown });
       box.addEventListener("change", () => { run.shown = box.checked; refresh(); draw(); });
       run.dot = element("span", { className: "dot" });
       run.state = element("span", { className: "state" });
-      run.label = element("label", {}, box, run.dot, element("span", { textContent: run.name }), run.state);
+      run.label = element("label", {}, box, run.dot, element("span", { textContent: short(run), title: run.name }), run.state);
       $("runs").append(run.label);
     }
     run.dot.style.background = colour(run);
@@ -130,9 +140,9 @@ function draw() {
 function warnings() {
   const lines = [];
   for (const run of chosen()) {
-    const of = runs.size > 1 ? `${run.name}, ` : "";
+    const of = runs.size > 1 ? `${short(run)}, ` : "";
     for (const [step, text] of run.data.warnings) lines.push(`${of}update ${step}: ${text}`);
-    if (run.data.unreadable) lines.push(`${of}${run.data.unreadable} lines of log.jsonl cannot be read and are left out`);
+    if (run.data.unreadable) lines.push(`${of}lines of log.jsonl that cannot be read and are left out: ${run.data.unreadable}`);
   }
   $("warnings").hidden = !lines.length;
   $("warnings").querySelector("ul").replaceChildren(...lines.slice(-50).map((text) => element("li", { textContent: text })));
@@ -173,8 +183,8 @@ function grids() {
     const own = run.data.samples.filter((one) => one <= step).pop();
     if (own === undefined) continue;
     const image = picture(run, own);
-    image.alt = `sample grid of ${run.name} at update ${own}: the student's pictures, and its sources' below each row`;
-    figures.push(element("figure", {}, image, element("figcaption", { textContent: `${run.name}, update ${own}` })));
+    image.alt = `sample grid of ${short(run)} at update ${own}: the student's pictures, and its sources' below each row`;
+    figures.push(element("figure", {}, image, element("figcaption", { textContent: `${short(run)}, update ${own}` })));
   }
   $("grids").replaceChildren(...figures);
   for (const near of [at - 1, at + 1, at + 2]) { // so that a move shows at once
@@ -211,10 +221,11 @@ function lines(chart) {
   for (const run of chosen()) {
     const part = chart.from ?? "training", { columns } = run.data[part];
     const pick = chart.closed ? (name) => name.startsWith("loss/") : chart.pick;
-    Object.keys(columns).sort().filter(pick).forEach((name, i) => {
+    const names = Object.keys(columns).sort().filter(pick);
+    names.forEach((name, i) => {
       const values = chart.closed ? closed(columns[name]) : columns[name];
-      const short = name.replace("loss/", "").replaceAll("_", " ");
-      found.push({ run, short, x: across(run, part), y: values, dash: DASHES[i % DASHES.length] });
+      const part_of = names.length > 1 || chart.from ? name.replace("loss/", "").replaceAll("_", " ") : "";
+      found.push({ run, part_of, x: across(run, part), y: values, dash: DASHES[i % DASHES.length] });
     });
   }
   return found;
@@ -238,10 +249,10 @@ function chart(chart) {
   before?.figure.remove();
   plots.delete(chart.id);
   if (!found.length) return;
-  const name = (line) => (chosen().length > 1 ? `${line.run.name}: ${line.short}` : line.short);
+  const name = (line) => [chosen().length > 1 && short(line.run), line.part_of].filter(Boolean).join(": ");
   const last = (line) => line.y.findLast((value) => value != null);
   const shown = (value) => (chart.percent ? `${(100 * value).toFixed(1)} %` : number(value));
-  const summary = found.map((line) => `${name(line)} ${shown(last(line))}`).join(", ");
+  const summary = found.map((line) => `${name(line)} ${shown(last(line))}`.trim()).join(", ");
   const place = element("div", { role: "img" });
   place.setAttribute("aria-label", `${chart.title}, the last values: ${summary}`);
   const key = element("ul", { className: "key" });
@@ -288,12 +299,13 @@ function queries() {
   for (const run of found) {
     const counts = Object.entries(run.data.health.queries).sort((a, b) => b[0] - a[0]);
     const most = Math.max(...counts.map(([, count]) => count)), all = counts.reduce((sum, [, count]) => sum + count, 0);
-    figure.append(element("p", { className: "last", textContent: `${run.name}: ${all.toLocaleString("en")} queries; σ = 1 is noise` }));
+    figure.append(element("p", { className: "last", textContent: `${short(run)}: ${all.toLocaleString("en")} queries; σ = 1 is noise` }));
     const bars = element("div", { className: "bars" });
     for (const [sigma, count] of counts) {
       const meter = element("meter", { min: 0, max: most, value: count });
       meter.setAttribute("aria-label", `${count} queries at noise level ${sigma}`);
-      bars.append(`σ ${sigma}`, meter, `${((100 * count) / all).toFixed(1)} %`);
+      const texts = [`σ ${sigma}`, `${((100 * count) / all).toFixed(1)} %`].map((textContent) => element("span", { textContent }));
+      bars.append(texts[0], meter, texts[1]);
     }
     figure.append(bars);
   }
@@ -308,8 +320,8 @@ function files() {
     run.files = element("div");
     for (const [path, title] of [["api/log", "the end of log.jsonl"], ["api/config", "config.yaml"]]) {
       const text = element("pre", { tabIndex: 0 });
-      text.setAttribute("aria-label", `${run.name}, ${title}`);
-      const more = element("details", {}, element("summary", { textContent: `${run.name}: ${title}` }), text);
+      text.setAttribute("aria-label", `${short(run)}, ${title}`);
+      const more = element("details", {}, element("summary", { textContent: `${short(run)}: ${title}` }), text);
       more.addEventListener("toggle", async () => {
         if (!more.open) return;
         text.textContent = await (await ask(path, { run: run.name })).text() || "(nothing there)";
