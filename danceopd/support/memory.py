@@ -1,10 +1,14 @@
 """The host's memory allocator, how much memory is free for each rank, and how sizes are written."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import sys
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30  # bytes
 
@@ -31,6 +35,8 @@ def keep_freed_memory() -> bool:
 def free_bytes(device: torch.device) -> int:
     """Returns the free memory of a card, or this rank's share of the host's, in bytes."""
     if device.type not in ("cpu", "meta"):
+        import torch
+
         card = torch.get_device_module(device)
         return card.mem_get_info(device)[0] + card.memory_reserved(device) - card.memory_allocated(device)
     import psutil  # DeepSpeed needs it too
@@ -40,6 +46,8 @@ def free_bytes(device: torch.device) -> int:
 
 def most_memory() -> int:
     """Returns the most bytes that this process had: of its card where it computes on one, else of host memory."""
+    import torch
+
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved()
     import psutil
