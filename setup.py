@@ -1,9 +1,11 @@
 """Installs the packages `danceopd` and `danceopd_kernels`; see README.md."""
 
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 if sys.version_info < (3, 11):  # noqa: UP036 (an older Python runs this file all the same)
     sys.exit("danceopd needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": install it with python3.11")
@@ -48,6 +50,15 @@ EXTRAS["test"] = [
 EXTRAS["dev"] = [*EXTRAS["test"], "build>=1.2", "pre-commit>=3.7", "playwright>=1.45"]  # the last drives Chromium
 
 
+class BuildPackage(build_py):
+    """Lays the configurations into the wheel, where `--config configs/demo.yaml` finds them without a checkout."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "configs", Path(self.build_lib) / "danceopd" / "configs", dirs_exist_ok=True)
+
+
 setup(
     name="danceopd",
     version="0.1.0",
@@ -78,7 +89,7 @@ setup(
     packages=[*find_packages(include=["danceopd", "danceopd.*"]), "danceopd_kernels"],
     package_dir={"danceopd_kernels": "kernels/danceopd_kernels"},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtensions},
+    cmdclass={"build_ext": BuildExtensions, "build_py": BuildPackage},
     package_data={
         "danceopd": ["py.typed"],
         "danceopd.world": ["assets/*", "assets/sources/*"],

@@ -16,7 +16,7 @@ from danceopd.cli.miniature import add_miniature
 from danceopd.cli.reward import add_reward
 from danceopd.cli.runs import add_export, add_merge_loras, add_report, add_reproduce
 from danceopd.cli.sample import add_edit, add_sample
-from danceopd.cli.train import add_plan, add_train
+from danceopd.cli.train import add_demo, add_plan, add_train
 from danceopd.cli.watch import add_watch
 from danceopd.cli.world import add_evaluate, add_sources
 from danceopd.support.errors import UserError
@@ -37,7 +37,7 @@ danceopd COMMAND --help has the options of a command, and an example."""
 
 # The commands as the help lists them.
 GROUPS = (
-    ("Start", (add_doctor, add_init, add_sample, add_edit)),
+    ("Start", (add_doctor, add_demo, add_init, add_sample, add_edit)),
     ("Train", (add_train, add_plan, add_watch, add_merge_loras, add_export)),
     ("Data", (add_data, add_sources, add_miniature)),
     ("Evaluate", (add_report, add_evaluate, add_geneval, add_gedit, add_reward, add_compare)),

@@ -38,6 +38,31 @@ def add_train(commands) -> None:
     add_overrides(parser, "training.max_steps=4")
 
 
+def add_demo(commands) -> None:
+    """Adds `danceopd demo`."""
+    parser = add_command(
+        commands,
+        "demo",
+        run_demo,
+        "train a student that both draws and edits on the picture world, and write its report (minutes on 2 cores)",
+        example="danceopd demo\ndanceopd demo training.max_steps=200 training.output_dir=runs/short",
+    )
+    parser.set_defaults(
+        config=Path("configs/demo.yaml"), overwrite=False, dry_run=False, deepspeed=None, patience=900.0
+    )
+    add_overrides(parser, "training.max_steps=200")
+
+
+def run_demo(args: argparse.Namespace) -> int | None:
+    """Trains as configs/demo.yaml says, or goes on there, and reports."""
+    from danceopd.cli.runs import run_report
+    from danceopd.config.reading import load_config
+
+    run_train(args)
+    args.folder = load_config(args.config, args.overrides).training.output_dir
+    return run_report(args)
+
+
 def add_plan(commands) -> None:
     """Adds `danceopd plan`."""
     parser = add_command(

@@ -45,7 +45,7 @@ OPTIONAL = {
     "datasets": ("danceopd data import, GEdit-Bench's data", "danceopd[datasets]"),
     "deepspeed": ("training on several cards or machines (ZeRO)", "danceopd[deepspeed]"),
     "torchao": ("training.base_precision: int8", "danceopd[8bit]"),
-    "bitsandbytes": ("training.optimizer: adamw_8bit", "danceopd[8bit]"),
+    "bitsandbytes": ("training.optimizer: adamw_8bit; torchao's is used without", "danceopd[8bit]"),
     "flash_attn": ("faster attention on a card; torch's own is used without", "danceopd[flash-attn]"),
     "starlette": ("danceopd watch", "danceopd[watch]"),
 }
@@ -100,7 +100,7 @@ def text_of(found: list[Finding]) -> str:
     if broken:
         lines += ["", f"Nothing can be trained here yet: mend {', '.join(broken)}, as the lines marked XX say."]
     else:
-        lines += ["", "The demo runs here: danceopd train --config configs/demo.yaml. What is marked -- is optional."]
+        lines += ["", "The demo runs here: danceopd demo. What is marked -- is optional."]
     return "\n".join(lines)
 
 

@@ -9,14 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from danceopd.cli.parser import build_parser, main
 from danceopd.config.reading import load_config
+from danceopd.models.lora_files import lora_file
 from danceopd.tools.merge_loras.prompts import SHIPPED
 
 
 @pytest.fixture
-def place(places, tmp_path, monkeypatch):
+def place(prepared_places, tmp_path, monkeypatch):
     """A folder with the LoRAs ink (whose file has trigger words) and oil (whose has none), and the model's path."""
-    shared = places("sd3")
-    given = sorted(path for path in shared.iterdir() if path.suffix == ".safetensors")[:2]
+    shared = prepared_places("sd3")
+    given = [lora_file(shared / name) for name in ("one", "two")]
     (tmp_path / "loras").mkdir()
     for name, path, metadata in zip(("ink", "oil"), given, ({"trigger_words": "INK style"}, {}), strict=True):
         save_file(load_file(path), tmp_path / "loras" / f"{name}.safetensors", {"format": "pt", **metadata})

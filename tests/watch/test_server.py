@@ -31,8 +31,10 @@ def ask(app, path, query=(), method="GET", host="127.0.0.1:8642"):
     scope |= {"query_string": urlencode(dict(query)).encode(), "headers": [(b"host", host.encode())]}
     scope |= {"server": ("127.0.0.1", 8642), "extensions": {}}
 
+    body = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
     async def receive():
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return next(body, None) or await asyncio.Event().wait()  # the client stays until it is answered
 
     async def send(message):
         sent.append(message)
