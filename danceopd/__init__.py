@@ -99,6 +99,8 @@ _HOMES = {
 if not TYPE_CHECKING:  # a type checker reads the imports above; with this it would believe in any name
 
     def __getattr__(name: str):
+        if name == "__version__":
+            return import_module("danceopd.support.versions").version().partition(" ")[0]
         for home, names in _HOMES.items():
             if name in names:
                 return getattr(import_module(home), name)

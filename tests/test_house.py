@@ -17,7 +17,7 @@ KERNELS, FACE, BENCHMARKS = "kernels", "face", "benchmarks"  # danceopd_kernels;
 
 # Each room and what it may import beside itself.
 ROOMS = {"support": set(), KERNELS: set()}
-ROOMS |= {"core": {KERNELS}, "report": {"support"}}
+ROOMS |= {"core": {KERNELS}, "report": {"support"}, "watch": {"support"}}
 ROOMS |= {"models": {"core", KERNELS, "support"}, "config": {"core", "support"}}
 ROOMS |= {"data": {"core", "models", "support"}, "evaluation": {"models", "support"}}
 ROOMS["training"] = {"config", "core", "data", "models", KERNELS, "support"}

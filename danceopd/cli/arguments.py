@@ -8,9 +8,29 @@ DTYPES = ("float32", "bfloat16", "float16")
 MINIATURE = Path("miniature")  # in the place of a detector or judge: the exact one of that world
 
 
-def add_command(commands, name: str, run, help: str, **options) -> argparse.ArgumentParser:
-    """Adds a command that is run by `run(args)` and returns its parser; options: the parser's own."""
-    parser = commands.add_parser(name, help=help, **options)
+def add_command(commands, name: str, run, help: str, example: str, **options) -> argparse.ArgumentParser:
+    """Adds a command.
+
+    Args:
+        commands: Where to.
+        name: Its name.
+        run: Takes the parsed arguments and returns the exit status, or None.
+        help: What it does, as a sentence without its subject.
+        example: Lines that a user could type, shown at the end of its help.
+        options: The parser's own.
+
+    Returns:
+        The command's parser.
+    """
+    lines = "\n".join(f"  {line}" for line in example.splitlines())
+    options = {"description": f"{help[0].upper()}{help[1:]}."} | options
+    parser = commands.add_parser(
+        name,
+        help=help,
+        epilog=f"{'examples' if chr(10) in lines else 'example'}:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
     parser.set_defaults(run=run, models=("model", "lora"))  # the arguments that may be an id of the hub
     return parser
 

@@ -10,7 +10,11 @@ from danceopd.support.errors import UserError
 def add_check_model(commands) -> None:
     """Adds `danceopd check-model`."""
     parser = add_command(
-        commands, "check-model", run_check_model, "compare a model's field with its diffusers pipeline, stage by stage"
+        commands,
+        "check-model",
+        run_check_model,
+        "compare a model's field with its diffusers pipeline, stage by stage",
+        example="danceopd check-model miniature --resolution 64",
     )
     parser.add_argument("model", type=Path, help="the folder of a diffusers pipeline")
     parser.add_argument("--task", choices=("t2i", "edit"), help="(all that the pipeline does)")

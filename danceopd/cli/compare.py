@@ -13,7 +13,8 @@ def add_compare(commands) -> None:
         commands,
         "compare",
         run_compare,
-        "runs of GenEval or GEdit-Bench, paired by prompt and seed, and their pictures",
+        "compare runs of GenEval or GEdit-Bench, picture by picture",
+        example="danceopd compare out_base out_student -o compare.html",
     )
     parser.add_argument(
         "runs",

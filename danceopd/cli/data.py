@@ -10,10 +10,16 @@ from danceopd.support.errors import UserError
 
 def add_data(commands) -> None:
     """Adds `danceopd data` with its actions."""
-    parser = commands.add_parser("data", help="check a manifest, or write the picture world as one")
+    parser = commands.add_parser("data", help="check, encode, import or write training data")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    check = add_command(actions, "check", run_check, "list every problem of a manifest and its pictures, by line")
+    check = add_command(
+        actions,
+        "check",
+        run_check,
+        "list every problem of a manifest and its pictures, by line",
+        example="danceopd data check my_data/manifest.jsonl",
+    )
     check.add_argument(
         "manifest", type=Path, help="JSONL or CSV: id, task, prompt, source_image (or a list), target_image"
     )
@@ -21,7 +27,11 @@ def add_data(commands) -> None:
     _add_bad_rows(check, "refuse")
 
     prepare = add_command(
-        actions, "prepare", run_prepare, "encode a manifest's prompts and pictures once, for training"
+        actions,
+        "prepare",
+        run_prepare,
+        "encode a manifest's prompts and pictures once, for training a diffusers model",
+        example="danceopd data prepare my_data/manifest.jsonl --model MODEL --cache my_cache",
     )
     prepare.add_argument("manifest", type=Path)
     prepare.add_argument("--model", type=Path, required=True, help="a diffusers pipeline's folder: its encoders")
@@ -41,7 +51,11 @@ def add_data(commands) -> None:
     _add_bad_rows(prepare, "skip")
 
     imported = add_command(
-        actions, "import", run_import, "write a Hugging Face data set on disk as pictures and a manifest"
+        actions,
+        "import",
+        run_import,
+        "write a Hugging Face data set on disk as pictures and a manifest",
+        example="danceopd data import my_dataset my_data",
     )
     imported.add_argument("folder", type=Path, help="written by save_to_disk")
     imported.add_argument("out", type=Path)
@@ -49,7 +63,13 @@ def add_data(commands) -> None:
     imported.add_argument("--task", help="of every row, where the data set has no such column")
     _add_bad_rows(imported, "skip")
 
-    world = add_command(actions, "world", run_world, "write pictures of the world as PNGs with a manifest")
+    world = add_command(
+        actions,
+        "world",
+        run_world,
+        "write pictures of the picture world as PNGs with a manifest",
+        example="danceopd data world my_world --size 100",
+    )
     world.add_argument("folder", type=Path)
     world.add_argument("--size", type=int, default=1000, help="samples per capability (%(default)s)")
     world.add_argument("--seed", type=int, default=0)

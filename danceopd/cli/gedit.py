@@ -13,7 +13,11 @@ from danceopd.support.errors import UserError
 def add_gedit(commands) -> None:
     """Adds `danceopd evaluate gedit`."""
     parser = add_command(
-        commands, "evaluate gedit", run_gedit, "edit GEdit-Bench's pictures with a model, and have them judged"
+        commands,
+        "evaluate gedit",
+        run_gedit,
+        "edit GEdit-Bench's pictures with a model, and have them judged",
+        example="danceopd evaluate gedit GEDIT --model MODEL -o results --judge-url URL --judge-model NAME",
     )
     parser.add_argument("dataset", type=Path, help="GEdit-Bench: a folder of save_to_disk, or of its parquet files")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the pictures and scores")

@@ -12,12 +12,10 @@ from danceopd.support.errors import UserError
 DESCRIPTION = """GenEval (github.com/djghosh13/geneval): with --model its pictures are drawn into FOLDER, with
 --detector those in FOLDER are scored, whatever drew them; both may be one command, in one process or in torchrun's."""
 
-EPILOG = """examples:
-  danceopd evaluate geneval out --metadata evaluation_metadata.jsonl --model MODEL --lora my_lora \\
-      --detector mask2former-swin-small-coco-instance --clip clip-vit-large-patch14
-  torchrun --nproc_per_node 8 -m danceopd evaluate geneval out --metadata evaluation_metadata.jsonl --model MODEL
-  danceopd evaluate geneval --results out/results.jsonl
-"""
+EXAMPLE = """danceopd evaluate geneval out --metadata evaluation_metadata.jsonl --model MODEL --lora my_lora \\
+    --detector mask2former-swin-small-coco-instance --clip clip-vit-large-patch14
+torchrun --nproc_per_node 8 -m danceopd evaluate geneval out --metadata evaluation_metadata.jsonl --model MODEL
+danceopd evaluate geneval --results out/results.jsonl"""
 
 
 def add_geneval(commands) -> None:
@@ -26,14 +24,15 @@ def add_geneval(commands) -> None:
         commands,
         "evaluate geneval",
         run_geneval,
-        "GenEval of a diffusers model, or of pictures that are there",
+        "draw and score GenEval's pictures with a diffusers model, or score pictures that are there",
         description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=EXAMPLE,
     )
     parser.add_argument("folder", type=Path, nargs="?", help="pictures in GenEval's layout: 00000/samples/0000.png")
     parser.add_argument(
-        "--results", type=Path, help="where results go (FOLDER/results.jsonl), or of no FOLDER come from"
+        "--results",
+        type=Path,
+        help="file of the results: written after scoring (FOLDER/results.jsonl), or summed up where no FOLDER is given",
     )
     parser.add_argument("--metadata", type=Path, help="GenEval's evaluation_metadata.jsonl: what is drawn, or was")
     add_pipeline(parser)

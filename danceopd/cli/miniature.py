@@ -9,7 +9,11 @@ from danceopd.cli.arguments import add_command
 def add_miniature(commands) -> None:
     """Adds `danceopd miniature`."""
     parser = add_command(
-        commands, "miniature", run_miniature, "a small trained FLUX.2 klein pipeline, or train it again"
+        commands,
+        "miniature",
+        run_miniature,
+        "say where the small trained FLUX.2 klein pipeline lies, or train it again",
+        example="danceopd miniature",
     )
     parser.add_argument("action", nargs="?", choices=("list", "train", "card", "data", "benchmark"), default="list")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages only: vae, base, or a source's name")

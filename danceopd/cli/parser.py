@@ -6,14 +6,19 @@ from pathlib import Path
 
 from danceopd.cli.check_model import add_check_model
 from danceopd.cli.compare import add_compare
+from danceopd.cli.completion import add_completion
 from danceopd.cli.data import add_data
+from danceopd.cli.doctor import add_doctor
 from danceopd.cli.gedit import add_gedit
 from danceopd.cli.geneval import add_geneval
+from danceopd.cli.init import add_init
 from danceopd.cli.miniature import add_miniature
 from danceopd.cli.reward import add_reward
 from danceopd.cli.runs import add_export, add_merge_loras, add_report, add_reproduce
-from danceopd.cli.train import add_plan, add_train
-from danceopd.cli.world import add_evaluate, add_sample, add_sources
+from danceopd.cli.sample import add_edit, add_sample
+from danceopd.cli.train import add_demo, add_plan, add_train
+from danceopd.cli.watch import add_watch
+from danceopd.cli.world import add_evaluate, add_sources
 from danceopd.support.errors import UserError
 from danceopd.support.exits import guarded, quieten
 from danceopd.support.hints import did_you_mean
@@ -21,22 +26,23 @@ from danceopd.support.hub import downloads, located
 
 DESCRIPTION = "Distil several flow-matching models into one student on its own trajectories (DanceOPD)."
 
-EPILOG = """examples:
-  danceopd train --config configs/demo.yaml                     train, or go on where a run stopped
-  danceopd train --config configs/demo.yaml training.max_steps=50 training.output_dir=runs/short
-  danceopd train --config configs/demo.yaml --dry-run            what a run takes, and what it lacks
-  danceopd plan --config configs/demo.yaml --gpus 8 --gpu h100   an estimate: does it fit, how long does it take
-  danceopd report runs/demo                                      score every row, write report.html
-  danceopd export runs/model -o my_lora                          the student, for the plain diffusers pipeline
-  danceopd merge-loras ink.safetensors oil.safetensors --base MODEL -o merged.safetensors   several LoRAs in one
-  danceopd reproduce A                                           six methods at equal cost, in half an hour
-  danceopd evaluate runs/demo/student.safetensors --json row.json
-  danceopd evaluate gedit GEDIT --model MODEL --lora my_lora -o results --judge-url URL --judge-model NAME
-  danceopd sample base "a photo of a red car and a blue cup" -o cups.png
-  danceopd sources                                               the networks that ship with the package
-  danceopd data check my_data/manifest.jsonl                     every problem of a manifest, by line
-  danceopd check-model MODEL                                     does it draw here as in diffusers, stage by stage
-"""
+EXAMPLES = """examples:
+  danceopd doctor                                                is everything here that a run needs?
+  danceopd init my_loras                                         a configuration from a folder of LoRAs
+  danceopd train --config configs/demo.yaml                      train, or go on where a run stopped
+  danceopd watch runs/demo                                       its loss, scores and samples on a page
+  danceopd sample runs/demo "a photo of a red car and a blue cup" -o cups.png
+
+danceopd COMMAND --help has the options of a command, and an example."""
+
+# The commands as the help lists them.
+GROUPS = (
+    ("Start", (add_doctor, add_demo, add_init, add_sample, add_edit)),
+    ("Train", (add_train, add_plan, add_watch, add_merge_loras, add_export)),
+    ("Data", (add_data, add_sources, add_miniature)),
+    ("Evaluate", (add_report, add_evaluate, add_geneval, add_gedit, add_reward, add_compare)),
+    ("Tools", (add_check_model, add_reproduce, add_completion)),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,25 +79,18 @@ class Version(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """Makes the parser of all commands; each command's own file adds its arguments."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("danceopd", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser = Parser("danceopd", usage="danceopd [--version] COMMAND ...", description=DESCRIPTION, formatter_class=raw)
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and its commit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_train(commands)
-    add_plan(commands)
-    add_evaluate(commands)
-    add_geneval(commands)
-    add_compare(commands)
-    add_gedit(commands)
-    add_reward(commands)
-    add_sample(commands)
-    add_report(commands)
-    add_export(commands)
-    add_merge_loras(commands)
-    add_reproduce(commands)
-    add_sources(commands)
-    add_data(commands)
-    add_miniature(commands)
-    add_check_model(commands)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", prog="danceopd", help=argparse.SUPPRESS
+    )
+    lines = []
+    for title, adders in GROUPS:
+        before = len(commands._choices_actions)
+        for add in adders:
+            add(commands)
+        lines += [f"{title}:", *(f"  {one.dest:17} {one.help}" for one in commands._choices_actions[before:]), ""]
+    parser.epilog = "\n".join([*lines, EXAMPLES])
     return parser
 
 

@@ -12,7 +12,11 @@ from danceopd.support.errors import UserError
 def add_reward(commands) -> None:
     """Adds `danceopd evaluate reward`."""
     parser = add_command(
-        commands, "evaluate reward", run_reward, "CLIP, aesthetic and preference scores of drawn pictures"
+        commands,
+        "evaluate reward",
+        run_reward,
+        "score drawn pictures by CLIP, aesthetics and preference models",
+        example="danceopd evaluate reward out --clip CLIP --base out_base --source out_source",
     )
     parser.add_argument("pictures", type=Path, help="a folder in GenEval's layout, such as `evaluate geneval` draws")
     parser.add_argument("--base", type=Path, help="the base model's pictures for the same prompts")

@@ -17,6 +17,7 @@ def add_report(commands) -> None:
         "report",
         run_report,
         "score a run, or measure a model's velocity errors; write results.json and report.html",
+        example="danceopd report runs/demo",
     )
     parser.add_argument("folder", type=Path, help="the output_dir of a training")
 
@@ -24,7 +25,11 @@ def add_report(commands) -> None:
 def add_export(commands) -> None:
     """Adds `danceopd export`."""
     parser = add_command(
-        commands, "export", run_export, "write a run's student as diffusers, ComfyUI or kohya's tools load it"
+        commands,
+        "export",
+        run_export,
+        "write a run's student as diffusers, ComfyUI or kohya's tools load it",
+        example="danceopd export runs/model -o my_lora\ndanceopd export runs/model -o my_model --merge",
     )
     parser.add_argument("folder", type=Path, help="the output_dir of a training on a diffusers model")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
@@ -48,9 +53,11 @@ def add_merge_loras(commands) -> None:
         commands,
         "merge-loras",
         run_merge_loras,
-        "several LoRAs of one model become one, distilled from prompts alone; exit status 1 where a plain average is "
-        "better",
-        description="LoRAs are told apart by their files' names (NAME). docs/merging.md says how to judge the result.",
+        "distil several LoRAs of one model into one, from prompts alone",
+        example="danceopd merge-loras ink.safetensors oil.safetensors --base MODEL -o merged.safetensors",
+        description="Distil several LoRAs of one model into one, from prompts alone. LoRAs are told apart by their\n"
+        "files' names (NAME). The exit status is 1 where a plain average is better; docs/merging.md says how to judge\n"
+        "the result.",
     )
     parser.set_defaults(models=())  # read with everything else, so that all mistakes are told at once
     parser.add_argument(
@@ -100,7 +107,11 @@ def _rank(text: str) -> int | str:
 def add_reproduce(commands) -> None:
     """Adds `danceopd reproduce`."""
     parser = add_command(
-        commands, "reproduce", run_reproduce, "make the paper's tables and ablations on the picture world"
+        commands,
+        "reproduce",
+        run_reproduce,
+        "make the paper's tables and ablations on the picture world",
+        example="danceopd reproduce A",
     )
     parser.add_argument("setting", help="A, B, C, D, E, F, ablations, grid (learning rates) or all")
     parser.add_argument("--budget", choices=("quick", "paper"), default="quick", help="(%(default)s)")

@@ -12,7 +12,14 @@ CARDS = ("h100", "h100-pcie", "h200", "b200", "a100", "a100-40", "l40s", "rtx-40
 
 def add_train(commands) -> None:
     """Adds `danceopd train`."""
-    parser = add_command(commands, "train", run_train, "train a student as a configuration says")
+    parser = add_command(
+        commands,
+        "train",
+        run_train,
+        "train a student as a configuration says, or go on where a run stopped",
+        example="danceopd train --config configs/demo.yaml training.max_steps=50 training.output_dir=runs/short\n"
+        "danceopd train --config configs/demo.yaml --dry-run",
+    )
     add_config(parser)
     parser.add_argument("--overwrite", action="store_true", help="start again where a finished or other run lies")
     parser.add_argument(
@@ -31,10 +38,39 @@ def add_train(commands) -> None:
     add_overrides(parser, "training.max_steps=4")
 
 
+def add_demo(commands) -> None:
+    """Adds `danceopd demo`."""
+    parser = add_command(
+        commands,
+        "demo",
+        run_demo,
+        "train a student that both draws and edits on the picture world, and write its report (minutes on 2 cores)",
+        example="danceopd demo\ndanceopd demo training.max_steps=200 training.output_dir=runs/short",
+    )
+    parser.set_defaults(
+        config=Path("configs/demo.yaml"), overwrite=False, dry_run=False, deepspeed=None, patience=900.0
+    )
+    add_overrides(parser, "training.max_steps=200")
+
+
+def run_demo(args: argparse.Namespace) -> int | None:
+    """Trains as configs/demo.yaml says, or goes on there, and reports."""
+    from danceopd.cli.runs import run_report
+    from danceopd.config.reading import load_config
+
+    run_train(args)
+    args.folder = load_config(args.config, args.overrides).training.output_dir
+    return run_report(args)
+
+
 def add_plan(commands) -> None:
     """Adds `danceopd plan`."""
     parser = add_command(
-        commands, "plan", run_plan, "estimate whether a run fits on so many cards, and how long it takes"
+        commands,
+        "plan",
+        run_plan,
+        "estimate whether a run fits on so many cards, and how long it takes",
+        example="danceopd plan --config configs/models/z-image-c.yaml --gpus 8 --gpu h100",
     )
     parser.set_defaults(dry_run=True, download=False)  # it loads nothing
     add_config(parser)

@@ -1,4 +1,4 @@
-"""Commands on the embedded networks: `danceopd evaluate`, `sample` and `sources`."""
+"""Commands on the embedded networks: `danceopd evaluate` and `sources`."""
 
 import argparse
 import json
@@ -12,7 +12,13 @@ CHECKPOINT = "a .safetensors file, or the name of an embedded network"
 
 def add_evaluate(commands) -> None:
     """Adds `danceopd evaluate`."""
-    parser = add_command(commands, "evaluate", run_evaluate, "score any checkpoint on the picture world")
+    parser = add_command(
+        commands,
+        "evaluate",
+        run_evaluate,
+        "score a checkpoint of the embedded network on the picture world",
+        example="danceopd evaluate runs/demo/student.safetensors --json row.json",
+    )
     parser.add_argument("checkpoint", help=CHECKPOINT)
     parser.add_argument("--json", type=Path, help="write the row there")
     parser.add_argument("--seed", type=int, default=1234, help="seed of prompts, placements and noise (%(default)s)")
@@ -23,64 +29,32 @@ def add_evaluate(commands) -> None:
     add_sampling(parser)
 
 
-def add_sample(commands) -> None:
-    """Adds `danceopd sample`."""
-    parser = add_command(commands, "sample", run_sample, "draw or edit pictures with a checkpoint")
-    parser.add_argument("checkpoint", help=CHECKPOINT)
-    parser.add_argument("prompts", nargs="+", help='for example "a photo of two cats", or "add a red cup"')
-    parser.add_argument("--source", type=Path, help="the picture to edit, of any size")
-    parser.add_argument("-o", "--output", type=Path, default=Path("sample.png"), help="PNG to write (%(default)s)")
-    parser.add_argument("--count", type=int, default=4, help="pictures per prompt (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (%(default)s)")
-    add_sampling(parser)
-
-
 def add_sources(commands) -> None:
     """Adds `danceopd sources`."""
-    parser = add_command(commands, "sources", run_sources, "list the embedded networks, or train them again")
+    parser = add_command(
+        commands, "sources", run_sources, "list the embedded networks, or train them again", example="danceopd sources"
+    )
     parser.add_argument("action", nargs="?", choices=("list", "train", "card"), default="list")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these networks only")
     parser.add_argument("--folder", type=Path, default=Path("runs/sources"), help="where to train (%(default)s)")
-
-
-def _load(args: argparse.Namespace):
-    """Loads the checkpoint as a field, and makes the sampler that the arguments describe."""
-    from danceopd.world.scoring import load_field
-
-    return load_field(args.checkpoint, args.num_inference_steps, args.shift, args.solver, args.guidance_scale)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """Scores a checkpoint and prints its row."""
     from danceopd.report.tables import format_table
     from danceopd.support.files import write_atomic
-    from danceopd.world.scoring import score_row
+    from danceopd.world.scoring import load_field, score_row
 
     if args.per_task < 1 or args.per_kind < 1:
         raise UserError("--per-task and --per-kind must be at least 1")
-    field, sampler = _load(args)
+    how = (args.num_inference_steps, args.shift, args.solver, args.guidance_scale)
+    field, sampler = load_field(args.checkpoint, *how)
     name = args.name or Path(args.checkpoint).stem
     row = score_row(name, field, sampler, args.seed, args.per_task, args.per_kind, pictures=args.pictures)
     print(format_table({"rows": [row]}))
     if args.json:
         write_atomic(args.json, (json.dumps(row, indent=1) + "\n").encode())
         print(f"wrote {args.json}")
-
-
-def run_sample(args: argparse.Namespace) -> None:
-    """Draws or edits pictures and writes them as one PNG."""
-    from danceopd.support.pictures import save_grid
-    from danceopd.world.own_data import load_picture
-
-    field, sampler = _load(args)
-    picture = None
-    if args.source:
-        picture = load_picture(args.source, sampler.image_size).expand(args.count, -1, -1, -1)
-    rows = [] if picture is None else [picture]
-    for prompt in args.prompts:
-        rows.append(sampler(field, [prompt] * args.count, picture, args.seed))
-    save_grid(args.output, rows, scale=6)
-    print(f"wrote {args.output}")
 
 
 def run_sources(args: argparse.Namespace) -> None:

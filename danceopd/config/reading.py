@@ -22,14 +22,23 @@ def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
     """Reads a YAML file, applies overrides, and checks everything that needs no other file.
 
     Args:
-        path: The file; its `extends` may name another one, by a path that starts from its own folder, whose values are
-            its own where it gives no others.
+        path: The file, or configs/... of those that ship where there is none here; its `extends` may name another one,
+            by a path that starts from its own folder, whose values are its own where it gives no others.
         overrides: `key.sub=value`, each value as YAML.
 
     Raises:
         UserError: Lists every mistake with its key, and for an unknown key the nearest valid one.
     """
-    return parse_config(_read_file(Path(path), ()), overrides, str(path))
+    return parse_config(_read_file(_shipped(Path(path)), ()), overrides, str(path))
+
+
+def _shipped(path: Path) -> Path:
+    """Returns the file that ships as configs/... where there is none of that path here; else the path itself."""
+    if path.exists() or path.parts[:1] != ("configs",) or ".." in path.parts:
+        return path
+    package = Path(__file__).parents[1]
+    there = (root / path for root in (package, package.parent))  # of a wheel, of a checkout
+    return next((file for file in there if file.is_file()), path)
 
 
 def _read_file(path: Path, extended_by: tuple[Path, ...]) -> object:

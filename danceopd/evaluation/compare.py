@@ -332,20 +332,38 @@ def distinct(runs: list[Run]) -> list[Run]:
     return named
 
 
+def headline(runs: list[Run], comparisons: list[Comparison]) -> str:
+    """Writes one sentence: who is better than the first run, by how much, and whether that is more than chance."""
+    parts = []
+    for run, comparison in zip(runs[1:], comparisons, strict=True):
+        mean, low, high = comparison.overall.mean, comparison.overall.low, comparison.overall.high
+        if low <= 0 <= high:
+            parts.append(f"{run.name} and {runs[0].name} cannot be told apart ({_signed(comparison.overall)})")
+        else:
+            parts.append(f"{run.name} is {'better' if mean > 0 else 'worse'} than {runs[0].name} by {abs(mean):.3f}")
+    return f"{runs[0].benchmark}: {'; '.join(parts)}"
+
+
 def write_page(path: Path, runs: list[Run], comparisons: list[Comparison]) -> None:
     """Writes one HTML file with everything in it: the table, and of each later run the worst and the best prompts."""
     pairs, source_of = [], _sources(runs[0])
     for run, comparison in zip(runs[1:], comparisons, strict=True):
         lost = [item for item in comparison.prompts if item[0] < 0][:PROMPTS]
         won = [item for item in reversed(comparison.prompts) if item[0] > 0][:PROMPTS]
+        same = [item for item in comparison.prompts if item[0] == 0][:PROMPTS] if not lost and not won else []
+        found = (
+            (f"Where {run.name} is worse", lost),
+            (f"Where {run.name} is better", won),
+            ("Scored alike", same),
+        )
         sections = [
-            (title, [_shown(runs[0], run, source_of, *item) for item in items])
-            for title, items in (("Worst", lost), ("Best", won))
+            (title, [_shown(runs[0], run, source_of, *item) for item in items]) for title, items in found if items
         ]
         pairs.append({"first": runs[0].name, "other": run.name, "sections": sections, "pairs": comparison.pairs})
     html = render(
         Path(__file__).with_name("compare.html.j2"),
         runs=[run.name for run in runs],
+        headline=headline(runs, comparisons),
         warnings=warnings_of(runs, comparisons),
         table=table(runs, comparisons),
         pairs=pairs,

@@ -20,6 +20,7 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     offload: bool = False,
+    weight: float = 1.0,
 ) -> DiffusionPipeline:
     """Loads a pipeline onto a device.
 
@@ -31,6 +32,7 @@ def load_pipeline(
         device: Where it draws.
         dtype: Of all weights.
         offload: Whether the pipeline's parts wait in host memory, so that one at a time is on the card.
+        weight: What the LoRA's change of the weights is multiplied by.
 
     Raises:
         UserError: The folder is no pipeline, or weights are missing or do not fit.
@@ -43,7 +45,7 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     if lora:
         network = getattr(pipeline, part)
-        factors = load_lora(lora, network, type(pipeline))
+        factors = {n: (a, b, weight * s) for n, (a, b, s) in load_lora(lora, network, type(pipeline)).items()}
         if loads_loras(type(pipeline)):
             pipeline.load_lora_weights(named_factors(factors, f"{part}."))
         else:

@@ -15,6 +15,7 @@ from danceopd.planning.cards import CARDS, NODE, Card, gather_seconds
 from danceopd.planning.dry_run import Examine, dry_run
 from danceopd.planning.memory import ACTIVATIONS, BEYOND, FLOAT, REPLICA, Findings, beyond_activations
 from danceopd.support.memory import GIB, format_bytes
+from danceopd.support.texts import format_seconds
 from danceopd.training.rollouts.replica import multiplies_in_bf16
 from danceopd.training.zero.engine import GATHERED
 
@@ -276,28 +277,22 @@ def _memory_table(planned: Plan) -> Iterator[str]:
     columns = [planned.estimate(planned.own_setting(stage)) for stage in stages]
     names = list(dict.fromkeys(name for e in columns for name in e.device))
     each = planned.config.training.batch_size // planned.config.training.gradient_accumulation_steps
-    yield (
-        f"memory of one rank in GiB, {each} samples in a forward"
-        + " " * 4
-        + "".join(f"{f'ZeRO {s}':>10}" for s in stages)
-    )
+    yield _row(f"memory of one rank, {each} samples in a forward", [f"ZeRO {s}" for s in stages])
     for name in names:
-        cells = [f"{e.device[name] / GIB:.2f}" if name in e.device else "-" for e in columns]
-        yield f"  {name:44}" + "".join(f"{cell:>10}" for cell in cells)
-    yield f"  {'total':44}" + "".join(f"{f'{e.bytes() / GIB:.2f}':>10}" for e in columns)
+        yield _row(f"  {name}", [format_bytes(e.device[name]) if name in e.device else "-" for e in columns])
+    yield _row("  total", [format_bytes(e.bytes()) for e in columns])
     fits = ["fits" if e.bytes() + LEFT <= planned.card.memory else "too large" for e in columns]
-    yield f"  {f'on {planned.card.memory / GIB:.0f} GiB, of which {LEFT / GIB:.0f} are left':44}" + "".join(
-        f"{cell:>10}" for cell in fits
-    )
+    yield _row(f"  on {planned.card.memory / GIB:.0f} GiB, of which {LEFT / GIB:.0f} are left", fits)
     sharded = replace(planned.own_setting(3), sharded=True)
     if sharded in planned.settings():
-        yield (
-            f"  {'total with the frozen networks sharded':44}"
-            + " " * 30
-            + f"{f'{planned.estimate(sharded).bytes() / GIB:.2f}':>10}"
-        )
+        total = format_bytes(planned.estimate(sharded).bytes())
+        yield _row("  total with the frozen networks sharded", [*[""] * (len(stages) - 1), total])
     if not planned.findings.activations:
         yield "  at least: without activations, which need prepared rows and the transformer"
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"{name:46}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def _time_lines(planned: Plan) -> Iterator[str]:
@@ -310,15 +305,20 @@ def _time_lines(planned: Plan) -> Iterator[str]:
         )
         yield f"no time without {missing}"
         return
-    rows, each = planned.config.training.batch_size, planned.operations / 1e12
+    rows, each = planned.config.training.batch_size, planned.operations
     forwards = planned.forwards(planned.config.training.gradient_checkpointing)
     peak = f"{UTILISATION:.0%} of {card.operations / 1e12:.0f} dense bf16 TFLOPS"
-    yield f"one update: {forwards:.1f} network evaluations of a rank for its {rows} samples, {each:.3g} TFLOP each:"
-    yield f"  {forwards * each:.4g} TFLOP, at {peak}"
+    yield f"one update: {forwards:.1f} network evaluations of a rank for its {rows} samples, {_operations(each)} each:"
+    yield f"  {_operations(forwards * each)}, at {peak}"
     yield (
         f"  links in one direction: NVLink {card.nvlink / 1e9:.0f} GB/s a card in a machine of {NODE}, "
         f"{card.network / 1e9:.0f} GB/s a card between, {card.host / 1e9:.0f} GB/s to host memory; nothing overlaps"
     )
+
+
+def _operations(count: float) -> str:
+    unit, size = next(((u, s) for u, s in (("TFLOP", 1e12), ("GFLOP", 1e9)) if count >= s), ("MFLOP", 1e6))
+    return f"{count / size:,.3g} {unit}"
 
 
 def _choice(planned: Plan) -> Iterator[str]:
@@ -334,11 +334,12 @@ def _choice(planned: Plan) -> Iterator[str]:
     yield f"  {format_bytes(cheapest.bytes())} of the card, {host} of host memory a rank"
     if cheapest.seconds:
         steps = planned.config.training.max_steps
-        parts = ", ".join(f"{name} {value:.3g}" for name, value in cheapest.seconds.items())
-        yield f"  {cheapest.time():.3g} s an update ({parts}); {steps} updates: {steps * cheapest.time() / 3600:.2g} h"
+        parts = ", ".join(f"{name} {format_seconds(value)}" for name, value in cheapest.seconds.items())
+        updates = f"{steps} updates: {format_seconds(steps * cheapest.time())}"
+        yield f"  {format_seconds(cheapest.time())} an update ({parts}); {updates}"
     seen = {cheapest.setting.stage}
     for other in fitting[1:]:
         if other.setting.stage not in seen:
             seen.add(other.setting.stage)
-            time = f", {other.time():.3g} s an update" if other.seconds else ""
+            time = f", {format_seconds(other.time())} an update" if other.seconds else ""
             yield f"  also: {other.setting.text()}: {format_bytes(other.bytes())}{time}"

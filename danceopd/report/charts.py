@@ -90,10 +90,15 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / weight
 
 
+def _dot(x: np.ndarray) -> dict:
+    """Returns the style by which a lone point is seen, since a line of one has no length."""
+    return {"marker": "o", "markersize": 5} if len(x) == 1 else {}
+
+
 def _draw_losses(ax, title: str, curves: dict[str, tuple[np.ndarray, np.ndarray]], colors: Sequence[str]):
     for (name, (x, y)), color in zip(curves.items(), itertools.cycle(colors), strict=False):
         ax.plot(x, y, color=color, alpha=0.22, linewidth=0.8)
-        ax.plot(x, smooth(y), color=color, label=name)
+        ax.plot(x, smooth(y), color=color, label=name, **_dot(x))
     everything = np.concatenate([y for _, y in curves.values()])
     if everything.min() > 0 and everything.max() / everything.min() > 8:
         ax.set_yscale("log")
@@ -122,7 +127,7 @@ def _loss_chart(log: Log) -> Markup | None:
 
 def _draw_curve(ax, title: str, x: np.ndarray, y: np.ndarray):
     ax.plot(x, y, color=_INK, alpha=0.22, linewidth=0.8)
-    ax.plot(x, smooth(y), color=_INK)
+    ax.plot(x, smooth(y), color=_INK, **_dot(x))
     ax.set_ylim(0, None)
     ax.set_title(title)
     ax.set_xlabel("update")
@@ -204,7 +209,7 @@ def _draw_health(ax, key: str, curves: dict[str, tuple[np.ndarray, np.ndarray]])
     ratio = key.endswith("_ratio")
     colors = matplotlib.colormaps["viridis"](np.linspace(0.08, 0.88, len(curves)))
     for (name, (x, y)), color in zip(curves.items(), colors, strict=True):
-        ax.plot(x, y, color=color, label=f"σ = {name}" if ratio else name, linewidth=1.4)
+        ax.plot(x, y, color=color, label=f"σ = {name}" if ratio else name, linewidth=1.4, **_dot(x))
     if ratio:
         ax.axhline(1, color=_GREY, linewidth=0.9, linestyle=(0, (5, 3)), zorder=1)
         low, high = ax.get_ylim()
@@ -225,7 +230,7 @@ def _health_chart(log: Log) -> Markup | None:
     """Draws the recorded ratios over updates, a line for each sigma; None without health records."""
     panels = []
     values = [record["health"] for record in log.health if isinstance(record["health"], dict)]
-    for key in dict.fromkeys(key for health in values for key in health):
+    for key in dict.fromkeys(key for health in values for key in health if key != "queries"):
         at = {sigma for health in values if isinstance(health.get(key), dict) for sigma in health[key]}
         curves = {sigma: _curve(log.health, "health", key, sigma) for sigma in sorted(at, key=_sigma)}
         curves = {sigma: curve for sigma, curve in curves.items() if len(curve[0])}

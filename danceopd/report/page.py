@@ -30,7 +30,7 @@ from danceopd.report.tables import (
     _table,
     _task_columns,
 )
-from danceopd.report.words import _warnings, summary
+from danceopd.report.words import _warnings, headline, summary
 from danceopd.support.files import write_atomic
 from danceopd.support.pages import render
 from danceopd.support.run_log import Log, read_log
@@ -131,6 +131,7 @@ def render_report(run_name: str, results: dict, log: Log, pictures: dict) -> str
     return render(
         Path(__file__).with_name("report.html.j2"),
         run_name=run_name,
+        headline=headline(results),
         summary=re.sub(r"(\d) (?=%|(?:s|min|h)\b)", "\\1\N{NO-BREAK SPACE}", summary(results)),
         student=label(results.get("student", "danceopd")),
         warnings=_warnings(results, log),

@@ -5,6 +5,24 @@ from danceopd.report.tables import _GEDIT, _GENEVAL, _bars, _row, reaches_bars, 
 from danceopd.support.run_log import Log
 
 
+def headline(results: dict) -> str:
+    """Writes one short sentence: what the student can do of what its sources can."""
+    name = label(results.get("student", "danceopd"))
+    if "velocity_errors" in results:
+        closed = {n: e["closed"] for n, e in results["velocity_errors"].items() if _number(e, "closed") is not None}
+        if not closed:
+            return f"{name} was trained; how far it is from its sources was not measured"
+        parts = [f"{percent(share)} for {n}" for n, share in closed.items()]
+        return f"{name} closed {_and(parts)} of the gap to its sources"
+    student = _row(results, results.get("student", "danceopd"))
+    if student is None:
+        return "No student has been scored yet"
+    own = shares(results, student)
+    what = {"t2i": "drawing", "edit": "editing"}
+    parts = [f"{percent(share)} of its source at {what[key]}" for key, share in own.items() if share is not None]
+    return f"One model with {_and(parts)}" if parts else f"{name} has been scored"
+
+
 def summary(results: dict) -> str:
     """Writes one paragraph of plain text: what the student reaches of each source, at what cost."""
     if "velocity_errors" in results:

@@ -41,6 +41,8 @@ KEPT = 0.98  # of the T2I source's overall
 
 NEAR = 0.02  # of the share of C's gap
 
+FIRST = 0.01  # of another method's evaluations: what is below is over before a curve has its second point
+
 BAND = 0.95  # of the other numbers of rollout steps
 
 
@@ -146,8 +148,11 @@ def _cheaper_claim(setting: str, rows: dict, other: str) -> Claim:
         return Claim(text, "", NOT if never else UNDECIDED, f"reached in {len(reached)} of {len(shares)} seeds")
     share, error = mean_error(list(shares.values()))
     spread = "" if error is None else f" ± {100 * error:.0f}"
-    times = f", {1 / share:.1f} times fewer" if share > 0 else ", from the start"
-    figures = f"in {100 * share:.0f}{spread} % of its evaluations{times if share < 1 else ''}"
+    if share < FIRST:
+        figures = f"in under {100 * FIRST:.0f} % of its evaluations: from the first measurement on"
+    else:
+        times = f", {1 / share:.1f} times fewer" if share < 1 else ""
+        figures = f"in {100 * share:.0f}{spread} % of its evaluations{times}"
     return Claim(text, "", verdict((1 - share, error)), figures)
 
 

@@ -12,6 +12,8 @@ from danceopd.support.errors import Terminated, UserError
 EXTRAS = dict.fromkeys(("diffusers", "transformers", "accelerate"), "danceopd[models]")
 EXTRAS |= {"datasets": "danceopd[datasets]", "deepspeed": "danceopd[deepspeed]", "triton": "danceopd[triton]"}
 EXTRAS |= dict.fromkeys(("torchao", "bitsandbytes"), "danceopd[8bit]")
+EXTRAS |= dict.fromkeys(("starlette", "uvicorn"), "danceopd[watch]")
+EXTRAS |= {"torchvision": "danceopd[models]", "ftfy": "danceopd[prx]", "flash_attn": "danceopd[flash-attn]"}
 
 
 def guarded(function, args) -> int:

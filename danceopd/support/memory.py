@@ -1,9 +1,14 @@
 """The host's memory allocator, how much memory is free for each rank, and how sizes are written."""
 
+from __future__ import annotations
+
 import ctypes
 import os
+import sys
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30  # bytes
 
@@ -30,6 +35,8 @@ def keep_freed_memory() -> bool:
 def free_bytes(device: torch.device) -> int:
     """Returns the free memory of a card, or this rank's share of the host's, in bytes."""
     if device.type not in ("cpu", "meta"):
+        import torch
+
         card = torch.get_device_module(device)
         return card.mem_get_info(device)[0] + card.memory_reserved(device) - card.memory_allocated(device)
     import psutil  # DeepSpeed needs it too
@@ -37,6 +44,24 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def most_memory() -> int:
+    """Returns the most bytes that this process had: of its card where it computes on one, else of host memory."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved()
+    import psutil
+
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return psutil.Process().memory_info().rss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def format_bytes(count: float) -> str:
-    """Writes a number of bytes: "1.50 GiB", and "1.50 MiB" below a GiB."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.2f} MiB"
+    """Writes a number of bytes with the unit that suits it: "1.50 GiB", "1.50 MiB", "1.50 KiB", or "0" of none."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 2**10:.2f} KiB" if count else "0"

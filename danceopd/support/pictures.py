@@ -28,6 +28,13 @@ def save_grid(path: Path, rows: list[torch.Tensor], scale: int = 3) -> None:
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
 
 
+def png(picture: torch.Tensor) -> bytes:
+    """Returns a picture [3, H, W] in [-1, 1] as a PNG's bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(to_uint8(picture).permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def labelled_grid(
     rows: Sequence[tuple[str, Sequence[torch.Tensor]]], columns: Sequence[str] = (), least=CELL[0]
 ) -> bytes:

@@ -1,6 +1,6 @@
 """Reads text files and the JSON in them: no byte-order mark is kept, and a line is what ends in a newline.
 
-And fills texts in: {name} in braces is a row's column of that name.
+And fills texts in: {name} in braces is a row's column of that name; and writes times.
 """
 
 import json
@@ -93,3 +93,11 @@ def filled(text: str, columns: Mapping[str, str]) -> str:
         if not columns.get(name):
             raise ValueError(f"no {name!r}, which the text {text!r} takes from every row")
     return text.format_map(columns)
+
+
+def format_seconds(seconds: float) -> str:
+    """Writes a time with the unit that suits it: "35 µs", "12 ms", "1.2 s", "6.5 min", "2.1 h", "3.4 days"."""
+    units = (("days", 172_800, 86_400), ("h", 5_400, 3_600), ("min", 90, 60), ("s", 1, 1), ("ms", 1e-3, 1e-3))
+    unit, size = next(((name, size) for name, least, size in units if seconds >= least), ("µs", 1e-6))
+    value = seconds / size
+    return f"{value:.0f} {unit}" if value >= 10 or not value else f"{value:.1f} {unit}"

@@ -82,16 +82,21 @@ class Health:
         """Averages the ratios over capabilities.
 
         Returns:
-            The ratios by sigma, as {"velocity_norm_ratio": {"0.620": 1.01}, ...}, and the gradient norm's quantiles.
+            The ratios by sigma, as {"velocity_norm_ratio": {"0.620": 1.01}, ...}, the gradient norm's quantiles, and
+            the number of the run's queries by sigma.
         """
-        result = {}
+        result: dict[str, dict] = {}
         for name, table in (("velocity_norm_ratio", self.velocity), ("state_norm_ratio", self.state)):
             by_sigma: dict[str, list[float]] = {}
             for key, (mean, _) in table.items():
                 sigma = self.sigmas[int(key.rpartition("/")[2])]
                 by_sigma.setdefault(f"{sigma:.3f}", []).append(mean)
             result[name] = {sigma: sum(v) / len(v) for sigma, v in sorted(by_sigma.items())}
-        return {**result, "gradient_norm": self.quantiles()}
+        queries: dict[str, int] = {}
+        for key, (_, count) in sorted(self.velocity.items()):
+            sigma = f"{self.sigmas[int(key.rpartition('/')[2])]:.3f}"
+            queries[sigma] = queries.get(sigma, 0) + count
+        return {**result, "gradient_norm": self.quantiles(), "queries": dict(sorted(queries.items()))}
 
     def warnings(self) -> dict[str, str]:
         """Finds what is drifting now.

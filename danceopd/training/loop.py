@@ -457,7 +457,8 @@ def train(
         _go_on(trainer, checkpoint)
     if first:
         write_atomic(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
-    trainer.run(callbacks)
+    if trainer.progress() < 1:
+        trainer.run(callbacks)
     return folder
 
 
@@ -466,7 +467,13 @@ def _go_on(trainer: Trainer, checkpoint: Checkpoint) -> None:
     training = trainer.config.training
     go_on(trainer, checkpoint)
     if trainer.ranks.rank == 0:
-        print(f"going on from step {trainer.step} of {training.output_dir}")
+        if trainer.progress() < 1:
+            print(f"going on from step {trainer.step} of {training.output_dir}")
+        else:
+            print(
+                f"{training.output_dir} is finished after {trainer.step} updates: nothing is left to train; "
+                "--overwrite starts again, a larger training.max_steps goes on"
+            )
         tidy(training.output_dir / "checkpoints", checkpoint.path, training.keep_checkpoints)
         for left in training.output_dir.glob(".*.tmp"):
             left.unlink(missing_ok=True)

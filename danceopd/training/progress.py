@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from danceopd.config.sections import Config
 from danceopd.support.bars import bar
+from danceopd.support.memory import GIB, most_memory
 from danceopd.support.run_log import RunLog
 
 
@@ -48,7 +49,7 @@ class Progress:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if step % self.log_every == 0 or done == 1:
-            self.log.write(step, record)
+            self.log.write(step, {**record, "memory_gib": round(most_memory() / GIB, 3)})
         for name in drifting.keys() - self.said if not self.silent else ():
             self.said.add(name)
             tqdm.write(f"warning at step {step}: {drifting[name]}", file=sys.stderr)

@@ -4,9 +4,13 @@ import argparse
 
 import torch
 from danceopd_kernels import routed_velocity_mse
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
-from peft import LoraConfig
+
+try:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+    from peft import LoraConfig
+except ModuleNotFoundError as error:
+    raise SystemExit(f"this example needs {error.name}: pip install diffusers transformers peft") from None
 
 
 def main(backend=None, updates=40):

@@ -4,9 +4,13 @@ import argparse
 
 import torch
 from danceopd_kernels import routed_velocity_mse
-from flow_matching.path import CondOTProbPath
-from flow_matching.solver import ODESolver
 from torch import nn
+
+try:
+    from flow_matching.path import CondOTProbPath
+    from flow_matching.solver import ODESolver
+except ModuleNotFoundError as error:
+    raise SystemExit(f"this example needs {error.name}: pip install flow_matching (licence CC BY-NC 4.0)") from None
 
 
 class Velocity(nn.Sequential):

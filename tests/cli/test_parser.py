@@ -1,15 +1,19 @@
 """The command line's own answers: help, version, and a command that is not there."""
 
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 
-from danceopd.cli.parser import main
+from danceopd.cli.parser import GROUPS, build_parser, main
 
 
 def test_a_bare_command_shows_the_help(capsys):
     assert main([]) == 0
-    assert "train, or go on where a run stopped" in capsys.readouterr().out
+    assert "train a student as a configuration says, or go on where a run stopped" in capsys.readouterr().out
 
 
 def test_the_version_names_the_commit(capsys):
@@ -25,3 +29,73 @@ def test_a_command_that_is_not_there_names_the_nearest(typed, said, capsys):
         main([typed])
     assert stopped.value.code == 2
     assert f"there is no command '{typed}'; {said}" in capsys.readouterr().err
+
+
+def commands():
+    """{name: parser} of every command and its actions."""
+    waiting, found = [("", build_parser())], {}
+    for name, parser in waiting:
+        for action in parser._actions:
+            if hasattr(action, "_name_parser_map"):
+                waiting += [(f"{name} {inner}".strip(), own) for inner, own in action.choices.items()]
+        if name and name != "data":
+            found[name] = parser
+    return found
+
+
+def test_the_help_has_every_command_once_in_a_group(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    for title, _ in GROUPS:
+        assert f"\n{title}:\n" in said
+    for name in commands():
+        if not name.startswith("data "):
+            assert len(re.findall(rf"^  {re.escape(name)}  ", said, re.M)) == 1, name
+    assert max(map(len, said.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_has_an_example_that_its_parser_takes(name):
+    said = commands()[name].format_help()
+    example = said[said.index("example") :].partition("\n")[2].replace("\\\n", " ")
+    lines = [line for line in example.splitlines() if " ".join(line.split()).startswith("danceopd")]
+    assert lines, said
+    for line in lines:
+        words = shlex.split(line.split(">")[0], comments=True)[1:]
+        if words[0] == "evaluate" and words[1] in ("geneval", "gedit", "reward"):
+            words[:2] = [" ".join(words[:2])]
+        args = build_parser().parse_args(words)
+        assert args.run is not None
+        assert words[0] == name.split()[0] or words[0] == name
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_prints_a_script_that_the_shell_takes(shell, capsys, tmp_path):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("merge-loras", "--guidance-scale", "prepare"):
+        assert word in script
+    if shutil.which(shell):
+        (tmp_path / "script").write_text(script)
+        subprocess.run([shell, "-n", tmp_path / "script"], check=True, timeout=60)
+
+
+def test_bash_completes_commands_and_options(tmp_path, capsys):
+    main(["completion", "bash"])
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+
+    def completed(*words):
+        line = f"COMP_WORDS=({' '.join(map(shlex.quote, words))}); COMP_CWORD={len(words) - 1}"
+        ask = f"source {tmp_path}/script; {line}; _shtab_danceopd; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        ran = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, timeout=60, check=True)
+        return [word.strip() for word in ran.stdout.split()]
+
+    assert completed("danceopd", "merge") == ["merge-loras"]
+    assert completed("danceopd", "data", "pre") == ["prepare"]
+    assert "--guidance-scale" in completed("danceopd", "sample", "--g")
+
+
+def test_the_parser_and_completion_load_no_torch():
+    code = "import sys; from danceopd.cli import main; main(['completion', 'bash']); print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.rstrip().endswith("False")

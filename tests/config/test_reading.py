@@ -148,3 +148,15 @@ def test_values_and_overrides_extend_nothing(tmp_path):
     for values, overrides in (({"extends": "a.yaml"}, []), ({}, ["extends=a.yaml"])):
         with pytest.raises(UserError, match="extends stands in a file alone"):
             parse_config(values, overrides)
+
+
+def test_configurations_that_ship_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/demo.yaml").method == "danceopd_fast"
+    assert load_config("configs/models/z-image-c.yaml").student.lora.rank == 128  # by what it extends
+    with pytest.raises(UserError, match="no configuration at configs/nothing"):
+        load_config("configs/nothing.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.yaml").write_text("method: joint\n")
+    with pytest.raises(UserError, match="sources"):
+        load_config("configs/demo.yaml")  # the one that is here, whatever it lacks

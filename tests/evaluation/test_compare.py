@@ -139,9 +139,10 @@ def test_the_page_has_the_worst_and_the_best_prompts_and_needs_no_other_file(tmp
     text = (tmp_path / "sub" / "page.html").read_text()
     page, words = Page(text), " ".join(Page(text).text)
     assert page.tags.count("article") == 2, "the third prompt is the same in both"
-    assert (
-        words.index("Worst of b") < words.index("a photo of a dog") < words.index("Best of b") < words.index("alert(1)")
-    )
+    order = ("Where b is worse", "a photo of a dog", "Where b is better", "alert(1)", "All scores")
+    places = [words.index(text) for text in order]
+    assert places == sorted(places), "pictures come before the table"
+    assert "GenEval: b and a cannot be told apart (+0.167" in words
     assert page.tags.count("img") == 8
     assert "script" not in page.tags
     assert METADATA[1]["prompt"] in words
@@ -151,6 +152,17 @@ def test_the_page_has_the_worst_and_the_best_prompts_and_needs_no_other_file(tmp
         assert not name.startswith("on")
         assert name != "src" or value.startswith("data:image/png;base64,")
     assert str(tmp_path) not in text
+
+
+def test_runs_without_a_difference_show_their_pictures_all_the_same(tmp_path):
+    a, b = (save_run(tmp_path / name, [[True, False], [False, False]]) for name in "ab")
+    assert main(["compare", str(a), str(b), "-o", str(tmp_path / "page.html")]) == 0
+    page = Page((tmp_path / "page.html").read_text())
+    words = " ".join(page.text)
+    assert "cannot be told apart (+0.000 (+0.000 to +0.000))" in words
+    assert "Scored alike" in words
+    assert "Where b is" not in words
+    assert (page.tags.count("article"), page.tags.count("img")) == (2, 8)
 
 
 def test_three_runs_and_equal_names_are_told_apart(tmp_path, capsys):

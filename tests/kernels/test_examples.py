@@ -112,3 +112,12 @@ assert danceopd_kernels.__file__.startswith(sys.argv[1]), danceopd_kernels
     command = [sys.executable, "-c", program, str(ROOT / "kernels")]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_example_names_the_package_that_it_lacks(name, monkeypatch):
+    package = NEEDS[name][0]
+    for module in [package, *(module for module in sys.modules if module.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=rf"this example needs {package}.*: pip install"):
+        runpy.run_path(str(ROOT / "kernels" / "examples" / f"{name}.py"))

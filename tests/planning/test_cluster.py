@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from danceopd.planning.backward import operations
 from danceopd.planning.cards import CARDS, gather_seconds
 from danceopd.planning.cluster import LEFT, UTILISATION, Setting, plan
 from danceopd.planning.dry_run import dry_run
-from danceopd.support.memory import GIB
+from danceopd.support.memory import GIB, format_bytes
+from danceopd.support.texts import format_seconds
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.dry_run import examine
 from danceopd.world.files import save_model
@@ -51,6 +53,19 @@ def large(n: float, **changes):
 
 
 # ---------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_what_a_small_network_takes_is_said_in_units_that_suit_it():
+    said = plan(load_config("configs/demo.yaml"), examine, 8, "h100").text()
+    assert not re.search(r"\b0\.0+\b|e-0", said)
+    assert re.search(
+        r"  student +7\.80 MiB +7\.80 MiB +7\.80 MiB +998\.56 KiB\n", said
+    )  # 2,045,056 x 4 bytes, an eighth
+    assert re.search(r"\d+ µs an update .*; 3000 updates: \d+ ms\n", said)
+    assert [format_seconds(s) for s in (0, 9.3e-6, 0.0314, 42.4, 100, 7000, 3e5)] == [
+        "0 µs", "9.3 µs", "31 ms", "42 s", "1.7 min", "1.9 h", "3.5 days"
+    ]  # fmt: skip
+    assert [format_bytes(n) for n in (0, 512, 2**20, 3 * 2**29)] == ["0", "0.50 KiB", "1.00 MiB", "1.50 GiB"]
 
 
 def test_one_process_is_the_dry_run():

@@ -70,6 +70,9 @@ def records(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+TIMED = ("seconds", "samples_per_second", "memory_gib")  # what of a record is another each time
+
+
 def test_a_run_writes_what_it_promises(raw, tmp_path):
     folder = distill(config_of(raw))
     log = records(folder)
@@ -113,8 +116,8 @@ def test_interrupted_equals_uninterrupted(raw, tmp_path, optimizer):
     folder = distill(half)
     assert_same_state(newest(whole), newest(folder))
     assert [r["step"] for r in records(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    strip = [{k: v for k, v in r.items() if k not in ("seconds", "samples_per_second")} for r in records(whole)]
-    again = [{k: v for k, v in r.items() if k not in ("seconds", "samples_per_second")} for r in records(folder)]
+    strip = [{k: v for k, v in r.items() if k not in TIMED} for r in records(whole)]
+    again = [{k: v for k, v in r.items() if k not in TIMED} for r in records(folder)]
     assert [r for r in strip if "loss" in r] == [r for r in again if "loss" in r]
 
 
@@ -275,7 +278,7 @@ def _other_picture(path):
 
 
 @pytest.mark.parametrize("behind", ["checkpoints", "student"])
-def test_a_run_that_was_killed_at_its_end_writes_what_is_missing(raw, monkeypatch, behind):
+def test_a_run_that_was_killed_at_its_end_writes_what_is_missing(raw, capsys, behind):
     config = config_of(raw, keep_checkpoints=1, sample_every=0)
     folder = distill(config)
     student, expected = folder / "student.safetensors", load_file(folder / "student.safetensors")
@@ -288,7 +291,13 @@ def test_a_run_that_was_killed_at_its_end_writes_what_is_missing(raw, monkeypatc
     for left in (folder / ".student.safetensors.123.tmp", folder / ".config.yaml.4.tmp"):
         left.write_bytes(b"x")
     (folder / "checkpoints" / ".step-00000006.tmp").mkdir()
+    log = (folder / "log.jsonl").read_bytes()
     distill(config)
+    said = capsys.readouterr()
+    assert f"{folder} is finished after 6 updates: nothing is left to train" in said.out
+    assert "going on" not in said.out
+    assert "step" not in said.err  # no bar of nothing
+    assert (folder / "log.jsonl").read_bytes() == log
     assert [*map(str, state.checkpoints(folder / "checkpoints"))] == [str(name)]
     assert [path.name for path in folder.rglob(".*")] == []
     found = load_file(student)

@@ -47,15 +47,6 @@ def run_folder(tiny, tmp_path):
     return tmp_path / "run"
 
 
-def test_help_teaches(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
-    out = capsys.readouterr().out
-    for command in ("train", "evaluate", "sample", "report", "sources", "data"):
-        assert f"danceopd {command}" in out
-
-
 def test_report_writes_every_row(run_folder, capsys):
     assert main(["report", str(run_folder)]) == 0
     out = capsys.readouterr().out
@@ -94,15 +85,43 @@ def test_evaluate_writes_one_row_and_repeats(tiny, tmp_path, capsys):
     assert "average" in rows[0]["gedit"]
 
 
-def test_sample_draws_and_edits(tiny, tmp_path):
-    out = tmp_path / "out.png"
-    assert main(["sample", str(tiny), "a photo of a dog", "a photo of two cats", "-o", str(out), "--count", "2"]) == 0
-    drawn = Image.open(out)
-    assert drawn.size == (2 * 32 * 6, 2 * 32 * 6)
-    Image.new("RGBA", (70, 50), (255, 0, 0, 128)).save(tmp_path / "source.png")
-    command = ["sample", str(tiny), "add a cup", "--source", str(tmp_path / "source.png"), "-o", str(out)]
-    assert main([*command, "--guidance-scale", "2"]) == 0
-    assert Image.open(out).size == (4 * 32 * 6, 2 * 32 * 6)
+def test_sample_draws_a_row_for_each_combination_and_a_column_for_each_seed(tiny, tmp_path):
+    out = tmp_path / "new" / "out.png"
+    prompts = ["a photo of a dog", "a photo of two cats"]
+    drawn = ["sample", str(tiny), *prompts, "-o", str(out), "--num-inference-steps", "2"]
+    assert main([*drawn, "--seed", "5", "7", "--guidance-scale", "1", "3"]) == 0
+    grid = Image.open(out)
+    assert grid.size == (2 * 192, 16 + 4 * (192 + 16))
+    assert main(["sample", str(tiny), prompts[1], "-o", str(out), "--num-inference-steps", "2", "--seed", "7"]) == 0
+    alone = Image.open(out)
+    assert alone.size == (32, 32), "a single picture has no label and is not enlarged"
+    place = (192, 16 + 2 * 208 + 16, 384, 3 * 208 + 16)  # the third row: the second prompt without guidance
+    assert grid.crop(place).tobytes() == alone.resize((192, 192), Image.Resampling.NEAREST).tobytes()
+
+
+def test_edit_shows_what_it_edits(tiny, tmp_path):
+    out, source = tmp_path / "out.png", tmp_path / "source.png"
+    Image.new("RGBA", (70, 50), (255, 0, 0, 128)).save(source)
+    assert main(["edit", str(tiny), str(source), "add a cup", "-o", str(out), "--seed", "1", "2"]) == 0
+    grid = Image.open(out)
+    assert grid.size == (2 * 192, 16 + 16 + 137 + 16 + 192)
+    assert grid.getpixel((96, 100)) == (255, 127, 127)
+
+
+def test_a_run_is_drawn_with_as_it_is_and_at_its_checkpoints(run_folder, tmp_path, capsys):
+    draw = ["sample", "a photo of a dog", "--num-inference-steps", "2", "--seed", "3"]
+    pictures = {}
+    for name, what in {
+        "run": [str(run_folder)],
+        "file": [str(run_folder / "student.safetensors")],
+        "step": [str(run_folder), "--checkpoint", "2"],
+    }.items():
+        out = tmp_path / f"{name}.png"
+        assert main([draw[0], *what[:1], *draw[1:], *what[1:], "-o", str(out)]) == 0
+        pictures[name] = Image.open(out).tobytes()
+    assert pictures["run"] == pictures["file"] == pictures["step"]
+    assert main(["sample", str(run_folder), "a dog", "--checkpoint", "1"]) == 2
+    assert "has no checkpoint of step 1; it keeps 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -112,7 +131,13 @@ def test_sample_draws_and_edits(tiny, tmp_path):
         (["train", "--config", "configs/demo.yaml", "training.max_step=3"], "did you mean 'max_steps'"),
         (["evaluate", "nowhere.safetensors"], "nor an embedded network"),
         (["evaluate", "base", "--per-task", "0"], "at least 1"),
-        (["sample", "base", "a dog", "--source", "nowhere.png"], "no picture at nowhere.png"),
+        (["edit", "base", "nowhere.png", "add a cup"], "no picture at nowhere.png"),
+        (["sample", "base", "a dog", "--lora", "x.safetensors"], "an embedded network; leave out --lora"),
+        (["sample", "base", "a dog", "--dtype", "float16"], "an embedded network; leave out --dtype"),
+        (["sample", "miniature", "a dog", "--solver", "heun"], "as its pipeline does; leave out --solver"),
+        (["sample", "miniature", "a dog", "--lora-weight", "0.5"], "--lora-weight needs a LoRA"),
+        (["sample", "miniature", "a dog", "--checkpoint", "5"], "--checkpoint is of a run"),
+        (["sample", "nowhere", "a dog"], "there is no nowhere; give a run's folder, a pipeline, a LoRA"),
         (["sources", "train", "--only", "nothing"], "no source 'nothing'"),
         (["data", "check", "nowhere.jsonl"], "nowhere.jsonl"),
         (["sample", "base", "a dog", "--num-inference-steps", "0"], "must be at least 1"),

@@ -1,0 +1,46 @@
+"""`danceopd completion`: a script by which a shell completes commands, options and files."""
+
+import argparse
+from pathlib import Path
+
+from danceopd.cli.arguments import add_command
+
+EXAMPLE = """danceopd completion bash > ~/.local/share/bash-completion/completions/danceopd
+danceopd completion zsh > ~/.zsh/_danceopd   # a folder of $fpath
+danceopd completion tcsh > ~/.danceopd.csh   # sourced by ~/.tcshrc"""
+
+
+def add_completion(commands) -> None:
+    """Adds `danceopd completion`."""
+    parser = add_command(
+        commands,
+        "completion",
+        run_completion,
+        "print a script that completes commands, options and files in a shell",
+        example=EXAMPLE,
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+
+
+def run_completion(args: argparse.Namespace) -> None:
+    """Prints the script."""
+    import shtab
+
+    from danceopd.cli.parser import build_parser
+
+    parser = build_parser()
+    _complete_files(parser, shtab.FILE)
+    print(shtab.complete(parser, shell=args.shell))
+
+
+def _complete_files(parser: argparse.ArgumentParser, file: dict) -> None:
+    """Marks every argument that is a path; of `evaluate geneval` and its like the shell sees `evaluate` alone."""
+    for action in parser._actions:
+        if action.type is Path:
+            action.complete = file
+        if isinstance(action, argparse._SubParsersAction):
+            for name in [name for name in action.choices if " " in name]:
+                del action.choices[name]
+            action._choices_actions = [one for one in action._choices_actions if " " not in one.dest]
+            for child in action.choices.values():
+                _complete_files(child, file)

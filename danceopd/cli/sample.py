@@ -1,0 +1,214 @@
+"""`danceopd sample` and `danceopd edit`: pictures by a run, a model or a LoRA, in a grid."""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from danceopd.cli.arguments import DTYPES, add_command
+from danceopd.support.errors import UserError
+
+WHAT = (
+    "a run's folder, a diffusers pipeline (a folder, an id of the hub, or miniature), a LoRA, or an embedded network "
+    "(base, t2i, edit, ... or a .safetensors file)"
+)
+
+EMBEDDED_ONLY, MODELS_ONLY = ("shift", "solver"), ("lora", "resolution", "max_sequence_length", "dtype")
+
+
+def add_sample(commands) -> None:
+    """Adds `danceopd sample`."""
+    parser = add_command(
+        commands,
+        "sample",
+        run_sample,
+        "draw pictures with a run, a model or a LoRA, in a grid",
+        example='danceopd sample base "a photo of a red car and a blue cup" -o cups.png\n'
+        'danceopd sample runs/model "a lighthouse" --checkpoint 500 1000 --guidance-scale 1 4\n'
+        'danceopd sample ink.safetensors "a lighthouse, in ink" --base MODEL --lora-weight 0 0.5 1',
+    )
+    parser.add_argument("what", metavar="WHAT", help=WHAT)
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a row of the grid each")
+    _add_grid(parser, "sample.png")
+
+
+def add_edit(commands) -> None:
+    """Adds `danceopd edit`."""
+    parser = add_command(
+        commands,
+        "edit",
+        run_sample,
+        "edit a picture with a run, a model or a LoRA, in a grid",
+        example='danceopd edit edit room.png "add a red cup" -o edited.png',
+    )
+    parser.add_argument("what", metavar="WHAT", help=WHAT)
+    parser.add_argument("picture", type=Path, help="the picture to edit, of any size")
+    parser.add_argument("prompts", nargs="+", metavar="INSTRUCTION", help="a row of the grid each")
+    _add_grid(parser, "edit.png")
+
+
+def _add_grid(parser: argparse.ArgumentParser, output: str) -> None:
+    parser.set_defaults(models=("lora", "base"))
+    parser.add_argument("-o", "--output", type=Path, default=Path(output), help="PNG to write (%(default)s)")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3], help="a column each (0 1 2 3)")
+    own = "(the pipeline's own; 1 for an embedded network)"
+    parser.add_argument("--guidance-scale", type=float, nargs="+", metavar="SCALE", help=f"a row each {own}")
+    parser.add_argument("--checkpoint", type=int, nargs="+", metavar="STEP", help="of a run: a row each (the newest)")
+    parser.add_argument("--lora", type=Path, help="a LoRA for a pipeline: a file, a folder or an id of the hub")
+    parser.add_argument("--lora-weight", type=float, nargs="+", default=[1.0], metavar="W", help="a row each (1)")
+    parser.add_argument("--base", type=Path, help="the pipeline that a LoRA is for (the one that its file names)")
+    parser.add_argument("--num-inference-steps", type=int, help="solver steps (the pipeline's own; 16)")
+    parser.add_argument("--resolution", type=int, help="side of a square of as many pixels (the pipeline's own)")
+    parser.add_argument("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt (the pipeline's own)")
+    parser.add_argument("--shift", type=float, help="of an embedded network's noise levels (5)")
+    parser.add_argument("--solver", choices=("euler", "heun", "ab2"), help="of an embedded network (euler)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtype", choices=DTYPES, help="of a pipeline's weights (bfloat16; float32 on a CPU)")
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    """Draws, or edits where there is a picture, and writes one PNG."""
+    from danceopd.evaluation.grid import draw_grid, pixels
+    from danceopd.support.bars import bar
+    from danceopd.support.files import write_atomic
+    from danceopd.support.pictures import decode_picture
+
+    picture = None
+    if path := getattr(args, "picture", None):
+        if not path.is_file():
+            raise UserError(f"no picture at {path}")
+        try:
+            picture = decode_picture(path)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+    for name in ("num_inference_steps", "resolution", "max_sequence_length"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    with _networks(args, picture) as networks:
+        first = ("to edit", pixels(picture)) if picture else None
+        png = draw_grid(
+            networks, args.prompts, args.seed, args.guidance_scale or [None], first, lambda rows: bar(rows, unit="row")
+        )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.output, png)
+    print(f"wrote {args.output}")
+
+
+@contextmanager
+def _networks(args: argparse.Namespace, picture) -> Iterator[list]:
+    """Finds out what WHAT is, and yields the networks that draw; what is refused is said before one is loaded."""
+    from danceopd.config.reading import read_run_config
+
+    run = Path(args.what).expanduser()
+    config = read_run_config(run) if (run / "config.yaml").is_file() else None
+    if args.checkpoint and config is None:
+        raise UserError(f"--checkpoint is of a run, and {args.what} is none: a run's folder has a config.yaml")
+    if (config is not None and not config.model) or (config is None and _is_embedded(args.what)):
+        _refuse(args, MODELS_ONLY, f"{args.what} is an embedded network")
+        yield list(_embedded(args, run if config else None))
+    else:
+        _refuse(args, EMBEDDED_ONLY, f"{args.what} is drawn with as its pipeline does")
+        with tempfile.TemporaryDirectory() as work:
+            yield list(_pipelines(args, run, config, picture, Path(work)))
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    if given:
+        raise UserError(f"{why}; leave out {', '.join(given)}")
+
+
+def _is_embedded(what: str) -> bool:
+    from danceopd.world.files import read_config, shipped_sources
+
+    path = Path(what).expanduser()
+    if what in shipped_sources() or path.suffix != ".safetensors" or not path.is_file():
+        return what in shipped_sources()
+    try:
+        read_config(path)
+    except UserError:
+        return False  # a LoRA, or damaged, which is said where it is read
+    return True
+
+
+def _embedded(args: argparse.Namespace, run: Path | None) -> Iterator:
+    """Yields the embedded network, or a run's student, at each checkpoint."""
+    from danceopd.evaluation.grid import Network
+    from danceopd.tools.students import checkpoint_of
+    from danceopd.training.assembly.parts import averaged_student
+    from danceopd.world.files import load_model
+    from danceopd.world.own_data import load_picture
+    from danceopd.world.scoring import as_field, load_field
+
+    weights = str(run / "student.safetensors") if run else args.what
+    if run and not Path(weights).is_file():
+        raise UserError(f"{run} holds no student yet: its first checkpoint writes it; train on with danceopd train")
+    how = (args.num_inference_steps or 16, args.shift or 5.0, args.solver or "euler")
+    _, sampler = load_field(weights, *how, 1.0)
+    picture = getattr(args, "picture", None)
+    source = load_picture(picture, sampler.image_size)[None] if picture else None
+
+    def loaded(checkpoint):
+        def load():
+            network = load_model(Path(weights)) if run else None
+            if checkpoint:
+                network = averaged_student(network, checkpoint)
+
+            def draw(prompt, seed, scale):
+                scale = 1.0 if scale is None else scale
+                field = as_field(network, scale) if network else load_field(weights, *how, scale)[0]
+                return sampler(field, [prompt], source, seed)[0]
+
+            return draw
+
+        return load
+
+    steps = {step: checkpoint_of(run, step) for step in args.checkpoint or ()}
+    if not steps:
+        yield Network("", loaded(None))
+    for step, checkpoint in steps.items():
+        yield Network(f"step {step}", loaded(checkpoint))
+
+
+def _pipelines(args: argparse.Namespace, run: Path, config, picture, work: Path) -> Iterator:
+    """Yields the pipeline with each checkpoint and each weight of the LoRA."""
+    import torch
+
+    from danceopd.evaluation.grid import Network, Pipeline, found
+    from danceopd.support.devices import find_own_device
+    from danceopd.support.paths import draws_miniature
+    from danceopd.tools.students import student_files
+
+    device = find_own_device(args.device)
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    if config is None:
+        files = {"": found(args.what, args.lora, args.base)}
+    else:
+        if args.lora or args.base:
+            raise UserError(f"{run} is a run, with a base and a student of its own; leave out --lora and --base")
+        files = {
+            f"step {step}" if step is not None else "": {
+                "model": config.model,
+                **student_files(run, config, step, work),
+            }
+            for step in args.checkpoint or [None]
+        }
+    if args.lora_weight != [1.0] and not all(one.get("lora") for one in files.values()):
+        raise UserError("--lora-weight needs a LoRA: give --lora, or a LoRA or a run that trained one as WHAT")
+    for label, paths in files.items():
+        small = 64 if draws_miniature(paths["model"]) else None
+        for weight in args.lora_weight:
+            pipeline = Pipeline(
+                **paths,
+                weight=weight,
+                picture=picture,
+                resolution=args.resolution or small,
+                num_inference_steps=args.num_inference_steps,
+                max_sequence_length=args.max_sequence_length,
+                device=device,
+                dtype=dtype,
+            )
+            pipeline.check()
+            weighed = f"LoRA x {weight:g}" if len(args.lora_weight) > 1 else ""
+            yield Network(", ".join(filter(None, [label, weighed])), pipeline.load)

@@ -1,0 +1,37 @@
+"""`danceopd watch`: a page of runs on this machine."""
+
+import argparse
+from pathlib import Path
+
+from danceopd.cli.arguments import add_command
+from danceopd.support.errors import UserError
+
+
+def add_watch(commands) -> None:
+    """Adds `danceopd watch`."""
+    parser = add_command(
+        commands,
+        "watch",
+        run_watch,
+        "show runs on a page of this machine, while they train and after",
+        example="danceopd watch runs/demo runs/short",
+    )
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, or a folder that holds several"
+    )
+    parser.add_argument("--port", type=int, default=8642, help="of this machine; 0 takes a free one (%(default)s)")
+
+
+def run_watch(args: argparse.Namespace) -> None:
+    """Serves the page until Ctrl-C."""
+    from danceopd.watch.runs import Runs
+    from danceopd.watch.server import serve
+
+    if not 0 <= args.port < 65536:
+        raise UserError("--port is between 0 and 65535")
+    try:
+        serve(
+            Runs(args.runs), args.port, lambda address: print(f"watch it at {address}  (Ctrl-C ends this)", flush=True)
+        )
+    except OSError as error:
+        raise UserError(f"port {args.port} cannot be used ({error.strerror}); give another --port, or 0") from None

@@ -1,0 +1,171 @@
+"""Draws pictures in rows, one for each network, prompt and guidance scale, with a column for each seed."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from danceopd.evaluation.gedit.draw import Editing, edit, size_of
+from danceopd.evaluation.geneval.draw import check_draws_text
+from danceopd.evaluation.pipelines import call_options, load_pipeline
+from danceopd.models.backbones import backbone_of
+from danceopd.models.loading import class_name_of, multiple_of
+from danceopd.models.lora_files import trained_for
+from danceopd.support.errors import UserError
+from danceopd.support.hub import located
+from danceopd.support.paths import near_path
+from danceopd.support.pictures import labelled_grid, png
+
+Draw = Callable[[str, int, float | None], torch.Tensor]  # (prompt, seed, guidance scale) -> [3, H, W] in [-1, 1]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a row is drawn with.
+
+    Attributes:
+        label: Its name in the grid, "" where there is one alone.
+        load: Loads it as what draws.
+    """
+
+    label: str
+    load: Callable[[], Draw]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A diffusers pipeline that draws, or with a picture edits it; None leaves a value to the pipeline.
+
+    Attributes:
+        model, lora, transformer, device, dtype, weight: As for evaluation.pipelines.load_pipeline.
+        picture: The picture to edit.
+        resolution: The square root of a picture's number of pixels.
+        num_inference_steps: Solver steps.
+        max_sequence_length: Tokens of a prompt.
+    """
+
+    model: Path
+    lora: Path | None = None
+    weight: float = 1.0
+    transformer: Path | None = None
+    picture: Image.Image | None = None
+    resolution: int | None = None
+    num_inference_steps: int | None = None
+    max_sequence_length: int | None = None
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def check(self) -> None:
+        """Checks by names alone that the pipeline does what is asked; a UserError if not."""
+        if self.picture is None:
+            check_draws_text(self.model)
+        elif "edit" not in backbone_of(self.model).tasks(self.model):
+            name = class_name_of(self.model)
+            raise UserError(f"{self.model} is a {name}, which draws from text alone; danceopd sample draws with it")
+
+    def load(self) -> Draw:
+        """Loads the pipeline; raises as load_pipeline."""
+        self.check()
+        pipeline = load_pipeline(self.model, self.lora, self.transformer, self.device, self.dtype, weight=self.weight)
+        multiple, picture = multiple_of(backbone_of(self.model), self.model), self.picture
+
+        def draw(prompt: str, seed: int, guidance_scale: float | None) -> torch.Tensor:
+            how = {"num_inference_steps": self.num_inference_steps, "max_sequence_length": self.max_sequence_length}
+            if picture is not None:
+                side = self.resolution or min(1024, round(math.sqrt(picture.width * picture.height)))
+                editing = Editing(side, guidance_scale=guidance_scale, seed=seed, **how)
+                return pixels(edit(pipeline, picture, prompt, size_of(picture, side, multiple), seed, editing))
+            size = (self.resolution, self.resolution) if self.resolution else None
+            options = call_options(pipeline, guidance_scale, size, **how)
+            generator = torch.Generator().manual_seed(seed)
+            drawn = pipeline(prompt=prompt, generator=generator, output_type="np", **options).images
+            if not np.isfinite(drawn).all():
+                raise UserError(f"the model draws no finite numbers for {prompt!r}; try --dtype bfloat16 or float32")
+            return pixels(pipeline.image_processor.numpy_to_pil(drawn)[0])
+
+        return draw
+
+
+def found(what: str, lora: Path | None, base: Path | None) -> dict[str, Path]:
+    """Finds what a name draws with.
+
+    Args:
+        what: A pipeline's folder, an id of the hub, a name that ships, or a LoRA.
+        lora: A LoRA for the pipeline.
+        base: The pipeline of a LoRA; the one that its file names if not given.
+
+    Returns:
+        ``model``, and ``lora`` where there is one, as `Pipeline` takes them.
+
+    Raises:
+        UserError: There is nothing of that name, or the LoRA's pipeline is not known.
+    """
+    path = _located(Path(what).expanduser())
+    if any((path / name).is_file() for name in ("model_index.json", "modular_model_index.json")):
+        if base:
+            raise UserError(f"{what} is a pipeline; --base is for a LoRA: leave it out, and give a LoRA by --lora")
+        return {"model": path} | ({"lora": lora} if lora else {})
+    if lora:
+        raise UserError(f"{what} is no pipeline's folder, which --lora is for; give the pipeline first")
+    if not path.exists():
+        raise UserError(f"there is no {what}{near_path(path)}; give a run's folder, a pipeline, a LoRA or a network")
+    trained = base or trained_for(path)
+    if trained is None:
+        raise UserError(f"{what} does not name the model that it is for; give its pipeline by --base MODEL")
+    model = _located(Path(trained))
+    if not model.exists():
+        raise UserError(f"{what} is for {trained}, which is not here; give its pipeline by --base MODEL")
+    return {"model": model, "lora": path}
+
+
+def _located(path: Path) -> Path:
+    try:
+        return located(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def pixels(picture: Image.Image) -> torch.Tensor:
+    """Returns a picture as [3, H, W] float32 in [-1, 1]."""
+    values = torch.from_numpy(np.asarray(picture.convert("RGB")).copy())
+    return values.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def draw_grid(
+    networks: Sequence[Network],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    guidance_scales: Sequence[float | None],
+    first: tuple[str, torch.Tensor] | None = None,
+    progress: Callable = lambda items: items,
+) -> bytes:
+    """Draws every combination and puts them together.
+
+    Args:
+        networks: What draws, one loaded at a time.
+        prompts: The prompts, or instructions.
+        seeds: Of the noise, a column each.
+        guidance_scales: None leaves it to the pipeline.
+        first: A label and a picture that stand above the grid: the one to edit.
+        progress: Wraps the list of rows (tqdm fits).
+
+    Returns:
+        A PNG; a single picture without a label.
+    """
+    rows = [(network, prompt, scale) for network in networks for prompt in prompts for scale in guidance_scales]
+    drawn, loaded, draw = [], None, None
+    for network, prompt, scale in progress(rows):
+        if network is not loaded:
+            draw = None  # what was loaded leaves before the next comes
+            loaded, draw = network, network.load()
+        parts = [network.label, f"guidance {scale:g}" if len(guidance_scales) > 1 else "", prompt]
+        drawn.append((", ".join(filter(None, parts)), [draw(prompt, seed, scale) for seed in seeds]))
+    if len(rows) == len(seeds) == 1 and first is None:
+        return png(drawn[0][1][0])
+    if first:
+        drawn.insert(0, (first[0], [first[1]]))
+    return labelled_grid(drawn, [f"seed {seed}" for seed in seeds], least=192)
