@@ -95,7 +95,7 @@ def read_yaml(text: str) -> object:
         ValueError: It is no YAML, has a key twice, a date that is none, nests too deep, or is too large.
     """
     try:
-        found = yaml.load(text, _Loader)  # a SafeLoader
+        found = yaml.load(text, _Loader)  # Safe: it is a SafeLoader.
         if _count(found, {}) > LARGEST:
             raise ValueError(f"it holds more than {LARGEST} values, those behind its aliases counted each time")
     except RecursionError:

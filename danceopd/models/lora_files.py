@@ -1,7 +1,6 @@
 """Reads LoRA files in any layout that diffusers converts, and writes adapters as it does."""
 
 import inspect
-import json
 import os
 import re
 import shutil
@@ -35,6 +34,7 @@ from danceopd.models.lora_names import PREFIXES, in_order, known_layers, layers_
 from danceopd.models.tensor_files import opened, read_header
 from danceopd.models.weights import Weights
 from danceopd.support.errors import UserError
+from danceopd.support.texts import parse_object
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of PEFT and of diffusers
 
@@ -214,7 +214,7 @@ def trained_for(path: str | Path) -> str | None:
     beside = file.with_name("adapter_config.json")
     if file.name == FILES[0] and beside.is_file():
         try:
-            metadata = {**metadata, **json.loads(beside.read_text(encoding="utf-8"))}
+            metadata = {**metadata, **parse_object(beside.read_text(encoding="utf-8"))}
         except (OSError, ValueError):
             return None  # said when it is read
     found = (metadata.get(key) for key in BASES)
@@ -254,8 +254,8 @@ def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict 
     beside = file.with_name("adapter_config.json")
     try:
         if file.name == FILES[0]:
-            config = beside.read_text()
-        config = json.loads(config) if config else None
+            config = beside.read_text(encoding="utf-8")
+        config = parse_object(config) if config else None
     except FileNotFoundError:
         raise UserError(f"{file.parent}: no adapter_config.json beside {file.name}; it holds the scale") from None
     except (OSError, ValueError) as error:

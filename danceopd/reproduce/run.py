@@ -31,6 +31,7 @@ from danceopd.support.devices import machine
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.run_log import read_log
+from danceopd.support.texts import parse_object
 from danceopd.support.versions import commit
 from danceopd.training.checkpoints import checkpoints
 from danceopd.training.loop import Build, train
@@ -171,7 +172,7 @@ def finished(run: Run, folders: Folders) -> dict | None:
     None if there is none, or it was of another configuration.
     """
     try:
-        result = json.loads((folders.work / run.name / "result.json").read_text())
+        result = parse_object((folders.work / run.name / "result.json").read_text())
     except (OSError, ValueError):
         return None
     return result if result.get("digest") == digest(run, folders) else None

@@ -59,6 +59,14 @@ def parse_json(text: str | bytes) -> object:
         raise ValueError("it nests too deep") from None
 
 
+def parse_object(text: str | bytes) -> dict:
+    """Reads one JSON object; raises as parse_json, also for any other value."""
+    found = parse_json(text)
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return found
+
+
 def _once(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
