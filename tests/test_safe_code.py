@@ -11,10 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-IMPORTS = {
-    name: "turns bytes into objects of any kind"
-    for name in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
-}
+OBJECTS = "turns bytes into objects of any kind"
+IMPORTS = dict.fromkeys(("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"), OBJECTS)
 
 CALLS = {
     "eval": "runs text as code",
@@ -37,8 +35,8 @@ METHODS = {"extractall": "writes where an archive says", "extract": "writes wher
 KEYWORDS = {  # of any call
     ("shell", True): "goes through a shell",
     ("trust_remote_code", True): "runs code that comes with a model",
-    ("allow_pickle", True): "turns bytes into objects of any kind",
-    ("weights_only", False): "turns bytes into objects of any kind",
+    ("allow_pickle", True): OBJECTS,
+    ("weights_only", False): OBJECTS,
     ("use_safetensors", False): "reads weights that are pickles",
     ("autoescape", False): "leaves a page's texts as they are",
     ("verify", False): "asks anybody",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from danceopd.support.errors import UserError
-from danceopd.support.texts import lines_of, parse_json, read_text
+from danceopd.support.texts import lines_of, parse_json, parse_object, read_text
 
 SEPARATORS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines cuts beside line feed and carriage return
 
@@ -49,6 +49,13 @@ def test_files_that_are_no_text(tmp_path):
 def test_json_that_cannot_be_used(text, said):
     with pytest.raises(ValueError, match=said):
         parse_json(text)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", '"{}"'])
+def test_json_that_is_no_object(text):
+    assert parse_object('{"a": []}') == {"a": []}
+    with pytest.raises(ValueError, match="no JSON object"):
+        parse_object(text)
 
 
 @given(

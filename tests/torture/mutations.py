@@ -14,7 +14,18 @@ SURROGATE = "\ud83d"  # half a character
 ODD = (
     *(None, True, False, 0, -1, 1, 2, 2.5, -0.0, 1e308, float("nan"), float("inf"), 10**9, 2**31, 2**63, 10**400),
     *("", " ", "x", "0", "nan", "auto", "é", "\u2028", "\0", SURROGATE, "a" * 10_000, "{", "{}", "{x!r:>9}", "%s"),
-    *("../outside/secret.png", "/etc/passwd", "~", ".", "..", "a/../../b", "file:///etc/passwd", "<script>", "2024-13-45", "$\\frac$"),
+    *(
+        "../outside/secret.png",
+        "/etc/passwd",
+        "~",
+        ".",
+        "..",
+        "a/../../b",
+        "file:///etc/passwd",
+        "<script>",
+        "2024-13-45",
+        "$\\frac$",
+    ),
     *([], [[]], [None], [1, 2], ["x"], {}, {"": None}, {"x": {"y": 1}}),
 )
 

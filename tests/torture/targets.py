@@ -1,13 +1,10 @@
 """What is damaged, and what of the product reads it: good files, and a run over them through a public function."""
 
-import io
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from mutations import SURROGATE
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,7 +149,11 @@ def _imported(folder: Path) -> None:
     from PIL import Image
 
     features = {"id": datasets.Value("string"), "prompt": datasets.Value("string"), "image": datasets.Image()}
-    columns = {"id": ["a", "b"], "prompt": ["one", "two"], "image": [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]}
+    columns = {
+        "id": ["a", "b"],
+        "prompt": ["one", "two"],
+        "image": [Image.new("RGB", (8, 8), c) for c in ("red", "blue")],
+    }
     datasets.Dataset.from_dict(columns, datasets.Features(features)).save_to_disk(folder / "set")
 
 
@@ -254,9 +255,18 @@ def _prepared(folder: Path) -> None:
     cache, keys = Cache(folder), [key_of(f"prompt {i}") for i in range(3)]
     entries = {key: {"prompt_embeds": torch.ones(4, 8), "pooled_prompt_embeds": torch.ones(8)} for key in keys}
     cache.write(entries | {key_of("picture"): {"latents": torch.ones(4, 8, 8)}})
-    row = {"capability": "edit", "target": key_of("picture"), "sources": [key_of("picture")], "source_sizes": [[64, 64]]}
-    lines = [{"model": "m", "negative_prompts": {"": keys[0]}, "made_with": {"resolution": 64}, "prompt_limits": {"t": 77}}]
-    lines += [{"id": f"r{i}", **row, "prompt": keys[i], "size": [64, 64], "cut": ["t"], "special": []} for i in range(3)]
+    row = {
+        "capability": "edit",
+        "target": key_of("picture"),
+        "sources": [key_of("picture")],
+        "source_sizes": [[64, 64]],
+    }
+    lines = [
+        {"model": "m", "negative_prompts": {"": keys[0]}, "made_with": {"resolution": 64}, "prompt_limits": {"t": 77}}
+    ]
+    lines += [
+        {"id": f"r{i}", **row, "prompt": keys[i], "size": [64, 64], "cut": ["t"], "special": []} for i in range(3)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -447,6 +457,8 @@ TARGETS = {
     "checkpoints": Target(_checkpoints, ("checkpoints/*/*",), _load_checkpoints, 1.0),
     "logs": Target(_log, ("log.jsonl",), _read_log, 0.5),
     "prompt files": Target(_texts, ("*",), _read_texts, 1.0),
-    "compared runs": Target(_compared, ("*/results.jsonl", "*/*.json", "gedit/scores/*/*/*", "*/*/*/*.png"), _compare, 0.6),
+    "compared runs": Target(
+        _compared, ("*/results.jsonl", "*/*.json", "gedit/scores/*/*/*", "*/*/*/*.png"), _compare, 0.6
+    ),
     "judge's answers": Target(_answers, ("*",), _ask, 1.0),
 }  # fmt: skip

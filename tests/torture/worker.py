@@ -145,3 +145,4 @@ def main(name: str, first: int, count: int, folder: Path) -> None:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    os._exit(0)  # what libraries do at the end takes its time, and nothing is left to be written
