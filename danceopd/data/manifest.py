@@ -27,7 +27,7 @@ _SHOWN = 5  # problems or lines named in one error message
 LONGEST_SIDE = 8  # times the shorter one, of a picture that is used: of a longer one little would be left
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One good line of a manifest; pictures are resolved paths of files that exist.
 

@@ -27,6 +27,8 @@ FEW = 10  # prompts, of which resamples tell little
 
 PROMPTS = 12  # shown of the worst, and of the best
 
+PICTURES = 8  # shown of a prompt
+
 SIDE, SMALL = 256, 128  # pixels: pictures in the page are no larger; smaller ones keep their pixels
 
 Key = tuple[str, int]  # a prompt, or an edit of GEdit-Bench, and the number of its picture, which stands for the seed
@@ -384,15 +386,16 @@ def _shown(first: Run, other: Run, source_of: Callable, difference: float, keys:
 
     Of an edit its source picture above both.
     """
-    scored = first.pictures[keys[0]]
+    scored, shown = first.pictures[keys[0]], keys[:PICTURES]
     rows = [
-        {"name": run.name, "pictures": [_picture(run.pictures[key], key[1]) for key in keys]} for run in (first, other)
+        {"name": run.name, "pictures": [_picture(run.pictures[key], key[1]) for key in shown]} for run in (first, other)
     ]
     if first.dataset:
         source = source_of(keys[0], scored)
         uri = source and small_uri(source)
         rows.insert(0, {"name": "source", "pictures": [{"uri": uri, "verdict": "", "reason": "", "number": 0}]})
-    return {"prompt": scored.prompt, "tag": scored.tag, "difference": f"{difference:+.2f}", "rows": rows}
+    tag = scored.tag if len(shown) == len(keys) else f"{scored.tag} · {len(shown)} of {len(keys)} pictures"
+    return {"prompt": scored.prompt, "tag": tag, "difference": f"{difference:+.2f}", "rows": rows}
 
 
 def _picture(scored: Scored, number: int) -> dict:

@@ -4,7 +4,8 @@ And fills texts in: {name} in braces is a row's column of that name.
 """
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import Formatter
 
@@ -39,12 +40,19 @@ def read_text(path: Path, what: str = "file") -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def lines_of(text: str) -> list[tuple[int, str]]:
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
     """Numbers the lines of a text from 1, leaving out blank ones.
 
-    `str.splitlines` would also cut at U+2028, U+0085, form feeds and others, which may stand inside a prompt.
+    `str.splitlines` would also cut at U+2028, U+0085, form feeds and others, which may stand inside a prompt. A line is
+    cut out when its turn comes: a million of them take as much memory as the text.
     """
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    begin, number = 0, 0
+    while begin < len(text):
+        end = text.find("\n", begin)
+        end = len(text) if end < 0 else end
+        line, begin, number = text[begin:end], end + 1, number + 1
+        if line.strip():
+            yield number, line
 
 
 def parse_json(text: str | bytes) -> object:
@@ -68,7 +76,7 @@ def parse_object(text: str | bytes) -> dict:
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
+    found = {sys.intern(key): value for key, value in pairs}  # a million rows have the same keys
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")

@@ -190,6 +190,15 @@ def test_results_of_another_tool_are_compared_where_its_pictures_were_moved(tmp_
     assert table(runs, [compare(*runs)])[0] == ["", "overall", "single_object", "two_object", "counting"]
 
 
+def test_of_a_prompt_with_many_pictures_some_are_shown(tmp_path):
+    a, b = (save_run(tmp_path / name, [[verdict] * 40] * 3) for name, verdict in (("a", True), ("b", False)))
+    runs = [read_run(a), read_run(b)]
+    write_page(tmp_path / "page.html", runs, [compare(*runs)])
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("8 of 40 pictures") == 3
+    assert page.count("<img ") == 3 * 2 * 8
+
+
 def test_large_pictures_are_made_small_in_the_page(tmp_path):
     tiny.picture(0, 1024, 512).save(tmp_path / "large.png")
     tiny.picture(0, 64, 64).save(tmp_path / "small.png")

@@ -20,7 +20,7 @@ def test_a_line_is_what_ends_in_a_newline(tmp_path_factory, lines, end):
     path = tmp_path_factory.mktemp("texts") / "a.txt"
     path.write_bytes(("\ufeff" + end.join(lines) + end).encode())
     expected = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    assert lines_of(read_text(path)) == expected
+    assert [*lines_of(read_text(path))] == expected
 
 
 def test_files_that_are_no_text(tmp_path):

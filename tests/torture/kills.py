@@ -77,14 +77,15 @@ def at_operation(folder: Path, number: int | None, act: Callable[[], None], onwa
     """Acts at the run's n-th operation on a file of its folder, or at each one from then on; counts them all."""
 
     def prepare(count: Path) -> None:
-        done, place = [0], str(folder)
+        done, place = [0], f"{folder}/"
 
         def look(event: str, args: tuple) -> None:
             if event not in OPERATIONS or not isinstance(args[0], str | os.PathLike):
                 return
-            if not os.fspath(args[0]).startswith(place) or (event == "open" and not (args[2] or 0) & 3):
+            if f"{os.fspath(args[0])}/".startswith(place) and (event != "open" or (args[2] or 0) & 3):
+                done[0] += 1
+            else:
                 return
-            done[0] += 1
             if number is None:
                 with open(count, "w") as file:
                     file.write(str(done[0]))

@@ -69,13 +69,13 @@ def write_prepared(folder: Path, rows: int) -> None:
     from danceopd.data.cache import Cache, key_of
 
     (folder / "prepared").mkdir()
-    cache, keys = Cache(folder / "prepared"), [key_of(f"prompt {i}") for i in range(1 + rows // 100)]
-    for i in range(0, len(keys), 1000):
-        cache.write({key: {"prompt_embeds": torch.zeros(1, 1)} for key in keys[i : i + 1000]})
+    cache, keys = Cache(folder / "prepared"), [key_of(f"prompt {i}") for i in range(rows)]
+    for i in range(0, len(keys), 10_000):
+        cache.write({key: {"prompt_embeds": torch.zeros(1, 1)} for key in keys[i : i + 10_000]})
     with open(folder / "prepared" / "rows.jsonl", "w") as file:
         file.write(json.dumps({"model": "m", "negative_prompts": {"": keys[0]}}) + "\n")
         for i in range(rows):
-            row = {"id": f"row-{i}", "capability": ("one", "two")[i % 2], "prompt": keys[i // 100], "sources": []}
+            row = {"id": f"row-{i}", "capability": ("one", "two")[i % 2], "prompt": keys[i], "sources": []}
             file.write(json.dumps({**row, "source_sizes": [], "target": None, "size": [1024, 1024]}) + "\n")
 
 

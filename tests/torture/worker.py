@@ -17,6 +17,8 @@ import traceback
 from pathlib import Path
 
 HANG = 10.0  # seconds of a processor
+IMPORTS = 600.0  # seconds that the good files may take, whose first reader imports much
+
 MEMORY = 2**30  # bytes that a small file may take
 MOST = 8 * 2**30  # of address space over what the libraries have, for the machine's sake
 
@@ -62,11 +64,11 @@ def memory(key: str) -> int:
     raise KeyError(key)
 
 
-def attempt(run, path: Path, name: str, expected: tuple) -> str | None:
-    """Runs one input; returns what is wrong with how it went."""
+def attempt(run, path: Path, name: str, expected: tuple, seconds: float = HANG) -> str | None:
+    """Runs one input, for so many seconds of a processor; returns what is wrong with how it went."""
     from danceopd.support.errors import UserError
 
-    signal.setitimer(signal.ITIMER_PROF, HANG)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -76,7 +78,7 @@ def attempt(run, path: Path, name: str, expected: tuple) -> str | None:
     except SystemExit as error:
         code = error.code
     except Hang:
-        return f"hangs: over {HANG:g} s of a processor"
+        return f"hangs: over {seconds:g} s of a processor"
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)
         ours = [f"{Path(f.filename).name}:{f.lineno}" for f in where if "danceopd" in f.filename]
@@ -106,14 +108,15 @@ def main(name: str, first: int, count: int, folder: Path) -> None:
     os.chdir(place)
     files = {path: (place / path).read_bytes() for path in target.files(place)}
     guard, run = Guard(place, secret), target.start(place)
-    for file in files:
-        if trouble := attempt(run, place, file, ()):
-            raise SystemExit(f"{name}: {file} is not taken as it was made: {trouble}")
 
     def hang(*_):
         raise Hang
 
     signal.signal(signal.SIGPROF, hang)
+    for file in files:
+        if trouble := attempt(run, place, file, (), IMPORTS):
+            raise SystemExit(f"{name}: {file} is not taken as it was made: {trouble}")
+
     room = memory("VmSize") + MOST
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
     names = sorted(files)

@@ -70,8 +70,8 @@ def for_ranks(config: Config) -> tuple[Config, list[str]]:
         return config, []
     rate = training.learning_rate / 2
     changed = training.model_copy(update={"optimizer": "adamw", "learning_rate": rate})
-    said = f"training.optimizer: muon runs in one process; here adamw takes its place, at half of the learning rate, {rate:g}"
-    return config.model_copy(update={"training": changed}), [said]
+    said = f"muon runs in one process; here adamw takes its place, at half of the learning rate, {rate:g}"
+    return config.model_copy(update={"training": changed}), [f"training.optimizer: {said}"]
 
 
 def _filled_in(value) -> bool:
