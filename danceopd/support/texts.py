@@ -75,6 +75,23 @@ def parse_object(text: str | bytes) -> dict:
     return found
 
 
+def read_object(path: Path, mend: str) -> dict:
+    """Reads a file that is one JSON object.
+
+    Args:
+        path: The file.
+        mend: What a message tells to do where it is damaged.
+
+    Raises:
+        UserError: It cannot be read, or is no such file.
+    """
+    text = read_text(path)
+    try:
+        return parse_object(text)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {mend}") from None
+
+
 def _once(pairs: list[tuple[str, object]]) -> dict:
     found = {sys.intern(key): value for key, value in pairs}  # a million rows have the same keys
     if len(found) < len(pairs):
