@@ -197,12 +197,8 @@ def _parse_row(line: int, record: dict, root: Path, listed: dict) -> tuple[Row, 
         if column in ("id", "uid") and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if value is None or isinstance(value, str):
-            value = (value or "").strip()
-            if value.encode("utf-8", "ignore").decode() == value:
-                return value
-            messages.append(f"{column} holds half a character (a lone surrogate)")
-        else:
-            messages.append(f"{column} is {json.dumps(value)[:40]}, not text; put it in quotes")
+            return (value or "").strip()
+        messages.append(f"{column} is {json.dumps(value)[:40]}, not text; put it in quotes")
         return None
 
     def found(column: str, name: str) -> Path | None:

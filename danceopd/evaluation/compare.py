@@ -19,7 +19,7 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pages import data_uri, render
 from danceopd.support.pictures import decode_picture
-from danceopd.support.texts import parse_json
+from danceopd.support.texts import parse_json, parse_object
 
 RESAMPLES, LEVEL = 10_000, 0.95
 
@@ -191,9 +191,10 @@ def _inside(folder: Path, named: Path) -> Path | None:
 
 def _seed(file: Path) -> int | None:
     try:
-        return parse_json(file.read_bytes())["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
+        seed = parse_object(file.read_bytes()).get("seed")
+    except (OSError, ValueError):
         return None
+    return seed if type(seed) is int else None
 
 
 @dataclass(frozen=True)

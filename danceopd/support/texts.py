@@ -59,12 +59,18 @@ def parse_json(text: str | bytes) -> object:
     """Reads one JSON value.
 
     Raises:
-        ValueError: It is not JSON, nests too deep, or an object has a key twice, of which one would be lost.
+        ValueError: It is not JSON, nests too deep, has a key twice in an object, of which one would be lost, or half a
+            character in a text, which no file takes.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        found = json.loads(text, object_pairs_hook=_once)
+        if ("\\u" if isinstance(text, str) else b"\\u") in text:
+            json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it nests too deep") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character (a lone surrogate)") from None
+    return found
 
 
 def parse_object(text: str | bytes) -> dict:

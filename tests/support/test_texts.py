@@ -43,12 +43,18 @@ def test_files_that_are_no_text(tmp_path):
         ('{"a":' * 100_000, "nests too deep"),
         ('{"a": 1, "b": {"c": 1, "c": 1}}', "the key 'c' stands twice"),
         ("{torn", "Expecting property name"),
+        ('{"a": ["\\ud83d"]}', "half a character"),
+        (b'{"\\uDE00": 1}', "half a character"),
         ("9" * 5000, "Exceeds the limit"),
     ],
 )
 def test_json_that_cannot_be_used(text, said):
     with pytest.raises(ValueError, match=said):
         parse_json(text)
+
+
+def test_an_escaped_pair_is_one_character():
+    assert parse_json('"\\ud83d\\ude00 \\u2028"') == "\U0001f600 \u2028"
 
 
 @pytest.mark.parametrize("text", ["[]", "5", "null", '"{}"'])
