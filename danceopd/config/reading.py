@@ -95,15 +95,12 @@ def read_yaml(text: str) -> object:
     """Reads plain values from YAML.
 
     Raises:
-            raise ValueError(f"it holds over {LARGEST} keys and values, those behind its aliases counted each time")
-            deep, or is too large.
+        ValueError: It is no YAML, has a key twice, a wrong date, a null character, nests too deep, or is too large.
     """
     try:
         found = yaml.load(text, _Loader)  # Safe: it is a SafeLoader.
         if _count(found, {}) > LARGEST:
-            raise ValueError(
-                f"it holds more than {LARGEST} keys and values, those behind its aliases counted each time"
-            )
+            raise ValueError(f"it holds over {LARGEST} keys and values, those behind its aliases counted each time")
     except RecursionError:
         raise ValueError("it nests too deep, or in itself") from None
     except yaml.YAMLError as error:
