@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo journey test test-all lint docs bench bench-gpu clean
+.PHONY: demo journey test test-all torture lint docs bench bench-gpu clean
 
 demo: .venv/installed
 	$(BIN)/danceopd train --config configs/demo.yaml
@@ -15,6 +15,11 @@ test: .venv/installed-test
 
 test-all: test  # and then what takes minutes, one after the other: most of it runs several processes
 	$(BIN)/python -m pytest -m slow
+
+# 10,000 damaged files, runs that are killed and go on, and more rows, steps and pictures than anybody has: under 40 minutes.
+torture: .venv/installed-test
+	$(BIN)/python tests/torture --write
+	$(BIN)/python -m pytest -m "slow or not slow" tests/training/zero/test_zero.py -k "kill or hangs or disk or signal or dies"
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

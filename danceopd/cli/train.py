@@ -94,10 +94,15 @@ def run_train(args: argparse.Namespace) -> int | None:
         return 2 if findings.problems else 0
     from danceopd.training.loop import train
     from danceopd.training.zero.launch import Watch, begin, guard
+    from danceopd.training.zero.settings import for_ranks
 
     ranks, settings = begin(args.deepspeed, config.training.device, args.patience)
+    if settings is not None:
+        config, said = for_ranks(config)
+        for line in said if not ranks.rank else ():
+            print(f"warning: {line}")
     watch, folder, build = Watch(ranks, args.patience), config.training.output_dir, builder_of(config)
-    guard(ranks, folder, train, config, build, args.overwrite, ranks, settings, watch.at)
+    guard(watch, folder, train, config, build, args.overwrite, ranks, settings, watch.at)
     if ranks.rank:
         return
     print(f"student: {folder / ('student' if config.model else 'student.safetensors')}")

@@ -27,7 +27,7 @@ _SHOWN = 5  # problems or lines named in one error message
 LONGEST_SIDE = 8  # times the shorter one, of a picture that is used: of a longer one little would be left
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One good line of a manifest; pictures are resolved paths of files that exist.
 
@@ -197,12 +197,8 @@ def _parse_row(line: int, record: dict, root: Path, listed: dict) -> tuple[Row, 
         if column in ("id", "uid") and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if value is None or isinstance(value, str):
-            value = (value or "").strip()
-            if value.encode("utf-8", "ignore").decode() == value:
-                return value
-            messages.append(f"{column} holds half a character (a lone surrogate)")
-        else:
-            messages.append(f"{column} is {json.dumps(value)[:40]}, not text; put it in quotes")
+            return (value or "").strip()
+        messages.append(f"{column} is {json.dumps(value)[:40]}, not text; put it in quotes")
         return None
 
     def found(column: str, name: str) -> Path | None:

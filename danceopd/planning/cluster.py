@@ -18,6 +18,7 @@ from danceopd.support.memory import GIB, format_bytes
 from danceopd.support.texts import format_seconds
 from danceopd.training.rollouts.replica import multiplies_in_bf16
 from danceopd.training.zero.engine import GATHERED
+from danceopd.training.zero.settings import for_ranks
 
 UTILISATION = 0.4  # of a card's peak, by forwards and backwards
 
@@ -230,7 +231,8 @@ def plan(config: Config, examine: Examine, gpus: int, card: str, deepspeed: dict
     Returns:
         The plan; what is missing stands in its findings' problems.
     """
-    training, notes = config.training, []
+    config, notes = for_ranks(config) if gpus > 1 else (config, [])
+    training = config.training
     each = math.ceil(training.batch_size / gpus / training.gradient_accumulation_steps)
     if training.batch_size < gpus * training.gradient_accumulation_steps:
         notes.append(
@@ -238,7 +240,7 @@ def plan(config: Config, examine: Examine, gpus: int, card: str, deepspeed: dict
             f"{training.gradient_accumulation_steps} micro-batches, so that some have none; the time is that of a card "
             f"with {each * training.gradient_accumulation_steps}"
         )
-    if training.optimizer != "adamw" and gpus > 1:
+    if training.optimizer != "adamw" and gpus > 1:  # such as that of 8 bits
         notes.append(f"training.optimizer: {training.optimizer} runs in one process; with DeepSpeed use adamw")
     own = training.model_copy(update={"batch_size": each * training.gradient_accumulation_steps})
     one = config.model_copy(update={"training": own})
