@@ -79,6 +79,7 @@ def draw_batch(
     guidance_scales: list[float | None] | None = None,
     *,
     in_turn: bool = False,
+    alike: bool = False,
     prompt_dropout: list[float] | None = None,
     with_clean: bool = False,
     rank: int = 0,
@@ -101,6 +102,7 @@ def draw_batch(
         step: The number of the update.
         guidance_scales: The student's own scale for each capability's samples; None gives them none.
         in_turn: Takes equal parts of the capabilities, whatever their weights.
+        alike: Takes one capability for all samples of the step.
         prompt_dropout: The share of each capability's prompts that is left empty.
         with_clean: Adds the data's own pictures.
         rank: This process's number.
@@ -118,6 +120,8 @@ def draw_batch(
     routes = route(batch_size, torch.tensor(weights), generator)
     if in_turn:  # drawn all the same, so that what is drawn after them does not depend on it
         routes = round_robin(batch_size, len(group.data))
+    if alike:
+        routes = routes[:1].expand(batch_size)
     empty = torch.rand(batch_size, generator=generator, dtype=torch.float64) if prompt_dropout else None
     own = Ranks(rank, world_size).slots(batch_size)
     mine = slice(own.start, own.stop)

@@ -279,3 +279,14 @@ def test_running_errors_go_on_from_their_state():
         running.update(observed([0, 1], [1, 2], [2.0, 5.0]))
     assert torch.equal(a.query_weights(), b.query_weights())
     assert a.route_weights([1.0, 1.0]) == b.route_weights([1.0, 1.0])
+
+
+def test_an_update_of_one_capability_draws_it_by_weight():
+    seen = []
+    for step in range(300):
+        batch = t2i_batch(4, (3.0, 1.0), step=step, alike=True)
+        assert len(batch.route.unique()) == 1
+        seen.append(int(batch.route[0]))
+    assert abs(sum(seen) / 300 - 0.25) < 3 * (0.25 * 0.75 / 300) ** 0.5
+    plain = t2i_batch(4, (3.0, 1.0), step=0)
+    assert torch.equal(t2i_batch(4, (3.0, 1.0), step=0, alike=True).noise, plain.noise)
