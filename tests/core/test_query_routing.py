@@ -282,11 +282,11 @@ def test_running_errors_go_on_from_their_state():
 
 
 def test_an_update_of_one_capability_draws_it_by_weight():
-    seen = []
-    for step in range(300):
-        batch = t2i_batch(4, (3.0, 1.0), step=step, alike=True)
-        assert len(batch.route.unique()) == 1
-        seen.append(int(batch.route[0]))
-    assert abs(sum(seen) / 300 - 0.25) < 3 * (0.25 * 0.75 / 300) ** 0.5
-    plain = t2i_batch(4, (3.0, 1.0), step=0)
-    assert torch.equal(t2i_batch(4, (3.0, 1.0), step=0, alike=True).noise, plain.noise)
+    samples = embedded_samples([WorldData("t2i", 40, 0), WorldData("style", 40, 0)], 10, 1)
+    batches = [draw_batch(samples, [3.0, 1.0], 4, 5, step, alike=True) for step in range(300)]
+    assert all(len(batch.route.unique()) == 1 for batch in batches)
+    share = sum(int(batch.route[0]) for batch in batches) / 300
+    assert abs(share - 0.25) < 3 * (0.25 * 0.75 / 300) ** 0.5
+    assert torch.equal(batches[0].noise, draw_batch(samples, [3.0, 1.0], 4, 5, 0).noise)
+    parts = [draw_batch(samples, [3.0, 1.0], 4, 5, 7, alike=True, rank=rank, world_size=2) for rank in range(2)]
+    assert torch.equal(torch.cat([part.route for part in parts]), batches[7].route)

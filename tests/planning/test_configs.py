@@ -18,7 +18,11 @@ from danceopd.config.reading import load_config
 from danceopd.data.cache import Cache, key_of
 from danceopd.models.backbones import backbone_of, meta_transformer
 from danceopd.models.shared_base import target_layers
+from danceopd.models.swapping import swapped_of
+from danceopd.planning import cards
+from danceopd.planning.cluster import plan
 from danceopd.planning.dry_run import dry_run
+from danceopd.planning.memory import LEFT
 from danceopd.planning.models import examine
 from danceopd.support.memory import GIB
 
@@ -173,3 +177,55 @@ def test_it_fits_its_card_at_the_real_size(real, config):
     assert plan.parameters["base"] == pytest.approx(MODELS[model][2] * 1e9, rel=0.03)
     assert plan.total_memory() < CARDS["24gb" in config.stem] * GIB
     assert plan.activations[0] > 3 * plan.activations[1]
+
+
+@pytest.mark.parametrize(("config", "card"), [("qwen-image-c", "rtx-4090"), ("flux.1-dev-c", "rtx-4080")])
+def test_with_blocks_that_wait_in_host_memory_it_fits_a_small_card(real, config, card):
+    path = CONFIGS / f"{config}.yaml"
+    root = real(model_of(path))
+    changes = [*overrides(path, root), "training.batch_size=4"]
+    whole = dry_run(load_config(path, changes), examine)
+    planned = plan(load_config(path, [*changes, "training.swap_blocks=auto"]), examine, 1, card)
+    found, room = planned.findings, cards.CARDS[card].memory - LEFT
+    assert whole.total_memory() > room
+    own = planned.estimate(planned.own_setting(0))
+    assert own.bytes() == pytest.approx(found.total_memory())
+    assert found.total_memory() <= room
+    sizes = [found.blocks[i] for i in swapped_of(len(found.blocks), found.swap.count, "it")]
+    assert found.swap.size == sum(sizes) == found.host["blocks of the base"][0]
+    assert whole.memory["base weights"][0] - found.memory["base weights"][0] == sum(sorted(sizes)[:-2])
+    # 16 steps, the sources, and four micro-batches forward and again, on a bus of 25 and 50 GB/s.
+    assert found.swap.passes == 16 + 1 + 2 * 4
+    sent = found.swap.size * 25
+    assert f"{sent / 25e9:.3g} s at 25 GB/s, or {sent / 50e9:.3g} s at 50 GB/s".replace(", or", " or") in planned.text()
+    fewer = load_config(path, [*changes, f"training.swap_blocks={found.swap.count - 1}"])
+    assert plan(fewer, examine, 1, card).findings.total_memory() > room  # auto takes no more than have to wait
+
+
+PAPER = Path("configs/paper")
+
+
+@pytest.mark.parametrize("config", sorted(PAPER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_published_setting_passes_the_dry_run_and_trains_what_theirs_does(tiny, config):
+    root = tiny("sd3" if config.stem.startswith("sd3.5") else "z_omni")
+    changes = overrides(config, root)
+    if config.stem == "sd3.5-c":
+        changes.append(f"sources.realism.weights={root / 'model'}")
+    for name, capability in load_config(config).capabilities.items():
+        kind = KINDS[name] if capability.task == "edit" or name in ("t2i", "realism") else "t2i"
+        changes.append(f"capabilities.{name}.capability={kind}")
+    loaded = load_config(config, changes)
+    plan = dry_run(loaded, examine)
+    assert plan.problems == []
+    lora, training = loaded.student.lora, loaded.training
+    assert (lora.rank, lora.alpha, lora.init) == (128, 128, "gaussian")
+    assert (training.learning_rate, training.max_steps) == (2e-4, 3000)
+    assert (training.optimizer, training.weight_decay, training.max_grad_norm, training.ema_decay) == ("adamw", 0, 1, 0)
+    assert loaded.rollout.num_inference_steps == 16
+    if loaded.method == "danceopd":
+        assert (loaded.route, loaded.query.k, loaded.query.bias) == ("per_update", 1, "low_t")
+        assert training.batch_size // training.gradient_accumulation_steps == 8  # one at a time on each of 8 cards
+
+
+# Of the rows that `write_rows` writes, for the names that the authors give.
+KINDS = {"t2i": "t2i", "edit": "edit", "local_edit": "local", "global_edit": "global", "realism": "style"}
