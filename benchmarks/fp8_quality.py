@@ -5,9 +5,9 @@
     python benchmarks/fp8_quality.py --precision nf4
 
 The plain network rolls out its samples; at each state asked, its velocity v and the narrow network's w are compared.
-Error is |w - v| / |v| and cosine is between w and v, each the mean over a bin's samples and steps; worst is the smallest
-cosine of any sample. A block's error is of its own output on the plain network's input. Random transformers are of the
-real classes and small, with random weights and prompts; nothing learned makes up for their errors.
+Error is |w - v| / |v| and cosine is between w and v, each the mean over a bin's samples and steps; worst is the
+smallest cosine of any sample. A block's error is of its own output on the plain network's input. Random transformers
+are of the real classes and small, with random weights and prompts; nothing learned makes up for their errors.
 """
 
 import argparse

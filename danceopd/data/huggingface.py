@@ -45,6 +45,7 @@ class Imported:
     listed: Path | None
 
 
+# Long: a third of it says what its arguments are.
 def import_dataset(
     folder: Path,
     out: Path,
@@ -87,11 +88,8 @@ def import_dataset(
     stored = rows.with_format("arrow")  # pictures as they were stored, so that each can be refused on its own
     for i in tqdm(range(len(rows)), "rows"):
         (row,) = stored[i : i + 1].to_pylist()
-        record = {"id": row[found["id"]] if found["id"] else f"{split}-{i}", "task": task or row[found["task"]]}
-        if task_names and type(record["task"]) is int and 0 <= record["task"] < len(task_names):
-            record["task"] = task_names[record["task"]]
-        if task and found["task"] and isinstance(row[found["task"]], str):
-            record["raw_task"] = row[found["task"]]
+        record = {"id": row[found["id"]] if found["id"] else f"{split}-{i}"}
+        record |= _task(row[found["task"]] if found["task"] else None, task, task_names)
         record |= {name: row[name] for name in kept if row[name]} | _wordings(row[found["prompt"]])
         if language := row.get(LANGUAGE):
             record |= {"language": language, "id": f"{record['id']}-{language}"}
@@ -111,6 +109,15 @@ def import_dataset(
     write_list(path, folder, problems)
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     return Imported(path, len(lines), problems, list_path(path) if problems else None)
+
+
+def _task(stored: object, wanted: str | None, names: list[str] | None) -> dict:
+    """Makes columns of a row's task, and of what the user calls it; names: of class numbers."""
+    if names and type(stored) is int and 0 <= stored < len(names):
+        stored = names[stored]
+    if wanted is None:
+        return {"task": stored}
+    return {"task": wanted} | ({"raw_task": stored} if isinstance(stored, str) and stored else {})
 
 
 def _wordings(prompt: object) -> dict:

@@ -240,8 +240,6 @@ def _parse_row(line: int, record: dict, root: Path, listed: dict) -> tuple[Row, 
     target, edited = picture("target_image"), picture("edited_image")
     if target and edited and target != edited:
         messages.append("target_image and edited_image differ; give one of them")
-    if prompt == "" and not problem:
-        messages.append("no prompt; describe the picture or the edit")
     row = Row(
         line=line,
         id=text("id") or text("uid") or f"line {line}",
@@ -256,22 +254,24 @@ def _parse_row(line: int, record: dict, root: Path, listed: dict) -> tuple[Row, 
 
 
 def _caption(value: object) -> tuple[str, str]:
-    """Returns the prompt of a caption_dict, "" if it has none; and what is wrong with it, or ""."""
+    """Returns the prompt that a caption_dict gives where a row has none; or "", and what is wrong."""
     if isinstance(value, str) and value.strip():
         text = value.strip()
         try:
             value = parse_json(text)
         except ValueError:
             try:
-                value = ast.literal_eval(text)
+                value = ast.literal_eval(text)  # as Python writes a dict; it runs nothing
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                return "", "caption_dict is no mapping; write it as JSON"
+                value = text
         if not isinstance(value, dict):
             return "", "caption_dict is no mapping; write it as JSON"
-    if not isinstance(value, dict):
-        return "", ""
+    value = value if isinstance(value, dict) else {}
     texts = [value.get(key) for key in CAPTIONS] + list(value.values())
-    return next((text.strip() for text in texts if isinstance(text, str) and text.strip()), ""), ""
+    found = next((text.strip() for text in texts if isinstance(text, str) and text.strip()), "")
+    if found.encode("utf-8", "ignore").decode() != found:
+        return "", "caption_dict holds half a character (a lone surrogate)"
+    return found, "" if found else "no prompt; describe the picture or the edit"
 
 
 def _find_picture(name: str, root: Path, listed: dict) -> tuple[Path | None, str]:

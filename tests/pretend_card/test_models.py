@@ -72,7 +72,7 @@ def test_offloaded_sources_are_the_same(places, tmp_path):
     assert waits  # a block at a time
 
 
-SWAP = {"training.gradient_checkpointing": True, "training.swap_blocks": 4}
+SWAP = {"training.gradient_checkpointing": True, "training.swap_blocks": 4, "training.cuda_graphs": False}
 
 
 def peak_of_an_update(config) -> tuple[int, list[int]]:
