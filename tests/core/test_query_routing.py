@@ -281,6 +281,11 @@ def test_running_errors_go_on_from_their_state():
     assert a.route_weights([1.0, 1.0]) == b.route_weights([1.0, 1.0])
 
 
+def test_groups_in_turn_have_a_capability_each():
+    routes = t2i_batch(12, in_turn=True, group=3)[1].route
+    assert routes.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1]
+
+
 def test_an_update_of_one_capability_draws_it_by_weight():
     samples = embedded_samples([WorldData("t2i", 40, 0), WorldData("style", 40, 0)], 10, 1)
     batches = [draw_batch(samples, [3.0, 1.0], 4, 5, step, alike=True) for step in range(300)]
