@@ -185,6 +185,8 @@ class Trainer:
             self.step if step is None else step,
             guidance_scales(self.config),
             in_turn=self.config.route == "round_robin",
+            group=self.options.get("group_size", 1),
+            alike=self.config.route == "per_update",
             prompt_dropout=dropout if any(dropout) else None,
             with_clean="clean" in self.needs,
             rank=self.ranks.rank,

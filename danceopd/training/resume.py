@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "rollout_batch_size",
     "gradient_checkpointing",
     "offload_sources",
+    "swap_blocks",
     "shard_sources",
     "rollout_on",
     "cuda_graphs",
