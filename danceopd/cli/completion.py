@@ -26,11 +26,8 @@ def run_completion(args: argparse.Namespace) -> None:
     """Prints the script."""
     import shtab
 
-    from danceopd.cli.parser import build_parser
-
-    parser = build_parser()
-    _complete_files(parser, shtab.FILE)
-    print(shtab.complete(parser, shell=args.shell))
+    _complete_files(args.parser, shtab.FILE)
+    print(shtab.complete(args.parser, shell=args.shell))
 
 
 def _complete_files(parser: argparse.ArgumentParser, file: dict) -> None:

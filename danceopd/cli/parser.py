@@ -93,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
             add(commands)
         lines += [f"{title}:", *(f"  {one.dest:17} {one.help}" for one in commands._choices_actions[before:]), ""]
     parser.epilog = "\n".join([*lines, EXAMPLES])
+    parser.set_defaults(parser=parser)  # which `completion` describes to a shell
     return parser
 
 

@@ -6,7 +6,6 @@ from safetensors.torch import load_file, save_file
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.fields import guided
-from danceopd.core.rollout import sample
 from danceopd.core.schedule import sigma_grid
 from danceopd.miniature.evaluate import Canvas, field_of, score_gedit, score_geneval
 from danceopd.miniature.shipped import PIPELINE, shipped_sources
