@@ -156,7 +156,7 @@ def record(path: Path, metadata: dict, objects: Objects, correct: bool, reason: 
     """Returns a picture's line of the results, with the fields that the source writes."""
     boxes = {name: [[*one.box, one.confidence] for one in found] for name, found in objects.items() if found}
     return {
-        "filename": str(path),
+        "filename": str(path).encode(errors="replace").decode(),  # a folder's name need not be UTF-8, JSON's texts must
         "tag": metadata["tag"],
         "prompt": metadata["prompt"],
         "correct": correct,
