@@ -41,6 +41,7 @@ class Imported:
     listed: Path | None
 
 
+# Long: a third of it says what the arguments are.
 def import_dataset(
     folder: Path,
     out: Path,
