@@ -8,7 +8,7 @@ from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
 
 from danceopd.config.methods import options
 from danceopd.config.operators import Autoguided, BySigma, Compose, Difference, Guided, Slider, TeacherAt
-from danceopd.config.section import NonNegativeFinite, PositiveFinite, Section
+from danceopd.config.section import NonNegativeFinite, PositiveFinite, Samples, Section, Steps
 from danceopd.core.methods import METHODS
 from danceopd.core.query import QUERIES
 from danceopd.core.routing import ROUTES
@@ -151,7 +151,7 @@ class Capability(Section):
 class Rollout(Section):
     """shift: of the noise levels; a `model`'s are those of its scheduler, and shift is not looked at."""
 
-    num_inference_steps: PositiveInt = 16
+    num_inference_steps: Steps = 16
     shift: PositiveFinite = 5.0
     solver: Literal[*SOLVERS] = "euler"
 
@@ -195,7 +195,7 @@ class Training(Section):
     seed: NonNegativeInt = 0
     max_steps: PositiveInt = 1000
     max_network_evaluations: PositiveInt | None = None
-    batch_size: PositiveInt = 64
+    batch_size: Samples = 64
     gradient_accumulation_steps: PositiveInt = 1
     rollout_batch_size: Literal["auto"] | PositiveInt = "auto"
     optimizer: Literal[*OPTIMIZERS] = "adamw"
@@ -239,10 +239,10 @@ class Evaluation(Section):
     seed: NonNegativeInt = 1234
     per_task: PositiveInt = 100
     per_kind: PositiveInt = 100
-    batch_size: PositiveInt = 128
+    batch_size: Samples = 128
     times: NonNegativeInt = 0
     quick: PositiveInt = 30
-    num_inference_steps: PositiveInt = 16
+    num_inference_steps: Steps = 16
     solver: Literal[*SOLVERS] = "euler"
 
 

@@ -87,7 +87,11 @@ def import_dataset(
     lines, problems, ids = [], [], {}
     stored = rows.with_format("arrow")  # pictures as they were stored, so that each can be refused on its own
     for i in tqdm(range(len(rows)), "rows"):
-        (row,) = stored[i : i + 1].to_pylist()
+        try:
+            (row,) = stored[i : i + 1].to_pylist()
+        except Exception as error:  # of many kinds, by the bytes of the file that are damaged
+            problems.append(Problem(i, f"cannot be read ({error}); copy the data set again", "row"))
+            continue
         record = {"id": row[found["id"]] if found["id"] else f"{split}-{i}"}
         record |= _task(row[found["task"]] if found["task"] else None, task, task_names)
         record |= {name: row[name] for name in kept if row[name]} | _wordings(row[found["prompt"]])

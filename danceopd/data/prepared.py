@@ -22,11 +22,32 @@ Size = tuple[int, int]  # (height, width) in pixels
 Kind = tuple[Size, tuple[Size, ...]]  # of a row: its picture's size, and those of its source pictures in their order
 
 
-class PreparedData:
-    """The rows of one capability, from the file that `danceopd data prepare` wrote into its cache.
+class PreparedFile:
+    """The file that `danceopd data prepare` wrote into its cache, read once for all capabilities.
 
     Args:
         path: The file.
+
+    Attributes:
+        path: The file.
+        cache: What its rows name.
+        head: What it says of all rows.
+        rows: The rows of each capability.
+
+    Raises:
+        UserError: The file is of no use.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path, self.cache = Path(path), Cache(Path(path).parent)
+        self.head, self.rows = _read_rows(self.path)
+
+
+class PreparedData:
+    """The rows of one capability, of a file that `danceopd data prepare` wrote into its cache.
+
+    Args:
+        file: The file, or its path.
         capability: The rows' name in it.
 
     Attributes:
@@ -39,15 +60,16 @@ class PreparedData:
         UserError: The file is of no use, has no rows of the capability, or only some of them have source pictures.
     """
 
-    def __init__(self, path: Path | str, capability: str):
-        self.path, self.capability, self.cache = Path(path), capability, Cache(Path(path).parent)
-        self.head, self.rows, others = _read_rows(self.path, capability)
+    def __init__(self, file: PreparedFile | Path | str, capability: str):
+        file = file if isinstance(file, PreparedFile) else PreparedFile(file)
+        self.path, self.capability, self.cache, self.head = file.path, capability, file.cache, file.head
+        self.rows = file.rows.get(capability, [])
         self._all = self.rows  # a part has some of them
         self._by_kind: dict[Kind, list[dict]] = {}
         for row in self.rows:
             self._by_kind.setdefault(_kind(row), []).append(row)
         if not self.rows:
-            known = did_you_mean(capability, others)
+            known = did_you_mean(capability, file.rows)
             raise UserError(f"{self.path} has no rows of {capability!r}{known}")
         self.kinds = Counter({kind: len(rows) for kind, rows in self._by_kind.items()})
         without = sum(count for (_, sources), count in self.kinds.items() if not sources)
@@ -166,15 +188,15 @@ class PreparedData:
                     )
 
 
-def _read_rows(path: Path, capability: str) -> tuple[dict, list[dict], set[str]]:
-    """Reads what prepare wrote: the head, the rows of a capability, and the names of the others.
+def _read_rows(path: Path) -> tuple[dict, dict[str, list[dict]]]:
+    """Reads what prepare wrote: the head, and the rows of each capability.
 
     A UserError names a line which is not as prepare writes them.
     """
     if not path.exists():
         raise UserError(f"no prepared rows at {path}{near_path(path) or '; make them by `danceopd data prepare`'}")
     again = "run `danceopd data prepare` again"
-    head, rows, others = None, [], set()
+    head, rows = None, {}
     for number, line in lines_of(read_text(path, "file of prepared rows")):
         try:
             row = parse_json(line)
@@ -184,13 +206,11 @@ def _read_rows(path: Path, capability: str) -> tuple[dict, list[dict], set[str]]
             raise UserError(f"{path}, line {number}, is damaged or of an older version ({reason}); {again}") from None
         if head is None:
             head = row
-        elif row["capability"] == capability:
-            rows.append(row)
         else:
-            others.add(row["capability"])
+            rows.setdefault(row["capability"], []).append(row)
     if head is None:
         raise UserError(f"{path} is empty; {again}")
-    return head, rows, others
+    return head, rows
 
 
 def _need(holds: bool, what: str) -> None:

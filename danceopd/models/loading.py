@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from danceopd.core.copies import to_device
@@ -39,6 +39,22 @@ def read_json(path: Path | str) -> dict:
         return parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); copy it again") from None
+
+
+def names_folder(function: Callable) -> Callable:
+    """Lets a function of a model's folder name it where a configuration in it holds what no pipeline writes."""
+
+    @wraps(function)
+    def named(folder, *args, **options):
+        try:
+            return function(folder, *args, **options)
+        except UserError:
+            raise
+        except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{folder}: its configurations cannot be used ({reason}); copy them again") from error
+
+    return named
 
 
 def pipeline_index(folder: Path | str) -> dict:
@@ -86,7 +102,7 @@ def load(cls: type, path: Path | str, **options):
         options |= {"variant": min(variants)} if variants else {}
     try:
         return cls.from_pretrained(str(path), local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # on configurations of odd values the libraries raise almost anything
         raise UserError(f"{path}: cannot be loaded as {cls.__name__}: {error}") from error
 
 

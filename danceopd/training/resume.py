@@ -116,13 +116,17 @@ def _digest(kind: str, path: Path, root: Path | None) -> str:
         parts = {transformer_folder(path), *((path / "scheduler",) if kind == "model" else ())}
         return _joined(sample(part) for part in sorted(parts))
     if kind == "prepared" and path.is_file():  # its entries are named by their content; its head names the model's path
-        head, _, rows = path.read_bytes().partition(b"\n")
+        digest = hashlib.blake2b(digest_size=16)
+        with open(path, "rb") as file:
+            head = file.readline().removesuffix(b"\n")
+            while part := file.read(2**20):
+                digest.update(part)
         try:
             values = {key: value for key, value in parse_object(head).items() if key not in ("model", "made_with")}
             head = json.dumps(values, sort_keys=True)
         except ValueError:
             head = str(head)
-        return _joined((head, hashlib.blake2b(rows, digest_size=16).hexdigest()))
+        return _joined((head, digest.hexdigest()))
     if kind == "manifest" and path.is_file():
         rows, _ = read_manifest(path, root)
         pictures = sorted({picture for row in rows for picture in (*row.source_images, row.target_image) if picture})

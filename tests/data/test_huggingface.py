@@ -252,6 +252,16 @@ def test_odd_texts_are_left_out_by_row(tmp_path):
     assert (row.id, row.capability, problems) == ("a", "t2i", [])
 
 
+def test_a_row_whose_bytes_are_damaged_is_left_out(tmp_path):
+    datasets.Dataset.from_dict({"prompt": ["one", "second row", "three"]}).save_to_disk(tmp_path / "set")
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    file.write_bytes(file.read_bytes().replace(b"second row", b"\xff" * 10))
+    done = import_dataset(tmp_path / "set", tmp_path / "out", task="t2i")
+    (problem,) = done.problems
+    assert str(problem).startswith("row 1: cannot be read (")
+    assert [row.prompt for row in read_manifest(done.path)[0]] == ["one", "three"]
+
+
 def test_two_data_sets_do_not_share_a_folder(tmp_path):
     """Their pictures would have the same names."""
     for name, color in (("a", "red"), ("b", "blue")):

@@ -221,7 +221,10 @@ def ends(folder: Path, kills: int, faults: int, steps: int = 8) -> tuple[dict[st
         else:
             attempt("killed at a time", lambda place: nothing, {-signal.SIGKILL, 0}, dice.uniform(0, seconds))
     for _ in range(faults):
-        at, size = dice.randrange(1, ended.operations + 1), dice.choice((1, 500, 5_000, 50_000, 200_000))
+        at, size = (
+            dice.randrange(1, ended.operations + 1),
+            dice.choice((5_000, 20_000, 50_000, 200_000)),
+        )  # printed is less
         attempt("disk full", lambda place, at=at: at_operation(place, at, full, onwards=True), {0, 2})
         attempt("write cut off", lambda place, size=size: small_files(size), {0, 2})
         attempt("read-only", lambda place, at=at: at_operation(place, at, closed, onwards=True), {0, 2})

@@ -14,7 +14,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Bound:
-    """What a load may take: seconds, MiB over what its imports take, MiB of the page that it writes."""
+    """What a load may take: seconds of a processor, MiB over what its imports take, MiB of the page that it writes."""
 
     seconds: float
     memory: float
@@ -22,13 +22,13 @@ class Bound:
 
 
 def _measured(function: Callable[[Path], object], folder: Path) -> tuple[float, float]:
-    """Returns the seconds of a call in a forked process, and the MiB that it took over what was there before."""
+    """Returns the seconds of a processor that a call takes in a forked process, and the MiB over what was there."""
 
     def child() -> None:
         before = _peak()
-        began = time.monotonic()
+        began = time.process_time()
         function(folder)
-        queue.put((time.monotonic() - began, (_peak() - before) / MIB))
+        queue.put((time.process_time() - began, (_peak() - before) / MIB))
 
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
@@ -83,11 +83,11 @@ def start_prepared(folder: Path) -> None:
     """Does with the rows what the start of a run does, and draws its first batch of them."""
     import torch
 
-    from danceopd.data.prepared import PreparedData, mix
+    from danceopd.data.prepared import PreparedData, PreparedFile, mix
     from danceopd.data.sampler import Samples
 
-    path = folder / "prepared" / "rows.jsonl"
-    data = {name: PreparedData(path, name) for name in ("one", "two")}
+    file = PreparedFile(folder / "prepared" / "rows.jsonl")
+    data = {name: PreparedData(file, name) for name in ("one", "two")}
     (kind,) = mix(data).rows
     for rows in data.values():
         part = rows.part(rows.own(kind))
@@ -217,14 +217,16 @@ def loads(folder: Path, share: float) -> tuple[list[list[str]], list[str]]:
             "compare.html",
         ),
     ]
-    rows, wrong = [["load", "seconds", "memory, MiB", "page, MiB"]], []
+    rows, wrong = [["load", "seconds of a processor", "memory, MiB", "page, MiB"]], []
     for name, write, count, function, bound, page in jobs:
         write(folder, count)
         seconds, memory = _measured(function, folder)
         size = (folder / page).stat().st_size / MIB if page else 0.0
         rows.append([name, f"{seconds:.1f}", f"{memory:.0f}", f"{size:.1f}" if page else ""])
         if seconds > bound.seconds or memory > bound.memory or size > bound.page:
-            wrong.append(f"{name}: {seconds:.1f} s, {memory:.0f} MiB, page {size:.1f} MiB; it may take {bound}")
+            wrong.append(
+                f"{name}: {seconds:.1f} s of a processor, {memory:.0f} MiB, page {size:.1f} MiB; it may take {bound}"
+            )
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return rows, wrong

@@ -460,5 +460,5 @@ TARGETS = {
     "compared runs": Target(
         _compared, ("*/results.jsonl", "*/*.json", "gedit/scores/*/*/*", "*/*/*/*.png"), _compare, 0.6
     ),
-    "judge's answers": Target(_answers, ("*",), _ask, 1.0),
+    "judge's answers": Target(_answers, ("*",), _ask, 0.3),
 }  # fmt: skip

@@ -152,11 +152,16 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
+def in_json(path: Path) -> str:
+    """Writes a path as a text of JSON: a folder's name need not be UTF-8, and is found again by its last parts."""
+    return str(path).encode(errors="replace").decode()
+
+
 def record(path: Path, metadata: dict, objects: Objects, correct: bool, reason: str) -> dict:
     """Returns a picture's line of the results, with the fields that the source writes."""
     boxes = {name: [[*one.box, one.confidence] for one in found] for name, found in objects.items() if found}
     return {
-        "filename": str(path),
+        "filename": in_json(path),
         "tag": metadata["tag"],
         "prompt": metadata["prompt"],
         "correct": correct,

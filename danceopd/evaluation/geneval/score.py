@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from danceopd.evaluation.geneval import models
-from danceopd.evaluation.geneval.layout import read_pictures, record, write_results
+from danceopd.evaluation.geneval.layout import in_json, read_pictures, record, write_results
 from danceopd.evaluation.geneval.rules import Found, Objects, check_picture, kept
 from danceopd.models.fingerprint import fingerprint
 from danceopd.support.errors import UserError
@@ -86,7 +86,7 @@ def score_folder(
             there = read_kept(keep / f"{prompt.index:05d}.jsonl")
             for path in prompt.pictures.values():
                 if keys[path] in there:
-                    scored[path] = there[keys[path]] | {"filename": str(path)}
+                    scored[path] = there[keys[path]] | {"filename": in_json(path)}
         if len(scored) == len(keys):
             return prompts, None, None
         if not by_model:

@@ -125,6 +125,7 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
     return encode, decode
 
 
+@loading.names_folder
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     """Returns (C, h, w) of one sample's noise. Raises UserError if a side is no multiple of what the UNet halves."""
     halved = 2 ** (len(loading.read_json(Path(folder) / "unet" / "config.json")["block_out_channels"]) - 1)
@@ -133,6 +134,7 @@ def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     return channels, height // SCALE, width // SCALE
 
 
+@loading.names_folder
 def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
     """Returns [N + 1] float32 from 1 to 0: the pipeline's noise levels for this picture size."""
     scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")

@@ -112,6 +112,7 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32) -> t
     return encode, decode
 
 
+@loading.names_folder
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     """Returns (C, h, w) of one sample's noise. Raises UserError if height or width is no multiple of 16 (8 VAE, 2
     packing).
@@ -123,6 +124,7 @@ def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     return config["latent_channels"], height // scale, width // scale
 
 
+@loading.names_folder
 def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
     """Returns [N + 1] float32 from 1 to 0: the pipelines' default noise levels for this picture size."""
     scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")

@@ -131,6 +131,7 @@ def picture_codec(folder, device="cpu", dtype=torch.float32):
     return encode, decode
 
 
+@loading.names_folder
 def latent_shape(folder, height, width) -> tuple[int, int, int]:
     """Returns (C, height / 16, width / 16). Raises UserError if height or width is not a positive multiple of 16."""
     config = loading.read_json(Path(folder) / "vae" / "config.json")
@@ -140,6 +141,7 @@ def latent_shape(folder, height, width) -> tuple[int, int, int]:
     return 4 * config["latent_channels"], height // multiple, width // multiple
 
 
+@loading.names_folder
 def sigmas(folder, num_inference_steps, height, width) -> torch.Tensor:
     """Returns [num_inference_steps + 1] float32 from 1 to 0, shifted for the number of picture tokens and of steps."""
     if num_inference_steps < 1:

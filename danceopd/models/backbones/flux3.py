@@ -92,6 +92,7 @@ def prompt_readers(folder, length: int) -> list[Reader]:
 picture_codec, latent_shape = flux2.picture_codec, flux2.latent_shape
 
 
+@loading.names_folder
 def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
     """Returns the pipeline's noise levels [N + 1] float32 from 1 to 0, the same for every picture size."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)

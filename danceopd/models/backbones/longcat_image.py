@@ -122,11 +122,13 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
     return loading.picture_codec(folder, device, dtype)
 
 
+@loading.names_folder
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     """Returns (C, h, w) of one sample's noise. Raises UserError if a side is no multiple of 16 (8 VAE, 2 packing)."""
     return loading.latent_shape(folder, height, width, patch=2)
 
 
+@loading.names_folder
 def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
     """Returns [N + 1] float32 from 1 to 0: the pipelines' noise levels for this picture size."""
     scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")

@@ -125,6 +125,7 @@ def _vae(folder) -> dict:
     return loading.read_json(Path(folder) / "vae" / "config.json")
 
 
+@loading.names_folder
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     """Returns (C, h, w) of one sample's noise. Raises UserError if a side is no multiple of the transformer's patch."""
     config = _vae(folder)
@@ -135,6 +136,7 @@ def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     return config["latent_channels"], height // scale, width // scale
 
 
+@loading.names_folder
 def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
     """Returns the scheduler's noise levels [N + 1] float32 from 1 to 0, the same for every picture size."""
     scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")

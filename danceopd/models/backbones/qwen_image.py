@@ -131,6 +131,7 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
     return loading.film_codec(AutoencoderKLQwenImage, folder, device, dtype)
 
 
+@loading.names_folder
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     """Returns (C, h, w) of one sample's noise. Raises UserError if a side is no multiple of two latent pixels."""
     config = loading.read_json(Path(folder) / "vae" / "config.json")
@@ -139,6 +140,7 @@ def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     return config["z_dim"], height // scale, width // scale
 
 
+@loading.names_folder
 def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
     """Returns the scheduler's noise levels [num_inference_steps + 1] float32 down to 0, shifted for this picture size.
 

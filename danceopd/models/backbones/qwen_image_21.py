@@ -118,12 +118,14 @@ def picture_codec(folder, device="cpu", dtype: torch.dtype = torch.float32):
     return encode, lambda latents: decode_any(latents)[:, :3]
 
 
+@loading.names_folder
 def latent_shape(folder, height: int, width: int) -> tuple[int, ...]:
     """Returns (C, h, w) of one sample's noise. Raises UserError if a side is no multiple of two latents."""
     loading.check_size(height, width, 2 * SCALE)
     return loading.read_json(Path(folder) / "vae" / "config.json")["z_dim"], height // SCALE, width // SCALE
 
 
+@loading.names_folder
 def sigmas(folder, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
     """Returns [N + 1] float32 from 1 to 0: the pipeline's noise levels for this picture size.
 

@@ -125,6 +125,7 @@ def picture_codec(
     return loading.picture_codec(folder, device, dtype)
 
 
+@loading.names_folder
 def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, ...]:
     """Returns (C, h, w) of one sample's noise for a picture of height x width pixels.
 
@@ -144,6 +145,7 @@ def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, ...]
     return transformer["in_channels"], height // factor, width // factor
 
 
+@loading.names_folder
 def sigmas(folder: str | Path, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
     """Returns the pipeline's noise levels [N + 1] float32, descending to 0, for a picture of height x width pixels.
 

@@ -140,6 +140,7 @@ def picture_codec(folder: str | Path, device: str | torch.device = "cpu", dtype:
     return loading.picture_codec(folder, device, dtype)
 
 
+@loading.names_folder
 def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, int, int]:
     """Returns (C, h, w) of the latents of one picture; a UserError unless both sizes are multiples of the patch's."""
     config = loading.read_json(Path(folder) / "vae" / "config.json")
@@ -149,6 +150,7 @@ def latent_shape(folder: str | Path, height: int, width: int) -> tuple[int, int,
     return config["latent_channels"], height // factor, width // factor
 
 
+@loading.names_folder
 def sigmas(folder: str | Path, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
     """Returns the pipeline's noise levels for this picture size: [N + 1] float32, down to 0."""
     scheduler = loading.load(FlowMatchEulerDiscreteScheduler, Path(folder) / "scheduler")

@@ -10,7 +10,7 @@ from danceopd.config.expressions import texts_by_route
 from danceopd.config.sections import Config
 from danceopd.core.methods import needs
 from danceopd.data.prepare import check_encoders, fingerprints
-from danceopd.data.prepared import PreparedData, mix
+from danceopd.data.prepared import PreparedData, PreparedFile, mix
 from danceopd.data.sampler import Group, Samples
 from danceopd.models.loading import check_weights, class_name_of
 from danceopd.support.errors import UserError
@@ -31,10 +31,11 @@ def model_samples(config: Config, backbone: ModuleType, attempt: Callable) -> Sa
     encoders, said = fingerprints(config.model), dict(zip(config.capabilities, texts_by_route(config), strict=True))
     for name, capability in config.capabilities.items():
         attempt(f"capabilities.{name}.task", _check_task, capability.task, backbone, config.model)
-    data = {}
+    data, read = {}, cache(PreparedFile)
     for name, capability in config.capabilities.items():
         key, path = f"capabilities.{name}.data.prepared", capability.data.prepared
-        data[name] = rows = attempt(key, rows_of, path, name, capability, "clean" in needs(config.method))
+        file = attempt(key, read, path)
+        data[name] = rows = file and attempt(key, rows_of, file, name, capability, "clean" in needs(config.method))
         if rows:
             attempt(key, check_encoders, path, rows.head, config.model, encoders)
             rows.texts = tuple(said[name])
@@ -99,11 +100,11 @@ def _check_task(task: str, backbone: ModuleType, model) -> None:
         )
 
 
-def rows_of(path, name: str, capability, with_clean: bool) -> PreparedData:
-    """Reads the prepared rows of a capability.
+def rows_of(file: PreparedFile, name: str, capability, with_clean: bool) -> PreparedData:
+    """Finds the prepared rows of a capability.
 
     Args:
-        path: The file.
+        file: What they are in.
         name: The capability's key in the configuration.
         capability: Its section there.
         with_clean: Whether the method learns from finished pictures.
@@ -112,9 +113,9 @@ def rows_of(path, name: str, capability, with_clean: bool) -> PreparedData:
         The rows.
 
     Raises:
-        UserError: The file or its rows cannot be used.
+        UserError: The rows cannot be used.
     """
-    data = PreparedData(path, capability.capability or name)
+    data = PreparedData(file, capability.capability or name)
     if (capability.task == "edit") != data.has_source:
         raise UserError(
             f"task is {capability.task}, but its rows have {'' if data.has_source else 'no '}source pictures"
