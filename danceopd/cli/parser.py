@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         for add in adders:
             add(commands)
         lines += [f"{title}:", *(f"  {one.dest:17} {one.help}" for one in commands._choices_actions[before:]), ""]
+    commands.choices["completion"].set_defaults(build_parser=build_parser)
     parser.epilog = "\n".join([*lines, EXAMPLES])
     return parser
 
