@@ -133,12 +133,6 @@ def test_the_page_begins_with_a_sentence_and_pictures_come_before_tables(tmp_pat
     assert said == "DanceOPD closed 50.0 % for t2i and 25.0 % for edit of the gap to its sources"
 
 
-def test_a_lone_record_is_seen_in_the_curves(tmp_path):
-    write_log(tmp_path, make_records()[:1])
-    alone = write_page(tmp_path)
-    assert re.search(r'id="loss-[^"]*line2d[^"]*"(?:(?!</g>).)*<use', alone, re.S)
-
-
 def test_best_value_is_bold_and_ties_as_printed_share_it(tmp_path):
     rows = [make_row("base", 0.8004, 3.0), make_row("danceopd", 0.8001, 7.0)]
     page = write_page(tmp_path, make_results(rows=rows))

@@ -124,9 +124,9 @@ def test_a_long_run_is_seen_moved_through_and_read(browser, tmp_path):
         print(f"a move of the slider, median and most: {took[len(took) // 2]:.0f} and {took[-1]:.0f} ms")
         page.check("input[value=hours]")
         page.click("summary:has-text('config.yaml')")
-        page.wait_for_function("document.querySelector('#files').innerText.includes('max_steps: 100000')")
+        page.wait_for_selector("#files pre:has-text('max_steps: 100000')")
         page.click("summary:has-text('log.jsonl')")
-        page.wait_for_function("document.querySelector('#files').innerText.includes('\"step\": 100000')")
+        page.wait_for_selector("#files pre:has-text('\"step\": 100000')")
 
 
 def test_a_run_grows_and_is_deleted(browser, tmp_path):
@@ -141,10 +141,10 @@ def test_a_run_grows_and_is_deleted(browser, tmp_path):
         with open(tmp_path / "runs" / "one" / "log.jsonl", "a") as log:
             log.writelines(json.dumps(record(i, 0.5)) + "\n" for i in range(21, 31))
         Image.new("RGB", (64, 32)).save(tmp_path / "runs" / "one" / "samples" / "step-00000030.png")
-        page.wait_for_function("document.querySelector('#chart-loss .last').innerText.includes('t2i 0.5')")
-        page.wait_for_function("document.querySelector('#step-shown').innerText === '30'")
+        page.wait_for_selector("#chart-loss .last:has-text('t2i 0.5')")
+        page.wait_for_selector("#step-shown:text-is('30')")
         shutil.rmtree(tmp_path / "runs" / "one")
-        page.wait_for_function("document.querySelector('#runs').innerText.includes('its folder is gone')")
+        page.wait_for_selector("#runs:has-text('its folder is gone')")
         assert page.is_visible("#chart-loss canvas")
 
 
