@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo journey test test-all lint docs bench bench-gpu clean
+.PHONY: demo journey test test-all torture lint docs bench bench-gpu clean
 
 demo: .venv/installed
 	$(BIN)/danceopd train --config configs/demo.yaml
@@ -16,6 +16,11 @@ test: .venv/installed-test
 test-all: test  # and then what takes minutes, one after the other: most of it runs several processes
 	$(BIN)/python -m pytest -m slow
 
+# 10,000 damaged files, runs that are killed and go on, and more rows, steps and pictures than anybody has: under 40 minutes.
+torture: .venv/installed-test
+	$(BIN)/python tests/torture --write
+	$(BIN)/python -m pytest -m "slow or not slow" tests/training/zero/test_zero.py -k "kill or hangs or disk or signal or dies"
+
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -24,6 +29,7 @@ lint: .venv/installed-test
 docs: .venv/installed-test  # what is made from the code: a test says where it is not up to date
 	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_models.py
+	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_notebook.py
 
 bench: .venv/installed-test  # at small sizes, on whatever is there

@@ -1,12 +1,13 @@
-"""How far FP8 moves a velocity: relative error and cosine on rollout states, by noise level and block.
+"""How far FP8, int8 or NF4 moves a velocity: relative error and cosine on rollout states, by noise level and block.
 
     python benchmarks/fp8_quality.py                        # the shipped sources, and small random transformers
     python benchmarks/fp8_quality.py --only shipped --samples 128 --json results.json
+    python benchmarks/fp8_quality.py --precision nf4
 
-The plain network rolls out its samples; at each state asked, its velocity and the FP8 network's are compared. Error is
-|v8 - v| / |v| and cosine is between v8 and v, each the mean over a bin's samples and steps; worst is the smallest
-cosine of any sample. A block's error is of its own output on the plain network's input. Random transformers are of the
-real classes and small, with random weights and prompts; nothing learned makes up for their errors.
+The plain network rolls out its samples; at each state asked, its velocity v and the narrow network's w are compared.
+Error is |w - v| / |v| and cosine is between w and v, each the mean over a bin's samples and steps; worst is the
+smallest cosine of any sample. A block's error is of its own output on the plain network's input. Random transformers
+are of the real classes and small, with random weights and prompts; nothing learned makes up for their errors.
 """
 
 import argparse
@@ -24,11 +25,14 @@ from torch import nn
 from danceopd.core.schedule import sigma_grid
 from danceopd.models.backbones import flux, qwen_image, sd3, z_image
 from danceopd.models.blocks import block_lists
+from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
+from danceopd.models.nf4 import to_nf4
 from danceopd.world.files import SHIPPED, load_model, shipped_sources
 from danceopd.world.sources import SHIFT, STAGES, training_batch
 
 STEPS, BINS = 16, ((1.0, 0.9), (0.9, 0.7), (0.7, 0.5), (0.5, 0.0))  # of the noise level, from above
+PRECISIONS = {"fp8": to_fp8, "int8": to_eight_bit, "nf4": to_nf4}
 HEADS, WIDE, TEXT = 4, 256, 32  # of a random transformer: heads, channels, prompt tokens
 
 
@@ -55,9 +59,11 @@ def parts_of(network: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def measure(name: str, network: nn.Module, ask: Callable, latents: torch.Tensor, bins=BINS) -> list[Measured]:
+def measure(
+    name: str, network: nn.Module, ask: Callable, latents: torch.Tensor, bins=BINS, precision: str = "fp8"
+) -> list[Measured]:
     """ask(network, latents, sigma [B]) -> velocity; latents: noise."""
-    narrow = to_fp8(copy.deepcopy(network))
+    narrow = PRECISIONS[precision](copy.deepcopy(network))
     twins, found = parts_of(narrow), {}
 
     def watch(part):
@@ -87,7 +93,7 @@ def measure(name: str, network: nn.Module, ask: Callable, latents: torch.Tensor,
     return result
 
 
-def shipped(samples: int) -> list[Measured]:
+def shipped(samples: int, precision: str = "fp8") -> list[Measured]:
     """The picture world's networks on their own prompts and pictures; the base's are the text-to-image source's."""
     result = []
     for name in shipped_sources():
@@ -96,7 +102,7 @@ def shipped(samples: int) -> list[Measured]:
         generator = torch.Generator().manual_seed(3)
         clean, conditioning = training_batch(capability, samples, stage, network.config.text_length, generator)
         noise = torch.randn(clean.shape, generator=generator)
-        result += measure(name, network, lambda n, z, s, c=conditioning: n(z, s, c), noise)
+        result += measure(name, network, lambda n, z, s, c=conditioning: n(z, s, c), noise, precision=precision)
     return result
 
 
@@ -144,7 +150,7 @@ def random_transformers() -> dict[str, tuple]:
     return made
 
 
-def random(samples: int) -> list[Measured]:
+def random(samples: int, precision: str = "fp8") -> list[Measured]:
     torch.manual_seed(0)
     result = []
     for name, (backbone, transformer, shape) in random_transformers().items():
@@ -158,7 +164,8 @@ def random(samples: int) -> list[Measured]:
         def ask(network, latents, sigma, backbone=backbone, prompt=prompt):
             return backbone.velocity(network, latents, sigma, prompt)
 
-        result += measure(f"{name}, random", transformer, ask, torch.randn(samples, *shape))
+        noise = torch.randn(samples, *shape)
+        result += measure(f"{name}, random", transformer, ask, noise, precision=precision)
     return result
 
 
@@ -186,12 +193,13 @@ def main(argv: list[str] | None = None) -> list[Measured]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=64, help="of each shipped source; a sixteenth of random ones")
     parser.add_argument("--only", choices=("shipped", "random"))
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp8", help="(%(default)s)")
     parser.add_argument("--json", help="file to write the figures to")
     args = parser.parse_args(argv)
     if args.samples < 1:
         parser.error("--samples must be at least 1")
-    rows = [] if args.only == "random" else shipped(args.samples)
-    rows += [] if args.only == "shipped" else random(max(1, args.samples // 16))
+    rows = [] if args.only == "random" else shipped(args.samples, args.precision)
+    rows += [] if args.only == "shipped" else random(max(1, args.samples // 16), args.precision)
     print(table(rows, blocks=False) + "\n\n" + table(rows, blocks=True))
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")

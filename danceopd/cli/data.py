@@ -38,7 +38,7 @@ def add_data(commands) -> None:
     imported.add_argument("folder", type=Path, help="written by save_to_disk")
     imported.add_argument("out", type=Path)
     imported.add_argument("--split", default="train", help="of several (%(default)s)")
-    imported.add_argument("--task", help="of every row, where the data set has no such column")
+    imported.add_argument("--task", help="of every row; its own is then kept as raw_task")
     _add_bad_rows(imported, "skip")
 
     world = add_command(

@@ -1,6 +1,8 @@
 """The parser of the command line, and its main function."""
 
 import argparse
+import io
+import os
 import sys
 from pathlib import Path
 
@@ -106,10 +108,12 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     for name, value in vars(args).items():  # a shell leaves the ~ of --cache=~/x to the command
         if isinstance(value, Path):
-            setattr(args, name, value.expanduser())
+            setattr(args, name, Path(os.path.expanduser(value)))
         elif isinstance(value, list) and all(isinstance(one, Path) for one in value):
-            setattr(args, name, [one.expanduser() for one in value])
+            setattr(args, name, [Path(os.path.expanduser(one)) for one in value])
     quieten()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show, such as a file's name, ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")
     return guarded(_run, args)
 
 

@@ -7,7 +7,8 @@ from danceopd.cli.arguments import add_command, add_config, add_overrides
 from danceopd.support.errors import UserError
 
 # The keys of planning.cards.CARDS, whose import takes torch's time.
-CARDS = ("h100", "h100-pcie", "h200", "b200", "a100", "a100-40", "l40s", "rtx-4090", "rtx-5090")
+CARDS = ("h100", "h100-pcie", "h200", "b200", "a100", "a100-40", "l40s")
+CARDS += ("rtx-3090", "rtx-4080", "rtx-4090", "rtx-5090")
 
 
 def add_train(commands) -> None:
@@ -74,10 +75,23 @@ def add_plan(commands) -> None:
     )
     parser.set_defaults(dry_run=True, download=False)  # it loads nothing
     add_config(parser)
-    parser.add_argument("--gpus", type=int, required=True, help="cards, 8 in a machine")
-    parser.add_argument("--gpu", choices=CARDS, default="h100", help="the card: %(choices)s (%(default)s)")
+    parser.add_argument("--gpus", type=int, default=1, help="cards, 8 in a machine (%(default)s)")
+    parser.add_argument(
+        "--gpu",
+        "--card",
+        type=_card,
+        choices=CARDS,
+        default="h100",
+        help="%(choices)s, or 4090 (%(default)s)",
+    )
     parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="DeepSpeed's settings: sizes of its buckets")
     add_overrides(parser, "training.batch_size=64")
+
+
+def _card(name: str) -> str:
+    """Takes "4090" and "RTX 4090" for the key of that card."""
+    name = name.lower().replace(" ", "-")
+    return f"rtx-{name}" if f"rtx-{name}" in CARDS else name
 
 
 def run_train(args: argparse.Namespace) -> int | None:
@@ -92,12 +106,19 @@ def run_train(args: argparse.Namespace) -> int | None:
         findings = dry_run(config, examiner_of(config))
         print(findings.text())
         return 2 if findings.problems else 0
+    from danceopd.planning.dry_run import with_blocks_chosen
     from danceopd.training.loop import train
     from danceopd.training.zero.launch import Watch, begin, guard
+    from danceopd.training.zero.settings import for_ranks
 
     ranks, settings = begin(args.deepspeed, config.training.device, args.patience)
+    if settings is not None:
+        config, said = for_ranks(config)
+        for line in said if not ranks.rank else ():
+            print(f"warning: {line}")
+    config = with_blocks_chosen(config, examiner_of(config))
     watch, folder, build = Watch(ranks, args.patience), config.training.output_dir, builder_of(config)
-    guard(ranks, folder, train, config, build, args.overwrite, ranks, settings, watch.at)
+    guard(watch, folder, train, config, build, args.overwrite, ranks, settings, watch.at)
     if ranks.rank:
         return
     print(f"student: {folder / ('student' if config.model else 'student.safetensors')}")

@@ -47,7 +47,7 @@ def _check_model(config: Config) -> list[str]:
         evaluation = [] if scored else ["evaluation.times: of models the miniature alone is scored; give 0"]
         return evaluation + _check_start(config)
     of_models = {f"student.{key}": getattr(config.student, key) for key in ("lora", "embedded_guidance")}
-    for key in ("gradient_checkpointing", "base_precision", "offload_sources"):
+    for key in ("gradient_checkpointing", "base_precision", "offload_sources", "swap_blocks"):
         value = getattr(config.training, key)
         of_models[f"training.{key}"] = value if value and value != "fp8" else None
     if config.training.attention_backend != "auto":
@@ -232,10 +232,36 @@ def _check_rollout(config: Config) -> list[str]:
             f"{key}: bf16, but an adapter runs as its base does, which is in {base or training.precision}; leave it "
             "out, or give training.precision bf16 without base_precision fp8"
         )
-    if config.student.lora and wanted == "fp8" and base == "int8":
+    if config.student.lora and wanted == "fp8" and base in ("int8", "nf4"):
         problems.append(
-            f"{key}: fp8, but the adapter's base is in int8; give training.base_precision fp8, or leave it out"
+            f"{key}: fp8, but the adapter's base is in {base}; give training.base_precision fp8, or leave it out"
         )
+    return problems
+
+
+def _check_swap(config: Config) -> list[str]:
+    """Lists what goes against training.swap_blocks."""
+    training, key = config.training, "training.swap_blocks"
+    if training.swap_blocks is None or not config.model:
+        return []
+    problems = []
+    if not config.student.lora:
+        problems.append(f"{key}: is for the transformer that adapters share; give student.lora, or leave it out")
+    elif not training.gradient_checkpointing:
+        problems.append(
+            f"{key}: needs training.gradient_checkpointing: true, since a backward that computes no block again keeps "
+            "every block on the card"
+        )
+    if training.rollout_precision:
+        problems.append(
+            f"{key}: not with training.rollout_precision, a second copy of the blocks; give training.base_precision: "
+            "fp8, int8 or nf4 instead"
+        )
+    problems += [
+        f"{key}: not with training.{name}, which needs the blocks where they are; leave one of them out"
+        for name, value in (("cuda_graphs", training.cuda_graphs), ("compile", training.compile))
+        if value is True
+    ]
     return problems
 
 
@@ -304,7 +330,7 @@ def _cross_check(config: Config) -> list[str]:
         elif data.world and (capability.task == "t2i") != (data.world in ("t2i", "style")):
             has = "no source pictures" if data.world in ("t2i", "style") else "source pictures"
             problems.append(f"capabilities.{name}.task: {capability.task!r}, but world {data.world!r} has {has}")
-    problems += _check_model(config) + _check_rollout(config)
+    problems += _check_model(config) + _check_rollout(config) + _check_swap(config)
     if sum(c.weight for c in config.capabilities.values()) == 0:
         problems.append("capabilities: all weights are zero, so no sample would be drawn")
     training = config.training

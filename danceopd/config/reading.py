@@ -1,6 +1,7 @@
 """Reads a configuration from YAML, with overrides."""
 
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -15,7 +16,9 @@ from danceopd.support.texts import read_text
 
 EXTENDS = "extends"  # the key of a file that names another one
 
-LARGEST = 100_000  # values of a configuration, those counted again that stand behind an alias
+LARGEST = 200_000  # keys and values of a configuration, those counted again that stand behind an alias
+
+HALF = re.compile("[\0\ud800-\udfff]")  # what stands in no file and no file's name
 
 
 def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
@@ -101,12 +104,12 @@ def read_yaml(text: str) -> object:
     """Reads plain values from YAML.
 
     Raises:
-        ValueError: It is no YAML, has a key twice, a date that is none, nests too deep, or is too large.
+        ValueError: It is no YAML, has a key twice, a wrong date, a null character, nests too deep, or is too large.
     """
     try:
-        found = yaml.load(text, _Loader)  # a SafeLoader
+        found = yaml.load(text, _Loader)  # Safe: it is a SafeLoader.
         if _count(found, {}) > LARGEST:
-            raise ValueError(f"it holds more than {LARGEST} values, those behind its aliases counted each time")
+            raise ValueError(f"it holds over {LARGEST} keys and values, those behind its aliases counted each time")
     except RecursionError:
         raise ValueError("it nests too deep, or in itself") from None
     except yaml.YAMLError as error:
@@ -118,10 +121,12 @@ def _count(value: object, known: dict[int, int]) -> int:
     """Counts the values in a value; known: earlier counts, by id, since a few aliases can stand for millions."""
     if isinstance(value, int) and value.bit_length() > 1000:
         raise ValueError("it holds a number of more than 300 digits")
+    if isinstance(value, str) and HALF.search(value):
+        raise ValueError(f"{value[:40]!r} holds a null character, or half of one (a lone surrogate)")
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
-        inside = value.values() if isinstance(value, dict) else value
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_count(one, known) for one in inside)
     return known[id(value)]
 

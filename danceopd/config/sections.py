@@ -29,6 +29,7 @@ class NewLora(Section):
             feed-forwards, or every linear one; those of the model's family if not given.
         rank_pattern: Ranks of some layers, by ends of their names as regular expressions, as PEFT has it.
         alpha_pattern: Alphas of some layers, in the same way.
+        init: How A is drawn, as PEFT has it: "uniform" by the layer's width, or "gaussian" by the rank; B is zero.
     """
 
     rank: PositiveInt = 128
@@ -36,6 +37,7 @@ class NewLora(Section):
     targets: Literal["attention", "attention+ffn", "all-linear"] | list[str] | None = None
     rank_pattern: dict[str, PositiveInt] = pydantic.Field({})
     alpha_pattern: dict[str, PositiveFinite] = pydantic.Field({})
+    init: Literal["uniform", "gaussian"] = "uniform"
 
 
 class Student(Section):
@@ -167,9 +169,13 @@ class Training(Section):
     max_network_evaluations ends a run before max_steps: forwards of one sample by any network, a backward counted
     as two. gradient_checkpointing: with a `model`, the backward computes each block again instead of keeping it.
     base_precision: of the frozen linear weights in a `model`'s blocks, those of sources too; adapters stay as they
-    are. With fp8 a token's input is rounded too where the device multiplies FP8; the embedded network's sources can
-    have it as well. offload_sources: with a `model`, sources with weights of their own wait in host memory, and a
-    forward brings their blocks to the device one after another, the next while one computes; without effect on a CPU.
+    are, and nf4 has 4 bits. With fp8 a token's input is rounded too where the device multiplies FP8; the embedded
+    network's sources can have it as well. offload_sources: with a `model`, sources with weights of their own wait in
+    host memory, and a forward brings their blocks to the device one after another, the next while one computes; without
+    effect on a CPU.
+    swap_blocks: with a `model` and student.lora, so many blocks of the transformer that the adapters share wait in host
+    memory, evenly spread; each is brought ahead of its use, so that two of them are on the device at a time. auto is as
+    few as let the run fit the card by the dry run's estimate.
 
     rollout_precision: of a copy of the student that rollouts ask, filled after each update; fp8 as in base_precision.
     If not given they ask the student itself, or with ZeRO-3 a replica in its own precision. An adapter's base in FP8
@@ -202,8 +208,9 @@ class Training(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     rollout_precision: Literal["bf16", "fp8"] | None = None
     gradient_checkpointing: bool = False
-    base_precision: Literal["int8", "fp8"] | None = None
+    base_precision: Literal["int8", "fp8", "nf4"] | None = None
     offload_sources: bool = False
+    swap_blocks: Literal["auto"] | PositiveInt | None = None
     rollout_on: Literal["auto", "replica", "shards"] = "auto"
     shard_sources: Literal["auto"] | bool = "auto"
     cuda_graphs: Literal["auto"] | bool = "auto"
@@ -247,7 +254,8 @@ class Config(Section):
         allow_distilled_base: Goes on without a warning where the `model`, or a source, was distilled to a few steps.
         method: A key of core.methods.METHODS.
         options: The method's own options.
-        route: How a sample's capability is chosen: drawn with the weights, in turn, or by weight and velocity error.
+        route: How a sample's capability is chosen: drawn with the weights, in turn, or by weight and velocity error; or
+            one capability is drawn for all samples of an update.
         student, sources, capabilities, rollout, query, training, evaluation: The sections.
     """
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-ROUTES = ("random", "round_robin", "adaptive")
+ROUTES = ("random", "round_robin", "adaptive", "per_update")
 
 
 def route(batch: int, weights: torch.Tensor | Sequence[float], generator: torch.Generator) -> torch.Tensor:

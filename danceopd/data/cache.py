@@ -129,7 +129,10 @@ class Cache:
         try:
             with safe_open(path, framework="pt") as file:
                 header, there = parse_json(file.metadata()[ENTRIES]), set(file.keys())
-            entries = {key: (path, value, names) for key, (value, names) in header.items()}
+            alike: dict[tuple, list[str]] = {}  # most entries have tensors of the same names: one list for all
+            entries = {
+                key: (path, value, alike.setdefault(tuple(names), names)) for key, (value, names) in header.items()
+            }
             for key, (_, value, names) in entries.items():
                 if not isinstance(value, str) or not there.issuperset(f"{key}/{name}" for name in names):
                     raise ValueError(f"{key} is not as it is written")

@@ -14,12 +14,16 @@ from danceopd.support.pictures import decode_picture
 from danceopd.support.texts import parse_json, read_text
 
 COLUMNS = {  # a manifest's column: the names it is looked for by, the first that is there
-    "id": ("id", "uid"),
-    "task": ("task", "capability"),
-    "prompt": ("prompt", "text", "caption", "instruction"),
-    "source_image": ("source_image", "input_image"),
-    "target_image": ("target_image", "edited_image", "image"),
+    "id": ("id", "uid", "omni_edit_id", "key"),
+    "task": ("task", "capability", "task_type"),
+    "prompt": ("prompt", "text", "caption", "instruction", "edited_prompt_list"),
+    "source_image": ("source_image", "input_image", "src_img"),
+    "target_image": ("target_image", "edited_image", "edited_img", "image"),
 }
+
+LANGUAGE = "instruction_language"  # GEdit-Bench has a row for each, both of one key
+
+RESERVED = {name for names in COLUMNS.values() for name in names} | {"caption_dict", "raw_task", LANGUAGE}
 
 MARK = "imported.json"  # what a folder's pictures are of
 
@@ -41,6 +45,7 @@ class Imported:
     listed: Path | None
 
 
+# Long: a third of it says what its arguments are.
 def import_dataset(
     folder: Path,
     out: Path,
@@ -52,10 +57,12 @@ def import_dataset(
     """Writes a data set saved by `save_to_disk` as a manifest with PNGs beside it; a stopped import goes on.
 
     Args:
-        folder: The data set; a column of source pictures may hold lists of them.
+        folder: The data set; a column of source pictures may hold lists of them, and one of prompts lists of wordings,
+            of which the first is taken and the others are columns prompt_2 and so on. OmniEdit's and GEdit-Bench's
+            columns are known. Further columns of text are kept, for what sources are asked with.
         out: Folder of the manifest and the pictures; pictures that are there already are kept.
         split: Of a data set with several.
-        task: Of every row, where the data set has no such column.
+        task: Of every row; what the data set says is then kept as raw_task.
         on_bad_row: "skip" leaves bad rows out and lists them beside the manifest, "refuse" names them and writes none.
         max_bad_rows: How many may be left out; any number if not given.
 
@@ -75,14 +82,17 @@ def import_dataset(
         raise UserError(f"{folder} has no column task; say what all of its rows teach by --task")
     task_names = getattr(rows.features.get(found["task"] or ""), "names", None)  # of a column of class numbers
     _mark(out, {"data_set": str(folder.resolve()), "split": split, "fingerprint": rows._fingerprint})
+    kept = [name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+    kept = [name for name in kept if name not in RESERVED]
     lines, problems, ids = [], [], {}
     stored = rows.with_format("arrow")  # pictures as they were stored, so that each can be refused on its own
     for i in tqdm(range(len(rows)), "rows"):
         (row,) = stored[i : i + 1].to_pylist()
-        record = {"id": row[found["id"]] if found["id"] else f"{split}-{i}", "task": task or row[found["task"]]}
-        if task_names and type(record["task"]) is int and 0 <= record["task"] < len(task_names):
-            record["task"] = task_names[record["task"]]
-        record["prompt"] = row[found["prompt"]]
+        record = {"id": row[found["id"]] if found["id"] else f"{split}-{i}"}
+        record |= _task(row[found["task"]] if found["task"] else None, task, task_names)
+        record |= {name: row[name] for name in kept if row[name]} | _wordings(row[found["prompt"]])
+        if language := row.get(LANGUAGE):
+            record |= {"language": language, "id": f"{record['id']}-{language}"}
         try:
             _check_texts(record, ids, i)
             for column in ("source_image", "target_image"):
@@ -99,6 +109,23 @@ def import_dataset(
     write_list(path, folder, problems)
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     return Imported(path, len(lines), problems, list_path(path) if problems else None)
+
+
+def _task(stored: object, wanted: str | None, names: list[str] | None) -> dict:
+    """Makes columns of a row's task, and of what the user calls it; names: of class numbers."""
+    if names and type(stored) is int and 0 <= stored < len(names):
+        stored = names[stored]
+    if wanted is None:
+        return {"task": stored}
+    return {"task": wanted} | ({"raw_task": stored} if isinstance(stored, str) and stored else {})
+
+
+def _wordings(prompt: object) -> dict:
+    """Makes columns of a row's prompt, or of its list of wordings."""
+    if not isinstance(prompt, list):
+        return {"prompt": prompt}
+    first, *others = [text for text in prompt if text] or [None]
+    return {"prompt": first} | {f"prompt_{n}": text for n, text in enumerate(others, 2)}
 
 
 def _open(folder: Path, split: str):

@@ -1,12 +1,15 @@
 """A user's own data: a manifest (JSONL or CSV) of prompts and picture files, checked line by line.
 
-Columns: id (or uid), task (or capability), prompt, source_image, target_image; others are for the texts that sources
-are asked with, where these name them. Every row needs a task and a prompt. A row without an id goes by its line.
+Columns: id (or uid), task (or capability), prompt, source_image, target_image (or edited_image); others are for the
+texts that sources are asked with, where these name them. Every row needs a prompt, which may stand in caption_dict, a
+mapping as JSON or Python writes it. A row without a task is of the task "default", one without an id goes by its line.
+The file is JSON lines if it ends in .jsonl or begins with a brace, and else CSV.
 source_image is a path or, for several source pictures, a list of them in their order; a CSV cell holds that list as
 JSON: ["a.png", "b.png"]. Picture paths are relative to the manifest's folder, or to the `root` given, and may not leave
 it: a shared manifest must not read its reader's files.
 """
 
+import ast
 import csv
 import io
 import json
@@ -22,12 +25,16 @@ from danceopd.support.texts import lines_of, parse_json
 
 SUFFIXES = (".jsonl", ".csv")
 
+DEFAULT = "default"  # the task of rows that name none
+
+CAPTIONS = ("prompt", "caption", "instruction")  # keys of a caption_dict, the first that holds something
+
 _SHOWN = 5  # problems or lines named in one error message
 
 LONGEST_SIDE = 8  # times the shorter one, of a picture that is used: of a longer one little would be left
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One good line of a manifest; pictures are resolved paths of files that exist.
 
@@ -69,7 +76,7 @@ def read_manifest(
 
     Raises:
         FileNotFoundError: The file or the folder is missing.
-        UserError: The file as a whole is of no use: empty, neither .jsonl nor .csv, not UTF-8.
+        UserError: The file as a whole is of no use: empty, or not UTF-8.
     """
     path, needs_source = Path(path), frozenset(needs_source)
     text = _read_text(path)
@@ -77,7 +84,9 @@ def read_manifest(
     if not root.is_dir():
         raise FileNotFoundError(f"the folder of pictures {root} is not there; give the one that paths start from")
     root = root.resolve()
-    records = _json_records(text) if path.suffix.lower() == ".jsonl" else _csv_records(text)
+    suffix = path.suffix.lower()
+    by_lines = suffix == ".jsonl" or (suffix != ".csv" and text.lstrip().startswith("{"))
+    records = _json_records(text) if by_lines else _csv_records(text)
     rows, problems = [], []
     first_line: dict[str, int] = {}
     listed: dict = {}  # folders that were looked through for a name
@@ -117,8 +126,6 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} is a folder; give the manifest in it (a {' or '.join(SUFFIXES)} file)")
     if not path.is_file():
         raise FileNotFoundError(f"no manifest at {path}{near_path(path) or '; check the path'}")
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path} is neither JSONL nor CSV by its name; it must end in {' or '.join(SUFFIXES)}")
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -182,8 +189,6 @@ def _header_problem(header: list[str]) -> str:
         return f"columns named twice: {', '.join(repeated)}"
     if "prompt" not in header:
         return f"no column 'prompt' ({found}); columns are separated by commas"
-    if "task" not in header and "capability" not in header:
-        return f"no column 'task' or 'capability' ({found})"
     return ""
 
 
@@ -197,12 +202,8 @@ def _parse_row(line: int, record: dict, root: Path, listed: dict) -> tuple[Row, 
         if column in ("id", "uid") and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if value is None or isinstance(value, str):
-            value = (value or "").strip()
-            if value.encode("utf-8", "ignore").decode() == value:
-                return value
-            messages.append(f"{column} holds half a character (a lone surrogate)")
-        else:
-            messages.append(f"{column} is {json.dumps(value)[:40]}, not text; put it in quotes")
+            return (value or "").strip()
+        messages.append(f"{column} is {json.dumps(value)[:40]}, not text; put it in quotes")
         return None
 
     def found(column: str, name: str) -> Path | None:
@@ -229,21 +230,44 @@ def _parse_row(line: int, record: dict, root: Path, listed: dict) -> tuple[Row, 
     task, capability, prompt = text("task"), text("capability"), text("prompt")
     if task and capability and task != capability:
         messages.append(f"task {task!r} and capability {capability!r} differ; give one of them")
-    if task == "" and capability == "":
-        messages.append("no task; name the capability that the row teaches")
     if prompt == "":
-        messages.append("no prompt; describe the picture or the edit")
+        prompt, problem = _caption(record.get("caption_dict"))
+        messages += [problem] if problem else []
+    target, edited = picture("target_image"), picture("edited_image")
+    if target and edited and target != edited:
+        messages.append("target_image and edited_image differ; give one of them")
     row = Row(
         line=line,
         id=text("id") or text("uid") or f"line {line}",
-        capability=task or capability or "",
+        capability=task or capability or DEFAULT,
         prompt=prompt or "",
         source_images=pictures("source_image"),
-        target_image=picture("target_image"),
+        target_image=target or edited,
         columns={name: value.strip() for name, value in record.items() if name and isinstance(value, str)}
         | {"prompt": prompt or ""},
     )
     return row, messages
+
+
+def _caption(value: object) -> tuple[str, str]:
+    """Returns the prompt that a caption_dict gives where a row has none; or "", and what is wrong."""
+    if isinstance(value, str) and value.strip():
+        text = value.strip()
+        try:
+            value = parse_json(text)
+        except ValueError:
+            try:
+                value = ast.literal_eval(text)  # as Python writes a dict; it runs nothing
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                value = text
+        if not isinstance(value, dict):
+            return "", "caption_dict is no mapping; write it as JSON"
+    value = value if isinstance(value, dict) else {}
+    texts = [value.get(key) for key in CAPTIONS] + list(value.values())
+    found = next((text.strip() for text in texts if isinstance(text, str) and text.strip()), "")
+    if found.encode("utf-8", "ignore").decode() != found:
+        return "", "caption_dict holds half a character (a lone surrogate)"
+    return found, "" if found else "no prompt; describe the picture or the edit"
 
 
 def _find_picture(name: str, root: Path, listed: dict) -> tuple[Path | None, str]:

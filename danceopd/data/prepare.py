@@ -324,7 +324,7 @@ def _check_not_anothers(path: Path, made_from: dict) -> None:
     if not path.is_file():
         return
     try:
-        before = parse_json(lines_of(path.read_text(encoding="utf-8"))[0][1])["manifest"]
+        before = parse_json(next(lines_of(path.read_text(encoding="utf-8")), (0, ""))[1])["manifest"]
         same = before["path"] == made_from["path"] or before["rows"] == made_from["rows"]
     except (OSError, ValueError, KeyError, IndexError, TypeError):  # damaged, or of an older version: made again
         return

@@ -32,6 +32,7 @@ class PreparedData:
     Attributes:
         kinds: Number of rows of each Kind.
         has_source: Whether the rows have source pictures.
+        has_target: Whether all of them have the picture asked for.
         texts: What samples are given encodings of beside their prompts; none at first.
 
     Raises:
@@ -40,14 +41,13 @@ class PreparedData:
 
     def __init__(self, path: Path | str, capability: str):
         self.path, self.capability, self.cache = Path(path), capability, Cache(Path(path).parent)
-        self.head, rows = _read_rows(self.path)
-        self.rows = [row for row in rows if row["capability"] == capability]
+        self.head, self.rows, others = _read_rows(self.path, capability)
         self._all = self.rows  # a part has some of them
         self._by_kind: dict[Kind, list[dict]] = {}
         for row in self.rows:
             self._by_kind.setdefault(_kind(row), []).append(row)
         if not self.rows:
-            known = did_you_mean(capability, {row["capability"] for row in rows})
+            known = did_you_mean(capability, others)
             raise UserError(f"{self.path} has no rows of {capability!r}{known}")
         self.kinds = Counter({kind: len(rows) for kind, rows in self._by_kind.items()})
         without = sum(count for (_, sources), count in self.kinds.items() if not sources)
@@ -57,6 +57,7 @@ class PreparedData:
                 "give all of them some, or none"
             )
         self.has_source = not without
+        self.has_target = all(row["target"] is not None for row in self.rows)
         self.texts: tuple[str, ...] = ()
         self._check_cache()
 
@@ -73,6 +74,7 @@ class PreparedData:
         part.rows = self._by_kind[kind]
         part.kinds = Counter({kind: len(part.rows)})
         part._by_kind = {kind: part.rows}
+        part.has_target = all(row["target"] is not None for row in part.rows)
         return part
 
     def check_texts(self, texts: Sequence[str]) -> None:
@@ -112,7 +114,7 @@ class PreparedData:
 
     def targets(self, indices: list[int]) -> torch.Tensor | None:
         """Reads the latents [n, C, h, w] of the pictures asked for; None where rows have none."""
-        if any(row["target"] is None for row in self.rows):
+        if not self.has_target:
             return None
         return torch.stack([self.cache.read(self.rows[i]["target"])["latents"] for i in indices])
 
@@ -164,23 +166,31 @@ class PreparedData:
                     )
 
 
-def _read_rows(path: Path) -> tuple[dict, list[dict]]:
-    """Reads the head and the rows that prepare wrote; a UserError that names a line which is not as it writes them."""
+def _read_rows(path: Path, capability: str) -> tuple[dict, list[dict], set[str]]:
+    """Reads what prepare wrote: the head, the rows of a capability, and the names of the others.
+
+    A UserError names a line which is not as prepare writes them.
+    """
     if not path.exists():
         raise UserError(f"no prepared rows at {path}{near_path(path) or '; make them by `danceopd data prepare`'}")
     again = "run `danceopd data prepare` again"
-    rows = []
+    head, rows, others = None, [], set()
     for number, line in lines_of(read_text(path, "file of prepared rows")):
         try:
             row = parse_json(line)
-            (_check_row if rows else _check_head)(row)
+            (_check_head if head is None else _check_row)(row)
         except (ValueError, KeyError, TypeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{path}, line {number}, is damaged or of an older version ({reason}); {again}") from None
-        rows.append(row)
-    if not rows:
+        if head is None:
+            head = row
+        elif row["capability"] == capability:
+            rows.append(row)
+        else:
+            others.add(row["capability"])
+    if head is None:
         raise UserError(f"{path} is empty; {again}")
-    return rows[0], rows[1:]
+    return head, rows, others
 
 
 def _need(holds: bool, what: str) -> None:

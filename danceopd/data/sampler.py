@@ -79,6 +79,8 @@ def draw_batch(
     guidance_scales: list[float | None] | None = None,
     *,
     in_turn: bool = False,
+    group: int = 1,
+    alike: bool = False,
     prompt_dropout: list[float] | None = None,
     with_clean: bool = False,
     rank: int = 0,
@@ -101,6 +103,8 @@ def draw_batch(
         step: The number of the update.
         guidance_scales: The student's own scale for each capability's samples; None gives them none.
         in_turn: Takes equal parts of the capabilities, whatever their weights.
+        group: So many samples in a row have one turn: those of which a method takes the first one's route.
+        alike: Takes one capability for all samples of the step.
         prompt_dropout: The share of each capability's prompts that is left empty.
         with_clean: Adds the data's own pictures.
         rank: This process's number.
@@ -111,23 +115,25 @@ def draw_batch(
         The samples, on the CPU.
     """
     generator = step_generator(seed, step, stream)
-    group = samples.groups[0]
+    kind = samples.groups[0]
     if len(samples.groups) > 1:
         rows = torch.tensor([float(g.rows) for g in samples.groups])
-        group = samples.groups[int(torch.multinomial(rows, 1, generator=generator))]
+        kind = samples.groups[int(torch.multinomial(rows, 1, generator=generator))]
     routes = route(batch_size, torch.tensor(weights), generator)
     if in_turn:  # drawn all the same, so that what is drawn after them does not depend on it
-        routes = round_robin(batch_size, len(group.data))
+        routes = round_robin(-(-batch_size // group), len(kind.data)).repeat_interleave(group)[:batch_size]
+    if alike:
+        routes = routes[:1].expand(batch_size)
     empty = torch.rand(batch_size, generator=generator, dtype=torch.float64) if prompt_dropout else None
     own = Ranks(rank, world_size).slots(batch_size)
     mine = slice(own.start, own.stop)
     slots = step * batch_size + torch.arange(batch_size)[mine]
     routes, empty = routes[mine], None if empty is None else empty[mine]
-    noise = torch.empty(len(slots), *group.shape)
+    noise = torch.empty(len(slots), *kind.shape)
     for slot, out in zip(slots.tolist(), noise, strict=True):  # each by itself: no rank draws another's
         out.normal_(generator=generator.manual_seed(_number(seed, stream) + slot))
     parts, position, clean = [], [], []
-    for m, rows in enumerate(group.data):
+    for m, rows in enumerate(kind.data):
         drawn = (routes == m).nonzero()[:, 0]
         if not len(drawn):
             continue
@@ -142,4 +148,4 @@ def draw_batch(
         position.append(drawn)
     order = torch.cat(position).argsort()
     pictures = torch.cat(clean)[order] if with_clean else None
-    return Batch(noise, concatenate(parts)[order], routes, pictures, group.sigmas)
+    return Batch(noise, concatenate(parts)[order], routes, pictures, kind.sigmas)

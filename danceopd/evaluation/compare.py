@@ -19,13 +19,15 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pages import data_uri, render
 from danceopd.support.pictures import decode_picture
-from danceopd.support.texts import parse_json
+from danceopd.support.texts import parse_json, parse_object
 
 RESAMPLES, LEVEL = 10_000, 0.95
 
 FEW = 10  # prompts, of which resamples tell little
 
 PROMPTS = 12  # shown of the worst, and of the best
+
+PICTURES = 8  # shown of a prompt
 
 SIDE, SMALL = 256, 128  # pixels: pictures in the page are no larger; smaller ones keep their pixels
 
@@ -189,9 +191,10 @@ def _inside(folder: Path, named: Path) -> Path | None:
 
 def _seed(file: Path) -> int | None:
     try:
-        return parse_json(file.read_bytes())["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
+        seed = parse_object(file.read_bytes()).get("seed")
+    except (OSError, ValueError):
         return None
+    return seed if type(seed) is int else None
 
 
 @dataclass(frozen=True)
@@ -402,15 +405,16 @@ def _shown(first: Run, other: Run, source_of: Callable, difference: float, keys:
 
     Of an edit its source picture above both.
     """
-    scored = first.pictures[keys[0]]
+    scored, shown = first.pictures[keys[0]], keys[:PICTURES]
     rows = [
-        {"name": run.name, "pictures": [_picture(run.pictures[key], key[1]) for key in keys]} for run in (first, other)
+        {"name": run.name, "pictures": [_picture(run.pictures[key], key[1]) for key in shown]} for run in (first, other)
     ]
     if first.dataset:
         source = source_of(keys[0], scored)
         uri = source and small_uri(source)
         rows.insert(0, {"name": "source", "pictures": [{"uri": uri, "verdict": "", "reason": "", "number": 0}]})
-    return {"prompt": scored.prompt, "tag": scored.tag, "difference": f"{difference:+.2f}", "rows": rows}
+    tag = scored.tag if len(shown) == len(keys) else f"{scored.tag} · {len(shown)} of {len(keys)} pictures"
+    return {"prompt": scored.prompt, "tag": tag, "difference": f"{difference:+.2f}", "rows": rows}
 
 
 def _picture(scored: Scored, number: int) -> dict:

@@ -41,40 +41,44 @@ def prompt_embeds(text_encoder, batch: dict[str, torch.Tensor]) -> dict[str, tor
     return {"prompt_embeds": torch.cat(states[1:4], dim=-1)}
 
 
-def flow_matching_loss(velocity, clean: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Returns E ||v_theta(z, sigma) - (eps - x)||^2 with z = (1 - sigma) x + sigma eps.
-
-    Args:
-        velocity: (latents [B, 64, 4, 4], sigma [B]) -> [B, 64, 4, 4].
-        clean: Latents x [B, 64, 4, 4].
-        generator: Draws sigma and eps.
-    """
+def noised(clean: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns states z = (1 - sigma) x + sigma eps of latents x [B, 64, 4, 4], sigma [B], and the velocity eps - x that
+    flow matching asks for there; the generator draws sigma and eps."""
     n = len(clean)
     sigma = shift_sigma(torch.rand(n, generator=generator), SHIFT).clamp(min=1e-3)
     noise, s = torch.randn(clean.shape, generator=generator), sigma.view(n, 1, 1, 1)
-    return (velocity((1 - s) * clean + s * noise, sigma) - (noise - clean)).square().mean()
+    return (1 - s) * clean + s * noise, sigma, noise - clean
 
 
-def denoising(transformer: Flux2Transformer2DModel, text_encoder: nn.Module):
+def denoising(transformer: Flux2Transformer2DModel, text_encoder: nn.Module, teacher: nn.Module | None = None):
     """Compiles a transformer and its text encoder, in bfloat16 products.
 
     Attention is left to plain products: on a CPU the fused one has a backward in bfloat16 ten times slower than in
     float32, which was half of an update.
 
+    Args:
+        transformer, text_encoder: What is trained.
+        teacher: A transformer whose velocities are matched in place of flow matching's.
+
     Returns:
-        (batch, generator) -> the flow matching loss of a batch as Batches draws it.
+        (batch, generator) -> the mean squared error of the velocity on a batch as Batches draws it.
     """
-    transformer.set_attention_backend("_native_math")
+    for network in (transformer, teacher):
+        if network is not None:
+            network.set_attention_backend("_native_math")
     text_encoder.config._attn_implementation = "eager"
     drawn, read = torch.compile(transformer, dynamic=False), torch.compile(text_encoder, dynamic=False)
+    taught = None if teacher is None else torch.compile(teacher, dynamic=False)
 
     def loss(batch: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             prompt = prompt_embeds(read, batch)
             sources = (batch["sources"].float(),) if "sources" in batch else ()
-            return flow_matching_loss(
-                lambda z, sigma: flux2.velocity(drawn, z, sigma, prompt, sources), batch["latents"].float(), generator
-            )
+            state, sigma, target = noised(batch["latents"].float(), generator)
+            if taught is not None:
+                with torch.no_grad():
+                    target = flux2.velocity(taught, state, sigma, prompt, sources)
+            return (flux2.velocity(drawn, state, sigma, prompt, sources) - target).square().mean()
 
     return loss
 

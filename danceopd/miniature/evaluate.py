@@ -11,7 +11,7 @@ from danceopd.core.fields import Field, guided
 from danceopd.core.rollout import sample
 from danceopd.evaluation.pipelines import load_pipeline
 from danceopd.miniature.detector import detect
-from danceopd.miniature.edits import KINDS, sample_edits
+from danceopd.miniature.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
 from danceopd.miniature.looks import IMAGE_SIZE
 from danceopd.miniature.pipeline import TEXT_LENGTH
 from danceopd.miniature.prompts import sample_prompts
@@ -122,10 +122,17 @@ def score_gedit(draw: Draw, seed: int, per_kind: int, kinds: tuple[str, ...] = K
         kinds: Those that are asked.
 
     Returns:
-        {"average", "standard_error", each kind's mean O in [0, 10], "sc", "pq"}; average is the mean of the kinds.
+        {"average", "standard_error", each kind's mean O in [0, 10], "sc", "pq", "local", "global"}; average is the mean
+        of the kinds, local and global hold the same of their own kinds.
     """
     edits, source, expected = edit_set(seed, per_kind, kinds)
     detection = detect(draw([edit.text for edit in edits], render(source), seed + 1))
     scores = edit_scores(edits, source, expected, detection)
-    result = summary(scores["o"], [edit.kind for edit in edits], "average")
-    return {**result, "sc": float(scores["sc"].mean()), "pq": float(scores["pq"].mean())}
+
+    def of(group: tuple[str, ...]) -> dict:
+        among = [i for i, edit in enumerate(edits) if edit.kind in group]
+        return summary(scores["o"][among], [edits[i].kind for i in among], "average")
+
+    groups = {"local": LOCAL_KINDS, "global": GLOBAL_KINDS}
+    parts = {name: of(group) for name, group in groups.items() if set(group) & set(kinds)}
+    return {**of(kinds), "sc": float(scores["sc"].mean()), "pq": float(scores["pq"].mean()), **parts}

@@ -1,6 +1,7 @@
 """Recognises model files by their content, wherever they lie."""
 
 import hashlib
+import os
 from pathlib import Path
 
 from danceopd.support.errors import UserError
@@ -36,7 +37,7 @@ def fingerprint(path: Path) -> str:
         raise UserError(f"no files in {path}; give the folder of a whole pipeline, or a file")
     for file in files:
         size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)} {size} ".encode())
+        digest.update(os.fsencode(f"{file.relative_to(path)} {size} "))
         with open(file, "rb") as opened:
             digest.update(opened.read(PROBED))
             if size > PROBED:
@@ -60,7 +61,7 @@ def sample(path: Path | str) -> str:
         _add_sample(digest, path)
     elif path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            digest.update(f"{file.relative_to(path).as_posix()} ".encode())
+            digest.update(os.fsencode(f"{file.relative_to(path).as_posix()} "))
             _add_sample(digest, file)
     else:
         return "missing"

@@ -1,6 +1,8 @@
 """What a forward takes: the most that is alive in it at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -8,6 +10,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PURGE = 64  # storages made between two looks at which of them are gone
+
+_counted: ContextVar[bool] = ContextVar("counted", default=True)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Leaves out of `forward_bytes` what is made inside: copies of weights, which are no part of a forward's rows."""
+    token = _counted.set(False)
+    try:
+        yield
+    finally:
+        _counted.reset(token)
 
 
 class _Alive(TorchDispatchMode):
@@ -19,6 +33,8 @@ class _Alive(TorchDispatchMode):
         self.now = self.most = self.made = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not _counted.get():
+            return func(*args, **(kwargs or {}))
         before = {storage_number(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):

@@ -1,6 +1,5 @@
 """Loads parts of a diffusers pipeline's folder: never from the network, whole or not at all; errors name the path."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from danceopd.core.copies import to_device
 from danceopd.models.tensor_files import opened, read_header
 from danceopd.support.errors import UserError
 from danceopd.support.hub import near_cached
+from danceopd.support.texts import parse_object
 
 INSIDE = "model.diffusion_model."  # in front of a transformer's names where a file holds a VAE and encoders beside it
 
@@ -36,7 +36,7 @@ def read_json(path: Path | str) -> dict:
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; give the folder of a whole diffusers pipeline")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); copy it again") from None
 
@@ -59,7 +59,7 @@ def hub_id(model: Path) -> str | None:
     cached = [part for part in model.resolve().parts if part.startswith("models--")]
     if cached:
         return cached[-1].removeprefix("models--").replace("--", "/", 1)
-    named = pipeline_index(model).get("_name_or_path", "")
+    named = str(pipeline_index(model).get("_name_or_path", ""))
     return named if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named) and not Path(named).exists() else None
 
 
@@ -327,7 +327,7 @@ def weight_files(folder: Path | str) -> list[Path]:
         names = [SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", f".{variant}.safetensors")]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(parse_object(index.read_text(encoding="utf-8"))["weight_map"].values()))
             if any(Path(name).name != name for name in names):
                 raise ValueError("it names files outside its folder")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

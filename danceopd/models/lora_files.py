@@ -1,7 +1,6 @@
 """Reads LoRA files in any layout that diffusers converts, and writes adapters as it does."""
 
 import inspect
-import json
 import os
 import re
 import shutil
@@ -35,6 +34,7 @@ from danceopd.models.lora_names import PREFIXES, in_order, known_layers, layers_
 from danceopd.models.tensor_files import opened, read_header
 from danceopd.models.weights import Weights
 from danceopd.support.errors import UserError
+from danceopd.support.texts import parse_object
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of PEFT and of diffusers
 
@@ -214,7 +214,7 @@ def trained_for(path: str | Path) -> str | None:
     beside = file.with_name("adapter_config.json")
     if file.name == FILES[0] and beside.is_file():
         try:
-            metadata = {**metadata, **json.loads(beside.read_text(encoding="utf-8"))}
+            metadata = {**metadata, **parse_object(beside.read_text(encoding="utf-8"))}
         except (OSError, ValueError):
             return None  # said when it is read
     found = (metadata.get(key) for key in BASES)
@@ -254,8 +254,8 @@ def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict 
     beside = file.with_name("adapter_config.json")
     try:
         if file.name == FILES[0]:
-            config = beside.read_text()
-        config = json.loads(config) if config else None
+            config = beside.read_text(encoding="utf-8")
+        config = parse_object(config) if config else None
     except FileNotFoundError:
         raise UserError(f"{file.parent}: no adapter_config.json beside {file.name}; it holds the scale") from None
     except (OSError, ValueError) as error:
@@ -264,6 +264,8 @@ def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict 
         config = {k.removeprefix("transformer."): v for k, v in config.items() if k.startswith("transformer.")}
     if config is not None and config.get("peft_type", "LORA") not in TAKEN:
         raise UserError(f"{file}: is a {config['peft_type']} of PEFT, of whose kinds {TAKEN} are taken; {CONVERTED}")
+    if config is not None and (odd := _odd_setting(config)):
+        raise UserError(f"{file}: its configuration {odd}; write it again with PEFT, or copy it again")
     if config is not None and str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
         raise UserError(
             f"{file}: trained with init_lora_weights={config['init_lora_weights']}, which changes the base model; "
@@ -273,6 +275,28 @@ def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict 
     if quantized:
         raise UserError(f"{file}: {_first(quantized)}: not floating point; only LoRAs that are not quantized are taken")
     return {key: value.float() for key, value in raw.items()}, config
+
+
+def _odd_setting(config: dict) -> str | None:
+    """Says which of the settings that give a scale is none that PEFT writes; None where all are."""
+    for key in ("r", "lora_alpha", "alpha"):
+        if not _is_number(config.get(key, 1)):
+            return f"has {key} {config[key]!r}, which is no number"
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+            return f"has in {key} what are no numbers by patterns of names"
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                return f"has in {key} {pattern!r}, which is no pattern ({error})"
+    ranks = [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]
+    return next((f"gives a rank of {rank}" for rank in ranks if rank <= 0), None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def _described(opened, key: str) -> torch.Tensor:

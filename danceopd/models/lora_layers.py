@@ -10,7 +10,8 @@ from danceopd_kernels.lora import Adapters, frozen_linear, lora_linear
 from torch import nn
 
 from danceopd.models.eight_bit import as_multiplied
-from danceopd.models.fp8 import Fp8Linear, numbers
+from danceopd.models.fp8 import numbers
+from danceopd.models.nf4 import Nf4Linear, unpacked
 
 
 class _Route:
@@ -21,19 +22,23 @@ class _Route:
         self.adapter: torch.Tensor | None = None  # [B] int64, or [1] for all rows
         self.same = False
         self.student: nn.Module | None = None  # whose adapter all rows ask instead
+        self.backwards = False  # whether a backward is computing blocks again
 
     @contextmanager
-    def of(self, adapter: torch.Tensor | None, same: bool, student: nn.Module | None = None) -> Iterator[None]:
+    def of(
+        self, adapter: torch.Tensor | None, same: bool, student: nn.Module | None = None, backwards: bool = False
+    ) -> Iterator[None]:
         """Sets the adapter, or the student, for the forwards inside."""
-        self.adapter, self.same, self.student = adapter, same, student
+        self.adapter, self.same, self.student, self.backwards = adapter, same, student, backwards
         try:
             yield
         finally:
             self.adapter = self.student = None
+            self.backwards = False
 
     def again(self) -> tuple:
         """Gives the contexts of a block's forward and of its recomputation, when this forward is long over."""
-        return nullcontext(), self.of(self.adapter, self.same, self.student)
+        return nullcontext(), self.of(self.adapter, self.same, self.student, backwards=True)
 
 
 class _RoutedLinear(nn.Linear):
@@ -43,10 +48,10 @@ class _RoutedLinear(nn.Linear):
         nn.Module.__init__(self)  # without new parameters
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.name, self.route, fp8 = name, route, isinstance(linear, Fp8Linear)
-        self.dtype = linear.dtype if fp8 else linear.weight.dtype
-        self.modulates = fp8 and linear.modulates
-        self.register_buffer("weight_scale", linear.weight_scale if fp8 else None)
+        self.name, self.route = name, route
+        self.dtype = dtype_of(linear)
+        self.modulates, self.packed = getattr(linear, "modulates", False), isinstance(linear, Nf4Linear)
+        self.register_buffer("weight_scale", getattr(linear, "weight_scale", None))
         self.register_buffer("lora_a", None, persistent=False)  # so it stays in a layer that only the student changes
         if any(len(a) for a, _, _ in adapters):
             packed = pack_adapters([(a, b) for a, b, _ in adapters])
@@ -59,6 +64,8 @@ class _RoutedLinear(nn.Linear):
         if not x.numel():
             return x.new_empty(*x.shape[:-1], self.out_features)
         weight, weight_scale = as_multiplied(self.weight), self.weight_scale
+        if self.packed:
+            weight, weight_scale = unpacked(weight, weight_scale, self.dtype), None
         if self.modulates:  # its input stays as it is
             weight, weight_scale = numbers(weight, weight_scale, self.dtype), None
         if self.route.student is not None:
@@ -96,6 +103,11 @@ class _Factors(nn.Module):
 
     def forward(self, x, weight, bias=None, weight_scale=None) -> torch.Tensor:
         return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, weight_scale)
+
+
+def dtype_of(linear: nn.Linear) -> torch.dtype:
+    """Tells the dtype that a layer multiplies in; its weight may be stored in codes."""
+    return getattr(linear, "dtype", linear.weight.dtype)
 
 
 def _flat(name: str) -> str:

@@ -14,8 +14,9 @@ from danceopd.core.fields import Field
 from danceopd.models.blocks import block_layers
 from danceopd.models.fp8 import Fp8Linear
 from danceopd.models.lora_algebra import Lora
-from danceopd.models.lora_layers import _constant, _Route, _RoutedLinear
+from danceopd.models.lora_layers import _constant, _Route, _RoutedLinear, dtype_of
 from danceopd.models.packing import by_sources
+from danceopd.models.swapping import Swap
 from danceopd.support.errors import UserError
 
 
@@ -47,6 +48,7 @@ class SharedBase:
         if any(isinstance(module, _RoutedLinear) for module in transformer.modules()):
             raise ValueError("the transformer is shared already; give all its LoRAs at once")
         self.transformer, self.count, self._velocity = transformer.requires_grad_(False), len(loras), velocity
+        self.swap: Swap | None = None  # where blocks wait in host memory
         # With zero_cond_t, Qwen-Image's modulation sees the times of the batch and then as many zeros: 2 B rows.
         self._route = _Route(2 if getattr(getattr(transformer, "config", None), "zero_cond_t", False) else 1)
         for name in dict.fromkeys([*(name for lora in loras for name in lora), *layers]):
@@ -54,8 +56,7 @@ class SharedBase:
                 linear = transformer.get_submodule(name)
             except AttributeError:
                 raise UserError(f"{type(transformer).__name__} has no layer {name}, which a LoRA changes") from None
-            dtype = linear.dtype if isinstance(linear, Fp8Linear) else linear.weight.dtype
-            like = {"dtype": dtype, "device": linear.weight.device}
+            like = {"dtype": dtype_of(linear), "device": linear.weight.device}
             # An adapter of rank 0 stands for a source that leaves the layer as it is.
             none = (torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0), 1.0)
             parts = [lora.get(name, none) for lora in loras]
@@ -69,6 +70,20 @@ class SharedBase:
             return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=self._route.again)
 
         self.transformer.enable_gradient_checkpointing(run)
+
+    def swap_blocks(self, count: int, device: torch.device) -> None:
+        """Moves the transformer to a device but for blocks that wait in host memory until they are asked.
+
+        A backward needs `enable_gradient_checkpointing`, else it would keep every block there.
+
+        Args:
+            count: How many blocks wait.
+            device: Where it computes.
+
+        Raises:
+            UserError: It has fewer blocks, or so few would wait that none is spared.
+        """
+        self.swap = Swap(self.transformer, count, device, lambda: self._route.backwards)
 
     def in_fp8(self) -> "SharedBase":
         """Copies the transformer with the blocks' linear layers in FP8, for students alone.

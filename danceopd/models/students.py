@@ -65,6 +65,7 @@ class LoraStudent(nn.Module):
         generator: Draws A.
         embedded_guidance: The input of all its samples, where the transformer takes one.
         sizes: {layer: (rank, alpha)} of those that have their own, as layer_sizes gives them.
+        gaussian: Draws A from a normal distribution of standard deviation 1 / rank.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class LoraStudent(nn.Module):
         generator: torch.Generator | None = None,
         embedded_guidance: float | None = None,
         sizes: Mapping[str, tuple[int, float]] | None = None,
+        gaussian: bool = False,
     ):
         super().__init__()
         self.embedded_guidance = embedded_guidance
@@ -84,8 +86,11 @@ class LoraStudent(nn.Module):
         for name in layers:
             linear = shared.transformer.get_submodule(name)
             own_rank, own_alpha = (sizes or {}).get(name, (rank, alpha))
-            bound = linear.in_features**-0.5
-            a = (2 * torch.rand(own_rank, linear.in_features, generator=generator) - 1) * bound
+            shape = own_rank, linear.in_features
+            if gaussian:
+                a = torch.randn(shape, generator=generator) / own_rank
+            else:
+                a = (2 * torch.rand(shape, generator=generator) - 1) * linear.in_features**-0.5
             self.factors[_flat(name)] = _Factors(a, torch.zeros(linear.out_features, own_rank), own_alpha / own_rank)
 
     def __deepcopy__(self, memo) -> "LoraStudent":

@@ -54,9 +54,9 @@ def read_header(path: Path | str) -> dict[str, tuple[str, torch.Size]]:
         found = {name: (entry["dtype"], torch.Size(entry["shape"])) for name, entry in header.items()}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        wrong = [n for n, (kind, shape) in found.items() if kind in BITS and BITS[kind] * prod(shape) != 8 * sizes[n]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise damaged(path, error) from None
-    wrong = [n for n, (kind, shape) in found.items() if kind in BITS and BITS[kind] * prod(shape) != 8 * sizes[n]]
     if wrong or 8 + length + end != size:
         raise damaged(path, f"{wrong[0]} has not the bytes of its shape" if wrong else "its parts do not fill it")
     return found
@@ -101,7 +101,7 @@ def _what(path: Path, begin: bytes, size: int) -> str | None:
                 file.seek(8)
                 header = json.loads(file.read(length))
             end = 8 + length + max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
         if end > size:
             return f"cannot be read as safetensors: it is cut off at {size} of {end} bytes; copy it again"

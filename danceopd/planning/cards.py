@@ -34,9 +34,10 @@ class Card:
 
 
 # NVIDIA's data sheets "H100 Tensor Core GPU", "H200 Tensor Core GPU", "A100 Tensor Core GPU", "L40S" and "HGX B200",
-# and, in appendix A of each, "NVIDIA Ada GPU Architecture" (RTX 4090) and "NVIDIA RTX Blackwell GPU Architecture" (RTX
-# 5090). Figures with sparsity are halved, and those of GeForce cards are with sums in float32, as products have them
-# here. Memory is what a process can have of what is published.
+# and, in appendix A of each, "NVIDIA Ampere GA102 GPU Architecture" (RTX 3090), "NVIDIA Ada GPU Architecture" (RTX
+# 4080, 4090) and "NVIDIA RTX Blackwell GPU Architecture" (RTX 5090). Figures with sparsity are halved, and those of
+# GeForce cards are with sums in float32, as products have them here. Memory is what a process can have of what is
+# published.
 CARDS = {
     # NVLink 4, 400 Gb/s, PCIe 5, HBM3
     "h100": Card("H100 SXM 80 GB", 79 * GIB, 989e12, 450e9, 50e9, 64e9, 3.35e12, 1979e12),
@@ -51,6 +52,8 @@ CARDS = {
     "a100-40": Card("A100 SXM 40 GB", 39 * GIB, 312e12, 300e9, 25e9, 32e9, 1.555e12),  # HBM2
     # No NVLink: the cards of a machine talk over PCIe, 4 and, of the 5090, 5. GDDR6, GDDR6X, GDDR7
     "l40s": Card("L40S 48 GB", 44 * GIB, 362e12, 32e9, 25e9, 32e9, 0.864e12, 733e12),
+    "rtx-3090": Card("GeForce RTX 3090 24 GB", 23.5 * GIB, 71e12, 32e9, 25e9, 32e9, 0.936e12),
+    "rtx-4080": Card("GeForce RTX 4080 16 GB", 15.5 * GIB, 97.5e12, 32e9, 25e9, 32e9, 0.7168e12, 194.9e12),
     "rtx-4090": Card("GeForce RTX 4090 24 GB", 23.5 * GIB, 165.2e12, 32e9, 25e9, 32e9, 1.008e12, 330.3e12),
     "rtx-5090": Card("GeForce RTX 5090 32 GB", 31 * GIB, 209.5e12, 64e9, 25e9, 64e9, 1.792e12, 419e12),
 }
@@ -59,7 +62,8 @@ CARDS = {
 NAMES = {
     "H100 NVL": None, "H200 NVL": None, "H100 PCIe": "h100-pcie", "H100": "h100", "GH200": None, "H200": "h200",
     "GB200": None, "B200": "b200", "A100-SXM4-40GB": "a100-40", "A100-PCIE-40GB": "a100-40", "A100": "a100",
-    "L40S": "l40s", "RTX 4090 D": None, "RTX 4090 Laptop": None, "RTX 4090": "rtx-4090", "RTX 5090 D": None,
+    "L40S": "l40s", "RTX 3090 Ti": None, "RTX 3090": "rtx-3090", "RTX 4080 SUPER": None, "RTX 4080 Laptop": None,
+    "RTX 4080": "rtx-4080", "RTX 4090 D": None, "RTX 4090 Laptop": None, "RTX 4090": "rtx-4090", "RTX 5090 D": None,
     "RTX 5090 Laptop": None, "RTX 5090": "rtx-5090",
 }  # fmt: skip
 

@@ -13,22 +13,22 @@ from itertools import product
 from danceopd.config.sections import Config
 from danceopd.planning.cards import CARDS, NODE, Card, gather_seconds
 from danceopd.planning.dry_run import Examine, dry_run
-from danceopd.planning.memory import ACTIVATIONS, BEYOND, FLOAT, REPLICA, Findings, beyond_activations
+from danceopd.planning.largest import largest
+from danceopd.planning.memory import ACTIVATIONS, BASE, BEYOND, FLOAT, LEFT, REPLICA, Findings, beyond_activations
 from danceopd.support.memory import GIB, format_bytes
 from danceopd.support.texts import format_seconds
 from danceopd.training.rollouts.replica import multiplies_in_bf16
 from danceopd.training.zero.engine import GATHERED
+from danceopd.training.zero.settings import for_ranks
 
 UTILISATION = 0.4  # of a card's peak, by forwards and backwards
 
 HOST_BANDWIDTH = 25e9  # bytes a second of host memory, for each card of a machine
 
-LEFT = 2 * GIB  # of a card: context, workspace, fragmentation
-
 STAGES = (0, 1, 2, 3)
 
 # Not split over ranks unless the run shards its frozen networks.
-FROZEN = ("base weights", "sources of their own weights", "source weights")
+FROZEN = (BASE, "sources of their own weights", "source weights")
 
 # DeepSpeed's defaults, in entries: a bucket of gradients, and the gathered weights that are kept at a time.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
@@ -202,6 +202,8 @@ class Plan:
             frozen = sum(self.findings.memory[name][0] for name in FROZEN if name in self.findings.memory)
             asked = self.config.rollout.num_inference_steps + 3 if self.config.student.lora else 1
             seconds["gathering frozen networks"] = parts * asked * gather_seconds(frozen, gpus, card)
+        if swap := self.findings.swap:
+            seconds["blocks from host memory"] = swap.size * swap.passes / card.host
         if setting.offload:  # AdamW reads or writes seven numbers of float32 for each parameter
             seconds["optimizer in host memory"] = n / gpus * (2 * FLOAT / card.host + 7 * FLOAT / HOST_BANDWIDTH)
         if setting.offload == "all":
@@ -230,7 +232,8 @@ def plan(config: Config, examine: Examine, gpus: int, card: str, deepspeed: dict
     Returns:
         The plan; what is missing stands in its findings' problems.
     """
-    training, notes = config.training, []
+    config, notes = for_ranks(config) if gpus > 1 else (config, [])
+    training = config.training
     each = math.ceil(training.batch_size / gpus / training.gradient_accumulation_steps)
     if training.batch_size < gpus * training.gradient_accumulation_steps:
         notes.append(
@@ -238,11 +241,13 @@ def plan(config: Config, examine: Examine, gpus: int, card: str, deepspeed: dict
             f"{training.gradient_accumulation_steps} micro-batches, so that some have none; the time is that of a card "
             f"with {each * training.gradient_accumulation_steps}"
         )
-    if training.optimizer != "adamw" and gpus > 1:
+    if training.optimizer != "adamw" and gpus > 1:  # such as that of 8 bits
         notes.append(f"training.optimizer: {training.optimizer} runs in one process; with DeepSpeed use adamw")
+    if training.swap_blocks and gpus > 1:
+        notes.append("training.swap_blocks: blocks wait in host memory in one process alone; leave it out")
     own = training.model_copy(update={"batch_size": each * training.gradient_accumulation_steps})
     one = config.model_copy(update={"training": own})
-    found = dry_run(one, examine)
+    found = dry_run(one, examine, CARDS[card].memory)
     zero = (deepspeed or {}).get("zero_optimization", {})
     bucket = int(float(zero.get("reduce_bucket_size", BUCKET)))
     live = int(float(zero.get("stage3_max_live_parameters", LIVE)))
@@ -287,6 +292,10 @@ def _memory_table(planned: Plan) -> Iterator[str]:
     if sharded in planned.settings():
         total = format_bytes(planned.estimate(sharded).bytes())
         yield _row("  total with the frozen networks sharded", [*[""] * (len(stages) - 1), total])
+    if planned.gpus == 1 and (most := largest(planned.config, planned.findings, planned.card.memory)):
+        yield f"  {most.text()}"
+    if planned.findings.swap:
+        yield f"  {planned.findings.swap.line()}"
     if not planned.findings.activations:
         yield "  at least: without activations, which need prepared rows and the transformer"
 

@@ -11,14 +11,46 @@ from danceopd.config.expressions import evaluations
 from danceopd.config.sections import Config
 from danceopd.core.methods import needs
 from danceopd.models.eight_bit import stored
-from danceopd.support.memory import format_bytes
+from danceopd.support.memory import GIB, format_bytes
 from danceopd.support.optimizers import Muon, make_optimizers
 from danceopd.training.rollouts.replica import bytes_beside, make_replica, rollout_precision
 
 FLOAT = 4  # bytes of a trainable parameter, its gradient, its average, and of one state of AdamW
 
-REPLICA = "replica for rollouts"
+LEFT = 2 * GIB  # of a card: context, workspace, fragmentation
+
+BUS = (25e9, 50e9)  # bytes a second from host memory that times are given for
+
+BASE, REPLICA = "base weights", "replica for rollouts"
 ACTIVATIONS, BEYOND = "activations for the backward", "forwards without gradient, more"
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What waits in host memory of a shared base.
+
+    Attributes:
+        count: Number of blocks.
+        size: Their bytes.
+        spared: Bytes that the card need not hold.
+        passes: How often an update brings each of them to the card, at most.
+        how: How the bytes of the whole base come about.
+    """
+
+    count: int
+    size: float
+    spared: float
+    passes: int
+    how: str
+
+    def line(self) -> str:
+        """Says what an update sends over the bus, and how long that takes."""
+        sent = self.size * self.passes
+        times = " or ".join(f"{sent / speed:.3g} s at {speed / 1e9:.0f} GB/s" for speed in BUS)
+        return (
+            f"{self.count} blocks come from host memory at most {self.passes} times an update: {format_bytes(sent)} "
+            f"over the bus, {times}, while blocks compute"
+        )
 
 
 @dataclass
@@ -32,6 +64,9 @@ class Findings:
         parameters: Number of parameters by network.
         memory: Bytes of one rank by term, and how they come about.
         host: Bytes that wait in host memory, in the same way.
+        blocks: Bytes of each block of a base of which some wait in host memory; empty where none does.
+        swap: Those that do, as `planning.swapping.settle` chose them.
+        pixels: Of the largest picture of the prepared rows.
         activations: Bytes that the backward keeps, without and with gradient checkpointing (None where a network
             cannot); None where they are not known.
         forward: Bytes of one row of a forward without gradient, and how many rows it takes; None where not known.
@@ -48,6 +83,9 @@ class Findings:
     parameters: dict[str, int] = field(default_factory=dict)
     memory: dict[str, tuple[float, str]] = field(default_factory=dict)
     host: dict[str, tuple[float, str]] = field(default_factory=dict)
+    blocks: list[int] = field(default_factory=list)
+    swap: Swapped | None = None
+    pixels: int | None = None
     activations: tuple[float, float | None] | None = None
     forward: tuple[float, int] | None = None
     evaluations: dict[str, float] | None = None
@@ -83,6 +121,8 @@ class Findings:
             lines.append(f"  {'total':34s} {format_bytes(self.total_memory()):>12s}{unknown}")
             for name, (size, how) in self.host.items():
                 lines.append(f"  {name + ', in host memory':34s} {format_bytes(size):>12s}   {how}")
+            if self.swap:
+                lines.append(f"  {self.swap.line()}")
             lines.append("  (not counted: the CUDA context, kernels' workspace and fragmentation; leave 2 GiB)")
         lines += ["", "network evaluations of one update, expected (forwards of one sample; a backward is two)"]
         if self.evaluations is None:

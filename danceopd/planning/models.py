@@ -12,7 +12,6 @@ from danceopd.core.methods import needs
 from danceopd.data.sampler import Samples
 from danceopd.models.backbones import backbone_of, meta_transformer, pipeline_class_of
 from danceopd.models.blocks import blocks, main_blocks
-from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.loading import check_transformer_file, check_weights, hub_id, is_file_name, pipeline_index
 from danceopd.models.lora_algebra import squared_norms, sum_loras
@@ -23,6 +22,7 @@ from danceopd.models.students import FullStudent, LoraStudent
 from danceopd.models.weights import RELATED, likeness, of_folder, shapes_of
 from danceopd.planning.backward import conditioning_bytes, held_in_forward, kept_for_backward, operations
 from danceopd.planning.memory import (
+    BASE,
     FLOAT,
     Findings,
     add_activations,
@@ -36,7 +36,7 @@ from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.build import run_attention
 from danceopd.training.assembly.networks import start_folder, student_layers, student_sizes
 from danceopd.training.assembly.samples import check_decoder, model_samples, rows_of
-from danceopd.training.assembly.sources import needs_base, source_folder, sources_on_base
+from danceopd.training.assembly.sources import narrow, needs_base, source_folder, sources_on_base
 from danceopd.training.assembly.starts import check_alike, start_lora
 
 ENCODERS = ("text_encoder", "tokenizer", "processor", "image_encoder", "feature_extractor", "siglip")
@@ -137,21 +137,24 @@ def _add_frozen(
     if needs_base(config):
         findings.parameters["base"] = count(transformer)
     findings.parameters |= {f"source {source}, beside the base": n for source, n in parameters.items() if n is not None}
-    how = f"{size} bytes, {name}"
+    how, base, own_weights = f"{size} bytes, {name}", count(transformer), [n for n in networks.values() if n]
+    own = sum(map(count, own_weights))
     if precision and not any(problem.startswith("training.base_precision") for problem in findings.problems):
-        narrow = to_fp8 if precision == "fp8" else to_eight_bit
-        how = f"1 byte in the blocks' linear layers, {size} elsewhere"
-        for network in filter(None, (transformer, *networks.values())):
-            narrow(network)
+        how = f"{'0.53 bytes' if precision == 'nf4' else '1 byte'} in the blocks' linear layers, {size} elsewhere"
+        for network in (transformer, *own_weights):
+            if precision == "fp8":
+                to_fp8(network)
+            narrow(config, network)
     if needs_base(config):
-        findings.memory["base weights"] = nbytes(transformer), f"{count(transformer):,} x {how}, shared"
+        findings.memory[BASE] = nbytes(transformer), f"{base:,} x {how}, shared"
+        if config.training.swap_blocks:
+            findings.blocks = [nbytes(block) for block in blocks(transformer)]
     total = sum(n for source, n in parameters.items() if n and source not in networks)
     findings.memory["sources beside the base"] = total * size, f"{total:,} x {size} bytes, {name}"
-    own_weights = [network for network in networks.values() if network]
     if not own_weights:
         return
     total = sum(map(nbytes, own_weights))
-    how = f"{sum(map(count, own_weights)):,} x {how}"
+    how = f"{own:,} x {how}"
     if config.training.offload_sources:
         findings.host["sources of their own weights"] = total, how
         streamed = max(map(_streamed, own_weights))
@@ -175,6 +178,7 @@ def _add_forward(
                 f"{n:,} x {dtype.itemsize} bytes, of a forward by autocast",
             )
     group = max(samples.groups, key=lambda g: sum(map(math.prod, (g.shape, *g.source_shapes))))
+    findings.pixels = max(math.prod(row["size"]) for rows in group.data for row in rows.rows)
     conditionings, activations = {}, []
     for name, rows in zip(config.capabilities, group.data, strict=True):
         conditioning = findings.attempt(f"capabilities.{name}.data", samples.condition, rows, [0], [False])

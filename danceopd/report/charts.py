@@ -22,6 +22,8 @@ _BLUE, _ORANGE, _INK, _GREY = "#24598f", "#c1571b", "#1b1b1b", "#8a8a8a"
 
 _PALETTE = (_BLUE, _ORANGE, "#3c7d4e", "#7d4c96", "#a3403f", "#4b8c94", "#8a6d1f")
 
+Curve = tuple[np.ndarray, np.ndarray]  # x and y
+
 CHART_STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "danceopd",
@@ -69,10 +71,10 @@ def _chart(name: str, panels: list[Callable]) -> Markup:
     svg = svg[svg.index("<svg") :]
     for before in (' id="', 'href="#', "url(#"):
         svg = svg.replace(before, f"{before}{name}-")
-    return Markup(svg)
+    return Markup(svg)  # Safe: matplotlib escapes the texts in what it draws.
 
 
-def _curve(records: list[dict], *path: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
+def _curve(records: list[dict], *path: str, x: str = "step") -> Curve:
     """Returns the figure at path over the records' x (or step, where the record has no x): two [n] float64 arrays."""
     points = []
     for record in records:
@@ -95,10 +97,31 @@ def _dot(x: np.ndarray) -> dict:
     return {"marker": "o", "markersize": 5} if len(x) == 1 else {}
 
 
-def _draw_losses(ax, title: str, curves: dict[str, tuple[np.ndarray, np.ndarray]], colors: Sequence[str]):
+PIECES = 1000  # of a curve: more than a chart has pixels across
+
+
+def outline(x: np.ndarray, y: np.ndarray) -> Curve:
+    """Returns a curve as a chart shows it: of a longer one the least and the greatest value of each of PIECES."""
+    if len(x) <= 2 * PIECES:
+        return x, y
+    ends = np.linspace(0, len(x), PIECES + 1).astype(int)
+    pieces = [(a, y[a:b]) for a, b in itertools.pairwise(ends)]
+    kept = np.unique([a + i for a, piece in pieces for i in (piece.argmin(), piece.argmax())])
+    return x[kept], y[kept]
+
+
+def trend(x: np.ndarray, y: np.ndarray) -> Curve:
+    """Returns a curve smoothed, a longer one as the means of PIECES pieces."""
+    if len(x) > 2 * PIECES:
+        ends = np.linspace(0, len(x), PIECES + 1).astype(int)
+        x, y = (np.add.reduceat(values, ends[:-1]) / np.diff(ends) for values in (x, y))
+    return x, smooth(y)
+
+
+def _draw_losses(ax, title: str, curves: dict[str, Curve], colors: Sequence[str]):
     for (name, (x, y)), color in zip(curves.items(), itertools.cycle(colors), strict=False):
-        ax.plot(x, y, color=color, alpha=0.22, linewidth=0.8)
-        ax.plot(x, smooth(y), color=color, label=name, **_dot(x))
+        ax.plot(*outline(x, y), color=color, alpha=0.22, linewidth=0.8)
+        ax.plot(*trend(x, y), color=color, label=name, **_dot(x))
     everything = np.concatenate([y for _, y in curves.values()])
     if everything.min() > 0 and everything.max() / everything.min() > 8:
         ax.set_yscale("log")
@@ -126,8 +149,8 @@ def _loss_chart(log: Log) -> Markup | None:
 
 
 def _draw_curve(ax, title: str, x: np.ndarray, y: np.ndarray):
-    ax.plot(x, y, color=_INK, alpha=0.22, linewidth=0.8)
-    ax.plot(x, smooth(y), color=_INK, **_dot(x))
+    ax.plot(*outline(x, y), color=_INK, alpha=0.22, linewidth=0.8)
+    ax.plot(*trend(x, y), color=_INK, **_dot(x))
     ax.set_ylim(0, None)
     ax.set_title(title)
     ax.set_xlabel("update")
@@ -204,12 +227,12 @@ def _score_chart(log: Log, results: dict) -> Markup | None:
     return _chart("score", panels) if panels else None
 
 
-def _draw_health(ax, key: str, curves: dict[str, tuple[np.ndarray, np.ndarray]]):
+def _draw_health(ax, key: str, curves: dict[str, Curve]):
     """Draws ratios by noise level around 1, or the gradient norm's quantiles."""
     ratio = key.endswith("_ratio")
     colors = matplotlib.colormaps["viridis"](np.linspace(0.08, 0.88, len(curves)))
     for (name, (x, y)), color in zip(curves.items(), colors, strict=True):
-        ax.plot(x, y, color=color, label=f"σ = {name}" if ratio else name, linewidth=1.4, **_dot(x))
+        ax.plot(*outline(x, y), color=color, label=f"σ = {name}" if ratio else name, linewidth=1.4, **_dot(x))
     if ratio:
         ax.axhline(1, color=_GREY, linewidth=0.9, linestyle=(0, (5, 3)), zorder=1)
         low, high = ax.get_ylim()

@@ -1,7 +1,6 @@
 """Reads the results files: a row's figures, differences by seed and their verdicts, curves, learning rates."""
 
 import itertools
-import json
 import math
 import re
 import statistics
@@ -10,6 +9,7 @@ from pathlib import Path
 from danceopd.report.names import DASH
 from danceopd.report.names import label as plain_label
 from danceopd.reproduce.matrix import SETTINGS
+from danceopd.support.texts import read_object
 
 GENEVAL, GEDIT = "geneval_overall", "gedit_average"
 
@@ -62,7 +62,8 @@ def label(name: str) -> str:
 def read(folder: Path) -> dict[str, dict]:
     """Reads {table: its results file} of those that are there."""
     paths = {name: folder / f"{name}.json" for name in SETTINGS}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    again = "restore it, or remove it to gather it again"
+    return {name: read_object(path, again) for name, path in paths.items() if path.exists()}
 
 
 def tables_of(files: dict[str, dict]) -> dict[str, dict[str, dict]]:

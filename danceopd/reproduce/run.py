@@ -31,6 +31,7 @@ from danceopd.support.devices import machine
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.run_log import read_log
+from danceopd.support.texts import parse_object, read_object
 from danceopd.support.versions import commit
 from danceopd.training.checkpoints import checkpoints
 from danceopd.training.loop import Build, train
@@ -171,7 +172,7 @@ def finished(run: Run, folders: Folders) -> dict | None:
     None if there is none, or it was of another configuration.
     """
     try:
-        result = json.loads((folders.work / run.name / "result.json").read_text())
+        result = parse_object((folders.work / run.name / "result.json").read_text())
     except (OSError, ValueError):
         return None
     return result if result.get("digest") == digest(run, folders) else None
@@ -279,7 +280,7 @@ def adopt(todo: list[Run], folders: Folders) -> None:
 def _table(setting: str, folders: Folders) -> dict:
     """Returns the results file as it is, empty if there is none."""
     path = folders.results / f"{setting}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_object(path, "restore it, or remove it to gather it again") if path.exists() else {}
 
 
 def gather(setting: str, budget: Budget, folders: Folders, seeds: int) -> None:
@@ -372,7 +373,7 @@ def _before_rows(before: list[Run], folders: Folders) -> list[dict]:
             raw, overrides = raw_config(run, folders)
             metrics = measure("F", student(folders.work / run.name), parse_config(raw, overrides, run.config))
             write_atomic(path, json.dumps({"seed": run.seed, **metrics}).encode())
-        results.append(json.loads(path.read_text()))
+        results.append(read_object(path, "remove it, and it is made again"))
     if not results:
         return []
     row = _row("before", "source", results, None)

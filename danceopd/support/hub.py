@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,10 @@ _ID = re.compile(
 
 # What a pipeline's or a LoRA's folder is read from; never weights as pickles, nor code.
 _READ = (".safetensors", ".json", ".txt", ".model", ".jinja")
+
+# Files that say that a repository is a pipeline, or an adapter, and is there.
+_HEADS = ("model_index.json", "modular_model_index.json", "adapter_model.safetensors")
+_HEADS += ("pytorch_lora_weights.safetensors",)
 
 SECONDS = 20.0  # until a hub that does not answer is given up
 
@@ -90,7 +94,7 @@ def located(path: Path) -> Path:
 
 def _cached(name: HubName) -> Path | None:
     """Returns the folder or file in the hub's cache; what a folder lacks is said by who reads it."""
-    for file in (name.file,) if name.file else ("model_index.json", "modular_model_index.json"):
+    for file in (name.file,) if name.file else _HEADS:
         found = huggingface_hub.try_to_load_from_cache(name.repo, file, revision=name.revision)
         if isinstance(found, str):
             return Path(found) if name.file else Path(found).parent
@@ -100,6 +104,8 @@ def _cached(name: HubName) -> Path | None:
 def _downloaded(name: HubName) -> Path:
     try:
         if name.file:
+            if name.file.endswith("adapter_model.safetensors"):  # PEFT's, whose scale stands beside it
+                _beside(name, "adapter_config.json")
             return Path(huggingface_hub.hf_hub_download(name.repo, name.file, revision=name.revision))
         there = huggingface_hub.HfApi().model_info(name.repo, revision=name.revision, timeout=SECONDS)
         files = wanted([one.rfilename for one in there.siblings or []])
@@ -117,6 +123,13 @@ def _downloaded(name: HubName) -> Path:
             return cached
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"there is no {name} here, and the hub does not answer: {said}{near_cached(name)}") from None
+
+
+def _beside(name: HubName, other: str) -> None:
+    """Downloads another file of a file's folder; who reads the file says where it is missing."""
+    with suppress(RemoteEntryNotFoundError):
+        folder = name.file.rpartition("/")[0]
+        huggingface_hub.hf_hub_download(name.repo, f"{folder}/{other}".lstrip("/"), revision=name.revision)
 
 
 def wanted(files: list[str]) -> list[str]:

@@ -17,7 +17,8 @@ def render(template: Path, **values) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template.name).render(**values)
+    text = environment.get_template(template.name).render(**values)
+    return text.encode(errors="replace").decode()  # a file's name need not be UTF-8
 
 
 def data_uri(picture: Image.Image, kind: str = "png", **options) -> str:

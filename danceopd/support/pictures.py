@@ -42,7 +42,7 @@ def labelled_grid(
 
     Args:
         rows: A label, and pictures [3, H, W] in [-1, 1], for each row.
-        columns: Names of the columns, above all rows.
+        columns: Names of the columns, above all rows, wrapped where a cell is too narrow.
         least: Pixels.
 
     Returns:
@@ -52,10 +52,11 @@ def labelled_grid(
     line = max(16, cell // 16)
     font = ImageFont.load_default(line * 0.7)
     heights = [max(round(cell * p.shape[1] / p.shape[2]) for p in pictures) for _, pictures in rows]
-    top = line if columns else 0
+    names = [_wrapped(name, font, cell - 8) for name in columns]
+    top = line * max((name.count("\n") + 1 for name in names), default=0)
     image = Image.new("RGB", (cell * max(len(p) for _, p in rows), top + sum(heights) + len(rows) * line), "white")
     draw = ImageDraw.Draw(image)
-    for i, name in enumerate(columns):
+    for i, name in enumerate(names):
         draw.text((i * cell + 4, 1), name, "black", font)
     for (label, pictures), tall in zip(rows, heights, strict=True):
         draw.text((4, top + 1), label, "dimgray", font)
@@ -69,6 +70,17 @@ def labelled_grid(
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Breaks a text between words so that its lines fit a width in pixels, as far as its words do."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\n".join(lines)
 
 
 # Only plain raster formats: Pillow would hand others (EPS) to an external interpreter.

@@ -4,7 +4,8 @@ And fills texts in: {name} in braces is a row's column of that name; and writes 
 """
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import Formatter
 
@@ -39,28 +40,66 @@ def read_text(path: Path, what: str = "file") -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def lines_of(text: str) -> list[tuple[int, str]]:
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
     """Numbers the lines of a text from 1, leaving out blank ones.
 
-    `str.splitlines` would also cut at U+2028, U+0085, form feeds and others, which may stand inside a prompt.
+    `str.splitlines` would also cut at U+2028, U+0085, form feeds and others, which may stand inside a prompt. A line is
+    cut out when its turn comes: a million of them take as much memory as the text.
     """
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    begin, number = 0, 0
+    while begin < len(text):
+        end = text.find("\n", begin)
+        end = len(text) if end < 0 else end
+        line, begin, number = text[begin:end], end + 1, number + 1
+        if line.strip():
+            yield number, line
 
 
 def parse_json(text: str | bytes) -> object:
     """Reads one JSON value.
 
     Raises:
-        ValueError: It is not JSON, nests too deep, or an object has a key twice, of which one would be lost.
+        ValueError: It is not JSON, nests too deep, has a key twice in an object, of which one would be lost, or half a
+            character in a text, which no file takes.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        found = json.loads(text, object_pairs_hook=_once)
+        if ("\\u" if isinstance(text, str) else b"\\u") in text:
+            json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it nests too deep") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character (a lone surrogate)") from None
+    return found
+
+
+def parse_object(text: str | bytes) -> dict:
+    """Reads one JSON object; raises as parse_json, also for any other value."""
+    found = parse_json(text)
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return found
+
+
+def read_object(path: Path, mend: str) -> dict:
+    """Reads a file that is one JSON object.
+
+    Args:
+        path: The file.
+        mend: What a message tells to do where it is damaged.
+
+    Raises:
+        UserError: It cannot be read, or is no such file.
+    """
+    text = read_text(path)
+    try:
+        return parse_object(text)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {mend}") from None
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
+    found = {sys.intern(key): value for key, value in pairs}  # a million rows have the same keys
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")

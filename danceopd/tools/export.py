@@ -1,6 +1,5 @@
 """Writes a run's student for others: an adapter for diffusers, ComfyUI or kohya's tools, or a whole transformer."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from danceopd.report.tables import format_markdown
 from danceopd.support.errors import UserError
 from danceopd.support.files import new_folder
 from danceopd.support.run_log import read_log
+from danceopd.support.texts import parse_object
 from danceopd.tools.provenance import provenance
 
 LAST = 5  # records of the training curve in a model card
@@ -281,7 +281,7 @@ def _scores(run: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return format_markdown(json.loads(path.read_text(encoding="utf-8")))
+        return format_markdown(parse_object(path.read_text(encoding="utf-8")))
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); write it again by danceopd report, or remove it") from None
 

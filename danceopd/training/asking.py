@@ -80,7 +80,9 @@ def rolled_out(config: Config, parts, network: nn.Module | None, field: Field, r
         The student as a field, which may bring a rollout of its own.
     """
     field, on_card = as_student(config, parts, field), parts.device.type not in ON_HOST
-    wanted = on_card if config.training.cuda_graphs == "auto" else config.training.cuda_graphs
+    wanted = config.training.cuda_graphs
+    if wanted == "auto":  # a graph would read blocks that have left again
+        wanted = on_card and config.training.swap_blocks is None
     if not wanted or network is None:
         return field
     ask, both = in_precision(config, parts.device, network), None

@@ -185,6 +185,8 @@ class Trainer:
             self.step if step is None else step,
             guidance_scales(self.config),
             in_turn=self.config.route == "round_robin",
+            group=self.options.get("group_size", 1),
+            alike=self.config.route == "per_update",
             prompt_dropout=dropout if any(dropout) else None,
             with_clean="clean" in self.needs,
             rank=self.ranks.rank,
@@ -442,14 +444,14 @@ def train(
     if parts.device.type == "cpu":
         keep_freed_memory()
     folder = config.training.output_dir
-    if overwrite and first:
-        for path in checkpoints(folder / "checkpoints"):
-            shutil.rmtree(path)
-    ranks.wait()
     trainer = Trainer(config, parts, ranks, settings, at)
     there = len(checkpoints(folder / "checkpoints"))
     parameters = sum(shape.numel() for shape in trainer.engine.shapes.values())
     agreed(ranks, check_room, folder, parameters, max(1, config.training.keep_checkpoints + 1 - there))
+    if overwrite and first:  # now that nothing is in the way of the new run
+        for path in checkpoints(folder / "checkpoints"):
+            shutil.rmtree(path)
+    ranks.wait()
     checkpoint, messages = load_newest(folder / "checkpoints", ranks)
     for message in messages if first else ():
         print(f"warning: {message}")

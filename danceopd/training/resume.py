@@ -16,6 +16,7 @@ from danceopd.data.manifest import read_manifest
 from danceopd.models.fingerprint import sample
 from danceopd.models.loading import transformer_folder
 from danceopd.support.errors import UserError
+from danceopd.support.texts import parse_object
 from danceopd.training.checkpoints import Checkpoint
 
 # Of `training`, what may change between a run and its resumption; paths may too, all of `evaluation`, and
@@ -43,6 +44,7 @@ MAY_CHANGE = (
     "rollout_batch_size",
     "gradient_checkpointing",
     "offload_sources",
+    "swap_blocks",
     "shard_sources",
     "rollout_on",
     "cuda_graphs",
@@ -116,9 +118,9 @@ def _digest(kind: str, path: Path, root: Path | None) -> str:
     if kind == "prepared" and path.is_file():  # its entries are named by their content; its head names the model's path
         head, _, rows = path.read_bytes().partition(b"\n")
         try:
-            values = {key: value for key, value in json.loads(head).items() if key not in ("model", "made_with")}
+            values = {key: value for key, value in parse_object(head).items() if key not in ("model", "made_with")}
             head = json.dumps(values, sort_keys=True)
-        except (ValueError, AttributeError):
+        except ValueError:
             head = str(head)
         return _joined((head, hashlib.blake2b(rows, digest_size=16).hexdigest()))
     if kind == "manifest" and path.is_file():

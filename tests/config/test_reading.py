@@ -48,7 +48,10 @@ def test_not_a_configuration(tmp_path, text):
         ("a: &a [*a]", "nests too deep, or in itself"),
         ("a: " + "9" * 5000, "Exceeds the limit"),
         ("a: 0x" + "9" * 5000, "more than 300 digits"),
-        ("\n".join([f"k0: &k0 [{'1,' * 9}]"] + [f"k{i}: &k{i} [{f'*k{i - 1},' * 9}]" for i in range(1, 12)]), "100000"),
+        ("\n".join([f"k0: &k0 [{'1,' * 9}]"] + [f"k{i}: &k{i} [{f'*k{i - 1},' * 9}]" for i in range(1, 12)]), "200000"),
+        ('a: "x\\0y"', "'x\\x00y' holds a null character"),
+        ('"\\ud83d": 1', "'\\ud83d' holds a null character, or half of one"),
+        ('a: [{b: "c\\udfff"}]', "'c\\udfff' holds a null character, or half of one"),
     ],
 )
 def test_what_yaml_would_pass_over_or_choke_on(tmp_path, text, said):

@@ -279,3 +279,19 @@ def test_running_errors_go_on_from_their_state():
         running.update(observed([0, 1], [1, 2], [2.0, 5.0]))
     assert torch.equal(a.query_weights(), b.query_weights())
     assert a.route_weights([1.0, 1.0]) == b.route_weights([1.0, 1.0])
+
+
+def test_groups_in_turn_have_a_capability_each():
+    routes = t2i_batch(12, in_turn=True, group=3)[1].route
+    assert routes.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1]
+
+
+def test_an_update_of_one_capability_draws_it_by_weight():
+    samples = embedded_samples([WorldData("t2i", 40, 0), WorldData("style", 40, 0)], 10, 1)
+    batches = [draw_batch(samples, [3.0, 1.0], 4, 5, step, alike=True) for step in range(300)]
+    assert all(len(batch.route.unique()) == 1 for batch in batches)
+    share = sum(int(batch.route[0]) for batch in batches) / 300
+    assert abs(share - 0.25) < 3 * (0.25 * 0.75 / 300) ** 0.5
+    assert torch.equal(batches[0].noise, draw_batch(samples, [3.0, 1.0], 4, 5, 0).noise)
+    parts = [draw_batch(samples, [3.0, 1.0], 4, 5, 7, alike=True, rank=rank, world_size=2) for rank in range(2)]
+    assert torch.equal(torch.cat([part.route for part in parts]), batches[7].route)

@@ -92,6 +92,70 @@ def test_the_published_column_layout(tmp_path):
     assert (row.id, row.capability, row.prompt) == ("7", "edit", "x")
 
 
+def save_omniedit(folder, pictures):
+    """Three rows as TIGER-Lab/OmniEdit-Filtered-1.2M has them."""
+    value = datasets.Value
+    features = {"omni_edit_id": value("string"), "task": value("string"), "src_img": datasets.Image()}
+    features |= {"edited_img": datasets.Image(), "edited_prompt_list": datasets.List(value("string"))}
+    features |= {"width": value("int64"), "height": value("int64"), "sc_score_1": value("float64")}
+    features |= {"sc_reasoning": value("string"), "o_score": value("float64")}
+    rows = {"omni_edit_id": ["a_1", "a_2", "a_3"], "task": ["removal", "style", "addition"], "src_img": pictures}
+    rows |= {"edited_img": pictures[::-1], "width": [9] * 3, "height": [8] * 3, "sc_score_1": [1.0] * 3}
+    rows["edited_prompt_list"] = [["remove it", "take the thing away"], ["as ink"], ["添加一个杯子"]]
+    rows |= {"sc_reasoning": ["fine", "", "good"], "o_score": [2.0] * 3}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(folder)
+    return folder
+
+
+def save_gedit(folder, pictures):
+    """Rows as stepfun-ai/GEdit-Bench has them: one of each language for a key."""
+    rows = {"task_type": ["color_alter"] * 4, "key": ["k1", "k1", "k2", "k2"]}
+    rows["instruction"] = ["make it red", "把它变成红色", "add a cup", "添加一个杯子"]
+    rows |= {
+        "instruction_language": ["en", "cn"] * 2,
+        "input_image": [pictures[0], pictures[0], pictures[1], pictures[1]],
+    }
+    rows |= {"input_image_raw": rows["input_image"], "Intersection_exist": [True] * 4}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows)}).save_to_disk(folder)
+    return folder
+
+
+def test_omniedit_is_imported_by_one_command(folder, tmp_path):
+    _, pictures = folder
+    saved = save_omniedit(tmp_path / "omni", pictures)
+    assert main(["data", "import", str(saved), str(tmp_path / "out"), "--task", "edit"]) == 0
+    rows, problems = read_manifest(tmp_path / "out" / "manifest.jsonl", needs_source=["edit"], decode=True)
+    assert problems == []
+    assert [(row.id, row.capability, row.prompt) for row in rows] == [
+        ("a_1", "edit", "remove it"),
+        ("a_2", "edit", "as ink"),
+        ("a_3", "edit", "添加一个杯子"),
+    ]
+    assert rows[0].columns["prompt_2"] == "take the thing away"
+    assert [row.columns["raw_task"] for row in rows] == ["removal", "style", "addition"]
+    for row, source, target in zip(rows, pictures, pictures[::-1], strict=True):
+        assert np.array_equal(Image.open(row.source_images[0]), source)
+        assert np.array_equal(Image.open(row.target_image), target)
+    assert main(["data", "import", str(saved), str(tmp_path / "kinds")]) == 0  # each kind of edit a task of its own
+    rows, _ = read_manifest(tmp_path / "kinds" / "manifest.jsonl")
+    assert [row.capability for row in rows] == ["removal", "style", "addition"]
+
+
+def test_gedit_keeps_its_instructions_in_both_languages(folder, tmp_path):
+    _, pictures = folder
+    saved = save_gedit(tmp_path / "gedit", pictures)
+    assert main(["data", "import", str(saved), str(tmp_path / "out"), "--task", "edit"]) == 0
+    rows, problems = read_manifest(tmp_path / "out" / "manifest.jsonl", needs_source=["edit"], decode=True)
+    assert problems == []
+    assert [(row.id, row.prompt, row.columns["language"]) for row in rows] == [
+        ("k1-en", "make it red", "en"),
+        ("k1-cn", "把它变成红色", "cn"),
+        ("k2-en", "add a cup", "en"),
+        ("k2-cn", "添加一个杯子", "cn"),
+    ]
+    assert all(row.target_image is None for row in rows)
+
+
 def encoded(image, kind="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)

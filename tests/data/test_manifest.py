@@ -46,7 +46,10 @@ def message_of(folder, record, **options):
         (good(prompt=3), "prompt is 3, not text"),
         (good(prompt=None), "no prompt"),
         (good(prompt="\ud800"), "lone surrogate"),
-        ({"prompt": "a dog"}, "no task"),
+        (good(prompt="", caption_dict="no mapping"), "caption_dict is no mapping"),
+        (good(prompt="", caption_dict="[1]"), "caption_dict is no mapping"),
+        (good(prompt="", caption_dict={"caption": " "}), "no prompt"),
+        (good(target_image="a.png", edited_image="b.png"), "edited_image 'b.png' is not there"),
         (good(capability="edit"), "differ"),
         (good(task=3), "task is 3, not text"),
         (good(task=3, capability="t2i"), "task is 3, not text"),
@@ -183,15 +186,64 @@ def test_all_problems_in_one_pass(folder):
     ]
     path = jsonl(folder / "m.jsonl", records)
     problems = check_manifest(path, needs_source=["edit"])
-    assert [problem.line for problem in problems] == [2, 4, 4, 4, 4, 4, 5, 6, 8, 9, 10]
+    assert [problem.line for problem in problems] == [2, 4, 4, 4, 4, 5, 6, 8, 9, 10]
     assert str(problems[0]).startswith("line 2: not JSON")
-    text = " | ".join(problem.message for problem in problems[1:6])
-    for words in ("no task", "no prompt", "leads out", "id 'a' is that of line 1 too", "picture bad.png"):
+    text = " | ".join(problem.message for problem in problems[1:5])
+    for words in ("no prompt", "leads out", "id 'a' is that of line 1 too", "picture bad.png"):
         assert words in text
-    assert "needs a source_image" in problems[6].message
-    assert "needs a source_image" in problems[8].message
+    assert "needs a source_image" in problems[5].message
+    assert "needs a source_image" in problems[7].message
     rows, _ = read_manifest(path, needs_source=["edit"])
     assert [row.line for row in rows] == [1, 6, 7]  # without decoding, line 6 is good
+
+
+PUBLISHED = """\
+uid,task,raw_task,prompt,source_image,target_image,caption_dict
+1,edit,style,make it red,a.png,a.png,{}
+2,,,a dog,,,
+3,edit,add,,a.png,,"{""caption"": ""add a cup""}"
+4,edit,add, ,a.png,,"{'other': 'a second', 'instruction': 'add two cups'}"
+5,t2i,,,,,"{'short': 'a cat'}"
+"""
+
+
+@pytest.mark.parametrize("name", ["m.csv", "prompts.txt", "m.dat", "m"])
+def test_the_authors_seven_columns_are_read_in_a_file_of_any_suffix(folder, name):
+    (folder / name).write_text(PUBLISHED)
+    rows, problems = read_manifest(folder / name)
+    assert problems == []
+    assert [(row.id, row.capability, row.prompt) for row in rows] == [
+        ("1", "edit", "make it red"),
+        ("2", "default", "a dog"),
+        ("3", "edit", "add a cup"),
+        ("4", "edit", "add two cups"),
+        ("5", "t2i", "a cat"),
+    ]
+    assert rows[0].columns["raw_task"] == "style"
+    assert rows[2].columns["prompt"] == "add a cup"
+
+
+def test_prompts_alone_are_of_the_default_task(folder):
+    (folder / "prompts.txt").write_text('prompt\na dog\n"a cat, asleep"\n')
+    rows, problems = read_manifest(folder / "prompts.txt")
+    assert ([(row.capability, row.prompt) for row in rows], problems) == (
+        [("default", "a dog"), ("default", "a cat, asleep")],
+        [],
+    )
+    (folder / "lines.txt").write_text(json.dumps({"prompt": "a dog"}) + "\n")
+    (row,), problems = read_manifest(folder / "lines.txt")
+    assert (row.capability, row.prompt, problems) == ("default", "a dog", [])
+
+
+def test_edited_image_is_the_target(folder):
+    picture(folder / "b.png")
+    (folder / "m.csv").write_text(
+        "prompt,source_image,edited_image,target_image\nx,a.png,b.png,\ny,a.png,b.png,a.png\n"
+    )
+    (row,), (problem,) = read_manifest(folder / "m.csv")
+    assert row.target_image == (folder / "b.png").resolve()
+    assert problem.line == 3
+    assert "target_image and edited_image differ" in problem.message
 
 
 def test_files_of_no_use(folder):
@@ -220,7 +272,6 @@ def test_files_of_no_use(folder):
     ("text", "line", "words"),
     [
         ("id;task;prompt\n1;t2i;a dog\n", 1, "separated by commas"),
-        ("id,prompt\n1,a dog\n", 1, "no column 'task'"),
         ("task,prompt,prompt\nt2i,a,b\n", 1, "named twice: prompt"),
         ("task,prompt\nt2i,a dog,and a cat\n", 2, "3 cells under 2 columns"),
         ("task,prompt\nt2i\n", 2, "no prompt"),

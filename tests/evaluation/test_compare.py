@@ -1,6 +1,7 @@
 """Compared runs: what is paired, what the intervals say, and what the page shows."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -202,6 +203,29 @@ def test_results_of_another_tool_are_compared_where_its_pictures_were_moved(tmp_
     assert table(runs, [compare(*runs)])[0] == ["", "overall", "single_object", "two_object", "counting"]
 
 
+def test_of_a_prompt_with_many_pictures_some_are_shown(tmp_path):
+    a, b = (save_run(tmp_path / name, [[verdict] * 40] * 3) for name, verdict in (("a", True), ("b", False)))
+    runs = [read_run(a), read_run(b)]
+    write_page(tmp_path / "page.html", runs, [compare(*runs)])
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("8 of 40 pictures") == 3
+    assert page.count("<img ") == 3 * 2 * 8
+
+
+@pytest.mark.parametrize("seed", [[1], {"a": 1}, "1", None, 2.5])
+def test_a_seed_of_an_odd_type_is_none(tmp_path, seed):
+    a, b = (save_run(tmp_path / name, [[True], [False], [True]]) for name in "ab")
+    (a / "generation.json").write_text(json.dumps({"seed": seed}))
+    assert main(["compare", str(a), str(b), "-o", str(tmp_path / "page.html")]) == 0
+    assert read_run(a).seed is None
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    a, b = (save_run(tmp_path / name, [[True], [False], [True]]) for name in ("a", os.fsdecode(b"caf\xe9")))
+    assert main(["compare", str(a), str(b), "-o", str(tmp_path / "page.html")]) == 0
+    assert "caf? against a" in " ".join(Page((tmp_path / "page.html").read_text()).text)
+
+
 def test_large_pictures_are_made_small_in_the_page(tmp_path):
     tiny.picture(0, 1024, 512).save(tmp_path / "large.png")
     tiny.picture(0, 64, 64).save(tmp_path / "small.png")
@@ -224,6 +248,7 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
     for change, message in (
         ({"filename": "grid.png"}, "no number as its name"),
         ({"metadata": "{"}, "is not JSON"),
+        ({"prompt": "\ud83d"}, "half a character"),
     ):
         write_results(tmp_path / "b.jsonl", [lines[0] | change])
         assert message in refused(a, tmp_path / "b.jsonl")

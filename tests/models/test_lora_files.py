@@ -570,6 +570,15 @@ def test_a_file_that_is_not_there_or_broken_is_an_error_with_its_path(tmp_path):
         ({"peft_type": "BOFT"}, "of whose kinds .*LOKR.* are taken; make it a LoRA by peft.save_as_lora"),
         ({"r": 8}, f"gives {QUERY} rank 8, its factors have 4"),
         ({"r": 4, "init_lora_weights": "pissa_niter_4"}, "changes the base model"),
+        ("[" * 3000 + "]" * 3000, "cannot be read as JSON: it nests too deep"),
+        ("[]", "cannot be read as JSON: it is no JSON object"),
+        ({"r": "4"}, "has r '4', which is no number"),
+        ({"r": 4, "lora_alpha": None}, "has lora_alpha None, which is no number"),
+        ({"r": 4, "lora_alpha": float("nan")}, "has lora_alpha nan, which is no number"),
+        ({"r": 0}, "gives a rank of 0"),
+        ({"r": 4, "alpha_pattern": ["to_q"]}, "has in alpha_pattern what are no numbers by patterns"),
+        ({"r": 4, "rank_pattern": {"to_q": "4"}}, "has in rank_pattern what are no numbers by patterns"),
+        ({"r": 4, "rank_pattern": {"to_q(": 4}}, r"has in rank_pattern 'to_q\(', which is no pattern"),
     ],
 )
 def test_a_peft_folder_whose_configuration_does_not_fit_is_an_error(config, message, tmp_path):

@@ -1,78 +1,24 @@
 """configs/: every file parses and passes the dry run on a tiny model of its family, and fits its card at real size."""
 
-import json
-import math
-import os
 import re
-import struct
 from pathlib import Path
 
-import diffusers
 import pytest
-import torch
-from model_runs import FAMILIES, MORE
-from released import MODELS, prompt_of
+from real_models import CONFIGS, MADE, finish, model_of, overrides, real_place
+from released import MODELS
 
 from danceopd.api import examiner_of
 from danceopd.config.reading import load_config
-from danceopd.data.cache import Cache, key_of
-from danceopd.models.backbones import backbone_of, meta_transformer
-from danceopd.models.shared_base import target_layers
+from danceopd.models.swapping import swapped_of
+from danceopd.planning import cards
+from danceopd.planning.cluster import plan
 from danceopd.planning.dry_run import dry_run
+from danceopd.planning.memory import LEFT
 from danceopd.planning.models import examine
 from danceopd.support.memory import GIB
 
-CONFIGS = Path("configs/models")
-MADE = FAMILIES | MORE
 # What one card holds: 24 and 80 GB by their names, less what the estimate leaves out.
 CARDS = {True: 24 - 2, False: 79 - 2}
-
-
-def model_of(config: Path) -> str:
-    return next(name for name in MODELS if config.stem.startswith(name + "-"))
-
-
-def write_header(path: Path, transformer, layers, rank: int) -> Path:
-    """A LoRA file with a header, a number in each factor, and a hole for the others."""
-    entries, end, starts = {}, 0, []
-    for name in layers:
-        linear = transformer.get_submodule(name)
-        for side, shape in (("A", [rank, linear.in_features]), ("B", [linear.out_features, rank])):
-            first, end = end, end + 2 * math.prod(shape)
-            starts.append(first)
-            key = f"transformer.{name}.lora_{side}.weight"
-            entries[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [first, end]}
-    header = json.dumps(entries).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    os.truncate(path, 8 + len(header) + end)
-    with open(path, "r+b") as file:
-        for start in starts:
-            file.seek(8 + len(header) + start)
-            file.write(b"\x80\x3f")  # 1 in bfloat16
-    return path
-
-
-def write_rows(folder: Path, prompts: list[dict], shape, size: int) -> Path:
-    """Prepared rows of every capability that the configurations name; prompts: of one without and with a picture."""
-    cache, keys, picture = Cache(folder), [key_of("prompt"), key_of("prompt", "seen")], key_of("picture")
-    cache.write(dict(zip(keys, prompts, strict=True)) | {picture: {"latents": torch.zeros(*shape)}})
-    lines = [{"model": "m", "negative_prompts": {"": keys[0]}}]
-    for name, edits in (("t2i", 0), ("style", 0), ("cfg", 0), ("edit", 1), ("local", 1), ("global", 1)):
-        row = {"id": name, "capability": name, "prompt": keys[edits], "sources": [picture] * edits, "target": None}
-        lines.append({**row, "size": [size, size], "source_sizes": [[size, size]] * edits})
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def overrides(config: Path, root: Path) -> list[str]:
-    """The paths of a configuration, on the command line."""
-    loaded = load_config(config)
-    result = [f"model={root / 'model'}", f"training.output_dir={root / 'run'}"]
-    result += [f"capabilities.{name}.data.prepared={root / 'cache' / 'rows.jsonl'}" for name in loaded.capabilities]
-    lora = root / "lora.safetensors"
-    result += [f"sources.{name}.lora=[{{path: {lora}}}]" for name, source in loaded.sources.items() if source.lora]
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -92,43 +38,15 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """The model's folder at its real size, with empty files for weights: nothing reads them."""
+    """The model's folder at its real size."""
     made = {}
 
     def place(model):
-        family, config, _ = MODELS[model]
         if model not in made:
-            root = tmp_path_factory.mktemp("real")
-            MADE[family](root / "model")
-            folder = root / "model" / "transformer"
-            cls = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
-            with torch.device("meta"):
-                cls(**config).save_config(folder)
-            (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-            vae = root / "model" / "vae" / "config.json"
-            channels = {
-                "latent_channels": 32 if model[:6] in ("flux.2", "flux.3") else 16,
-                "z_dim": 64 if "2.1" in model else 16,
-            }
-            vae.write_text(json.dumps(json.loads(vae.read_text()) | channels))
-            finish(root, family, size=1024, rank=128, length=333 if family == "sd3" else 512)
-            made[model] = root
+            made[model] = real_place(tmp_path_factory.mktemp("real"), model)
         return made[model]
 
     return place
-
-
-def finish(root: Path, family: str, size: int, rank: int, length: int) -> None:
-    backbone = backbone_of(root / "model")
-    transformer = meta_transformer(root / "model", backbone, torch.bfloat16)
-    layers = target_layers(transformer, backbone.LORA_TARGETS, every=False)
-    write_header(root / "lora.safetensors", transformer, layers, rank)
-    seen = (size // 32) ** 2 if backbone.PROMPTS_SEE_PICTURES and "edit" in backbone.tasks(root / "model") else 0
-    prompts = [
-        {key: value.bfloat16() if value.is_floating_point() else value for key, value in prompt.items()}
-        for prompt in (prompt_of(family, transformer, length + more, slots=more) for more in (0, seen))
-    ]
-    write_rows(root / "cache", prompts, backbone.latent_shape(root / "model", size, size), size)
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -173,3 +91,55 @@ def test_it_fits_its_card_at_the_real_size(real, config):
     assert plan.parameters["base"] == pytest.approx(MODELS[model][2] * 1e9, rel=0.03)
     assert plan.total_memory() < CARDS["24gb" in config.stem] * GIB
     assert plan.activations[0] > 3 * plan.activations[1]
+
+
+@pytest.mark.parametrize(("config", "card"), [("qwen-image-c", "rtx-4090"), ("flux.1-dev-c", "rtx-4080")])
+def test_with_blocks_that_wait_in_host_memory_it_fits_a_small_card(real, config, card):
+    path = CONFIGS / f"{config}.yaml"
+    root = real(model_of(path))
+    changes = [*overrides(path, root), "training.batch_size=4"]
+    whole = dry_run(load_config(path, changes), examine)
+    planned = plan(load_config(path, [*changes, "training.swap_blocks=auto"]), examine, 1, card)
+    found, room = planned.findings, cards.CARDS[card].memory - LEFT
+    assert whole.total_memory() > room
+    own = planned.estimate(planned.own_setting(0))
+    assert own.bytes() == pytest.approx(found.total_memory())
+    assert found.total_memory() <= room
+    sizes = [found.blocks[i] for i in swapped_of(len(found.blocks), found.swap.count, "it")]
+    assert found.swap.size == sum(sizes) == found.host["blocks of the base"][0]
+    assert whole.memory["base weights"][0] - found.memory["base weights"][0] == sum(sorted(sizes)[:-2])
+    # 16 steps, the sources, and four micro-batches forward and again, on a bus of 25 and 50 GB/s.
+    assert found.swap.passes == 16 + 1 + 2 * 4
+    sent = found.swap.size * 25
+    assert f"{sent / 25e9:.3g} s at 25 GB/s, or {sent / 50e9:.3g} s at 50 GB/s".replace(", or", " or") in planned.text()
+    fewer = load_config(path, [*changes, f"training.swap_blocks={found.swap.count - 1}"])
+    assert plan(fewer, examine, 1, card).findings.total_memory() > room  # auto takes no more than have to wait
+
+
+PAPER = Path("configs/paper")
+
+
+@pytest.mark.parametrize("config", sorted(PAPER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_published_setting_passes_the_dry_run_and_trains_what_theirs_does(tiny, config):
+    root = tiny("sd3" if config.stem.startswith("sd3.5") else "z_omni")
+    changes = overrides(config, root)
+    if config.stem == "sd3.5-c":
+        changes.append(f"sources.realism.weights={root / 'model'}")
+    for name, capability in load_config(config).capabilities.items():
+        kind = KINDS[name] if capability.task == "edit" or name == "realism" else "t2i"
+        changes.append(f"capabilities.{name}.capability={kind}")
+    loaded = load_config(config, changes)
+    plan = dry_run(loaded, examine)
+    assert plan.problems == []
+    lora, training = loaded.student.lora, loaded.training
+    assert (lora.rank, lora.alpha, lora.init) == (128, 128, "gaussian")
+    assert (training.learning_rate, training.max_steps) == (2e-4, 3000)
+    assert (training.optimizer, training.weight_decay, training.max_grad_norm, training.ema_decay) == ("adamw", 0, 1, 0)
+    assert loaded.rollout.num_inference_steps == 16
+    if loaded.method == "danceopd":
+        assert (loaded.route, loaded.query.k, loaded.query.bias) == ("per_update", 1, "low_t")
+        assert training.batch_size // training.gradient_accumulation_steps == 8  # one at a time on each of 8 cards
+
+
+# Of the rows that `write_rows` writes, for the names that the authors give.
+KINDS = {"t2i": "t2i", "edit": "edit", "local_edit": "local", "global_edit": "global", "realism": "style"}

@@ -23,6 +23,7 @@ from danceopd.reproduce.results import (
     tables_of,
     verdict,
 )
+from danceopd.support.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,10 @@ def test_the_chosen_rate_is_the_best():
 def test_the_matrix_uses_the_rates_that_the_grid_chose():
     grid = tables_of(read(Path(__file__).parents[2] / "results"))["grid"]
     assert {method: chosen_rate(rows) for method, rows in rates(grid).items()} == LEARNING_RATES
+
+
+@pytest.mark.parametrize("text", ["", "{torn", "[]", "[" * 5000 + "]" * 5000])
+def test_a_damaged_results_file_is_named(tmp_path, text):
+    (tmp_path / "E.json").write_text(text)
+    with pytest.raises(UserError, match=r"E\.json is damaged .*; restore it, or remove it"):
+        read(tmp_path)

@@ -28,6 +28,9 @@ FILES = {
     "transformer/diffusion_pytorch_model.bin": b"a pickle",
 }
 
+# There too, and in no listing.
+ADAPTER = {"ink/lora/adapter_model.safetensors": b"factors", "ink/lora/adapter_config.json": b'{"lora_alpha": 8}'}
+
 FETCH = """
 import sys
 from pathlib import Path
@@ -92,8 +95,8 @@ def server():
                 siblings = [{"rfilename": name} for name in FILES]
                 body = {"id": "owner/klein", "sha": COMMIT, "siblings": siblings}
                 self.send(json.dumps(body).encode(), Content_Type="application/json")
-            elif path.startswith("/owner/klein/resolve/") and (name := path.split("/", 5)[5]) in FILES:
-                body = FILES[name]
+            elif path.startswith("/owner/klein/resolve/") and (name := path.split("/", 5)[5]) in FILES | ADAPTER:
+                body = (FILES | ADAPTER)[name]
                 self.send(body, ETag=f'"{sha1(body).hexdigest()}"', X_Repo_Commit=COMMIT)
             elif path.startswith("/owner/klein/"):
                 self.send(b"", 404, X_Error_Code="EntryNotFound")
@@ -137,6 +140,15 @@ def test_a_model_is_downloaded_once_and_only_where_allowed(server, tmp_path):
     assert Path(fetch("owner/klein", tmp_path, endpoint, download=True)) == folder
     assert not any("resolve" in path for path in asked)
     assert Path(fetch("owner/klein", tmp_path, NOBODY, download=True)) == folder
+
+
+def test_an_adapter_comes_with_the_file_that_holds_its_scale(server, tmp_path):
+    endpoint, _ = server
+    name = "owner/klein:ink/lora/adapter_model.safetensors"
+    file = Path(fetch(name, tmp_path, endpoint, download=True))
+    assert file.read_bytes() == ADAPTER["ink/lora/adapter_model.safetensors"]
+    assert json.loads(file.with_name("adapter_config.json").read_text()) == {"lora_alpha": 8}
+    assert Path(fetch(name, tmp_path, NOBODY, download=False)) == file
 
 
 def test_what_cannot_be_had_is_said_in_words(server, tmp_path):

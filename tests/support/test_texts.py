@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from danceopd.support.errors import UserError
-from danceopd.support.texts import lines_of, parse_json, read_text
+from danceopd.support.texts import lines_of, parse_json, parse_object, read_text
 
 SEPARATORS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines cuts beside line feed and carriage return
 
@@ -20,7 +20,7 @@ def test_a_line_is_what_ends_in_a_newline(tmp_path_factory, lines, end):
     path = tmp_path_factory.mktemp("texts") / "a.txt"
     path.write_bytes(("\ufeff" + end.join(lines) + end).encode())
     expected = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    assert lines_of(read_text(path)) == expected
+    assert [*lines_of(read_text(path))] == expected
 
 
 def test_files_that_are_no_text(tmp_path):
@@ -43,12 +43,25 @@ def test_files_that_are_no_text(tmp_path):
         ('{"a":' * 100_000, "nests too deep"),
         ('{"a": 1, "b": {"c": 1, "c": 1}}', "the key 'c' stands twice"),
         ("{torn", "Expecting property name"),
+        ('{"a": ["\\ud83d"]}', "half a character"),
+        (b'{"\\uDE00": 1}', "half a character"),
         ("9" * 5000, "Exceeds the limit"),
     ],
 )
 def test_json_that_cannot_be_used(text, said):
     with pytest.raises(ValueError, match=said):
         parse_json(text)
+
+
+def test_an_escaped_pair_is_one_character():
+    assert parse_json('"\\ud83d\\ude00 \\u2028"') == "\U0001f600 \u2028"
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", '"{}"'])
+def test_json_that_is_no_object(text):
+    assert parse_object('{"a": []}') == {"a": []}
+    with pytest.raises(ValueError, match="no JSON object"):
+        parse_object(text)
 
 
 @given(

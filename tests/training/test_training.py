@@ -518,6 +518,16 @@ def test_a_disk_without_room_is_found_before_training(raw, monkeypatch):
     distill(config_of(raw, keep_checkpoints=1))
 
 
+def test_a_run_that_cannot_begin_again_is_still_there(raw, monkeypatch):
+    folder = distill(config_of(raw, sample_every=0))
+    before, usage = newest(folder), shutil.disk_usage(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(UserError, match="keep_checkpoints"):
+            distill(config_of(raw, sample_every=0), overwrite=True)
+    assert_same_state(before, newest(folder))
+
+
 def test_a_trace_has_the_phases_of_the_steps_asked_for(raw):
     config = config_of(raw, profile_steps=2, sample_every=0)
     folder = distill(parse_config({**config.to_dict(), "evaluation": {"times": 0}}))

@@ -22,6 +22,7 @@ from danceopd.models.lora_files import lora_parameters
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.texts import parse_object
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures; ours are PNGs
 
@@ -102,7 +103,7 @@ def claim(
         **asdict(editing),
     }
     try:
-        there = json.loads((folder / MADE_BY).read_text(encoding="utf-8"))
+        there = parse_object((folder / MADE_BY).read_text(encoding="utf-8"))
     except FileNotFoundError:
         there = None
     except ValueError as error:

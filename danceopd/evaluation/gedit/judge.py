@@ -20,6 +20,7 @@ from PIL import Image
 
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.texts import parse_object
 
 ANSWER_TOKENS = 1024  # most of an answer
 LAST = 20_000  # characters of it that are looked through for marks
@@ -158,8 +159,8 @@ def cache_file(folder: Path, judge: str, question: Question) -> Path:
 def read_cached(path: Path) -> tuple[float, ...] | None:
     """Reads the marks of an answer that was kept; None where there is none, or only a damaged one."""
     try:
-        return read_marks(json.loads(path.read_text(encoding="utf-8"))["answer"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return read_marks(parse_object(path.read_text(encoding="utf-8"))["answer"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

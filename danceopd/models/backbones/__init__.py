@@ -3,7 +3,6 @@
 docs/adding-a-model.md says what a family's module has; danceopd/models/backbones/sd3.py is the plainest.
 """
 
-import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import ModuleType
 from danceopd.models.loading import class_name_of, transformer_folder
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
+from danceopd.support.texts import parse_object
 
 FAMILIES = (
     "sd3",
@@ -67,7 +67,7 @@ def transformer_class(folder: Path | str, backbone: ModuleType) -> type:
     """
     path = Path(folder) / "config.json"
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+        name = parse_object(path.read_text(encoding="utf-8"))["_class_name"]
     except FileNotFoundError:
         raise UserError(f"no transformer in {folder}: there is no {path}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

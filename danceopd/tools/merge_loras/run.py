@@ -13,7 +13,7 @@ from danceopd.config.sections import Config
 from danceopd.core.fields import Field
 from danceopd.planning.cluster import LEFT
 from danceopd.planning.counts import evaluations_per_step
-from danceopd.planning.dry_run import dry_run
+from danceopd.planning.dry_run import dry_run, with_blocks_chosen
 from danceopd.planning.memory import Findings
 from danceopd.planning.models import examine
 from danceopd.report.names import duration
@@ -164,7 +164,7 @@ def distilled(config: Config, patience: int, overwrite: bool) -> Path:
         every = max(1, config.training.max_steps // SCORINGS)
         return replace(parts, score=score, score_every=every, enough=enough)
 
-    return train(config, build, overwrite)
+    return train(with_blocks_chosen(config, examine), build, overwrite)
 
 
 @torch.no_grad()

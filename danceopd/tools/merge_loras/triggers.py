@@ -1,6 +1,5 @@
 """The words that call a LoRA: what its file says of them, and prompts with them put in."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from danceopd.models.lora_files import FILES
 from danceopd.support.errors import UserError
-from danceopd.support.texts import columns_of
+from danceopd.support.texts import columns_of, parse_object
 
 PHRASES = ("modelspec.trigger_phrase", "trigger_words", "trigger_phrase", "trigger_word", "instance_prompt")
 
@@ -116,7 +115,6 @@ def words_in(metadata: Mapping[str, str]) -> str | None:
 def _table(text: str | None) -> dict:
     """Reads a JSON object; {} for anything else."""
     try:
-        found = json.loads(text or "{}")
+        return parse_object(text or "{}")
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}

@@ -17,7 +17,7 @@ from danceopd.support.ranks import ALONE, Ranks
 from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.networks import load_networks, make_student
 from danceopd.training.assembly.parts import Parts, Problems, averaged_student
-from danceopd.training.assembly.room import check_machine
+from danceopd.training.assembly.room import check_alone, check_machine
 from danceopd.training.assembly.samples import check_decoder, drawing_sigmas, model_samples
 from danceopd.training.assembly.sources import (
     Unread,
@@ -50,6 +50,7 @@ def build_model(config: Config, ranks: Ranks = ALONE, settings: dict | None = No
     problems = Problems()
     attempt = problems.attempt
     device = check_machine(config, attempt)
+    attempt("training.swap_blocks", check_alone, config, settings)
     backbone = attempt("model", backbone_of, config.model)
     problems.stop()
     samples = model_samples(config, backbone, attempt)

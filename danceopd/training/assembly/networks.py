@@ -11,7 +11,6 @@ from torch import nn
 from danceopd.config.sections import Config
 from danceopd.models.backbones import meta_transformer, pipeline_class_of
 from danceopd.models.blocks import preset_layers
-from danceopd.models.eight_bit import to_eight_bit
 from danceopd.models.loading import transformer_folder
 from danceopd.models.lora_algebra import Lora
 from danceopd.models.shared_base import SharedBase, target_layers
@@ -23,6 +22,7 @@ from danceopd.training.assembly.sources import (
     _load,
     _own_frozen,
     _unread,
+    narrow,
     needs_base,
     read,
     source_folder,
@@ -56,9 +56,9 @@ def load_networks(
     Returns:
         The student, and {source: (base, adapter) or a transformer}; (None, None) where something cannot be loaded.
     """
-    transformer, layers = None, []
+    transformer, layers, swap = None, [], config.training.swap_blocks
     if needs_base(config):
-        transformer = attempt("model", _load, config, backbone, config.model, device)
+        transformer = attempt("model", _load, config, backbone, config.model, None if swap else device)
         if transformer is None:
             return None, None
     if config.student.lora:
@@ -101,10 +101,11 @@ def load_networks(
         return None, None
     shared = None
     if transformer:
-        if config.training.base_precision == "int8":
-            to_eight_bit(transformer, device)
+        narrow(config, transformer, None if swap else device)
         adapters = [lora for lora in loras.values() if lora]
-        shared = SharedBase(transformer.to(device), adapters, backbone.velocity, layers)
+        shared = SharedBase(transformer if swap else transformer.to(device), adapters, backbone.velocity, layers)
+        if swap:
+            attempt("training.swap_blocks", shared.swap_blocks, swap, device)
     student = start if isinstance(start, Unread) else make_student(config, backbone, start, device, shared, layers)
     place = {name: i for i, name in enumerate(name for name, lora in loras.items() if lora)}
     return student, {name: (shared, place.get(name, -1)) for name in on_base} | others  # -1: the base itself
@@ -141,9 +142,8 @@ def make_student(
     if checkpointing:
         shared.enable_gradient_checkpointing()
     generator = torch.Generator().manual_seed(config.training.seed)
-    student = LoraStudent(
-        shared, layers, lora.rank, lora.alpha or lora.rank, generator, embedded, student_sizes(config, layers)
-    )
+    sizes, gaussian = student_sizes(config, layers), lora.init == "gaussian"
+    student = LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, generator, embedded, sizes, gaussian)
     begin(student, start)
     return student.to(device)
 

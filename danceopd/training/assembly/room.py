@@ -31,11 +31,18 @@ def check_machine(config: Config, attempt: Callable) -> torch.device | None:
     attempt("training.optimizer", adamw_class, training.optimizer)
     if training.base_precision == "fp8":
         attempt("training.base_precision", check_fp8, device)
-    elif training.base_precision:
+    elif training.base_precision == "int8":
         attempt("training.base_precision", check_eight_bit)
     if training.rollout_precision == "fp8":
         attempt("training.rollout_precision", check_fp8, device)
     return device
+
+
+def check_alone(config: Config, settings: dict | None) -> bool:
+    """Checks that what runs in one process alone is not asked of DeepSpeed; returns True, or raises UserError."""
+    if settings is not None and config.training.swap_blocks:
+        raise UserError("blocks wait in host memory in one process alone; leave it out, or start without DeepSpeed")
+    return True
 
 
 def check_folder(folder: Path) -> None:

@@ -24,6 +24,7 @@ from danceopd.models.fp8_loading import load_fp8
 from danceopd.models.loading import is_file_name, load_transformer_file, stream_blocks, transformer_folder
 from danceopd.models.lora_algebra import Lora, cut, merge_into, sum_loras
 from danceopd.models.lora_files import load_lora
+from danceopd.models.nf4 import to_nf4
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase
 from danceopd.models.weights import Weights, check_fits, of_folder, of_tensors, plus
@@ -102,6 +103,19 @@ def place_sources(
         else:
             placed[id(network)] = _field(_placed(network, config, device), backbone)
     return {name: placed.get(id(network), network) for name, network in networks.items()}
+
+
+def narrow(config: Config, network: nn.Module, device: torch.device | None = None) -> None:
+    """Stores a frozen transformer in int8 or NF4 where the run wants that; what is loaded in FP8 is so already.
+
+    Args:
+        config: The run's.
+        network: The transformer, on any device, changed in place.
+        device: Where each layer is converted and left; its own if not given.
+    """
+    kinds = {"int8": to_eight_bit, "nf4": to_nf4}
+    if config.training.base_precision in kinds:
+        kinds[config.training.base_precision](network, device)
 
 
 def needs_base(config: Config) -> bool:
@@ -303,8 +317,7 @@ def _own_frozen(
 def _placed(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """Puts a source's transformer where it waits to be asked: on the device, or in host memory."""
     offload = config.training.offload_sources
-    if config.training.base_precision == "int8":
-        to_eight_bit(network, None if offload else device)
+    narrow(config, network, None if offload else device)
     return stream_blocks(network, device) if offload else network.to(device)
 
 

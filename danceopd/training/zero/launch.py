@@ -81,17 +81,20 @@ def begin(deepspeed_config: Path | None, device: str, patience: float) -> tuple[
     return Ranks(dist.get_rank(), dist.get_world_size()), settings
 
 
-def guard(ranks: Ranks, folder: Path, function: Callable, *args):
+def guard(watch: "Watch", folder: Path, function: Callable, *args):
     """Calls a function; where it fails, its traceback goes to this rank's own file, in `ranks` of the run's folder.
 
+    Where it fails because another rank has ended, that is said in place of what the connection to it said.
+
     Args:
-        ranks: The processes of the run.
+        watch: This rank's.
         folder: The run's folder.
         function: Is called with args.
 
     Returns:
         What the function returns.
     """
+    ranks = watch.ranks
     try:
         return function(*args)
     except BaseException as error:
@@ -100,12 +103,29 @@ def guard(ranks: Ranks, folder: Path, function: Callable, *args):
             with contextlib.suppress(OSError):  # the disk may be what failed
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(traceback.format_exc(), encoding="utf-8")
+            if _lost_connection(error) and (gone := watch.ended()):
+                print(_without(gone, ranks.rank, path.parent), file=sys.stderr, flush=True)
+                raise SystemExit(1) from None
             if not isinstance(error, UserError):
                 said = f"rank {ranks.rank} on {socket.gethostname()} failed; see {path}: {error}\n"
                 print(said, end="", file=sys.stderr, flush=True)  # in one piece among the others'
                 if ranks.rank:
                     raise SystemExit(1) from None
         raise
+
+
+def _lost_connection(error: BaseException) -> bool:
+    """Tells whether an error is one of the connection to another rank: gloo's are plain RuntimeErrors."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text))
+
+
+def _without(gone: list[int], rank: int, logs: Path) -> str:
+    ended = f"rank {gone[0]} has" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} have"
+    return (
+        f"{ended} ended on {socket.gethostname()}, without which rank {rank} cannot go on; the lines above, or its "
+        f"file in {logs}, say why, unless it was killed. Run the same command again to go on from the newest checkpoint"
+    )
 
 
 class Watch:
@@ -123,10 +143,12 @@ class Watch:
         self.ranks, self.patience, self.passed, self.place = ranks, patience, 0, ""
         self.together = False  # whether all have begun
         self.told: dict[int, str] = {}
+        self.processes: dict[int, tuple[str, int]] = {}  # of all ranks: host and number
         self.moved = self.answered = time.monotonic()
         if ranks.size > 1:
             # A connection of its own: while a collective waits for a rank on the common one, nobody else is answered.
             self.store = dist.distributed_c10d._get_default_store().clone()
+            self.store.set(f"process/{ranks.rank}", f"{os.getpid()} {socket.gethostname()}")
             self.at("the start")
             for work in (self._ask, self._judge):
                 threading.Thread(target=work, daemon=True).start()
@@ -142,12 +164,30 @@ class Watch:
         if self.ranks.size > 1:
             self.store.set(f"watch/{self.ranks.rank}", f"{self.passed} {socket.gethostname()} {place}")
 
+    def ended(self, seconds: float = 2.0) -> list[int]:
+        """Finds the ranks of this machine whose process has ended.
+
+        Args:
+            seconds: How long it waits for one: a process that is killed loses its connections a moment before.
+        """
+        until, here = time.monotonic() + seconds, socket.gethostname()
+        while True:
+            gone = [
+                rank for rank, (host, number) in list(self.processes.items()) if host == here and _has_ended(number)
+            ]
+            if gone or time.monotonic() > until:
+                return sorted(gone)
+            time.sleep(0.05)
+
     def _ask(self) -> None:
         """Keeps what the ranks tell; the answer never comes where the process that keeps it has stopped."""
         keys = [f"watch/{rank}" for rank in range(self.ranks.size)]
         with contextlib.suppress(RuntimeError, ValueError):  # that process has ended
             while True:
                 told = {rank: self.store.get(key).decode() for rank, key in enumerate(keys) if self.store.check([key])}
+                for rank in told.keys() - self.processes.keys():
+                    number, host = self.store.get(f"process/{rank}").decode().split(" ", 1)
+                    self.processes[rank] = host, int(number)
                 self.answered = time.monotonic()
                 if told != self.told:
                     self.moved, self.told = self.answered, told  # in this order: the judge looks in between
@@ -171,6 +211,16 @@ class Watch:
     def _pause(self) -> float:
         """Returns the seconds between two looks."""
         return min(1.0, self.patience / 10)
+
+
+def _has_ended(number: int) -> bool:
+    """Tells whether a process is no more, or waits for its launcher to take notice."""
+    try:
+        return psutil.Process(number).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
 
 
 def _launchers() -> list[psutil.Process]:

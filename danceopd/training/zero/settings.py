@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from danceopd.config.sections import Config
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 from danceopd.support.texts import parse_json, read_text
@@ -53,6 +54,24 @@ def read_deepspeed(path: Path | str) -> dict:
     if keys := ", ".join(_automatic(found)):
         raise UserError(f'{path}: "auto" is not filled in for {keys}; give a number, or leave it out')
     return found
+
+
+def for_ranks(config: Config) -> tuple[Config, list[str]]:
+    """Puts AdamW in the place of Muon, which runs in one process: at half of its learning rate.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        The configuration of a run on several ranks or with DeepSpeed, and lines about what is other in it.
+    """
+    training = config.training
+    if training.optimizer != "muon":
+        return config, []
+    rate = training.learning_rate / 2
+    changed = training.model_copy(update={"optimizer": "adamw", "learning_rate": rate})
+    said = f"muon runs in one process; here adamw takes its place, at half of the learning rate, {rate:g}"
+    return config.model_copy(update={"training": changed}), [f"training.optimizer: {said}"]
 
 
 def _filled_in(value) -> bool:

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from danceopd.config.reading import load_config
 from danceopd.support.errors import UserError
-from danceopd.training.zero.settings import OURS, SECTIONS, read_deepspeed
+from danceopd.training.zero.settings import OURS, SECTIONS, for_ranks, read_deepspeed
 
 
 def read(folder, settings):
@@ -64,3 +65,14 @@ def test_deepspeed_reads_every_section_that_is_passed_on():
 
     config.DeepSpeedConfig(Watched(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1))
     assert set(SECTIONS) - asked <= {"aio", "flops_profiler"}
+
+
+def test_muon_gives_way_to_adamw_at_half_its_rate():
+    demo = load_config("configs/demo.yaml")
+    config, said = for_ranks(demo)
+    assert (config.training.optimizer, config.training.learning_rate) == ("adamw", demo.training.learning_rate / 2)
+    same = {"optimizer", "learning_rate"}
+    assert config.training.model_dump(exclude=same) == demo.training.model_dump(exclude=same)
+    assert "muon runs in one process" in said[0]
+    assert f"{config.training.learning_rate:g}" in said[0]
+    assert for_ranks(config) == (config, [])
