@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo journey test test-all torture lint docs bench bench-gpu clean
+.PHONY: demo journey test test-all torture lint docs site bench bench-gpu clean
 
 demo: .venv/installed
 	$(BIN)/danceopd train --config configs/demo.yaml
@@ -31,6 +31,10 @@ docs: .venv/installed-test  # what is made from the code: a test says where it i
 	$(BIN)/python docs/make_models.py
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_notebook.py
+
+site: docs  # the pages of docs as a site in runs/site
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/mkdocs build
 
 bench: .venv/installed-test  # at small sizes, on whatever is there
 	$(BIN)/python -m benchmarks.run --suite quick --output bench-results

@@ -30,6 +30,7 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted({package for extra in EXTRAS.values() for package in extra})
 EXTRAS["flash-attn"] = ["flash-attn>=2.6.3"]  # not in all: it compiles for a card, for an hour
+EXTRAS["docs"] = ["mkdocs-material>=9.5"]
 EXTRAS["test"] = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",

@@ -65,7 +65,7 @@ def test_commands_are_as_they_say(page):
         for line in block.replace("\\\n", " ").splitlines():
             if not line.startswith("danceopd ") or "..." in line:
                 continue
-            words = shlex.split(line, comments=True)
+            words = shlex.split(line.split(" > ")[0], comments=True)
             if words[1:3] in (["evaluate", "geneval"], ["evaluate", "gedit"], ["evaluate", "reward"]):
                 words[1:3] = [" ".join(words[1:3])]
             if "--help" in words:

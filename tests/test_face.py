@@ -53,7 +53,7 @@ def test_an_older_python_is_told_which_it_needs(program):
 
 
 def test_the_metadata_names_the_python_it_needs_and_the_types_are_installed(tmp_path):
-    for part in ("setup.py", "danceopd", "kernels", "csrc"):
+    for part in ("setup.py", "README.md", "LICENSE", "THIRD_PARTY.md", "configs", "danceopd", "kernels", "csrc"):
         (tmp_path / part).symlink_to(ROOT / part)
     build = [sys.executable, "setup.py", "-q", "egg_info", "-e", ".", "build_py", "-d", "built"]
     subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, check=True)

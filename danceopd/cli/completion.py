@@ -18,7 +18,7 @@ def add_completion(commands) -> None:
         "print a script that completes commands, options and files in a shell",
         example=EXAMPLE,
     )
-    # What makes the whole parser, build_parser, is a default that it sets itself.
+    # The whole parser comes with the arguments: a default that it sets itself.
     parser.add_argument("shell", choices=("bash", "zsh"))
 
 
@@ -26,9 +26,8 @@ def run_completion(args: argparse.Namespace) -> None:
     """Prints the script."""
     import shtab
 
-    parser = args.build_parser()
-    _complete_files(parser, shtab.FILE)
-    print(shtab.complete(parser, shell=args.shell))
+    _complete_files(args.parser, shtab.FILE)
+    print(shtab.complete(args.parser, shell=args.shell))
 
 
 def _complete_files(parser: argparse.ArgumentParser, file: dict) -> None:

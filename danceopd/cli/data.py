@@ -41,6 +41,10 @@ def add_data(commands) -> None:
     imported.add_argument("--task", help="of every row; its own is then kept as raw_task")
     _add_bad_rows(imported, "skip")
 
+    _add_world(actions)
+
+
+def _add_world(actions) -> None:
     world = add_command(
         actions,
         "world",

@@ -92,8 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
         for add in adders:
             add(commands)
         lines += [f"{title}:", *(f"  {one.dest:17} {one.help}" for one in commands._choices_actions[before:]), ""]
-    commands.choices["completion"].set_defaults(build_parser=build_parser)
     parser.epilog = "\n".join([*lines, EXAMPLES])
+    parser.set_defaults(parser=parser)  # which `completion` describes to a shell
     return parser
 
 
