@@ -123,6 +123,7 @@ def test_summary_and_tables_hold_the_figures(tmp_path):
 
 
 def test_the_page_begins_with_a_sentence_and_pictures_come_before_tables(tmp_path):
+    write_log(tmp_path, make_records())
     page = write_page(tmp_path, pictures=make_pictures())
     (title,) = re.findall(r"<h1>(.*?)</h1>", page)
     assert title == "One model with 97.8 % of its source at drawing and 98.4 % of its source at editing"
