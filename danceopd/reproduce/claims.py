@@ -21,6 +21,7 @@ from danceopd.reproduce.results import (
     label,
     mean,
     mean_error,
+    seeds_needed,
     signed,
     verdict,
 )
@@ -42,6 +43,8 @@ KEPT = 0.98  # of the T2I source's overall
 NEAR = 0.02  # of the share of C's gap
 
 FIRST = 0.01  # of another method's evaluations: what is below is over before a curve has its second point
+
+MANY = 1000  # seeds, more than anybody trains
 
 BAND = 0.95  # of the other numbers of rollout steps
 
@@ -90,6 +93,8 @@ def _beats(
     for other, gap in gaps.items():
         if gap:
             part = f"{label(other)} {signed(gap, 3 if metric == GENEVAL else 2)}"
+            needed = seeds_needed(gap, len(ours)) if verdicts[other] == UNDECIDED else None
+            part += f" (would take {_rounded(needed)} seeds)" if needed else ""
             parts.append(f"**{part}**" if verdicts[other] == NOT else part)
     theirs = f"{share} of theirs" if share != 1 else "theirs"
     return Claim(
@@ -98,6 +103,11 @@ def _beats(
         overall,
         f"{NAMES[metric]}, ours minus {theirs}: " + ", ".join(parts) if parts else "",
     )
+
+
+def _rounded(seeds: int) -> str:
+    """Writes a number of seeds; a large one says only that it is out of reach."""
+    return f"about {seeds:,}" if seeds <= MANY else f"over {MANY:,}"
 
 
 def _published(paper: dict, name: str, others: tuple[str, ...], metric: str) -> str:

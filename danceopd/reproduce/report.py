@@ -134,7 +134,8 @@ def _claims(page: Page, found: list[Claim]) -> None:
         "A difference counts as decided at two standard errors over the seeds, taken seed by seed where both rows have "
         "the same seeds: these share the evaluation's prompts and noise. With three seeds, two equal methods differ by "
         "that much in 18 % of comparisons (Student's t, two degrees of freedom), so a lone decided line is weak. A "
-        "claim about several rows is reproduced if it holds against each; those decided against it are in bold."
+        "claim about several rows is reproduced if it holds against each; those decided against it are in bold. Beside "
+        "an undecided difference stands how many seeds would decide it, if its mean and its spread stay as they are."
     )
     page.text(
         "Published figures are on GEdit-Bench and GenEval with large models, ours on the picture world: "

@@ -131,6 +131,15 @@ def verdict(gap: tuple[float, float | None] | None) -> str:
     return REPRODUCED if value > 0 else NOT
 
 
+def seeds_needed(gap: tuple[float, float | None], seeds: int) -> int | None:
+    """Estimates how many seeds would put a difference two standard errors from nothing, if its mean and its spread over
+    seeds stay what they are; None where no number would, or the spread is not known."""
+    value, error = gap
+    if error is None or abs(value) < 1e-12:
+        return None
+    return math.ceil(seeds * (2 * error / value) ** 2)
+
+
 def signed(gap: tuple[float, float | None], digits: int) -> str:
     """Writes a difference with its sign and its error."""
     value, error = gap

@@ -5,6 +5,8 @@ import statistics
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from reproductions import NOISE, source, trained
 
 from danceopd.reproduce.matrix import LEARNING_RATES
@@ -20,6 +22,7 @@ from danceopd.reproduce.results import (
     difference,
     rates,
     read,
+    seeds_needed,
     tables_of,
     verdict,
 )
@@ -55,6 +58,15 @@ def test_differences_are_taken_seed_by_seed():
     assert difference({0: 1.0}, {0: 0.5}) == (0.5, None)
     assert difference(ours, by_seed(None, GEDIT)) is None
     assert difference(by_seed({"seeds": []}, GEDIT), theirs) is None
+
+
+@given(st.floats(0.01, 10), st.floats(0.01, 10), st.integers(2, 50))
+def test_as_many_seeds_as_are_needed_decide_a_difference(value, deviation, seeds):
+    gap = value, deviation / math.sqrt(seeds)
+    needed = seeds_needed(gap, seeds)
+    assert verdict((value, deviation / math.sqrt(needed) * (1 - 1e-9))) == REPRODUCED
+    assert needed == 1 or verdict((value, deviation / math.sqrt(needed - 1) * (1 + 1e-9))) == UNDECIDED
+    assert seeds_needed((0.0, 0.1), seeds) is seeds_needed((0.1, None), 1) is None
 
 
 def test_how_much_cheaper():
