@@ -100,7 +100,7 @@ if not TYPE_CHECKING:  # a type checker reads the imports above; with this it wo
 
     def __getattr__(name: str):
         if name == "__version__":
-            return import_module("danceopd.support.versions").version().partition(" ")[0]
+            return import_module("danceopd.support.versions").number()
         for home, names in _HOMES.items():
             if name in names:
                 return getattr(import_module(home), name)

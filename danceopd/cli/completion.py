@@ -6,8 +6,7 @@ from pathlib import Path
 from danceopd.cli.arguments import add_command
 
 EXAMPLE = """danceopd completion bash > ~/.local/share/bash-completion/completions/danceopd
-danceopd completion zsh > ~/.zsh/_danceopd   # a folder of $fpath
-danceopd completion tcsh > ~/.danceopd.csh   # sourced by ~/.tcshrc"""
+danceopd completion zsh > ~/.zsh/_danceopd   # a folder of $fpath"""
 
 
 def add_completion(commands) -> None:
@@ -19,7 +18,8 @@ def add_completion(commands) -> None:
         "print a script that completes commands, options and files in a shell",
         example=EXAMPLE,
     )
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    # The whole parser comes with the arguments: a default that it sets itself.
+    parser.add_argument("shell", choices=("bash", "zsh"))
 
 
 def run_completion(args: argparse.Namespace) -> None:
@@ -36,6 +36,7 @@ def _complete_files(parser: argparse.ArgumentParser, file: dict) -> None:
         if action.type is Path:
             action.complete = file
         if isinstance(action, argparse._SubParsersAction):
+            action.help = None  # the help lists commands in groups and hides this list, which would be left out here
             for name in [name for name in action.choices if " " in name]:
                 del action.choices[name]
             action._choices_actions = [one for one in action._choices_actions if " " not in one.dest]

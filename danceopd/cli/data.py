@@ -26,29 +26,7 @@ def add_data(commands) -> None:
     _add_rows(check)
     _add_bad_rows(check, "refuse")
 
-    prepare = add_command(
-        actions,
-        "prepare",
-        run_prepare,
-        "encode a manifest's prompts and pictures once, for training a diffusers model",
-        example="danceopd data prepare my_data/manifest.jsonl --model MODEL --cache my_cache",
-    )
-    prepare.add_argument("manifest", type=Path)
-    prepare.add_argument("--model", type=Path, required=True, help="a diffusers pipeline's folder: its encoders")
-    prepare.add_argument("--cache", type=Path, required=True, help="folder of encodings; manifests may share it")
-    prepare.add_argument("--resolution", type=int, default=1024, help="pictures of its square in pixels (%(default)s)")
-    prepare.add_argument(
-        "--max-sequence-length", type=int, metavar="N", help="tokens of a prompt, padding included (the pipeline's own)"
-    )
-    texts = (
-        "also encode these, which sources are asked with: negative prompts, and texts with a row's columns in braces, "
-    )
-    prepare.add_argument("--texts", nargs="+", default=(), metavar="TEXT", help=texts + "such as '{prompt}, in ink'")
-    _add_rows(prepare)
-    prepare.add_argument("--batch-size", type=int, default=8)
-    prepare.add_argument("--workers", type=int, default=4, help="threads that read pictures (%(default)s)")
-    add_device(prepare)
-    _add_bad_rows(prepare, "skip")
+    _add_prepare(actions)
 
     imported = add_command(
         actions,
@@ -78,6 +56,32 @@ def _add_world(actions) -> None:
     world.add_argument("--size", type=int, default=1000, help="samples per capability (%(default)s)")
     world.add_argument("--seed", type=int, default=0)
     world.add_argument("--capabilities", nargs="+", default=["t2i", "edit"])
+
+
+def _add_prepare(actions) -> None:
+    prepare = add_command(
+        actions,
+        "prepare",
+        run_prepare,
+        "encode a manifest's prompts and pictures once, for training a diffusers model",
+        example="danceopd data prepare my_data/manifest.jsonl --model MODEL --cache my_cache",
+    )
+    prepare.add_argument("manifest", type=Path)
+    prepare.add_argument("--model", type=Path, required=True, help="a diffusers pipeline's folder: its encoders")
+    prepare.add_argument("--cache", type=Path, required=True, help="folder of encodings; manifests may share it")
+    prepare.add_argument("--resolution", type=int, default=1024, help="pictures of its square in pixels (%(default)s)")
+    prepare.add_argument(
+        "--max-sequence-length", type=int, metavar="N", help="tokens of a prompt, padding included (the pipeline's own)"
+    )
+    texts = (
+        "also encode these, which sources are asked with: negative prompts, and texts with a row's columns in braces, "
+    )
+    prepare.add_argument("--texts", nargs="+", default=(), metavar="TEXT", help=texts + "such as '{prompt}, in ink'")
+    _add_rows(prepare)
+    prepare.add_argument("--batch-size", type=int, default=8)
+    prepare.add_argument("--workers", type=int, default=4, help="threads that read pictures (%(default)s)")
+    add_device(prepare)
+    _add_bad_rows(prepare, "skip")
 
 
 def _add_rows(parser: argparse.ArgumentParser) -> None:

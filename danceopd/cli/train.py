@@ -45,7 +45,7 @@ def add_demo(commands) -> None:
         commands,
         "demo",
         run_demo,
-        "train a student that both draws and edits on the picture world, and write its report (minutes on 2 cores)",
+        "train a student that draws and edits on the picture world, and write its report",
         example="danceopd demo\ndanceopd demo training.max_steps=200 training.output_dir=runs/short",
     )
     parser.set_defaults(

@@ -19,11 +19,15 @@ def commit() -> str:
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+def number() -> str:
+    """Returns the installed package's version; "0+sources" where it runs from its sources alone."""
+    try:
+        return installed_version("danceopd")
+    except PackageNotFoundError:
+        return "0+sources"
+
+
 def version() -> str:
     """Returns "0.1.0 (1a2b3c4d5e)", without the commit outside a repository."""
-    try:
-        number = installed_version("danceopd")
-    except PackageNotFoundError:
-        number = "from its sources"
     made_of = commit()
-    return number if made_of == "unknown" else f"{number} ({made_of})"
+    return number() if made_of == "unknown" else f"{number()} ({made_of})"

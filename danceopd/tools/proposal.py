@@ -170,8 +170,7 @@ def _steps(wishes: Wishes, manifest: Path, cache: Path, output: Path, heard: boo
     config, run = ["--config", output], _run_folder(output)
     train = ["danceopd", "train", *config]
     if wishes.gpus > 1:
-        train = ["deepspeed", "--num_gpus", str(wishes.gpus), "-m", "danceopd", "train", *config]
-        train += ["--deepspeed", "configs/deepspeed/zero3.json"]
+        train = ["deepspeed", "--num_gpus", str(wishes.gpus), "--module", "danceopd", "train", *config]
     steps = [
         ("encode the prompts and pictures, once", prepare),
         ("say what the run takes and lacks; no weight is loaded", ["danceopd", "train", *config, "--dry-run"]),

@@ -138,7 +138,7 @@ class Runs:
         for folder in self.folders:
             for run in [folder] if _is_run(folder) else sorted(filter(_is_run, _folders(folder))):
                 self._known.setdefault(str(run), WatchedRun(run))
-        return self._known
+        return dict(self._known)  # requests are answered in threads
 
 
 def _is_run(folder: Path) -> bool:

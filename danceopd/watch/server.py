@@ -1,5 +1,6 @@
 """Serves the page on this machine alone; it reads runs and changes nothing."""
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,8 @@ def serve(runs: Runs, port: int, started: Callable[[str], object]) -> None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((HOST, port))
         started(f"http://{HOST}:{listening.getsockname()[1]}")
+        # Long logs are read while the browser still opens.
+        threading.Thread(target=lambda: [run.everything() for run in runs.found().values()], daemon=True).start()
         config = uvicorn.Config(application(runs), log_level="warning", access_log=False, server_header=False)
         uvicorn.Server(config).run(sockets=[listening])
 

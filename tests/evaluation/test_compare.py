@@ -156,14 +156,14 @@ def test_the_page_has_the_worst_and_the_best_prompts_and_needs_no_other_file(tmp
 
 
 def test_runs_without_a_difference_show_their_pictures_all_the_same(tmp_path):
-    a, b = (save_run(tmp_path / name, [[True, False], [False, False]]) for name in "ab")
+    a, b = (save_run(tmp_path / name, [[True, False], [False, False], [True, True]]) for name in "ab")
     assert main(["compare", str(a), str(b), "-o", str(tmp_path / "page.html")]) == 0
     page = Page((tmp_path / "page.html").read_text())
     words = " ".join(page.text)
     assert "cannot be told apart (+0.000 (+0.000 to +0.000))" in words
     assert "Scored alike" in words
     assert "Where b is" not in words
-    assert (page.tags.count("article"), page.tags.count("img")) == (2, 8)
+    assert (page.tags.count("article"), page.tags.count("img")) == (3, 12)
 
 
 def test_three_runs_and_equal_names_are_told_apart(tmp_path, capsys):

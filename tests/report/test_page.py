@@ -123,6 +123,7 @@ def test_summary_and_tables_hold_the_figures(tmp_path):
 
 
 def test_the_page_begins_with_a_sentence_and_pictures_come_before_tables(tmp_path):
+    write_log(tmp_path, make_records())
     page = write_page(tmp_path, pictures=make_pictures())
     (title,) = re.findall(r"<h1>(.*?)</h1>", page)
     assert title == "One model with 97.8 % of its source at drawing and 98.4 % of its source at editing"
@@ -131,12 +132,6 @@ def test_the_page_begins_with_a_sentence_and_pictures_come_before_tables(tmp_pat
     errors = {"t2i": {"closed": 0.5, "samples": 8}, "edit": {"closed": 0.25, "samples": 8}}
     said = headline({"velocity_errors": errors, "student": "danceopd"})
     assert said == "DanceOPD closed 50.0 % for t2i and 25.0 % for edit of the gap to its sources"
-
-
-def test_a_lone_record_is_seen_in_the_curves(tmp_path):
-    write_log(tmp_path, make_records()[:1])
-    alone = write_page(tmp_path)
-    assert re.search(r'id="loss-[^"]*line2d[^"]*"(?:(?!</g>).)*<use', alone, re.S)
 
 
 def test_best_value_is_bold_and_ties_as_printed_share_it(tmp_path):

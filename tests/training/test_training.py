@@ -23,6 +23,7 @@ from world_runs import TINY, config_of, random_network, write_networks
 from danceopd.api import distill
 from danceopd.config.reading import parse_config
 from danceopd.core.questions import matched
+from danceopd.core.schedule import sigma_grid
 from danceopd.core.watch import columns, watched
 from danceopd.data.sampler import draw_batch
 from danceopd.support.errors import UserError
@@ -91,6 +92,14 @@ def test_a_run_writes_what_it_promises(raw, tmp_path):
     # Evaluations: every rollout step, one of the source, three of the student, for each sample.
     assert losses[0]["network_evaluations"] >= 8 * 4
     assert losses[0]["network_evaluations"] <= 8 * (3 + 4)
+    assert all(0.01 < r["memory_gib"] < 1000 for r in losses)
+    asked = [r["health"]["queries"] for r in log if "health" in r]
+    assert [sum(counts.values()) for counts in asked] == [
+        2 * 8,
+        4 * 8,
+        6 * 8,
+    ]  # one of each sample, of the whole run so far
+    assert set(asked[-1]) <= {f"{sigma:.3f}" for sigma in sigma_grid(4, 5.0)[:-1].tolist()}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -292,6 +301,7 @@ def test_a_run_that_was_killed_at_its_end_writes_what_is_missing(raw, capsys, be
         left.write_bytes(b"x")
     (folder / "checkpoints" / ".step-00000006.tmp").mkdir()
     log = (folder / "log.jsonl").read_bytes()
+    capsys.readouterr()
     distill(config)
     said = capsys.readouterr()
     assert f"{folder} is finished after 6 updates: nothing is left to train" in said.out

@@ -93,6 +93,18 @@ def page_of(browser, address, width=1280, scheme="light"):
     page.close()
 
 
+def clock_of(page):
+    """Returns a function that says how many processor seconds the page's main thread has computed since."""
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def seconds() -> float:
+        metrics = session.send("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+
+    return seconds
+
+
 def test_a_long_run_is_seen_moved_through_and_read(browser, tmp_path):
     write_run(tmp_path / "long", UPDATES, UPDATES, 40)
     with served(tmp_path / "long") as address, page_of(browser, address) as page:
@@ -109,6 +121,8 @@ def test_a_long_run_is_seen_moved_through_and_read(browser, tmp_path):
         page.keyboard.press("ArrowLeft")
         assert page.inner_text("#step-shown") == "97,500"
         assert page.get_attribute("#step", "aria-valuetext") == "update 97500"
+        clock = clock_of(page)
+        before = clock()
         took = page.evaluate("""async () => {
             const slider = document.getElementById("step"), took = [];
             for (let i = 37; i > 20; i--) {
@@ -120,13 +134,15 @@ def test_a_long_run_is_seen_moved_through_and_read(browser, tmp_path):
             }
             return took.sort((a, b) => a - b);
         }""")
-        assert took[len(took) // 2] < 500  # 100 ms are aimed at; a machine that does other work too gets more
-        print(f"a move of the slider, median and most: {took[len(took) // 2]:.0f} and {took[-1]:.0f} ms")
+        each = (clock() - before) / len(took)
+        assert each < 0.1  # seconds that the page computes: what else the machine does is not counted
+        middle, most = took[len(took) // 2], took[-1]
+        print(f"a move of the slider: {middle:.0f} ms, at most {most:.0f}, of which {1000 * each:.0f} ms computing")
         page.check("input[value=hours]")
         page.click("summary:has-text('config.yaml')")
-        page.wait_for_function("document.querySelector('#files').innerText.includes('max_steps: 100000')")
+        page.wait_for_selector("#files pre:has-text('max_steps: 100000')")
         page.click("summary:has-text('log.jsonl')")
-        page.wait_for_function("document.querySelector('#files').innerText.includes('\"step\": 100000')")
+        page.wait_for_selector("#files pre:has-text('\"step\": 100000')")
 
 
 def test_a_run_grows_and_is_deleted(browser, tmp_path):
@@ -141,10 +157,10 @@ def test_a_run_grows_and_is_deleted(browser, tmp_path):
         with open(tmp_path / "runs" / "one" / "log.jsonl", "a") as log:
             log.writelines(json.dumps(record(i, 0.5)) + "\n" for i in range(21, 31))
         Image.new("RGB", (64, 32)).save(tmp_path / "runs" / "one" / "samples" / "step-00000030.png")
-        page.wait_for_function("document.querySelector('#chart-loss .last').innerText.includes('t2i 0.5')")
-        page.wait_for_function("document.querySelector('#step-shown').innerText === '30'")
+        page.wait_for_selector("#chart-loss .last:has-text('t2i 0.5')")
+        page.wait_for_selector("#step-shown:text-is('30')")
         shutil.rmtree(tmp_path / "runs" / "one")
-        page.wait_for_function("document.querySelector('#runs').innerText.includes('its folder is gone')")
+        page.wait_for_selector("#runs:has-text('its folder is gone')")
         assert page.is_visible("#chart-loss canvas")
 
 
