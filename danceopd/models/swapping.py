@@ -6,13 +6,14 @@ that wait are on the device at a time, whatever their number, and the numbers th
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from danceopd.core.copies import ON_HOST
 from danceopd.models.blocks import blocks
-from danceopd.models.eight_bit import copied_to, pinned
+from danceopd.models.eight_bit import pinned, room_for, stored
 from danceopd.models.footprint import uncounted
 from danceopd.support.errors import UserError
 
@@ -125,10 +126,15 @@ class Swap:
         for this one, and the copy begins when what was asked before is done.
         """
         self._there.add(number)
+        places = [room_for(slot.host, self.device) for slot in self._slots[number]]
         if self._stream is not None:
             self._stream.wait_stream(self._cards.current_stream())
-        for slot in self._slots[number]:
-            slot.set(copied_to(slot.host, self.device, self._cards, self._stream))
+        with nullcontext() if self._stream is None else self._cards.stream(self._stream):
+            for slot, place in zip(self._slots[number], places, strict=True):
+                for part, host in zip(stored(place), stored(slot.host), strict=True):
+                    part.copy_(host, non_blocking=True)
+        for slot, place in zip(self._slots[number], places, strict=True):
+            slot.set(place)
 
 
 def _slots(block: nn.Module) -> list[Slot]:
