@@ -127,14 +127,14 @@ class Swap:
         """
         self._there.add(number)
         places = [room_for(slot.host, self.device) for slot in self._slots[number]]
+        for slot, place in zip(self._slots[number], places, strict=True):
+            slot.set(place)
         if self._stream is not None:
             self._stream.wait_stream(self._cards.current_stream())
         with nullcontext() if self._stream is None else self._cards.stream(self._stream):
             for slot, place in zip(self._slots[number], places, strict=True):
                 for part, host in zip(stored(place), stored(slot.host), strict=True):
                     part.copy_(host, non_blocking=True)
-        for slot, place in zip(self._slots[number], places, strict=True):
-            slot.set(place)
 
 
 def _slots(block: nn.Module) -> list[Slot]:
