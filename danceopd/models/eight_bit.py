@@ -5,7 +5,6 @@ Of torchao's two formats this is the nearer one: on tiny SD3 and FLUX transforme
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -65,25 +64,9 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
     return _parts(tensor, lambda part: part.contiguous().pin_memory())
 
 
-def copied_to(tensor: torch.Tensor, device: torch.device, cards=None, stream=None) -> torch.Tensor:
-    """Copies a weight, of 8 bits or not, to a device, whose memory is taken in the stream at hand.
-
-    Args:
-        tensor: The weight; in pinned memory, so that the host goes on at once.
-        device: Where the copy lies.
-        cards: The device's module, where it has streams.
-        stream: In which it is copied; the one at hand if not given.
-
-    Returns:
-        The copy.
-    """
-
-    def copied(part: torch.Tensor) -> torch.Tensor:
-        place = torch.empty_like(part, device=device)
-        with nullcontext() if stream is None else cards.stream(stream):
-            return place.copy_(part, non_blocking=True)
-
-    return _parts(tensor, copied)
+def room_for(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Takes memory of a device for a weight, of 8 bits or not, without its numbers."""
+    return _parts(tensor, lambda part: torch.empty_like(part, device=device))
 
 
 def _parts(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

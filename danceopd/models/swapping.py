@@ -6,13 +6,14 @@ that wait are on the device at a time, whatever their number, and the numbers th
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from danceopd.core.copies import ON_HOST
 from danceopd.models.blocks import blocks
-from danceopd.models.eight_bit import copied_to, pinned
+from danceopd.models.eight_bit import pinned, room_for, stored
 from danceopd.models.footprint import uncounted
 from danceopd.support.errors import UserError
 
@@ -52,7 +53,7 @@ class Slot:
     """
 
     def __init__(self, module: nn.Module, name: str, tensor: torch.Tensor):
-        self.kept = module._parameters if name in module._parameters else module._buffers
+        self.kept: dict = module._parameters if name in module._parameters else module._buffers
         self.name, self.host, self.parameter = name, tensor, name in module._parameters
         self.kept[name] = None  # so that what is left can be moved
 
@@ -85,7 +86,7 @@ class Swap:
         network.to(device)
         on_card = device.type not in ON_HOST
         self._cards = torch.get_device_module(device) if on_card else None
-        self._stream = self._cards.Stream() if on_card else None
+        self._stream = None if self._cards is None else self._cards.Stream()
         for slot in (slot for slots in self._slots for slot in slots):
             if on_card:
                 slot.host = pinned(slot.host)
@@ -105,18 +106,21 @@ class Swap:
             # A backward begins at the last block, and the next forward at the first.
             following = number if back or torch.is_grad_enabled() else 0
         with uncounted():
-            if self._stream is not None:
-                self._cards.current_stream().wait_stream(self._stream)
+            self._wait()
             for other in self._there - {number, following}:
                 for slot in self._slots[other]:
                     slot.set(slot.host)
                 self._there.remove(other)
             if number not in self._there:
                 self._bring(number)
-                if self._stream is not None:
-                    self._cards.current_stream().wait_stream(self._stream)
+                self._wait()
             if following not in self._there:
                 self._bring(following)
+
+    def _wait(self) -> None:
+        """Makes what is asked from now on come after the copies."""
+        if self._cards is not None:
+            self._cards.current_stream().wait_stream(self._stream)
 
     def _bring(self, number: int) -> None:
         """Begins to copy a block to the device.
@@ -125,10 +129,15 @@ class Swap:
         for this one, and the copy begins when what was asked before is done.
         """
         self._there.add(number)
-        if self._stream is not None:
+        places = [room_for(slot.host, self.device) for slot in self._slots[number]]
+        for slot, place in zip(self._slots[number], places, strict=True):
+            slot.set(place)
+        if self._cards is not None:
             self._stream.wait_stream(self._cards.current_stream())
-        for slot in self._slots[number]:
-            slot.set(copied_to(slot.host, self.device, self._cards, self._stream))
+        with nullcontext() if self._cards is None else self._cards.stream(self._stream):
+            for slot, place in zip(self._slots[number], places, strict=True):
+                for part, host in zip(stored(place), stored(slot.host), strict=True):
+                    part.copy_(host, non_blocking=True)
 
 
 def _slots(block: nn.Module) -> list[Slot]:

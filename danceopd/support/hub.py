@@ -128,7 +128,7 @@ def _downloaded(name: HubName) -> Path:
 def _beside(name: HubName, other: str) -> None:
     """Downloads another file of a file's folder; who reads the file says where it is missing."""
     with suppress(RemoteEntryNotFoundError):
-        folder = name.file.rpartition("/")[0]
+        folder = str(name.file).rpartition("/")[0]
         huggingface_hub.hf_hub_download(name.repo, f"{folder}/{other}".lstrip("/"), revision=name.revision)
 
 

@@ -261,9 +261,6 @@ def test_files_of_no_use(folder):
     (folder / "m.csv").write_text("task,prompt\n")
     with pytest.raises(ValueError, match="no rows"):
         read_manifest(folder / "m.csv")
-    (folder / "m.txt").write_text("{}")
-    with pytest.raises(ValueError, match=r"\.jsonl or \.csv"):
-        read_manifest(folder / "m.txt")
     with pytest.raises(FileNotFoundError, match="folder of pictures"):
         read_manifest(jsonl(folder / "m.jsonl", [good()]), root=folder / "none")
 
