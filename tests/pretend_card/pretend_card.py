@@ -410,6 +410,7 @@ def pretend_card() -> Iterator[PretendCard]:
             yield card
     finally:
         phase.recorders.remove(card.phase)
+        card.module.end()
         CURRENT = None
 
 

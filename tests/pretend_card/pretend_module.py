@@ -27,6 +27,7 @@ class CardModule:
     """Is torch's module of the device, with what the trainer asks of torch.cuda."""
 
     def __init__(self):
+        self.card = None
         self._memories: dict = {}
         self.allocated = self.peak = 0
         self.generator = torch.Generator()
@@ -37,6 +38,10 @@ class CardModule:
         self.card, self.capturing, self.now = card, None, self.default
         self.peak = self.allocated  # what a test before has left
         self.generator = torch.Generator().manual_seed(0x0CA4D)
+
+    def end(self) -> None:
+        """Ends a card: torch still knows the device, and its profiler asks it to wait at the end of a trace."""
+        self.card = None
 
     # --- of torch's registration ----------------------------------------------------------------------
 
@@ -100,7 +105,8 @@ class CardModule:
         pass
 
     def synchronize(self, device=None) -> None:
-        self.card.wait("synchronize")
+        if self.card is not None:
+            self.card.wait("synchronize")
 
     def get_device_capability(self, device=None) -> tuple[int, int]:
         return (9, 0)
