@@ -29,7 +29,7 @@ from danceopd.core.schedule import sigma_grid
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
-from danceopd.planning.cards import CARDS, card_of
+from danceopd.support.cards import CARDS, card_of
 from danceopd.training.rollouts.static import StaticField
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from danceopd.config.sections import Config
-from danceopd.planning.cards import CARDS, NODE, Card, gather_seconds
 from danceopd.planning.dry_run import Examine, dry_run
 from danceopd.planning.memory import ACTIVATIONS, BEYOND, FLOAT, REPLICA, Findings, beyond_activations
+from danceopd.support.cards import CARDS, NODE, Card, gather_seconds
 from danceopd.support.memory import GIB, format_bytes
 from danceopd.training.rollouts.replica import multiplies_in_bf16
 from danceopd.training.zero.engine import GATHERED

@@ -7,6 +7,7 @@ from tqdm import tqdm
 from danceopd.config.sections import Config
 from danceopd.support.bars import bar
 from danceopd.support.run_log import RunLog
+from danceopd.training.speed import told
 
 
 class Progress:
@@ -40,7 +41,7 @@ class Progress:
             drifting: A sentence for each thing that drifts now, by a short name; each is said once.
             done: The share of the run that is done.
         """
-        text = f"loss {record['loss']:.4f}, {record['samples_per_second']:.0f} samples/s"
+        text = f"loss {record['loss']:.4f}, {told(record)}"
         if record["skipped"]:
             text += f", {record['skipped']} skipped"
         if drifting:

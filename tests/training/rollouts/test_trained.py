@@ -1,0 +1,136 @@
+"""Static passes of the student: the gradients of the plain way, bit for bit, however they are asked."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from danceopd.core.conditioning import Conditioning
+from danceopd.core.fields import guided
+from danceopd.training.rollouts import trained
+from danceopd.training.rollouts.trained import StaticStudent
+from danceopd.world.dit import DiT, DiTConfig
+
+SIZES = DiTConfig(image_size=8, patch_size=4, width=16, depth=2, heads=2, mlp_ratio=1)
+
+
+def network() -> DiT:
+    torch.manual_seed(0)
+    made = DiT(SIZES)
+    for parameter in made.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    return made
+
+
+def samples(n: int, sourced: list[bool], seed: int = 0):
+    torch.manual_seed(seed)
+    prompt = torch.randint(1, 400, (n, SIZES.text_length))
+    conditioning = Conditioning(prompt, torch.randn(n, 3, 8, 8), torch.tensor(sourced))
+    return torch.randn(n, 3, 8, 8), torch.rand(n) * 0.8 + 0.1, conditioning
+
+
+def gradients(student: DiT, field, calls: list) -> tuple[list, dict]:
+    """The losses and all gradients after so many micro-batches."""
+    student.zero_grad(set_to_none=True)
+    losses = []
+    for z, sigma, conditioning in calls:
+        loss = field(z, sigma, conditioning).square().mean()
+        loss.backward()
+        losses.append(float(loss))
+    return losses, {name: None if p.grad is None else p.grad.clone() for name, p in student.named_parameters()}
+
+
+def alike(one: tuple, other: tuple) -> None:
+    assert one[0] == other[0]
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        found = other[1][name]
+        assert (gradient is None) == (found is None), name
+        assert gradient is None or torch.equal(gradient, found), name
+
+
+MIXED = [samples(3, [False, True, False]), samples(2, [True, True], 1), samples(3, [True, False, False], 2)]
+
+
+def test_micro_batches_of_either_kind_add_up_to_the_same():
+    student = network()
+    static = StaticStudent(student, [student])
+    plain = gradients(student, student, MIXED)
+    alike(plain, gradients(student, static, MIXED))
+    alike(plain, gradients(student, static, MIXED))  # once more, in the buffers that are there
+    assert len(static.passes) == 2  # the first and the last have as many of either kind
+
+
+def test_an_optimizer_steps_on_the_gradients_that_stay():
+    states = []
+    for static in (False, True):
+        student = network()
+        field = StaticStudent(student, [student]) if static else student
+        optimizer = torch.optim.AdamW(student.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none=True)
+            for z, sigma, conditioning in MIXED:
+                field(z, sigma, conditioning).square().mean().backward()
+            nn.utils.clip_grad_norm_(student.parameters(), 0.1)
+            optimizer.step()
+        states.append(student.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_what_is_asked_before_the_backward_goes_to_the_field():
+    student = network()
+    static = StaticStudent(student, [student])
+
+    def twice(field):
+        return lambda z, sigma, conditioning: field(z, sigma, conditioning) + field(z, sigma, conditioning)
+
+    # Of samples of one kind: of two kinds four gradients are added, in another order.
+    alike(gradients(student, twice(student), MIXED[1:2]), gradients(student, twice(static), MIXED[1:2]))
+    static(*MIXED[0])  # nobody wants its gradient, and so the next one is static again
+    assert not static._busy()
+    before = len(static.passes)
+    static(*MIXED[0])
+    static(*MIXED[0]).sum().backward()
+    assert len(static.passes) == before
+    assert not static._busy()
+
+
+def test_eager_micro_batches_before_and_after_are_kept():
+    student = network()
+    static = StaticStudent(student, [student])
+
+    def mixture():
+        ways = iter((student, static, student))
+        return lambda *asked: next(ways)(*asked)
+
+    alike(gradients(student, student, MIXED), gradients(student, mixture(), MIXED))
+
+
+def test_a_guided_student_is_the_same():
+    student = network()
+    static = StaticStudent(student, [student])
+    calls = [(z, s, replace(c, guidance_scale=torch.linspace(1, 3, len(z)))) for z, s, c in MIXED]
+    empty = torch.zeros(SIZES.text_length, dtype=torch.int64)
+    alike(gradients(student, guided(student, empty), calls), gradients(student, guided(static, empty), calls))
+    assert static.passes
+
+
+def test_without_gradient_and_beyond_the_last_pass_the_field_is_asked(monkeypatch):
+    monkeypatch.setattr(trained, "PASSES", 1)
+    student = network()
+    static = StaticStudent(student, [student])
+    with torch.no_grad():
+        assert torch.equal(static(*MIXED[0]), student(*MIXED[0]))
+    assert not static.passes
+    alike(gradients(student, student, MIXED), gradients(student, static, MIXED))
+    assert len(static.passes) == 1
+
+
+def test_a_second_backward_is_refused():
+    student = network()
+    loss = StaticStudent(student, [student])(*MIXED[0]).square().mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward"):
+        loss.backward()
