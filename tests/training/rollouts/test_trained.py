@@ -1,15 +1,23 @@
 """Static passes of the student: the gradients of the plain way, bit for bit, however they are asked."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.card import network as network_of_card
 from danceopd.core.conditioning import Conditioning
-from danceopd.core.fields import guided
+from danceopd.core.fields import guided, routed, within
+from danceopd.core.forwards import SharedField
+from danceopd.models.fp8 import to_fp8
+from danceopd.models.shared_base import SharedBase, target_layers
+from danceopd.models.students import LoraStudent
 from danceopd.training.rollouts import trained
+from danceopd.training.rollouts.static import StaticField
 from danceopd.training.rollouts.trained import StaticStudent
+from danceopd.training.rows import Rows
 from danceopd.world.dit import DiT, DiTConfig
 
 SIZES = DiTConfig(image_size=8, patch_size=4, width=16, depth=2, heads=2, mlp_ratio=1)
@@ -126,6 +134,36 @@ def test_without_gradient_and_beyond_the_last_pass_the_field_is_asked(monkeypatc
     assert not static.passes
     alike(gradients(student, student, MIXED), gradients(student, static, MIXED))
     assert len(static.passes) == 1
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_an_adapter_and_mixed_sources_on_one_base_are_the_same(fp8):
+    base = network_of_card.make(network_of_card.TINY, torch.device("cpu"), torch.float32)
+    layers, loras = target_layers(base, network_of_card.LORA_TARGETS), []
+    for rank in (2, 4):
+        widths = {name: base.get_submodule(name).weight.shape for name in layers}
+        drawn = {name: (torch.randn(rank, w), torch.randn(out, rank) / 10, 1.0) for name, (out, w) in widths.items()}
+        loras.append(drawn)
+    shared = SharedBase(to_fp8(base) if fp8 else base, loras, network_of_card.velocity, layers)
+    student = LoraStudent(shared, layers, 4, 4, torch.Generator().manual_seed(1))
+    for parameter in student.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    z, conditioning = network_of_card.samples(network_of_card.TINY, 6, torch.device("cpu"))
+    sigma = torch.linspace(0.9, 0.1, 6)
+    calls = [(z[part], sigma[part], conditioning[part]) for part in (slice(0, 2), slice(2, 3), slice(3, 5))]
+    alike(gradients(student, student, calls), gradients(student, StaticStudent(student, [student, base]), calls))
+
+    def ask(latents, sigma, conditioning):
+        return shared(latents, sigma, conditioning, conditioning.adapter)
+
+    sources, spent = [SharedField(shared, ask, m) for m in (0, 1, -1)], Counter()
+    steps = StaticField(ask, ask, spent=spent, name="sources", rows=Rows(8))
+    static = [within(source, lambda _: steps.once) for source in sources]
+    for route in ([0, 1, 2, 1, 0, 0], [1, 1, 1, 0, 2, 0]):  # the second through the buffers of the first
+        wanted, found = (routed(f, torch.tensor(route), z, sigma, conditioning).target() for f in (sources, static))
+        assert torch.equal(wanted, found)
+    assert spent == {"sources": 12, "padding": 0}
+    assert len(steps.programs) == 1
 
 
 def test_a_second_backward_is_refused():
