@@ -154,7 +154,7 @@ def static_sources(config: Config, parts, pool: Pool | None, rows: Rows, spent: 
         if id(network) not in made:
             # Their weights are frozen and stay where they are: nobody need look.
             steps = StaticField(field, network, capture=on_card, spent=spent, name="sources", rows=rows, pool=pool)
-            made[id(network)] = network, steps.once
+            made[id(network)] = network, in_parts(steps.once, rows)
         return made[id(network)][1]
 
     return [within(field, wrap) for field in parts.fields]

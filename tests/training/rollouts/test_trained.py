@@ -15,6 +15,7 @@ from danceopd.models.fp8 import to_fp8
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
 from danceopd.training.rollouts import trained
+from danceopd.training.rollouts.capture import Pool
 from danceopd.training.rollouts.static import StaticField
 from danceopd.training.rollouts.trained import StaticStudent
 from danceopd.training.rows import Rows
@@ -172,3 +173,20 @@ def test_a_second_backward_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward"):
         loss.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_micro_batches_add_up_to_the_same(monkeypatch):
+    monkeypatch.setenv("DANCEOPD_KERNELS", "torch")
+    student, pool = network().cuda(), Pool(torch.device("cuda"))
+    static = StaticStudent(student, [student], pool)
+    calls = [(z.cuda(), sigma.cuda(), conditioning.to("cuda")) for z, sigma, conditioning in MIXED]
+    plain = gradients(student, student, calls)
+    for _ in range(3):
+        found = gradients(student, static, calls)
+        assert found[0] == pytest.approx(plain[0], rel=1e-5)
+        for name, gradient in plain[1].items():
+            torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+    assert all(own.graphs for own in static.passes.values())
+    assert static.reason is None
