@@ -2,11 +2,12 @@
 
     python benchmarks/host_bench.py                # both, eager and in static passes, in bf16 or float32 and in FP8
 
-The network is SD3.5-medium's in its depth, heads and second attentions, and 96 wide with a few tokens, on the CPU: what
-is left is what the host does for each operation. Layers with adapters take the way that they take on a card, by plain
-PyTorch operations instead of one kernel. "static" fills the buffers of a pass and replays its graphs; here a graph's
-replay does nothing at all, so that what launching it costs a card's host is not in these figures (one launch of each
-graph, whatever it holds). Times are of the processor, and so hold on a machine that others use.
+The network is the card check's, in plain PyTorch with SD3's parts: as deep as SD3.5-medium, with as many heads and
+second attentions, and 96 wide with a few tokens, on the CPU: what is left is what the host does for each operation.
+Layers with adapters take the way that they take on a card, by plain PyTorch operations instead of one kernel. "static"
+fills the buffers of a pass and replays its graphs; here a graph's replay does nothing at all, so that what launching it
+costs a card's host is not in these figures (one launch of each graph, whatever it holds). Times are of the processor,
+and so hold on a machine that others use.
 """
 
 import argparse
@@ -19,12 +20,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import common, networks
-from danceopd.core.conditioning import Conditioning
+from benchmarks import common
+from benchmarks.card import network
 from danceopd.core.fields import counted, routed, within
 from danceopd.core.forwards import SharedField
 from danceopd.core.questions import Questions, matched
-from danceopd.models.backbones import sd3
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
@@ -32,8 +32,8 @@ from danceopd.training.rollouts.static import StaticField
 from danceopd.training.rollouts.trained import StaticStudent
 from danceopd.training.rows import Rows, in_parts
 
-LAYERS, HEADS, DUAL = 24, 24, 13  # SD3.5-medium's
-WIDTH, SIDE, TEXT, RANK, SOURCES = 96, 4, 4, 4, 4
+SIZE = network.Size(96, 24, 24, 13, 4, 16, 4, 16)  # depth, heads and second attentions are SD3.5-medium's
+RANK, SOURCES = 4, 4
 ROWS = 16  # queries that a static step has room for
 
 
@@ -77,19 +77,14 @@ class Run:
     """
 
     def __init__(self, fp8: bool, static: bool):
-        from diffusers import SD3Transformer2DModel
-
-        torch.manual_seed(0)
-        base = SD3Transformer2DModel(
-            sample_size=SIDE, patch_size=2, in_channels=16, out_channels=16, num_layers=LAYERS,
-            attention_head_dim=WIDTH // HEADS, num_attention_heads=HEADS, caption_projection_dim=WIDTH,
-            joint_attention_dim=16, pooled_projection_dim=16, pos_embed_max_size=SIDE,
-            dual_attention_layers=tuple(range(DUAL)), qk_norm="rms_norm",
-        ).eval()  # fmt: skip
-        torch.nn.init.normal_(base.proj_out.weight, std=0.1)
-        loras = [networks.random_lora(base, RANK, seed) for seed in range(SOURCES)]
-        layers = target_layers(base, sd3.LORA_TARGETS, every=False)
-        shared = SharedBase(to_fp8(base) if fp8 else base, loras, sd3.velocity, layers)
+        device = torch.device("cpu")
+        base, loras = network.make(SIZE, device, torch.float32), []
+        layers = target_layers(base, network.LORA_TARGETS)
+        for _ in range(SOURCES):
+            widths = {name: base.get_submodule(name).weight.shape for name in layers}
+            drawn = {n: (torch.randn(RANK, w), torch.randn(out, RANK) / 10, 1.0) for n, (out, w) in widths.items()}
+            loras.append(drawn)
+        shared = SharedBase(to_fp8(base) if fp8 else base, loras, network.velocity, layers)
         self.student = LoraStudent(shared, layers, RANK, RANK, torch.Generator().manual_seed(1))
 
         def ask(latents, sigma, conditioning):
@@ -102,9 +97,8 @@ class Run:
             self.field = StaticStudent(self.student, [self.student, base], pool)
             field = StaticField(field, ask, capture=True, spent=spent, name="sources", rows=rows, pool=pool).once
         self.sources = [within(SharedField(shared, ask, m), lambda _: field) for m in range(SOURCES)]
-        prompt = {"prompt_embeds": torch.randn(ROWS, TEXT, 16), "pooled_prompt_embeds": torch.randn(ROWS, 16)}
-        self.conditioning = Conditioning(prompt, None, torch.zeros(ROWS, dtype=torch.bool))
-        self.states, self.sigma = torch.randn(ROWS, 16, SIDE, SIDE), torch.linspace(0.9, 0.1, ROWS)
+        self.states, self.conditioning = network.samples(SIZE, ROWS, device)
+        self.sigma = torch.linspace(0.9, 0.1, ROWS)
         self.route, self.sample = torch.arange(ROWS) % SOURCES, torch.arange(ROWS)
         self.answers = routed(self.sources, self.route, self.states, self.sigma, self.conditioning)
 
