@@ -114,29 +114,31 @@ def pool_of_run(config: Config, parts) -> Pool | None:
     return Pool(parts.device) if in_graphs(config, parts) and parts.device.type not in ON_HOST else None
 
 
-def static_student(config: Config, parts, network: nn.Module, pool: Pool | None) -> Field:
-    """Makes the network that is trained one that is asked by static passes, where the run's networks are.
+def static_student(config: Config, parts, engine, static: bool, pool: Pool | None) -> Field:
+    """Makes the network that is trained a field, asked by static passes if that is wanted.
 
     Args:
         config: The run's.
         parts: Its `Parts`.
-        network: The student, all of whose weights are here.
+        engine: Holds the student.
+        static: Whether it is asked by static passes, for which all of its weights must be here.
         pool: As `pool_of_run` makes it.
 
     Returns:
         The field.
     """
-    if not in_graphs(config, parts):
-        return network
-    return StaticStudent(in_precision(config, parts.device, network), _read(network), pool)
+    if not static:
+        return lambda *asked: engine.student(*asked)
+    return StaticStudent(in_precision(config, parts.device, engine.student), _read(engine.student), pool)
 
 
-def static_sources(config: Config, parts, pool: Pool | None, rows: Rows, spent: Counter) -> list[Field]:
-    """Makes the sources fields that are asked in static steps, where the run's networks are.
+def static_sources(config: Config, parts, static: bool, pool: Pool | None, rows: Rows, spent: Counter) -> list[Field]:
+    """Makes the sources fields that take as many rows at a time as fit, in static steps if that is wanted.
 
     Args:
         config: The run's.
-        parts: Its `Parts`, whose sources' weights are all here.
+        parts: Its `Parts`.
+        static: Whether they are asked in static steps, for which all of their weights must be here.
         pool: As `pool_of_run` makes it.
         rows: How many rows a step takes at most.
         spent: Counts their evaluations, by "sources".
@@ -145,7 +147,7 @@ def static_sources(config: Config, parts, pool: Pool | None, rows: Rows, spent: 
         The field of each route.
     """
     on_card, made = parts.device.type not in ON_HOST, {}  # by network, of which several sources may be
-    static = in_graphs(config, parts) and not config.training.offload_sources
+    static = static and not config.training.offload_sources
 
     def wrap(network: Field) -> Field:
         field = counted(in_parts(network, rows), spent, "sources")

@@ -33,6 +33,7 @@ from danceopd.training.asking import (
     as_student,
     costs_of_run,
     guidance_scales,
+    in_graphs,
     pool_of_run,
     rolled_out,
     rows_of_run,
@@ -128,12 +129,9 @@ class Trainer:
         rolled = self._asked(self.engine.rolled, "student")
         pool = pool_of_run(config, parts)
         self.student = rolled_out(config, parts, self.engine.resident, rolled, self.rows, self.spent, pool)
-        if settings is None:
-            self.sources = static_sources(config, parts, pool, self.rows, self.spent)
-            self._with_gradient: Field = static_student(config, parts, self.engine.student, pool)
-        else:  # forwards gather weights
-            self.sources = [self._asked(field, "sources") for field in parts.fields]
-            self._with_gradient = lambda *asked: self.engine.student(*asked)
+        static = settings is None and in_graphs(config, parts)  # with DeepSpeed, forwards gather weights
+        self.sources = static_sources(config, parts, static, pool, self.rows, self.spent)
+        self._with_gradient = static_student(config, parts, self.engine, static, pool)
         self.trained = {name: self._trained(name, learner) for name, learner in self.learners.items()}
 
     # --- one update -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from kernel_device import here
 
 pytest.importorskip("danceopd_kernels")
 
-from danceopd_kernels import compiled, fp8
+from danceopd_kernels import compiled, fp8, routed_lora_linear
 from danceopd_kernels.fp8 import DTYPES, FLOAT8, fp8_linear, fp8_quantize_rowwise
 
 triton = pytest.importorskip("triton")
@@ -343,6 +343,16 @@ def test_layers_of_one_input_quantize_it_once(quantized, gradient):
     for one, y in zip(layers, found, strict=True):
         assert torch.equal(fp8_linear(hidden.clone(), *one), y)  # by codes of its own
     assert len(quantized) == 4
+
+
+@pytest.mark.parametrize("route", [[0, 0], [0, -1]])
+def test_layers_with_adapters_quantize_their_input_once(quantized, route):
+    hidden, there = torch.randn(2, 3, 32, device=here()) * 1, torch.tensor(route, device=here())
+    for _ in range(3):
+        weight, weight_scale = fp8_quantize_rowwise(torch.randn(48, 32, device=here()))
+        adapter = torch.randn(4, 32, device=here()), torch.randn(48, 4, device=here())
+        routed_lora_linear(hidden, weight, None, [adapter], there, weight_scale=weight_scale)
+    assert len(quantized) == 1
 
 
 def test_an_input_that_was_written_or_is_another_is_quantized_anew(quantized):
