@@ -88,14 +88,16 @@ def works() -> list[Work]:
     return found
 
 
-def host_seconds(file: Path = RESULTS / "host-cpu.json") -> tuple[float, float]:
-    """Reads the host's seconds of a static query and of a static match."""
+def host_seconds(file: Path = RESULTS / "host-cpu.json") -> tuple[float, float] | None:
+    """Reads the host's seconds of a static query and of a static match; None where nobody has measured them."""
+    if not file.is_file():
+        return None
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     taken = {row["name"]: row["milliseconds"][1] / 1e3 for row in rows}
     return taken["query, float32, static"], taken["match, float32, static"]
 
 
-def row_of(work: Work, operations: float, host: tuple[float, float], measured: dict[str, float]) -> list[str]:
+def row_of(work: Work, operations: float, host: tuple[float, float] | None, measured: dict[str, float]) -> list[str]:
     """Makes a row of the table.
 
     Args:
@@ -106,12 +108,13 @@ def row_of(work: Work, operations: float, host: tuple[float, float], measured: d
     """
     total, peak = work.samples * work.evaluations() * operations, work.cards * CARDS[CARD].operations
     each = work.samples / work.cards
-    on_host = each * work.without / min(each, SAMPLES_A_FORWARD) * host[0] + each * work.with_gradient * host[1]
+    query, match = host or (0.0, 0.0)
+    on_host = each * work.without / min(each, SAMPLES_A_FORWARD) * query + each * work.with_gradient * match
     seen = f"{measured[work.name]:.3g} s" if work.name in measured else "–"
     predicted = total / (UTILISATION * peak) + on_host
     cards = f"{work.cards} x {work.samples // work.cards} at {work.resolution} px"
     numbers = [f"{work.evaluations():.3g}", f"{total / 1e12:.3g}", f"{total / peak:.3g} s", f"{predicted:.3g} s"]
-    return [work.name, cards, *numbers, f"{on_host:.2g} s", seen, work.published]
+    return [work.name, cards, *numbers, f"{on_host:.2g} s" if host else "not measured", seen, work.published]
 
 
 HEAD = ["a step", "cards x samples", "evaluations a sample", "TFLOP", "**computed**: the least", "**predicted**"]
