@@ -53,6 +53,18 @@ class NoPool:
         pass
 
 
+class Replayed(StaticField):
+    """Asks in static steps, of which the first of each size is made and the others are replays that do nothing.
+
+    It is not captured: on the CPU the samples' adapters are read on the host, as they are not on a card.
+    """
+
+    def _step(self, program, size: int) -> None:
+        if size not in program.graphs:
+            program.step(size)
+            program.graphs[size] = ()
+
+
 @contextmanager
 def as_on_a_card() -> Iterator[None]:
     """Makes layers with adapters take the products that they take on a card."""
@@ -93,9 +105,8 @@ class Run:
         self.field, rows, spent = self.student, Rows(ROWS), Counter()
         field = counted(in_parts(ask, rows), spent, "sources")
         if static:
-            pool = NoPool()
-            self.field = StaticStudent(self.student, [self.student, base], pool)
-            field = StaticField(field, ask, capture=True, spent=spent, name="sources", rows=rows, pool=pool).once
+            self.field = StaticStudent(self.student, [self.student, base], NoPool())
+            field = Replayed(field, ask, spent=spent, name="sources", rows=rows).once
         self.sources = [within(SharedField(shared, ask, m), lambda _: field) for m in range(SOURCES)]
         self.states, self.conditioning = network.samples(SIZE, ROWS, device)
         self.sigma = torch.linspace(0.9, 0.1, ROWS)

@@ -33,10 +33,10 @@ class Event:
     def record(self, stream=None) -> None:
         if self.module.capturing is not None:
             raise RuntimeError("an event that is timed, in a capture")
-        self.seconds, self.waits = time.perf_counter(), len(self.module.card.waits)
+        self.seconds, self.waited = time.perf_counter(), self.module.card.waited
 
     def query(self) -> bool:
-        return len(self.module.card.waits) > self.waits
+        return self.module.card.waited > self.waited
 
     def elapsed_time(self, end: "Event") -> float:
         if not self.query() or not end.query():
