@@ -36,8 +36,8 @@ from danceopd.models.blocks import block_layers
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
 from danceopd.planning.backward import operations
-from danceopd.planning.cards import CARDS, Card, card_of
 from danceopd.planning.memory import FLOAT
+from danceopd.support.cards import CARDS, Card, card_of
 from danceopd.support.errors import UserError
 
 ROOT = Path(__file__).parents[1]

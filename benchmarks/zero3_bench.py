@@ -355,7 +355,7 @@ def paper(rank: int = 128) -> list[dict]:
     import diffusers
 
     from danceopd.models.backbones import FAMILIES
-    from danceopd.planning.cards import CARDS, gather_seconds
+    from danceopd.support.cards import CARDS, gather_seconds
 
     sizes = networks.released()
     modules = [import_module(f"danceopd.models.backbones.{family}") for family in FAMILIES]

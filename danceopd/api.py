@@ -25,7 +25,8 @@ def distill(
         overrides: ``key.sub=value``, as on the command line.
         overwrite: Starts again where a finished or another run lies.
         callbacks: Each is given every update's record: ``step``, ``loss``, ``loss_by_capability``, ``gradient_norm``,
-            ``learning_rate``, ``network_evaluations``, ``skipped`` and ``samples_per_second``.
+            ``learning_rate``, ``network_evaluations``, ``skipped``, and how fast it was: ``samples_per_second``,
+            ``tokens_per_second``, ``mfu`` (on a card that is known), ``peak_memory_gib`` and ``phases``.
 
     Returns:
         The folder of the run.

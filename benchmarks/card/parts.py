@@ -19,7 +19,7 @@ from danceopd_kernels import compiled
 from benchmarks import common, kernel_bench
 from benchmarks.card import network, right
 from danceopd.core.batch import Batch
-from danceopd.core.fields import routed
+from danceopd.core.fields import routed, within
 from danceopd.core.forwards import SharedField
 from danceopd.core.methods.danceopd import danceopd
 from danceopd.core.phase import phase
@@ -29,8 +29,11 @@ from danceopd.core.schedule import sigma_grid
 from danceopd.models.fp8 import to_fp8
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import LoraStudent
-from danceopd.planning.cards import CARDS, card_of
+from danceopd.support.cards import CARDS, card_of
+from danceopd.training.rollouts.capture import Pool
 from danceopd.training.rollouts.static import StaticField
+from danceopd.training.rollouts.trained import StaticStudent
+from danceopd.training.rows import Rows
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 3
@@ -254,7 +257,14 @@ class Update:
         shared, self.fields = _sources(to_fp8(base) if fp8 else base, layers)
         self.student = LoraStudent(shared, layers, RANK, RANK, torch.Generator().manual_seed(1)).to(device)
         field = lambda latents, sigma, conditioning: self.student(latents, sigma, conditioning)  # noqa: E731
-        self.rolled = StaticField(field, field, None, [self.student, base], capture=on_card()) if captured else field
+        self.rolled = self.trained = field
+        if captured:
+            pool, read = Pool(device) if on_card() else None, [self.student, base]
+            self.rolled = StaticField(field, field, None, read, capture=on_card(), pool=pool)
+            self.trained = StaticStudent(field, read, pool)
+            ask = self.fields[0].ask
+            steps = StaticField(ask, ask, capture=on_card(), name="sources", rows=Rows(BATCH), pool=pool)
+            self.fields = [within(source, lambda _: steps.once) for source in self.fields]
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-4)
         noise, conditioning = network.samples(size, BATCH, device)
         self.batch = Batch(noise, conditioning, torch.arange(BATCH) % SOURCES)
@@ -268,7 +278,7 @@ class Update:
             asked = danceopd(self.rolled, self.fields, self.batch, sigmas=self.sigmas, generator=generator)
         self.depth = int(asked.depth.sum())
         for part in asked.split(BATCH):
-            loss = matched(self.student, part).loss.sum() / BATCH
+            loss = matched(self.trained, part).loss.sum() / BATCH
             with phase("backward"):
                 loss.backward()
             total = total + loss.detach()
@@ -296,7 +306,7 @@ def update(report) -> None:
             run()
         whole = sum(phases.seconds.values())
         shares = {key: round(100 * value / whole, 1) for key, value in phases.seconds.items()}
-        refused = getattr(run.rolled, "reason", None)
+        refused = getattr(run.rolled, "reason", None) or getattr(run.trained, "reason", None)
         report.say(
             f"{title}, {BATCH} samples, {named(name)}: an update", 1e3 * taken, "ms", least=least_ms(flops, 0),
             ok=near and not refused, main=True, phases=shares, losses=losses, peak_MiB=peak(run),

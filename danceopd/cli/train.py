@@ -6,7 +6,7 @@ from pathlib import Path
 from danceopd.cli.arguments import add_command, add_config, add_overrides
 from danceopd.support.errors import UserError
 
-# The keys of planning.cards.CARDS, whose import takes torch's time.
+# The keys of support.cards.CARDS, whose import takes torch's time.
 CARDS = ("h100", "h100-pcie", "h200", "b200", "a100", "a100-40", "l40s")
 CARDS += ("rtx-3090", "rtx-4080", "rtx-4090", "rtx-5090")
 

@@ -185,7 +185,8 @@ class Training(Section):
     shards, which every forward gathers. shard_sources: sources with weights of their own lie on all ranks in shards, or
     on each of them whole. auto looks at the memory that is free.
 
-    cuda_graphs: rollouts take static steps, on CUDA as captured graphs; auto does on CUDA alone.
+    cuda_graphs: rollouts, sources' queries and, in one process without DeepSpeed, the student's forward and backward
+    take static steps, on CUDA as captured graphs; auto does on CUDA alone.
     compile: torch.compile of each block of the network that rollouts ask. attention_backend: with a `model`, by
     diffusers' name of it, or auto (models.attention). profile_steps: updates, from the second on, of which torch's
     profiler writes a trace into the run's folder `profile`.

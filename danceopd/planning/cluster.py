@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from danceopd.config.sections import Config
-from danceopd.planning.cards import CARDS, NODE, Card, gather_seconds
 from danceopd.planning.dry_run import Examine, dry_run
 from danceopd.planning.largest import largest
 from danceopd.planning.memory import ACTIVATIONS, BASE, BEYOND, FLOAT, LEFT, REPLICA, Findings, beyond_activations
+from danceopd.support.cards import CARDS, NODE, Card, gather_seconds
 from danceopd.support.memory import GIB, format_bytes
 from danceopd.support.texts import format_seconds
 from danceopd.training.rollouts.replica import multiplies_in_bf16

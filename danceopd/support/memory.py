@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,21 +41,6 @@ def free_bytes(device: torch.device) -> int:
     import psutil  # DeepSpeed needs it too
 
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def most_memory() -> int:
-    """Returns the most bytes that this process had: of its card where it computes on one, else of host memory."""
-    import torch
-
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_reserved()
-    import psutil
-
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return psutil.Process().memory_info().rss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def format_bytes(count: float) -> str:

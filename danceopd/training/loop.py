@@ -29,7 +29,17 @@ from danceopd.support.errors import Terminated, UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.memory import keep_freed_memory
 from danceopd.support.ranks import ALONE, Ranks, agreed
-from danceopd.training.asking import as_student, guidance_scales, rolled_out, rows_of_run
+from danceopd.training.asking import (
+    as_student,
+    costs_of_run,
+    guidance_scales,
+    in_graphs,
+    pool_of_run,
+    rolled_out,
+    rows_of_run,
+    static_sources,
+    static_student,
+)
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.assembly.room import check_room
 from danceopd.training.checkpoints import Checkpoint, checkpoints, load_newest, save_state, tidy
@@ -41,6 +51,7 @@ from danceopd.training.resume import go_on, identity, state_of
 from danceopd.training.rollouts.compiled import compile_blocks
 from danceopd.training.rows import in_parts
 from danceopd.training.running_errors import RunningErrors
+from danceopd.training.speed import Speed
 from danceopd.training.stopping import stop_requests
 from danceopd.training.trace import traced
 
@@ -86,6 +97,8 @@ class Trainer:
         self.scores: list[dict[str, float]] = []  # where the run has some
         self.evaluations: Counter = Counter()  # all ranks' network evaluations, up to the last update
         self.spent: Counter = Counter()  # this rank's, since then
+        # Of the last update: the entries of a sample's latents, all ranks' evaluations, and their tokens.
+        self.new: tuple[int, Counter, Counter] = (0, Counter(), Counter())
         self.errors, self.health = RunningErrors(len(self.names), len(self.sigmas) - 1), Health(self.names, self.sigmas)
 
         # Who learns: the student, and what a method trains beside it.
@@ -101,6 +114,8 @@ class Trainer:
 
         # Who is asked: the student is rolled out without gradient, and trained with it.
         self.rows = rows_of_run(config, parts, self.engine.rolled, ranks)
+        costs = costs_of_run(config, parts, self.engine.rolled)
+        self.speed = Speed(parts.device, parts.student, costs, ranks.size)
         self.previews = Previews(config, parts, self.rows)
         if self.engine.resident is None:
             for key in ("compile", "cuda_graphs"):
@@ -112,8 +127,11 @@ class Trainer:
         elif config.training.compile:
             compile_blocks(self.engine.resident)
         rolled = self._asked(self.engine.rolled, "student")
-        self.student = rolled_out(config, parts, self.engine.resident, rolled, self.rows, self.spent)
-        self.sources = [self._asked(field, "sources") for field in parts.fields]
+        pool = pool_of_run(config, parts)
+        self.student = rolled_out(config, parts, self.engine.resident, rolled, self.rows, self.spent, pool)
+        static = settings is None and in_graphs(config, parts)  # with DeepSpeed, forwards gather weights
+        self.sources = static_sources(config, parts, static, pool, self.rows, self.spent)
+        self._with_gradient = static_student(config, parts, self.engine, static, pool)
         self.trained = {name: self._trained(name, learner) for name, learner in self.learners.items()}
 
     # --- one update -----------------------------------------------------------------------------------
@@ -138,7 +156,8 @@ class Trainer:
                     learner.step(rate)
         new = Counter(TOKENS) - tokens
         new["shapes"] = len(Counter(SHAPES) - shapes)
-        seen = self._count(watched(questions["student"], seen, len(batch)), new)
+        seen, spent, tokens = self._count(watched(questions["student"], seen, len(batch)), new)
+        self.new = math.prod(batch.noise.shape[1:]), spent, tokens
         if self.step == 0:
             check_answers(self.config, seen)
         if updated:
@@ -291,16 +310,17 @@ class Trainer:
 
     def _trained(self, name: str, learner) -> Field:
         """Makes a learner the field that is asked with gradient."""
-        network = counted(lambda *asked: learner.student(*asked), self.spent, name)
-        return as_student(self.config, self.parts, network) if name == "student" else network
+        if name != "student":
+            return counted(lambda *asked: learner.student(*asked), self.spent, name)
+        return as_student(self.config, self.parts, counted(self._with_gradient, self.spent, name))
 
     # --- what came of it ------------------------------------------------------------------------------
 
-    def _count(self, seen: Watched, tokens: Counter) -> Watched:
-        """Adds what this update spent on all ranks, and returns what all of them watched."""
+    def _count(self, seen: Watched, tokens: Counter) -> tuple[Watched, Counter, Counter]:
+        """Adds what this update spent on all ranks, and returns what all of them watched, spent, and had of tokens."""
         everyone = self.ranks.gather((seen, Counter(self.spent), tokens))
-        for _, spent, _ in everyone:
-            self.evaluations.update(spent)
+        spent = sum((own for _, own, _ in everyone), Counter())
+        self.evaluations.update(spent)
         self.spent.clear()
         tokens = sum((own for *_, own in everyone), Counter())
         # Evaluations of samples that have left, and the share of tokens that fill up shorter prompts, were in vain.
@@ -308,7 +328,7 @@ class Trainer:
         if tokens["computed"]:
             self._padding["padding_tokens"] = tokens["padding"] / tokens["computed"]
             self._padding["attention_shapes"] = tokens["shapes"]
-        return join([own for own, *_ in everyone])
+        return join([own for own, *_ in everyone]), spent, tokens
 
     def save(self) -> Path:
         """Writes the checkpoint and, beside it, the averaged weights as a network of its own.
@@ -355,10 +375,11 @@ class Trainer:
                 self._score(progress)
             while (before := self.progress()) < 1:
                 began = time.monotonic()
-                record = self.update()
+                with self.speed.phases.update():
+                    record = self.update()
                 traced_update()
                 self.seconds += time.monotonic() - began
-                record["samples_per_second"] = training.batch_size / (time.monotonic() - began)
+                record |= self.speed.record(time.monotonic() - began, training.batch_size, *self.new)
                 done = self.progress()
                 progress.show(self.step, {**record, "seconds": round(self.seconds, 3)}, self.health.warnings(), done)
                 for callback in callbacks if first else ():

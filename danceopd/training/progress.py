@@ -6,8 +6,8 @@ from tqdm import tqdm
 
 from danceopd.config.sections import Config
 from danceopd.support.bars import bar
-from danceopd.support.memory import GIB, most_memory
 from danceopd.support.run_log import RunLog
+from danceopd.training.speed import told
 
 
 class Progress:
@@ -41,7 +41,7 @@ class Progress:
             drifting: A sentence for each thing that drifts now, by a short name; each is said once.
             done: The share of the run that is done.
         """
-        text = f"loss {record['loss']:.4f}, {record['samples_per_second']:.0f} samples/s"
+        text = f"loss {record['loss']:.4f}, {told(record)}"
         if record["skipped"]:
             text += f", {record['skipped']} skipped"
         if drifting:
@@ -49,7 +49,7 @@ class Progress:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if step % self.log_every == 0 or done == 1:
-            self.log.write(step, {**record, "memory_gib": round(most_memory() / GIB, 3)})
+            self.log.write(step, record)
         for name in drifting.keys() - self.said if not self.silent else ():
             self.said.add(name)
             tqdm.write(f"warning at step {step}: {drifting[name]}", file=sys.stderr)

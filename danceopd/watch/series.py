@@ -14,7 +14,9 @@ NUMBERS = (
     "network_evaluations",
     "samples_per_second",
     "seconds",
-    "memory_gib",
+    "peak_memory_gib",
+    "tokens_per_second",
+    "mfu",
 )
 
 LINES = 300  # of the log that are shown, the last

@@ -4,6 +4,8 @@ Codes are made and read by bit arithmetic: sm_80 has no instruction for it, and 
 """
 
 import os
+import threading
+import weakref
 
 import torch
 
@@ -377,9 +379,42 @@ def _linear(x, weight, weight_scale, bias, x_scale, out_dtype, weight_only: bool
     offered = scaled_mm_takes(weight)
     first = "torch" if backend is None and offered and not os.environ.get(VARIABLE) else backend
     chosen = choose(x, first, (*DTYPES, FLOAT8))
-    codes, x_scale = fp8_quantize_rowwise(x, backend=backend) if x_scale is None else (x, x_scale)
+    codes, x_scale = _quantized_once(x, backend) if x_scale is None else (x, x_scale)
     run = run_triton_linear if chosen == "triton" else run_scaled_mm if offered else reference_linear
     return run(codes.contiguous(), x_scale.contiguous(), weight, weight_scale, bias, out_dtype)
+
+
+class _Last(threading.local):
+    """The input that a thread quantised last, by what makes it the same again, and its codes and scales."""
+
+    key: tuple | None = None
+    made: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+_last = _Last()
+
+
+def _quantized_once(x: torch.Tensor, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of x [T, in]: those of the product before where it had the same input, as q, k and v have.
+
+    They are kept until another input comes or this one is gone: the tensor that x is a view of, unwritten since. In a
+    capture they are made anew, for those made before it are no part of the graph.
+    """
+    if torch.compiler.is_compiling() or x.is_inference():  # whose writes are not counted
+        return fp8_quantize_rowwise(x, backend=backend)
+    root, last = x if x._base is None else x._base, _last
+    capturing = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    place = (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, backend, os.environ.get(VARIABLE), capturing)
+    if last.key is not None and last.key[0]() is root and last.key[1] == place:
+        return last.made
+    made = fp8_quantize_rowwise(x, backend=backend)
+
+    def forget(reference) -> None:
+        if last.key is not None and last.key[0] is reference:
+            last.key = last.made = None
+
+    last.key, last.made = (weakref.ref(root, forget), place), made
+    return made
 
 
 def scaled_mm_takes(weight: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 from benchmarks import common, roofline
 from danceopd.core.conditioning import Conditioning
-from danceopd.planning.cards import CARDS, Card
+from danceopd.support.cards import CARDS, Card
 from danceopd.support.errors import UserError
 
 CONFIG = roofline.CONFIGS / "sd3.5-medium-c.yaml"

@@ -8,7 +8,7 @@ from kernel_device import here
 
 pytest.importorskip("danceopd_kernels")
 
-from danceopd_kernels import compiled, fp8
+from danceopd_kernels import compiled, fp8, routed_lora_linear
 from danceopd_kernels.fp8 import DTYPES, FLOAT8, fp8_linear, fp8_quantize_rowwise
 
 triton = pytest.importorskip("triton")
@@ -319,6 +319,66 @@ def test_bad_product(new, message):
     values = dict(zip(("x", "weight", "weight_scale", "bias"), layer(4, 48, 32, device="cpu"), strict=True)) | new
     with pytest.raises(ValueError, match=message):
         fp8_linear(**values)
+
+
+@pytest.fixture
+def quantized(monkeypatch):
+    """The inputs that are quantised, in their order."""
+    seen, quantize = [], fp8_quantize_rowwise
+
+    def counting(x, **rest):
+        seen.append(x)
+        return quantize(x, **rest)
+
+    monkeypatch.setattr(fp8, "fp8_quantize_rowwise", counting)
+    return seen
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_layers_of_one_input_quantize_it_once(quantized, gradient):
+    hidden = torch.randn(2, 3, 32, device=here(), requires_grad=gradient) * 1
+    layers = [fp8_quantize_rowwise(torch.randn(48, 32, device=here())) for _ in range(3)]
+    found = [fp8_linear(hidden, *one) for one in layers]
+    assert len(quantized) == 1
+    for one, y in zip(layers, found, strict=True):
+        assert torch.equal(fp8_linear(hidden.clone(), *one), y)  # by codes of its own
+    assert len(quantized) == 4
+
+
+@pytest.mark.parametrize("route", [[0, 0], [0, -1]])
+def test_layers_with_adapters_quantize_their_input_once(quantized, route):
+    hidden, there = torch.randn(2, 3, 32, device=here()) * 1, torch.tensor(route, device=here())
+    for _ in range(3):
+        weight, weight_scale = fp8_quantize_rowwise(torch.randn(48, 32, device=here()))
+        adapter = torch.randn(4, 32, device=here()), torch.randn(48, 4, device=here())
+        routed_lora_linear(hidden, weight, None, [adapter], there, weight_scale=weight_scale)
+    assert len(quantized) == 1
+
+
+def test_an_input_that_was_written_or_is_another_is_quantized_anew(quantized):
+    _, weight, weight_scale, _ = layer(1, 32, 48)
+    x = torch.randn(6, 32, device=here())
+    before = fp8_linear(x, weight, weight_scale)
+    x.mul_(-3)
+    assert torch.equal(fp8_linear(x, weight, weight_scale), fp8_linear(x.clone(), weight, weight_scale))
+    assert not torch.equal(fp8_linear(x, weight, weight_scale), before)
+    rows = x[2:], x[:4], x[::2]
+    for part in rows:
+        assert torch.equal(fp8_linear(part, weight, weight_scale), fp8_linear(part.clone(), weight, weight_scale))
+    with torch.inference_mode():
+        y = x.clone()
+        fp8_linear(y, weight, weight_scale)
+        y.mul_(2)
+        assert torch.equal(fp8_linear(y, weight, weight_scale), fp8_linear(y.clone(), weight, weight_scale))
+
+
+def test_codes_do_not_outlive_their_input():
+    _, weight, weight_scale, _ = layer(1, 32, 48)
+    x = torch.randn(6, 32, device=here())
+    fp8_linear(x, weight, weight_scale)
+    assert fp8._last.made is not None
+    del x
+    assert fp8._last.made is None
 
 
 def test_parameters_without_gradients():

@@ -14,9 +14,9 @@ import yaml
 from danceopd.cli.parser import main
 from danceopd.config.reading import load_config, parse_config
 from danceopd.planning.backward import operations
-from danceopd.planning.cards import CARDS, gather_seconds
 from danceopd.planning.cluster import LEFT, UTILISATION, Setting, plan
 from danceopd.planning.dry_run import dry_run
+from danceopd.support.cards import CARDS, gather_seconds
 from danceopd.support.memory import GIB, format_bytes
 from danceopd.support.texts import format_seconds
 from danceopd.world.dit import DiT, DiTConfig

@@ -1,5 +1,6 @@
 """What `torch.card` is: streams, memory and its statistics, the generator, and graphs."""
 
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,26 @@ class _Memory:
 
     def __del__(self):
         self.module.allocated -= self.size
+
+
+class Event:
+    """A moment of a stream, which is past once the host has waited for the card."""
+
+    def __init__(self, module):
+        self.module, self.seconds = module, None
+
+    def record(self, stream=None) -> None:
+        if self.module.capturing is not None:
+            raise RuntimeError("an event that is timed, in a capture")
+        self.seconds, self.waited = time.perf_counter(), self.module.card.waited
+
+    def query(self) -> bool:
+        return self.module.card.waited > self.waited
+
+    def elapsed_time(self, end: "Event") -> float:
+        if not self.query() or not end.query():
+            raise RuntimeError("both events must be past before the time between them is asked for")
+        return 1000 * (end.seconds - self.seconds)
 
 
 class CardModule:
@@ -123,6 +144,9 @@ class CardModule:
 
     def current_stream(self, device=None) -> Stream:
         return self.now
+
+    def Event(self, enable_timing=False) -> Event:
+        return Event(self)
 
     def graph_pool_handle(self) -> tuple[int, int]:
         return (0, id(self))

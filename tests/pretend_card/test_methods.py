@@ -1,7 +1,7 @@
 """Every method on the pretend card: the CPU's numbers bit for bit, and one wait of the host in an update."""
 
 import pytest
-from card_runs import EAGER, compared, plain_kernels, same, state_of, told, trainer_on, world_config
+from card_runs import BEGINS, EAGER, compared, plain_kernels, same, state_of, told, trainer_on, world_config
 from pretend_card import WrongSide, pretend_card
 
 from danceopd.core.methods import METHODS
@@ -98,6 +98,23 @@ def test_the_one_wait_reads_the_norm_and_all_that_is_watched(networks, tmp_path)
     (wait,) = card.waits
     assert wait.phase == "step"
     assert wait.line.startswith("danceopd/training/engine.py:")
+
+
+def test_phases_on_the_card_are_told_without_a_wait(networks, tmp_path):
+    with plain_kernels(), pretend_card() as card:
+        trainer = trainer_on("card:0", world_config(networks, tmp_path), build)
+        found = []
+        for _ in range(3):
+            card.waits.clear()
+            with trainer.speed.phases.update():
+                trainer.update()
+            found.append(trainer.speed.record(1.0, 6, *trainer.new))
+            assert sum(wait.what != BEGINS for wait in card.waits) <= 1, [str(wait) for wait in card.waits]
+    names = {"route", "rollout", "query", "match", "backward", "step"}
+    # Of an update's step only what the host has waited for is past; the rest is told with the next one.
+    assert [names <= record["phases"].keys() for record in found] == [False, True, True]
+    assert all(sum(record["phases"].values()) == pytest.approx(1) for record in found)
+    assert all(record["peak_memory_gib"] > 0 for record in found)
 
 
 def test_a_tensor_on_the_wrong_side_fails_with_its_line(networks, tmp_path):

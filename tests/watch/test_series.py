@@ -25,12 +25,12 @@ def test_a_log_is_read_as_it_grows(log):
     reader = RunLogReader(log)
     reader.poll()
     assert (len(reader.training), reader.version) == (0, 0)
-    whole = lines(update(1, 0.5), update(2, 0.25, memory_gib=1.5))
+    whole = lines(update(1, 0.5), update(2, 0.25, peak_memory_gib=1.5))
     log.write_text(whole + '{"step": 3, "lo')
     reader.poll()
     assert list(reader.training.steps) == [1, 2]
     assert list(reader.training.columns["loss/t2i"]) == [0.5, 0.25]
-    assert math.isnan(reader.training.columns["memory_gib"][0])
+    assert math.isnan(reader.training.columns["peak_memory_gib"][0])
     with open(log, "a") as file:
         file.write('ss": 0.125}\n')
     before = reader.version
@@ -76,9 +76,9 @@ def test_a_log_that_is_written_anew_is_read_from_its_beginning(log):
 def test_a_long_series_is_thinned_by_means():
     series = Series()
     for step in range(1, 1001):
-        series.add(step, {"loss": step, **({"memory_gib": 2.0} if step % 10 == 0 else {})})
+        series.add(step, {"loss": step, **({"peak_memory_gib": 2.0} if step % 10 == 0 else {})})
     thin = series.thinned(100)
     assert thin["steps"] == [10.0 * i for i in range(1, 101)]
     assert thin["columns"]["loss"] == [10.0 * i - 4.5 for i in range(1, 101)]
-    assert thin["columns"]["memory_gib"] == [2.0] * 100
-    assert series.thinned(5000)["columns"]["memory_gib"][:2] == [None, None]
+    assert thin["columns"]["peak_memory_gib"] == [2.0] * 100
+    assert series.thinned(5000)["columns"]["peak_memory_gib"][:2] == [None, None]

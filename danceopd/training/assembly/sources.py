@@ -173,10 +173,12 @@ def model_fields(
         The function of a source's name; it raises UserError where blocks cannot be left out.
     """
 
+    ask_of = cache(_ask)  # one field of a network, whichever of its sources asks
+
     @cache
     def asked(name: str, skipped: tuple[int, ...]) -> tuple[object, Field]:
         shared = networks[name]
-        ask = _ask(shared[0]) if isinstance(shared, tuple) else shared
+        ask = ask_of(shared[0]) if isinstance(shared, tuple) else shared
         network = shared[0] if isinstance(shared, tuple) else shared
         if skipped:
             if name not in transformers:

@@ -1,5 +1,6 @@
 """What a captured graph cannot do, and how it is found before the capture."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,3 +98,68 @@ def constants(made: dict) -> Iterator[None]:
         yield
     finally:
         torch.tensor, torch.as_tensor = before
+
+
+@contextmanager
+def no_kept_casts() -> Iterator[None]:
+    """Keeps autocast from caching the weights that it casts: one that outlives a step would be old in later steps."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+class Pool:
+    """Holds what the graphs of a run share: the stream that they are captured on, their memory, and constants.
+
+    What one graph computes lies where another computed before, so that graphs take turns: what is read of one is read
+    before the next is replayed.
+
+    Args:
+        device: The card.
+    """
+
+    def __init__(self, device: torch.device):
+        self.cards = torch.get_device_module(device)
+        self.stream, self.memory, self.constants = self.cards.Stream(), self.cards.graph_pool_handle(), {}
+
+    def graph(self):
+        """Makes a graph to be captured."""
+        return self.cards.CUDAGraph()
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Goes over to the stream of captures, and back even where the end of a capture fails.
+
+        Returns:
+            The context.
+
+        Raises:
+            NotCapturable: For what CUDA cannot capture.
+        """
+        self.stream.wait_stream(self.cards.current_stream())
+        try:
+            with self.cards.stream(self.stream), constants(self.constants):
+                yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # CUDA's
+            raise NotCapturable(str(error).strip().splitlines()[0]) from error
+        finally:
+            self.cards.current_stream().wait_stream(self.stream)
+
+    def into(self, graph):
+        """Captures what is done inside into a graph; threads of NCCL and of data loaders may go on meanwhile."""
+        return self.cards.graph(graph, pool=self.memory, stream=self.stream, capture_error_mode="thread_local")
+
+    @staticmethod
+    def say(what: str, reason: str) -> None:
+        """Says once that something runs without graphs.
+
+        Args:
+            what: Subject and verb.
+            reason: Why.
+        """
+        print(f"{what} without CUDA graphs: {reason} (training.cuda_graphs: false leaves them out)", file=sys.stderr)

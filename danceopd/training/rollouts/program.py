@@ -1,14 +1,12 @@
 """The static step of one shape of samples, and its graphs."""
 
-from contextlib import contextmanager
-
 import torch
 from danceopd_kernels import euler_step_
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.fields import Field
 from danceopd.core.solver import extrapolate
-from danceopd.training.rollouts.capture import GraphSafe, NotCapturable, constants
+from danceopd.training.rollouts.capture import GraphSafe, Pool, no_kept_casts
 from danceopd.training.rollouts.layouts import _flat
 
 # Sizes of a batch, in equal steps. Under low_t with 16 or 8 indices the padding is none of the evaluations up to 16
@@ -82,7 +80,7 @@ class Program:
             rest = [None if t is None else t[:n] for t in (self.active, self.previous, self.velocity)]
             self._first[n] = self.z[:n], conditioning, *self.numbers[:, :n], self.numbers[2, :n].view(shape), *rest
         z, conditioning, sigma, next_sigma, _, half, active, previous, out = self._first[n]
-        with _no_kept_casts():
+        with no_kept_casts():
             velocity = self.field(z, sigma, conditioning).float()
         if self.solver is None:
             out.copy_(velocity)
@@ -93,48 +91,26 @@ class Program:
             velocity = extrapolated
         euler_step_(z, velocity.contiguous(), sigma, next_sigma, active=active)
 
-    def capture(self, n: int, made: dict, stream, pool) -> None:
+    def capture(self, n: int, pool: Pool) -> None:
         """Captures the graph of one size; the buffers stay as they were.
 
         Args:
             n: The size, a number of samples.
-            made: Keeps the tensors that `constants` makes.
-            stream: The stream to capture on.
-            pool: The memory pool that all graphs share.
+            pool: What all graphs share.
 
         Raises:
             NotCapturable: With the reason.
         """
         kept = [t[:n].clone() for t in (self.z, self.previous) if t is not None]
-        cards = torch.get_device_module(self.z.device)
-        before, graph = GraphSafe(), cards.CUDAGraph()
-        stream.wait_stream(cards.current_stream())
+        before, graph = GraphSafe(), pool.graph()
         try:
-            # The outer context leads back to the stream at hand, even where the end of the capture fails.
-            with cards.stream(stream), constants(made):
+            with pool.capturing():
                 self.step(n)  # fills caches, compiles kernels
                 with before:
                     self.step(n)
-                # Threads of NCCL and of data loaders may go on meanwhile.
-                with cards.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                with pool.into(graph):
                     self.step(n)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # CUDA's
-            raise NotCapturable(str(error).strip().splitlines()[0]) from error
         finally:
-            cards.current_stream().wait_stream(stream)
             for tensor, value in zip([t for t in (self.z, self.previous) if t is not None], kept, strict=True):
                 tensor[:n].copy_(value)
         self.graphs[n] = (graph, before.before)
-
-
-@contextmanager
-def _no_kept_casts():
-    """Keeps autocast from caching the weights that it casts: one that outlives a step would be old in later steps."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)

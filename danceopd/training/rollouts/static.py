@@ -13,7 +13,7 @@ from danceopd.core.fields import Field
 from danceopd.core.rollout import rows_by_index
 from danceopd.core.solver import half_ratio
 from danceopd.models.packing import TOKENS
-from danceopd.training.rollouts.capture import NotCapturable
+from danceopd.training.rollouts.capture import NotCapturable, Pool
 from danceopd.training.rollouts.layouts import Layout, _filled, _flat, _in_layout, _lengths, _tokens
 from danceopd.training.rollouts.program import Program
 from danceopd.training.rows import Rows
@@ -41,6 +41,7 @@ class StaticField:
             "padding" those of samples that have left.
         name: The key of the evaluations in spent.
         rows: How many rows a step takes at most.
+        pool: What its graphs share with others; its own if not given.
     """
 
     SOLVERS = ("euler", "ab2")  # Heun's second evaluation is none where a trajectory ends: its steps are not alike
@@ -55,15 +56,15 @@ class StaticField:
         spent: Counter | None = None,
         name: str = "student",
         rows: Rows | None = None,
+        pool: Pool | None = None,
     ):
         self.field, self.ask, self.both, self.networks, self.name = field, ask, both, networks, name
         self.rows = rows or Rows(sys.maxsize)
         self.spent = Counter() if spent is None else spent
         self.programs: OrderedDict[str, Program] = OrderedDict()
         self.reason: str | None = None
-        self._constants: dict = {}
         self._addresses: tuple = ()
-        self._capture, self._stream, self._pool = capture, None, None
+        self._capture, self._pool = capture, pool
 
     def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         return self.field(latents, sigma, conditioning)
@@ -139,11 +140,16 @@ class StaticField:
                 states[there[row], k] = program.z[row]
         return spent
 
-    def fixed(self, conditioning: Conditioning) -> Field:
+    def once(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Asks without gradient for samples that are not asked again, as `field` does."""
+        return self.fixed(conditioning, self.rows.rows)(latents, sigma, conditioning)
+
+    def fixed(self, conditioning: Conditioning, capacity: int = 0) -> Field:
         """Makes the field of these samples without gradient, whose caller gives no other conditioning.
 
         Args:
             conditioning: What the samples are conditioned on.
+            capacity: Number of samples that buffers have room for; these samples' if more.
 
         Returns:
             The field.
@@ -164,7 +170,8 @@ class StaticField:
                 for i, (layout, length, own, part) in enumerate(layouts):
                     guided = layout.guided
                     if i == len(programs):
-                        programs.append(self._program(latents[own], part, guided, len(latents), None))
+                        room = max(capacity, len(latents))
+                        programs.append(self._program(latents[own], part, guided, room, None))
                     program, n = programs[i], len(own)
                     program.z[:n].copy_(latents[own])
                     program.numbers[0, :n].copy_(sigma[own])
@@ -174,6 +181,9 @@ class StaticField:
                     spent[self.name] += (1 + guided) * n
                     spent["padding"] += (1 + guided) * (size - n)
                     tokens += _tokens(latents, part, layout, torch.ones(n, dtype=torch.int64), length)
+            except torch.OutOfMemoryError:  # the field takes fewer rows at a time
+                self.programs.clear()
+                return self.field(latents, sigma, conditioning)
             except NotCapturable as error:
                 self._give_up(error)
                 return self.field(latents, sigma, conditioning)
@@ -219,11 +229,10 @@ class StaticField:
         if not self._capture:
             program.step(size)
             return
-        if self._stream is None:
-            cards = torch.get_device_module(program.z.device)
-            self._stream, self._pool = cards.Stream(), cards.graph_pool_handle()
+        if self._pool is None:
+            self._pool = Pool(program.z.device)
         if size not in program.graphs:
-            program.capture(size, self._constants, self._stream, self._pool)
+            program.capture(size, self._pool)
         program.graphs[size][0].replay()
 
     def _check_addresses(self) -> None:
@@ -239,7 +248,4 @@ class StaticField:
         """Notes and says why rollouts ask `field` from now on."""
         self.reason = str(error)
         self.programs.clear()
-        print(
-            f"rollouts run without CUDA graphs: {self.reason} (training.cuda_graphs: false leaves them out)",
-            file=sys.stderr,
-        )
+        Pool.say("rollouts run" if self.name == "student" else f"{self.name} are asked", self.reason)

@@ -14,7 +14,8 @@ const CHARTS = [
   { id: "scores", title: "Scores", from: "evaluations", pick: () => true },
   { id: "gradient", title: "Gradient norm", pick: (name) => name === "gradient_norm", log: true },
   { id: "speed", title: "Samples a second", pick: (name) => name === "samples_per_second" },
-  { id: "memory", title: "Memory, GiB", pick: (name) => name === "memory_gib" },
+  { id: "memory", title: "Memory, GiB", pick: (name) => name === "peak_memory_gib" },
+  { id: "mfu", title: "MFU", pick: (name) => name === "mfu", percent: true },
   { id: "rate", title: "Learning rate", pick: (name) => name === "learning_rate" },
 ];
 

@@ -1,0 +1,160 @@
+"""Our updates beside the published step times of other trainers, by count: a table of docs/benchmarks.md.
+
+    python -m benchmarks.against            # prints the table
+    python -m benchmarks.against --write    # puts it into docs/benchmarks.md
+
+For the same work as another trainer's it says the least possible time, the operations over the cards' published peak;
+the time that is predicted; and, where a file in benchmarks/results/ has it, the time that was measured on such a card.
+Operations are of the released transformer, counted on the meta device (benchmarks/roofline.py): forwards, and for each
+with gradient a backward to its inputs, which is as much again, since weights under an adapter have no gradient.
+The prediction takes the share of the peak that `danceopd plan` takes, and adds the host's time, for nothing is taken to
+overlap: of each forward without gradient what benchmarks/host_bench.py measured of a static query, and of each with
+gradient what it measured of a static match (benchmarks/results/host-cpu.json), on a slower processor than such cards'.
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import roofline
+from danceopd.core.query import expected_depth
+from danceopd.planning.cluster import UTILISATION
+from danceopd.support.cards import CARDS, card_of
+
+ROOT = Path(__file__).parents[1]
+PAGE, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"
+TABLE = re.compile(r"(?<=<!-- against -->\n).*(?=<!-- end of against -->)", re.DOTALL)
+CARD, RANK = "h100", 64  # of the adapter, whose own operations are few
+SAMPLES_A_FORWARD = 16  # of one card at 384 pixels, in a rollout or a query
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step computes.
+
+    Attributes:
+        name: In words.
+        model: The released transformer.
+        resolution: Pixels of a side.
+        samples: Of a step, over all cards.
+        cards: Their number.
+        without, with_gradient: Forwards of a sample without and with gradient, all branches of guidance counted.
+        again: Whether blocks are computed again for the backward.
+        published: What the other trainer's step took, in words.
+    """
+
+    name: str
+    model: str
+    resolution: int
+    samples: int
+    cards: int
+    without: float
+    with_gradient: float
+    again: bool = False
+    published: str = ""
+
+    def evaluations(self) -> float:
+        """Returns forwards of a sample; its backward counts as one more, and so does what is computed again."""
+        return self.without + self.with_gradient * (2 + self.again)
+
+
+STEPS = 10  # of verl-omni's rollouts
+
+
+def works() -> list[Work]:
+    """Lists what is compared."""
+    depth = expected_depth(STEPS, bias="low_t", k=1)
+    size = ("sd3.5-medium", 384, 64, 4)
+    found = []
+    for guidance, published in ((1, "24.3 s"), (2, "36.2 s")):
+        said = ", guidance 4.5" if guidance == 2 else ""
+        every = f"on-policy distillation, every step asked{said}"
+        found.append(Work(every, *size, 2 * STEPS * guidance, STEPS * guidance, published=f"{published} (verl-omni)"))
+        once = f"ours: one state asked, low-t{said}"
+        found.append(Work(once, *size, (depth + 1) * guidance, guidance, published="the same work's: none"))
+    for model, title, plain, again in (
+        ("sd3.5-medium", "SD3", "0.529 s, 34.6 GiB", "0.721 s, 7.7 GiB"),
+        ("z-image", "Z-Image", "0.243 s", "0.479 s"),
+        ("qwen-image", "Qwen-Image", None, "1.202 s, 41 GiB"),
+    ):
+        for published, computed in ((plain, False), (again, True)):
+            if published:
+                name = f"a LoRA's step, {title}" + ", blocks computed again" * computed
+                found.append(Work(name, model, 1024, 1, 1, 0, 1, computed, f"{published} (SimpleTuner)"))
+    return found
+
+
+def host_seconds(file: Path = RESULTS / "host-cpu.json") -> tuple[float, float] | None:
+    """Reads the host's seconds of a static query and of a static match; None where nobody has measured them."""
+    if not file.is_file():
+        return None
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    taken = {row["name"]: row["milliseconds"][1] / 1e3 for row in rows}
+    return taken["query, float32, static"], taken["match, float32, static"]
+
+
+def row_of(work: Work, operations: float, host: tuple[float, float] | None, measured: dict[str, float]) -> list[str]:
+    """Makes a row of the table.
+
+    Args:
+        work: What is computed.
+        operations: Of one sample's forward.
+        host: As `host_seconds` reads it.
+        measured: Seconds that were measured on such a card, by the name of the work.
+    """
+    total, peak = work.samples * work.evaluations() * operations, work.cards * CARDS[CARD].operations
+    each = work.samples / work.cards
+    query, match = host or (0.0, 0.0)
+    on_host = each * work.without / min(each, SAMPLES_A_FORWARD) * query + each * work.with_gradient * match
+    seen = f"{measured[work.name]:.3g} s" if work.name in measured else "–"
+    predicted = total / (UTILISATION * peak) + on_host
+    cards = f"{work.cards} x {work.samples // work.cards} at {work.resolution} px"
+    numbers = [f"{work.evaluations():.3g}", f"{total / 1e12:.3g}", f"{total / peak:.3g} s", f"{predicted:.3g} s"]
+    return [work.name, cards, *numbers, f"{on_host:.2g} s" if host else "not measured", seen, work.published]
+
+
+HEAD = ["a step", "cards x samples", "evaluations a sample", "TFLOP", "**computed**: the least", "**predicted**"]
+HEAD += ["of it the host", "**measured**", "published for it"]
+
+
+def read_measured(folder: Path = RESULTS) -> dict[str, float]:
+    """Reads the seconds of works that were measured on the card, by their names, from files that say so."""
+    found = {}
+    for file in sorted(folder.glob("against-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if card_of(result["device"]["name"]) == CARD:
+            found |= {row["name"]: row["milliseconds"][1] / 1e3 for row in result["rows"]}
+    return found
+
+
+def table() -> str:
+    """Writes the table."""
+    host, measured = host_seconds(), read_measured()
+    lines = [HEAD, ["---", "---", *["---:"] * 6, "---"]]
+    for work in works():
+        counted = roofline.released(work.model, RANK, False, work.resolution)
+        lines.append(row_of(work, counted.narrow + counted.wide, host, measured))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def page() -> str:
+    """Returns the page with the table as it is now."""
+    return TABLE.sub(lambda _: table(), PAGE.read_text(encoding="utf-8"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    args = parser.parse_args(argv)
+    if args.write:
+        PAGE.write_text(page(), encoding="utf-8")
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()

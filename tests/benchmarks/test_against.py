@@ -1,0 +1,47 @@
+"""The table of our updates beside published step times: by hand, and the page as it is generated."""
+
+import json
+
+import pytest
+
+from benchmarks import against
+from danceopd.planning.cluster import UTILISATION
+from danceopd.support.cards import CARDS
+
+WORK = against.Work("w", "sd3.5-medium", 384, samples=8, cards=2, without=3, with_gradient=2, published="1 s (other)")
+
+
+def test_a_row_by_hand():
+    operations, peak = 1e12, 2 * CARDS["h100"].operations
+    row = against.row_of(WORK, operations, (0.01, 0.02), {})
+    total = 8 * (3 + 2 * 2) * operations  # a forward with gradient and its backward are two
+    host = 3 * 0.01 + 4 * 2 * 0.02  # of a card: its 4 samples in 3 forwards, and each sample's 2 with gradient
+    assert row[2:4] == ["7", f"{total / 1e12:.3g}"]
+    assert row[4] == f"{total / peak:.3g} s"
+    assert row[5] == f"{total / (UTILISATION * peak) + host:.3g} s"
+    assert row[6:] == [f"{host:.2g} s", "–", "1 s (other)"]
+    assert against.row_of(WORK, operations, (0.01, 0.02), {"w": 0.5})[7] == "0.5 s"
+
+
+def test_only_what_was_measured_on_such_a_card_is_measured(tmp_path):
+    for device in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"):
+        rows = [{"name": f"on {device}", "milliseconds": [1, 2, 3]}]
+        (tmp_path / f"against-{len(device)}.json").write_text(json.dumps({"device": {"name": device}, "rows": rows}))
+    assert against.read_measured(tmp_path) == {"on NVIDIA H100 80GB HBM3": 0.002}
+
+
+def test_the_works_are_those_that_were_published():
+    names = {work.name: work for work in against.works()}
+    assert len(names) == len(against.works())
+    every = names["on-policy distillation, every step asked"]
+    assert (every.samples, every.cards, every.resolution, every.evaluations()) == (64, 4, 384, 40)
+    guided = names["on-policy distillation, every step asked, guidance 4.5"]
+    assert guided.evaluations() == 80
+    once = names["ours: one state asked, low-t"]
+    assert 9 < once.evaluations() < 11
+
+
+@pytest.mark.slow
+def test_the_page_is_what_is_generated():
+    page = against.PAGE.read_text(encoding="utf-8")
+    assert page == against.page(), "python -m benchmarks.against --write writes docs/benchmarks.md again"
