@@ -113,7 +113,7 @@ def row_of(work: Work, operations: float, host: tuple[float, float] | None, meas
     seen = f"{measured[work.name]:.3g} s" if work.name in measured else "–"
     predicted = total / (UTILISATION * peak) + on_host
     cards = f"{work.cards} x {work.samples // work.cards} at {work.resolution} px"
-    numbers = [f"{work.evaluations():.3g}", f"{total / 1e12:.3g}", f"{total / peak:.3g} s", f"{predicted:.3g} s"]
+    numbers = [f"{work.evaluations():.3g}", f"{total / 1e12:.4g}", f"{total / peak:.3g} s", f"{predicted:.3g} s"]
     return [work.name, cards, *numbers, f"{on_host:.2g} s" if host else "not measured", seen, work.published]
 
 

@@ -16,7 +16,7 @@ def test_a_row_by_hand():
     row = against.row_of(WORK, operations, (0.01, 0.02), {})
     total = 8 * (3 + 2 * 2) * operations  # a forward with gradient and its backward are two
     host = 3 * 0.01 + 4 * 2 * 0.02  # of a card: its 4 samples in 3 forwards, and each sample's 2 with gradient
-    assert row[2:4] == ["7", f"{total / 1e12:.3g}"]
+    assert row[2:4] == ["7", f"{total / 1e12:.4g}"]
     assert row[4] == f"{total / peak:.3g} s"
     assert row[5] == f"{total / (UTILISATION * peak) + host:.3g} s"
     assert row[6:] == [f"{host:.2g} s", "–", "1 s (other)"]
