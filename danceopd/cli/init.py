@@ -100,7 +100,7 @@ def _card_gib(card: str | None) -> float | None:
     """Returns the memory of a card by its name, or of the one that is here; None for the processor."""
     import torch
 
-    from danceopd.planning.cards import CARDS
+    from danceopd.support.cards import CARDS
     from danceopd.support.memory import GIB
 
     if card is None and torch.cuda.is_available():

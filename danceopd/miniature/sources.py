@@ -55,11 +55,11 @@ TUNED = {  # with all weights, for the LoRAs to be fitted to; they do not ship
 }
 
 RECIPES = {
-    "t2i": Recipe({"t2i": 1.0}, {"t2i": 24}, 800, 21, 32, "t2i"),
-    "edit": Recipe(*EDITS, 600, 22, 32, "edit"),
+    "t2i": Recipe({"t2i": 1.0}, {"t2i": 24}, 1200, 21, 64, "t2i"),
+    "edit": Recipe(*EDITS, 800, 22, 64, "edit"),
     "local": Recipe({"local": 1.0}, {"local": 7}, 400, 23, 16, "edit"),
     "global": Recipe({"global": 1.0}, {"global": 5}, 300, 24, 16, "edit"),
-    "edit-half": Recipe(*HALF_EDITS, 600, 25, 32, "edit-half"),
+    "edit-half": Recipe(*HALF_EDITS, 800, 25, 64, "edit-half"),
     **{
         style: Recipe({style: 1.0}, {style: 3}, 2000, 26 + number)
         for number, style in enumerate(("sketch", "mosaic", "silhouette", "neon"))

@@ -10,11 +10,11 @@ from released import MODELS
 from danceopd.api import examiner_of
 from danceopd.config.reading import load_config
 from danceopd.models.swapping import swapped_of
-from danceopd.planning import cards
 from danceopd.planning.cluster import plan
 from danceopd.planning.dry_run import dry_run
 from danceopd.planning.memory import LEFT
 from danceopd.planning.models import examine
+from danceopd.support import cards
 from danceopd.support.memory import GIB
 
 # What one card holds: 24 and 80 GB by their names, less what the estimate leaves out.
