@@ -52,5 +52,3 @@ def run_miniature(args: argparse.Namespace) -> None:
         print(f"pipeline: {PIPELINE}")
         for name, path in shipped_sources().items():
             print(f"source {name}: {path}")
-        if not shipped_sources():
-            print("sources: none ship yet; `danceopd miniature train` makes them from the pipeline, in hours")

@@ -149,7 +149,13 @@ class Capability(Section):
 
 
 class Rollout(Section):
-    """shift: of the noise levels; a `model`'s are those of its scheduler, and shift is not looked at."""
+    """How the student rolls out its trajectories.
+
+    Attributes:
+        num_inference_steps: Solver steps of a whole trajectory.
+        shift: Of the noise levels; a `model`'s are those of its scheduler, and shift is not looked at.
+        solver: Of core.solver.
+    """
 
     num_inference_steps: Steps = 16
     shift: PositiveFinite = 5.0
@@ -157,39 +163,67 @@ class Rollout(Section):
 
 
 class Query(Section):
+    """Which states of a trajectory are asked.
+
+    Attributes:
+        bias: Where along the trajectory: low_t is near the data, high_t near the noise.
+        k: How many states of each sample.
+    """
+
     bias: Literal[*QUERIES] = "low_t"
     k: PositiveInt = 1
 
 
 class Training(Section):
-    """batch_size samples make one update: they are rolled out and the sources asked at once, without gradient, and the
-    student is matched in gradient_accumulation_steps micro-batches. rollout_batch_size: rows of a forward without
-    gradient; auto is the whole local batch where it fits, and either is halved, with a warning, when memory runs out.
+    """How long, how fast and on what it trains, and what it writes.
 
-    max_network_evaluations ends a run before max_steps: forwards of one sample by any network, a backward counted
-    as two. gradient_checkpointing: with a `model`, the backward computes each block again instead of keeping it.
-    base_precision: of the frozen linear weights in a `model`'s blocks, those of sources too; adapters stay as they
-    are, and nf4 has 4 bits. With fp8 a token's input is rounded too where the device multiplies FP8; the embedded
-    network's sources can have it as well. offload_sources: with a `model`, sources with weights of their own wait in
-    host memory, and a forward brings their blocks to the device one after another, the next while one computes; without
-    effect on a CPU.
-    swap_blocks: with a `model` and student.lora, so many blocks of the transformer that the adapters share wait in host
-    memory, evenly spread; each is brought ahead of its use, so that two of them are on the device at a time. auto is as
-    few as let the run fit the card by the dry run's estimate.
-
-    rollout_precision: of a copy of the student that rollouts ask, filled after each update; fp8 as in base_precision.
-    If not given they ask the student itself, or with ZeRO-3 a replica in its own precision. An adapter's base in FP8
-    is the one that sources share where base_precision is fp8 too, else a copy.
-
-    With DeepSpeed: rollout_on: ZeRO-3's rollouts ask a replica of the student that is gathered once an update, or its
-    shards, which every forward gathers. shard_sources: sources with weights of their own lie on all ranks in shards, or
-    on each of them whole. auto looks at the memory that is free.
-
-    cuda_graphs: rollouts, sources' queries and, in one process without DeepSpeed, the student's forward and backward
-    take static steps, on CUDA as captured graphs; auto does on CUDA alone.
-    compile: torch.compile of each block of the network that rollouts ask. attention_backend: with a `model`, by
-    diffusers' name of it, or auto (models.attention). profile_steps: updates, from the second on, of which torch's
-    profiler writes a trace into the run's folder `profile`.
+    Attributes:
+        output_dir: The run's folder.
+        seed: Of everything that is drawn.
+        max_steps: Number of updates.
+        max_network_evaluations: Ends a run before max_steps: forwards of one sample by any network, a backward counted
+            as two.
+        batch_size: Samples of one update, of all ranks together. They are rolled out and the sources asked at once,
+            without gradient.
+        gradient_accumulation_steps: Micro-batches in which the student is matched.
+        rollout_batch_size: Rows of a forward without gradient; auto is the whole local batch where it fits, and either
+            is halved, with a warning, when memory runs out.
+        optimizer: adamw_8bit needs the extra 8bit; muon takes matrices, AdamW the rest, in one process.
+        learning_rate: After the warm-up.
+        warmup_steps: Updates in which it rises.
+        lr_schedule: What it does then.
+        weight_decay: Of AdamW.
+        max_grad_norm: A larger gradient is scaled down to it.
+        ema_decay: Of the average of the weights, which is what a run writes, draws and scores.
+        precision: Of the student's products.
+        rollout_precision: Of a copy of the student that rollouts ask, filled after each update; fp8 as in
+            base_precision. If not given they ask the student itself, or with ZeRO-3 a replica in its own precision. An
+            adapter's base in FP8 is the one that sources share where base_precision is fp8 too, else a copy.
+        gradient_checkpointing: With a `model`, the backward computes each block again instead of keeping it.
+        base_precision: Of the frozen linear weights in a `model`'s blocks, those of sources too; adapters stay as they
+            are, and nf4 has 4 bits. With fp8 a token's input is rounded too where the device multiplies FP8; the
+            embedded network's sources can have it as well.
+        offload_sources: With a `model`, sources with weights of their own wait in host memory, and a forward brings
+            their blocks to the device one after another, the next while one computes; without effect on a CPU.
+        swap_blocks: With a `model` and student.lora, so many blocks of the transformer that the adapters share wait in
+            host memory, evenly spread; each is brought ahead of its use, so that two of them are on the device at a
+            time. auto is as few as let the run fit the card by the dry run's estimate.
+        rollout_on: With DeepSpeed, ZeRO-3's rollouts ask a replica of the student that is gathered once an update, or
+            its shards, which every forward gathers. auto looks at the memory that is free.
+        shard_sources: With DeepSpeed, sources with weights of their own lie on all ranks in shards, or on each of them
+            whole. auto looks at the memory that is free.
+        cuda_graphs: Rollouts, sources' queries and, in one process without DeepSpeed, the student's forward and
+            backward take static steps, on CUDA as captured graphs; auto does on CUDA alone.
+        compile: torch.compile of each block of the network that rollouts ask.
+        attention_backend: With a `model`, by diffusers' name of it, or auto (models.attention).
+        device: auto is a card where there is one.
+        log_every: Updates between two lines of the log.
+        save_every: Updates between two checkpoints.
+        keep_checkpoints: How many of the newest stay.
+        sample_every: Updates between two grids of pictures; 0 draws none.
+        max_nonfinite_steps: A run ends after so many updates in a row whose loss or gradient is not finite.
+        profile_steps: Updates, from the second on, of which torch's profiler writes a trace into the run's folder
+            `profile`.
     """
 
     output_dir: Path
@@ -253,7 +287,7 @@ class Config(Section):
     Attributes:
         model: The folder of a diffusers pipeline whose transformer is distilled; the embedded network if not given.
         allow_distilled_base: Goes on without a warning where the `model`, or a source, was distilled to a few steps.
-        method: A key of core.methods.METHODS.
+        method: How an update's questions are made and matched; danceopd is the paper's.
         options: The method's own options.
         route: How a sample's capability is chosen: drawn with the weights, in turn, or by weight and velocity error; or
             one capability is drawn for all samples of an update.

@@ -17,7 +17,7 @@ from danceopd.support.files import write_atomic
 from danceopd.support.paths import MINIATURE
 from danceopd.support.pictures import labelled_grid
 
-SEED, PICTURES = 1234, 100  # of the scores: of each task and kind
+SEED, PICTURES = 1234, 40  # of the scores: of each task and kind
 
 GUIDANCE_SCALE = 2.0  # of the columns that are guided: the best of 1.5, 2, 3 and 4 for what the base draws
 

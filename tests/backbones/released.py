@@ -72,6 +72,11 @@ def prompt_of(family: str, transformer, length: int = 24, slots: int = 0) -> dic
         prompt["prompt_mask"] = torch.ones(length, dtype=torch.bool)
     if family in ("qwen_21", "longcat_edit"):
         prompt["prompt_parts"] = torch.tensor([slots, length - slots])
+    if family == "z_omni":  # parts before, between and after the pictures, and one for the picture to be made
+        prompt["prompt_parts"] = torch.tensor([length - 2, 1, 1] if slots else [length])
+        if slots:
+            prompt["siglip_embeds"] = torch.randn(1, slots, sizes.siglip_feat_dim)
+            prompt["siglip_shapes"] = torch.tensor([[1, slots]])
     if family == "flux3":
         prompt["prompt_parts"] = torch.tensor([length])
     if family == "qwen_21":

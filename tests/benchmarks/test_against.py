@@ -24,9 +24,9 @@ def test_a_row_by_hand():
 
 
 def test_only_what_was_measured_on_such_a_card_is_measured(tmp_path):
-    for device in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"):
+    for number, device in enumerate(("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB")):
         rows = [{"name": f"on {device}", "milliseconds": [1, 2, 3]}]
-        (tmp_path / f"against-{len(device)}.json").write_text(json.dumps({"device": {"name": device}, "rows": rows}))
+        (tmp_path / f"against-{number}.json").write_text(json.dumps({"device": {"name": device}, "rows": rows}))
     assert against.read_measured(tmp_path) == {"on NVIDIA H100 80GB HBM3": 0.002}
 
 

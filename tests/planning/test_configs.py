@@ -9,6 +9,9 @@ from released import MODELS
 
 from danceopd.api import examiner_of
 from danceopd.config.reading import load_config
+from danceopd.data.prepare import prepare
+from danceopd.miniature.data import write_miniature
+from danceopd.miniature.shipped import PIPELINE
 from danceopd.models.swapping import swapped_of
 from danceopd.planning.cluster import plan
 from danceopd.planning.dry_run import dry_run
@@ -61,9 +64,11 @@ def test_every_model_configuration_passes_the_dry_run(tiny, config):
 
 @pytest.mark.parametrize("config", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_other_configuration_passes_it_too(config, tmp_path):
-    if config.stem == "miniature":
-        pytest.skip("its data are written by examples/journey.py")
     changes = [f"training.output_dir={tmp_path}"]
+    if config.stem == "miniature":  # examples/journey.py writes its data
+        manifest, rows = write_miniature(tmp_path / "data", ["t2i", "edit"], 4, 0), tmp_path / "cache"
+        prepare(manifest, PIPELINE, rows, resolution=64, max_sequence_length=16)
+        changes += [f"capabilities.{name}.data.prepared={rows / 'manifest.jsonl'}" for name in ("t2i", "edit")]
     if config.stem == "setting_f":  # its student is another run's
         changes += ["student.init_from=t2i", "sources.self.weights=t2i"]
     loaded = load_config(config, changes)
@@ -121,7 +126,7 @@ PAPER = Path("configs/paper")
 
 @pytest.mark.parametrize("config", sorted(PAPER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_published_setting_passes_the_dry_run_and_trains_what_theirs_does(tiny, config):
-    root = tiny("sd3" if config.stem.startswith("sd3.5") else "z_omni")
+    root = tiny("sd3" if "add_q_proj" in load_config(config).student.lora.targets else "z_omni")
     changes = overrides(config, root)
     if config.stem == "sd3.5-c":
         changes.append(f"sources.realism.weights={root / 'model'}")

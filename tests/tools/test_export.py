@@ -243,6 +243,7 @@ def test_the_card(sd3_run, tmp_path):
         "targets": None,
         "rank_pattern": {},
         "alpha_pattern": {},
+        "init": "uniform",
     }
     merged = ModelCard((export(run, tmp_path / "whole", merge=True) / "README.md").read_text())
     assert merged.data.base_model_relation == "finetune"

@@ -159,9 +159,10 @@ def cache_file(folder: Path, judge: str, question: Question) -> Path:
 def read_cached(path: Path) -> tuple[float, ...] | None:
     """Reads the marks of an answer that was kept; None where there is none, or only a damaged one."""
     try:
-        return read_marks(parse_object(path.read_text(encoding="utf-8"))["answer"])
-    except (OSError, ValueError, KeyError, TypeError):
+        answer = parse_object(path.read_text(encoding="utf-8"))["answer"]
+    except (OSError, ValueError, KeyError):
         return None
+    return read_marks(answer) if isinstance(answer, str) else None
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,8 @@ def test_two_methods_are_compared_by_their_keys(root, drawn, serve, capsys):
     assert compared.prompts[0][0] == pytest.approx((10 - 200 / 25.5) - 9)
     assert "ours - theirs" in printed
     text = page.read_text()
-    assert text.index("Worst of ours") < text.index("make it red 0") < text.index("Best of ours")
+    worse, better = text.index("Where ours is worse"), text.index("Where ours is better")
+    assert worse < text.index("make it red 0", worse) < better
     assert text.count("<article>") == 6
     assert text.count("<img ") == 18  # with the sources
     assert "is not there" not in text

@@ -189,8 +189,8 @@ def test_two_ranks_train_what_one_process_does(ran, tmp_path):
     losses = alone(tmp_path / "full", jobs["replica"])
     for name in ("replica", "shards"):
         equal(jobs[name], losses)
-    assert re.search(r"2 sources of \d+\.\d\d MiB lie whole on each rank", said)
-    assert re.search(r"2 sources of \d+\.\d\d MiB lie in 2 shards", said)
+    assert re.search(r"2 sources of \d+\.\d\d [KM]iB lie whole on each rank", said)
+    assert re.search(r"2 sources of \d+\.\d\d [KM]iB lie in 2 shards", said)
     assert "rollouts run on a replica" in said
     assert "rollouts run on the shards" in said
 
