@@ -120,12 +120,18 @@ def save_gedit(folder, pictures):
     return folder
 
 
+def imported_edits(saved, out):
+    """The rows that one command makes of a data set of edits, none of them with a problem."""
+    assert main(["data", "import", str(saved), str(out), "--task", "edit"]) == 0
+    rows, problems = read_manifest(out / "manifest.jsonl", needs_source=["edit"], decode=True)
+    assert problems == []
+    return rows
+
+
 def test_omniedit_is_imported_by_one_command(folder, tmp_path):
     _, pictures = folder
     saved = save_omniedit(tmp_path / "omni", pictures)
-    assert main(["data", "import", str(saved), str(tmp_path / "out"), "--task", "edit"]) == 0
-    rows, problems = read_manifest(tmp_path / "out" / "manifest.jsonl", needs_source=["edit"], decode=True)
-    assert problems == []
+    rows = imported_edits(saved, tmp_path / "out")
     assert [(row.id, row.capability, row.prompt) for row in rows] == [
         ("a_1", "edit", "remove it"),
         ("a_2", "edit", "as ink"),
@@ -144,9 +150,7 @@ def test_omniedit_is_imported_by_one_command(folder, tmp_path):
 def test_gedit_keeps_its_instructions_in_both_languages(folder, tmp_path):
     _, pictures = folder
     saved = save_gedit(tmp_path / "gedit", pictures)
-    assert main(["data", "import", str(saved), str(tmp_path / "out"), "--task", "edit"]) == 0
-    rows, problems = read_manifest(tmp_path / "out" / "manifest.jsonl", needs_source=["edit"], decode=True)
-    assert problems == []
+    rows = imported_edits(saved, tmp_path / "out")
     assert [(row.id, row.prompt, row.columns["language"]) for row in rows] == [
         ("k1-en", "make it red", "en"),
         ("k1-cn", "把它变成红色", "cn"),
