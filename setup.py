@@ -27,6 +27,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.18,<0.20"],
     "triton": [TRITON],
     "watch": WATCH,
+    "trackers": ["wandb>=0.17", "trackio>=0.5"],
 }
 EXTRAS["all"] = sorted({package for extra in EXTRAS.values() for package in extra})
 EXTRAS["flash-attn"] = ["flash-attn>=2.6.3"]  # not in all: it compiles for a card, for an hour
@@ -40,6 +41,7 @@ EXTRAS["test"] = [
     "basedpyright>=1.39",
     *MODELS,
     *WATCH,
+    "wandb>=0.17",
     "datasets>=3.0",
     "ftfy>=6.1",
     "torchao>=0.18",

@@ -15,6 +15,7 @@ from danceopd.core.routing import ROUTES
 from danceopd.core.solver import SOLVERS
 from danceopd.support.hub import located
 from danceopd.support.optimizers import OPTIMIZERS
+from danceopd.support.trackers import TRACKERS
 
 ModelPath = Annotated[Path, pydantic.AfterValidator(located)]  # of a model or LoRA, a name that ships, or a hub's id
 
@@ -218,6 +219,7 @@ class Training(Section):
         attention_backend: With a `model`, by diffusers' name of it, or auto (models.attention).
         device: auto is a card where there is one.
         log_every: Updates between two lines of the log.
+        trackers: Where the log's numbers go too: wandb or trackio, or both; they need the extra trackers.
         save_every: Updates between two checkpoints.
         keep_checkpoints: How many of the newest stay.
         sample_every: Updates between two grids of pictures; 0 draws none.
@@ -253,6 +255,7 @@ class Training(Section):
     attention_backend: str = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 5
+    trackers: list[Literal[*TRACKERS]] = []
     save_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
     sample_every: NonNegativeInt = 200

@@ -49,14 +49,14 @@ EDITS = ({"local": 0.65, "global": 0.35}, {"local": 7, "global": 5})
 HALF_EDITS = ({"local-half": 0.65, "global-half": 0.35}, {"local-half": 7, "global-half": 4})
 
 TUNED = {  # with all weights, for the LoRAs to be fitted to; they do not ship
-    "t2i": Recipe({"t2i": 1.0}, {"t2i": 24}, 5500, 31),
-    "edit": Recipe(*EDITS, 2200, 32),
+    "t2i": Recipe({"t2i": 1.0}, {"t2i": 24}, 12_000, 31),
+    "edit": Recipe(*EDITS, 6000, 32),
     "edit-half": Recipe(*HALF_EDITS, 2200, 33),
 }
 
 RECIPES = {
-    "t2i": Recipe({"t2i": 1.0}, {"t2i": 24}, 1200, 21, 64, "t2i"),
-    "edit": Recipe(*EDITS, 800, 22, 64, "edit"),
+    "t2i": Recipe({"t2i": 1.0}, {"t2i": 24}, 2500, 21, 64, "t2i"),
+    "edit": Recipe(*EDITS, 1800, 22, 64, "edit"),
     "local": Recipe({"local": 1.0}, {"local": 7}, 400, 23, 16, "edit"),
     "global": Recipe({"global": 1.0}, {"global": 5}, 300, 24, 16, "edit"),
     "edit-half": Recipe(*HALF_EDITS, 800, 25, 64, "edit-half"),

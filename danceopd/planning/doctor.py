@@ -48,6 +48,8 @@ OPTIONAL = {
     "bitsandbytes": ("training.optimizer: adamw_8bit; torchao's is used without", "danceopd[8bit]"),
     "flash_attn": ("faster attention on a card; torch's own is used without", "danceopd[flash-attn]"),
     "starlette": ("danceopd watch", "danceopd[watch]"),
+    "wandb": ("training.trackers: [wandb]", "danceopd[trackers]"),
+    "trackio": ("training.trackers: [trackio]", "danceopd[trackers]"),
 }
 
 

@@ -21,6 +21,7 @@ from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.memory import free_bytes
 from danceopd.support.optimizers import adamw_class
+from danceopd.support.trackers import check_trackers
 
 Examine = Callable[[Config, Findings, torch.device | None], None]
 
@@ -47,6 +48,7 @@ def dry_run(config: Config, examine: Examine, memory: float | None = None) -> Fi
         findings.attempt("training.rollout_precision", check_fp8, device)
     findings.attempt("training.output_dir", check_writable, training.output_dir)
     findings.attempt("training.optimizer", adamw_class, training.optimizer)
+    findings.attempt("training.trackers", check_trackers, training.trackers)
     examine(config, findings, device)
     if memory is None and device is not None and device.type != "cpu":
         memory = free_bytes(device)

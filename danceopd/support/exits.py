@@ -13,6 +13,7 @@ EXTRAS = dict.fromkeys(("diffusers", "transformers", "accelerate"), "danceopd[mo
 EXTRAS |= {"datasets": "danceopd[datasets]", "deepspeed": "danceopd[deepspeed]", "triton": "danceopd[triton]"}
 EXTRAS |= dict.fromkeys(("torchao", "bitsandbytes"), "danceopd[8bit]")
 EXTRAS |= dict.fromkeys(("starlette", "uvicorn"), "danceopd[watch]")
+EXTRAS |= dict.fromkeys(("wandb", "trackio"), "danceopd[trackers]")
 EXTRAS |= {"torchvision": "danceopd[models]", "ftfy": "danceopd[prx]", "flash_attn": "danceopd[flash-attn]"}
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from danceopd.support.files import write_atomic
 from danceopd.support.texts import parse_json
+from danceopd.support.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_log(path: Path) -> Log:
 
 
 class RunLog:
-    """Appends records to log.jsonl and their numbers to TensorBoard.
+    """Appends records to log.jsonl and their numbers to TensorBoard, and to trackers.
 
     On resuming, later records of the interrupted run are dropped, so that no update stands twice.
 
@@ -62,9 +63,13 @@ class RunLog:
         folder: The run's.
         step: The update that the run goes on from.
         silent: Whether nothing is written, as by all ranks but one.
+        trackers: Names of those that get the numbers too (support.trackers).
+        config: The run's configuration, which they show.
     """
 
-    def __init__(self, folder: Path, step: int, silent: bool = False):
+    def __init__(
+        self, folder: Path, step: int, silent: bool = False, trackers: Sequence[str] = (), config: dict | None = None
+    ):
         self.silent = silent
         if silent:
             return
@@ -76,21 +81,27 @@ class RunLog:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         self.file = open(descriptor, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self.trackers = [Tracker(name, folder, config or {}) for name in trackers]
 
     def write(self, step: int, record: dict) -> None:
-        """Adds one record; numbers in it, nested or not, go to TensorBoard under their keys."""
+        """Adds one record; numbers in it, nested or not, go to TensorBoard and trackers under their keys."""
         if self.silent:
             return
         self.file.write(json.dumps({"step": step, **record}) + "\n")
         self.file.flush()
-        for key, value in _flat(record):
+        numbers = dict(_flat(record))
+        for key, value in numbers.items():
             self.board.add_scalar(key, value, step)
+        for tracker in self.trackers if numbers else ():
+            tracker.log(step, numbers)
 
     def close(self) -> None:
         """Closes the files."""
         if not self.silent:
             self.file.close()
             self.board.close()
+            for tracker in self.trackers:
+                tracker.close()
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -29,6 +29,7 @@ from danceopd.support.errors import Terminated, UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.memory import keep_freed_memory
 from danceopd.support.ranks import ALONE, Ranks, agreed
+from danceopd.support.trackers import check_trackers
 from danceopd.training.asking import (
     as_student,
     costs_of_run,
@@ -459,6 +460,7 @@ def train(
             print(f"warning: training.{key} is for ZeRO, and changes nothing in one process")
     if (ranks.size > 1 and inspect.isclass(METHODS[config.method])) or (settings and "ema" in needs(config.method)):
         raise UserError(f"method: {config.method} runs in one process; start the run without a launcher and DeepSpeed")
+    agreed(ranks, check_trackers, config.training.trackers)
     parts, first = agreed(ranks, build, config, ranks, settings), ranks.rank == 0
     for line in parts.warnings if first else ():
         print(f"warning: {line}")

@@ -21,7 +21,8 @@ class Progress:
 
     def __init__(self, config: Config, step: int, silent: bool = False):
         training = config.training
-        self.log, self.log_every, self.silent = RunLog(training.output_dir, step, silent), training.log_every, silent
+        self.log = RunLog(training.output_dir, step, silent, training.trackers, config.to_dict())
+        self.log_every, self.silent = training.log_every, silent
         self.bar = bar(total=training.max_steps, initial=step, unit="step", smoothing=0.05, disable=silent)
         self.said: set[str] = set()
 

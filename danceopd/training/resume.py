@@ -34,6 +34,7 @@ MAY_CHANGE = (
     # where it writes, and how often
     "output_dir",
     "log_every",
+    "trackers",
     "save_every",
     "keep_checkpoints",
     "sample_every",
