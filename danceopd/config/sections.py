@@ -255,7 +255,7 @@ class Training(Section):
     attention_backend: str = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 5
-    trackers: list[Literal[*TRACKERS]] = []
+    trackers: list[Literal[*TRACKERS]] = pydantic.Field([])
     save_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
     sample_every: NonNegativeInt = 200
