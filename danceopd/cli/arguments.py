@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import argparse
+import os
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -8,7 +9,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 MINIATURE = Path("miniature")  # in the place of a detector or judge: the exact one of that world
 
 
-def add_command(commands, name: str, run, help: str, example: str, **options) -> argparse.ArgumentParser:
+class Quiet(argparse.Action):
+    """Shows no bars, here and in processes that this one starts."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm's own
+
+
+def add_command(
+    commands, name: str, run, help: str, example: str, shows_bar: bool = False, **options
+) -> argparse.ArgumentParser:
     """Adds a command.
 
     Args:
@@ -17,6 +27,7 @@ def add_command(commands, name: str, run, help: str, example: str, **options) ->
         run: Takes the parsed arguments and returns the exit status, or None.
         help: What it does, as a sentence without its subject.
         example: Lines that a user could type, shown at the end of its help.
+        shows_bar: Whether it takes --quiet.
         options: The parser's own.
 
     Returns:
@@ -31,6 +42,8 @@ def add_command(commands, name: str, run, help: str, example: str, **options) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **options,
     )
+    if shows_bar:
+        parser.add_argument("--quiet", action=Quiet, nargs=0, help="show no bars")
     parser.set_defaults(run=run, models=("model", "lora"))  # the arguments that may be an id of the hub
     return parser
 

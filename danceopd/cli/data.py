@@ -33,6 +33,7 @@ def add_data(commands) -> None:
         "import",
         run_import,
         "write a Hugging Face data set on disk as pictures and a manifest",
+        shows_bar=True,
         example="danceopd data import my_dataset my_data",
     )
     imported.add_argument("folder", type=Path, help="written by save_to_disk")
@@ -64,6 +65,7 @@ def _add_prepare(actions) -> None:
         "prepare",
         run_prepare,
         "encode a manifest's prompts and pictures once, for training a diffusers model",
+        shows_bar=True,
         example="danceopd data prepare my_data/manifest.jsonl --model MODEL --cache my_cache",
     )
     prepare.add_argument("manifest", type=Path)

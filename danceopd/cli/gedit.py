@@ -17,6 +17,7 @@ def add_gedit(commands) -> None:
         "evaluate gedit",
         run_gedit,
         "edit GEdit-Bench's pictures with a model, and have them judged",
+        shows_bar=True,
         example="danceopd evaluate gedit GEDIT --model MODEL -o results --judge-url URL --judge-model NAME",
     )
     parser.add_argument("dataset", type=Path, help="GEdit-Bench: a folder of save_to_disk, or of its parquet files")

@@ -26,6 +26,7 @@ def add_geneval(commands) -> None:
         run_geneval,
         "draw and score GenEval's pictures with a diffusers model, or score pictures that are there",
         description=DESCRIPTION,
+        shows_bar=True,
         example=EXAMPLE,
     )
     parser.add_argument("folder", type=Path, nargs="?", help="pictures in GenEval's layout: 00000/samples/0000.png")

@@ -16,6 +16,7 @@ def add_reward(commands) -> None:
         "evaluate reward",
         run_reward,
         "score drawn pictures by CLIP, aesthetics and preference models",
+        shows_bar=True,
         example="danceopd evaluate reward out --clip CLIP --base out_base --source out_source",
     )
     parser.add_argument("pictures", type=Path, help="a folder in GenEval's layout, such as `evaluate geneval` draws")

@@ -17,6 +17,7 @@ def add_report(commands) -> None:
         "report",
         run_report,
         "score a run, or measure a model's velocity errors; write results.json and report.html",
+        shows_bar=True,
         example="danceopd report runs/demo",
     )
     parser.add_argument("folder", type=Path, help="the output_dir of a training")
@@ -54,6 +55,7 @@ def add_merge_loras(commands) -> None:
         "merge-loras",
         run_merge_loras,
         "distil several LoRAs of one model into one, from prompts alone",
+        shows_bar=True,
         example="danceopd merge-loras ink.safetensors oil.safetensors --base MODEL -o merged.safetensors",
         description="Distil several LoRAs of one model into one, from prompts alone. LoRAs are told apart by their\n"
         "files' names (NAME). The exit status is 1 where a plain average is better; docs/merging.md says how to judge\n"
@@ -111,6 +113,7 @@ def add_reproduce(commands) -> None:
         "reproduce",
         run_reproduce,
         "make the paper's tables and ablations on the picture world",
+        shows_bar=True,
         example="danceopd reproduce A",
     )
     parser.add_argument("setting", help="A, B, C, D, E, F, ablations, grid (learning rates) or all")

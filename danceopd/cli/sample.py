@@ -24,6 +24,7 @@ def add_sample(commands) -> None:
         "sample",
         run_sample,
         "draw pictures with a run, a model or a LoRA, in a grid",
+        shows_bar=True,
         example='danceopd sample base "a photo of a red car and a blue cup" -o cups.png\n'
         'danceopd sample runs/model "a lighthouse" --checkpoint 500 1000 --guidance-scale 1 4\n'
         'danceopd sample ink.safetensors "a lighthouse, in ink" --base MODEL --lora-weight 0 0.5 1',
@@ -40,6 +41,7 @@ def add_edit(commands) -> None:
         "edit",
         run_sample,
         "edit a picture with a run, a model or a LoRA, in a grid",
+        shows_bar=True,
         example='danceopd edit edit room.png "add a red cup" -o edited.png',
     )
     parser.add_argument("what", metavar="WHAT", help=WHAT)

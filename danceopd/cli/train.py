@@ -18,6 +18,7 @@ def add_train(commands) -> None:
         "train",
         run_train,
         "train a student as a configuration says, or go on where a run stopped",
+        shows_bar=True,
         example="danceopd train --config configs/demo.yaml training.max_steps=50 training.output_dir=runs/short\n"
         "danceopd train --config configs/demo.yaml --dry-run",
     )
@@ -46,6 +47,7 @@ def add_demo(commands) -> None:
         "demo",
         run_demo,
         "train a student that draws and edits on the picture world, and write its report",
+        shows_bar=True,
         example="danceopd demo\ndanceopd demo training.max_steps=200 training.output_dir=runs/short",
     )
     parser.set_defaults(

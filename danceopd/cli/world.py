@@ -17,6 +17,7 @@ def add_evaluate(commands) -> None:
         "evaluate",
         run_evaluate,
         "score a checkpoint of the embedded network on the picture world",
+        shows_bar=True,
         example="danceopd evaluate runs/demo/student.safetensors --json row.json",
     )
     parser.add_argument("checkpoint", help=CHECKPOINT)

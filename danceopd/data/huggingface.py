@@ -5,9 +5,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from danceopd.data.bad_rows import BadRows, Problem, list_path, write_list
+from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pictures import decode_picture
@@ -86,7 +85,7 @@ def import_dataset(
     kept = [name for name in kept if name not in RESERVED]
     lines, problems, ids = [], [], {}
     stored = rows.with_format("arrow")  # pictures as they were stored, so that each can be refused on its own
-    for i in tqdm(range(len(rows)), "rows"):
+    for i in bar(range(len(rows)), "rows"):
         try:
             (row,) = stored[i : i + 1].to_pylist()
         except Exception as error:  # of many kinds, by the bytes of the file that are damaged

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from danceopd.data.bad_rows import BadRows, Problem, list_path, write_list
 from danceopd.data.cache import Cache, key_of, not_finite
@@ -20,6 +19,7 @@ from danceopd.data.prompt_limits import look_at_prompts, prompt_notes
 from danceopd.models.backbones import backbone_of
 from danceopd.models.fingerprint import fingerprint
 from danceopd.models.loading import class_name_of, multiple_of
+from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pictures import decode_picture
@@ -438,7 +438,7 @@ def _look_at_pictures(rows: list[Row], sizes, workers: int) -> tuple[list[Row], 
 
     paths = sorted({path for row in rows for path in row.pictures})
     with ThreadPoolExecutor(workers) as pool:
-        looked = dict(zip(paths, tqdm(pool.map(look, paths), "pictures seen", len(paths)), strict=True))
+        looked = dict(zip(paths, bar(pool.map(look, paths), "pictures seen", len(paths)), strict=True))
     bad = {path: message for path, message in looked.items() if isinstance(message, str)}
     problems = [
         Problem(row.line, f"picture {path.name}: {bad[path]}")
@@ -461,7 +461,7 @@ def _encode(
     """
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     bad: dict[str, str] = {}
-    with tqdm(total=len(keys), desc=name, unit="entry") as bar:
+    with bar(total=len(keys), desc=name, unit="entry") as shown:
         for start in range(0, len(keys), batch_size):
             part = keys[start : start + batch_size]
             encoded, refused = _encoded(part, encode)
@@ -473,7 +473,7 @@ def _encode(
                     bad[key] = f"its encoding in {dtype} has values that are not finite, in {lost}{wider}"
                 else:
                     waiting[key] = tensors
-            bar.update(len(part))
+            shown.update(len(part))
             if len(waiting) >= entries_per_shard:
                 cache.write(waiting)
                 waiting = {}

@@ -1,5 +1,6 @@
 """Shows how far long work is: a bar in a terminal, and a line now and then in a file."""
 
+import os
 import sys
 
 from tqdm import tqdm
@@ -34,11 +35,12 @@ def bar(items=None, desc: str | None = None, total: float | None = None, disable
     """Makes tqdm's bar on the standard error, or lines every 30 seconds where that is no terminal.
 
     Args:
-        items, desc, total, disable, options: As tqdm takes them.
+        items, desc, total, disable, options: As tqdm takes them. With TQDM_DISABLE=1, which --quiet sets, none is shown.
 
     Returns:
         The bar, which is an iterable of the items and a context.
     """
+    disable = disable or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
     if sys.stderr.isatty():
         return tqdm(items, desc, total, disable=disable, dynamic_ncols=True, **options)
     form = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"

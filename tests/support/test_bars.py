@@ -2,6 +2,7 @@
 
 from tqdm import tqdm
 
+from danceopd.cli.parser import build_parser
 from danceopd.support.bars import bar
 
 
@@ -21,4 +22,13 @@ def test_a_file_gets_lines_and_nothing_is_erased(capsys):
 
 def test_what_is_disabled_says_nothing(capsys):
     assert list(bar([1, 2], disable=True)) == [1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_quiet_shows_no_bar(capsys, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # which comes back after the test
+    build_parser().parse_args(["train", "--quiet", "--config", "configs/demo.yaml"])
+    with bar([1, 2], "rows") as shown:
+        assert list(shown) == [1, 2]
+        shown.set_postfix_str("loss 1")
     assert capsys.readouterr().err == ""
