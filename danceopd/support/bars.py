@@ -35,7 +35,7 @@ def bar(items=None, desc: str | None = None, total: float | None = None, disable
     """Makes tqdm's bar on the standard error, or lines every 30 seconds where that is no terminal.
 
     Args:
-        items, desc, total, disable, options: As tqdm takes them. With TQDM_DISABLE=1, which --quiet sets, none is shown.
+        items, desc, total, disable, options: As tqdm takes them; TQDM_DISABLE=1, which --quiet sets, disables all.
 
     Returns:
         The bar, which is an iterable of the items and a context.
