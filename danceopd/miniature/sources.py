@@ -55,8 +55,8 @@ TUNED = {  # with all weights, for the LoRAs to be fitted to; they do not ship
 }
 
 RECIPES = {
-    "t2i": Recipe({"t2i": 1.0}, {"t2i": 24}, 2500, 21, 64, "t2i"),
-    "edit": Recipe(*EDITS, 1800, 22, 64, "edit"),
+    "t2i": Recipe({"t2i": 1.0}, {"t2i": 24}, 6000, 21, 64, "t2i"),
+    "edit": Recipe(*EDITS, 4000, 22, 64, "edit"),
     "local": Recipe({"local": 1.0}, {"local": 7}, 400, 23, 16, "edit"),
     "global": Recipe({"global": 1.0}, {"global": 5}, 300, 24, 16, "edit"),
     "edit-half": Recipe(*HALF_EDITS, 800, 25, 64, "edit-half"),
