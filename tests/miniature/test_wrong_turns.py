@@ -87,15 +87,39 @@ def test_another_shift_of_the_schedule(canvas, right, shift, monkeypatch):
     assert drawn(canvas)["overall"] < KEPT * right["t2i"]
 
 
-def test_the_prompts_mask_dropped(canvas, right, monkeypatch):
+def test_the_layers_of_the_text_encoder_in_another_order(canvas, right, monkeypatch):
+    encode = canvas._text
+
+    def swapped(prompts):
+        return {key: value.unflatten(-1, (3, -1)).flip(-2).flatten(-2) for key, value in encode(prompts).items()}
+
+    monkeypatch.setattr(canvas, "_text", swapped)
+    assert drawn(canvas)["overall"] < KEPT * right["t2i"]
+
+
+def test_the_prompts_mask_does_not_reach_the_words(monkeypatch):
+    """Dropping it costs nothing here: the encoder is causal and the padding stands at the end."""
     import transformers
 
-    encode = flux2.text_encoder(PIPELINE, max_sequence_length=16)
     forward = transformers.Qwen3Model.forward
 
     def unmasked(self, *args, attention_mask=None, **kwargs):
         return forward(self, *args, attention_mask=torch.ones_like(attention_mask), **kwargs)
 
+    prompt, encode = "a photo of a dog", flux2.text_encoder(PIPELINE, max_sequence_length=16)
+    masked = encode([prompt])["prompt_embeds"]
     monkeypatch.setattr(transformers.Qwen3Model, "forward", unmasked)
-    monkeypatch.setattr(canvas, "_text", encode)
-    assert drawn(canvas)["overall"] < KEPT * right["t2i"]
+    words = words_of(prompt)
+    torch.testing.assert_close(encode([prompt])["prompt_embeds"][:, :words], masked[:, :words])
+    assert words < 16
+
+
+def words_of(prompt):
+    """The number of tokens that the pipeline's tokenizer makes of a prompt, in its chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return len(tokenizer(text).input_ids)
