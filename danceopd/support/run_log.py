@@ -81,6 +81,8 @@ class RunLog:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         self.file = open(descriptor, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        if not step:
+            (folder / "tracker_id").unlink(missing_ok=True)  # of the run that is overwritten
         self.trackers = [Tracker(name, folder, config or {}) for name in trackers]
 
     def write(self, step: int, record: dict) -> None:

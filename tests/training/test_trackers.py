@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from collections import Counter
 
 import pytest
 from world_runs import config_of, raw_run, write_networks
@@ -25,17 +26,17 @@ def raw(tmp_path):
     return made
 
 
-def test_wandb_keeps_a_run_and_goes_on_with_it(raw, tmp_path, monkeypatch):
+def test_wandb_keeps_a_run_goes_on_with_it_and_begins_another(raw, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for steps in (2, 3):
-        train(config_of(raw, trackers=["wandb"], max_steps=steps), build)
-    name = f"run-{(tmp_path / 'run' / 'tracker_id').read_text()}"
-    files = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{name}.wandb"))
-    assert len(files) == 2  # one of each process, for one run
-    for file in files:
-        assert b"network_evaluations" in file.read_bytes()
+    for steps, overwrite in ((2, False), (3, False), (2, True)):
+        train(config_of(raw, trackers=["wandb"], max_steps=steps), build, overwrite=overwrite)
+    files = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    newest = f"run-run-{(tmp_path / 'run' / 'tracker_id').read_text()}"
+    assert sorted(Counter(file.stem for file in files).values()) == [1, 2]  # the second process goes on
+    assert [file.stem for file in files].count(newest) == 1
+    assert all(b"network_evaluations" in file.read_bytes() for file in files)
 
 
 def test_trackio_has_what_the_log_has(raw, tmp_path, monkeypatch):
