@@ -1,19 +1,11 @@
 """Arguments that several commands share."""
 
 import argparse
-import os
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 MINIATURE = Path("miniature")  # in the place of a detector or judge: the exact one of that world
-
-
-class Quiet(argparse.Action):
-    """Shows no bars, here and in processes that this one starts."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        os.environ["TQDM_DISABLE"] = "1"  # tqdm's own
 
 
 def add_command(
@@ -43,7 +35,7 @@ def add_command(
         **options,
     )
     if shows_bar:
-        parser.add_argument("--quiet", action=Quiet, nargs=0, help="show no bars")
+        parser.add_argument("--quiet", action="store_true", help="show no bars")
     parser.set_defaults(run=run, models=("model", "lora"))  # the arguments that may be an id of the hub
     return parser
 

@@ -112,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         elif isinstance(value, list) and all(isinstance(one, Path) for one in value):
             setattr(args, name, [Path(os.path.expanduser(one)) for one in value])
     quieten()
+    if getattr(args, "quiet", False):
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm's own, which processes that this one starts inherit
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show, such as a file's name, ends no command
         sys.stdout.reconfigure(errors="backslashreplace")
     return guarded(_run, args)

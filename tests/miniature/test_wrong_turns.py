@@ -3,11 +3,13 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3Model
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.fields import guided
 from danceopd.core.schedule import sigma_grid
 from danceopd.miniature.evaluate import Canvas, field_of, score_gedit, score_geneval
+from danceopd.miniature.latents import tokens_of
 from danceopd.miniature.shipped import PIPELINE, shipped_sources
 from danceopd.models.backbones import flux2
 
@@ -99,27 +101,15 @@ def test_the_layers_of_the_text_encoder_in_another_order(canvas, right, monkeypa
 
 def test_the_prompts_mask_does_not_reach_the_words(monkeypatch):
     """Dropping it costs nothing here: the encoder is causal and the padding stands at the end."""
-    import transformers
-
-    forward = transformers.Qwen3Model.forward
+    forward = Qwen3Model.forward
 
     def unmasked(self, *args, attention_mask=None, **kwargs):
         return forward(self, *args, attention_mask=torch.ones_like(attention_mask), **kwargs)
 
     prompt, encode = "a photo of a dog", flux2.text_encoder(PIPELINE, max_sequence_length=16)
     masked = encode([prompt])["prompt_embeds"]
-    monkeypatch.setattr(transformers.Qwen3Model, "forward", unmasked)
-    words = words_of(prompt)
+    monkeypatch.setattr(Qwen3Model, "forward", unmasked)
+    tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
+    words = int(tokens_of(tokenizer, [prompt])["attention_mask"].sum())
     torch.testing.assert_close(encode([prompt])["prompt_embeds"][:, :words], masked[:, :words])
     assert words < 16
-
-
-def words_of(prompt):
-    """The number of tokens that the pipeline's tokenizer makes of a prompt, in its chat template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    return len(tokenizer(text).input_ids)

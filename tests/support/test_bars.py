@@ -2,7 +2,7 @@
 
 from tqdm import tqdm
 
-from danceopd.cli.parser import build_parser
+from danceopd.cli.parser import main
 from danceopd.support.bars import bar
 
 
@@ -27,7 +27,8 @@ def test_what_is_disabled_says_nothing(capsys):
 
 def test_quiet_shows_no_bar(capsys, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "0")  # which comes back after the test
-    build_parser().parse_args(["train", "--quiet", "--config", "configs/demo.yaml"])
+    assert main(["train", "--quiet", "--config", "nowhere.yaml"]) == 2
+    capsys.readouterr()
     with bar([1, 2], "rows") as shown:
         assert list(shown) == [1, 2]
         shown.set_postfix_str("loss 1")
