@@ -18,6 +18,7 @@ LABELS = {
     "diffusion_opd": "DiffusionOPD",
     "flow_opd": "Flow-OPD",
     "flow_opd_attached": "Flow-OPD, advantage not detached",
+    "joint_samples": "Joint training, sources' samples",
     "off_policy_samples": "Off-policy, sources' samples",
     "danceopd_fast": "DanceOPD fast",
     "source_style": "Style source",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-SETTINGS = ("A", "B", "C", "D", "E", "F", "ablations", "grid", "miniature")
+SETTINGS = ("A", "B", "C", "D", "E", "F", "ablations", "grid", "miniature", "miniature_grid")
 
 # What each method differs in from DanceOPD. Trajectories that are asked at every step are fewer to an update.
 METHODS = {
@@ -103,7 +103,16 @@ MINIATURE = {
     ),
 }
 
-DRAWN_SAMPLES, DRAWN_STEPS = 4000, 16  # of each capability: pictures that a source draws, and solver steps of each
+# What the grid on validation prompts chose (results/miniature_grid.json, `danceopd reproduce miniature_grid`).
+MINIATURE_RATES = dict.fromkeys(MINIATURE, 2e-3)
+
+MINIATURE_GRID = {row: (6e-4, 2e-3) for row in MINIATURE if row != "joint_samples"}  # which takes joint's
+MINIATURE_GRID["flow_opd"] = (6e-5, 2e-4, 6e-4)
+
+# Of every training there: a student that starts from the sources' mean learns in a fraction of the updates.
+ON_MINIATURE = {"student.init_from": "merge", "training.precision": "fp32", "evaluation.times": 2}
+
+DRAWN_SAMPLES, DRAWN_STEPS = 2000, 16  # of each capability: pictures that a source draws, and solver steps of each
 
 DRAWN_EVALUATIONS = 2 * DRAWN_SAMPLES * DRAWN_STEPS
 
@@ -125,8 +134,8 @@ class Budget:
 
 
 BUDGETS = {
-    "quick": Budget("quick", main=400_000, short=200_000, ablation=100_000, miniature=200_000, seeds=1),
-    "paper": Budget("paper", main=600_000, short=200_000, ablation=100_000, miniature=400_000, seeds=3),
+    "quick": Budget("quick", main=400_000, short=200_000, ablation=100_000, miniature=100_000, seeds=1),
+    "paper": Budget("paper", main=600_000, short=200_000, ablation=100_000, miniature=200_000, seeds=3),
 }
 
 
@@ -159,6 +168,11 @@ class Run:
         """The network evaluations of its training."""
         return self.overrides.get("training.max_network_evaluations", 0)
 
+    @property
+    def on_miniature(self) -> bool:
+        """Whether its model is the miniature and not an embedded network."""
+        return self.config == "miniature.yaml"
+
 
 def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
     """Returns the runs of one table, in the order in which they are made. Raises KeyError for an unknown table."""
@@ -186,18 +200,33 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
             for rate in (*GRID, *GRID_MORE.get(row, ()))
         ],
         "miniature": lambda: [
-            (row, "miniature", overrides, budget.miniature - (DRAWN_EVALUATIONS if row == "joint_samples" else 0))
+            (
+                row,
+                "miniature",
+                {**ON_MINIATURE, "training.learning_rate": MINIATURE_RATES[row], **overrides},
+                budget.miniature - (DRAWN_EVALUATIONS if row == "joint_samples" else 0),
+            )
             for row, (_, overrides) in MINIATURE.items()
+        ],
+        "miniature_grid": lambda: [
+            (
+                f"{row}@{rate:g}",
+                "miniature",
+                {**ON_MINIATURE, **MINIATURE[row][1], "training.learning_rate": rate, "evaluation.times": 1},
+                budget.miniature // 8,
+            )
+            for row, rates in MINIATURE_GRID.items()
+            for rate in rates
         ],
     }[setting]()
     result = []
-    for seed in range(seeds if setting != "grid" else 1):
+    for seed in range(1 if setting.endswith("grid") else seeds):
         for row, config, overrides, evaluations in made:
             common = {
                 "training.seed": seed,
                 "training.learning_rate": LEARNING_RATES.get(row, LEARNING_RATES["danceopd"]),
                 "training.max_network_evaluations": evaluations,
-                "evaluation.times": 6 if evaluations == budget.main else 4 if setting == "miniature" else 2,
+                "evaluation.times": 6 if evaluations == budget.main else 2,
             }
             after = f"A/danceopd/seed{seed}" if setting == "F" else None
             result.append(Run(setting, row, seed, f"{config}.yaml", {**common, **overrides}, after))

@@ -98,12 +98,16 @@ def build(files: dict[str, dict]) -> Page:
     for setting, title in (("A", "Setting A: text-to-image and edit"), ("B", "Setting B: local and global edit")):
         if setting in tables:
             _methods(page, setting, title, tables[setting])
+    if "miniature" in files:
+        _miniature(page, files["miniature"]["rows"])
     if "ablations" in tables:
         _ablations(page, tables["ablations"])
     if "D" in tables:
         _guidance(page, tables["D"])
     if "grid" in tables:
-        _grid(page, tables["grid"])
+        _grid(page, "Learning rates", tables["grid"])
+    if "miniature_grid" in tables:
+        _grid(page, "Learning rates on the miniature", tables["miniature_grid"])
     if "C" in tables:
         _plain(page, "Setting C: a style absorbed", tables["C"], [GENEVAL, "style_share", "sketch_overall"])
     if "E" in tables:
@@ -209,10 +213,47 @@ def _methods(page: Page, setting: str, title: str, rows: dict) -> None:
     for x, axis in (("network_evaluations", "network evaluations"), ("seconds", "seconds of training")):
         drawn = {name: row for name, row in curved.items() if row.get(x) and row.get("network_evaluations")}
         if drawn:
-            _score_plot(page, setting, drawn, x, axis)
+            _score_plot(page, setting, setting, drawn, x, axis)
 
 
-def _score_plot(page: Page, setting: str, rows: dict, x: str, axis: str) -> None:
+CONDITIONS = {
+    "data": "The capabilities' own pictures are at hand",
+    "prompts": "Prompts and pictures to edit alone are at hand",
+}
+
+
+def _miniature(page: Page, rows: list[dict]) -> None:
+    page.heading("Setting A on the miniature")
+    page.text(
+        "A FLUX.2 klein pipeline in small, really trained: a LoRA student of rank 64 from two LoRA sources, which "
+        "starts as their mean; what is scored is the exported LoRA. Each training has the same number of network "
+        "evaluations, the drawing of data from the sources included. Held out: pairs of classes that no training saw."
+    )
+    header = ["row", "edit average", "GenEval overall", "GenEval overall, held out"]
+
+    def lines(members: list[dict]) -> list[list[str]]:
+        metrics = (GEDIT, GENEVAL, "geneval_held_out")
+        return [[label(row["method"]), *(figure(row, m) for m in metrics), *_cost(row)] for row in members]
+
+    for condition, text in CONDITIONS.items():
+        table = lines([row for row in rows if row.get("condition") == condition])
+        _bold_best(table, range(1, 4))
+        page.table(f"{text}: ± the standard error over seeds.", [*header, *COST], table)
+    plain = lines([row for row in rows if row["kind"] == "source"])
+    page.table("Base and sources, ± over pictures.", header, [line[:4] for line in plain])
+    merges = [row for row in rows if row["kind"] == "merge"]
+    table = [[*line[:4], row["chosen"]] for line, row in zip(lines(merges), merges, strict=True)]
+    page.table(
+        "Every merge that PEFT has, at the weight of each adapter that is best on validation prompts; ± over pictures.",
+        [*header, "weight"],
+        table,
+    )
+    trained = {row["method"]: row for row in rows if row["kind"] == "trained" and row.get("curve")}
+    if trained:
+        _score_plot(page, "A on the miniature", "miniature", trained, "network_evaluations", "network evaluations")
+
+
+def _score_plot(page: Page, setting: str, file: str, rows: dict, x: str, axis: str) -> None:
     panels = [
         lambda ax, column=column, title=title: _curves(ax, rows, column, title, x, axis)
         for column, title in ((2, "Edit average"), (1, "GenEval overall"))
@@ -220,7 +261,7 @@ def _score_plot(page: Page, setting: str, rows: dict, x: str, axis: str) -> None
     caption = f"Setting {setting}: mean over seeds on the small evaluation set, against {axis}."
     if x == "seconds":
         caption += " A run's seconds are spread evenly over its network evaluations."
-    page.plot(f"{setting}_{x}", caption, panels, height=4.2)
+    page.plot(f"{file}_{x}", caption, panels, height=4.2)
 
 
 def _curves(ax, rows: dict, column: int, title: str, x: str, axis: str) -> None:
@@ -340,8 +381,8 @@ def _product(ax, cells: dict, own: dict[int, float]) -> None:
     ax.set_title("GenEval overall")
 
 
-def _grid(page: Page, rows: dict) -> None:
-    page.heading("Learning rates")
+def _grid(page: Page, title: str, rows: dict) -> None:
+    page.heading(title)
     page.text(
         "Each method on validation prompts, one seed. In bold the chosen one, the best by GenEval + edit / 10. Where "
         "the lowest was best, lower ones were added."

@@ -56,6 +56,8 @@ def label(name: str) -> str:
         return {"k": "K = ", "steps": "rollout steps: ", "alpha": "guidance "}[match[1]] + match[2]
     if match := re.fullmatch(r"merge_lora_(\w+)", name):
         return f"LoRA merge, {match[1]}"
+    if match := re.fullmatch(r"merge_(\w+)", name):
+        return f"merge, {match[1]}"
     return plain_label(name)
 
 

@@ -134,7 +134,7 @@ def make_run(run: Run, folders: Folders) -> dict:
 
 def _with_data(run: Run, config: Config, folders: Folders) -> Config:
     """Names the prepared rows of a training on the miniature, which are made where they are not there."""
-    if run.setting != "miniature" or run.row == UNTRAINED:
+    if not run.on_miniature or run.row == UNTRAINED:
         return config
     from danceopd.reproduce import miniature  # imports diffusers, which the other tables do without
 
@@ -145,7 +145,7 @@ def _with_data(run: Run, config: Config, folders: Folders) -> Config:
 
 def _builder(run: Run) -> Build:
     """Returns what puts a training together."""
-    if run.setting == "miniature":
+    if run.on_miniature:
         from danceopd.miniature.build import build as build_miniature
 
         return build_miniature
@@ -154,11 +154,12 @@ def _builder(run: Run) -> Build:
 
 def _measured(run: Run, folder: Path, config: Config) -> dict[str, float]:
     """Measures the student of a finished run by its table's metrics."""
-    if run.setting == "miniature":
+    seed = VALIDATION_SEED if run.setting.endswith("grid") else None
+    if run.on_miniature:
         from danceopd.reproduce import miniature
 
-        return miniature.measure_run(folder, config)
-    return measure(run.setting, student(folder), config, VALIDATION_SEED if run.setting == "grid" else None)
+        return miniature.measure_run(folder, config, seed)
+    return measure(run.setting, student(folder), config, seed)
 
 
 def _begun(folder: Path) -> str | None:
@@ -345,7 +346,7 @@ def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str |
 
 def untrained_run(setting: str) -> list[Run]:
     """Returns the one run that measures a table's base, sources and merges; none for tables without."""
-    if setting in ("ablations", "grid"):
+    if setting in ("ablations", "grid", "miniature_grid"):
         return []
     config = "miniature" if setting == "miniature" else f"setting_{setting.lower()}"
     return [Run(setting, UNTRAINED, 0, f"{config}.yaml")]
