@@ -408,12 +408,29 @@ def pretend_card() -> Iterator[PretendCard]:
     card = CURRENT = PretendCard()
     phase.recorders.append(card.phase)
     try:
-        with _Functions(card, NAME), _Dispatch(card):
+        with _Functions(card, NAME) as functions, _Dispatch(card), _backwards_under(functions):
             yield card
     finally:
         phase.recorders.remove(card.phase)
         card.module.end()
         CURRENT = None
+
+
+@contextmanager
+def _backwards_under(mode: TorchFunctionMode) -> Iterator[None]:
+    """Runs backwards in this thread and with the mode, which what they compute again must see as it did before."""
+    before = torch.autograd._engine_run_backward
+
+    def run(*args, **kwargs):
+        with mode:
+            return before(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        torch.autograd._engine_run_backward = before
 
 
 @contextmanager

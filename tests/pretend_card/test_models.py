@@ -1,9 +1,13 @@
 """Model families on the pretend card: the CPU's numbers bit for bit, and how often the host waits."""
 
-import pytest
-from card_runs import compared, on_card, on_cpu, same
-from model_runs import FAMILIES, config_of
+import gc
 
+import pytest
+from card_runs import compared, on_card, on_cpu, plain_kernels, same, trainer_on
+from model_runs import FAMILIES, config_of
+from pretend_card import pretend_card
+
+from danceopd.models.swapping import ALIVE
 from danceopd.training.assembly.build import build_model
 
 SMALL = {
@@ -68,3 +72,31 @@ def test_offloaded_sources_are_the_same(places, tmp_path):
     assert there == records
     same(state, found)
     assert waits  # a block at a time
+
+
+SWAP = {"training.gradient_checkpointing": True, "training.swap_blocks": 4, "training.cuda_graphs": False}
+
+
+def peak_of_an_update(config) -> tuple[int, list[int]]:
+    """The most bytes on the card in a second update, and those of each block that waits in host memory."""
+    gc.collect()  # what other trainers have left on the card
+    with plain_kernels(), pretend_card() as card:
+        before = card.module.allocated
+        trainer = trainer_on("card:0", config, build_model)
+        trainer.update()
+        card.module.reset_peak_memory_stats()
+        trainer.update()
+        swap = trainer.parts.student._shared[0].swap
+        assert swap is None or swap.alive() <= ALIVE
+        return card.module.peak - before, [sum(slot.host.nbytes for slot in slots) for slots in swap._slots] if swap else []
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("lora int8", marks=pytest.mark.slow)])
+def test_waiting_blocks_are_the_same_and_leave_the_card(places, tmp_path, kind):
+    """The card raises a race where a block is read in a stream that has not waited for its copy."""
+    config = changed(places("klein"), tmp_path, **KINDS[kind], **SWAP)
+    compared(config, build_model)
+    peak, sizes = peak_of_an_update(config)
+    without = SWAP | {"training.swap_blocks": None}
+    whole, _ = peak_of_an_update(changed(places("klein"), tmp_path, **KINDS[kind], **without))
+    assert whole - peak > 0.95 * (sum(sizes) - sum(sorted(sizes)[-ALIVE:]))
