@@ -7,6 +7,7 @@ from card_runs import compared, on_card, on_cpu, plain_kernels, same, trainer_on
 from model_runs import FAMILIES, config_of
 from pretend_card import pretend_card
 
+from danceopd.models.eight_bit import stored
 from danceopd.models.swapping import ALIVE
 from danceopd.training.assembly.build import build_model
 
@@ -88,7 +89,8 @@ def peak_of_an_update(config) -> tuple[int, list[int]]:
         trainer.update()
         swap = trainer.parts.student._shared[0].swap
         assert swap is None or swap.alive() <= ALIVE
-        return card.module.peak - before, [sum(slot.host.nbytes for slot in slots) for slots in swap._slots] if swap else []
+        peak, waiting = card.module.peak - before, swap._slots if swap else []
+        return peak, [sum(part.nbytes for slot in slots for part in stored(slot.host)) for slots in waiting]
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("lora int8", marks=pytest.mark.slow)])
