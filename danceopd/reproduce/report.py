@@ -406,7 +406,8 @@ def _again(page: Page, files: dict[str, dict]) -> None:
     page.text("`danceopd reproduce all --budget paper` makes all of it; a killed run goes on where it was.")
     lines, machines = [], {}
     for name, file in files.items():
-        budget, rows = file.get("budget", {}), file.get("rows", ())
+        budget = file.get("budget", {})
+        rows = {row["method"]: row for row in file.get("rows", ())}.values()  # once, whatever its conditions
         runs = [run for row in rows for run in row.get("runs", ())]
         commits = {c for row in rows if row.get("commit") for c in row["commit"].split(", ")}
         took = duration(sum(run.get("seconds", 0) for run in runs)) if runs else DASH

@@ -57,6 +57,27 @@ def test_no_results_at_all(tmp_path):
     assert {claim.verdict for claim in claims(tables_of(read(tmp_path)))} == {MISSING}
 
 
+def test_the_miniature_has_a_table_of_each_condition(tmp_path):
+    both = trained("danceopd", edit=6.5)
+    rows = [source("base"), source("merge_ties", chosen="0.7") | {"kind": "merge"}]
+    rows += [{**both, "condition": condition} for condition in ("data", "prompts")]
+    rows += [{**trained("joint", edit=6.0), "condition": "data"}]
+    rows += [{**trained("joint_samples", edit=6.2), "condition": "prompts"}]
+    write(tmp_path, "miniature", rows)
+    write_report(tmp_path)
+    text = (tmp_path / "REPORT.md").read_text()
+    before, after = text.split("Prompts and pictures to edit alone")
+    data, prompts = before.split("own pictures are at hand")[1], after.split("Base and sources")[0]
+    assert "| DanceOPD | **6.50** ± 0.01" in data
+    assert "| DanceOPD | **6.50** ± 0.01" in prompts
+    assert "Joint training |" in data
+    assert "Joint training |" not in prompts
+    assert "| Joint training, sources' samples | 6.20 ± 0.01" in prompts
+    assert "| merge, ties | 5.00 ± 0.10 | 0.850 ± 0.010 | – | 0.7 |" in text
+    assert "| miniature | paper | 3 | 100 | 9 |" in text  # runs of both conditions count once
+    assert (tmp_path / "plots" / "miniature_network_evaluations.png").exists()
+
+
 def test_partial_results(tmp_path):
     write(tmp_path, "A", [trained("danceopd", edit=9.5), trained("joint", seeds=(0, 1))])
     write(tmp_path, "D", [source("base"), trained("alpha2", seeds=(0,), beta2=score([0.5]))])

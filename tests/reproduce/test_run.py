@@ -16,7 +16,20 @@ import yaml
 
 from danceopd.cli.parser import main
 from danceopd.reproduce import run as driver
-from danceopd.reproduce.matrix import ABLATIONS, BUDGETS, GRID, LEARNING_RATES, METHODS, SETTINGS, Budget, runs
+from danceopd.reproduce.matrix import (
+    ABLATIONS,
+    BUDGETS,
+    DRAWN_EVALUATIONS,
+    GRID,
+    LEARNING_RATES,
+    METHODS,
+    MINIATURE,
+    MINIATURE_GRID,
+    MINIATURE_RATES,
+    SETTINGS,
+    Budget,
+    runs,
+)
 from danceopd.reproduce.run import Folders, adopt, chosen, config_of, digest, finished, gather, reproduce
 from danceopd.support.errors import UserError
 from danceopd.world.dit import DiT, DiTConfig
@@ -72,6 +85,17 @@ def test_methods_of_one_table_have_one_budget_and_each_its_rate():
     grid = runs("grid", BUDGETS["paper"], 3)
     assert {f"{m}@{r:g}" for m in METHODS for r in GRID} <= {run.row for run in grid}
     assert {run.seed for run in grid} == {0}
+
+
+def test_runs_on_the_miniature_have_one_budget_which_the_drawing_of_data_is_part_of():
+    made = runs("miniature", BUDGETS["paper"], 3)
+    assert {run.row for run in made} == MINIATURE.keys()
+    drawn = {"joint_samples": DRAWN_EVALUATIONS}
+    assert {run.evaluations + drawn.get(run.row, 0) for run in made} == {BUDGETS["paper"].miniature}
+    assert all(run.overrides["training.learning_rate"] == MINIATURE_RATES[run.row] for run in made)
+    grid = runs("miniature_grid", BUDGETS["paper"], 3)
+    assert {run.row for run in grid} == {f"{row}@{rate:g}" for row, rates in MINIATURE_GRID.items() for rate in rates}
+    assert all(run.on_miniature and run.seed == 0 for run in grid)
 
 
 def test_the_ablations_hold_what_the_paper_varies():
