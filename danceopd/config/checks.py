@@ -58,9 +58,12 @@ def _check_model(config: Config) -> list[str]:
         of_models |= {f"sources.{name}.{key}": getattr(source, key) for key in ("lora", "embedded_guidance")}
     given = [key for key, value in of_models.items() if value not in (None, [])]
     unnamed = [name for name, source in config.networks().items() if source.weights is None]
-    return [f"{key}: is for a model's; give model, or leave it out" for key in given] + [
-        f"sources.{name}.weights: required, but not given" for name in unnamed
-    ]
+    no_mean = [NO_MEAN] if config.student.init_from == "merge" and not config.networks() else []
+    of_a_model = [f"{key}: is for a model's; give model, or leave it out" for key in given]
+    return no_mean + of_a_model + [f"sources.{name}.weights: required, but not given" for name in unnamed]
+
+
+NO_MEAN = "student.init_from: merge is the mean of the sources that are networks, and there is none; begin as base"
 
 
 def _check_start(config: Config) -> list[str]:
@@ -72,7 +75,7 @@ def _check_start(config: Config) -> list[str]:
     if start in config.sources and (kind := config.sources[start].operator()):
         return [f"{key}: {start} is {kind} of other sources and has no weights; begin as base, or as one of them"]
     if start == "merge" and not config.networks():
-        return [f"{key}: merge is the mean of the sources that are networks, and there is none; begin as base"]
+        return [NO_MEAN]
     if start == "merge" and "merge" in config.sources:
         return [f"{key}: merge is the mean of all sources, but one of them has this name too; give it another"]
     if config.student.lora and start != "base":

@@ -45,9 +45,9 @@ class Student(Section):
     """What is trained, and from where it begins.
 
     Attributes:
-        init_from: The name of an embedded network, or a .safetensors file. With a `model`: "base", its transformer; the
-            name of a source; or "merge", the mean of all sources, of a LoRA of all that change the base (of networks:
-            guidance is no part of either).
+        init_from: "merge", the mean of all sources, of a LoRA of all that change the base (of networks: guidance is no
+            part of either); or the name of an embedded network, or a .safetensors file. With a `model`: "merge";
+            "base", its transformer; or the name of a source.
         lora: Trains an adapter of a `model`'s transformer; all its weights if not given.
         embedded_guidance: The number that a guidance-distilled `model` takes as an input (FLUX.1 dev and Kontext 3.5,
             FLUX.2 dev 4), at which the student is trained and then drawn with.

@@ -1,6 +1,7 @@
 """Puts a run of the embedded network together before its first step; everything that is missing is listed at once."""
 
 import copy
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from danceopd.world.sampling import check_texts, embedded_samples
 from danceopd.world.scoring import make_sampler, score_gedit, score_geneval
 from danceopd.world.teachers import source_fields
 from danceopd.world.tokenizer import tokenize
+from danceopd.world.weight_merge import weight_merge
 
 
 def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) -> Parts:
@@ -41,11 +43,11 @@ def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) ->
     problems = Problems()
     attempt = problems.attempt
     device = check_machine(config, attempt)
-    student = attempt("student.init_from", load_network, config.student.init_from)
     load = cache(load_network)  # sources of the same weights are one network
     networks = {
         name: attempt(f"sources.{name}.weights", load, source.weights) for name, source in config.networks().items()
     }
+    student = attempt("student.init_from", start_network, config, networks)
     image_size = student.config.image_size if student else 32
     for name, network in networks.items():
         if network and student and network.config != student.config:
@@ -84,6 +86,27 @@ def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) ->
         }
 
     return Parts(student.to(device), fields, samples, anchor, empty_prompt, device, save, score=score)
+
+
+def start_network(config: Config, networks: Mapping[str, DiT | None]) -> DiT | None:
+    """Makes the network that the student begins as.
+
+    Args:
+        config: The run's.
+        networks: Those of its sources; None for one that cannot be loaded.
+
+    Returns:
+        The network; None for a mean of which a part is missing.
+
+    Raises:
+        UserError: Networks of different sizes have no mean.
+    """
+    if config.student.init_from != "merge":
+        return load_network(config.student.init_from)
+    there = [network for network in networks.values() if network]
+    if any(network.config != there[0].config for network in there):
+        raise UserError("the sources differ in size, so that they have no mean; begin as one of them")
+    return weight_merge(there) if len(there) == len(networks) else None
 
 
 def load_network(weights: str) -> DiT:

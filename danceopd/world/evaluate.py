@@ -36,9 +36,13 @@ PICTURES = 8
 
 
 def contestants(config: Config, student: DiT) -> dict[str, Field]:
-    """Loads the rows of a run's table in order: base, every source, the merge of the sources, the student."""
+    """Loads the rows of a run's table in order: base, every source, the merge of the sources, the student.
+
+    A student that began as the merge has no base.
+    """
     networks = {name: load_model(resolve_weights(source.weights)) for name, source in config.networks().items()}
-    fields = {"base": as_field(load_model(resolve_weights(config.student.init_from)))}
+    start = config.student.init_from
+    fields = {} if start == "merge" else {"base": as_field(load_model(resolve_weights(start)))}
     make = source_fields(config, networks)
     for name in config.sources:
         if drawable(config, name):

@@ -11,10 +11,12 @@ import yaml
 from PIL import Image
 
 from danceopd.cli.parser import main
+from danceopd.config.reading import load_config
+from danceopd.world.build import build
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.edits import KINDS
 from danceopd.world.evaluate import evaluate_run
-from danceopd.world.files import save_model
+from danceopd.world.files import load_model, save_model
 from danceopd.world.prompts import TASKS
 
 
@@ -66,6 +68,29 @@ def test_report_writes_every_row(run_folder, capsys):
     page = (run_folder / "report.html").read_text()
     assert "data:image/png;base64" in page
     assert evaluate_run(run_folder)["rows"] == results["rows"]
+
+
+def test_a_student_begins_as_the_mean_of_its_sources(run_folder, tiny, tmp_path, capsys):
+    raw = yaml.safe_load((run_folder / "config.yaml").read_text())
+    network = load_model(tiny)
+    state = {key: 3 * value for key, value in network.state_dict().items()}
+    network.load_state_dict(state)
+    save_model(network, tmp_path / "other.safetensors")
+    raw["sources"]["edit"]["weights"] = str(tmp_path / "other.safetensors")
+    raw["student"] = {"init_from": "merge"}
+    raw["training"] |= {"output_dir": str(tmp_path / "mean"), "max_steps": 1}
+    (tmp_path / "mean.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    student = build(load_config(tmp_path / "mean.yaml")).student
+    assert all(torch.allclose(value, state[key] * 2 / 3) for key, value in student.state_dict().items())
+    assert main(["train", "--config", str(tmp_path / "mean.yaml"), "--dry-run"]) == 0
+    assert "student: begins as the mean of t2i, edit" in capsys.readouterr().out
+    assert main(["train", "--config", str(tmp_path / "mean.yaml")]) == 0
+    names = [row["name"] for row in evaluate_run(tmp_path / "mean")["rows"]]
+    assert names == ["source_t2i", "source_edit", "weight_merge", "danceopd"]
+    smaller = DiT(DiTConfig(width=16, depth=1, heads=2, mlp_ratio=2))
+    save_model(smaller, tmp_path / "other.safetensors")
+    assert main(["train", "--config", str(tmp_path / "mean.yaml"), "--overwrite"]) == 2
+    assert "the sources differ in size" in capsys.readouterr().err
 
 
 def test_report_without_a_run(tmp_path, capsys):
