@@ -61,6 +61,11 @@ ABLATIONS = {
         for method in ("joint", "off_policy", "danceopd")
         if (method, size) != ("danceopd", 2000)  # the default
     },
+    # Students that begin as the mean of the sources instead of the base ("data" has these methods from the base).
+    "start": {
+        f"{method}_from_merge": {**METHODS[method], "student.init_from": "merge"}
+        for method in ("danceopd", "danceopd_fast", "off_policy", "joint")
+    },
     # Not at equal evaluations but at as many updates as the default makes of its own (340 of 64 samples).
     "updates": {
         f"{m}_updates": {

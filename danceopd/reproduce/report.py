@@ -56,6 +56,7 @@ AXES = {
     "rollout": "Rollout steps",
     "objective": "Objective",
     "data": "Size of the data",
+    "start": "What the student begins as",
     "updates": "Methods at equal updates",
     "beyond": "Beyond the paper's recipe",
 }

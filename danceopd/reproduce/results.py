@@ -52,6 +52,8 @@ def label(name: str) -> str:
         return f"{plain_label(match[1])}, {match[2]} samples each"
     if match := re.fullmatch(r"(\w+)_updates", name):
         return f"{plain_label(match[1])}, 340 updates"
+    if match := re.fullmatch(r"(\w+)_from_merge", name):
+        return f"{plain_label(match[1])}, from the sources' mean"
     if match := re.fullmatch(r"(k|steps|alpha)(\d+)", name):
         return {"k": "K = ", "steps": "rollout steps: ", "alpha": "guidance "}[match[1]] + match[2]
     if match := re.fullmatch(r"merge_lora_(\w+)", name):
