@@ -29,6 +29,7 @@ lint: .venv/installed-test
 docs: .venv/installed-test  # what is made from the code: a test says where it is not up to date
 	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_models.py
+	$(BIN)/python docs/make_memory.py
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_notebook.py
 

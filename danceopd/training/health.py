@@ -40,6 +40,7 @@ class Health:
         self.state: dict[str, list[float]] = {}
         self.first: dict[str, list[float]] = {}  # sum and number of the state norms that the run began with
         self.gradients: deque[float] = deque(maxlen=GRADIENT_WINDOW)
+        self.rolled_out: bool | None = None  # whether the last update asked at states of rollouts
 
     def update(self, seen: Watched, gradient_norm: float) -> None:
         """Takes in one update.
@@ -48,6 +49,10 @@ class Health:
             seen: What was watched of its queries.
             gradient_norm: The norm of its gradient.
         """
+        rolled_out = bool((seen.depth >= 0).any())
+        if rolled_out is not self.rolled_out:
+            self.gradients.clear()  # a warm start is over: gradients of other states have other norms
+        self.rolled_out = rolled_out
         if math.isfinite(gradient_norm):
             self.gradients.append(gradient_norm)
         columns = (seen.route, seen.depth, seen.velocity_norm, seen.target_norm, seen.state_norm)
@@ -127,7 +132,8 @@ class Health:
         Returns:
             The running ratios and the gradient norms.
         """
-        return {"velocity": self.velocity, "state": self.state, "first": self.first, "gradients": list(self.gradients)}
+        tables = {"velocity": self.velocity, "state": self.state, "first": self.first}
+        return {**tables, "gradients": list(self.gradients), "rolled_out": self.rolled_out}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from a checkpoint.
@@ -137,6 +143,7 @@ class Health:
         """
         self.velocity, self.state, self.first = state["velocity"], state["state"], state["first"]
         self.gradients.extend(state["gradients"])
+        self.rolled_out = state["rolled_out"]
 
 
 def check_answers(config: Config, seen: Watched) -> None:

@@ -22,7 +22,7 @@ from danceopd.support.run_log import read_log
 from danceopd.support.texts import columns_of
 from danceopd.world.detector import detect
 from danceopd.world.dit import DiT
-from danceopd.world.files import load_model, resolve_weights
+from danceopd.world.files import load_model, resolve_weights, shipped_sources
 from danceopd.world.sampling import make_conditioning
 from danceopd.world.scene import render
 from danceopd.world.scores import edit_scores, geneval_correct
@@ -38,10 +38,12 @@ PICTURES = 8
 def contestants(config: Config, student: DiT) -> dict[str, Field]:
     """Loads the rows of a run's table in order: base, every source, the merge of the sources, the student.
 
-    A student that began as the merge has no base.
+    The base is what the student began as; of one that began as the merge, what sources that ship were trained from.
     """
     networks = {name: load_model(resolve_weights(source.weights)) for name, source in config.networks().items()}
     start = config.student.init_from
+    if start == "merge" and all(source.weights in shipped_sources() for source in config.networks().values()):
+        start = "base"
     fields = {} if start == "merge" else {"base": as_field(load_model(resolve_weights(start)))}
     make = source_fields(config, networks)
     for name in config.sources:

@@ -1,5 +1,6 @@
 """configs/: every file parses and passes the dry run on a tiny model of its family, and fits its card at real size."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -75,6 +76,12 @@ def test_every_other_configuration_passes_it_too(config, tmp_path):
     assert dry_run(loaded, examiner_of(loaded)).problems == []
 
 
+DOCS = Path(__file__).parents[2] / "docs"
+MODELS_PAGE = (DOCS / "models.md").read_text(encoding="utf-8")
+spec = importlib.util.spec_from_file_location("make_memory", DOCS / "make_memory.py")
+memory_page = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(memory_page)
+
 AT_REAL_SIZE = [
     path
     for path in sorted(CONFIGS.glob("*-[ac]*.yaml"))
@@ -85,8 +92,7 @@ AT_REAL_SIZE = [
 @pytest.mark.parametrize("config", AT_REAL_SIZE, ids=lambda path: path.stem)
 def test_it_fits_its_card_at_the_real_size(real, config):
     model = model_of(config)
-    part = [] if "24gb" in config.stem else ["training.batch_size=4"]  # of each of 8 cards
-    loaded = load_config(config, [*overrides(config, real(model)), *part])
+    loaded = memory_page.loaded(config, real(model))
     if loaded.training.base_precision:
         pytest.importorskip("torchao")
     plan = dry_run(loaded, examine)
@@ -95,6 +101,7 @@ def test_it_fits_its_card_at_the_real_size(real, config):
     assert bool(said) == (loaded.student.lora is None)
     assert plan.parameters["base"] == pytest.approx(MODELS[model][2] * 1e9, rel=0.03)
     assert plan.total_memory() < CARDS["24gb" in config.stem] * GIB
+    assert memory_page.row(config, plan) in MODELS_PAGE, "make docs writes docs/models.md again"
     assert plan.activations[0] > 3 * plan.activations[1]
 
 

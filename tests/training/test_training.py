@@ -487,6 +487,12 @@ def test_collapse_is_warned_about(raw):
     for _ in range(8):
         health.update(seen, 50.0)
     assert list(health.warnings()) == ["gradient norm"]
+    noised = replace(seen, depth=torch.full_like(seen.depth, -1))  # a warm start, whose gradients are smaller
+    for _ in range(40):
+        health.update(noised, 1.0)
+    for _ in range(20):
+        health.update(seen, 50.0)
+    assert health.warnings() == {}
     seen = replace(seen, velocity_norm=3 * seen.velocity_norm, state_norm=0.2 * seen.state_norm)
     for _ in range(30):
         health.update(seen, 1.0)
