@@ -109,7 +109,7 @@ def test_it_fits_its_card_at_the_real_size(real, config):
 def test_with_blocks_that_wait_in_host_memory_it_fits_a_small_card(real, config, card):
     path = CONFIGS / f"{config}.yaml"
     root = real(model_of(path))
-    changes = [*overrides(path, root), "training.batch_size=4"]
+    changes = [*overrides(path, root), "training.batch_size=4", "training.gradient_accumulation_steps=4"]
     whole = dry_run(load_config(path, changes), examine)
     planned = plan(load_config(path, [*changes, "training.swap_blocks=auto"]), examine, 1, card)
     found, room = planned.findings, cards.CARDS[card].memory - LEFT
