@@ -31,11 +31,11 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     attempt = findings.attempt
     load = cache(empty_network)  # sources of the same weights are one network
     sources = {name: attempt(f"sources.{name}.weights", load, s.weights) for name, s in config.networks().items()}
-    if config.student.init_from == "merge":
-        student = next(iter(sources.values()))
+    start = config.student.init_from
+    if start == "merge":
+        start = next(iter(config.networks().values())).weights
         findings.found.append(f"student: begins as the mean of {', '.join(sources)}")
-    else:
-        student = attempt("student.init_from", empty_network, config.student.init_from)
+    student = attempt("student.init_from", empty_network, start)  # of its own: sources may be narrowed in place
     for name, source in sources.items():
         if source and student and source.config != student.config:
             findings.problems.append(f"sources.{name}.weights: its network {source.config} is not the student's")
