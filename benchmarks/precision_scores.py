@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 
 from danceopd.core.fields import Field
-from danceopd.miniature.detector import detect
-from danceopd.miniature.evaluate import Canvas, Draw, edit_set, t2i_set
-from danceopd.miniature.scene import render
-from danceopd.miniature.scores import edit_scores, geneval_correct
+from danceopd.miniature.evaluate import Canvas, Draw, drawn_prompts, edit_marks
+from danceopd.miniature.scores import geneval_correct
 from danceopd.miniature.shipped import PIPELINE, shipped_sources
 from danceopd.models.backbones import flux2, pipeline_class_of
 from danceopd.models.eight_bit import to_eight_bit
@@ -45,11 +43,9 @@ def marks(draw: Draw, source: str, seed: int, pictures: int) -> tuple[torch.Tens
         The mark of each picture, [B], and its task or kind.
     """
     if source == "edit":
-        edits, before, expected = edit_set(seed, pictures)
-        detection = detect(draw([edit.text for edit in edits], render(before), seed + 1))
-        return edit_scores(edits, before, expected, detection)["o"], [edit.kind for edit in edits]
-    prompts, _ = t2i_set(seed, pictures)
-    detection = detect(draw([prompt.text for prompt in prompts], None, seed))
+        edits, scores = edit_marks(draw, seed, pictures)
+        return scores["o"], [edit.kind for edit in edits]
+    prompts, detection = drawn_prompts(draw, seed, pictures)
     return geneval_correct(prompts, detection).float(), [prompt.task for prompt in prompts]
 
 

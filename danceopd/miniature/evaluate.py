@@ -10,7 +10,7 @@ from danceopd.core.conditioning import Conditioning
 from danceopd.core.fields import Field, guided
 from danceopd.core.rollout import sample
 from danceopd.evaluation.pipelines import load_pipeline
-from danceopd.miniature.detector import detect
+from danceopd.miniature.detector import Detection, detect
 from danceopd.miniature.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
 from danceopd.miniature.looks import IMAGE_SIZE
 from danceopd.miniature.pipeline import TEXT_LENGTH
@@ -92,6 +92,14 @@ def edit_set(seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS) -> tuple[
     return sample_edits(index, torch.Generator().manual_seed(seed + 1))
 
 
+def drawn_prompts(
+    draw: Draw, seed: int, per_task: int, split: str = "seen", style: int = 0
+) -> tuple[list[Prompt], Detection]:
+    """Draws the evaluation's prompts, and returns them with what the detector finds in each picture."""
+    prompts, _ = t2i_set(seed, per_task, split, style)
+    return prompts, detect(draw([prompt.text for prompt in prompts], None, seed))
+
+
 def score_geneval(draw: Draw, seed: int, per_task: int, split: str = "seen", style: int = 0) -> dict:
     """Scores what draws by GenEval's tasks.
 
@@ -106,10 +114,18 @@ def score_geneval(draw: Draw, seed: int, per_task: int, split: str = "seen", sty
         {"overall", "standard_error", and each task's share of right pictures}; overall is the mean of the tasks. With a
         style also "style", the share of the things found that have it.
     """
-    prompts, _ = t2i_set(seed, per_task, split, style)
-    detection = detect(draw([prompt.text for prompt in prompts], None, seed))
+    prompts, detection = drawn_prompts(draw, seed, per_task, split, style)
     result = summary(geneval_correct(prompts, detection).float(), [prompt.task for prompt in prompts], "overall")
     return {**result, "style": float(style_share(detection, style).mean())} if style else result
+
+
+def edit_marks(
+    draw: Draw, seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS
+) -> tuple[list[Edit], dict[str, torch.Tensor]]:
+    """Draws the evaluation's edits, and returns them with the scores of each picture (miniature.scores.edit_scores)."""
+    edits, source, expected = edit_set(seed, per_kind, kinds)
+    detection = detect(draw([edit.text for edit in edits], render(source), seed + 1))
+    return edits, edit_scores(edits, source, expected, detection)
 
 
 def score_gedit(draw: Draw, seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS) -> dict:
@@ -125,9 +141,7 @@ def score_gedit(draw: Draw, seed: int, per_kind: int, kinds: tuple[str, ...] = K
         {"average", "standard_error", each kind's mean O in [0, 10], "sc", "pq", "local", "global"}; average is the mean
         of the kinds, local and global hold the same of their own kinds.
     """
-    edits, source, expected = edit_set(seed, per_kind, kinds)
-    detection = detect(draw([edit.text for edit in edits], render(source), seed + 1))
-    scores = edit_scores(edits, source, expected, detection)
+    edits, scores = edit_marks(draw, seed, per_kind, kinds)
 
     def of(group: tuple[str, ...]) -> dict:
         among = [i for i, edit in enumerate(edits) if edit.kind in group]

@@ -114,7 +114,7 @@ MINIATURE_RATES = dict.fromkeys(MINIATURE, 2e-3) | {"flow_opd": 6e-4}
 MINIATURE_GRID = {row: (6e-4, 2e-3) for row in MINIATURE if row != "joint_samples"}  # which takes joint's
 MINIATURE_GRID["flow_opd"] = (6e-5, 2e-4, 6e-4)
 
-# Of every training there: a student that starts from the sources' mean learns in a fraction of the updates.
+# Every training there has these: a student that starts from the sources' mean learns in a fraction of the updates.
 ON_MINIATURE = {"student.init_from": "merge", "training.precision": "fp32", "evaluation.times": 2}
 
 DRAWN_SAMPLES, DRAWN_STEPS = 2000, 16  # of each capability: pictures that a source draws, and solver steps of each
