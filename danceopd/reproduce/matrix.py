@@ -117,6 +117,8 @@ MINIATURE_GRID["flow_opd"] = (6e-5, 2e-4, 6e-4)
 # Every training there has these: a student that starts from the sources' mean learns in a fraction of the updates.
 ON_MINIATURE = {"student.init_from": "merge", "training.precision": "fp32", "evaluation.times": 2}
 
+TO_THE_BUDGET = {"training.max_steps": 100_000}  # so that the evaluations alone end a run, and lead its schedule
+
 DRAWN_SAMPLES, DRAWN_STEPS = 2000, 16  # of each capability: pictures that a source draws, and solver steps of each
 
 DRAWN_EVALUATIONS = 2 * DRAWN_SAMPLES * DRAWN_STEPS
@@ -208,7 +210,7 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
             (
                 row,
                 "miniature",
-                {**ON_MINIATURE, "training.learning_rate": MINIATURE_RATES[row], **overrides},
+                {**ON_MINIATURE, **TO_THE_BUDGET, "training.learning_rate": MINIATURE_RATES[row], **overrides},
                 budget.miniature - (DRAWN_EVALUATIONS if row == "joint_samples" else 0),
             )
             for row, (_, overrides) in MINIATURE.items()
