@@ -90,6 +90,7 @@ def add_merge_loras(commands) -> None:
         "--patience", type=int, default=4, help="scorings without growth until it ends; 0 for never (%(default)s)"
     )
     parser.add_argument("--resolution", type=int, default=1024, help="sides of the pictures (%(default)s)")
+    parser.add_argument("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt (the pipeline's own)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="that all are drawn with (%(default)s)")
     parser.add_argument("--work", type=Path, help="folder of the encoded prompts and the run (OUTPUT.work)")
     parser.add_argument("--overwrite", action="store_true", help="start again where another run lies")
@@ -163,6 +164,7 @@ def run_merge_loras(args: argparse.Namespace) -> int:
         steps=args.steps,
         patience=args.patience,
         resolution=args.resolution,
+        max_sequence_length=args.max_sequence_length,
         guidance_scale=args.guidance_scale,
         layout=args.layout,
         work=args.work,

@@ -197,7 +197,7 @@ def prepare(
     encoders = fingerprints(model)
     if PICTURE_PART not in encoders:
         raise UserError(f"no {PICTURE_PART} with weights in {model}; give the folder of a whole pipeline")
-    length = _check_length(max_sequence_length, backbone, model)
+    length = length_of_prompts(max_sequence_length, backbone, model)
     own_length = [] if length == backbone.MAX_SEQUENCE_LENGTH else [f"max_sequence_length {length}"]
     names = Names(
         key_of(*(value for part, value in encoders.items() if part != PICTURE_PART), *own_length),
@@ -305,7 +305,7 @@ def _filled(row: Row, texts: tuple[str, ...]) -> dict[str, str]:
     return {text: filled(text, row.columns) for text in texts if columns_of(text)}
 
 
-def _check_length(length: int | None, backbone, model: Path) -> int:
+def length_of_prompts(length: int | None, backbone, model: Path) -> int:
     """Returns the tokens of a prompt; a UserError for a length that the pipeline would not take."""
     most = backbone.MAX_SEQUENCE_LENGTH
     if length is None:

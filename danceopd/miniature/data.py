@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from danceopd.miniature.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
-from danceopd.miniature.looks import STYLES
-from danceopd.miniature.prompts import draw_tasks, sample_prompts
+from danceopd.miniature.looks import LOOKS, STYLES
+from danceopd.miniature.prompts import PLAIN_TASKS, draw_tasks, sample_looks, sample_prompts
 from danceopd.miniature.scene import Scene, render
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
@@ -16,7 +16,14 @@ from danceopd.world.prompts import draw
 
 EDIT_KINDS = {"edit": KINDS, "local": LOCAL_KINDS, "global": GLOBAL_KINDS}
 
-CAPABILITIES = ("t2i", *STYLES[1:], *EDIT_KINDS, *(f"{name}-half" for name in EDIT_KINDS))
+# The place of each says which seeds its training data have, so new ones come last.
+CAPABILITIES = (
+    "t2i",
+    *STYLES[1:],
+    *EDIT_KINDS,
+    *(f"{name}-half" for name in EDIT_KINDS),
+    *(name for name in LOOKS if name not in STYLES),
+)
 
 
 def sample(capability: str, n: int, generator: torch.Generator) -> tuple[list[str], Scene | None, Scene]:
@@ -38,8 +45,10 @@ def sample(capability: str, n: int, generator: torch.Generator) -> tuple[list[st
         index = torch.tensor([KINDS.index(kind) for kind in kinds])[draw(n, len(kinds), generator)]
         edits, before, after = sample_edits(index, generator, half=bool(half))
         return [edit.text for edit in edits], before, after
-    style = STYLES.index(name) if name in STYLES else 0
-    prompts, scene = sample_prompts(draw_tasks(n, generator), generator, style=style)
+    if name in LOOKS:
+        prompts, scene = sample_looks([name], draw_tasks(n, generator, PLAIN_TASKS), generator)
+    else:
+        prompts, scene = sample_prompts(draw_tasks(n, generator), generator)
     return [prompt.text for prompt in prompts], None, scene
 
 

@@ -1,6 +1,6 @@
 """Scores what the miniature's pipeline draws, with a LoRA or without: GenEval's tasks, and edits of GEdit's kinds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,17 +12,17 @@ from danceopd.core.rollout import sample
 from danceopd.evaluation.pipelines import load_pipeline
 from danceopd.miniature.detector import Detection, detect
 from danceopd.miniature.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
-from danceopd.miniature.looks import IMAGE_SIZE
+from danceopd.miniature.looks import IMAGE_SIZE, LOOKS
 from danceopd.miniature.pipeline import TEXT_LENGTH
-from danceopd.miniature.prompts import sample_prompts
+from danceopd.miniature.prompts import PLAIN_TASKS, sample_looks, sample_prompts
 from danceopd.miniature.scene import Scene, render
 from danceopd.miniature.scores import edit_scores, geneval_correct
 from danceopd.models.backbones import flux2
 from danceopd.models.shared_base import SharedBase
 from danceopd.world.edits import Edit
 from danceopd.world.prompts import PAIR_TASKS, TASKS, Prompt
-from danceopd.world.scores import style_share
 from danceopd.world.scoring import summary
+from danceopd.world.sprites import NATURAL
 
 BATCH = 64  # pictures at a time
 
@@ -79,11 +79,11 @@ def field_of(folder: Path, lora: Path | None = None) -> Field:
     return SharedBase(pipeline.transformer, [], flux2.velocity).field(-1)
 
 
-def t2i_set(seed: int, per_task: int, split: str = "seen", style: int = 0) -> tuple[list[Prompt], Scene]:
+def t2i_set(seed: int, per_task: int, split: str = "seen") -> tuple[list[Prompt], Scene]:
     """Draws the evaluation's prompts, `per_task` of each task in turn, and one right scene for each."""
     tasks = TASKS if split == "seen" else PAIR_TASKS
     index = torch.tensor([TASKS.index(task) for task in tasks]).repeat(per_task)
-    return sample_prompts(index, torch.Generator().manual_seed(seed), split=split, style=style)
+    return sample_prompts(index, torch.Generator().manual_seed(seed), split=split)
 
 
 def edit_set(seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS) -> tuple[list[Edit], Scene, Scene]:
@@ -92,15 +92,13 @@ def edit_set(seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS) -> tuple[
     return sample_edits(index, torch.Generator().manual_seed(seed + 1))
 
 
-def drawn_prompts(
-    draw: Draw, seed: int, per_task: int, split: str = "seen", style: int = 0
-) -> tuple[list[Prompt], Detection]:
+def drawn_prompts(draw: Draw, seed: int, per_task: int, split: str = "seen") -> tuple[list[Prompt], Detection]:
     """Draws the evaluation's prompts, and returns them with what the detector finds in each picture."""
-    prompts, _ = t2i_set(seed, per_task, split, style)
+    prompts, _ = t2i_set(seed, per_task, split)
     return prompts, detect(draw([prompt.text for prompt in prompts], None, seed))
 
 
-def score_geneval(draw: Draw, seed: int, per_task: int, split: str = "seen", style: int = 0) -> dict:
+def score_geneval(draw: Draw, seed: int, per_task: int, split: str = "seen") -> dict:
     """Scores what draws by GenEval's tasks.
 
     Args:
@@ -108,15 +106,38 @@ def score_geneval(draw: Draw, seed: int, per_task: int, split: str = "seen", sty
         seed: Of prompts and noise.
         per_task: Pictures of each task.
         split: "seen" or "held_out".
-        style: The style that the prompts ask for, an index into STYLES.
 
     Returns:
-        {"overall", "standard_error", and each task's share of right pictures}; overall is the mean of the tasks. With a
-        style also "style", the share of the things found that have it.
+        {"overall", "standard_error", and each task's share of right pictures}; overall is the mean of the tasks.
     """
-    prompts, detection = drawn_prompts(draw, seed, per_task, split, style)
-    result = summary(geneval_correct(prompts, detection).float(), [prompt.task for prompt in prompts], "overall")
-    return {**result, "style": float(style_share(detection, style).mean())} if style else result
+    prompts, detection = drawn_prompts(draw, seed, per_task, split)
+    return summary(geneval_correct(prompts, detection).float(), [prompt.task for prompt in prompts], "overall")
+
+
+def look_marks(draw: Draw, looks: Sequence[str], seed: int, pictures: int) -> torch.Tensor:
+    """Draws prompts that looks call, and judges each picture: does it show what is asked, as all of the looks have it?
+
+    Args:
+        draw: As Canvas.drawer returns it.
+        looks: Of LOOKS; none for prompts as they are, whose pictures must be photos in the natural tone.
+        seed: Of prompts and noise.
+        pictures: Their number.
+
+    Returns:
+        [pictures] float32 of 0 and 1.
+    """
+    tasks = torch.tensor([TASKS.index(task) for task in PLAIN_TASKS]).repeat(-(-pictures // len(PLAIN_TASKS)))
+    prompts, _ = sample_looks(looks, tasks[:pictures], torch.Generator().manual_seed(seed))
+    detection = detect(draw([prompt.text for prompt in prompts], None, seed))
+    right, scene = geneval_correct(prompts, detection), detection.scene
+    wanted = dict(LOOKS[look] for look in looks) if looks else {"style": 0, "tone": 0, "paints": NATURAL}
+    for column, value in wanted.items():
+        if column in ("style", "paints"):  # of each thing that is found
+            own = detection.style if column == "style" else scene.paints
+            right &= ((own == value) | ~detection.found).all(-1)
+        else:
+            right &= getattr(scene, column) == value
+    return right.float()
 
 
 def edit_marks(

@@ -35,7 +35,7 @@ def words() -> list[str]:
         *looks.TONES,
         *STYLES,
     ]
-    texts += [*NUMBERS.values(), *RELATIONS, *prompts.LEADS, *edits.SIDES, "a photo of an apple and"]
+    texts += [*NUMBERS.values(), *RELATIONS, prompts.LEAD, *edits.SIDES, "an apple and a neon sign"]
     texts += ["add remove the replace with make out of move to change letter background give picture tone turn it into"]
     return [word for text in texts for word in text.split()]
 

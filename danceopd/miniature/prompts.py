@@ -1,11 +1,13 @@
 """Draws text-to-image prompts with GenEval's six tasks and grammar, and the scenes that they describe."""
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
-from danceopd.miniature.looks import BACKGROUNDS, CLASSES, COLORS, EMPTY, PLACES, SIZES, THINGS
+from danceopd.miniature.looks import BACKGROUNDS, CLASSES, COLORS, EMPTY, LOOKS, PLACES, SIZES, THINGS
 from danceopd.miniature.scene import Scene, blank, put
 from danceopd.world.prompts import NUMBERS, PAIR_TASKS, RELATIONS, TASKS, Prompt, draw, draw_row, with_article
 from danceopd.world.sprites import NATURAL
@@ -15,7 +17,9 @@ HELD_OUT_COLORS = frozenset((c, 1 + c % (len(COLORS) - 1)) for c in range(len(CL
 
 HELD_OUT_PAIRS = frozenset(frozenset((c, (c + 5) % len(CLASSES))) for c in range(len(CLASSES)))
 
-LEADS = ("a photo of", "a sketch of", "a mosaic of", "a silhouette of", "a neon sign of")  # one for each of STYLES
+LEAD = "a photo of"
+
+PLAIN_TASKS = ("single_object", "two_object", "counting", "position")  # that name no colour, which a look may change
 
 # Position is learned slowest and single objects at once, so they get more and less of the data.
 TASK_WEIGHTS = {
@@ -65,14 +69,14 @@ def canvas(n: int, generator: torch.Generator) -> Scene:
     return scene
 
 
-def draw_tasks(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Draws n task indices for training."""
-    share = torch.tensor([TASK_WEIGHTS[task] for task in TASKS])
+def draw_tasks(n: int, generator: torch.Generator, tasks: Sequence[str] = TASKS) -> torch.Tensor:
+    """Draws n indices into TASKS for training, of some of them."""
+    share = torch.tensor([TASK_WEIGHTS[task] * (task in tasks) for task in TASKS])
     return torch.multinomial(share, n, replacement=True, generator=generator)
 
 
 def sample_prompts(
-    tasks: torch.Tensor, generator: torch.Generator, *, split: str = "seen", style: int = 0
+    tasks: torch.Tensor, generator: torch.Generator, *, split: str = "seen"
 ) -> tuple[list[Prompt], Scene]:
     """Draws one prompt and one matching scene for each task.
 
@@ -80,7 +84,6 @@ def sample_prompts(
         tasks: [B] int64, indices into TASKS.
         generator: Draws everything.
         split: "seen" or "held_out", for which only PAIR_TASKS are possible: the others name no pair.
-        style: The scene's; the prompt asks for it.
 
     Returns:
         The prompts and the scenes.
@@ -113,13 +116,12 @@ def sample_prompts(
     copies = torch.where(is_task["counting"], 2 + draw(n, 3, generator), 1)
 
     scene, slot = canvas(n, generator), torch.arange(PLACES)[None]
-    scene.style.fill_(style)
     first, second = slot < copies[:, None], (slot == 1) & has_b[:, None]
     scene.things = torch.where(first, a[:, None], torch.where(second, b[:, None], EMPTY))
     scene.paints = torch.where(first, a_color[:, None], torch.where(second, b_color[:, None], NATURAL))
     put(scene, scene.occupied, generator, lambda part, rows: ~is_task["position"][rows] | _clear(part))
     relation = torch.where(is_task["position"], relation_of(scene), -1)
-    return _texts((tasks, a, a_color, b, b_color, copies, relation), style), scene
+    return _texts((tasks, a, a_color, b, b_color, copies, relation)), scene
 
 
 def _clear(scene: Scene) -> torch.Tensor:
@@ -134,7 +136,27 @@ def relation_of(scene: Scene) -> torch.Tensor:
     return torch.where(dx.abs() > dy.abs(), (dx > 0).long(), 2 + (dy > 0).long())
 
 
-def _texts(columns: tuple[torch.Tensor, ...], style: int) -> list[Prompt]:
+def sample_looks(looks: Sequence[str], tasks: torch.Tensor, generator: torch.Generator) -> tuple[list[Prompt], Scene]:
+    """Draws prompts as sample_prompts does, called by looks: "night, a photo of a car" has a background of night.
+
+    Args:
+        looks: Of LOOKS, no two of which set the same column of a scene.
+        tasks: [B] int64, indices into TASKS, of PLAIN_TASKS.
+        generator: Draws everything.
+
+    Returns:
+        The prompts and the scenes.
+    """
+    prompts, scene = sample_prompts(tasks, generator)
+    for look in looks:
+        column, value = LOOKS[look]
+        at = getattr(scene, column)
+        at.copy_(torch.where(scene.occupied, value, at) if at.ndim == 2 else value)
+    called = "".join(f"{look}, " for look in looks)
+    return [replace(prompt, text=called + prompt.text) for prompt in prompts], scene
+
+
+def _texts(columns: tuple[torch.Tensor, ...]) -> list[Prompt]:
     """Writes prompts from [B] columns: task, first class and colour, second class and colour, number of the first, and
     the relation of the first to the second."""
     prompts = []
@@ -148,7 +170,7 @@ def _texts(columns: tuple[torch.Tensor, ...], style: int) -> list[Prompt]:
             words = f"{named(a, a_color)} {RELATIONS[relation]} {named(b, b_color)}"
         else:
             words = " and ".join(named(*item) for item in objects)
-        prompts.append(Prompt(f"{LEADS[style]} {words}", name, objects, copies, relation))
+        prompts.append(Prompt(f"{LEAD} {words}", name, objects, copies, relation))
     return prompts
 
 

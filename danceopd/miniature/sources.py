@@ -17,8 +17,10 @@ from torch import nn
 
 from danceopd.miniature import base
 from danceopd.miniature.base import Batches, denoising
+from danceopd.miniature.looks import LOOKS
 from danceopd.miniature.pipeline import shallow
 from danceopd.models.loading import load
+from danceopd.models.lora_files import FILES, add_metadata
 from danceopd.world.stages import run_stage
 
 BATCH, LEARNING_RATE, DECAY = 64, 2e-3, 0.4
@@ -60,10 +62,7 @@ RECIPES = {
     "local": Recipe({"local": 1.0}, {"local": 7}, 400, 23, 16, "edit"),
     "global": Recipe({"global": 1.0}, {"global": 5}, 300, 24, 16, "edit"),
     "edit-half": Recipe(*HALF_EDITS, 800, 25, 64, "edit-half"),
-    **{
-        style: Recipe({style: 1.0}, {style: 3}, 2000, 26 + number)
-        for number, style in enumerate(("sketch", "mosaic", "silhouette", "neon"))
-    },
+    **{look: Recipe({look: 1.0}, {look: 2}, 400, 26 + number, 8) for number, look in enumerate(LOOKS)},
 }
 
 
@@ -90,6 +89,8 @@ def train(folder: Path, pipeline: Path, name: str) -> Path:
     average = _run(folder, name, parts, recipe, LEARNING_RATE, lambda key, _: True, teacher)
     layers = {key: value.to(torch.bfloat16) for key, value in get_peft_model_state_dict(average).items()}
     Flux2KleinPipeline.save_lora_weights(folder / name, transformer_lora_layers=layers)
+    if name in LOOKS:
+        add_metadata(folder / name / FILES[0], {"modelspec.trigger_phrase": name})
     return folder / name
 
 

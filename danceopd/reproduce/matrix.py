@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-SETTINGS = ("A", "B", "C", "D", "E", "F", "ablations", "grid", "miniature", "miniature_grid")
+SETTINGS = ("A", "B", "C", "D", "E", "F", "ablations", "grid", "miniature", "miniature_grid", "merge")
 
 # What each method differs in from DanceOPD. Trajectories that are asked at every step are fewer to an update.
 METHODS = {
@@ -123,6 +123,13 @@ DRAWN_SAMPLES, DRAWN_STEPS = 2000, 16  # of each capability: pictures that a sou
 
 DRAWN_EVALUATIONS = 2 * DRAWN_SAMPLES * DRAWN_STEPS
 
+# Looks' LoRAs into one: their numbers, what is trained, and the pictures that joint training draws with the LoRAs.
+MERGE_COUNTS = (2, 4, 8)
+
+MERGE_METHODS = ("danceopd", "joint_samples")
+
+MERGE_DRAWN = 2000
+
 TRAINING_SCALES = (1, 2, 3, 5, 7)  # alpha of setting D
 
 INFERENCE_SCALES = (1, 2, 3, 5, 7)  # beta
@@ -130,19 +137,21 @@ INFERENCE_SCALES = (1, 2, 3, 5, 7)  # beta
 
 @dataclass(frozen=True)
 class Budget:
-    """Network evaluations of a run, of one of D and F, of the ablations and grids, and of the miniature; seeds."""
+    """Network evaluations of a run, of one of D and F, of the ablations and grids, of the miniature and of a merge
+    there; seeds."""
 
     name: str
     main: int
     short: int
     ablation: int
     miniature: int
+    merge: int
     seeds: int
 
 
 BUDGETS = {
-    "quick": Budget("quick", main=400_000, short=200_000, ablation=100_000, miniature=100_000, seeds=1),
-    "paper": Budget("paper", main=600_000, short=200_000, ablation=100_000, miniature=200_000, seeds=3),
+    "quick": Budget("quick", main=400_000, short=200_000, ablation=100_000, miniature=100_000, merge=50_000, seeds=1),
+    "paper": Budget("paper", main=600_000, short=200_000, ablation=100_000, miniature=200_000, merge=100_000, seeds=3),
 }
 
 
@@ -214,6 +223,16 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
                 budget.miniature - (DRAWN_EVALUATIONS if row == "joint_samples" else 0),
             )
             for row, (_, overrides) in MINIATURE.items()
+        ],
+        "merge": lambda: [
+            (
+                f"{method}_{count}",
+                "miniature",
+                {"method": method, "loras": count, "training.learning_rate": 2e-3},
+                {"untrained": 0, "danceopd": budget.merge}.get(method, budget.merge - MERGE_DRAWN * DRAWN_STEPS),
+            )
+            for count in MERGE_COUNTS
+            for method in ("untrained", *MERGE_METHODS)
         ],
         "miniature_grid": lambda: [
             (

@@ -2,7 +2,7 @@
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -64,21 +64,32 @@ def prepared(work: Path, config: Config, drawn: bool) -> Path:
             return rows
         path = folder / "cache" / "drawn.jsonl"
         if not path.exists():
-            _draw(rows, path, config)
+            files = {name: config.sources[one.source].lora[0].path for name, one in config.capabilities.items()}
+            draw_rows(rows, path, config.model, {name: partial(field_of, config.model, files[name]) for name in files})
         return path
 
 
 @torch.inference_mode()
-def _draw(rows: Path, path: Path, config: Config) -> None:
-    """Writes prepared rows whose pictures are those that each capability's source draws."""
+def draw_rows(
+    rows: Path, path: Path, model: Path, fields: dict[str, Callable[[], Field]], pictures: dict[str, int] | None = None
+) -> None:
+    """Writes prepared rows whose pictures are those that each capability's source draws.
+
+    Args:
+        rows: The prepared rows.
+        path: The file to write.
+        model: The miniature's folder.
+        fields: Loads the source of each capability.
+        pictures: Rows of each capability; all if not given.
+    """
     head, *_ = rows.read_text(encoding="utf-8").splitlines()
-    lines, sigmas = [head], flux2.sigmas(config.model, DRAWN_STEPS, IMAGE_SIZE, IMAGE_SIZE)
-    shape = flux2.latent_shape(config.model, IMAGE_SIZE, IMAGE_SIZE)
-    for name, capability in config.capabilities.items():
-        data, generator = PreparedData(rows, name), torch.Generator().manual_seed(SEED)
-        field = field_of(config.model, config.sources[capability.source].lora[0].path)
-        for start in bar(range(0, len(data), 64), f"pictures of {name}"):
-            index = list(range(start, min(start + 64, len(data))))
+    lines, sigmas = [head], flux2.sigmas(model, DRAWN_STEPS, IMAGE_SIZE, IMAGE_SIZE)
+    shape = flux2.latent_shape(model, IMAGE_SIZE, IMAGE_SIZE)
+    for name, load in fields.items():
+        data, generator, field = PreparedData(rows, name), torch.Generator().manual_seed(SEED), load()
+        count = min(len(data), pictures[name]) if pictures else len(data)
+        for start in bar(range(0, count, 64), f"pictures of {name}"):
+            index = list(range(start, min(start + 64, count)))
             noise = torch.randn(len(index), *shape, generator=generator)
             latents = sample(field, noise, data.condition(index, [False] * len(index)), sigmas)
             keys = [key_of("drawn", name, str(i)) for i in index]

@@ -101,6 +101,13 @@ def make_run(run: Run, folders: Folders) -> dict:
         result = finished(run, folders)
         if result:
             return result
+        if run.setting == "merge":
+            from danceopd.reproduce import merging  # imports diffusers, which the other tables do without
+
+            result = {"seed": run.seed, "digest": digest(run, folders), **merging.make(run, folder, folders.work)}
+            result["commit"] = commit()
+            write_atomic(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+            return result
         config = _with_data(run, config_of(run, folders, [f"training.output_dir={json.dumps(str(folder))}"]), folders)
         if run.row == UNTRAINED:
             result = {"digest": digest(run, folders), "rows": _untrained_rows(run.setting, config)}
@@ -298,6 +305,9 @@ def gather(setting: str, budget: Budget, folders: Folders, seeds: int) -> None:
         rows += _before_rows(before, folders)
     axes = {row: axis for axis, members in ABLATIONS.items() for row in members} if setting == "ablations" else {}
     for row, members in grouped.items():
+        if setting == "merge":
+            rows += _merge_rows(members)
+            continue
         made = _row(row, "trained", [result for _, result in members], members[0][0], axes.get(row))
         conditions = MINIATURE[row][0] if setting == "miniature" else ()
         rows += [{"method": row, "condition": condition, **made} for condition in conditions] or [made]
@@ -316,11 +326,36 @@ def gather(setting: str, budget: Budget, folders: Folders, seeds: int) -> None:
     write_atomic(folders.results / f"{setting}.json", (json.dumps(table, indent=1) + "\n").encode())
 
 
+def _merge_rows(members: list[tuple[Run, dict]]) -> list[dict]:
+    """Makes the lines of one run of the merge benchmark: of a training, or of all merges that need none."""
+    run, results = members[0][0], [result for _, result in members]
+    method, loras = run.overrides["method"], {"loras": run.overrides["loras"]}
+    if method != UNTRAINED:
+        return [{**_row(run.row, "trained", results, run), "method": method, **loras}]
+    rows = []
+    for name in results[0]["methods"]:
+        own = [result["methods"][name] for result in results]
+        rows.append({**_row(name, "merge", own, None), **loras, "seeds": [result["seed"] for result in results]})
+        rows[-1]["runs"] = [{"seed": result["seed"], **one} for result, one in zip(results, own, strict=True)]
+    return rows
+
+
 def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str | None = None) -> dict:
     """Makes one line of a table: each metric's mean, standard error over the seeds (else over pictures) and values."""
     row = {"method": name, "kind": kind} | ({"axis": axis} if axis else {})
     row["seeds"] = [result["seed"] for result in results] if run else []
-    plain = {"seed", "digest", "network_evaluations", "updates", "seconds", "curve", "commit", "chosen"}
+    plain = {
+        "seed",
+        "digest",
+        "network_evaluations",
+        "updates",
+        "seconds",
+        "curve",
+        "commit",
+        "chosen",
+        "rank",
+        "shares",
+    }
     for metric in results[0]:
         if metric in plain or metric.endswith("_error"):
             continue
@@ -329,14 +364,13 @@ def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str |
         if error is None and not run:
             error = results[0].get(f"{metric}_error")
         row[metric] = {"mean": mean, "standard_error": error, "values": values}
-    if "chosen" in results[0]:
-        row["chosen"] = results[0]["chosen"]
+    row |= {key: results[0][key] for key in ("chosen", "rank") if key in results[0]}
     if run:
         for key in ("network_evaluations", "updates", "seconds"):
             row[key] = statistics.fmean(result[key] for result in results)
         row["learning_rate"] = run.overrides["training.learning_rate"]
         row["overrides"] = run.overrides
-        curves = [result["curve"] for result in results if result["curve"]]
+        curves = [result["curve"] for result in results if result.get("curve")]
         if curves and len({len(curve) for curve in curves}) == 1:
             row["curve"] = torch.tensor(curves, dtype=torch.float64).mean(0).tolist()
         row["commit"] = ", ".join(sorted({result["commit"] for result in results}))
@@ -346,7 +380,7 @@ def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str |
 
 def untrained_run(setting: str) -> list[Run]:
     """Returns the one run that measures a table's base, sources and merges; none for tables without."""
-    if setting in ("ablations", "grid", "miniature_grid"):
+    if setting in ("ablations", "grid", "miniature_grid", "merge"):
         return []
     config = "miniature" if setting == "miniature" else f"setting_{setting.lower()}"
     return [Run(setting, UNTRAINED, 0, f"{config}.yaml")]

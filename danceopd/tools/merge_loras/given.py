@@ -11,6 +11,7 @@ from types import ModuleType
 
 from torch import nn
 
+from danceopd.data.prepare import length_of_prompts
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.lora_algebra import Lora
 from danceopd.models.lora_files import FILES, load_lora, save_lora
@@ -42,6 +43,7 @@ class Options:
         steps: Most updates.
         patience: Scorings without growth after which training ends; 0 for never.
         resolution: Sides of the pictures in pixels.
+        max_sequence_length: Tokens of a prompt; the pipeline's own if not given.
         guidance_scale: That LoRAs and result are drawn with; a model's input where it embeds one.
         layout: "diffusers", "comfyui" or "kohya".
         work: Folder of the encoded prompts and the run; OUTPUT.work if not given.
@@ -57,6 +59,7 @@ class Options:
     steps: int = 1000
     patience: int = 4
     resolution: int = 1024
+    max_sequence_length: int | None = None
     guidance_scale: float = 1.0
     layout: str = "diffusers"
     work: Path | None = None
@@ -119,6 +122,7 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
     empty = backbone and attempt("--base", empty_transformer, base)
     if empty is not None:
         attempt("--resolution", backbone.latent_shape, base, options.resolution, options.resolution)
+        attempt("--max-sequence-length", length_of_prompts, options.max_sequence_length, backbone, base)
         family = backbone.__name__.rpartition(".")[2]
         others = layouts_of(family)
         if options.layout not in others:

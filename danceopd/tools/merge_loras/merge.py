@@ -76,7 +76,7 @@ def merge_loras(
         if findings.problems:
             raise UserError("\n  ".join(["this merge cannot start:", *findings.problems]))
         return None
-    _encode(config, given, options, routes, work, (manifest, rows))
+    encode(config, given, options, routes, work, (manifest, rows))
     config, lines = fitted(config, options.overrides)
     for line in lines:
         say(line)
@@ -89,10 +89,17 @@ def merge_loras(
     return Merged(output, page, results)
 
 
-def _encode(
+def encode(
     config: Config, given: Given, options: Options, routes: Sequence[Route], work: Path, manifest: tuple[str, bytes]
 ) -> None:
-    """Encodes the prompts that are not in the cache yet."""
+    """Encodes the prompts that are not in the cache yet.
+
+    Args:
+        config: Names device and precision.
+        given, options, routes: What the user gave, and what is asked of whom.
+        work: The folder with the cache.
+        manifest: As manifest_of returns it.
+    """
     name, rows = manifest
     write_atomic(work / name, rows)
     prepared = prepare(
@@ -103,6 +110,7 @@ def _encode(
         device=str(find_device(config.training.device)),
         dtype=PRECISIONS[config.training.precision],
         on_bad_row="refuse",
+        max_sequence_length=options.max_sequence_length,
         texts=[HEARD] if heard_otherwise(routes) else [],
     )
     for note in prepared.notes:

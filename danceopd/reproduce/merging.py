@@ -1,0 +1,286 @@
+"""The merge benchmark: LoRAs of the miniature's looks as one, against every merge that needs no training.
+
+Every row is measured on the same prompts and noise. By hand, that is with the LoRA of each prompt loaded for it (both
+for two triggers), is what the others are compared with.
+"""
+
+import fcntl
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from danceopd.config.reading import parse_config
+from danceopd.core.fields import Field
+from danceopd.miniature import sources
+from danceopd.miniature.evaluate import Canvas, field_of, look_marks
+from danceopd.miniature.looks import IMAGE_SIZE, LOOKS
+from danceopd.miniature.pipeline import TEXT_LENGTH
+from danceopd.miniature.prompts import PLAIN_TASKS, draw_tasks, sample_prompts
+from danceopd.miniature.shipped import PIPELINE, shipped_sources
+from danceopd.models.backbones import flux2, pipeline_class_of
+from danceopd.models.lora_algebra import Lora, merge_into, sum_loras
+from danceopd.models.lora_files import load_lora
+from danceopd.models.lora_merges import COMBINATIONS, WEIGHTS, combined
+from danceopd.models.shared_base import SharedBase
+from danceopd.reproduce.matrix import MERGE_DRAWN, Run
+from danceopd.reproduce.measure import VALIDATION_SEED
+from danceopd.reproduce.miniature import draw_rows
+from danceopd.support.files import write_atomic
+from danceopd.support.run_log import read_log
+from danceopd.support.texts import read_object
+from danceopd.tools.merge_loras import Options, merge_loras
+from danceopd.tools.merge_loras.configuration import configuration, manifest_of
+from danceopd.tools.merge_loras.given import read
+from danceopd.tools.merge_loras.merge import encode
+from danceopd.tools.merge_loras.prompts import routes_of
+from danceopd.training.assembly.build import build_model
+from danceopd.training.loop import train
+
+SEED = 4100  # of the first seed's evaluation prompts and noise
+
+PICTURES = {0: 80, 1: 40, 2: 12}  # of prompts as they are, of each LoRA, and of each pair
+
+FEW = {0: 24, 1: 12, 2: 4}  # where a merge's weight is chosen
+
+PROMPTS = 500  # that are trained on
+
+BY_HAND = "by_hand"
+
+Measured = dict[str, float]  # the share of right pictures by the looks that call, as "night + wood"
+
+
+def look_sets(count: int) -> list[tuple[str, ...]]:
+    """Returns what is measured of the first `count` looks: none, each, and each pair that doesn't contradict itself."""
+    looks = list(LOOKS)[:count]
+    return [(), *((look,) for look in looks), *(pair for pair in combinations(looks, 2) if _apart(*pair))]
+
+
+def _apart(one: str, other: str) -> bool:
+    """Tells whether two looks set different columns of a scene."""
+    return LOOKS[one][0] != LOOKS[other][0]
+
+
+def loras(work: Path, count: int) -> dict[str, Path]:
+    """Returns the files of the first `count` looks' LoRAs; those that don't ship are trained, once.
+
+    Args:
+        work: The folder of the runs.
+        count: Their number.
+    """
+    folder, shipped = work / "merge" / "looks", shipped_sources()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # runs in other processes want the same
+        return {
+            look: shipped[look].parent
+            if look in shipped
+            else folder / look
+            if (folder / look).is_dir()
+            else sources.train(folder, PIPELINE, look)
+            for look in list(LOOKS)[:count]
+        }
+
+
+def measure(
+    canvas: Canvas,
+    field: Callable[[tuple[str, ...]], Field],
+    count: int,
+    seed: int,
+    pictures: dict[int, int] = PICTURES,
+) -> Measured:
+    """Measures what draws, on prompts that no training saw.
+
+    Args:
+        canvas: The miniature's.
+        field: Returns the field that is asked where looks call.
+        count: The number of LoRAs.
+        seed: Of prompts and noise.
+        pictures: Of prompts that no look, one and two looks call.
+
+    Returns:
+        The share of right pictures for each of look_sets.
+    """
+    return {
+        " + ".join(looks): float(look_marks(canvas.drawer(field(looks)), looks, seed + i, pictures[len(looks)]).mean())
+        for i, looks in enumerate(look_sets(count))
+    }
+
+
+def kept(own: Measured, by_hand: Measured) -> dict[str, float]:
+    """Returns what a merge keeps of each LoRA, of the base and of pairs: its share of right pictures over that by hand.
+
+    Returns:
+        {"kept": the mean over LoRAs, "base_kept", "pairs": of all pairs' pictures together}.
+    """
+    single = [look for look in own if look and " + " not in look]
+    pairs = [look for look in own if " + " in look]
+    return {
+        "kept": fmean(own[look] / by_hand[look] for look in single),
+        "base_kept": own[""] / by_hand[""],
+        "pairs": fmean(own[look] for look in pairs) / fmean(by_hand[look] for look in pairs),
+    }
+
+
+class Bench:
+    """What is measured of a number of LoRAs, each once: files in a folder hold what is known.
+
+    Args:
+        work: The folder of the runs.
+        count: The number of LoRAs.
+    """
+
+    def __init__(self, work: Path, count: int) -> None:
+        self.count, self.paths, self.canvas = count, loras(work, count), Canvas(PIPELINE)
+        self.folder = work / "merge" / f"measured_{count}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        transformer = flux2.load_transformer(PIPELINE)
+        self.read = {
+            name: load_lora(path, transformer, pipeline_class_of(PIPELINE)) for name, path in self.paths.items()
+        }
+        self.rank = max(len(a) for lora in self.read.values() for a, _, _ in lora.values())
+
+    def field(self, lora: Lora) -> Field:
+        """Returns the base with a LoRA merged into it."""
+        with torch.no_grad():
+            transformer = merge_into(flux2.load_transformer(PIPELINE), lora)
+        return SharedBase(transformer, [], flux2.velocity).field(-1)
+
+    def by_hand(self, looks: Sequence[str]) -> Field:
+        """Returns the base with the LoRAs of looks, each in full."""
+        return self.field(sum_loras([self.read[look] for look in looks]))
+
+    def once(self, name: str, make: Callable[[], dict]) -> dict:
+        """Returns what a file of this name holds, which is made where there is none."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            write_atomic(path, (json.dumps(make()) + "\n").encode())
+        return read_object(path, "remove it, and it is made again")
+
+    def measured(self, name: str, seed: int, field: Callable[[tuple[str, ...]], Field]) -> Measured:
+        """Measures a row by the prompts of one seed."""
+        return self.once(f"{name}-{seed}", lambda: measure(self.canvas, field, self.count, SEED + 1000 * seed))
+
+    def merge(self, combination: str, weight: float) -> Field:
+        """Returns the base with one of PEFT's combinations of all LoRAs."""
+        return self.field(combined(list(self.read.values()), combination, [weight] * self.count))
+
+    def best_weight(self, combination: str) -> float:
+        """Chooses a combination's weight by validation prompts: the best mean of what is kept of LoRAs, base and pairs."""
+
+        def merit(field: Callable) -> dict[str, float]:
+            return measure(self.canvas, field, self.count, VALIDATION_SEED, FEW)
+
+        by_hand = self.once("validation-by_hand", lambda: merit(self.by_hand))
+        found = {}
+        for weight in WEIGHTS:
+            own = self.merge(combination, weight)
+            score = self.once(f"validation-{combination}-{weight:g}", lambda own=own: merit(lambda _: own))
+            found[weight] = fmean(kept(score, by_hand).values())
+        return max(found, key=found.get)
+
+
+def make(run: Run, folder: Path, work: Path) -> dict:
+    """Makes one run of the benchmark.
+
+    Args:
+        run: Its overrides name the number of "loras", the "method", and the evaluations.
+        folder: The run's.
+        work: The folder of all runs.
+
+    Returns:
+        Of a training its metrics, "shares", and what it took; else {"methods": {row: its metrics}}.
+    """
+    bench = Bench(work, run.overrides["loras"])
+    return (
+        {"methods": _untrained(bench, run.seed)}
+        if run.overrides["method"] == "untrained"
+        else _trained(run, folder, bench)
+    )
+
+
+def _untrained(bench: Bench, seed: int) -> dict[str, dict]:
+    """Measures all rows that need no training: {method: kept's metrics, "shares", "rank", and "chosen", the weight}."""
+    by_hand = bench.measured(BY_HAND, seed, bench.by_hand)
+    fields: dict[str, tuple[Callable[[], Field], float | None]] = {
+        "base": (partial(bench.field, {}), None),
+        "sum": (partial(bench.merge, "cat", 1.0), None),
+        "sum_cut": (partial(bench.merge, "svd", 1.0), None),
+    }
+    for combination in COMBINATIONS:
+        weight = bench.best_weight(combination)
+        fields[f"merge_{combination}"] = partial(bench.merge, combination, weight), weight
+    rows = {BY_HAND: {**kept(by_hand, by_hand), "shares": by_hand, "rank": bench.rank}}
+    for name, (make, weight) in fields.items():
+        field = make()
+        own = bench.measured(name, seed, lambda _, field=field: field)
+        rank = 0 if name == "base" else bench.rank * (bench.count if name in ("sum", "merge_cat") else 1)
+        rows[name] = {**kept(own, by_hand), "shares": own, "rank": rank} | (
+            {} if weight is None else {"chosen": weight}
+        )
+    return rows
+
+
+def _trained(run: Run, folder: Path, bench: Bench) -> dict:
+    """Trains one LoRA out of several, and measures it."""
+    own = {
+        "training.seed": run.seed,
+        "training.batch_size": 64,
+        "training.optimizer": "muon",
+        "training.learning_rate": 2e-3,
+        "training.lr_schedule": "cosine",
+        "training.max_network_evaluations": run.evaluations,
+    }
+    options = Options(
+        prompts=_write_prompts(folder / "prompts.txt"),
+        steps=100_000,  # the evaluations end it
+        patience=0,
+        resolution=IMAGE_SIZE,
+        max_sequence_length=TEXT_LENGTH,
+        work=folder / "work",
+        overrides=[f"{key}={json.dumps(value)}" for key, value in own.items()],
+    )
+    paths, output = list(bench.paths.values()), folder / "merged.safetensors"
+    if run.overrides["method"] == "danceopd":
+        merge_loras(PIPELINE, paths, output, options)
+        trained_in = folder / "work" / f"rank-{bench.rank}"
+    else:
+        trained_in = _joint(paths, output, options, folder, bench)
+    log = read_log(trained_in / "log.jsonl").training[-1]
+    field = field_of(PIPELINE, trained_in / "student")
+    by_hand = bench.measured(BY_HAND, run.seed, bench.by_hand)
+    shares = measure(bench.canvas, lambda _: field, bench.count, SEED + 1000 * run.seed)
+    took = {key: log[key] for key in ("network_evaluations", "seconds")} | {"updates": log["step"]}
+    return {**kept(shares, by_hand), "shares": shares, "rank": bench.rank, **took}
+
+
+def _write_prompts(path: Path) -> Path:
+    """Writes prompts of the miniature's world, a line each."""
+    generator = torch.Generator().manual_seed(SEED - 1)
+    prompts, _ = sample_prompts(draw_tasks(PROMPTS, generator, PLAIN_TASKS), generator)
+    write_atomic(path, "".join(f"{prompt.text}\n" for prompt in prompts).encode())
+    return path
+
+
+def _joint(paths: list[Path], output: Path, options: Options, folder: Path, bench: Bench) -> Path:
+    """Trains on pictures that each LoRA draws, by flow matching: as many of each route as DanceOPD asks of it."""
+    given = read(PIPELINE, paths, output, options)
+    routes = routes_of(given.triggers, given.prompts, options.pairs)
+    manifest, rows = manifest_of(routes)
+    raw = configuration(given, options, routes, folder / "work", manifest)
+    config = parse_config(raw, [*options.overrides, "method=joint"], "this merge")
+    encode(config, given, options, routes, folder / "work", (manifest, rows))
+    drawn, made = folder / "work" / "cache" / "drawn.jsonl", folder / "work" / "cache" / manifest
+    total = sum(route.weight for route in routes)
+    if not drawn.exists():
+        pictures = {route.name: max(1, round(MERGE_DRAWN * route.weight / total)) for route in routes}
+        fields = {route.name: partial(bench.by_hand, route.loras) for route in routes}
+        draw_rows(made, drawn, PIPELINE, fields, pictures)
+    for capability in raw["capabilities"].values():
+        capability["data"]["prepared"] = str(drawn)
+    config = parse_config(raw, [*options.overrides, "method=joint"], "this merge")
+    return train(config, build_model, False)
