@@ -36,14 +36,14 @@ TONES = ("natural", "warm", "cold", "dark")
 
 # What a LoRA of one look is called by, and what it makes of a picture: a column of its scene, and the value there.
 LOOKS = {
-    "sketch": ("style", STYLES.index("sketch")),
     "night": ("background", BACKGROUNDS.index("night")),
     "wood": ("paints", PAINTS.index("wood")),
     "warm": ("tone", TONES.index("warm")),
-    "mosaic": ("style", STYLES.index("mosaic")),
     "silhouette": ("style", STYLES.index("silhouette")),
-    "neon": ("style", STYLES.index("neon")),
     "sand": ("background", BACKGROUNDS.index("sand")),
+    "ice": ("paints", PAINTS.index("ice")),
+    "cold": ("tone", TONES.index("cold")),
+    "sketch": ("style", STYLES.index("sketch")),
 }
 
 IMAGE_SIZE = 64

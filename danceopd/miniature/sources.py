@@ -1,7 +1,7 @@
 """Trains the miniature's sources: LoRAs of its base, each for a capability of its own.
 
-A LoRA that learns from pictures alone gets nowhere in an hour: the noise of the samples hides what little a small
-network has left to learn. So all weights are tuned first. The LoRA starts as the best cut of what that changed, and is
+A LoRA that should draw or edit better gets nowhere in an hour of learning from pictures alone: the noise of the samples
+hides what little a small network has left to learn. (One look, as a night's background, is learned in minutes.) So all weights are tuned first. The LoRA starts as the best cut of what that changed, and is
 fitted to the velocities of the tuned network, which have no noise.
 """
 
@@ -23,7 +23,7 @@ from danceopd.models.loading import load
 from danceopd.models.lora_files import FILES, add_metadata
 from danceopd.world.stages import run_stage
 
-BATCH, LEARNING_RATE, DECAY = 64, 2e-3, 0.4
+BATCH, DECAY = 64, 0.4
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Recipe:
         seed: Of the samples' order and the noise.
         rank: Of the LoRA.
         tuned: The network of TUNED whose velocities the LoRA is fitted to; None where it learns from pictures.
+        learning_rate: Of Muon for the LoRA; a look that is learned from pictures takes a larger one.
     """
 
     shares: dict[str, float]
@@ -45,6 +46,7 @@ class Recipe:
     seed: int
     rank: int = 16
     tuned: str | None = None
+    learning_rate: float = 2e-3
 
 
 EDITS = ({"local": 0.65, "global": 0.35}, {"local": 7, "global": 5})
@@ -62,7 +64,10 @@ RECIPES = {
     "local": Recipe({"local": 1.0}, {"local": 7}, 400, 23, 16, "edit"),
     "global": Recipe({"global": 1.0}, {"global": 5}, 300, 24, 16, "edit"),
     "edit-half": Recipe(*HALF_EDITS, 800, 25, 64, "edit-half"),
-    **{look: Recipe({look: 1.0}, {look: 2}, 400, 26 + number, 8) for number, look in enumerate(LOOKS)},
+    **{
+        look: Recipe({look: 1.0}, {look: 2}, 1200 if look == "sketch" else 600, 26 + number, 8, learning_rate=8e-3)
+        for number, look in enumerate(LOOKS)
+    },
 }
 
 
@@ -86,7 +91,7 @@ def train(folder: Path, pipeline: Path, name: str) -> Path:
     transformer.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=targets))
     if teacher is not None:
         _start_at(transformer, teacher, recipe.rank)
-    average = _run(folder, name, parts, recipe, LEARNING_RATE, lambda key, _: True, teacher)
+    average = _run(folder, name, parts, recipe, recipe.learning_rate, lambda key, _: True, teacher)
     layers = {key: value.to(torch.bfloat16) for key, value in get_peft_model_state_dict(average).items()}
     Flux2KleinPipeline.save_lora_weights(folder / name, transformer_lora_layers=layers)
     if name in LOOKS:

@@ -170,7 +170,7 @@ class Bench:
         return self.field(combined(list(self.read.values()), combination, [weight] * self.count))
 
     def best_weight(self, combination: str) -> float:
-        """Chooses a combination's weight by validation prompts: the best mean of what is kept of LoRAs, base and pairs."""
+        """Chooses a combination's weight on validation prompts: the best mean of kept's three shares."""
 
         def merit(field: Callable) -> dict[str, float]:
             return measure(self.canvas, field, self.count, VALIDATION_SEED, FEW)
