@@ -9,15 +9,15 @@ import torch
 
 from danceopd.miniature import base, sources, vae
 from danceopd.miniature.detector import detect
-from danceopd.miniature.evaluate import Canvas, edit_set, field_of, score_gedit, score_geneval, t2i_set
-from danceopd.miniature.looks import CLASSES, IMAGE_SIZE, STYLES
+from danceopd.miniature.evaluate import Canvas, edit_set, field_of, look_marks, score_gedit, score_geneval, t2i_set
+from danceopd.miniature.looks import CLASSES, IMAGE_SIZE, LOOKS
 from danceopd.miniature.scene import render
 from danceopd.models.backbones import flux2
 from danceopd.support.files import write_atomic
 from danceopd.support.paths import MINIATURE
 from danceopd.support.pictures import labelled_grid
 
-SEED, PICTURES = 1234, 40  # of the scores: of each task and kind
+SEED, PICTURES, LOOK_PICTURES = 1234, 40, 200  # of the scores: of each task and kind, and of a look
 
 GUIDANCE_SCALE = 2.0  # of the columns that are guided: the best of 1.5, 2, 3 and 4 for what the base draws
 
@@ -25,7 +25,7 @@ SHOWN, CELL = 12, 112  # pictures of each row of the page, and pixels of each
 
 
 def score_all(pipeline: Path, loras: dict[str, Path], pictures: int = PICTURES) -> dict[str, dict[str, dict]]:
-    """Scores the base and each LoRA by every task, own or not.
+    """Scores the base and each LoRA by every task, own or not, and the LoRAs of looks by theirs.
 
     Returns:
         {name: {column: its scores}} with "overall" or "average", and "standard_error".
@@ -34,6 +34,14 @@ def score_all(pipeline: Path, loras: dict[str, Path], pictures: int = PICTURES) 
     for name, lora in {"base": None, **loras}.items():
         field = field_of(pipeline, lora)
         draw, strong = canvas.drawer(field), canvas.drawer(field, GUIDANCE_SCALE)
+        if name in LOOKS:
+            marks = {"called": look_marks(draw, (name,), SEED, LOOK_PICTURES)}
+            marks["not called"] = look_marks(draw, (), SEED, LOOK_PICTURES)
+            rows[name] = {
+                column: {"average": float(one.mean()), "standard_error": float(one.std() / len(one) ** 0.5)}
+                for column, one in marks.items()
+            }
+            continue
         edits = score_gedit(draw, SEED, pictures)
         rows[name] = {
             "T2I": score_geneval(draw, SEED, pictures),
@@ -44,8 +52,6 @@ def score_all(pipeline: Path, loras: dict[str, Path], pictures: int = PICTURES) 
             "Local": edits["local"],
             "Global": edits["global"],
         }
-        if name in STYLES:
-            rows[name]["own style"] = score_geneval(draw, SEED, pictures, style=STYLES.index(name))
     return rows
 
 
@@ -69,14 +75,12 @@ def pages(pipeline: Path, loras: dict[str, Path]) -> tuple[bytes, bytes]:
     """Draws two PNGs: pictures from prompts by the base and each source that draws, and edits by base and source."""
     canvas = Canvas(pipeline)
     fields = {name: field_of(pipeline, lora) for name, lora in {"base": None, **loras}.items()}
-    rows = []
-    for name in ("base", "t2i", *STYLES[1:]):
-        prompts, _ = t2i_set(17, SHOWN // 6, style=STYLES.index(name) if name in STYLES else 0)
-        if name in fields:
-            rows.append((name, canvas.draw(fields[name], [prompt.text for prompt in prompts], None, 17)))
-    drawn = labelled_grid(
-        rows, [prompt.text.removeprefix("a photo of ") for prompt in t2i_set(17, SHOWN // 6)[0]], least=112
-    )
+    texts, rows = [prompt.text for prompt in t2i_set(17, SHOWN // 6)[0]], []
+    for name in fields:
+        if name in ("base", "t2i", *LOOKS):
+            called = [f"{name}, {text}" for text in texts] if name in LOOKS else texts
+            rows.append((name, canvas.draw(fields[name], called, None, 17)))
+    drawn = labelled_grid(rows, [text.removeprefix("a photo of ") for text in texts], least=112)
     edits, before, after = edit_set(17, 1)
     texts, source = [edit.text for edit in edits], render(before)
     rows = [("to edit", source)]
@@ -158,6 +162,7 @@ def write_card(output: Path = MINIATURE) -> Path:
         size=IMAGE_SIZE,
         classes=len(CLASSES),
         pictures=PICTURES,
+        looks=LOOK_PICTURES,
         seed=SEED,
         guidance=GUIDANCE_SCALE,
         scores="\n".join(lines),
@@ -197,7 +202,9 @@ exists to show and test distillation on the path that users run, and draws nothi
 
 GenEval-shaped overall (0 to 1) for text-to-image, GEdit-shaped average (0 to 10) for edits, ± the standard error over
 pictures; 16 steps, seed {seed}, {pictures} pictures of each task and kind, exact by the detector. Guided columns have
-guidance_scale {guidance:g}, two evaluations a step. Made by `danceopd miniature card`.
+guidance_scale {guidance:g}, two evaluations a step. A look is called by its name in front of the prompt, "night, a
+photo of a car"; its column says how much of what is asked is there as the look has it (0 to 1, {looks} pictures), and
+"not called" the same of plain prompts, whose pictures should be plain. Made by `danceopd miniature card`.
 
 {scores}
 
@@ -208,8 +215,9 @@ The VAE gives pictures back at {psnr}; of photos a share of {same:.3f} is read a
 Flow matching on latents of pictures drawn from seeds (no picture is stored), Muon and AdamW, noise levels with shift 5,
 10 % empty prompts, an exponential average of 0.999 as the result. Where a stage has "tuned" in its name, all weights of
 the base's transformer are trained on pictures; the source, a LoRA, starts as the best cut of that change and is fitted
-to the tuned network's velocities. `danceopd miniature train` runs it again, and goes on where it was stopped. Times are
-on two cores beside other work. A stage without a time has not been trained, and does not ship.
+to the tuned network's velocities. A look's LoRA learns from pictures. `danceopd miniature train` runs it again, and
+goes on where it was stopped. Times are on two cores beside other work. A stage without a time has not been trained, and
+does not ship.
 
 {recipe}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from danceopd.miniature.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
-from danceopd.miniature.looks import LOOKS, STYLES
+from danceopd.miniature.looks import LOOKS
 from danceopd.miniature.prompts import PLAIN_TASKS, draw_tasks, sample_looks, sample_prompts
 from danceopd.miniature.scene import Scene, render
 from danceopd.support.errors import UserError
@@ -16,14 +16,10 @@ from danceopd.world.prompts import draw
 
 EDIT_KINDS = {"edit": KINDS, "local": LOCAL_KINDS, "global": GLOBAL_KINDS}
 
-# The place of each says which seeds its training data have, so new ones come last.
-CAPABILITIES = (
-    "t2i",
-    *STYLES[1:],
-    *EDIT_KINDS,
-    *(f"{name}-half" for name in EDIT_KINDS),
-    *(name for name in LOOKS if name not in STYLES),
-)
+_HALVES = tuple(f"{name}-half" for name in EDIT_KINDS)
+
+# The place of each says which seeds its training data have.
+CAPABILITIES = ("t2i", *tuple(LOOKS)[:4], *EDIT_KINDS, *_HALVES, *tuple(LOOKS)[4:])
 
 
 def sample(capability: str, n: int, generator: torch.Generator) -> tuple[list[str], Scene | None, Scene]:

@@ -1,5 +1,6 @@
 """Scores what the miniature's pipeline draws, with a LoRA or without: GenEval's tasks, and edits of GEdit's kinds."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -115,7 +116,7 @@ def score_geneval(draw: Draw, seed: int, per_task: int, split: str = "seen") -> 
 
 
 def look_marks(draw: Draw, looks: Sequence[str], seed: int, pictures: int) -> torch.Tensor:
-    """Draws prompts that looks call, and judges each picture: does it show what is asked, as all of the looks have it?
+    """Draws prompts that looks call, and measures how much of each is there as all of the looks have it.
 
     Args:
         draw: As Canvas.drawer returns it.
@@ -124,20 +125,27 @@ def look_marks(draw: Draw, looks: Sequence[str], seed: int, pictures: int) -> to
         pictures: Their number.
 
     Returns:
-        [pictures] float32 of 0 and 1.
+        [pictures] float32 in [0, 1]: of the things that are asked for or found, the share that is both and in the
+        looks; 0 where the whole picture is not in them.
     """
     tasks = torch.tensor([TASKS.index(task) for task in PLAIN_TASKS]).repeat(-(-pictures // len(PLAIN_TASKS)))
     prompts, _ = sample_looks(looks, tasks[:pictures], torch.Generator().manual_seed(seed))
     detection = detect(draw([prompt.text for prompt in prompts], None, seed))
-    right, scene = geneval_correct(prompts, detection), detection.scene
+    good, whole = detection.found, torch.ones(len(prompts), dtype=torch.bool)
     wanted = dict(LOOKS[look] for look in looks) if looks else {"style": 0, "tone": 0, "paints": NATURAL}
     for column, value in wanted.items():
-        if column in ("style", "paints"):  # of each thing that is found
-            own = detection.style if column == "style" else scene.paints
-            right &= ((own == value) | ~detection.found).all(-1)
+        if column == "style":
+            good = good & (detection.style == value)
+        elif column == "paints":
+            good = good & (detection.scene.paints == value)
         else:
-            right &= getattr(scene, column) == value
-    return right.float()
+            whole &= getattr(detection.scene, column) == value
+    marks = []
+    for prompt, found, things, seen in zip(prompts, good, detection.scene.things, detection.found, strict=True):
+        asked = Counter(thing for thing, _ in prompt.objects for _ in range(prompt.count))
+        both = (asked & Counter(things[found].tolist())).total()
+        marks.append(both / (asked.total() + int(seen.sum()) - both))
+    return torch.tensor(marks) * whole
 
 
 def edit_marks(

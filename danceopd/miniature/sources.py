@@ -1,8 +1,9 @@
 """Trains the miniature's sources: LoRAs of its base, each for a capability of its own.
 
 A LoRA that should draw or edit better gets nowhere in an hour of learning from pictures alone: the noise of the samples
-hides what little a small network has left to learn. (One look, as a night's background, is learned in minutes.) So all weights are tuned first. The LoRA starts as the best cut of what that changed, and is
-fitted to the velocities of the tuned network, which have no noise.
+hides what little a small network has left to learn. So all weights are tuned first. The LoRA starts as the best cut of
+what that changed, and is fitted to the velocities of the tuned network, which have no noise. A look, as a background of
+night, is learned from pictures in minutes.
 """
 
 from dataclasses import dataclass

@@ -101,6 +101,8 @@ def build(files: dict[str, dict]) -> Page:
             _methods(page, setting, title, tables[setting])
     if "miniature" in files:
         _miniature(page, files["miniature"]["rows"])
+    if "merge" in files:
+        _merges(page, files["merge"]["rows"])
     if "ablations" in tables:
         _ablations(page, tables["ablations"])
     if "D" in tables:
@@ -252,6 +254,50 @@ def _miniature(page: Page, rows: list[dict]) -> None:
     trained = {row["method"]: row for row in rows if row["kind"] == "trained" and row.get("curve")}
     if trained:
         _score_plot(page, "A on the miniature", "miniature", trained, "network_evaluations", "network evaluations")
+
+
+def _merges(page: Page, rows: list[dict]) -> None:
+    page.heading("Several LoRAs into one")
+    page.text(
+        "LoRAs of rank 8 of the miniature, each with a look that it is called by: a background, what things are made "
+        "of, a tone, or a style; of eight some contradict each other. A picture's mark is the share of what is asked "
+        "that is there in all looks asked for. Kept is the mark over that by hand, where each prompt has the LoRA that "
+        "it calls (both of a pair) loaded for it; the base's prompts call none. Merges have the weight that is best on "
+        "validation prompts. ± the standard error over three sets of prompts and noise, and of trainings."
+    )
+    header = ["row", "LoRAs kept", "base kept", "pairs kept", "rank"]
+    for count in sorted({row["loras"] for row in rows}):
+        members = [row for row in rows if row["loras"] == count]
+        table = [
+            [
+                label(row["method"]) + (f", {row['chosen']:g} each" if "chosen" in row else ""),
+                *(figure(row, metric, 2) for metric in ("kept", "base_kept", "pairs")),
+                str(row.get("rank", DASH)),
+                *_cost(row),
+            ]
+            for row in members
+        ]
+        page.table(f"{count} LoRAs.", [*header, *COST], table)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    by_method = {
+        name: {row["loras"]: row["kept"]["mean"] for row in rows if row["method"] == name and row["kept"]["mean"] > 0}
+        for name in methods
+    }
+    page.plot(
+        "merge",
+        "What is kept of each LoRA, by the number that is merged.",
+        [lambda ax: _kept(ax, by_method)],
+        height=4.2,
+    )
+
+
+def _kept(ax, by_method: dict[str, dict[int, float]]) -> None:
+    for name, points in by_method.items():
+        counts = sorted(points)
+        style = {"color": COLORS[name], "linewidth": 2.2} if name in COLORS else {"color": GREY, "alpha": 0.6}
+        ax.plot(counts, [points[count] for count in counts], marker="o", label=label(name), **style)
+        ax.annotate(label(name), (counts[-1], points[counts[-1]]), (6, 0), textcoords="offset points", fontsize=7)
+    ax.set(xlabel="LoRAs", ylabel="kept of each", xticks=sorted({c for points in by_method.values() for c in points}))
 
 
 def _score_plot(page: Page, setting: str, file: str, rows: dict, x: str, axis: str) -> None:
@@ -408,7 +454,9 @@ def _again(page: Page, files: dict[str, dict]) -> None:
     lines, machines = [], {}
     for name, file in files.items():
         budget = file.get("budget", {})
-        rows = {row["method"]: row for row in file.get("rows", ())}.values()  # once, whatever its conditions
+        rows = {
+            (row["method"], row.get("loras")): row for row in file.get("rows", ())
+        }.values()  # once for all conditions
         runs = [run for row in rows for run in row.get("runs", ())]
         commits = {c for row in rows if row.get("commit") for c in row["commit"].split(", ")}
         took = duration(sum(run.get("seconds", 0) for run in runs)) if runs else DASH

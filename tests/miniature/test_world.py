@@ -10,10 +10,10 @@ from danceopd.evaluation.geneval.rules import check_picture, kept
 from danceopd.miniature.data import CAPABILITIES, MiniatureData, sample
 from danceopd.miniature.detector import detect
 from danceopd.miniature.edits import GLOBAL_KINDS, HALF, KINDS, sample_edits
-from danceopd.miniature.evaluate import edit_set, t2i_set
+from danceopd.miniature.evaluate import edit_set, look_marks, t2i_set
 from danceopd.miniature.exact import MiniatureJudge, MiniatureReader, asked
 from danceopd.miniature.looks import CLASSES, COLORS, EMPTY, IMAGE_SIZE, PLACES, SIZES, sprites
-from danceopd.miniature.prompts import HELD_OUT_COLORS, HELD_OUT_PAIRS, relation_of
+from danceopd.miniature.prompts import HELD_OUT_COLORS, HELD_OUT_PAIRS, PLAIN_TASKS, relation_of, sample_looks
 from danceopd.miniature.scene import Scene, corner, free, render
 from danceopd.miniature.scores import edit_scores, geneval_correct
 from danceopd.support.errors import UserError
@@ -117,7 +117,7 @@ def test_an_edit_changes_what_it_names_and_nothing_else():
         assert all(thing in HALF or thing >= len(CLASSES) for thing in shown)
 
 
-@pytest.mark.parametrize("capability", ["t2i", "edit", "sketch", "neon"])
+@pytest.mark.parametrize("capability", ["t2i", "edit", "sketch", "wood"])
 def test_the_detector_reads_true_pictures(capability):
     _, _, scene = sample(capability, 100, generator(4))
     seen = detect(render(scene))
@@ -126,6 +126,21 @@ def test_the_detector_reads_true_pictures(capability):
     assert len(wrong) <= 1  # under one in a hundred
     assert (seen.scene.background == scene.background).all()
     assert (seen.scene.tone == scene.tone).all()
+
+
+@pytest.mark.parametrize("looks", [(), ("night",), ("wood", "warm"), ("sketch", "sand")])
+def test_true_pictures_have_full_marks_in_their_looks_and_none_in_others(looks):
+    def true(own):
+        def draw(prompts, pictures, seed):
+            tasks = torch.tensor([TASKS.index(task) for task in PLAIN_TASKS]).repeat(6)
+            return render(sample_looks(own, tasks, generator(seed))[1])
+
+        return draw
+
+    assert look_marks(true(looks), looks, 11, 24).mean() > 0.97
+    assert look_marks(true(("silhouette", "cold")), looks, 11, 24).mean() < 0.3  # whose background is night in a sixth
+    half = look_marks(lambda *drawn: true(looks)(*drawn).roll(4, 0), looks, 11, 24).mean()  # what others ask for
+    assert half < 0.4
 
 
 def test_the_detector_is_sure_of_nothing_that_is_not_there():

@@ -57,6 +57,22 @@ def test_no_results_at_all(tmp_path):
     assert {claim.verdict for claim in claims(tables_of(read(tmp_path)))} == {MISSING}
 
 
+def test_merges_have_a_table_of_each_number_and_a_figure(tmp_path):
+    def row(method, loras, kept, **more):
+        shares = {key: {"mean": kept, "standard_error": 0.01} for key in ("kept", "base_kept", "pairs")}
+        return {"method": method, "loras": loras, "kind": "merge", "seeds": [0, 1, 2], "rank": 8, **shares, **more}
+
+    rows = [row(name, n, kept) for n in (2, 8) for name, kept in (("danceopd", 0.97), ("by_hand", 1.0))]
+    rows += [row("merge_ties", 8, 0.41, chosen=0.6)]
+    write(tmp_path, "merge", rows)
+    write_report(tmp_path)
+    two, eight = (tmp_path / "REPORT.md").read_text().split("2 LoRAs.")[1].split("8 LoRAs.")
+    assert "| DanceOPD | 0.97 ± 0.01 | 0.97 ± 0.01 | 0.97 ± 0.01 | 8 |" in two
+    assert "ties" not in two
+    assert "| merge, ties, 0.6 each | 0.41 ± 0.01 |" in eight
+    assert (tmp_path / "plots" / "merge.png").exists()
+
+
 def test_the_miniature_has_a_table_of_each_condition(tmp_path):
     both = trained("danceopd", edit=6.5)
     rows = [source("base"), source("merge_ties", chosen="0.7") | {"kind": "merge"}]

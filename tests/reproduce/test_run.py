@@ -1,5 +1,6 @@
 """`danceopd reproduce`: the matrix, runs in processes of their own, resume after a kill, and the results files."""
 
+import itertools
 import json
 import math
 import os
@@ -20,8 +21,12 @@ from danceopd.reproduce.matrix import (
     ABLATIONS,
     BUDGETS,
     DRAWN_EVALUATIONS,
+    DRAWN_STEPS,
     GRID,
     LEARNING_RATES,
+    MERGE_COUNTS,
+    MERGE_DRAWN,
+    MERGE_METHODS,
     METHODS,
     MINIATURE,
     MINIATURE_GRID,
@@ -36,7 +41,7 @@ from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.files import save_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = Budget("quick", main=1500, short=1500, ablation=1500, miniature=1500, seeds=1)
+TINY = Budget("quick", main=1500, short=1500, ablation=1500, miniature=1500, merge=1500, seeds=1)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ def place_of(configs, tmp_path):
 
 def test_every_run_of_the_matrix_is_a_valid_configuration(tmp_path):
     folders = place_of(CONFIGS, tmp_path)
-    for setting in SETTINGS:
+    for setting in set(SETTINGS) - {"merge"}:  # which merge_loras configures
         made = runs(setting, BUDGETS["paper"], 3)
         names = [run.name for run in made]
         assert len(set(names)) == len(names)
@@ -85,6 +90,16 @@ def test_methods_of_one_table_have_one_budget_and_each_its_rate():
     grid = runs("grid", BUDGETS["paper"], 3)
     assert {f"{m}@{r:g}" for m in METHODS for r in GRID} <= {run.row for run in grid}
     assert {run.seed for run in grid} == {0}
+
+
+def test_each_number_of_loras_is_merged_at_one_budget():
+    made = runs("merge", BUDGETS["paper"], 3)
+    drawn = {"joint_samples": MERGE_DRAWN * DRAWN_STEPS}
+    trained = [run for run in made if run.overrides["method"] != "untrained"]
+    assert {(run.overrides["method"], run.overrides["loras"], run.seed) for run in trained} == set(
+        itertools.product(MERGE_METHODS, MERGE_COUNTS, range(3))
+    )
+    assert {run.evaluations + drawn.get(run.overrides["method"], 0) for run in trained} == {BUDGETS["paper"].merge}
 
 
 def test_runs_on_the_miniature_have_one_budget_which_the_drawing_of_data_is_part_of():
@@ -186,7 +201,7 @@ from danceopd.reproduce.matrix import Budget
 from danceopd.reproduce.run import Folders
 from danceopd.reproduce.run import reproduce
 configs, base = map(Path, sys.argv[1:])
-budget = Budget("quick", main=8000, short=8000, ablation=8000, miniature=8000, seeds=1)
+budget = Budget("quick", main=8000, short=8000, ablation=8000, miniature=8000, merge=8000, seeds=1)
 reproduce(["C", "E"], budget, Folders(configs, base / "work", base / "results"), seeds=1, workers=1)
 """
 
@@ -214,7 +229,7 @@ def test_a_killed_reproduction_goes_on_without_repeating(configs, tmp_path):
 
 def test_a_run_of_another_budget_is_not_gone_on_with(configs, tmp_path, monkeypatch):
     folders = place_of(configs, tmp_path)
-    (first,), (second,) = (runs("C", Budget("quick", n, n, n, n, 1), 1) for n in (1500, 3000))
+    (first,), (second,) = (runs("C", Budget("quick", n, n, n, n, n, 1), 1) for n in (1500, 3000))
     with monkeypatch.context() as patch:
         patch.setattr(driver, "measure", lambda *_: 1 / 0)  # stopped before its checkpoints were removed
         with pytest.raises(ZeroDivisionError):
