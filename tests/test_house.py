@@ -25,7 +25,18 @@ ROOMS["planning"] = {"training"} | ROOMS["training"]
 ROOMS["tools"] = {"planning", "report", "training"} | ROOMS["training"]
 ROOMS["world"] = {"planning", "report", "evaluation", "training"} | ROOMS["training"]
 ROOMS["miniature"] = {"world"} | ROOMS["world"]
-ROOMS["reproduce"] = {"miniature", "world", "report", "training", "config", "core", "data", "models", "support"}
+ROOMS["reproduce"] = {
+    "miniature",
+    "world",
+    "report",
+    "tools",
+    "training",
+    "config",
+    "core",
+    "data",
+    "models",
+    "support",
+}
 ROOMS[FACE] = {"miniature", "world", "planning", "training", "config", "core", "support"}
 ROOMS["cli"] = set(ROOMS) - {"core", "models", KERNELS}
 ROOMS[BENCHMARKS] = set(ROOMS) - {"cli"}
