@@ -190,6 +190,7 @@ class Run:
         return self.config == "miniature.yaml"
 
 
+# Long: it has an entry for each table.
 def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
     """Returns the runs of one table, in the order in which they are made. Raises KeyError for an unknown table."""
     made = {
