@@ -2,11 +2,11 @@
 
 import ast
 import base64
-import importlib.util
 import json
 import re
 from pathlib import Path
 
+import make_notebook
 import pytest
 import torch
 from matplotlib import pyplot
@@ -22,15 +22,6 @@ def _no_window(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the picture goes
     yield
     pyplot.close("all")
-
-
-@pytest.fixture(scope="module")
-def made():
-    """docs/make_notebook.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_notebook", ROOT / "docs" / "make_notebook.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +62,8 @@ def test_the_teachers_know_their_moons():
     torch.testing.assert_close(velocity[0], (likely * (noise - data)).sum(0), rtol=0, atol=0.01)
 
 
-def test_the_notebook_is_the_script(made, notebook):
-    script = made.cells(SCRIPT.read_text(encoding="utf-8"))
+def test_the_notebook_is_the_script(notebook):
+    script = make_notebook.cells(SCRIPT.read_text(encoding="utf-8"))
     assert [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]] == script, "make docs"
 
 
@@ -84,13 +75,13 @@ def test_the_notebook_shows_what_it_printed_and_its_picture(notebook):
     assert base64.b64decode(shown["data"]["image/png"]).startswith(b"\x89PNG")
 
 
-def test_the_cells_of_the_notebook_run(made, notebook):
+def test_the_cells_of_the_notebook_run(notebook):
     """The committed ones, one after the other, in names of their own."""
     names, outputs = {"__name__": "__main__"}, []
     for number, cell in enumerate(notebook["cells"]):
         if cell["cell_type"] == "code":
             text = "".join(cell["source"])
-            outputs += made.run(shorter(text, 2) if number == 1 else text, names)
+            outputs += make_notebook.run(shorter(text, 2) if number == 1 else text, names)
     assert [output["output_type"] for output in outputs] == ["stream", "display_data"]
 
 

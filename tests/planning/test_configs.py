@@ -1,9 +1,9 @@
 """configs/: every file parses and passes the dry run on a tiny model of its family, and fits its card at real size."""
 
-import importlib.util
 import re
 from pathlib import Path
 
+import make_memory as memory_page
 import pytest
 from real_models import CONFIGS, MADE, finish, model_of, overrides, real_place
 from released import MODELS
@@ -78,9 +78,6 @@ def test_every_other_configuration_passes_it_too(config, tmp_path):
 
 DOCS = Path(__file__).parents[2] / "docs"
 MODELS_PAGE = (DOCS / "models.md").read_text(encoding="utf-8")
-spec = importlib.util.spec_from_file_location("make_memory", DOCS / "make_memory.py")
-memory_page = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(memory_page)
 
 AT_REAL_SIZE = [
     path
