@@ -96,7 +96,7 @@ def train(folder: Path, pipeline: Path, name: str) -> Path:
     layers = {key: value.to(torch.bfloat16) for key, value in get_peft_model_state_dict(average).items()}
     Flux2KleinPipeline.save_lora_weights(folder / name, transformer_lora_layers=layers)
     if name in LOOKS:
-        add_metadata(folder / name / FILES[0], {"modelspec.trigger_phrase": name})
+        add_metadata(folder / name / FILES[1], {"modelspec.trigger_phrase": name})
     return folder / name
 
 
