@@ -34,8 +34,6 @@ def test_the_names_come_when_they_are_asked_for():
 def test_the_list_of_names_is_what_the_docstrings_say():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     assert page == make_api.api(), "make docs writes docs/api.md again"
-        "make docs writes docs/api.md again"
-    )
 
 
 @pytest.mark.parametrize(
