@@ -229,7 +229,8 @@ def _trained(run: Run, folder: Path, bench: Bench) -> dict:
     """Trains one LoRA out of several, and measures it."""
     own = {
         "training.seed": run.seed,
-        "training.batch_size": 64,
+        "rollout.num_inference_steps": 8,
+        "training.batch_size": 32,
         "training.optimizer": "muon",
         "training.learning_rate": 2e-3,
         "training.lr_schedule": "cosine",
