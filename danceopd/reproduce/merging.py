@@ -229,13 +229,14 @@ def _trained(run: Run, folder: Path, bench: Bench) -> dict:
     """Trains one LoRA out of several, and measures it."""
     own = {
         "training.seed": run.seed,
-        "rollout.num_inference_steps": 8,
         "training.batch_size": 32,
         "training.optimizer": "muon",
         "training.learning_rate": 2e-3,
         "training.lr_schedule": "cosine",
         "training.max_network_evaluations": run.evaluations,
     }
+    ours = run.overrides["method"] == "danceopd"
+    own |= {"rollout.num_inference_steps": 8} if ours else {"method": "joint"}
     options = Options(
         prompts=_write_prompts(folder / "prompts.txt"),
         steps=100_000,  # the evaluations end it
@@ -246,7 +247,7 @@ def _trained(run: Run, folder: Path, bench: Bench) -> dict:
         overrides=[f"{key}={json.dumps(value)}" for key, value in own.items()],
     )
     paths, output = list(bench.paths.values()), folder / "merged.safetensors"
-    if run.overrides["method"] == "danceopd":
+    if ours:
         merge_loras(PIPELINE, paths, output, options)
         trained_in = folder / "work" / f"rank-{bench.rank}"
     else:
@@ -273,7 +274,7 @@ def _joint(paths: list[Path], output: Path, options: Options, folder: Path, benc
     routes = routes_of(given.triggers, given.prompts, options.pairs)
     manifest, rows = manifest_of(routes)
     raw = configuration(given, options, routes, folder / "work", manifest)
-    config = parse_config(raw, [*options.overrides, "method=joint"], "this merge")
+    config = parse_config(raw, list(options.overrides), "this merge")
     encode(config, given, options, routes, folder / "work", (manifest, rows))
     drawn, made = folder / "work" / "cache" / "drawn.jsonl", folder / "work" / "cache" / manifest
     total = sum(route.weight for route in routes)
@@ -283,5 +284,5 @@ def _joint(paths: list[Path], output: Path, options: Options, folder: Path, benc
         draw_rows(made, drawn, PIPELINE, fields, pictures)
     for capability in raw["capabilities"].values():
         capability["data"]["prepared"] = str(drawn)
-    config = parse_config(raw, [*options.overrides, "method=joint"], "this merge")
+    config = parse_config(raw, list(options.overrides), "this merge")
     return train(config, build_model, False)

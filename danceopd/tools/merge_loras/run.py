@@ -62,7 +62,8 @@ def described(given: Given, options: Options, routes: Sequence[Route], config: C
             lines.append(f"  {100 * share:.0f} % of the samples: {len(route.rows)} prompts to {of}")
     if pairs:
         share, prompts = sum(route.weight for route in pairs) / total, sum(len(route.rows) for route in pairs)
-        lines.append(f"  {100 * share:.0f} % of the samples: {prompts} prompts to {len(pairs)} pair{'s' * (len(pairs) > 1)}, both together")
+        them = f"{len(pairs)} pairs" if len(pairs) > 1 else "the pair"
+        lines.append(f"  {100 * share:.0f} % of the samples: {prompts} prompts to {them}, both together")
     sigmas = given.backbone.sigmas(
         given.base, config.rollout.num_inference_steps, options.resolution, options.resolution
     )
