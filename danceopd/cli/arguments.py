@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from danceopd.miniature.shipped import trained_at
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 MINIATURE = Path("miniature")  # in the place of a detector or judge: the exact one of that world
@@ -66,6 +68,16 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, help=own)
     parser.add_argument("--max-sequence-length", type=int, metavar="N", help=f"tokens of a prompt {own}")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+
+
+def fill_sizes(args: argparse.Namespace, model: Path | None, resolution: int | None = 1024) -> None:
+    """Sets the resolution and max_sequence_length that a command leaves out: what the miniature was trained at, or what
+    suits other models."""
+    own = trained_at(model)
+    if args.resolution is None:
+        args.resolution = own.get("resolution", resolution)
+    if args.max_sequence_length is None:
+        args.max_sequence_length = own.get("max_sequence_length")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_device
+from danceopd.cli.arguments import add_command, add_device, fill_sizes
 from danceopd.data.bad_rows import ON_BAD_ROW, Problem, shown
 from danceopd.support.errors import UserError
 
@@ -71,7 +71,7 @@ def _add_prepare(actions) -> None:
     prepare.add_argument("manifest", type=Path)
     prepare.add_argument("--model", type=Path, required=True, help="a diffusers pipeline's folder: its encoders")
     prepare.add_argument("--cache", type=Path, required=True, help="folder of encodings; manifests may share it")
-    prepare.add_argument("--resolution", type=int, default=1024, help="pictures of its square in pixels (%(default)s)")
+    prepare.add_argument("--resolution", type=int, help="pictures of its square in pixels (1024; the miniature: 64)")
     prepare.add_argument(
         "--max-sequence-length", type=int, metavar="N", help="tokens of a prompt, padding included (the pipeline's own)"
     )
@@ -130,6 +130,7 @@ def run_prepare(args: argparse.Namespace) -> None:
     from danceopd.data.prepare import prepare
     from danceopd.support.devices import find_device
 
+    fill_sizes(args, args.model)
     if min(args.resolution, args.batch_size, args.workers) < 1:
         raise UserError("--resolution, --batch-size and --workers must be positive")
     done = prepare(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from danceopd.cli.arguments import MINIATURE, add_command, add_device, add_pipeline
+from danceopd.cli.arguments import MINIATURE, add_command, add_device, add_pipeline, fill_sizes
 from danceopd.support.errors import UserError
 
 
@@ -24,7 +24,7 @@ def add_gedit(commands) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the pictures and scores")
     parser.add_argument("--method", help="the name that the pictures lie under (the LoRA's or model's without)")
     add_pipeline(parser)
-    parser.add_argument("--resolution", type=int, default=1024, help="sides of a square edit in pixels (%(default)s)")
+    parser.add_argument("--resolution", type=int, help="sides of a square edit in pixels (1024; the miniature: 64)")
     parser.add_argument("--kinds", nargs="+", default=["paper"], help="of edits: paper (six), all (eleven), or names")
     parser.add_argument("--language", nargs="+", default=["en"], choices=("en", "cn"), help="(en)")
     parser.add_argument("--subset", default="fullset", choices=("fullset", "intersection"), help="(%(default)s)")
@@ -100,6 +100,7 @@ def run_gedit(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> str:
     """Checks the arguments against each other; returns the name of the method."""
+    fill_sizes(args, args.model)
     checks = {
         "--resolution": args.resolution,
         "--num-inference-steps": args.num_inference_steps,

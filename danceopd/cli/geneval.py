@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from danceopd.cli.arguments import MINIATURE, add_command, add_device, add_pipeline
+from danceopd.cli.arguments import MINIATURE, add_command, add_device, add_pipeline, fill_sizes
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 
@@ -127,6 +127,7 @@ def _check(args: argparse.Namespace) -> None:
         if args.model or args.detector or args.results is None:
             raise UserError("give the FOLDER of the pictures, or --results FILE alone to sum up results")
         return
+    fill_sizes(args, args.model, resolution=None)
     if not args.model and not args.detector:
         raise UserError("give --model to draw the pictures, --detector to score them, or both")
     if args.model and not args.metadata:

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command
+from danceopd.cli.arguments import add_command, fill_sizes
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 
@@ -89,7 +89,7 @@ def add_merge_loras(commands) -> None:
     parser.add_argument(
         "--patience", type=int, default=4, help="scorings without growth until it ends; 0 for never (%(default)s)"
     )
-    parser.add_argument("--resolution", type=int, default=1024, help="sides of the pictures (%(default)s)")
+    parser.add_argument("--resolution", type=int, help="sides of the pictures (1024; the miniature: 64)")
     parser.add_argument("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt (the pipeline's own)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="that all are drawn with (%(default)s)")
     parser.add_argument("--work", type=Path, help="folder of the encoded prompts and the run (OUTPUT.work)")
@@ -154,6 +154,7 @@ def run_merge_loras(args: argparse.Namespace) -> int:
     """Merges LoRAs and prints how near the result is; returns 1 where their plain average is nearer."""
     from danceopd.tools.merge_loras import Options, merge_loras
 
+    fill_sizes(args, args.base)
     changes = [text for text in args.inputs if _is_change(text)]
     options = Options(
         prompts=args.prompts,

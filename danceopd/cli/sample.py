@@ -178,8 +178,8 @@ def _pipelines(args: argparse.Namespace, run: Path, config, picture, work: Path)
     import torch
 
     from danceopd.evaluation.grid import Network, Pipeline, found
+    from danceopd.miniature.shipped import trained_at
     from danceopd.support.devices import find_own_device
-    from danceopd.support.paths import draws_miniature
     from danceopd.tools.students import student_files
 
     device = find_own_device(args.device)
@@ -199,15 +199,15 @@ def _pipelines(args: argparse.Namespace, run: Path, config, picture, work: Path)
     if args.lora_weight != [1.0] and not all(one.get("lora") for one in files.values()):
         raise UserError("--lora-weight needs a LoRA: give --lora, or a LoRA or a run that trained one as WHAT")
     for label, paths in files.items():
-        small = 64 if draws_miniature(paths["model"]) else None
+        own = trained_at(paths["model"])
         for weight in args.lora_weight:
             pipeline = Pipeline(
                 **paths,
                 weight=weight,
                 picture=picture,
-                resolution=args.resolution or small,
+                resolution=args.resolution or own.get("resolution"),
                 num_inference_steps=args.num_inference_steps,
-                max_sequence_length=args.max_sequence_length,
+                max_sequence_length=args.max_sequence_length or own.get("max_sequence_length"),
                 device=device,
                 dtype=dtype,
             )

@@ -163,8 +163,7 @@ def _row(task: str, i: int, prompt: str, heard: str) -> str:
 
 
 def _steps(wishes: Wishes, manifest: Path, cache: Path, output: Path, heard: bool) -> list[tuple[str, str]]:
-    small = ["--resolution", "64"] if draws_miniature(Path(wishes.base)) else []
-    prepare = ["danceopd", "data", "prepare", manifest, "--model", wishes.base, "--cache", cache, *small]
+    prepare = ["danceopd", "data", "prepare", manifest, "--model", wishes.base, "--cache", cache]
     prepare += ["--texts", "{heard}"] if heard else []
     prepare += ["--needs-source", *wishes.edits] if wishes.edits else []
     config, run = ["--config", output], _run_folder(output)
