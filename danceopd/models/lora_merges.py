@@ -10,7 +10,7 @@ from danceopd.models.lora_algebra import Lora, sum_loras, truncated
 
 COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
-WEIGHTS = (0.4, 0.6, 0.8, 1.0)  # of each LoRA, of which the best is looked for
+WEIGHTS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of each LoRA, of which the best is looked for
 
 DENSITY = 0.5  # the share of entries that a combination keeps which prunes
 
