@@ -1,4 +1,7 @@
-"""Writes examples/two_moons.ipynb from the script beside it and runs it: python docs/make_notebook.py, or make docs."""
+"""Writes the notebooks of examples from the scripts beside them and runs them: python docs/make_notebook.py.
+
+One whose script is as it was is left as it is.
+"""
 
 import base64
 import contextlib
@@ -10,7 +13,7 @@ from pathlib import Path
 
 from matplotlib import pyplot
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "two_moons.py"
+SCRIPTS = [Path(__file__).parents[1] / "examples" / f"{name}.py" for name in ("two_moons", "merge_two_loras")]
 
 
 def cells(script: str) -> list[tuple[str, str]]:
@@ -28,7 +31,7 @@ def run(text: str, names: dict) -> list[dict]:
     """Runs a cell and returns its outputs: what it prints, and the picture that it leaves open."""
     printed, outputs = io.StringIO(), []
     with contextlib.redirect_stdout(printed):
-        exec(compile(text, SCRIPT.name, "exec"), names)  # Safe: it is the repository's own script.
+        exec(compile(text, "cell", "exec"), names)  # Safe: it is the repository's own script.
     if printed.getvalue():
         outputs.append({"output_type": "stream", "name": "stdout", "text": lines(printed.getvalue())})
     for number in pyplot.get_fignums():
@@ -57,8 +60,20 @@ def notebook(script: str) -> dict:
     return {"cells": written, "metadata": kernel | language, "nbformat": 4, "nbformat_minor": 5}
 
 
+def is_new(script: Path) -> bool:
+    """Tells whether a script has changed since its notebook was written."""
+    path = script.with_suffix(".ipynb")
+    if not path.exists():
+        return True
+    written = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in written] != cells(
+        script.read_text(encoding="utf-8")
+    )
+
+
 if __name__ == "__main__":
     pyplot.switch_backend("agg")
-    os.chdir(SCRIPT.parent)
-    made = json.dumps(notebook(SCRIPT.read_text(encoding="utf-8")), indent=1, ensure_ascii=False)
-    SCRIPT.with_suffix(".ipynb").write_text(made + "\n", encoding="utf-8")
+    os.chdir(SCRIPTS[0].parent)
+    for script in filter(is_new, SCRIPTS):
+        made = json.dumps(notebook(script.read_text(encoding="utf-8")), indent=1, ensure_ascii=False)
+        script.with_suffix(".ipynb").write_text(made + "\n", encoding="utf-8")

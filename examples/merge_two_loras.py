@@ -5,6 +5,8 @@
 # their words stand in it or not. Here they become one LoRA of the size of one, which listens to both words.
 
 # %%
+import subprocess
+import sys
 from itertools import permutations
 from pathlib import Path
 
@@ -13,28 +15,22 @@ import torch
 from diffusers import Flux2KleinPipeline
 
 import danceopd
-from danceopd.tools.merge_loras import Options, merge_loras
 
-STEPS, WORK = 200, Path("two_loras")
+STEPS, WORK = 300, Path("two_loras")
 ASSETS = Path(danceopd.__file__).parent / "miniature" / "assets"
+
+
+def run(*words):
+    """Runs a command as it is typed in a terminal, and shows what it prints."""
+    command = [sys.executable, "-m", "danceopd", *map(str, words)]
+    print(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout)
+
 
 # %% [markdown]
 # Training needs prompts, and no pictures: the student draws its own.
 
 # %%
-things = [
-    "a dog",
-    "a cat",
-    "a car",
-    "an apple",
-    "a boat",
-    "a clock",
-    "a cup",
-    "a banana",
-    "a pizza",
-    "a bus",
-    "a chair",
-]
+things = ["a dog", "a cat", "a car", "an apple", "a boat", "a clock", "a cup", "a banana", "a pizza", "a bus"]
 prompts = [f"a photo of {thing}" for thing in things]
 prompts += [f"a photo of {one} and {other}" for one, other in permutations(things, 2)]
 WORK.mkdir(exist_ok=True)
@@ -43,28 +39,14 @@ WORK.mkdir(exist_ok=True)
 # %% [markdown]
 # A sample is asked of one source: the base for prompts as they are, a LoRA where its word stands in front, both
 # together where both do. The loss is the squared distance between the student's velocity and the source's, at a state
-# of the student's own rollout. The words that call a LoRA stand in its file.
+# of the student's own rollout. The words that call a LoRA stand in its file. At the end it says which share of the way
+# from the base to each source is gone, by the velocity's error along each one's own rollouts.
 
 # %%
-training = ["training.batch_size=32", "training.optimizer=muon", "training.learning_rate=2e-3"]
-options = Options(
-    prompts=WORK / "prompts.txt",
-    steps=STEPS,
-    resolution=64,
-    max_sequence_length=16,
-    overwrite=True,
-    overrides=[*training, "training.lr_schedule=cosine", "rollout.num_inference_steps=8"],
-)
-loras = [Path("miniature/night"), Path("miniature/wood")]
-merged = merge_loras(Path("miniature"), loras, WORK / "merged.safetensors", options)
-
-# %% [markdown]
-# How much of the way from the base to each source is gone, by the error of the velocity along each one's own rollouts:
-
-# %%
-for line in merged.results.table():
-    print("".join(f"{cell:>26}" if i else f"{cell:24}" for i, cell in enumerate(line)))
-print(merged.results.verdict)
+what = ["miniature/night", "miniature/wood", "--base", "miniature", "-o", WORK / "merged.safetensors"]
+how = ["--prompts", WORK / "prompts.txt", "--steps", STEPS, "--patience", 0, "--overwrite", "--quiet"]
+training = ["training.batch_size=32", "training.optimizer=muon", "training.learning_rate=6e-3"]
+run("merge-loras", *what, *how, *training, "training.lr_schedule=cosine", "rollout.num_inference_steps=8")
 
 # %% [markdown]
 # The result is a LoRA like any other: a plain pipeline of diffusers loads it.
@@ -90,12 +72,9 @@ def draw(mix, prompt, seed):
     return pipeline(prompt, guidance_scale=1.0, generator=generator, **sizes).images[0]
 
 
-columns = [
-    f"{words}a photo of {thing}"
-    for thing in ("a boat", "a cup")
-    for words in ("", "night, ", "wood, ", "night, wood, ")
-]
-axes = plt.subplots(len(mixes), len(columns), figsize=(14, 9), layout="constrained")[1]
+called = ("", "night, ", "wood, ", "night, wood, ")
+columns = [f"{words}a photo of {thing}" for thing in ("a boat", "a cup") for words in called]
+axes = plt.subplots(len(mixes), len(columns), figsize=(12, 8), layout="constrained")[1]
 for row, (name, mix) in enumerate(mixes.items()):
     for column, prompt in enumerate(columns):
         axes[row, column].imshow(draw(mix, prompt, 5))

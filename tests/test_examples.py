@@ -62,9 +62,11 @@ def test_the_teachers_know_their_moons():
     torch.testing.assert_close(velocity[0], (likely * (noise - data)).sum(0), rtol=0, atol=0.01)
 
 
-def test_the_notebook_is_the_script(notebook):
-    script = make_notebook.cells(SCRIPT.read_text(encoding="utf-8"))
-    assert [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]] == script, "make docs"
+@pytest.mark.parametrize("script", make_notebook.SCRIPTS, ids=lambda path: path.stem)
+def test_a_notebook_is_its_script_and_was_run(script):
+    assert not make_notebook.is_new(script), "make docs"
+    cells = json.loads(script.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
+    assert cells[-1]["outputs"]
 
 
 def test_the_notebook_shows_what_it_printed_and_its_picture(notebook):
@@ -92,3 +94,13 @@ def test_examples_need_the_stable_names_alone():
                 assert not [alias.name for alias in node.names if alias.name.startswith("danceopd.")], path
             if isinstance(node, ast.ImportFrom):
                 assert not node.module.startswith("danceopd."), path
+
+
+@pytest.mark.slow
+def test_two_loras_are_merged_and_drawn_with(tmp_path, capsys):
+    script = SCRIPT.with_name("merge_two_loras.py").read_text(encoding="utf-8")
+    short, found = re.subn(r"STEPS, WORK = \d+,", "STEPS, WORK = 2,", script)
+    assert found == 1
+    exec(compile(short, "merge_two_loras.py", "exec"), {"__name__": "__main__"})
+    assert "night + wood" in capsys.readouterr().out
+    assert Image.open(tmp_path / "two_loras.png").size == (1320, 880)
