@@ -229,7 +229,7 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
             (
                 f"{method}_{count}",
                 "miniature",
-                {"method": method, "loras": count, "training.learning_rate": 2e-3},
+                {"method": method, "loras": count, "training.learning_rate": 6e-3},
                 {"untrained": 0, "danceopd": budget.merge}.get(method, budget.merge - MERGE_DRAWN * DRAWN_STEPS),
             )
             for count in MERGE_COUNTS

@@ -231,7 +231,7 @@ def _trained(run: Run, folder: Path, bench: Bench) -> dict:
         "training.seed": run.seed,
         "training.batch_size": 32,
         "training.optimizer": "muon",
-        "training.learning_rate": 2e-3,
+        "training.learning_rate": run.overrides["training.learning_rate"],
         "training.lr_schedule": "cosine",
         "training.max_network_evaluations": run.evaluations,
     }
