@@ -7,6 +7,7 @@ the figures go to docs/reliability.md where all of it was run (--write).
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,8 @@ def damage(name: str, count: int, first: int, folder: Path, until: float) -> Dam
                 raise RuntimeError(f"{name}: its worker does not begin: {last}")
             found.wrong.append(f"{name} {number}: {trouble or f'the process ends with {process.returncode}: {last}'}")
             number, found.tried = number + 1, found.tried + 1
+            shutil.rmtree(folder / "case")  # its damaged file is still there
+            (folder / "made").unlink()
     found.seconds = time.monotonic() - began
     return found
 
