@@ -1,6 +1,5 @@
 """Operation 4 against float64, diffusers' scheduler and torch.distributions."""
 
-
 import pytest
 import torch
 from danceopd_kernels import compiled, euler_step_, heun_step_, sde_step_

@@ -129,8 +129,8 @@ def _without(watch: "Watch", logs: Path, error: BaseException) -> str | None:
         ended = f"{', '.join(said)} {'has' if len(gone) == 1 else 'have'} ended on {here}, without which rank {rank}"
     elif elsewhere:
         ended = (
-            f"the connection to a rank on {', '.join(elsewhere)} is lost ({str(error).splitlines()[0]}); look there for "
-            f"why it has ended; without it rank {rank}"
+            f"the connection to a rank on {', '.join(elsewhere)} is lost ({str(error).splitlines()[0]}); look there "
+            f"for why it has ended; without it rank {rank}"
         )
     else:
         return None
