@@ -517,9 +517,8 @@ def routed_lora_linear(
     flat = x if x.dim() == 3 else x[:, None]
     if choose(x, backend, DTYPES) == "triton":
         fixed = [None if t is None else t.detach().contiguous() for t in (weight, bias, weight_scale)]
-        a, b = adapters.a.contiguous(), adapters.b.contiguous()
         rest = (adapters.first.contiguous(), adapters.scale.contiguous(), adapters.rank, route.contiguous())
-        out = _Triton.apply(flat.contiguous(), *fixed, a, b, *rest)
+        out = _Triton.apply(flat.contiguous(), *fixed, adapters.a.contiguous(), adapters.b.contiguous(), *rest)
     else:
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, adapters.a, adapters.b))
         with checks.own_precision(x.device):
