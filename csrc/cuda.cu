@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(THREADS) routed_kernel(const RoutedVelocityMse
             const float error = kept ? velocity - target : 0.f;
             sum += error * error;
             if (NORMS && kept) velocities += velocity * velocity, targets += target * target;
-            gradient.entry[i] = from_float<GradientOf<T>>(factor * error);
+            gradient.entry[i] = from_float<GradientOf<T>>(kept ? factor * error : 0.f);  // not 0 times infinity
         }
         store<GradientOf<T>, V>(static_cast<GradientOf<T>*>(p.gradient) + here + j, gradient);
     }

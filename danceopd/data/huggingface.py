@@ -87,7 +87,9 @@ def import_dataset(
     stored = rows.with_format("arrow")  # pictures as they were stored, so that each can be refused on its own
     for i in bar(range(len(rows)), "rows"):
         try:
-            (row,) = stored[i : i + 1].to_pylist()
+            part = stored[i : i + 1]
+            part.validate(full=True)  # damaged offsets would be read as addresses
+            (row,) = part.to_pylist()
         except Exception as error:  # of many kinds, by the bytes of the file that are damaged
             problems.append(Problem(i, f"cannot be read ({error}); copy the data set again", "row"))
             continue

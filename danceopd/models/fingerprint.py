@@ -68,6 +68,17 @@ def sample(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def identity(path: Path) -> str:
+    """Names the content of a file or folder that is there, as `sample` does: also where only its middle was trained.
+
+    Raises:
+        UserError: There is no such file or folder, or the folder is empty.
+    """
+    if not path.exists() or (path.is_dir() and not any(p.is_file() for p in path.rglob("*"))):
+        raise UserError(f"there is nothing at {path}; give the folder or file of a model")
+    return sample(path)
+
+
 def _add_sample(digest, file: Path) -> None:
     size = file.stat().st_size
     digest.update(f"{size} ".encode())

@@ -36,7 +36,7 @@ from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.build import run_attention
 from danceopd.training.assembly.networks import start_folder, student_layers, student_sizes
 from danceopd.training.assembly.samples import check_decoder, model_samples, rows_of
-from danceopd.training.assembly.sources import narrow, needs_base, source_folder, sources_on_base
+from danceopd.training.assembly.sources import check_embedded, narrow, needs_base, source_folder, sources_on_base
 from danceopd.training.assembly.starts import check_alike, start_lora
 
 ENCODERS = ("text_encoder", "tokenizer", "processor", "image_encoder", "feature_extractor", "siglip")
@@ -102,6 +102,8 @@ def _sources(
             carrier and attempt(f"sources.{name}.lora", lora_parameters, lora.path, carrier, pipeline_class)
             for lora in source.lora
         ]
+        if carrier is not None:
+            attempt(f"sources.{name}.embedded_guidance", check_embedded, carrier, source.embedded_guidance)
         if name in networks:
             sources[name] = carrier and count(carrier)  # adapters are merged into it
         else:
@@ -202,9 +204,11 @@ def _student(config: Config, findings: Findings, backbone: ModuleType, transform
         return backbone.velocity(transformer, latents, sigma, prompt, sources, 1.0)
 
     lora = config.student.lora
+    own = findings.attempt("student.init_from", _meta_start, config, backbone) if lora is None else transformer
+    if own is not None:
+        findings.attempt("student.embedded_guidance", check_embedded, own, config.student.embedded_guidance)
     if lora is None:
-        start = findings.attempt("student.init_from", _meta_start, config, backbone)
-        return start and FullStudent(start, velocity)
+        return own and FullStudent(own, velocity)
     layers = findings.attempt("student.lora.targets", student_layers, config, backbone, transformer)
     sizes = layers and findings.attempt("student.lora", student_sizes, config, layers)
     if not sizes:

@@ -1,12 +1,14 @@
 """Writes files so that a process that dies leaves either the old or the new."""
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError
 
 from danceopd.support.errors import UserError
@@ -44,7 +46,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} is there already; remove it, or give another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = left.name.split(".")[-2]
+        if number.isdigit() and (left == temporary or not psutil.pid_exists(int(number))):  # of one that was killed
+            shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary

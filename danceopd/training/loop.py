@@ -478,6 +478,9 @@ def train(
     checkpoint, messages = load_newest(folder / "checkpoints", ranks)
     for message in messages if first else ():
         print(f"warning: {message}")
+    for left in folder.rglob(".*.tmp") if first else ():  # by a run that was killed, maybe before its first checkpoint
+        if left.is_file():
+            left.unlink(missing_ok=True)
     if checkpoint:
         _go_on(trainer, checkpoint)
     if first:
@@ -500,7 +503,5 @@ def _go_on(trainer: Trainer, checkpoint: Checkpoint) -> None:
                 "--overwrite starts again, a larger training.max_steps goes on"
             )
         tidy(training.output_dir / "checkpoints", checkpoint.path, training.keep_checkpoints)
-        for left in training.output_dir.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
     if trainer.progress() >= 1:  # then no update follows that would write it
         trainer.save_student(checkpoint)

@@ -6,7 +6,7 @@ A part for other trainers: DanceOPD's does not use it (docs/kernels.md says what
 import torch
 
 from danceopd_kernels import checks
-from danceopd_kernels.dispatch import choose, has_triton
+from danceopd_kernels.dispatch import GRID, choose, has_triton
 
 if has_triton():
     import triton
@@ -124,7 +124,7 @@ class _Triton(torch.autograd.Function):
         return (h, out) if gated else out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @checks.once
     def backward(ctx, *upstream):
         grad_h, grad_out = (upstream[0].contiguous(), upstream[-1].contiguous())  # one and the same without a residual
         x, h, scale, gate, mean, rstd = ctx.saved_tensors
@@ -220,12 +220,13 @@ def adaln_modulate(
     eps = checks.number("eps", eps)
     if not x.shape[2]:
         raise ValueError(f"x holds no entry in a row: {list(x.shape)}")
-    chosen = choose(x, backend, DTYPES)
-    if chosen == "triton" and x.shape[2] > MAX_WIDTH:
-        if backend:
-            raise ValueError(f"backend 'triton' cannot run: rows of {x.shape[2]}, {MAX_WIDTH} at most")
-        chosen = "torch"
-    if chosen == "triton" and x.numel():
+    if choose(x, backend, DTYPES, limit=lambda _: _limit(x)) == "triton" and x.numel():
         return _Triton.apply(*(None if t is None else t.contiguous() for t in (x, shift, scale, residual, gate)), eps)
     h, out = reference(x, shift, scale, residual, gate, eps)
     return out if residual is None else (h, out)
+
+
+def _limit(x: torch.Tensor) -> str | None:
+    if x.shape[2] > MAX_WIDTH:
+        return f"rows of {x.shape[2]}, {MAX_WIDTH} at most"
+    return f"{x.shape[1]} rows a sample, {GRID * ROWS} at most" if x.shape[1] > GRID * ROWS else None

@@ -4,9 +4,13 @@ Each raises ValueError, for what is of another type too, and says which argument
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from numbers import Real
 
 import torch
+from torch.autograd.function import once_differentiable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,6 +39,10 @@ def tensor(
         raise ValueError(f"{name} must be a tensor, got {_kind(value)}")
     if value.layout != torch.strided or value.is_nested:
         raise ValueError(f"{name} must be an ordinary dense tensor, got {value.layout}")
+    if not torch.compiler.is_compiling() and value.is_neg():  # its memory holds the numbers of the other sign
+        raise ValueError(f"{name} is a view of the negative that torch has not written out; give {name}.resolve_neg()")
+    if like is not None and has_memory(like) and not has_memory(value):
+        raise ValueError(f"{name} must be an ordinary dense tensor, got a {type(value).__name__} without memory")
     if (
         (dtype is None or (value.dtype in dtype if isinstance(dtype, tuple) else value.dtype == dtype))
         and (like is None or value.device == like.device)
@@ -47,6 +55,14 @@ def tensor(
     place = "" if like is None else f" on {like.device}"
     got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
     raise ValueError(f"{name} must be {(wanted + sizes).strip() or 'a tensor'}{place}, got {got}")
+
+
+def has_memory(value: torch.Tensor) -> bool:
+    """Returns whether a tensor's address is that of its entries: not if a subclass answers for it, as DTensor does."""
+    kind = type(value)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return True
+    return kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def fits(sizes: torch.Size, shape: tuple[int | str, ...]) -> bool:
@@ -136,6 +152,8 @@ def in_place(name: str, value, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     no_gradient(**{name: value}, **inputs)
     if value.is_meta or torch.compiler.is_compiling():  # there are no addresses
         return value
+    if not has_memory(value) or transforming():
+        return value
     begin = value.data_ptr()
     for other, tensor in inputs.items():
         if tensor.numel() and begin < tensor.data_ptr() + tensor.nbytes and tensor.data_ptr() < begin + value.nbytes:
@@ -149,6 +167,46 @@ def no_gradient(**tensors) -> None:
         for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(f"no gradient passes here, but {name} requires one; detach it or use torch.no_grad()")
+
+
+def transforming() -> bool:
+    """Returns whether one of torch.func's transforms is at work, whose tensors have no memory either."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def no_transform(operation: str) -> None:
+    """Raises ValueError under torch.func's transforms, for an operation that has no plain PyTorch to differentiate."""
+    if transforming():
+        raise ValueError(f"{operation} does not run under torch.func (grad, vmap, jvp); use torch.autograd.grad")
+
+
+def own_precision(device: torch.device) -> AbstractContextManager:
+    """Keeps autocast out: the dtypes of an operation are those of its arguments."""
+    kind = device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def first_derivative_alone() -> None:
+    """Raises RuntimeError in a backward that is to be differentiated again: what it gives would count as a constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "this operation has no second derivative, so that create_graph=True is refused; plain PyTorch has one of "
+            "routed_velocity_mse, routed_lora_linear and adaln_modulate: backend='torch'"
+        )
+
+
+def once(backward: Callable) -> Callable:
+    """Marks the backward of an autograd.Function as one that cannot be differentiated again, and is refused then."""
+    plain = once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx, *upstream):
+        first_derivative_alone()
+        return plain(ctx, *upstream)
+
+    return checked
 
 
 def flag(name: str, value) -> bool:

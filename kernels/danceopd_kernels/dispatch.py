@@ -1,16 +1,18 @@
 """Which implementation of an operation runs: the fastest that the device, the dtype and this machine offer."""
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 
-from danceopd_kernels import compiled
+from danceopd_kernels import checks, compiled
 
 VARIABLE = "DANCEOPD_KERNELS"
 BACKENDS = ("torch", "cpu", "cuda", "triton")  # plain PyTorch; compiled for the host, for the device; Triton
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}  # the fastest first
+GRID = 65535  # programs that a GPU takes along the second axis of a grid
 
 
 @cache  # asked at every call; where Triton is missing, find_spec searches the whole path
@@ -18,8 +20,14 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def refusal(backend: str, offered: tuple[str, ...], tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]):
-    """Why a backend cannot take a tensor; None if it can. offered and dtypes: what the operation's kernels are for."""
+def refusal(
+    backend: str,
+    offered: tuple[str, ...],
+    tensor: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    limit: Callable[[str], str | None] = lambda _: None,
+) -> str | None:
+    """Why a backend cannot take a tensor; None if it can. offered, dtypes, limit: what the operation's kernels take."""
     if backend == "torch":
         return None
     if backend not in offered:
@@ -30,7 +38,13 @@ def refusal(backend: str, offered: tuple[str, ...], tensor: torch.Tensor, dtypes
     device = "cpu" if backend == "cpu" else "cuda"
     if tensor.device.type != device and not interpreted:
         return f"the tensors are on {tensor.device}"
-    return unavailable(backend)
+    if not checks.has_memory(tensor):
+        return f"a {type(tensor).__name__} has no memory of its own"
+    if checks.transforming():
+        return "torch.func's transforms take plain PyTorch alone"
+    if backend == "triton" and tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return f"the tensors are on {tensor.device}, and the current device is cuda:{torch.cuda.current_device()}"
+    return unavailable(backend) or limit(backend)
 
 
 @torch.compiler.assume_constant_result  # nothing to trace
@@ -48,10 +62,12 @@ def choose(
     backend: str | None,
     dtypes: tuple[torch.dtype, ...],
     offered: tuple[str, ...] = ("triton",),
+    limit: Callable[[str], str | None] = lambda _: None,
 ) -> str:
     """The backend to run: the one asked for by argument, else by DANCEOPD_KERNELS, else the fastest that can.
 
-    The environment's is passed over where the operation cannot run on it; the argument's is not.
+    The environment's is passed over where the operation cannot run on it; the argument's is not. limit(backend) says
+    why it cannot take arguments of these sizes, or None.
 
     Raises:
         ValueError: The backend is unknown, or the argument's cannot run.
@@ -61,13 +77,13 @@ def choose(
     asked = backend or os.environ.get(VARIABLE)
     if asked and asked not in BACKENDS:
         raise ValueError(f"unknown backend {asked!r}; use one of {', '.join(BACKENDS)}")
-    reason = refusal(asked, offered, tensor, dtypes) if asked else None
+    reason = refusal(asked, offered, tensor, dtypes, limit) if asked else None
     if backend and reason:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")
     if asked and not reason:
         return asked
     order = ORDER.get(tensor.device.type, ("torch",))
-    return next(b for b in order if refusal(b, offered, tensor, dtypes) is None)
+    return next(b for b in order if refusal(b, offered, tensor, dtypes, limit) is None)
 
 
 def info() -> str:

@@ -48,10 +48,14 @@ def reference_linear(codes, x_scale, weight, weight_scale, bias, out_dtype) -> t
 
 
 def reference_weight_linear(x, weight, weight_scale, bias, out_dtype) -> torch.Tensor:
-    """x [T, in], codes of the weight [out, in]: the product in x's dtype with what they stand for."""
-    number = (weight.float() * weight_scale).to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    return torch.nn.functional.linear(x, number, bias).to(out_dtype)
+    """x [T, in], codes of the weight [out, in]: the product in x's dtype with what they stand for.
+
+    In float32 for float16, whose range those numbers may leave.
+    """
+    wide = torch.float32 if x.dtype == torch.float16 else x.dtype
+    number = (weight.float() * weight_scale).to(wide)
+    bias = None if bias is None else bias.to(wide)
+    return torch.nn.functional.linear(x.to(wide), number, bias).to(out_dtype)
 
 
 # -------------------------------------------------------------------------------------------------- Triton
@@ -308,7 +312,7 @@ def fp8_linear(
 
     Args:
         x: [..., in]: codes with x_scale, or float32, bfloat16 or float16, which are quantised here or, with
-            weight_only, multiplied as they are: in out_dtype where that is the narrower.
+            weight_only, multiplied as they are: in bfloat16 where out_dtype is that.
         weight: [out, in] float8_e4m3fn, as fp8_quantize_rowwise makes it.
         weight_scale: [out, 1] float32.
         bias: [out] in float32, bfloat16 or float16.
@@ -328,6 +332,7 @@ def fp8_linear(
         >>> weight, weight_scale = fp8_quantize_rowwise(torch.randn(48, 32))
         >>> out = fp8_linear(torch.randn(4, 32), weight, weight_scale)
     """
+    checks.no_transform("fp8_linear")
     _check_linear(x, weight, weight_scale, bias, x_scale)
     if out_dtype is None:
         out_dtype = torch.bfloat16 if x.dtype == FLOAT8 else x.dtype
@@ -339,7 +344,8 @@ def fp8_linear(
         raise ValueError("weight_only goes with x in float32, bfloat16 or float16, not with codes")
     rows, x_scale = x.reshape(-1, x.shape[-1]), None if x_scale is None else x_scale.reshape(-1, 1)
     run = _Linear.apply if torch.is_grad_enabled() and x.requires_grad else _linear
-    out = run(rows, weight, weight_scale, bias, x_scale, out_dtype, weight_only, backend)
+    with checks.own_precision(x.device):
+        out = run(rows, weight, weight_scale, bias, x_scale, out_dtype, weight_only, backend)
     return out.view(*x.shape[:-1], len(weight))
 
 
@@ -351,16 +357,18 @@ class _Linear(torch.autograd.Function):
         return _linear(x, weight, weight_scale, *rest)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @checks.once
     def backward(ctx, grad):
-        narrow = min(ctx.dtype, grad.dtype, key=lambda dtype: dtype.itemsize)
-        return input_gradient(grad, *ctx.saved_tensors, narrow).to(ctx.dtype), *(None,) * 7
+        dtype = torch.bfloat16 if torch.bfloat16 in (ctx.dtype, grad.dtype) else torch.float32
+        with checks.own_precision(grad.device):
+            return input_gradient(grad, *ctx.saved_tensors, dtype).to(ctx.dtype), *[None] * 7
 
 
 def input_gradient(grad, weight, weight_scale, dtype: torch.dtype) -> torch.Tensor:
     """grad [..., out] times the weight, in dtype: the gradient of its input."""
-    # The scales go to the gradient, since codes are exact in every dtype.
-    return (grad * weight_scale[:, 0]).to(dtype) @ weight.to(dtype)
+    # The scales go to the gradient, since codes are exact in every dtype; float16 would lose what they make of it.
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    return ((grad * weight_scale[:, 0]).to(wide) @ weight.to(wide)).to(dtype)
 
 
 def multiplies_codes(device: torch.device) -> bool:
@@ -370,9 +378,10 @@ def multiplies_codes(device: torch.device) -> bool:
 
 def _linear(x, weight, weight_scale, bias, x_scale, out_dtype, weight_only: bool, backend: str | None) -> torch.Tensor:
     """x [T, in]."""
-    weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
+    weight, weight_scale, bias = (None if t is None else t.contiguous() for t in (weight, weight_scale, bias))
     if weight_only:
-        x = x.to(min(x.dtype, out_dtype, key=lambda dtype: dtype.itemsize))
+        if (x.dtype, out_dtype) == (torch.float32, torch.bfloat16):
+            x = x.to(out_dtype)
         if choose(x, backend, WEIGHT_ONLY) == "triton":
             return run_triton_linear(x.contiguous(), None, weight, weight_scale, bias, out_dtype)
         return reference_weight_linear(x, weight, weight_scale, bias, out_dtype)

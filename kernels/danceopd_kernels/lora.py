@@ -55,10 +55,11 @@ def reference(x, weight, bias, adapters: Adapters, route, weight_scale=None) -> 
     row = adapters.first[chosen, None] + torch.arange(adapters.rank, device=x.device)
     kept = known[:, None] & (row < adapters.first[chosen + 1, None])
     row = torch.where(kept, row, 0)
-    a, b = (torch.where(kept[..., None], factor[row], 0).to(x.dtype) for factor in (adapters.a, adapters.b))
-    h = (x @ a.mT * adapters.scale[chosen, None, None]).to(x.dtype)
+    wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # float16 would overflow before the scale
+    a, b = (torch.where(kept[..., None], factor[row], 0).to(wide) for factor in (adapters.a, adapters.b))
+    h = (x.to(wide) @ a.mT * adapters.scale[chosen, None, None]).to(wide)
     h = torch.where(kept[:, None], h, 0)  # 0 * inf must not reach the samples or the columns that are not there
-    return frozen_linear(x, weight, bias, weight_scale) + h @ b
+    return (frozen_linear(x, weight, bias, weight_scale) + h @ b).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ host
@@ -77,7 +78,7 @@ def merges(tokens: int, x: torch.Tensor, weight: torch.Tensor, weight_scale, gra
 def on_host(x, weight, bias, adapters: Adapters, route: list[int], gradient: bool, weight_scale=None) -> torch.Tensor:
     """The definition where the routes are known: without masks, and equal routes in a row together.
 
-    With a gradient all samples have one route.
+    With a gradient all samples have one route. Not for float16, whose range a product may leave before it is scaled.
     """
     samples, tokens, width = x.shape
     rows, weight, bias = x.reshape(-1, width), weight.detach(), None if bias is None else bias.detach()
@@ -316,7 +317,7 @@ class _Triton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_scale, a, b, first, scale, rank, route):
         adapters = Adapters(a, b, first, scale, rank)
-        with torch.autocast(x.device.type, enabled=False):
+        with checks.own_precision(x.device):
             out = frozen_linear(x, weight, bias, weight_scale)
         h = shrink(x, a, adapters, route)
         expand_(out, h, b, adapters, route)
@@ -325,7 +326,7 @@ class _Triton(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @checks.once
     def backward(ctx, grad):
         x, weight, weight_scale, a, b, first, scale, route, h = ctx.saved_tensors
         adapters, grad = Adapters(a, b, first, scale, ctx.rank), grad.contiguous()
@@ -334,7 +335,7 @@ class _Triton(torch.autograd.Function):
         if needs_x or needs_a:
             grad_h = shrink(grad, b, adapters, route)
         if needs_x:
-            with torch.autocast(x.device.type, enabled=False):
+            with checks.own_precision(x.device):
                 coded = weight_scale is not None
                 grad_x = input_gradient(grad, weight, weight_scale, grad.dtype) if coded else grad @ weight
             expand_(grad_x, grad_h, a, adapters, route)
@@ -449,7 +450,8 @@ def lora_linear(
     Returns:
         [..., out] in x's dtype. Differentiable in x, A and B.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or choose(x, None, DTYPES) == "triton":
+    plain = x.device.type == "cpu" and x.dtype != torch.float16 and choose(x, None, DTYPES) != "triton"
+    if not plain or torch.compiler.is_compiling():
         first, alone = (_constant(values, torch.int64, x.device) for values in ((0, len(a)), (0,)))
         adapters = Adapters(a, b.mT, first, _constant((scale,), torch.float32, x.device), len(a))
         rows = x.reshape(1, -1, x.shape[-1])
@@ -457,10 +459,11 @@ def lora_linear(
     else:
         rows, a, b = x.reshape(-1, x.shape[-1]), a.to(x.dtype), b.to(x.dtype)
         gradient = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad)
-        if merges(len(rows), x, weight, weight_scale, gradient):
-            out = frozen_linear(rows, torch.addmm(weight, b, a, alpha=scale), bias)
-        else:
-            out = frozen_linear(rows, weight, bias, weight_scale).addmm_(rows @ a.mT, b.mT, alpha=scale)
+        with checks.own_precision(x.device):
+            if merges(len(rows), x, weight, weight_scale, gradient):
+                out = frozen_linear(rows, torch.addmm(weight, b, a, alpha=scale), bias)
+            else:
+                out = frozen_linear(rows, weight, bias, weight_scale).addmm_(rows @ a.mT, b.mT, alpha=scale)
     return out.reshape(*x.shape[:-1], len(weight))
 
 
@@ -514,15 +517,15 @@ def routed_lora_linear(
     flat = x if x.dim() == 3 else x[:, None]
     if choose(x, backend, DTYPES) == "triton":
         fixed = [None if t is None else t.detach().contiguous() for t in (weight, bias, weight_scale)]
-        a, b = adapters.a.contiguous(), adapters.b.contiguous()
         rest = (adapters.first.contiguous(), adapters.scale.contiguous(), adapters.rank, route.contiguous())
-        out = _Triton.apply(flat.contiguous(), *fixed, a, b, *rest)
+        out = _Triton.apply(flat.contiguous(), *fixed, adapters.a.contiguous(), adapters.b.contiguous(), *rest)
     else:
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, adapters.a, adapters.b))
-        if routes and (not gradient or len(set(routes)) == 1):
-            out = on_host(flat, weight, bias, adapters, routes, gradient, weight_scale)
-        else:
-            out = reference(flat, weight, bias, adapters, route, weight_scale)
+        with checks.own_precision(x.device):
+            if routes and x.dtype != torch.float16 and (not gradient or len(set(routes)) == 1):
+                out = on_host(flat, weight, bias, adapters, routes, gradient, weight_scale)
+            else:
+                out = reference(flat, weight, bias, adapters, route, weight_scale)
     return out if x.dim() == 3 else out[:, 0]
 
 

@@ -118,7 +118,10 @@ def run_chunked(student, teachers, order, uncond, guidance_scale, factor, mask, 
                         found += [error.transpose(1, 2) @ y, error.sum(1)]
                     dy *= 1 + scale
                     dy -= dy.mean(2, keepdim=True) + hat * (dy * hat).mean(2, keepdim=True)
-                    grads[0][:, part].index_copy_(0, at, (dy * rstd).to(grads[0].dtype))
+                    dy *= rstd
+                    if kept is not None:
+                        dy = torch.where(kept, dy, 0.0)  # not 0 times a parameter that is not finite
+                    grads[0][:, part].index_copy_(0, at, dy.to(grads[0].dtype))
                 for k, value in enumerate(found):
                     total[k] = total[k] + value if k in total else value
             for k, value in total.items():
@@ -168,6 +171,15 @@ if has_triton():
         if INTERPRETED:  # the interpreter multiplies bf16's bits as integers
             a, b = a.to(tl.float32), b.to(tl.float32)
         return tl.dot(a, b, total, input_precision=PRECISION)
+
+    @triton.jit
+    def _largest(tile, dtype: tl.constexpr):
+        """What a tile is divided by before it goes into a product in dtype: 1 but for float16, which has no room."""
+        size = 1.0
+        if dtype == tl.float16:
+            size = tl.max(tl.max(tl.abs(tile), 1), 0)
+            size = tl.where((size > 1e-30) & (size < 1e30), size, 1.0)
+        return size
 
     # Long: one kernel, which nothing may be called from without a price.
     @triton.jit
@@ -223,7 +235,12 @@ if has_triton():
                     base += _per_sample(u_shift, teacher_sample, column, t_width)
                     y = base + g * (y - base)
                 w = _matrix(t_weight, output, column, outputs, t_width)
-                target = _product(y.to(dtype), tl.trans(w), target, PRECISION, INTERPRETED)
+                if dtype == tl.float16:
+                    size = _largest(y, dtype)
+                    part = _product((y / size).to(dtype), tl.trans(w), tl.zeros_like(target), PRECISION, INTERPRETED)
+                    target += size * part
+                else:
+                    target = _product(y.to(dtype), tl.trans(w), target, PRECISION, INTERPRETED)
             target += tl.load(t_bias + output, output < outputs, other=0.0).to(tl.float32)
 
             mean, rstd = _moments(hidden, token, kept, width, eps, ROWS, K)
@@ -233,7 +250,11 @@ if has_triton():
                 y = _normalised(hidden, token, kept, column, width, mean, rstd)
                 y = y * (1 + _per_sample(scale, sample, column, width)) + _per_sample(shift, sample, column, width)
                 w = _matrix(weight, output, column, outputs, width)
-                v = _product(y.to(dtype), tl.trans(w), v, PRECISION, INTERPRETED)
+                if dtype == tl.float16:
+                    size = _largest(y, dtype)
+                    v += size * _product((y / size).to(dtype), tl.trans(w), tl.zeros_like(v), PRECISION, INTERPRETED)
+                else:
+                    v = _product(y.to(dtype), tl.trans(w), v, PRECISION, INTERPRETED)
             v += tl.load(bias + output, output < outputs, other=0.0).to(tl.float32)
             error = tl.where(kept[:, None], v - target, 0.0)
             tl.store(partial + sample * tiles + tile, tl.sum(error * error))
@@ -250,14 +271,16 @@ if has_triton():
                     part = (sample * tiles + tile) * outputs + output
                     tl.store(d_bias + part, f * tl.sum(error, 0), output < outputs)
                 # the error goes into the products without the factor, which would underflow in fp16
-                e = error.to(dtype)
+                away = _largest(error, dtype)
+                e = (error / away).to(dtype)
                 for k in range(0, width, K):
                     column = k + lane
                     hat = _normalised(hidden, token, kept, column, width, mean, rstd)
                     s = 1 + _per_sample(scale, sample, column, width)
                     w = _matrix(weight, output, column, outputs, width)
-                    dy = _product(e, w, tl.zeros([ROWS, K], tl.float32), PRECISION, INTERPRETED)
+                    dy = away * _product(e, w, tl.zeros([ROWS, K], tl.float32), PRECISION, INTERPRETED)
                     dx = (f * rstd)[:, None] * (dy * s - first[:, None] - hat * second[:, None])
+                    dx = tl.where(kept[:, None], dx, 0.0)  # not 0 times a parameter that is not finite
                     at = token[:, None] * width + column
                     tl.store(d_hidden + at, dx.to(d_hidden.dtype.element_ty), inside[:, None] & (column < width))
                     sums = (sample * tiles + tile) * width + column
@@ -266,7 +289,8 @@ if has_triton():
                     if TO_WEIGHT:
                         y = hat * s + _per_sample(shift, sample, column, width)
                         dw = tl.zeros([OUT, K], tl.float32)
-                        dw = f * _product(tl.trans(e), y.to(dtype), dw, PRECISION, INTERPRETED)
+                        size = _largest(y, dtype)
+                        dw = f * away * size * _product(tl.trans(e), (y / size).to(dtype), dw, PRECISION, INTERPRETED)
                         there = (output < outputs)[:, None] & (column < width)
                         at = output[:, None] * width + column
                         before = output < tl.where(tile < programs, 0, outputs)  # nothing before its first tile
@@ -416,7 +440,7 @@ def _operation(
     heads = [Head(*teachers[i : i + 5]) for i in range(0, len(teachers), 5)]
     branches = [uncond[i : i + 3] for i in range(0, len(uncond), 3)] or None
     run = run_triton if backend == "triton" else run_chunked
-    with torch.autocast(hidden.device.type, enabled=False):  # which would run the products of float32 in bf16
+    with checks.own_precision(hidden.device):  # autocast would run the products of float32 in bf16
         run(student, heads, order, branches, guidance_scale, 2 * each, mask, eps, sums, grads)
     return sums * each, *grads
 
@@ -452,6 +476,7 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, upstream, *_):
+    checks.first_derivative_alone()
     hidden, shift, scale, weight, bias = ctx.saved_tensors
     dx = torch.mul(hidden, upstream.view(-1, 1, 1), out=torch.empty_like(hidden, dtype=ctx.dtype))  # rounded at the end
     small = [(upstream[:, None] * shift).to(ctx.dtype), (upstream[:, None] * scale).to(ctx.dtype)]
@@ -517,6 +542,7 @@ def fused_output_head_mse(
         >>> head = Head(hidden, *modulation.chunk(2, 1), torch.randn(16, 32), torch.randn(16))
         >>> loss = fused_output_head_mse(head, head._replace(hidden=torch.randn(2, 10, 32)))
     """
+    checks.no_transform("fused_output_head_mse")
     student, teachers, order, uncond = _checked(student, teachers, route, uncond)
     guidance_scale = checks.per_sample("guidance_scale", guidance_scale, student.hidden)
     weight = checks.per_sample("weight", weight, student.hidden)
@@ -537,16 +563,13 @@ def fused_output_head_mse(
 
 
 def _chosen(student: Head, teachers: list[Head], backend: str | None) -> str:
-    chosen = choose(student.hidden, backend, DTYPES)
-    if chosen == "triton":
+    def limit(_: str) -> str | None:
         outputs, most = len(student.bias), MAX_OUT[student.hidden.dtype]
-        reason = f"{outputs} outputs, {most} at most in {student.hidden.dtype}" if outputs > most else ""
         if max(head.hidden.shape[1] * head.hidden.shape[2] for head in (student, *teachers)) >= 1 << 31:
-            reason = "a sample of 2^31 entries or more"
-        if reason and backend:
-            raise ValueError(f"backend 'triton' cannot run: {reason}")
-        return "torch" if reason else "triton"
-    return chosen
+            return "a sample of 2^31 entries or more"
+        return f"{outputs} outputs, {most} at most in {student.hidden.dtype}" if outputs > most else None
+
+    return choose(student.hidden, backend, DTYPES, limit=limit)
 
 
 def _checked(student, teachers, route, uncond):

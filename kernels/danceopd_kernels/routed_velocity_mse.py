@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from danceopd_kernels import checks, compiled
-from danceopd_kernels.dispatch import choose, has_triton
+from danceopd_kernels.dispatch import GRID, choose, has_triton
 
 if has_triton():
     import triton
@@ -15,6 +15,7 @@ if has_triton():
 DTYPES = checks.FLOATS
 BACKENDS = ("cpu", "cuda", "triton")
 MAX_TEACHERS = 8
+LARGEST_BLOCK = 4096  # entries of one program of Triton's
 REDUCTIONS = ("mean", "none")
 
 
@@ -134,6 +135,8 @@ if has_triton():
             tl.store(at + plane, tl.sum(v * v))
             tl.store(at + 2 * plane, tl.sum(target * target))
         scaled = error * tl.load(factor + sample)
+        if MASKED:
+            scaled = tl.where(kept, scaled, 0.0)  # not 0 times a weight that is not finite
         tl.store(gradient + here + offset, scaled.to(gradient.dtype.element_ty), inside)
 
     @triton.jit
@@ -150,8 +153,17 @@ if has_triton():
 
 def block_of(elements: int) -> tuple[int, int]:
     """Elements of one program and its warps: 8 loads of 16 bytes a thread at most, less for small samples."""
-    block = min(4096, max(256, 1 << (elements - 1).bit_length()))
+    block = min(LARGEST_BLOCK, max(256, 1 << (elements - 1).bit_length()))
     return block, 4 if block >= 1024 else 2
+
+
+def limit(backend: str, samples: torch.Tensor) -> str | None:
+    """Why a backend's grid is too small for samples [B, ...], in chunks of a block or of the compiled kernels'."""
+    if backend == "cuda" and samples.shape[0] > GRID:
+        return f"{samples.shape[0]} samples, {GRID} at most"
+    if backend == "triton" and samples.numel() > samples.shape[0] * GRID * LARGEST_BLOCK:
+        return f"samples of {samples.numel() // samples.shape[0]} entries, {GRID * LARGEST_BLOCK} at most"
+    return None
 
 
 def run_triton(
@@ -360,7 +372,7 @@ class _Eager(torch.autograd.Function):
         return loss, watched
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @checks.once
     def backward(ctx, upstream, _):
         return _scaled(*ctx.saved_tensors, upstream, ctx.dtype), *[None] * 11
 
@@ -402,6 +414,7 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, upstream, *_):
+    checks.first_derivative_alone()
     (gradient,) = ctx.saved_tensors  # out of place: the compiler joins the product to what comes next
     return (gradient * upstream.view(-1, *(1,) * (gradient.dim() - 1))).to(ctx.dtype), *ctx.rest
 
@@ -484,7 +497,7 @@ def routed_velocity_mse(
     if bool(uncond) != (guidance_scale is not None):
         raise ValueError("guidance needs both uncond and guidance_scale")
     checks.choice("reduction", reduction, REDUCTIONS)
-    backend = choose(student, backend, DTYPES, BACKENDS)
+    backend = choose(student, backend, DTYPES, BACKENDS, lambda backend: limit(backend, student))
     if backend != "cpu":  # the host counts by itself
         row = packed_index(route, len(teachers)) if row is None else row
         uncond_row = row if uncond_row is None else uncond_row

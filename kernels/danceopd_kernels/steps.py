@@ -9,7 +9,7 @@ import torch
 
 from danceopd_kernels import checks, compiled
 from danceopd_kernels.dispatch import choose, has_triton
-from danceopd_kernels.routed_velocity_mse import block_of
+from danceopd_kernels.routed_velocity_mse import block_of, limit
 
 if has_triton():
     import triton
@@ -357,7 +357,7 @@ def _step(z, velocity, sigma, next_sigma, active, uncond, guidance_scale, other,
         other is not None and (uncond is None) != (other_uncond is None)
     ):
         raise ValueError("guidance needs guidance_scale and an unconditional velocity beside each velocity")
-    backend = choose(z, backend, DTYPES, BACKENDS)
+    backend = choose(z, backend, DTYPES, BACKENDS, lambda backend: limit(backend, z))
     if not z.numel():
         return z
     args = (z, velocity, sigma, next_sigma, active, uncond, guidance_scale, other, other_uncond)
@@ -413,8 +413,8 @@ def sde_step_(
         raise ValueError(f"sigmas must hold at least two noise levels, got {sigmas.shape[0]}")
     noise_level = checks.number("noise_level", noise_level)
     _check(z, active, {"velocity": velocity, "noise": noise}, {"sigma": sigma, "next_sigma": next_sigma})
-    checks.tensor("sigmas", sigmas, like=z)
-    backend = choose(z, backend, DTYPES, BACKENDS)
+    checks.in_place("z", z, {"sigmas": checks.tensor("sigmas", sigmas, like=z)[1:2]})
+    backend = choose(z, backend, DTYPES, BACKENDS, lambda backend: limit(backend, z))
     if not z.numel():
         raise ValueError(f"z holds no sample or no entry: {list(z.shape)}")
     args = (z, velocity, sigma, next_sigma, noise, sigmas[1:2], noise_level, active)
@@ -440,7 +440,6 @@ def _check(z, active, like, levels, guidance_scale=None) -> None:
     for name, tensor in like.items():
         checks.tensor(name, tensor, dtype=z.dtype, shape=tuple(z.shape), like=z)
         _check_contiguous(name, tensor)
-    checks.in_place("z", z, like)
     each = levels | {"guidance_scale": guidance_scale, "active": active}
     for name, value in each.items():
         if value is not None or name in levels:
@@ -448,6 +447,7 @@ def _check(z, active, like, levels, guidance_scale=None) -> None:
                 name, value, dtype=torch.bool if name == "active" else torch.float32, shape=z.shape[:1], like=z
             )
             _check_contiguous(name, value)
+    checks.in_place("z", z, like | {name: value for name, value in each.items() if value is not None})
 
 
 def _check_contiguous(name: str, tensor: torch.Tensor) -> None:

@@ -2,6 +2,9 @@
 
 import io
 import json
+import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -282,3 +285,19 @@ def test_two_data_sets_do_not_share_a_folder(tmp_path):
     (tmp_path / "own" / "manifest.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"manifest\.jsonl is there already"):
         import_dataset(tmp_path / "b", tmp_path / "own", task="t2i")
+
+
+def test_offsets_that_point_elsewhere_are_no_addresses(tmp_path):
+    """In a process of its own, which what is read through them would end."""
+    rows = {"id": ["a", "b"], "task": ["t2i"] * 2, "prompt": ["one", "two"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "set")
+    [file] = (tmp_path / "set").glob("*.arrow")
+    data, offsets = file.read_bytes(), struct.pack("<3i", 0, 3, 6)  # of ids there are 0, 1, 2; of prompts these
+    assert offsets in data
+    file.write_bytes(data.replace(offsets, struct.pack("<3i", 0, 3, 2**31 - 1)))
+    program = "import sys; from danceopd.cli.parser import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "data", "import", str(tmp_path / "set"), str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "row 1: cannot be read" in ran.stdout + ran.stderr
+    assert [row.id for row in read_manifest(tmp_path / "out" / "manifest.jsonl")[0]] == ["a"]

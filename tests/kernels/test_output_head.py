@@ -159,30 +159,13 @@ def test_without_gradients_and_with_few(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_numbers_and_autocast(backend):
+def test_a_number_for_all_samples(backend):
     args, kwargs = case([0, 1], 5, 24, [24, 16], 16, guided=True)
     scale = torch.full((2,), 2.5, device=here())
     uncond = {"uncond": kwargs["uncond"], "backend": backend}
     loss = fused_output_head_mse(*args, **uncond, guidance_scale=scale, weight=scale)
     assert fused_output_head_mse(*args, **uncond, guidance_scale=2.5, weight=scale[:1]) == loss
-    with torch.autocast(here(), torch.bfloat16):
-        assert fused_output_head_mse(*args, **uncond, guidance_scale=2.5, weight=2.5) == loss
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_runs_are_equal_and_inputs_may_be_strided(backend):
-    args, kwargs = case([1, 0, 1], 70, 40, [24, 48], 16, guided=True, masked=True)
-    kwargs["backend"] = backend
-    loss = fused_output_head_mse(*args, **kwargs)
-    gradients = torch.autograd.grad(loss, args[0])
-    twisted = lambda x: x.detach().mT.contiguous().mT if x.dim() > 1 else x.detach()  # noqa: E731
-    student = Head(*(twisted(x).requires_grad_() for x in args[0]))
-    teachers = [Head(*map(twisted, t)) for t in args[1]]
-    kwargs["uncond"] = [[twisted(x) for x in branch] for branch in kwargs["uncond"]]
-    kwargs["mask"] = kwargs["mask"].mT.contiguous().mT
-    again = fused_output_head_mse(student, teachers, args[2], **kwargs)
-    assert torch.equal(loss, again)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, torch.autograd.grad(again, student), strict=True))
+    assert fused_output_head_mse(*args, **uncond, guidance_scale=2.5, weight=2.5) == loss
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parent
 
 # The comparisons, and the backends that a machine with a card runs each on: those of the host, those of the card.
 WANTED = {
+    "test_operations.py::test_numbers_of_any_size": ({"torch", "cpu"}, {"torch", "cuda", "triton"}),
     "test_routed_velocity_mse.py::test_agrees_with_float64": ({"torch", "cpu"}, {"torch", "cuda", "triton"}),
     "test_steps.py::test_euler_and_heun": ({"torch", "cpu"}, {"torch", "cuda", "triton"}),
     "test_steps.py::test_sde_step": ({"torch", "cpu"}, {"torch", "cuda", "triton"}),

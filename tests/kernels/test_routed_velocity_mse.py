@@ -237,23 +237,6 @@ def test_one_buffer_packed_or_in_the_order_of_the_samples(place):
     assert torch.equal(routed_velocity_mse(**unpacked, backend=backend), lists)
 
 
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("where", ["student", "teachers", "uncond"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_not_finite_stays_seen(place, bad, where, dtype):
-    backend, device = place
-    made = moved(problem((4, 6), [1, 0, 1], 2, dtype, guided=True), device)
-    target = made[where][1] if where != "student" else made[where]
-    target[0, 2, 3] = bad
-    student = made.pop("student").requires_grad_()
-    loss = routed_velocity_mse(student, **made, reduction="none", backend=backend)
-    (gradient,) = torch.autograd.grad(loss.sum(), student)
-    assert not loss[0].isfinite()
-    assert loss[1:].isfinite().all()
-    assert not gradient[0, 2, 3].isfinite()
-    assert gradient.isfinite().sum() == gradient.numel() - 1
-
-
 def test_what_is_masked_does_not_count_even_if_it_is_nan(place):
     backend, device = place
     made = problem((4, 6), [0, 0, 0], 1)
@@ -266,21 +249,6 @@ def test_what_is_masked_does_not_count_even_if_it_is_nan(place):
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     torch.testing.assert_close(loss.double().cpu(), clean[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.double().cpu(), clean[1], rtol=1e-5, atol=1e-6)
-
-
-def test_inputs_that_are_not_contiguous(place):
-    backend, device = place
-    made = moved(problem((6, 4, 5), [1, 0, 1], 2, guided=True, masked=2), device)
-    wanted = routed_velocity_mse(**made, backend=backend)
-    strided = {
-        **made,
-        "student": made["student"].transpose(1, 3).contiguous().transpose(1, 3),
-        "teachers": [t.transpose(1, 2).contiguous().transpose(1, 2) for t in made["teachers"]],
-        "uncond": [t.repeat(1, 1, 1, 2)[..., :5] for t in made["uncond"]],
-        "mask": made["mask"].t().contiguous().t(),
-        "route": made["route"].repeat_interleave(2)[::2],
-    }
-    assert torch.equal(routed_velocity_mse(**strided, backend=backend), wanted)
 
 
 def test_gradients_of_any_upstream(place):
@@ -307,16 +275,6 @@ def test_a_scaled_loss_keeps_small_gradients_in_fp16(place):
     student = here.pop("student").requires_grad_()
     (gradient,) = torch.autograd.grad(2.0**20 * routed_velocity_mse(student, **here, backend=backend), student)
     torch.testing.assert_close(gradient.double().cpu(), 2.0**18 * gradients, rtol=2e-3, atol=1e-6)
-
-
-def test_no_gradient_reaches_a_teacher(place):
-    backend, device = place
-    made = moved(problem((3, 5), [1, 0, 1], 2, guided=True), device)
-    for tensor in (made["student"], *made["teachers"], *made["uncond"], made["guidance_scale"]):
-        tensor.requires_grad_()
-    routed_velocity_mse(**made, backend=backend).backward()
-    assert made["student"].grad is not None
-    assert all(t.grad is None for t in (*made["teachers"], *made["uncond"], made["guidance_scale"]))
 
 
 def test_a_second_backward_is_refused_or_right(place):

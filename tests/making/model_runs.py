@@ -58,6 +58,10 @@ MORE = {
     "flux3": tiny_flux3.save_tiny,
 }
 EDITING = {"kontext", "klein", "qwen_edit", "z_omni", "qwen_21", "longcat_edit", "dreamlite", "flux3"}
+EMBEDDED = {  # of the families that take their guidance as an input
+    family: {f"{key}.embedded_guidance": 3.5 for key in ("student", "sources.one", "sources.two")}
+    for family in ("flux", "kontext", "flux2")
+}
 SIZE = 64  # pixels of write_rows' pictures
 PREPARED_SIZE = 32  # pixels of prepare_place's
 

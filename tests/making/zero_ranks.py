@@ -38,6 +38,8 @@ def install(fault: dict) -> None:
         at(fault, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY)))
     elif what == "raise":
         at(fault, fail)
+    elif what == "memory":  # more than a process can have
+        at(fault, lambda: torch.empty(2**50))
     elif what == "kill":
         at(fault, lambda: os.kill(os.getpid(), signal.SIGKILL))
     elif what == "stop":

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from danceopd.models.fingerprint import BLOCK, WHOLE, sample
+from danceopd.models.fingerprint import BLOCK, PROBED, WHOLE, identity, sample
+from danceopd.support.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,18 @@ def test_other_values_give_another_sample(large, tmp_path, at):
         data[at : at + WHOLE // 32] = bytes(WHOLE // 32)
     (tmp_path / "a.safetensors").write_bytes(data)
     assert sample(tmp_path / "a.safetensors") != sample(large)
+
+
+def test_a_model_of_which_only_the_middle_was_trained_is_another(tmp_path):
+    """Its file has the size and both ends of the one before: pictures, scores and answers of that one are not its."""
+    values = np.zeros(4 * PROBED, dtype=np.uint8)
+    save_file({"a": values}, tmp_path / "model.safetensors")
+    before = identity(tmp_path)
+    values[2 * PROBED] = 1
+    save_file({"a": values}, tmp_path / "model.safetensors")
+    assert identity(tmp_path) != before
+    with pytest.raises(UserError, match="there is nothing at"):
+        identity(tmp_path / "gone")
 
 
 def test_every_byte_of_a_small_file_counts(tmp_path):

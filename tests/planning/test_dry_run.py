@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import torch
 import yaml
-from model_runs import FAMILIES, SIZE, config_of
+from model_runs import EMBEDDED, FAMILIES, SIZE, config_of
 from released import prompt_of
 from safetensors.torch import load_file, save_file
 
@@ -61,11 +61,17 @@ def refuse_weights(monkeypatch, root):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_are_those_of_the_loaded_modules_and_no_weight_is_opened(places, family, monkeypatch):
-    root = places(family)
+    root, asked = places(family), EMBEDDED.get(family, {})
     with monkeypatch.context() as patched:
         refuse_weights(patched, root)
-        plan = dry_run(config_of(root))
+        plan = dry_run(config_of(root, **asked))
     assert plan.problems == []
+    if asked:
+        assert [problem.split(":")[0] for problem in dry_run(config_of(root)).problems] == [
+            "sources.one.embedded_guidance",
+            "sources.two.embedded_guidance",
+            "student.embedded_guidance",
+        ]
     backbone = backbone_of(root / "model")
     transformer = backbone.load_transformer(root / "model")
     numel = sum(p.numel() for p in transformer.parameters())

@@ -65,3 +65,16 @@ def test_a_folder_that_cannot_be_opened_but_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", opened)
     write_atomic(tmp_path / "a", b"1")
     assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_what_a_killed_process_left_beside_a_folder_goes(tmp_path):
+    """And nothing else: neither what a living process writes, nor what is of another name."""
+    gone = max(int(name) for name in os.listdir("/proc") if name.isdigit())
+    while os.path.exists(f"/proc/{gone}"):
+        gone += 1
+    there = [f".out.{gone}.tmp", f".out.{os.getppid()}.tmp", ".out.mine.tmp", f".other.{gone}.tmp", "out.txt"]
+    for name in there:
+        (tmp_path / name).mkdir()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_bytes(b"1")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *there[1:]}

@@ -5,8 +5,10 @@ the figures go to docs/reliability.md where all of it was run (--write).
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,12 +16,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 for path in (HERE, ROOT / "tests" / "making", ROOT / "tests" / "backbones", ROOT / "kernels", ROOT):
     sys.path.insert(0, str(path))
 
-STILL = 60  # seconds without a line of a worker's, beside what its imports take, that count as a hang
+# A worker hangs that says nothing, beside what its imports take, for so many seconds of its processor, or in all.
+STILL, LONG = 30, 600
 
 BEGIN, END = "<!-- torture: begin -->", "<!-- torture: end -->"
 
@@ -63,19 +68,23 @@ def damage(name: str, count: int, first: int, folder: Path, until: float) -> Dam
                 raise RuntimeError(f"{name}: its worker does not begin: {last}")
             found.wrong.append(f"{name} {number}: {trouble or f'the process ends with {process.returncode}: {last}'}")
             number, found.tried = number + 1, found.tried + 1
+            shutil.rmtree(folder / "case")  # its damaged file is still there
+            (folder / "made").unlink()
     found.seconds = time.monotonic() - began
     return found
 
 
 def _watched(process: subprocess.Popen, folder: Path, until: float) -> str | None:
     """Waits for a worker; ends one that stands still or has no more time, and says which."""
-    at, size, moved = folder / "at", -1, time.monotonic()
+    at, size, spent, watched = folder / "at", -1, 0.0, psutil.Process(process.pid)
     while process.poll() is None:
         time.sleep(0.05)
         now, grown = time.monotonic(), (folder / "said").stat().st_size
-        if grown != size:
-            size, moved = grown, now
-        still = at.exists() and now - moved > STILL
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            spent = sum(watched.cpu_times()[:2])
+        if grown != size or not at.exists():
+            size, moved, began = grown, now, spent
+        still = now - moved > LONG or spent - began > STILL
         if still or now > until:
             process.kill()
             process.wait()

@@ -315,6 +315,16 @@ def test_a_run_that_was_killed_at_its_end_writes_what_is_missing(raw, capsys, be
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_nothing_behind(raw):
+    config = config_of(raw, max_steps=1, sample_every=0)
+    folder = config.training.output_dir
+    for left in (folder / ".log.jsonl.123.tmp", folder / "samples" / ".step.png.4.tmp"):
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.write_bytes(b"x")
+    distill(config)
+    assert [path.name for path in folder.rglob(".*")] == []
+
+
 def test_a_damaged_checkpoint_keeps_no_whole_one_from_being_kept(raw):
     folder = distill(config_of(raw, keep_checkpoints=2, sample_every=0))
     last = state.checkpoints(folder / "checkpoints")[-1]

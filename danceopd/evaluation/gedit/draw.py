@@ -17,7 +17,7 @@ from danceopd.evaluation.gedit.benchmark import Benchmark, Row
 from danceopd.evaluation.pipelines import call_options
 from danceopd.models import loading
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
-from danceopd.models.fingerprint import fingerprint
+from danceopd.models.fingerprint import identity
 from danceopd.models.lora_files import lora_parameters
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
@@ -96,9 +96,9 @@ def claim(
     """Notes in a method's folder what draws its pictures; a UserError where others were drawn there."""
     pictures = any(path.suffix in SUFFIXES for path in (folder / "fullset").glob("*/*/*"))
     what = {
-        "model": fingerprint(loading.transformer_folder(model)),
-        "lora": lora and fingerprint(lora),
-        "transformer": transformer and fingerprint(loading.transformer_folder(transformer)),
+        "model": identity(loading.transformer_folder(model)),
+        "lora": lora and identity(lora),
+        "transformer": transformer and identity(loading.transformer_folder(transformer)),
         "dtype": str(dtype).removeprefix("torch."),
         **asdict(editing),
     }

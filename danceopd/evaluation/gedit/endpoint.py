@@ -27,6 +27,8 @@ MAX_BODY = 2**20  # bytes read of an answer
 
 LIMITS = {"max_tokens": ANSWER_TOKENS, "max_completion_tokens": 8 * ANSWER_TOKENS}  # the latter counts thoughts too
 
+QUOTA = "insufficient_quota"  # the code of a 429 that does not pass
+
 VERSION = "api-version"  # the query of a deployment in Azure, the one that an address may have
 
 
@@ -238,6 +240,10 @@ class EndpointJudge:
                 raise _Learnt from None
         said = said[:300]
         reason = f"HTTP {error.code}" + (f": {said}" if said else "")
+        if error.code == 402 or (error.code == 429 and QUOTA in said):  # for which no wait and no other picture helps
+            raise UserError(
+                f"{self.url}: the account has nothing left to spend ({reason}); run again then, to go on from here"
+            ) from None
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             raise _Again(reason, _wait(error.headers)) from None
         self._reached = True
@@ -285,10 +291,12 @@ def _read(response, deadline: float) -> bytes:
 
 
 def _message(body: bytes) -> str:
-    """Returns what an error's body says, in one line."""
+    """Returns what an error's body says, in one line, with the code where that is a word."""
     try:
         error = json.loads(body)["error"]
         text = error["message"] if isinstance(error, dict) else error
+        code = error.get("code") if isinstance(error, dict) else None
+        text = f"{text} ({code})" if isinstance(code, str) and code not in str(text) else text
     except (ValueError, KeyError, TypeError, RecursionError):
         text = body.decode(errors="replace")
     return " ".join(str(text).split())

@@ -30,7 +30,7 @@ class LocalJudge:
         from transformers.utils import is_torchvision_available
 
         from danceopd.models import loading
-        from danceopd.models.fingerprint import fingerprint
+        from danceopd.models.fingerprint import identity
 
         self._folder, self._device, self._dtype = Path(folder), device, dtype
         try:
@@ -42,7 +42,7 @@ class LocalJudge:
         self._processor.tokenizer.padding_side = "left"  # such that all answers of a batch begin at one place
         if not any(self._folder.glob("*.safetensors")):
             raise UserError(f"no safetensors in {folder}; give the folder of a whole vision-language model")
-        self.name, self.batch_size, self.stop = fingerprint(self._folder), batch_size, threading.Event()
+        self.name, self.batch_size, self.stop = identity(self._folder), batch_size, threading.Event()
 
     @cached_property
     def _model(self):

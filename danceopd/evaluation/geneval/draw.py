@@ -12,7 +12,7 @@ import torch
 from danceopd.evaluation.geneval.layout import prompt_folder
 from danceopd.evaluation.pipelines import call_options, load_pipeline
 from danceopd.models.backbones import family_of
-from danceopd.models.fingerprint import fingerprint
+from danceopd.models.fingerprint import identity
 from danceopd.models.loading import class_name_of
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
@@ -108,7 +108,7 @@ def mark(how: Drawing) -> dict:
     """Returns all that a picture depends on, apart from its prompt and number; moving a model changes nothing."""
     networks = {name: getattr(how, name) for name in ("model", "transformer", "lora")}
     return {
-        **{name: path and fingerprint(path) for name, path in networks.items()},
+        **{name: path and identity(path) for name, path in networks.items()},
         "seed": how.seed,
         "num_inference_steps": how.num_inference_steps,
         "guidance_scale": how.guidance_scale,

@@ -13,7 +13,7 @@ from PIL import Image
 from danceopd.evaluation.geneval import models
 from danceopd.evaluation.geneval.layout import in_json, read_pictures, record, write_results
 from danceopd.evaluation.geneval.rules import Found, Objects, check_picture, kept
-from danceopd.models.fingerprint import fingerprint
+from danceopd.models.fingerprint import identity
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pictures import decode_picture
@@ -80,7 +80,7 @@ def score_folder(
         by_model = isinstance(detector, Path)
         if by_model and any("color" in clause for clause in clauses) and not clip:
             raise UserError("some prompts ask for colours; give --clip, for example a folder of clip-vit-large-patch14")
-        by = json.dumps([fingerprint(detector) if by_model else detector.name, clip and fingerprint(clip), max_overlap])
+        by = json.dumps([identity(detector) if by_model else detector.name, clip and identity(clip), max_overlap])
         for prompt in prompts[ranks.rank :: ranks.size]:
             keys.update({path: key_of(path, prompt.metadata, by) for path in prompt.pictures.values()})
             there = read_kept(keep / f"{prompt.index:05d}.jsonl")

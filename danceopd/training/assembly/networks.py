@@ -18,10 +18,10 @@ from danceopd.models.students import FullStudent, LoraStudent, layer_sizes
 from danceopd.models.weights import Weights, check_fits, of_folder
 from danceopd.training.assembly.sources import (
     Unread,
-    _check_embedded,
     _load,
     _own_frozen,
     _unread,
+    check_embedded,
     narrow,
     needs_base,
     read,
@@ -84,11 +84,11 @@ def load_networks(
     if not config.student.lora:
         own = attempt("student.init_from", meta_transformer, start_folder(config), backbone, torch.float32)
     if own:
-        attempt("student.embedded_guidance", _check_embedded, own, config.student.embedded_guidance)
+        attempt("student.embedded_guidance", check_embedded, own, config.student.embedded_guidance)
     for name, source in config.networks().items():
         network = empty.get(name) or transformer
         if network:
-            attempt(f"sources.{name}.embedded_guidance", _check_embedded, network, source.embedded_guidance)
+            attempt(f"sources.{name}.embedded_guidance", check_embedded, network, source.embedded_guidance)
     if layers is None or own is None or None in loras.values() or None in others.values():
         return None, None
     if config.student.lora:

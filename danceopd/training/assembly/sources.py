@@ -323,8 +323,16 @@ def _placed(network: nn.Module, config: Config, device: torch.device) -> nn.Modu
     return stream_blocks(network, device) if offload else network.to(device)
 
 
-def _check_embedded(transformer: nn.Module, given: float | None) -> None:
-    """Checks that an embedded guidance is given where a transformer takes one, and nowhere else."""
+def check_embedded(transformer: nn.Module, given: float | None) -> None:
+    """Checks that an embedded guidance is given where a transformer takes one, and nowhere else.
+
+    Args:
+        transformer: The one that is asked.
+        given: What the configuration gives.
+
+    Raises:
+        UserError: It is not.
+    """
     takes, name = getattr(transformer.config, "guidance_embeds", False), type(transformer).__name__
     if takes and given is None:
         raise UserError(f"this {name} takes its guidance as an input; give the number, such as its pipeline's default")

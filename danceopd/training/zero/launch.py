@@ -103,8 +103,8 @@ def guard(watch: "Watch", folder: Path, function: Callable, *args):
             with contextlib.suppress(OSError):  # the disk may be what failed
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(traceback.format_exc(), encoding="utf-8")
-            if _lost_connection(error) and (gone := watch.ended()):
-                print(_without(gone, ranks.rank, path.parent), file=sys.stderr, flush=True)
+            if _lost_connection(error) and (said := _without(watch, path.parent, error)):
+                print(said, file=sys.stderr, flush=True)
                 raise SystemExit(1) from None
             if not isinstance(error, UserError):
                 said = f"rank {ranks.rank} on {socket.gethostname()} failed; see {path}: {error}\n"
@@ -120,12 +120,33 @@ def _lost_connection(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text))
 
 
-def _without(gone: list[int], rank: int, logs: Path) -> str:
-    ended = f"rank {gone[0]} has" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))} have"
+def _without(watch: "Watch", logs: Path, error: BaseException) -> str | None:
+    """Says which rank has ended, why if its file tells, and how to go on; None if all live that this rank can see."""
+    here, rank, gone = socket.gethostname(), watch.ranks.rank, watch.ended()
+    elsewhere = sorted({host for host, _ in watch.processes.values()} - {here})
+    if gone:
+        said = [f"rank {one}" + (f" ({why})" if (why := _reason(logs, one, watch.began)) else "") for one in gone]
+        ended = f"{', '.join(said)} {'has' if len(gone) == 1 else 'have'} ended on {here}, without which rank {rank}"
+    elif elsewhere:
+        ended = (
+            f"the connection to a rank on {', '.join(elsewhere)} is lost ({str(error).splitlines()[0]}); look there "
+            f"for why it has ended; without it rank {rank}"
+        )
+    else:
+        return None
     return (
-        f"{ended} ended on {socket.gethostname()}, without which rank {rank} cannot go on; the lines above, or its "
-        f"file in {logs}, say why, unless it was killed. Run the same command again to go on from the newest checkpoint"
+        f"{ended} cannot go on. A rank's file in {logs} says why it failed; there is none if it was killed, as the "
+        "system does where memory is short. Run the same command again to go on from the newest checkpoint"
     )
+
+
+def _reason(logs: Path, rank: int, began: float) -> str:
+    """Reads what a rank failed by: the last line of its file, if it is of this run; empty if there is none."""
+    path = logs / f"rank-{rank:05d}.log"
+    with contextlib.suppress(OSError):
+        if path.stat().st_mtime >= began - 1:  # file systems tell whole seconds
+            return (path.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1][:200]
+    return ""
 
 
 class Watch:
@@ -145,6 +166,7 @@ class Watch:
         self.told: dict[int, str] = {}
         self.processes: dict[int, tuple[str, int]] = {}  # of all ranks: host and number
         self.moved = self.answered = time.monotonic()
+        self.began = time.time()
         if ranks.size > 1:
             # A connection of its own: while a collective waits for a rank on the common one, nobody else is answered.
             self.store = dist.distributed_c10d._get_default_store().clone()

@@ -1,5 +1,6 @@
 """Reads DeepSpeed's configuration."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,9 @@ SECTIONS = (
 )
 
 
+SIZES = ("reduce_bucket_size", "stage3_max_live_parameters")  # of zero_optimization: what a plan reckons with
+
+
 def read_deepspeed(path: Path | str) -> dict:
     """Reads a DeepSpeed configuration.
 
@@ -37,7 +41,7 @@ def read_deepspeed(path: Path | str) -> dict:
 
     Raises:
         UserError: For a file that cannot be read, for a section that is unknown or that the run's own configuration
-            says, and for a value "auto" that nobody would fill in.
+            says, for a value "auto" that nobody would fill in, and for a zero_optimization of odd types.
     """
     try:
         found = parse_json(read_text(Path(path)))
@@ -53,7 +57,22 @@ def read_deepspeed(path: Path | str) -> dict:
         raise UserError(f"{path}: no section {unknown[0]!r} is passed on to DeepSpeed{near}")
     if keys := ", ".join(_automatic(found)):
         raise UserError(f'{path}: "auto" is not filled in for {keys}; give a number, or leave it out')
+    zero = found.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f'{path}: zero_optimization must be an object such as {{"stage": 3}}, got {str(zero)[:80]!r}')
+    for key in SIZES:
+        if key in zero and not _is_size(zero[key]):
+            raise UserError(f"{path}: zero_optimization.{key} must be a number of entries, got {str(zero[key])[:80]!r}")
     return found
+
+
+def _is_size(value: object) -> bool:
+    """Tells whether DeepSpeed reads a value as a number of entries: it takes a number as text too."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else -1.0
+    except (ValueError, OverflowError):
+        return False
+    return math.isfinite(number) and number >= 0
 
 
 def for_ranks(config: Config) -> tuple[Config, list[str]]:

@@ -106,12 +106,19 @@ def test_a_server_that_only_fails_is_given_up(serve, tmp_path):
         (401, "Incorrect API key provided", f"wants a key, and {KEY_VARIABLE} is not set"),
         (404, "The model `tiny` does not exist.", r"no model 'tiny', or is not the base address.*does not exist"),
         (301, "", "redirects elsewhere"),
+        (402, "This request requires more credits", "nothing left to spend .HTTP 402: .*more credits"),
+        (
+            429,
+            {"message": "You exceeded your current quota", "code": "insufficient_quota"},
+            "nothing left to spend .HTTP 429: You exceeded your current quota .insufficient_quota",
+        ),
     ],
 )
 def test_what_no_repetition_mends_ends_it_at_once(serve, tmp_path, status, said, match):
     other = serve(good)
     location = [("Location", other.url + "/chat/completions")]
-    server = serve(lambda h, body, count: send(h, status, {"error": {"message": said}}, location))
+    error = said if isinstance(said, dict) else {"message": said}
+    server = serve(lambda h, body, count: send(h, status, {"error": error}, location))
     with pytest.raises(UserError, match=match):
         judge_edits(edits(50), judge_of(server), tmp_path)
     assert len(server.requests) <= 4

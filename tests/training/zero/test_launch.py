@@ -61,3 +61,14 @@ def test_a_connection_that_is_lost_to_a_rank_that_lives_is_told_as_it_is(watch, 
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
         guard(watch, tmp_path, fails, CLOSED)
     assert "rank 0 on" in capfd.readouterr().err
+
+
+def test_a_connection_lost_to_another_machine_names_it(watch, tmp_path, capfd):
+    watch.processes[1] = ("far", os.getpid())
+    with pytest.raises(SystemExit):
+        guard(watch, tmp_path, fails, CLOSED)
+    said = capfd.readouterr().err
+    assert f"the connection to a rank on far is lost ({CLOSED}); look there for why it has ended" in said
+    assert "without it rank 0 cannot go on" in said
+    assert "Traceback" not in said
+    assert CLOSED in (tmp_path / "ranks" / "rank-00000.log").read_text()

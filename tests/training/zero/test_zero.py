@@ -392,6 +392,29 @@ def test_rank_0_writes_and_each_rank_has_its_traceback(context, base, tmp_path):
     assert "rank-00001.log" in run.err(1)
 
 
+@pytest.mark.parametrize(
+    ("what", "rank", "why"),
+    [
+        ("raise", 1, "RuntimeError: a fault of this rank"),
+        ("memory", 0, "RuntimeError: .*memory"),
+    ],
+)
+def test_why_one_rank_failed_is_said_by_the_other(context, base, whole, tmp_path, what, rank, why):
+    interrupted(whole, tmp_path)
+    run = Run(context, tmp_path, base, 2, fault={"what": what, "rank": rank, "place": "rollout", "step": 17})
+    deadline = time.monotonic() + 120
+    while run.processes[rank].exitcode is None:
+        assert time.monotonic() < deadline, run.said()
+        time.sleep(0.01)
+    failed = time.monotonic()
+    assert run.wait() == [1, 1], run.said()
+    assert time.monotonic() - failed < 10  # on a machine that does other things too
+    said = run.err(1 - rank)
+    assert re.search(rf"rank {rank} \({why}.*\) has ended on {re.escape(socket.gethostname())}", said), said
+    assert "Run the same command again to go on from the newest checkpoint" in said
+    assert "Traceback" not in said
+
+
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(context, base, whole, tmp_path):
     interrupted(whole, tmp_path)
     run = Run(context, tmp_path, base, 2, fault={"what": "slow"})
