@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from danceopd.data.bad_rows import Problem
 from danceopd.support.errors import UserError
 from danceopd.support.paths import near_path
@@ -286,22 +288,22 @@ def _find_picture(name: str, root: Path, listed: dict) -> tuple[Path | None, str
     return path, ""
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """Decodes a picture to its end; returns its (width, height) in pixels.
+def usable_picture(path: Path) -> Image.Image:
+    """Decodes a picture to its end.
 
     Raises:
         ValueError: It cannot be used, with the reason.
     """
-    width, height = decode_picture(path).size
-    if max(width, height) > LONGEST_SIDE * min(width, height):
-        raise ValueError(f"{width} x {height} is longer than {LONGEST_SIDE} : 1; cut it")
-    return width, height
+    picture = decode_picture(path)
+    if max(picture.size) > LONGEST_SIDE * min(picture.size):
+        raise ValueError(f"{picture.width} x {picture.height} is longer than {LONGEST_SIDE} : 1; cut it")
+    return picture
 
 
 def _damage(path: Path) -> str:
     """Returns why a picture can't be used, or ""."""
     try:
-        size_of(path)
+        usable_picture(path)
     except ValueError as error:
         return str(error)
     return ""

@@ -14,7 +14,8 @@ from PIL import Image
 
 from danceopd.data.bad_rows import BadRows, Problem, list_path, write_list
 from danceopd.data.cache import Cache, key_of, not_finite
-from danceopd.data.manifest import Row, read_manifest, size_of
+from danceopd.data.manifest import Row, read_manifest, usable_picture
+from danceopd.data.picture_changes import changes_of, picture_notes
 from danceopd.data.prompt_limits import look_at_prompts, prompt_notes
 from danceopd.models.backbones import backbone_of
 from danceopd.models.fingerprint import fingerprint
@@ -108,10 +109,12 @@ def fit(picture: Image.Image, size: tuple[int, int]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture as it is encoded: a digest of its file's bytes, and the (height, width) of its bucket."""
+    """A picture as it is encoded: a digest of its file's bytes, the (height, width) of its bucket, and what of it
+    changes, of picture_changes.CHANGES."""
 
     digest: str
     size: tuple[int, int]
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,10 @@ def prepare(
         found=len(prompts) + len(pictures) - len(new_prompts) - len(new_pictures),
         problems=problems,
         damaged=cache.damaged,
-        notes=prompt_notes(records, limits),
+        notes=[
+            *prompt_notes(records, limits),
+            *picture_notes({path: seen[path].changes for path in pictures.values()}),
+        ],
         listed=list_path(path) if problems else None,
     )
 
@@ -431,8 +437,10 @@ def _look_at_pictures(rows: list[Row], sizes, workers: int) -> tuple[list[Row], 
 
     def look(path: Path) -> Seen | str:
         try:
-            width, height = size_of(path)
-            return Seen(hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(), bucket_of(height, width, sizes))
+            picture = usable_picture(path)
+            size = bucket_of(picture.height, picture.width, sizes)
+            digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+            return Seen(digest, size, changes_of(picture, size))
         except (ValueError, OSError) as error:
             return str(error)
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from types import ModuleType
 
 from danceopd.models.prompts import Reader
+from danceopd.support.texts import some
 
 SHORTEST = 3  # characters of a special token that is looked for: one tokenizer pads with "!"
-
-NAMED = 3  # rows that a line about prompts names
 
 
 def look_at_prompts(
@@ -49,16 +48,12 @@ def prompt_notes(rows: list[dict], limits: dict[str, int]) -> list[str]:
         if cut := [str(row["id"]) for row in rows if name in row.get("cut", ())]:
             lines.append(
                 f"{len(cut)} of {len(rows)} prompts are longer than the {limit} tokens of {name} and are cut there: "
-                f"{_some(cut)}"
+                f"{some(cut)}"
             )
     if special := [str(row["id"]) for row in rows if row.get("special")]:
         tokens = dict.fromkeys(token for row in rows for token in row.get("special", ()))
         lines.append(
             f"{len(special)} of {len(rows)} prompts hold special tokens, read as such and not as text "
-            f"({_some(list(tokens))}): {_some(special)}"
+            f"({some(list(tokens))}): {some(special)}"
         )
     return lines
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

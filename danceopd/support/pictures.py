@@ -88,6 +88,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 MAX_PIXELS = 64_000_000
 
+WHITENED = "whitened"  # in the info of a decoded picture: whether any of it was transparent
+
 SERIES = ("PNG", "WEBP", "GIF", "TIFF")  # formats that may hold several pictures of which none is the first by right
 
 
@@ -152,6 +154,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if alpha:
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=alpha)
+        white.info[WHITENED] = alpha.getextrema()[0] < 255
         return white
     return image
 

@@ -12,6 +12,8 @@ from string import Formatter
 from danceopd.support.errors import UserError
 from danceopd.support.paths import near_path
 
+NAMED = 3  # names that `some` writes out
+
 
 def read_text(path: Path, what: str = "file") -> str:
     """Reads a text file in UTF-8, without its byte-order mark; line ends become newlines.
@@ -144,3 +146,8 @@ def format_seconds(seconds: float) -> str:
     unit, size = next(((name, size) for name, least, size in units if seconds >= least), ("µs", 1e-6))
     value = seconds / size
     return f"{value:.0f} {unit}" if value >= 10 or not value else f"{value:.1f} {unit}"
+
+
+def some(names: list[str]) -> str:
+    """Writes the first few of some names, and how many more there are."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

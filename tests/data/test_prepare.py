@@ -327,6 +327,25 @@ def test_a_row_that_cannot_be_encoded_is_left_out_by_name(model, tmp_path, monke
     assert PreparedData(done.path, "t2i").notes() == []
 
 
+def test_what_changes_of_pictures_is_counted_and_said(model, tmp_path):
+    rows = []
+    for name, size, alpha in (("plain", (64, 64), None), ("clear", (64, 64), 90), ("wide", (80, 28), None)):
+        picture = Image.new(
+            "RGB" if alpha is None else "RGBA", size, (200, 30, 30) if alpha is None else (9, 9, 9, alpha)
+        )
+        picture.save(tmp_path / f"{name}.png")
+        rows.append({"id": name, "task": "t2i", "prompt": name, "target_image": f"{name}.png"})
+    full = Image.new("RGBA", (64, 64), (9, 9, 9, 255))  # a channel in which nothing is transparent
+    full.save(tmp_path / "full.png")
+    rows.append({"id": "full", "task": "t2i", "prompt": "full", "target_image": "full.png"})
+    done = run(write_rows(tmp_path / "m.jsonl", rows), model, tmp_path)
+    assert done.notes == [
+        "1 of 4 pictures have transparent parts, which become white: clear.png",
+        "1 of 4 pictures lose more than 10% at their sides, to fit the sizes that are trained: wide.png",
+        "1 of 4 pictures are smaller than the size that they are trained at, and are enlarged: wide.png",
+    ]
+
+
 def test_a_picture_that_cannot_be_encoded_takes_no_other_with_it(manifest, model, tmp_path, monkeypatch):
     original = flux2.picture_codec
 
