@@ -1,6 +1,7 @@
 """Operation 1: gather each sample's teacher by route, combine guidance, squared error and its gradient, in one pass."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ if has_triton():
 DTYPES = checks.FLOATS
 BACKENDS = ("cpu", "cuda", "triton")
 MAX_TEACHERS = 8
+LARGEST_SAMPLE = 65_535 * 4096  # a GPU starts no more programs than that along the second axis: offsets fit 32 bits
 REDUCTIONS = ("mean", "none")
 
 
@@ -150,6 +152,8 @@ if has_triton():
 
 def block_of(elements: int) -> tuple[int, int]:
     """Elements of one program and its warps: 8 loads of 16 bytes a thread at most, less for small samples."""
+    if elements > LARGEST_SAMPLE:
+        raise ValueError(f"Triton's kernels take samples of at most {LARGEST_SAMPLE} elements, got {elements}")
     block = min(4096, max(256, 1 << (elements - 1).bit_length()))
     return block, 4 if block >= 1024 else 2
 
@@ -217,6 +221,10 @@ def configurations() -> list:
             constants, types = {"TEACHERS": teachers, **flags, "BLOCK": block}, data | pointers
             odd = frozenset(rows)
             result.append(Configuration(name, _kernel, types, constants, warps, 128, streaming=True, odd=odd))
+            if masked and dtype == "bf16":  # Triton compiles other code for 1, for multiples of 16, and for the rest
+                each = {**constants, "inner": 1}
+                result.append(replace(result[-1], name=f"{name}, a mask of elements", constants=each))
+                result.append(replace(result[-2], name=f"{name}, any elements an entry", odd=odd | {"inner"}))
         if dtype == "fp16":  # kept in float32, and scaled by PyTorch
             continue
         types = {"gradient": f"*{dtype}", "upstream": "*fp32", "n": "i32"}
@@ -330,7 +338,12 @@ def _scaled(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) 
     """The gradient times upstream [B] in dtype; in place where it is that, untouched where upstream is 1."""
     wide = upstream.view(-1, *(1,) * (gradient.dim() - 1))
     if gradient.dtype != dtype:
-        return torch.mul(gradient, wide, out=torch.empty_like(gradient, dtype=dtype))
+        narrow = torch.empty_like(gradient, dtype=dtype)
+        if gradient.device.type != "cpu":
+            return torch.mul(gradient, wide, out=narrow)
+        for into, sample, factor in zip(narrow, gradient, upstream.tolist(), strict=True):
+            into.copy_(sample if factor == 1 else sample * factor)  # five times as fast as a product of both dtypes
+        return narrow
     if gradient.is_cuda and has_triton():
         n, (block, warps) = gradient[0].numel(), block_of(gradient[0].numel())
         grid = (len(gradient), triton.cdiv(n, block))
