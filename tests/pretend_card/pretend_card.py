@@ -368,7 +368,7 @@ class _Functions(TorchFunctionMode):
             device = torch.device(kwargs["device"])
             if device.type == NAME and not isinstance(args[0], CardTensor):
                 return func(*args, **{**kwargs, "device": "cpu"}).to(device)
-        if func is torch.Tensor.data.__set__ and isinstance(args[0], CardTensor) and isinstance(args[1], CardTensor):
+        if func == torch.Tensor.data.__set__ and isinstance(args[0], CardTensor) and isinstance(args[1], CardTensor):
             args[0].numbers, args[0]._memory = args[1].numbers, args[1]._memory
         if func is torch.Tensor.numpy and isinstance(args[0], CardTensor):
             raise WrongSide(f"numpy() of a tensor on the card, at {_line()}")

@@ -1,16 +1,22 @@
 """Whole runs on the pretend card, from the first update to the report: what they leave behind is the CPU's."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from card_runs import plain_kernels, told, world_config
-from pretend_card import pretend_card
+from card_runs import plain_kernels, same, told, world_config
+from pretend_card import ROOT, pretend_card
+from world_runs import write_networks
 
 from danceopd.training.assembly import room
 from danceopd.training.loop import train
 from danceopd.world.build import build
+from danceopd.world.dit import DiTConfig
 from danceopd.world.evaluate import evaluate_run
 
 
@@ -45,3 +51,24 @@ def test_scores_previews_and_report_are_the_cpus(networks, tmp_path, monkeypatch
     assert page
     for on_cpu, on_card in zip(*left, strict=True):
         assert on_cpu == on_card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_on_one_rank_is_the_cpus(tmp_path, stage):
+    """Its step reads the norm and the overflow on the host, in DeepSpeed's own code; nothing else waits."""
+    pytest.importorskip("deepspeed")
+    write_networks(tmp_path, sizes=DiTConfig(width=16, depth=1, heads=2, mlp_ratio=1))
+    folders = [ROOT, ROOT / "kernels", *(ROOT / "tests" / name for name in ("pretend_card", "making"))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    found = []
+    for device in ("cpu", "card"):
+        command = [sys.executable, str(Path(__file__).with_name("zero_run.py")), device, str(stage), str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads((tmp_path / f"{device}.json").read_text()))
+    on_cpu, on_card = found
+    assert on_card["records"] == on_cpu["records"]
+    same(*(torch.load(tmp_path / f"{device}.pt", weights_only=True) for device in ("cpu", "card")))
+    assert all(line.endswith("[step]") for line in on_card["waits"])
+    assert len(on_card["waits"]) <= 6
