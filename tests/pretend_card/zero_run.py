@@ -78,6 +78,8 @@ def main(device: str, stage: str, folder: Path) -> None:
         patch.setattr(room, "find_device", lambda _: torch.device("card:0" if on_card else "cpu"))
         patch.setattr(torch.nn.Module, "to", stays)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))  # what torch's collectives ask
+        if card is not None:
+            card.follows_data = True
         torch.manual_seed(0)
         trainer = Trainer(config, build(config, ranks, settings), ranks, settings)
         records, waits = [], []
