@@ -1,4 +1,6 @@
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -8,5 +10,6 @@
 #include "cpu.h"
 
 #define ISA avx512
+#include "f16c.inc"
 #include "cpu.inc"
 #endif

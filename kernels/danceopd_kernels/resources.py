@@ -39,10 +39,12 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes on one GPU: registers a thread, bytes of stack and shared memory, instructions in PTX."""
+    """What one kernel takes on one GPU: the instructions of its machine code, registers a thread, bytes of stack and
+    shared memory, loads and stores in PTX."""
 
     name: str
     capability: int
+    instructions: int
     registers: int
     stack: int
     shared: int
@@ -75,12 +77,13 @@ def compile_for(configuration: Configuration, capability: int) -> Resources:
     options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
-    registers, stack = _usage(compiled.asm["cubin"])
+    instructions, registers, stack = _usage(compiled.asm["cubin"])
     count = lambda pattern: len(re.findall(pattern, ptx))  # noqa: E731
     wide = r"\.global[\w.:]*\.v(?:4\.[bf]32|2\.b64)"  # 16 bytes; or asynchronous copies of 16 bytes
     return Resources(
         configuration.name,
         capability,
+        instructions,
         registers,
         stack,
         compiled.metadata.shared,
@@ -92,17 +95,19 @@ def compile_for(configuration: Configuration, capability: int) -> Resources:
     )
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack a thread, spills among them, by cuobjdump from Triton's wheel."""
+def _usage(cubin: bytes) -> tuple[int, int, int]:
+    """Instructions; registers and bytes of stack a thread, spills among them: by the tools in Triton's wheel."""
     import triton.backends.nvidia
 
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return int(registers), int(stack)
+        commands = ([tools / "cuobjdump", "-res-usage", file.name], [tools / "nvdisasm", "--print-code", file.name])
+        usage, code = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    named = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", code, re.MULTILINE)
+    return sum(name != "NOP" for name in named), int(registers), int(stack)  # it is filled up with NOP
 
 
 def allowed_stack(version: str) -> int:
@@ -134,22 +139,22 @@ def triton_version() -> str:
 
 def table(rows: list[Resources]) -> str:
     """RESOURCES.md."""
-    head = "| Kernel | GPU | Registers | Stack | Shared memory | 128-bit loads | 128-bit stores | Tensor core |"
+    columns = ("Kernel", "GPU", "Instructions", "Registers", "Stack", "Shared memory", "128-bit loads")
     lines = [
         "# Resources",
         "",
         "Every configuration of every Triton kernel, compiled ahead of time; nothing here was run. Made by",
-        f"`python -m danceopd_kernels.resources` with Triton {triton_version()}. Registers are of a thread; stack and",
-        "shared memory are in bytes (stack 0: nothing spilled); loads and stores are instructions in PTX, and how many",
-        "of them move 128 bits.",
+        f"`python -m danceopd_kernels.resources` with Triton {triton_version()}. Instructions are of the machine",
+        "code, each once, however often it runs; registers are of a thread; stack and shared memory are in bytes",
+        "(stack 0: nothing spilled); loads and stores are instructions in PTX, and how many of them move 128 bits.",
         "",
-        head,
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| " + " | ".join((*columns, "128-bit stores", "Tensor core")) + " |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for r in rows:
         lines.append(
-            f"| {r.name} | sm_{r.capability} | {r.registers} | {r.stack} | {r.shared} | {r.wide_loads} of {r.loads} "
-            f"| {r.wide_stores} of {r.stores} | {r.tensor_core or '–'} |"
+            f"| {r.name} | sm_{r.capability} | {r.instructions} | {r.registers} | {r.stack} | {r.shared} "
+            f"| {r.wide_loads} of {r.loads} | {r.wide_stores} of {r.stores} | {r.tensor_core or '–'} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,7 @@
 """Operation 1: gather each sample's teacher by route, combine guidance, squared error and its gradient, in one pass."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -229,6 +230,10 @@ def configurations() -> list:
             constants, types = {"TEACHERS": teachers, **flags, "BLOCK": block}, data | pointers
             odd = frozenset(rows)
             result.append(Configuration(name, _kernel, types, constants, warps, 128, streaming=True, odd=odd))
+            if masked and dtype == "bf16":  # Triton compiles other code for 1, for multiples of 16, and for the rest
+                each = {**constants, "inner": 1}
+                result.append(replace(result[-1], name=f"{name}, a mask of elements", constants=each))
+                result.append(replace(result[-2], name=f"{name}, any elements an entry", odd=odd | {"inner"}))
         if dtype == "fp16":  # kept in float32, and scaled by PyTorch
             continue
         types = {"gradient": f"*{dtype}", "upstream": "*fp32", "n": "i32"}
@@ -342,7 +347,12 @@ def _scaled(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) 
     """The gradient times upstream [B] in dtype; in place where it is that, untouched where upstream is 1."""
     wide = upstream.view(-1, *(1,) * (gradient.dim() - 1))
     if gradient.dtype != dtype:
-        return torch.mul(gradient, wide, out=torch.empty_like(gradient, dtype=dtype))
+        narrow = torch.empty_like(gradient, dtype=dtype)
+        if gradient.device.type != "cpu":
+            return torch.mul(gradient, wide, out=narrow)
+        for into, sample, factor in zip(narrow, gradient, upstream.tolist(), strict=True):
+            into.copy_(sample if factor == 1 else sample * factor)  # five times as fast as a product of both dtypes
+        return narrow
     if gradient.is_cuda and has_triton():
         n, (block, warps) = gradient[0].numel(), block_of(gradient[0].numel())
         grid = (len(gradient), triton.cdiv(n, block))

@@ -23,12 +23,12 @@ def test_what_falls_short_is_told():
     from danceopd_kernels.resources import Configuration, Resources, problems
 
     wanted = Configuration("k", None, {}, {}, 4, 64, streaming=True, product=True)
-    short = Resources("k", 90, 65, 8, 0, wide_loads=0, loads=4, wide_stores=1, stores=1, tensor_core="mma")
+    short = Resources("k", 90, 100, 65, 8, 0, wide_loads=0, loads=4, wide_stores=1, stores=1, tensor_core="mma")
     told = " / ".join(problems(wanted, short))
     for part in ("8 bytes of stack", "65 registers, 64 allowed", "no 128-bit loads", "no wgmma"):
         assert part in told
     assert not any("stack" in problem for problem in problems(wanted, short, 8))
-    enough = Resources("k", 80, 64, 0, 0, wide_loads=4, loads=4, wide_stores=1, stores=1, tensor_core="mma")
+    enough = Resources("k", 80, 100, 64, 0, 0, wide_loads=4, loads=4, wide_stores=1, stores=1, tensor_core="mma")
     assert problems(wanted, enough) == []
 
 

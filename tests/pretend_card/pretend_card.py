@@ -142,6 +142,7 @@ class PretendCard:
         self.module = getattr(torch, NAME)
         self.module.begin(self)
         self.refusing = 0
+        self.follows_data = False  # whether `x.data = y` is followed; diffusers' offloading does not run with it yet
         self.phases: list[str] = []
         self._pinned: dict[int, StorageWeakRef] = {}
 
@@ -368,7 +369,8 @@ class _Functions(TorchFunctionMode):
             device = torch.device(kwargs["device"])
             if device.type == NAME and not isinstance(args[0], CardTensor):
                 return func(*args, **{**kwargs, "device": "cpu"}).to(device)
-        if func is torch.Tensor.data.__set__ and isinstance(args[0], CardTensor) and isinstance(args[1], CardTensor):
+        follows = self.card is not None and self.card.follows_data and func == torch.Tensor.data.__set__
+        if follows and isinstance(args[0], CardTensor) and isinstance(args[1], CardTensor):
             args[0].numbers, args[0]._memory = args[1].numbers, args[1]._memory
         if func is torch.Tensor.numpy and isinstance(args[0], CardTensor):
             raise WrongSide(f"numpy() of a tensor on the card, at {_line()}")

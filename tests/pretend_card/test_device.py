@@ -111,6 +111,15 @@ def test_a_network_trains_as_on_the_cpu(card):
     assert all(type(p.data) is torch.Tensor for p in back.parameters())
 
 
+def test_data_that_is_set_is_the_other_tensors_memory(card):
+    """As DeepSpeed does, whose parameters are views of one flat tensor."""
+    card.follows_data = True
+    parameter, flat = torch.nn.Parameter(there(3)), there(6)
+    parameter.data = flat.narrow(0, 2, 3).data
+    flat.fill_(2.0)
+    assert torch.equal((parameter * 1).detach().cpu(), torch.full((3,), 2.0))
+
+
 def test_autocast_follows_cudas_lists(card):
     x, layer = there(2, 8), torch.nn.Linear(8, 8).to("card")
     with torch.autocast("card", torch.bfloat16):

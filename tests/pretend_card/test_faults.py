@@ -1,8 +1,6 @@
 """Faults of the path on a card, put back one by one: the pretend card names the line of each.
 
-It does not see what lies in a card's own arithmetic or libraries: CUDA's rounding of a quotient by a number of the
-host, attention plans that cuDNN builds for each length, registers and spills of kernels, driver versions, and what the
-build of the compiled part leaves out.
+docs/rollout.md lists those that it cannot show, and what holds them.
 """
 
 from dataclasses import replace

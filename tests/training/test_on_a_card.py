@@ -94,9 +94,7 @@ def test_a_rollout_after_an_optimizers_step_is_of_the_new_weights(raw, device, p
 @on_a_card
 @pytest.mark.parametrize(("precision", "family"), [(None, "sd3"), ("fp8", "sd3"), ("bf16", "flux")])
 def test_lora_sources_and_replicas_under_graphs(places, precision, family):
-    training = {"training.device": "cuda", "training.cuda_graphs": True}
-    if precision == "fp8":
-        training["training.rollout_precision"] = "fp8"
+    training = {"training.device": "cuda", "training.rollout_precision": precision}
     if family == "flux":
         training |= {f"{key}.embedded_guidance": 3.5 for key in ("student", "sources.one", "sources.two")}
     captured, plain = (
