@@ -36,8 +36,7 @@ SIZES = {
 
 def off(root, family, **changes) -> float:
     """By how much of the peak the estimate is more than it."""
-    takes = family in ("flux", "flux2")  # of kontext's folder the transformer takes no guidance
-    places = ("student", "sources.one", "sources.two")
+    takes, places = family in ("flux", "kontext", "flux2"), ("student", "sources.one", "sources.two")
     changes = {f"{place}.embedded_guidance": 3.5 for place in places if takes} | changes
     changes |= {f"capabilities.{name}.task": KINDS[family] for name in ("one", "two")}
     config = config_of(root, **{"training.rollout_batch_size": 4, "rollout.num_inference_steps": 2, **changes})
