@@ -8,8 +8,10 @@ from types import ModuleType
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from danceopd.config.sections import Config
+from danceopd.core.conditioning import Conditioning
 from danceopd.core.methods import needs
 from danceopd.data.sampler import Samples
 from danceopd.models.backbones import backbone_of, meta_transformer, pipeline_class_of
@@ -191,13 +193,16 @@ def _add_forward(config: Config, findings: Findings, student: nn.Module, samples
         )
     group = max(samples.groups, key=lambda g: sum(map(math.prod, (g.shape, *g.source_shapes))))
     findings.pixels = max(math.prod(row["size"]) for rows in group.data for row in rows.rows)
-    conditionings, activations, together = {}, [], []
+    conditionings, activations, together, seen = {}, [], [], set()
     grows = config.student.lora is None and config.training.gradient_accumulation_steps == 1
     for name, rows in zip(config.capabilities, group.data, strict=True):
         conditioning = findings.attempt(f"capabilities.{name}.data", samples.condition, rows, [0], [False])
         if conditioning is None:
             return
         conditionings[name] = conditioning
+        if (kind := _kind(conditioning)) in seen:
+            continue
+        seen.add(kind)
         asked = student, group.shape, conditioning
         held = partial(held_in_update, *asked, rows_matched(config), autocast)
         activations.append((held(False), held(True), held_in_forward(*asked, rows_at_once(config), autocast)))
@@ -211,6 +216,13 @@ def _add_forward(config: Config, findings: Findings, student: nn.Module, samples
     inputs = samples * (latents + max(map(conditioning_bytes, conditionings.values())))
     findings.operations = lambda: {name: operations(student, group.shape, c) for name, c in conditionings.items()}
     findings.memory["latents, prompts, sources"] = inputs, f"{samples} samples of the largest picture size, as prepared"
+
+
+def _kind(conditioning: Conditioning) -> tuple:
+    """Gives what tells the forwards of two samples apart: shapes of what they are conditioned on, and lengths."""
+    leaves = tree_leaves((conditioning.prompt, conditioning.source, conditioning.has_source))
+    values = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return tuple((v.shape, v.dtype, () if v.is_floating_point() else tuple(v.flatten().tolist())) for v in values)
 
 
 def _student(config: Config, findings: Findings, backbone: ModuleType, transformer: nn.Module) -> nn.Module | None:
