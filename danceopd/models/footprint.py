@@ -1,4 +1,4 @@
-"""What a forward takes: the most that is alive in it at once."""
+"""What a forward, or anything else, takes: the most that is alive in it at once."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,19 +68,31 @@ def storage_number(tensor: torch.Tensor) -> int:
         return id(tensor)
 
 
-@torch.no_grad()
-def forward_bytes(forward: Callable[[], object]) -> int:
-    """Measures the most bytes of tensors made in a forward without gradient that are alive at once.
+def most_alive(function: Callable[[], object]) -> int:
+    """Measures the most bytes of tensors made in a function that are alive at once.
 
     It looks at the operations, so that it is the same on the meta device, the CPU and a card; what a library takes
     inside one operation is not seen.
 
     Args:
-        forward: Asks a network; on any device, also the meta device.
+        function: Computes; on any device, also the meta device.
+
+    Returns:
+        Bytes, beside what was there before.
+    """
+    with _Alive() as alive:
+        function()
+    return alive.most
+
+
+@torch.no_grad()
+def forward_bytes(forward: Callable[[], object]) -> int:
+    """Measures the most bytes that a forward without gradient holds at once, as `most_alive` does.
+
+    Args:
+        forward: Asks a network.
 
     Returns:
         Bytes, beside the network's own weights and the inputs.
     """
-    with _Alive() as alive:
-        forward()
-    return alive.most
+    return most_alive(forward)

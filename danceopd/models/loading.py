@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from danceopd.core.copies import to_device
-from danceopd.models.tensor_files import opened, read_header
+from danceopd.models.tensor_files import in_its_place, opened, read_header
 from danceopd.support.errors import UserError
 from danceopd.support.hub import near_cached
 from danceopd.support.texts import parse_object
@@ -23,6 +23,8 @@ VARIANT = re.compile(
 )
 
 PLAIN = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?\.safetensors|.*\.safetensors\.index\.json")
+
+FACTOR = re.compile(r"\.lora[_.](A|B|down|up)\b")  # of a LoRA
 
 SCALED = re.compile(r"scaled_fp8$|scale_(weight|input)$|(weight|input)_scale$|comfy_quant$")
 
@@ -38,7 +40,7 @@ def read_json(path: Path | str) -> dict:
     try:
         return parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again") from None
+        raise UserError(f"{path} {in_its_place(path) or f'is damaged ({error}); copy it again'}") from None
 
 
 def names_folder(function: Callable) -> Callable:
@@ -179,9 +181,11 @@ def check_transformer_file(path: Path | str, transformer: nn.Module) -> None:
             found, left = converted, rest
     missing = [key for key in expected if key not in found]
     if missing:
+        what = "it is incomplete, of another model, or in a layout that diffusers does not convert"
+        if any(map(FACTOR.search, raw)):
+            what = "it is a LoRA: give it as the source's lora"
         raise UserError(
-            f"{path}: lacks {len(missing)} of {len(expected)} tensors of this {name}, such as {missing[0]}; it is "
-            "incomplete, of another model, or in a layout that diffusers does not convert"
+            f"{path}: lacks {len(missing)} of {len(expected)} tensors of this {name}, such as {missing[0]}; {what}"
         )
     left = [*left, *(key for key in found if key not in expected)]
     if left:
@@ -347,7 +351,7 @@ def weight_files(folder: Path | str) -> list[Path]:
             if any(Path(name).name != name for name in names):
                 raise ValueError("it names files outside its folder")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is damaged ({error}); copy it again") from None
+            raise UserError(f"{index} {in_its_place(index) or f'is damaged ({error}); copy it again'}") from None
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -128,14 +128,14 @@ def _pairs_of(
     named = {key: _named(key, known) for key in raw}
     odd = {_once(key): raw[key] for key, found in named.items() if found is None}
     odd = {key: value for key, value in odd.items() if not key.endswith(BIASES) or value.any()}
-    pairs = _pairs((found, raw[key]) for key, found in named.items() if found)
+    pairs = _pairs(file, ((key, found, raw[key]) for key, found in named.items() if found))
     if any(not key.endswith(".alpha") for key in odd):
         converted = _convert(file, odd, pipeline_class, transformer, known)
         named = {key: _named(key, known) for key in converted}
         unknown = [key for key, found in named.items() if found is None]
         if unknown:
             raise _unknown(file, unknown, transformer, known, of=odd)
-        pairs |= _pairs((found, converted[key]) for key, found in named.items())
+        pairs |= _pairs(file, ((key, found, converted[key]) for key, found in named.items()))
     return pairs
 
 
@@ -178,7 +178,7 @@ def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: ty
     The whole file is in memory only where its layout's conversion depends on values.
 
     Returns:
-        The number, and the name of the file's format, such as "LoKr".
+        The number, and the name of the file's format, such as "LoKr", with the number of its layers without a change.
 
     Raises:
         UserError: As load_lora; or the file changes nothing.
@@ -192,14 +192,20 @@ def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: ty
                 value = stored.get_tensor(key)
                 _check_finite(file, key, value)
                 match = FACTOR.fullmatch(key) or CHANGE.fullmatch(key)
-                layer = match[1] if match else key
-                zero[layer] = zero.get(layer, False) or not (value.any() or key.endswith(".alpha"))
+                layer = match[1] if match else key.removesuffix(".alpha")
+                zero[layer] = zero.get(layer, False) or not value.any()
+        if not any(scale for _, _, scale in lora.values()):  # by its configuration's alpha
+            zero = dict.fromkeys(zero, True)
     except RuntimeError:
         lora = load_lora(path, transformer, pipeline_class)
         zero = {name: not (a.any() and b.any()) for name, (a, b, _) in lora.items()}
     if all(zero.values()):
-        raise UserError(f"{file}: changes nothing: in every layer a factor is zero, as before training; train it first")
-    return sum(a.numel() + b.numel() for a, b, _ in lora.values()), kind_of(read_header(file))
+        raise UserError(
+            f"{file}: changes nothing: in every layer a factor or alpha is zero, as before training; train it first"
+        )
+    kind, still = kind_of(read_header(file)), sum(zero.values())
+    note = f", without a change in {still} of {len(zero)} layers" if still else ""
+    return sum(a.numel() + b.numel() for a, b, _ in lora.values()), kind + note
 
 
 def trained_for(path: str | Path) -> str | None:
@@ -368,14 +374,21 @@ def _named(key: str, known: dict[str, tuple[str, ...]]) -> tuple[str, tuple[str,
     return layers and (layers[0] if len(layers) == 1 else name, layers, side)
 
 
-def _pairs(named: Iterable[tuple]) -> dict[tuple, dict[str, torch.Tensor]]:
-    """Collects {(name, layers): {"A" or "B": factor}}."""
+def _pairs(file: Path, named: Iterable[tuple]) -> dict[tuple, dict[str, torch.Tensor]]:
+    """Collects {(name, layers): {"A" or "B": factor}}; a UserError for one that is there by two names."""
     pairs: dict[tuple, dict[str, torch.Tensor]] = {}
-    for (name, layers, side), value in named:
+    keys: dict[tuple, str] = {}
+    for key, (name, layers, side), value in named:
         if side == "alpha":  # folded in
             continue
         once, value = in_order(layers, value) if side == "B" else (layers[: len(set(layers))], value)
-        pairs.setdefault((name if once == layers else once[0], once), {})[side] = value
+        place = name if once == layers else once[0], once
+        if other := keys.get((*place, side)):
+            raise UserError(
+                f"{file}: {other} and {key} are the same factor of {place[0]}; remove one of them from the file"
+            )
+        keys[*place, side] = key
+        pairs.setdefault(place, {})[side] = value
     return pairs
 
 
@@ -455,6 +468,8 @@ def _unknown(
     """Returns the error of keys that cannot be taken; `of`: what they were in the file, where that was converted."""
     stems = [match[1] if (match := FACTOR.fullmatch(key)) else key for key in keys]
     hint = whose(of or stems, transformer) or nearest(stems[0], known) or "check that it was trained for this model"
+    if sum(key.removesuffix(".weight") in known for key in keys) > len(keys) / 2:
+        hint = "it holds weights and no LoRA: give it as the source's weights"
     return UserError(
         f"{file}: cannot take all of this LoRA: {_first(keys)} would be left out, being no LoRA factors of linear "
         f"layers of {type(transformer).__name__}{said}; {hint}. Take a LoRA of this model, trained without text "

@@ -1,6 +1,6 @@
 """Linear layers that add each sample's own adapter."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 
@@ -36,9 +36,14 @@ class _Route:
             self.adapter = self.student = None
             self.backwards = False
 
-    def again(self) -> tuple:
+    def again(self, within: Callable = nullcontext) -> tuple:
         """Gives the contexts of a block's forward and of its recomputation, when this forward is long over."""
-        return nullcontext(), self.of(self.adapter, self.same, self.student, backwards=True)
+        return nullcontext(), self._again(self.adapter, self.same, self.student, within)
+
+    @contextmanager
+    def _again(self, adapter, same: bool, student: nn.Module | None, within: Callable) -> Iterator[None]:
+        with within(), self.of(adapter, same, student, backwards=True):
+            yield
 
 
 class _RoutedLinear(nn.Linear):

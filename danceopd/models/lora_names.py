@@ -11,6 +11,8 @@ from torch import nn
 PREFIXES = ("base_model.model.", "base_model.", "transformer.", "diffusion_model.", "model.", "module.", "_orig_mod.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_", "lycoris_")  # of names with _ for every dot
 
+ENCODERS = re.compile(r"(^|[._])(lora_te\d?|text_encoders?(_\d)?|clip_[lg]|t5xxl)(?=[._])")  # of text, not a network's
+
 # {what it changes: (transformers that it is right for, how its keys look)}
 FAMILIES = {
     "a UNet, as Stable Diffusion 1, 2 and XL have one": ((), r"(down|up|input|output)_blocks|mid(dle)?_block"),
@@ -242,6 +244,7 @@ def layers_of(name: str, known: Mapping[str, tuple[str, ...]]) -> tuple[str, ...
 def whose(keys: Iterable[str], transformer: nn.Module) -> str | None:
     """Says what network keys that a transformer does not have are of, where their names show it."""
     keys, own = list(keys), type(transformer).__name__
+    keys = [key for key in keys if not ENCODERS.search(key)] or keys
     for what, (classes, pattern) in FAMILIES.items():
         found = sum(bool(re.search(pattern, key)) for key in keys)
         if 2 * found > len(keys) and not own.startswith(classes or ("no",)):
@@ -254,7 +257,11 @@ def nearest(name: str, known: Mapping[str, tuple[str, ...]]) -> str | None:
     for at in (match.end() for match in re.finditer(r"\.", name)):
         if name[at:] in known:
             return f"the prefix {name[:at]!r} is none that is known; without it {name[at:]} is a layer there"
-    for prefix in PREFIXES:
+    for prefix in (*PREFIXES, *FLAT_PREFIXES):
         name = name.removeprefix(prefix)
+    for match in re.finditer(r"(?<=[._])\d{1,3}(?=[._])", name):
+        kinds = (f"{name[: match.start()]}{i}{name[match.end() :]}" for i in range(int(match[0])))
+        if there := sum(kind in known for kind in kinds):
+            return f"it has such blocks 0 to {there - 1} and no {name}, so that the file is of a larger model"
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"the nearest layers to {name} are {', '.join(near)}" if near else None

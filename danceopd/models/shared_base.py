@@ -1,8 +1,10 @@
 """One frozen transformer that answers for several LoRA sources and the student's adapter."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import nn
@@ -63,11 +65,16 @@ class SharedBase:
             adapters = [(a.to(**like), b.to(**like), scale) for a, b, scale in parts]
             transformer.set_submodule(name, _RoutedLinear(name, linear, adapters, self._route))
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Lets a backward compute each block again instead of keeping what the forward had inside it."""
+    def enable_gradient_checkpointing(self, within: Callable = nullcontext) -> None:
+        """Lets a backward compute each block again instead of keeping what the forward had inside it.
+
+        Args:
+            within: Makes the context that a block is computed again in.
+        """
 
         def run(block, *args):
-            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=self._route.again)
+            contexts = partial(self._route.again, within)
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
         self.transformer.enable_gradient_checkpointing(run)
 

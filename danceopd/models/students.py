@@ -101,6 +101,14 @@ class LoraStudent(nn.Module):
     def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         return self._shared[0].student(latents, sigma, conditioning.embedding(self.embedded_guidance), self)
 
+    def enable_gradient_checkpointing(self, within: Callable = nullcontext) -> None:
+        """Lets a backward compute each block of the transformer again.
+
+        Args:
+            within: Makes the context that it is computed again in.
+        """
+        self._shared[0].enable_gradient_checkpointing(within)
+
     def on_fp8(self) -> None:
         """Goes over to a copy of the transformer in FP8."""
         self._shared = (self._shared[0].in_fp8(),)

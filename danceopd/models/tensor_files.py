@@ -11,10 +11,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from danceopd.support.errors import UserError
+from danceopd.support.texts import parse_object
 
 MOST = 100_000_000  # bytes of a header: the format's own limit
 
 POINTER = b"version https://git-lfs.github.com/spec/"  # begins what Git LFS puts in a file's place
+
+TAIL = 2**16  # bytes at a file's end that are no weights where all of them are zero
+
+# What else lies under a wrong name, by how it begins.
+KINDS = {
+    b"GGUF": "is a GGUF file, whose quantized weights are not read; get it as safetensors",
+    b"\x1f\x8b": "is a gzip archive; unpack it",
+    b"7z\xbc\xaf": "is a 7-Zip archive; unpack it",
+}
 
 BITS = {f"{kind}{bits}": bits for kind in "FIU" for bits in (8, 16, 32, 64)} | {"BF16": 16, "BOOL": 8}
 
@@ -49,7 +59,7 @@ def read_header(path: Path | str) -> dict[str, tuple[str, torch.Size]]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > MOST or 8 + length > size:
                 raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
+            header = parse_object(file.read(length).rstrip(b" "))
         header.pop("__metadata__", None)
         found = {name: (entry["dtype"], torch.Size(entry["shape"])) for name, entry in header.items()}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -81,17 +91,10 @@ def _what(path: Path, begin: bytes, size: int) -> str | None:
     """Says what a file is that is no whole safetensors file, and what to do; None where that does not show."""
     if size == 0:
         return "cannot be read as safetensors: it is empty, of 0 bytes; copy it again"
-    if begin.startswith(POINTER):
-        words = begin.decode(errors="replace").split()
-        whole = f" of {words[words.index('size') + 1]} bytes" if "size" in words[:-1] else ""
-        return (
-            f"is a Git LFS pointer of {size} bytes in place of the file{whole}; fetch it: run `git lfs pull` in "
-            f"{path.parent}, with Git LFS installed, or download the file itself"
-        )
-    if begin.lstrip().startswith(b"<"):
-        return "is a web page and no safetensors file, as a download without access leaves it; download it again"
     if begin.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         return "holds pickled weights under a .safetensors name, which may run code when read; get it as safetensors"
+    if other := _other(path, begin, size, "safetensors"):
+        return other
     length = int.from_bytes(begin[:8], "little")
     if length <= MOST and begin[8:9] in (b"{", b""):
         if 8 + length > size:
@@ -106,3 +109,41 @@ def _what(path: Path, begin: bytes, size: int) -> str | None:
         if end > size:
             return f"cannot be read as safetensors: it is cut off at {size} of {end} bytes; copy it again"
     return None
+
+
+def in_its_place(path: Path) -> str | None:
+    """Says what lies in the place of a JSON file that cannot be read, and what to do; None where it is such a file."""
+    try:
+        with open(path, "rb") as file:
+            begin, size = file.read(512), os.fstat(file.fileno()).st_size
+    except OSError:
+        return None
+    return "is empty, of 0 bytes; copy it again" if size == 0 else _other(path, begin, size, "JSON")
+
+
+def _other(path: Path, begin: bytes, size: int, kind: str) -> str | None:
+    """Says what a download left in the place of a file of a kind; None where it is nothing that is known."""
+    if begin.startswith(POINTER):
+        words = begin.decode(errors="replace").split()
+        whole = f" of {words[words.index('size') + 1]} bytes" if "size" in words[:-1] else ""
+        return (
+            f"is a Git LFS pointer of {size} bytes in place of the file{whole}; fetch it: run `git lfs pull` in "
+            f"{path.parent}, with Git LFS installed, or download the file itself"
+        )
+    if begin.lstrip().startswith(b"<"):
+        return f"is a web page and no {kind} file, as a download without access leaves it; download it again"
+    if not begin.strip(b"\0"):
+        return "begins with zeros, as a download leaves it that did not end; copy it again"
+    text = begin.decode(errors="ignore")
+    if kind != "JSON" and len(text) > len(begin) - 4 and all(c.isprintable() or c.isspace() for c in text):
+        said = " ".join(text.split())[:80]
+        return f"is text and no {kind} file, as a download without access leaves it ({said!r}); download it again"
+    return next((what for first, what in KINDS.items() if begin.startswith(first)), None)
+
+
+def ends_in_zeros(path: Path) -> bool:
+    """Tells whether a file ends in zeros alone, as a download leaves it that took its place before it came."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - TAIL))
+        return size > TAIL and not file.read().strip(b"\0")

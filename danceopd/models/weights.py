@@ -1,8 +1,8 @@
 """Reads a network's weights a piece at a time: by ranks of which none has room for all, and to be written in shards."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 
 import torch
@@ -111,7 +111,8 @@ def likeness(one: Weights, other: Weights) -> float:
         other: The other's.
 
     Returns:
-        The largest cosine of the matrices read; 1 where the networks have none in common.
+        The largest cosine of the matrices read; 1 where the networks have none in common, NaN where one of them is not
+        finite.
     """
     names = [n for n, s in one.shapes.items() if len(s) == 2 and other.shapes.get(n) == s and min(s) > 1]
     names = sorted(names, key=lambda name: one.shapes[name].numel())[-64:]
@@ -119,7 +120,7 @@ def likeness(one: Weights, other: Weights) -> float:
     for name in names[:: max(1, len(names) // PROBED)][:PROBED]:
         a, b = (weights.tensor(name).flatten().double() for weights in (one, other))
         found.append((a @ b / (a.norm() * b.norm()).clamp(min=1e-30)).item())
-    return max(found, default=1.0)
+    return math.nan if any(map(math.isnan, found)) else max(found, default=1.0)
 
 
 def _rows(shape: torch.Size, start: int, stop: int) -> tuple[int, int, int]:
@@ -128,4 +129,4 @@ def _rows(shape: torch.Size, start: int, stop: int) -> tuple[int, int, int]:
     """
     width = shape[1:].numel()
     first = start // max(1, width)
-    return first, ceil(stop / max(1, width)), start - first * width
+    return first, math.ceil(stop / max(1, width)), start - first * width

@@ -1,27 +1,38 @@
-"""Sees on a forward on the meta device what a backward keeps, and counts a forward's operations."""
+"""Sees on the meta device what a forward and its backward hold at once, and counts a forward's operations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from danceopd.core.conditioning import Conditioning
-from danceopd.models.eight_bit import stored
-from danceopd.models.footprint import forward_bytes
+from danceopd.models.footprint import forward_bytes, most_alive
 
 
 class _Attention(torch.autograd.Function):
-    """Attention without values, which keeps what a fused one keeps: its inputs and its output."""
+    """Attention without values, which keeps what a fused one keeps: its inputs and its output.
+
+    Its backward makes the three gradients, and in half precision a sum of the query's in float32, as FlashAttention's.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value):
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, out)
         return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, _ = ctx.saved_tensors
+        found = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+        _summed = query.new_empty(query.shape, dtype=torch.float32) if query.dtype != torch.float32 else None
+        return found
 
 
 class _AsOnDevice(TorchFunctionMode):
@@ -35,6 +46,14 @@ class _AsOnDevice(TorchFunctionMode):
         super().__init__()
         self.autocast = autocast
         self.casts: dict[int, torch.Tensor] = {}
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Gives the context of a block that a backward computes again; casts last as long as it."""
+        self.casts.clear()
+        with self, _HostMasks():
+            yield
+        self.casts.clear()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -70,118 +89,103 @@ class _HostMasks(TorchFunctionMode):
 
 
 class _Adapted(torch.autograd.Function):
-    """A linear layer with an adapter, which keeps what the kernel keeps: its input, that times A, and the weight."""
+    """A linear layer with an adapter, which keeps what the kernel keeps: its input, that times A, and the weight.
+
+    Its backward makes the gradients of all that, and numbers of a weight that is codes.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, a, b):
         ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], len(a)), weight)
+        ctx.factors = a, b
         return x.new_empty(*x.shape[:-1], len(weight))
 
-
-class _Kept:
-    """The storages that a forward keeps for its backward."""
-
-    def __init__(self):
-        self.storages: dict[int, torch.UntypedStorage] = {}  # they stay alive, so that no number comes twice
-
-    def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        self.storages[storage._cdata] = storage
-        return tensor
-
-    def hooks(self):
-        return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
-
-    def bytes_without(self, *others: "_Kept") -> int:
-        seen = {key for other in others for key in other.storages}
-        return sum(storage.nbytes() for key, storage in self.storages.items() if key not in seen)
+    @staticmethod
+    def backward(ctx, grad):
+        x, h, weight = ctx.saved_tensors
+        a, b = (torch.empty_like(factor) for factor in ctx.factors)
+        _h = torch.empty_like(h)
+        _numbers = weight.new_empty(weight.shape, dtype=x.dtype) if weight.dtype != x.dtype else None
+        return torch.empty_like(x) if ctx.needs_input_grad[0] else None, None, a, b
 
 
-# Long: the sets of storages that it tells apart are filled in one forward.
-def kept_for_backward(
+def held_in_update(
     student: nn.Module,
-    transformer: nn.Module | None,
     shape: tuple[int, ...],
     conditioning: Conditioning,
+    rows: int = 1,
     autocast: torch.dtype | None = None,
-) -> tuple[int, int | None]:
-    """Counts the bytes that a forward of one sample keeps for its backward.
+    checkpointed: bool = False,
+    first: bool = False,
+) -> int:
+    """Returns the most bytes that a forward and its backward hold at once, beside weights, their casts and inputs.
 
     Args:
         student: On the meta device.
-        transformer: The one under its adapter, or its own, whose blocks a checkpointed run computes again, one at a
-            time; None where nothing can be.
         shape: Of one sample's latents.
         conditioning: Of one sample.
+        rows: So many samples like it.
         autocast: The dtype of products; copies of the parameters in it are not counted.
-
-    Returns:
-        The bytes without and with gradient checkpointing, the second None without a transformer.
+        checkpointed: Whether the backward computes blocks again.
+        first: Whether gradients are made, and counted; else they are there and added to.
     """
-    fixed, outside, inputs, blocks = _Kept(), _Kept(), _Kept(), []
-    for network in filter(None, (student, transformer)):
-        for tensor in (*network.parameters(), *network.buffers()):
-            for part in stored(tensor):
-                fixed.add(part)
+    device, transformer = _AsOnDevice(autocast), getattr(student, "transformer", None)
 
-    def block(module, *args):
-        inside = _Kept()
-        for value in tree_flatten(args)[0]:
-            if isinstance(value, torch.Tensor):
-                inputs.add(value)
-        with inside.hooks():
-            result = module(*args)
-        blocks.append(inside)
-        return result
+    def run(block, *args):
+        contexts = lambda: (nullcontext(), device.again())  # noqa: E731
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-    if transformer is not None:
-        transformer.enable_gradient_checkpointing(block)
-    adapter = hasattr(student, "layer")
-    if adapter:
-        student.layer = lambda name, x, weight, *_: _adapted(student, name, x, weight)
-    # Some families read lengths and masks on the host, others want them where the rest is.
-    for place in ("meta", "cpu"):
-        try:
-            with _AsOnDevice(autocast) as device, outside.hooks():
-                _forward(student, shape, conditioning, place)
-            break
-        except RuntimeError:
-            if place == "cpu":
-                raise
-            outside, inputs, blocks = _Kept(), _Kept(), []
-    if transformer is not None:
-        transformer.disable_gradient_checkpointing()
-    if adapter:
-        del student.layer
-    for cast in device.casts.values():
-        fixed.add(cast)
-    everything = _Kept()
-    for part in (outside, *blocks):
-        everything.storages |= part.storages
-    plain = everything.bytes_without(fixed)
-    if transformer is None:
-        return plain, None
-    kept = _Kept()
-    kept.storages = outside.storages | inputs.storages
-    return plain, kept.bytes_without(fixed) + max((b.bytes_without(fixed, kept) for b in blocks), default=0)
+    def held(place: str) -> int:
+        for parameter in student.parameters():
+            parameter.grad = None if first else torch.empty_like(parameter)
+        casts = 0
+        device.casts.clear()
+
+        def update():
+            nonlocal casts
+            velocity = _forward(student, shape, conditioning, place, rows)
+            casts = sum(cast.nbytes for cast in device.casts.values())
+            device.casts.clear()  # autocast forgets them with the forward
+            velocity.backward(torch.empty_like(velocity))  # outside of the mode, as torch has it
+
+        with device:
+            most = most_alive(update)
+        return max(0, most - casts)
+
+    if checkpointed and hasattr(student, "layer"):
+        student.enable_gradient_checkpointing(device.again)
+    elif checkpointed:
+        transformer.enable_gradient_checkpointing(run)
+    try:
+        return _looked_at(student, _adapted, held)
+    finally:
+        for parameter in student.parameters():
+            parameter.grad = None
+        if checkpointed:
+            transformer.disable_gradient_checkpointing()
 
 
 @torch.no_grad()
 def held_in_forward(
-    student: nn.Module, shape: tuple[int, ...], conditioning: Conditioning, autocast: torch.dtype | None = None
+    student: nn.Module,
+    shape: tuple[int, ...],
+    conditioning: Conditioning,
+    rows: int = 1,
+    autocast: torch.dtype | None = None,
 ) -> int:
-    """Returns the most bytes that one row of a forward without gradient holds at once, beside weights and inputs.
+    """Returns the most bytes that a forward without gradient holds at once, beside weights, their casts and inputs.
 
     Args:
         student: On the meta device.
         shape: Of one sample's latents.
         conditioning: Of one sample.
+        rows: So many samples like it.
         autocast: The dtype of products.
     """
 
     def held(place: str) -> int:
         with _AsOnDevice(autocast) as device:
-            most = forward_bytes(lambda: _forward(student, shape, conditioning, place))
+            most = forward_bytes(lambda: _forward(student, shape, conditioning, place, rows))
         return most - sum(cast.nbytes for cast in device.casts.values())
 
     return _looked_at(student, _adapted, held)
@@ -229,15 +233,17 @@ def _plain_adapted(student: nn.Module, name: str, x: torch.Tensor, weight: torch
     return F.linear(x, base) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
-def _forward(student: nn.Module, shape, conditioning: Conditioning, place: str) -> torch.Tensor:
+def _forward(student: nn.Module, shape, conditioning: Conditioning, place: str, rows: int = 1) -> torch.Tensor:
     def move(value: torch.Tensor) -> torch.Tensor:
-        return value.to("meta" if value.is_floating_point() else place)
+        value = value.to("meta" if value.is_floating_point() else place)
+        return value.expand(rows, *value.shape[1:]).clone()
 
     prompt = tree_map(move, conditioning.prompt)
     source = None if conditioning.source is None else tree_map(move, conditioning.source)
-    latents, sigma = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    has_source = None if conditioning.has_source is None else conditioning.has_source.expand(rows)
+    latents, sigma = torch.empty(rows, *shape, device="meta"), torch.empty(rows, device="meta")
     with _HostMasks():
-        return student(latents, sigma, Conditioning(prompt, source, conditioning.has_source))
+        return student(latents, sigma, Conditioning(prompt, source, has_source))
 
 
 def _adapted(student: nn.Module, name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

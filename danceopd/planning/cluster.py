@@ -13,7 +13,18 @@ from itertools import product
 from danceopd.config.sections import Config
 from danceopd.planning.dry_run import Examine, dry_run
 from danceopd.planning.largest import largest
-from danceopd.planning.memory import ACTIVATIONS, BASE, BEYOND, FLOAT, LEFT, REPLICA, Findings, beyond_activations
+from danceopd.planning.memory import (
+    ACTIVATIONS,
+    BASE,
+    BEYOND,
+    FLOAT,
+    LEFT,
+    REPLICA,
+    STEP,
+    Findings,
+    alone,
+    beyond_activations,
+)
 from danceopd.support.cards import CARDS, NODE, Card, gather_seconds
 from danceopd.support.memory import GIB, format_bytes
 from danceopd.support.texts import format_seconds
@@ -156,8 +167,10 @@ class Plan:
             device["working space of the update"] = max(update, half * min(n, GATHERED) * (1 + 1 / gpus))
         if stage > 1:
             device["buckets of gradients"] = half * self.bucket
+        if gpus == 1 and not stage and findings.activations:
+            device |= alone(findings, setting.checkpointing)
         for name, (size, _) in findings.memory.items():
-            if name in device or name in host or name in ("gradient", "optimizer state"):
+            if name in device or name in host or name in ("gradient", "optimizer state", STEP):
                 continue
             if name.startswith("student in ") and stage == 3:
                 continue  # gathered in that dtype

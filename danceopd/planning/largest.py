@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 
 from danceopd.config.sections import Config
-from danceopd.planning.memory import ACTIVATIONS, BASE, BEYOND, LEFT, Findings, micro_batch
+from danceopd.planning.memory import ACTIVATIONS, BASE, BEYOND, LEFT, STEP, Findings, micro_batch
 from danceopd.planning.swapping import spared
 
-OF_ADAPTER = ("student", "gradient", "optimizer state", "average (EMA)", "anchor")  # these grow with its rank
+OF_ADAPTER = ("student", "gradient", "optimizer state", "average (EMA)", "anchor", STEP)  # these grow with its rank
 OF_PICTURES = (ACTIVATIONS, BEYOND, "states and answers", "latents, prompts, sources")  # and these with the pixels
 SIDE = 32  # a picture's sides are multiples of it
 

@@ -1,6 +1,7 @@
 """What a dry run finds, and how the memory of one rank adds up."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,12 +18,15 @@ from danceopd.training.rollouts.replica import bytes_beside, make_replica, rollo
 
 FLOAT = 4  # bytes of a trainable parameter, its gradient, its average, and of one state of AdamW
 
-LEFT = 2 * GIB  # of a card: context, workspace, fragmentation
+# What a card takes beside what is counted, and a CPU does not; set aside, not measured.
+RESERVES = {"CUDA context": 0.5 * GIB, "workspaces of libraries": 0.5 * GIB, "fragmentation": GIB}
+LEFT = sum(RESERVES.values())
 
 BUS = (25e9, 50e9)  # bytes a second from host memory that times are given for
 
 BASE, REPLICA = "base weights", "replica for rollouts"
-ACTIVATIONS, BEYOND = "activations for the backward", "forwards without gradient, more"
+ACTIVATIONS, BEYOND = "forward and backward", "forwards without gradient, more"
+STEP = "optimizer's step, more"
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,12 @@ class Findings:
         blocks: Bytes of each block of a base of which some wait in host memory; empty where none does.
         swap: Those that do, as `planning.swapping.settle` chose them.
         pixels: Of the largest picture of the prepared rows.
-        activations: Bytes that the backward keeps, without and with gradient checkpointing (None where a network
-            cannot); None where they are not known.
+        activations: The most bytes of a micro-batch's forward and backward beside the gradient, without and with
+            gradient checkpointing (None where a network cannot); None where they are not known.
         forward: Bytes of one row of a forward without gradient, and how many rows it takes; None where not known.
+        together: What `activations` says, with the gradient that comes while they go; None where the gradient is
+            counted as if all of it were there before.
+        step: Bytes that the optimizer's step makes and forgets, on a card.
         evaluations: Network evaluations of one update by what they are for; None for a method where they are not
             worked out.
         grid: Network evaluations of a sample grid, and once in a run of its sources' rows.
@@ -88,6 +95,8 @@ class Findings:
     pixels: int | None = None
     activations: tuple[float, float | None] | None = None
     forward: tuple[float, int] | None = None
+    together: tuple[float, float | None] | None = None
+    step: float = 0.0
     evaluations: dict[str, float] | None = None
     grid: tuple[int, int] | None = None
     sigmas: torch.Tensor | None = None
@@ -123,7 +132,7 @@ class Findings:
                 lines.append(f"  {name + ', in host memory':34s} {format_bytes(size):>12s}   {how}")
             if self.swap:
                 lines.append(f"  {self.swap.line()}")
-            lines.append("  (not counted: the CUDA context, kernels' workspace and fragmentation; leave 2 GiB)")
+            lines.append(f"  (beside it a card takes {reserves()})")
         lines += ["", "network evaluations of one update, expected (forwards of one sample; a backward is two)"]
         if self.evaluations is None:
             lines.append("  not worked out for this method")
@@ -137,6 +146,13 @@ class Findings:
         if self.problems:
             lines += ["", "this run cannot start:", *(f"  {problem}" for problem in self.problems)]
         return "\n".join(lines).lstrip("\n")
+
+
+def reserves() -> str:
+    """Says what is left of a card for what is not counted."""
+    return (
+        ", ".join(f"{format_bytes(size)} for {name}" for name, size in RESERVES.items()) + ": set aside, not measured"
+    )
 
 
 def count(network: nn.Module) -> int:
@@ -167,7 +183,10 @@ def add_student(config: Config, findings: Findings, student: nn.Module) -> None:
         groups = [(o, sum(p.numel() for group in o.param_groups for p in group["params"])) for o in made]
         state = FLOAT * sum(number * (1 if isinstance(o, Muon) else 2) for o, number in groups)
         findings.memory["optimizer state"] = state, f"{optimizer}: {state / n:.2g} bytes a parameter"
+        findings.step = max(map(_step_bytes, made))
     findings.memory["average (EMA)"] = FLOAT * n, "as many as the student's"
+    if buffers := sum(buffer.nbytes for buffer in student.buffers()):
+        findings.memory["student's buffers"] = 2 * buffers, "its tables, such as of positions, and the average's"
     if precision := rollout_precision(config):
         replica = make_replica(student, torch.device("meta"), config)
         findings.memory[REPLICA] = bytes_beside(replica, student), f"of the student, in {precision}"
@@ -175,37 +194,86 @@ def add_student(config: Config, findings: Findings, student: nn.Module) -> None:
         findings.memory["anchor"] = FLOAT * n, "the student as it was, for this method"
 
 
+def _step_bytes(optimizer: torch.optim.Optimizer) -> float:
+    """Counts what a step makes and forgets on a card, where AdamW takes all parameters at once."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sizes = Counter()
+    for p in parameters if isinstance(optimizer, Muon) else ():
+        sizes[p.shape] += p.numel()
+    # Muon's updates, and of those of one shape the stack, what it becomes, and two products on the way.
+    return FLOAT * (sum(p.numel() for p in parameters) + 4 * max(sizes.values(), default=0))
+
+
+def rows_matched(config: Config) -> int:
+    """Returns the number of rows of a micro-batch's forward with gradient."""
+    guided = any(c.student_guidance_scale != 1 for c in config.capabilities.values())
+    return micro_batch(config) * config.query.k * (2 if guided else 1)
+
+
+def rows_at_once(config: Config) -> int:
+    """Returns the number of rows of a forward without gradient."""
+    wanted, samples = config.training.rollout_batch_size, config.training.batch_size
+    return samples if wanted == "auto" else min(wanted, samples)
+
+
 def beyond_activations(findings: Findings, activations: float) -> float:
-    """Returns what a forward without gradient takes more than the activations, which are not there at the same time."""
+    """Returns what a forward without gradient takes more than one with it, which is not there at the same time."""
     return max(0.0, math.prod(findings.forward) - activations) if findings.forward else 0.0
 
 
+def alone(findings: Findings, checkpointing: bool) -> dict[str, float]:
+    """Returns the terms of an update in one process of which not all are there at the same time.
+
+    These are forwards without gradient; a micro-batch's forward and backward, with its gradient; and the gradient and
+    the step of the optimizer.
+
+    Args:
+        findings: The dry run's.
+        checkpointing: Whether the backward computes blocks again.
+    """
+    activations, gradient = findings.activations[checkpointing], FLOAT * findings.parameters["student, trainable"]
+    made = gradient
+    if findings.together:
+        made = min(gradient, max(0.0, findings.together[checkpointing] - activations))
+    beyond = beyond_activations(findings, activations + made)
+    step = max(0.0, gradient + findings.step - made - activations - beyond)
+    return {"gradient": made, ACTIVATIONS: activations, BEYOND: beyond, STEP: step}
+
+
 def add_activations(
-    config: Config, findings: Findings, plain: float, checkpointed: float | None, forward: float
+    config: Config,
+    findings: Findings,
+    plain: float,
+    checkpointed: float | None,
+    forward: float,
+    together: tuple[float, float | None] | None = None,
 ) -> None:
-    """Adds what forwards take.
+    """Adds what forwards, and the optimizer's step, take.
 
     Args:
         config: the run's configuration.
         findings: what to add to.
-        plain: bytes that the backward of one sample keeps.
+        plain: bytes that a micro-batch's forward and backward take beside the gradient.
         checkpointed: the same with gradient checkpointing; None where there is none.
-        forward: Bytes of one row of a forward without gradient.
+        forward: Bytes of a forward without gradient of `rows_at_once`.
+        together: As in the findings.
     """
-    training, k = config.training, config.query.k
-    guided = any(c.student_guidance_scale != 1 for c in config.capabilities.values())
-    rows = micro_batch(config) * k * (2 if guided else 1)
-    findings.activations = plain * rows, None if checkpointed is None else checkpointed * rows
-    size, other = findings.activations
+    findings.activations, rows, at_once = (plain, checkpointed), rows_matched(config), rows_at_once(config)
+    findings.forward, findings.together = (forward / at_once, at_once), together
+    size, other = plain, checkpointed
     text = "" if other is None else f"; {format_bytes(other)} with gradient checkpointing"
-    if training.gradient_checkpointing:
+    if config.training.gradient_checkpointing:
         size, text = other, f", gradient checkpointing; {format_bytes(size)} without it"
-    findings.memory[ACTIVATIONS] = size, f"{rows} samples in a forward{text}"
-    wanted = training.rollout_batch_size
-    at_once = training.batch_size if wanted == "auto" else min(wanted, training.batch_size)
-    findings.forward = forward, at_once
-    how = f"{at_once} rows x {format_bytes(forward)} of rollouts and queries; fewer where they do not fit"
-    findings.memory[BEYOND] = beyond_activations(findings, size), how
+    terms = alone(findings, config.training.gradient_checkpointing)
+    part = terms["gradient"] / (FLOAT * findings.parameters["student, trainable"])
+    rows_each = f"{at_once} rows x {format_bytes(forward / at_once)}"
+    how = {
+        "gradient": "as many" if part == 1 else f"{part:.0%} of as many, the rest while what it was made from goes",
+        ACTIVATIONS: f"{rows} samples with gradient{text}",
+        BEYOND: f"{rows_each} of rollouts and queries; fewer where they do not fit",
+        STEP: "where the gradient and what AdamW makes of it on a card are more than all these",
+    }
+    findings.memory |= {name: (size, how[name]) for name, size in terms.items()}
 
 
 def add_questions(config: Config, findings: Findings, latents: int) -> None:

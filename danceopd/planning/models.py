@@ -1,26 +1,40 @@
 """Examines the networks and the prepared rows of a diffusers model's run without loading a network."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from danceopd.config.sections import Config
+from danceopd.core.conditioning import Conditioning
 from danceopd.core.methods import needs
 from danceopd.data.sampler import Samples
 from danceopd.models.backbones import backbone_of, meta_transformer, pipeline_class_of
 from danceopd.models.blocks import blocks, main_blocks
 from danceopd.models.fp8 import to_fp8
-from danceopd.models.loading import check_transformer_file, check_weights, hub_id, is_file_name, pipeline_index
+from danceopd.models.loading import (
+    check_transformer_file,
+    check_weights,
+    hub_id,
+    is_file_name,
+    pipeline_index,
+    transformer_folder,
+    weight_files,
+)
 from danceopd.models.lora_algebra import squared_norms, sum_loras
-from danceopd.models.lora_files import load_lora, lora_parameters, trained_for
+from danceopd.models.lora_files import FILES as LORAS
+from danceopd.models.lora_files import load_lora, lora_file, lora_parameters, trained_for
 from danceopd.models.precision import PRECISIONS
 from danceopd.models.shared_base import SharedBase
 from danceopd.models.students import FullStudent, LoraStudent
+from danceopd.models.tensor_files import TAIL, ends_in_zeros
 from danceopd.models.weights import RELATED, likeness, of_folder, shapes_of
-from danceopd.planning.backward import conditioning_bytes, held_in_forward, kept_for_backward, operations
+from danceopd.planning.backward import conditioning_bytes, held_in_forward, held_in_update, operations
 from danceopd.planning.memory import (
     BASE,
     FLOAT,
@@ -30,6 +44,8 @@ from danceopd.planning.memory import (
     add_student,
     count,
     nbytes,
+    rows_at_once,
+    rows_matched,
 )
 from danceopd.support.errors import UserError
 from danceopd.training.assembly.bases import distilled_bases
@@ -70,6 +86,7 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     transformer = attempt("model", meta_transformer, config.model, backbone, PRECISIONS[config.training.precision])
     if needs_base(config) or config.student.init_from == "base":
         attempt("model", check_weights, config.model, transformer)
+        _warn_of_ends(findings, "model", partial(weight_files, config.model))
     attempt("training.sample_every", check_decoder, config)
     parameters, networks = _sources(config, findings, backbone, transformer)
     if transformer is None:
@@ -80,7 +97,7 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
         return
     add_student(config, findings, student)
     if samples is not None:
-        _add_forward(config, findings, student, transformer, samples)
+        _add_forward(config, findings, student, samples)
 
 
 def _sources(
@@ -111,6 +128,7 @@ def _sources(
         for lora, result in zip(source.lora, files, strict=True):
             if result:
                 findings.found.append(f"{name}: {lora.path}, {result[1]}, all keys fit")
+                _warn_of_ends(findings, f"sources.{name}.lora", lambda path=lora.path: [lora_file(path)])
                 base, own = trained_for(lora.path), hub_id(config.model)
                 if base and own and "/" in base and base != own and name not in networks:
                     findings.warnings.append(
@@ -165,36 +183,48 @@ def _add_frozen(
         findings.memory["sources of their own weights"] = total, how
 
 
-def _add_forward(
-    config: Config, findings: Findings, student: nn.Module, transformer: nn.Module, samples: Samples
-) -> None:
+def _add_forward(config: Config, findings: Findings, student: nn.Module, samples: Samples) -> None:
     """Adds what forwards of the student keep and hold, at the largest picture size of the prepared rows."""
     dtype = PRECISIONS[config.training.precision]
-    autocast, trained = None, transformer
-    if not config.student.lora:
-        trained = student.transformer
-        if dtype != torch.float32:
-            autocast, n, name = dtype, count(trained), str(dtype).removeprefix("torch.")
-            findings.memory[f"student in {name}"] = (
-                n * dtype.itemsize,
-                f"{n:,} x {dtype.itemsize} bytes, of a forward by autocast",
-            )
+    autocast = None
+    if not config.student.lora and dtype != torch.float32:
+        autocast, n, name = dtype, count(student), str(dtype).removeprefix("torch.")
+        findings.memory[f"student in {name}"] = (
+            n * dtype.itemsize,
+            f"{n:,} x {dtype.itemsize} bytes, of a forward by autocast",
+        )
     group = max(samples.groups, key=lambda g: sum(map(math.prod, (g.shape, *g.source_shapes))))
     findings.pixels = max(math.prod(row["size"]) for rows in group.data for row in rows.rows)
-    conditionings, activations = {}, []
+    conditionings, activations, together, seen = {}, [], [], set()
+    grows = config.student.lora is None and config.training.gradient_accumulation_steps == 1
     for name, rows in zip(config.capabilities, group.data, strict=True):
         conditioning = findings.attempt(f"capabilities.{name}.data", samples.condition, rows, [0], [False])
         if conditioning is None:
             return
         conditionings[name] = conditioning
-        kept = kept_for_backward(student, trained, group.shape, conditioning, autocast)
-        activations.append((*kept, held_in_forward(student, group.shape, conditioning, autocast)))
-    add_activations(config, findings, *(max(kept) for kept in zip(*activations, strict=True)))
+        if (kind := _kind(conditioning)) in seen:
+            continue
+        seen.add(kind)
+        asked = student, group.shape, conditioning
+        held = partial(held_in_update, *asked, rows_matched(config), autocast)
+        activations.append((held(False), held(True), held_in_forward(*asked, rows_at_once(config), autocast)))
+        if grows:
+            together.append((held(False, first=True), held(True, first=True)))
+    most = (max(sizes) for sizes in zip(*activations, strict=True))
+    both = tuple(max(sizes) for sizes in zip(*together, strict=True)) if grows else None
+    add_activations(config, findings, *most, together=both)
     latents, samples = FLOAT * math.prod(group.shape), config.training.batch_size
     add_questions(config, findings, latents)
     inputs = samples * (latents + max(map(conditioning_bytes, conditionings.values())))
     findings.operations = lambda: {name: operations(student, group.shape, c) for name, c in conditionings.items()}
     findings.memory["latents, prompts, sources"] = inputs, f"{samples} samples of the largest picture size, as prepared"
+
+
+def _kind(conditioning: Conditioning) -> tuple:
+    """Gives what tells the forwards of two samples apart: shapes of what they are conditioned on, and lengths."""
+    leaves = tree_leaves((conditioning.prompt, conditioning.source, conditioning.has_source))
+    values = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return tuple((v.shape, v.dtype, () if v.is_floating_point() else tuple(v.flatten().tolist())) for v in values)
 
 
 def _student(config: Config, findings: Findings, backbone: ModuleType, transformer: nn.Module) -> nn.Module | None:
@@ -317,12 +347,27 @@ def _warn_of_strangers(config: Config, findings: Findings, key: str, weights: Pa
         alike = likeness(of_folder(config.model), of_folder(weights))
     except UserError:  # said of the model
         return
-    if alike < RELATED:
+    if math.isnan(alike):
+        findings.problems.append(f"{key}: {weights} holds numbers that are not finite (NaN or infinity); copy it again")
+    elif alike < RELATED:
         findings.warnings.append(
             f"{key}: {weights} fits {config.model} by shape alone: cosines of its weights with the model's are at most "
             f"{alike:.2f}, where fine-tuned ones have nearly 1; check that it was trained from this model, since a "
             "student near the base follows no other"
         )
+
+
+def _warn_of_ends(findings: Findings, key: str, files: Callable[[], list[Path]]) -> None:
+    """Warns of files that end in zeros alone."""
+    try:
+        hollow = [file for file in files() if ends_in_zeros(file)]
+    except (UserError, OSError):  # said where they are checked
+        return
+    findings.warnings += [
+        f"{key}: {file} ends in {TAIL // 1024} KiB of zeros, as a download that did not end may leave it; compare its "
+        "checksum with the published one, or copy it again"
+        for file in hollow
+    ]
 
 
 def _own_transformer(
@@ -331,15 +376,21 @@ def _own_transformer(
     """Makes a source's own transformer without values; None, and a problem, where its weights cannot be used."""
     key, weights, dtype = f"sources.{name}.weights", config.sources[name].weights, PRECISIONS[config.training.precision]
     attempt = findings.attempt
+    lora = next((file for file in LORAS if (Path(weights) / file).is_file()), None)
+    if lora and not transformer_folder(weights).is_dir():
+        findings.problems.append(f"{key}: {weights} holds a LoRA ({lora}): give it as sources.{name}.lora")
+        return None
     if not is_file_name(weights):
         network = attempt(key, meta_transformer, weights, backbone, dtype)
         problems = len(findings.problems)
         attempt(key, check_weights, weights, network)
         if network is not None and len(findings.problems) == problems:
             _warn_of_strangers(config, findings, key, weights)
+            _warn_of_ends(findings, key, partial(weight_files, weights))
         return network
     if transformer is not None:
         attempt(key, check_transformer_file, weights, transformer)
+        _warn_of_ends(findings, key, lambda: [Path(weights)])
         return meta_transformer(config.model, backbone, dtype)
 
 

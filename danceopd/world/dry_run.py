@@ -1,7 +1,7 @@
 """Examines the networks and the data of a run on the embedded network without loading a weight."""
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -11,8 +11,18 @@ from danceopd.core.conditioning import Conditioning
 from danceopd.core.methods import needs
 from danceopd.models.blocks import main_blocks
 from danceopd.models.fp8 import to_fp8
-from danceopd.planning.backward import held_in_forward, kept_for_backward, operations
-from danceopd.planning.memory import FLOAT, Findings, add_activations, add_questions, add_student, count, nbytes
+from danceopd.planning.backward import held_in_forward, held_in_update, operations
+from danceopd.planning.memory import (
+    FLOAT,
+    Findings,
+    add_activations,
+    add_questions,
+    add_student,
+    count,
+    nbytes,
+    rows_at_once,
+    rows_matched,
+)
 from danceopd.world.build import load_data
 from danceopd.world.dit import DiT
 from danceopd.world.files import read_config, resolve_weights
@@ -71,8 +81,10 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
         name: operations(student, shape, Conditioning(tokens, picture, torch.tensor([c.task == "edit"])))
         for name, c in config.capabilities.items()
     }
-    held = held_in_forward(student, shape, conditioning)
-    add_activations(config, findings, *kept_for_backward(student, None, shape, conditioning), held)
+    held = partial(held_in_update, student, shape, conditioning, rows_matched(config))
+    forward = held_in_forward(student, shape, conditioning, rows_at_once(config))
+    together = (held(first=True), None) if config.training.gradient_accumulation_steps == 1 else None
+    add_activations(config, findings, held(), None, forward, together)
     add_questions(config, findings, FLOAT * math.prod(shape))
 
 

@@ -69,15 +69,17 @@ PREPARED_SIZE = 32  # pixels of prepare_place's
 # ------------------------------------------------------------------------------------ rows of random encodings
 
 
-def write_rows(folder: Path, family: str, transformer, shape, capabilities: dict[str, str]) -> Path:
+def write_rows(
+    folder: Path, family: str, transformer, shape, capabilities: dict[str, str], size: int = SIZE, length: int = 24
+) -> Path:
     """Writes prepared rows of capabilities {name: task} as `danceopd data prepare` does, of random encodings."""
     cache, prompt, picture = Cache(folder), key_of("prompt"), key_of("picture")
-    cache.write({prompt: prompt_of(family, transformer), picture: {"latents": torch.randn(*shape)}})
+    cache.write({prompt: prompt_of(family, transformer, length), picture: {"latents": torch.randn(*shape)}})
     lines = [{"model": "m", "negative_prompts": {"": prompt}}]
     for name, task in capabilities.items():
         sources = [picture] if task == "edit" else []
-        row = {"capability": name, "prompt": prompt, "sources": sources, "target": None, "size": [SIZE, SIZE]}
-        row["source_sizes"] = [[SIZE, SIZE] for _ in sources]
+        row = {"capability": name, "prompt": prompt, "sources": sources, "target": None, "size": [size, size]}
+        row["source_sizes"] = [[size, size] for _ in sources]
         lines += [{"id": str(i), **row} for i in range(3)]
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -497,7 +497,7 @@ def test_a_lokr_of_a_layout_that_diffusers_converts_is_taken(tmp_path):
 def test_a_file_that_changes_nothing_is_said(tmp_path):
     state = ab(GOOD)
     save_file(state | {f"{Q}.lora_B.weight": torch.zeros(16, 4)}, tmp_path / "lora.safetensors")
-    with pytest.raises(UserError, match=r"lora.safetensors: changes nothing: in every layer a factor is zero"):
+    with pytest.raises(UserError, match=r"lora.safetensors: changes nothing: in every layer a factor or alpha is zero"):
         lora_parameters(tmp_path, small_sd3(), SD3)
     save_file(lokr(Q, (4, 4), (4, 4))[0] | {f"{Q}.lokr_w1": torch.zeros(4, 4)}, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match="changes nothing"):

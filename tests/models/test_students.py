@@ -451,24 +451,11 @@ def test_the_plan_counts_a_full_student(place, tmp_path, precision):
     numel = sum(p.numel() for p in sd3.load_transformer(place / "model").parameters())
     assert plan.parameters["student, trainable"] == plan.parameters["base"] == numel
     sizes = {name: size for name, (size, _) in plan.memory.items()}
-    assert sizes["student"] == sizes["gradient"] == sizes["average (EMA)"] == sizes["optimizer state"] / 2 == 4 * numel
+    assert sizes["student"] == sizes["average (EMA)"] == sizes["optimizer state"] / 2 == 4 * numel
+    assert 0 < sizes["gradient"] <= 4 * numel  # what of it is not there before activations go
+    parts = config_of(place, tmp_path / "run", precision=precision, gradient_accumulation_steps=2)
+    assert dry_run(parts, examine).memory["gradient"][0] == 4 * numel
     assert sizes.get("student in bfloat16") == (2 * numel if precision == "bf16" else None)
-    # What a real forward keeps, but for its parameters and their casts: of plain PyTorch here, of fused kernels there.
-    student, x = build_model(config).student, asked(place)
-    fixed = {p.untyped_storage()._cdata for p in student.parameters()}
-    shapes = {p.shape for p in student.parameters()} | {p.mT.shape for p in student.parameters() if p.dim() == 2}
-    seen, alive = {}, []
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        alive.append(storage)
-        if storage._cdata not in fixed and (precision == "fp32" or tensor.shape not in shapes):
-            seen[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        student(*x)
-    assert plan.activations[0] / 4 == pytest.approx(sum(seen.values()) / 2, rel=1 / 3)
     assert plan.activations[1] < plan.activations[0]
 
 

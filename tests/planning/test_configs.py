@@ -79,10 +79,10 @@ def test_every_other_configuration_passes_it_too(config, tmp_path):
 DOCS = Path(__file__).parents[2] / "docs"
 MODELS_PAGE = (DOCS / "models.md").read_text(encoding="utf-8")
 
+# Where there is a file for 24 GB too, the one for 80 GB is the slower tests'.
 AT_REAL_SIZE = [
-    path
-    for path in sorted(CONFIGS.glob("*-[ac]*.yaml"))
-    if not path.with_stem(path.stem + "-24gb").exists() and MODELS[model_of(path)][1] is not None
+    pytest.param(path, marks=pytest.mark.slow) if path.with_stem(path.stem + "-24gb").exists() else path
+    for path in memory_page.configurations()
 ]
 
 
@@ -99,7 +99,7 @@ def test_it_fits_its_card_at_the_real_size(real, config):
     assert plan.parameters["base"] == pytest.approx(MODELS[model][2] * 1e9, rel=0.03)
     assert plan.total_memory() < CARDS["24gb" in config.stem] * GIB
     assert memory_page.row(config, plan) in MODELS_PAGE, "make docs writes docs/models.md again"
-    assert plan.activations[0] > 3 * plan.activations[1]
+    assert plan.activations[0] > 2 * plan.activations[1]
 
 
 @pytest.mark.parametrize(("config", "card"), [("qwen-image-c", "rtx-4090"), ("flux.1-dev-c", "rtx-4080")])

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from danceopd.models.loading import class_name_of, transformer_folder
+from danceopd.models.tensor_files import in_its_place
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 from danceopd.support.texts import parse_object
@@ -71,7 +72,7 @@ def transformer_class(folder: Path | str, backbone: ModuleType) -> type:
     except FileNotFoundError:
         raise UserError(f"no transformer in {folder}: there is no {path}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again") from None
+        raise UserError(f"{path} {in_its_place(path) or f'is damaged ({error}); copy it again'}") from None
     cls = getattr(backbone, str(name), None)  # a backbone's module has the one class that it loads
     if not hasattr(cls, "from_config"):
         raise UserError(f"{path}: a {name} is not a transformer of this family")
