@@ -504,7 +504,7 @@ def test_a_file_that_changes_nothing_is_said(tmp_path):
         lora_parameters(tmp_path, small_sd3(), SD3)
     other = ab({"transformer.transformer_blocks.1.attn.to_q": (16, 16)})
     save_file(state | {f"{Q}.lora_B.weight": torch.zeros(16, 4)} | other, tmp_path / "lora.safetensors")
-    assert lora_parameters(tmp_path, small_sd3(), SD3)[1] == "LoRA"
+    assert lora_parameters(tmp_path, small_sd3(), SD3)[1] == "LoRA, without a change in 1 of 2 layers"
 
 
 @pytest.mark.parametrize(
