@@ -6,6 +6,7 @@ for two triggers), is what the others are compared with.
 
 import fcntl
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations
@@ -43,9 +44,9 @@ from danceopd.training.loop import train
 
 SEED = 4100  # of the first seed's evaluation prompts and noise
 
-PICTURES = {0: 80, 1: 40, 2: 12}  # of prompts as they are, of each LoRA, and of each pair
+PICTURES = {0: 160, 1: 480, 2: 240}  # of prompts as they are, of all LoRAs together, and of all pairs
 
-FEW = {0: 24, 1: 12, 2: 4}  # where a merge's weight is chosen
+FEW = {0: 32, 1: 96, 2: 48}  # where a merge's weight is chosen
 
 PROMPTS = 500  # that are trained on
 
@@ -100,15 +101,17 @@ def measure(
         field: Returns the field that is asked where looks call.
         count: The number of LoRAs.
         seed: Of prompts and noise.
-        pictures: Of prompts that no look, one and two looks call.
+        pictures: Of all prompts that no look, one and two looks call.
 
     Returns:
         The share of right pictures for each of look_sets.
     """
-    return {
-        " + ".join(looks): float(look_marks(canvas.drawer(field(looks)), looks, seed + i, pictures[len(looks)]).mean())
-        for i, looks in enumerate(look_sets(count))
-    }
+    sets, shares = look_sets(count), {}
+    sizes = Counter(map(len, sets))
+    for i, looks in enumerate(sets):
+        marks = look_marks(canvas.drawer(field(looks)), looks, seed + i, pictures[len(looks)] // sizes[len(looks)])
+        shares[" + ".join(looks)] = float(marks.mean())
+    return shares
 
 
 def kept(own: Measured, by_hand: Measured) -> dict[str, float]:
