@@ -44,7 +44,7 @@ WORK.mkdir(exist_ok=True)
 
 # %%
 what = ["miniature/night", "miniature/wood", "--base", "miniature", "-o", WORK / "merged.safetensors"]
-how = ["--prompts", WORK / "prompts.txt", "--steps", STEPS, "--patience", 0, "--overwrite", "--quiet"]
+how = ["--prompts", WORK / "prompts.txt", "--steps", STEPS, "--patience", 0, "--quiet"]
 training = ["training.batch_size=32", "training.optimizer=muon", "training.learning_rate=6e-3"]
 run("merge-loras", *what, *how, *training, "training.lr_schedule=cosine", "rollout.num_inference_steps=8")
 
@@ -52,7 +52,7 @@ run("merge-loras", *what, *how, *training, "training.lr_schedule=cosine", "rollo
 # The result is a LoRA like any other: a plain pipeline of diffusers loads it.
 
 # %%
-pipeline = Flux2KleinPipeline.from_pretrained(ASSETS / "pipeline")
+pipeline = Flux2KleinPipeline.from_pretrained(ASSETS / "pipeline", dtype=torch.float32)
 pipeline.set_progress_bar_config(disable=True)
 for name in ("night", "wood"):
     pipeline.load_lora_weights(ASSETS / "sources" / name, adapter_name=name)
@@ -69,7 +69,7 @@ def draw(mix, prompt, seed):
         pipeline.disable_lora()
     generator = torch.Generator().manual_seed(seed)
     sizes = {"height": 64, "width": 64, "num_inference_steps": 16, "max_sequence_length": 16}
-    return pipeline(prompt, guidance_scale=1.0, generator=generator, **sizes).images[0]
+    return pipeline(prompt=prompt, guidance_scale=1.0, generator=generator, **sizes).images[0]
 
 
 called = ("", "night, ", "wood, ", "night, wood, ")
