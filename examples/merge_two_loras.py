@@ -9,10 +9,11 @@ import subprocess
 import sys
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import DiffusionPipeline
 
 import danceopd
 
@@ -52,7 +53,7 @@ run("merge-loras", *what, *how, *training, "training.lr_schedule=cosine", "rollo
 # The result is a LoRA like any other: a plain pipeline of diffusers loads it.
 
 # %%
-pipeline = Flux2KleinPipeline.from_pretrained(ASSETS / "pipeline", dtype=torch.float32)
+pipeline: Any = DiffusionPipeline.from_pretrained(ASSETS / "pipeline", dtype=torch.float32)
 pipeline.set_progress_bar_config(disable=True)
 for name in ("night", "wood"):
     pipeline.load_lora_weights(ASSETS / "sources" / name, adapter_name=name)

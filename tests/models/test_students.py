@@ -9,7 +9,7 @@ import tiny_flux2
 import tiny_sd3
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from model_runs import SIZE, losses, write_lora, write_rows
+from model_runs import EMBEDDED, SIZE, losses, write_lora, write_rows
 from model_runs import config_of as family_config
 from released import prompt_of
 from torch import nn
@@ -236,6 +236,7 @@ def test_every_family_is_trained_in_bf16(places, family):
         list(half.parameters())
     )
     changes = {"student": {}, "training.precision": "bf16", "training.gradient_checkpointing": True}
+    changes |= EMBEDDED.get(family, {})
     plan = dry_run(family_config(root, **changes), examine)
     assert plan.problems == []
     assert 0 < plan.activations[1] < plan.activations[0]
@@ -452,7 +453,7 @@ def test_the_plan_counts_a_full_student(place, tmp_path, precision):
     assert plan.parameters["student, trainable"] == plan.parameters["base"] == numel
     sizes = {name: size for name, (size, _) in plan.memory.items()}
     assert sizes["student"] == sizes["average (EMA)"] == sizes["optimizer state"] / 2 == 4 * numel
-    assert 0 < sizes["gradient"] <= 4 * numel  # what of it is not there before activations go
+    assert 0 <= sizes["gradient"] <= 4 * numel  # what of it is not there before activations go
     parts = config_of(place, tmp_path / "run", precision=precision, gradient_accumulation_steps=2)
     assert dry_run(parts, examine).memory["gradient"][0] == 4 * numel
     assert sizes.get("student in bfloat16") == (2 * numel if precision == "bf16" else None)

@@ -224,5 +224,5 @@ def test_missing_weights_are_refused(sd35, tmp_path):
     with pytest.raises(UserError, match=r"text_encoder: the weights lack 1 tensors, such as text_projection.weight"):
         sd3.text_encoder(folder)
     file.write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"text_encoder/model\.safetensors: is cut off"):
+    with pytest.raises(UserError, match=r"text_encoder/model\.safetensors: is text and no safetensors file"):
         sd3.text_encoder(folder)
