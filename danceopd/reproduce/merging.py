@@ -31,9 +31,9 @@ from danceopd.models.shared_base import SharedBase
 from danceopd.reproduce.matrix import MERGE_DRAWN, Run
 from danceopd.reproduce.measure import VALIDATION_SEED
 from danceopd.reproduce.miniature import draw_rows
+from danceopd.reproduce.results import once
 from danceopd.support.files import write_atomic
 from danceopd.support.run_log import read_log
-from danceopd.support.texts import read_object
 from danceopd.tools.merge_loras import Options, merge_loras
 from danceopd.tools.merge_loras.configuration import configuration, manifest_of
 from danceopd.tools.merge_loras.given import read
@@ -157,16 +157,10 @@ class Bench:
         """Returns the base with the LoRAs of looks, each in full."""
         return self.field(sum_loras([self.read[look] for look in looks]))
 
-    def once(self, name: str, make: Callable[[], dict]) -> dict:
-        """Returns what a file of this name holds, which is made where there is none."""
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
-            write_atomic(path, (json.dumps(make()) + "\n").encode())
-        return read_object(path, "remove it, and it is made again")
-
     def measured(self, name: str, seed: int, field: Callable[[tuple[str, ...]], Field]) -> Measured:
         """Measures a row by the prompts of one seed."""
-        return self.once(f"{name}-{seed}", lambda: measure(self.canvas, field, self.count, SEED + 1000 * seed))
+        path = self.folder / f"{name}-{seed}.json"
+        return once(path, lambda: measure(self.canvas, field, self.count, SEED + 1000 * seed))
 
     def merge(self, combination: str, weight: float) -> Field:
         """Returns the base with one of PEFT's combinations of all LoRAs."""
@@ -178,11 +172,12 @@ class Bench:
         def merit(field: Callable) -> dict[str, float]:
             return measure(self.canvas, field, self.count, VALIDATION_SEED, FEW)
 
-        by_hand = self.once("validation-by_hand", lambda: merit(self.by_hand))
+        by_hand = once(self.folder / "validation-by_hand.json", lambda: merit(self.by_hand))
         found = {}
         for weight in WEIGHTS:
             own = self.merge(combination, weight)
-            score = self.once(f"validation-{combination}-{weight:g}", lambda own=own: merit(lambda _: own))
+            path = self.folder / f"validation-{combination}-{weight:g}.json"
+            score = once(path, lambda own=own: merit(lambda _: own))
             found[weight] = fmean(kept(score, by_hand).values())
         return max(found, key=found.get)
 

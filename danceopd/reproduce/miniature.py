@@ -24,6 +24,7 @@ from danceopd.models.lora_files import load_lora
 from danceopd.models.lora_merges import COMBINATIONS, WEIGHTS, combined
 from danceopd.models.shared_base import SharedBase
 from danceopd.reproduce.matrix import DRAWN_SAMPLES, DRAWN_STEPS
+from danceopd.reproduce.results import once
 from danceopd.support.bars import bar
 from danceopd.support.files import write_atomic
 from danceopd.world.scoring import HELD_OUT_SEED
@@ -136,22 +137,32 @@ def canvas_of(config: Config) -> Canvas:
     return Canvas(config.model, config.evaluation.num_inference_steps)
 
 
-def untrained(config: Config, validation_seed: int) -> Iterator[tuple[str, str, dict]]:
+def untrained(config: Config, validation_seed: int, folder: Path) -> Iterator[tuple[str, str, dict]]:
     """Measures the base, the sources, and every merge of PEFT at its best weight on validation prompts.
+
+    Args:
+        config: Names the model and the sources.
+        validation_seed: Of the prompts that a merge's weight is chosen on.
+        folder: Keeps what is measured, so that a killed run goes on.
 
     Yields:
         (row, kind, metrics).
     """
-    canvas = canvas_of(config)
-    yield "base", "source", measure(canvas, field_of(config.model), config)
+    canvas, few = canvas_of(config), {"seed": validation_seed, "pictures": config.evaluation.quick}
+
+    def measured(name: str, make: Callable[[], Field], **how) -> dict[str, float]:
+        return once(folder / f"{name}.json", lambda: measure(canvas, make(), config, **how))
+
+    yield "base", "source", measured("base", partial(field_of, config.model))
     loras = {name: source.lora[0].path for name, source in config.sources.items()}
     for name, path in loras.items():
-        yield f"source_{name}", "source", measure(canvas, field_of(config.model, path), config)
+        yield f"source_{name}", "source", measured(f"source_{name}", partial(field_of, config.model, path))
     for combination in COMBINATIONS:
-        makers = [partial(merged, config.model, list(loras.values()), combination, weight) for weight in WEIGHTS]
-        few = {"seed": validation_seed, "pictures": config.evaluation.quick}
-        best = max(makers, key=lambda make: _merit(measure(canvas, make(), config, **few)))
-        yield f"merge_{combination}", "merge", {**measure(canvas, best(), config), "chosen": str(best.args[-1])}
+        makers = {w: partial(merged, config.model, list(loras.values()), combination, w) for w in WEIGHTS}
+        tried = {w: _merit(measured(f"validation-{combination}-{w:g}", make, **few)) for w, make in makers.items()}
+        best = max(tried, key=tried.get)
+        row = f"merge_{combination}"
+        yield row, "merge", {**measured(f"{row}-{best:g}", makers[best]), "chosen": str(best)}
 
 
 def _merit(metrics: dict[str, float]) -> float:

@@ -1,14 +1,20 @@
-"""Reads the results files: a row's figures, differences by seed and their verdicts, curves, learning rates."""
+"""Reads the results files: a row's figures, differences by seed and their verdicts, curves, learning rates.
+
+And keeps what is measured on the way to them.
+"""
 
 import itertools
+import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from danceopd.report.names import DASH
 from danceopd.report.names import label as plain_label
 from danceopd.reproduce.matrix import SETTINGS
+from danceopd.support.files import write_atomic
 from danceopd.support.texts import read_object
 
 GENEVAL, GEDIT = "geneval_overall", "gedit_average"
@@ -81,6 +87,14 @@ def tables_of(files: dict[str, dict]) -> dict[str, dict[str, dict]]:
 def mean(row: dict | None, metric: str) -> float | None:
     """Returns a metric's mean, None where there is none."""
     return row[metric]["mean"] if row and metric in row else None
+
+
+def once(path: Path, make: Callable[[], dict]) -> dict:
+    """Returns what a JSON file holds, which is made where there is none."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(make()) + "\n").encode())
+    return read_object(path, "remove it, and it is made again")
 
 
 def figure(row: dict | None, metric: str, digits: int | None = None) -> str:

@@ -110,7 +110,7 @@ def make_run(run: Run, folders: Folders) -> dict:
             return result
         config = _with_data(run, config_of(run, folders, [f"training.output_dir={json.dumps(str(folder))}"]), folders)
         if run.row == UNTRAINED:
-            result = {"digest": digest(run, folders), "rows": _untrained_rows(run.setting, config)}
+            result = {"digest": digest(run, folders), "rows": _untrained_rows(run.setting, config, folder)}
             write_atomic(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
             return result
         ours = digest(run, folders)
@@ -386,12 +386,12 @@ def untrained_run(setting: str) -> list[Run]:
     return [Run(setting, UNTRAINED, 0, f"{config}.yaml")]
 
 
-def _untrained_rows(setting: str, config: Config) -> list[dict]:
+def _untrained_rows(setting: str, config: Config, folder: Path) -> list[dict]:
     cost = {"network_evaluations": 0, "seconds": 0, "commit": commit()}
     if setting == "miniature":
         from danceopd.reproduce import miniature
 
-        measured = miniature.untrained(config, VALIDATION_SEED)
+        measured = miniature.untrained(config, VALIDATION_SEED, folder / "measured")
     else:
         measured = untrained(setting, config)
     return [_row(name, kind, [metrics], None) | cost for name, kind, metrics in measured]

@@ -20,6 +20,7 @@ from danceopd.reproduce.results import (
     cheaper,
     chosen_rate,
     difference,
+    once,
     rates,
     read,
     seeds_needed,
@@ -95,3 +96,17 @@ def test_a_damaged_results_file_is_named(tmp_path, text):
     (tmp_path / "E.json").write_text(text)
     with pytest.raises(UserError, match=r"E\.json is damaged .*; restore it, or remove it"):
         read(tmp_path)
+
+
+def test_what_is_measured_is_measured_once(tmp_path):
+    path, made = tmp_path / "measured" / "base.json", []
+
+    def make():
+        made.append(0.5)
+        return {"geneval_overall": 0.5}
+
+    assert once(path, make) == once(path, make) == {"geneval_overall": 0.5}
+    assert made == [0.5]
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"base\.json.*remove it"):
+        once(path, make)
