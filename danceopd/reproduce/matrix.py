@@ -130,6 +130,8 @@ MERGE_METHODS = ("danceopd", "joint_samples")
 
 MERGE_DRAWN = 2000
 
+UNTRAINED = "untrained"  # the run that measures what needs no training
+
 TRAINING_SCALES = (1, 2, 3, 5, 7)  # alpha of setting D
 
 INFERENCE_SCALES = (1, 2, 3, 5, 7)  # beta
@@ -230,10 +232,10 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
                 f"{method}_{count}",
                 "miniature",
                 {"method": method, "loras": count, "training.learning_rate": 6e-3},
-                {"untrained": 0, "danceopd": budget.merge}.get(method, budget.merge - MERGE_DRAWN * DRAWN_STEPS),
+                {UNTRAINED: 0, "danceopd": budget.merge}.get(method, budget.merge - MERGE_DRAWN * DRAWN_STEPS),
             )
             for count in MERGE_COUNTS
-            for method in ("untrained", *MERGE_METHODS)
+            for method in (UNTRAINED, *MERGE_METHODS)
         ],
         "miniature_grid": lambda: [
             (

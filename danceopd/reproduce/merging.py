@@ -24,13 +24,12 @@ from danceopd.miniature.pipeline import TEXT_LENGTH
 from danceopd.miniature.prompts import PLAIN_TASKS, draw_tasks, sample_prompts
 from danceopd.miniature.shipped import PIPELINE, shipped_sources
 from danceopd.models.backbones import flux2, pipeline_class_of
-from danceopd.models.lora_algebra import Lora, merge_into, sum_loras
+from danceopd.models.lora_algebra import Lora, sum_loras
 from danceopd.models.lora_files import load_lora
 from danceopd.models.lora_merges import COMBINATIONS, WEIGHTS, combined
-from danceopd.models.shared_base import SharedBase
-from danceopd.reproduce.matrix import MERGE_DRAWN, Run
+from danceopd.reproduce.matrix import MERGE_DRAWN, UNTRAINED, Run
 from danceopd.reproduce.measure import VALIDATION_SEED
-from danceopd.reproduce.miniature import draw_rows
+from danceopd.reproduce.miniature import draw_rows, with_lora
 from danceopd.reproduce.results import once
 from danceopd.support.files import write_atomic
 from danceopd.support.run_log import read_log
@@ -149,9 +148,7 @@ class Bench:
 
     def field(self, lora: Lora) -> Field:
         """Returns the base with a LoRA merged into it."""
-        with torch.no_grad():
-            transformer = merge_into(flux2.load_transformer(PIPELINE), lora)
-        return SharedBase(transformer, [], flux2.velocity).field(-1)
+        return with_lora(flux2.load_transformer(PIPELINE), lora)
 
     def by_hand(self, looks: Sequence[str]) -> Field:
         """Returns the base with the LoRAs of looks, each in full."""
@@ -196,7 +193,7 @@ def make(run: Run, folder: Path, work: Path) -> dict:
     bench = Bench(work, run.overrides["loras"])
     return (
         {"methods": _untrained(bench, run.seed)}
-        if run.overrides["method"] == "untrained"
+        if run.overrides["method"] == UNTRAINED
         else _trained(run, folder, bench)
     )
 

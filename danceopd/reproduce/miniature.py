@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from danceopd.config.sections import Config
 from danceopd.core.fields import Field
@@ -19,7 +20,7 @@ from danceopd.miniature.evaluate import Canvas, field_of, score_gedit, score_gen
 from danceopd.miniature.looks import IMAGE_SIZE
 from danceopd.miniature.pipeline import TEXT_LENGTH
 from danceopd.models.backbones import flux2, pipeline_class_of
-from danceopd.models.lora_algebra import merge_into
+from danceopd.models.lora_algebra import Lora, merge_into
 from danceopd.models.lora_files import load_lora
 from danceopd.models.lora_merges import COMBINATIONS, WEIGHTS, combined
 from danceopd.models.shared_base import SharedBase
@@ -183,4 +184,10 @@ def merged(model: Path, loras: list[Path], combination: str, weight: float) -> F
     transformer = flux2.load_transformer(model)
     factors = [load_lora(path, transformer, pipeline_class_of(model)) for path in loras]
     whole = combined(factors, combination, [weight] * len(loras))
-    return SharedBase(merge_into(transformer, whole), [], flux2.velocity).field(-1)
+    return with_lora(transformer, whole)
+
+
+@torch.no_grad()
+def with_lora(transformer: nn.Module, lora: Lora) -> Field:
+    """Adds a LoRA to the weights of the miniature's transformer itself, and returns its field."""
+    return SharedBase(merge_into(transformer, lora), [], flux2.velocity).field(-1)

@@ -22,7 +22,7 @@ import yaml
 
 from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
-from danceopd.reproduce.matrix import ABLATIONS, DRAWN_EVALUATIONS, MINIATURE, SETTINGS, Budget, Run, runs
+from danceopd.reproduce.matrix import ABLATIONS, DRAWN_EVALUATIONS, MINIATURE, SETTINGS, UNTRAINED, Budget, Run, runs
 from danceopd.reproduce.measure import VALIDATION_SEED, measure, student, untrained
 from danceopd.reproduce.report import write_report
 from danceopd.reproduce.results import mean_error
@@ -38,8 +38,6 @@ from danceopd.training.loop import Build, train
 from danceopd.world.build import build
 
 POLL_SECONDS = 1.0
-
-UNTRAINED = "untrained"
 
 
 @dataclass(frozen=True)
