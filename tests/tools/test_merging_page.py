@@ -27,8 +27,8 @@ def test_every_command_is_read():
             words[:2] = ["evaluate geneval"]
         args = build_parser().parse_args(words)
         if args.command == "merge-loras":
-            assert args.inputs[0] == "ink.safetensors"
-            assert len(args.inputs) == 2 + ("training.batch_size=8" in args.inputs)
+            loras = [text for text in args.inputs if "=" not in text]
+            assert len(loras) == 2
 
 
 def test_the_python_fits(monkeypatch, capsys):
