@@ -108,11 +108,14 @@ def _say_left_out(file: Path, problems: list[Problem], listed: Path | None) -> N
 def run_check(args: argparse.Namespace) -> int:
     """Prints every problem of a manifest; returns 1 where there is one, or with skip where too many rows are bad."""
     from danceopd.data.bad_rows import BadRows
+    from danceopd.data.column_names import column_notes
     from danceopd.data.manifest import read_manifest
 
     rows, problems = read_manifest(args.manifest, args.root, needs_source=tuple(args.needs_source), decode=True)
     for problem in problems:
         print(problem)
+    for note in column_notes(rows):
+        print(f"warning: {note}")
     bad = len({problem.line for problem in problems})
     found = f"{len(problems)} problems in {bad} of {bad + len(rows)} rows" if problems else "no problems"
     print(f"{args.manifest}: {found}")
@@ -163,6 +166,9 @@ def run_import(args: argparse.Namespace) -> None:
 
     done = import_dataset(args.folder, args.out, args.split, args.task, args.on_bad_row, args.max_bad_rows)
     _say_left_out(args.folder, done.problems, done.listed)
+    if done.passed_over:
+        print(f"warning: pictures of {', '.join(done.passed_over)} are left out: the manifest has no column for them")
+    print(f"read {', '.join(f'{column} from {name}' for column, name in done.columns.items())}")
     print(f"{done.rows} rows: {done.path}")
 
 

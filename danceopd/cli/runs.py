@@ -117,7 +117,7 @@ def add_reproduce(commands) -> None:
         shows_bar=True,
         example="danceopd reproduce A",
     )
-    parser.add_argument("setting", help="A, B, C, D, E, F, ablations, miniature, grid, miniature_grid or all")
+    parser.add_argument("setting", help="A, B, C, D, E, F, ablations, miniature, merge, grid, miniature_grid or all")
     parser.add_argument("--budget", choices=("quick", "paper"), default="quick", help="(%(default)s)")
     parser.add_argument("--seeds", type=int, help="trainings of each row (quick 1, paper 3)")
     parser.add_argument("--workers", type=int, help="runs at a time (as many as there are cores)")

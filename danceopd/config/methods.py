@@ -3,8 +3,9 @@
 from functools import cache
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, Field, create_model
 
+from danceopd.config.section import Section
 from danceopd.core.methods import PROVIDED, keywords
 
 # What an option may be beyond its type, by its name.
@@ -27,4 +28,4 @@ def options(name: str) -> type[BaseModel]:
         for key, p in keywords(name).items()
         if key not in PROVIDED
     }
-    return create_model(f"{name}_options", __config__=ConfigDict(extra="forbid", frozen=True), **fields)
+    return create_model(f"{name}_options", __base__=Section, **fields)

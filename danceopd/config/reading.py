@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 from pydantic import ValidationError
@@ -17,6 +18,15 @@ from danceopd.support.texts import read_text
 EXTENDS = "extends"  # the key of a file that names another one
 
 LARGEST = 200_000  # keys and values of a configuration, those counted again that stand behind an alias
+
+PLAIN = {  # what stands without quotes and is no text: its pattern, and the characters that it may begin with
+    "bool": (r"(true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "int": (r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$", "-+0123456789"),
+    "float": (
+        r"(([-+]?[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+        "-+.0123456789",
+    ),
+}
 
 HALF = re.compile("[\0\ud800-\udfff]")  # what stands in no file and no file's name
 
@@ -76,12 +86,21 @@ def _over(below: dict, above: dict) -> dict:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values; a key that stands twice in one mapping is an error, and not the last of them the value."""
+    """YAML 1.2's plain values; a key that stands twice in one mapping is an error, and not the last of them the value.
+
+    PyYAML reads YAML 1.1: on and no as booleans, 010 as 8, 1:30 as 90, 2026-01-01 as no text. Here they are texts, of
+    which a number's field makes the number that they look like.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {  # by first character
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in (*PLAIN, "timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:  # such as of a date that is none
+        except ValueError as error:  # such as of a number with too many digits
             if not isinstance(node, yaml.ScalarNode):
                 raise
             raise ValueError(
@@ -98,6 +117,10 @@ class _Loader(yaml.SafeLoader):
                     raise ValueError(f"the key {key.value!r} stands twice, in lines {lines[name]} and {line}; keep one")
                 lines[name] = line
         return node
+
+
+for _name, (_pattern, _first) in PLAIN.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first))
 
 
 def read_yaml(text: str) -> object:

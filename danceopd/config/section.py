@@ -4,6 +4,7 @@ from typing import Annotated
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic_core import PydanticCustomError
 
 PositiveFinite = Annotated[FiniteFloat, pydantic.Field(gt=0)]
 
@@ -18,3 +19,11 @@ Share = Annotated[FiniteFloat, pydantic.Field(ge=0, le=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: pydantic.ValidationInfo) -> object:
+        """Refuses true and false where a number stands: pydantic would take them for 1 and 0."""
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[info.field_name or ""].annotation):
+            raise PydanticCustomError("no_boolean", "input should not be true or false")
+        return value

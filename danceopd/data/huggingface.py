@@ -2,27 +2,34 @@
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from danceopd.data.bad_rows import BadRows, Problem, list_path, write_list
+from danceopd.data.column_names import OTHERWISE, READ
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pictures import decode_picture
 from danceopd.support.texts import parse_json, read_text
 
+_OWN = {  # of published data sets
+    "id": ("omni_edit_id", "key"),
+    "task": ("task_type",),
+    "prompt": ("edited_prompt_list",),
+}
+
 COLUMNS = {  # a manifest's column: the names it is looked for by, the first that is there
-    "id": ("id", "uid", "omni_edit_id", "key"),
-    "task": ("task", "capability", "task_type"),
-    "prompt": ("prompt", "text", "caption", "instruction", "edited_prompt_list"),
-    "source_image": ("source_image", "input_image", "src_img"),
-    "target_image": ("target_image", "edited_image", "edited_img", "image"),
+    column: tuple(
+        name for name in (*READ[column], *OTHERWISE.get(column, ()), *_OWN.get(column, ())) if name != "caption_dict"
+    )
+    for column in READ
 }
 
 LANGUAGE = "instruction_language"  # GEdit-Bench has a row for each, both of one key
 
-RESERVED = {name for names in COLUMNS.values() for name in names} | {"caption_dict", "raw_task", LANGUAGE}
+RESERVED = {name for names in READ.values() for name in names} | {"raw_task", LANGUAGE}
 
 MARK = "imported.json"  # what a folder's pictures are of
 
@@ -34,12 +41,16 @@ class Imported:
     Attributes:
         path: The manifest.
         rows: Number of rows in it.
+        columns: The data set's column that each of the manifest's was read from.
+        passed_over: Its columns of pictures that were not.
         problems: What was wrong with rows that were left out.
         listed: The file that lists these; None without any.
     """
 
     path: Path
     rows: int
+    columns: dict[str, str]
+    passed_over: list[str]
     problems: list[Problem]
     listed: Path | None
 
@@ -73,7 +84,7 @@ def import_dataset(
             `out` holds another data set's.
     """
     rows, bad_rows = _open(folder, split), BadRows(on_bad_row, max_bad_rows)
-    found = {column: next((n for n in names if n in rows.column_names), None) for column, names in COLUMNS.items()}
+    found = {column: _find(column, rows.features) for column in COLUMNS}
     if not found["prompt"]:
         names = ", ".join(COLUMNS["prompt"])
         raise UserError(f"{folder} has no column of prompts ({names}); it has {', '.join(rows.column_names)}")
@@ -82,7 +93,7 @@ def import_dataset(
     task_names = getattr(rows.features.get(found["task"] or ""), "names", None)  # of a column of class numbers
     _mark(out, {"data_set": str(folder.resolve()), "split": split, "fingerprint": rows._fingerprint})
     kept = [name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
-    kept = [name for name in kept if name not in RESERVED]
+    kept = [name for name in kept if name not in RESERVED and name not in found.values()]
     lines, problems, ids = [], [], {}
     stored = rows.with_format("arrow")  # pictures as they were stored, so that each can be refused on its own
     for i in bar(range(len(rows)), "rows"):
@@ -113,7 +124,23 @@ def import_dataset(
     path = out / "manifest.jsonl"
     write_list(path, folder, problems)
     write_atomic(path, ("\n".join(lines) + "\n").encode())
-    return Imported(path, len(lines), problems, list_path(path) if problems else None)
+    read = {column: name for column, name in found.items() if name}
+    passed_over = [name for name in _with_pictures(rows.features) if name not in read.values()]
+    return Imported(path, len(lines), read, passed_over, problems, list_path(path) if problems else None)
+
+
+def _find(column: str, features: Mapping) -> str | None:
+    """Returns the data set's column that one of the manifest's is read from; one that holds pictures goes first."""
+    names = [name for name in COLUMNS[column] if name in features]
+    if column.endswith("_image"):
+        called = [name for name in names if "image" in name or "img" in name]  # "source" may be where a row comes from
+        names = [*[name for name in names if name in _with_pictures(features)], *called]
+    return next(iter(names), None)
+
+
+def _with_pictures(features: Mapping) -> list[str]:
+    """Lists the columns that hold pictures, or lists of them."""
+    return [name for name, feature in features.items() if "Image(" in repr(feature)]
 
 
 def _task(stored: object, wanted: str | None, names: list[str] | None) -> dict:

@@ -20,6 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from danceopd.data.bad_rows import Problem
+from danceopd.data.column_names import meant, misnamed
 from danceopd.support.errors import UserError
 from danceopd.support.paths import near_path
 from danceopd.support.pictures import decode_picture
@@ -42,6 +43,7 @@ class Row:
 
     Attributes:
         columns: All columns that hold text, as texts take them (`support.texts.filled`).
+        misnamed: Columns that are passed over, each with that which it seems to stand for (`data.column_names`).
     """
 
     line: int
@@ -51,6 +53,7 @@ class Row:
     source_images: tuple[Path, ...]
     target_image: Path | None
     columns: dict[str, str] = field(default_factory=dict, hash=False, compare=False)
+    misnamed: tuple[tuple[str, str], ...] = field(default=(), hash=False, compare=False)
 
     @property
     def pictures(self) -> tuple[Path, ...]:
@@ -190,7 +193,9 @@ def _header_problem(header: list[str]) -> str:
     if repeated := sorted({name for name in header if name and header.count(name) > 1}):
         return f"columns named twice: {', '.join(repeated)}"
     if "prompt" not in header:
-        return f"no column 'prompt' ({found}); columns are separated by commas"
+        named = next((name for name in header if meant(name) == "prompt"), None)
+        mend = f"rename {named!r} to it" if named else "columns are separated by commas"
+        return f"no column 'prompt' ({found}); {mend}"
     return ""
 
 
@@ -229,11 +234,14 @@ def _parse_row(line: int, record: dict, root: Path, listed: dict) -> tuple[Row, 
             paths = []
         return tuple(path for path in paths if path)
 
+    wrong_names = misnamed(record)
     task, capability, prompt = text("task"), text("capability"), text("prompt")
     if task and capability and task != capability:
         messages.append(f"task {task!r} and capability {capability!r} differ; give one of them")
     if prompt == "":
         prompt, problem = _caption(record.get("caption_dict"))
+        named = next((name for name, wanted in wrong_names if wanted == "prompt"), None)
+        problem += f" (the column {named!r} is not read; rename it to 'prompt')" if problem and named else ""
         messages += [problem] if problem else []
     target, edited = picture("target_image"), picture("edited_image")
     if target and edited and target != edited:
@@ -247,6 +255,7 @@ def _parse_row(line: int, record: dict, root: Path, listed: dict) -> tuple[Row, 
         target_image=target or edited,
         columns={name: value.strip() for name, value in record.items() if name and isinstance(value, str)}
         | {"prompt": prompt or ""},
+        misnamed=wrong_names,
     )
     return row, messages
 

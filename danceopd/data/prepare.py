@@ -14,6 +14,7 @@ from PIL import Image
 
 from danceopd.data.bad_rows import BadRows, Problem, list_path, write_list
 from danceopd.data.cache import Cache, key_of, not_finite
+from danceopd.data.column_names import column_notes
 from danceopd.data.manifest import Row, read_manifest, usable_picture
 from danceopd.data.picture_changes import changes_of, picture_notes
 from danceopd.data.prompt_limits import look_at_prompts, prompt_notes
@@ -41,7 +42,7 @@ class Prepared:
         made, found: Entries that were encoded, and that were in the cache.
         problems: What was wrong with rows that were left out.
         damaged: Shards that were mended.
-        notes: What the encoders change in prompts, a line each.
+        notes: What is passed over or changed of the rows, a line each.
         listed: The file that lists what was left out; None without any.
     """
 
@@ -263,6 +264,7 @@ def prepare(
         problems=problems,
         damaged=cache.damaged,
         notes=[
+            *column_notes(rows),
             *prompt_notes(records, limits),
             *picture_notes({path: seen[path].changes for path in pictures.values()}),
         ],

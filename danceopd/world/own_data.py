@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from danceopd.data.column_names import column_notes
 from danceopd.data.manifest import Row, _first, read_manifest
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
@@ -74,10 +75,10 @@ class ManifestData:
         return len(self.rows)
 
     def notes(self, text_length: int) -> list[str]:
-        """Says how many prompts a network of so many tokens cuts, in a line; nothing where it cuts none."""
+        """Says which columns are passed over, and how many prompts a network of so many tokens cuts."""
         cut = [f"line {row.line}" for row in self.rows if count_tokens(row.prompt) > text_length]
         said = f"{len(cut)} of {len(self)} prompts are longer than the network's {text_length} tokens and are cut there"
-        return [f"{said}: {_first(cut, ', ')}"] if cut else []
+        return [*column_notes(self.rows), *([f"{said}: {_first(cut, ', ')}"] if cut else [])]
 
     def prompts(self, indices: list[int]) -> list[str]:
         """Returns the prompts of rows."""

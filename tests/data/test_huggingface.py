@@ -301,3 +301,21 @@ def test_offsets_that_point_elsewhere_are_no_addresses(tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert "row 1: cannot be read" in ran.stdout + ran.stderr
     assert [row.id for row in read_manifest(tmp_path / "out" / "manifest.jsonl")[0]] == ["a"]
+
+
+def test_what_was_read_from_which_column_is_said(folder, tmp_path, capsys):
+    _, pictures = folder
+    rows = {"text": ["one", "two"], "caption": ["eins", "zwei"], "source": ["laion"] * 2, "output": pictures[:2]}
+    rows |= {"control": pictures[1:], "source_image_raw": pictures[1:]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "named")
+    assert main(["data", "import", str(tmp_path / "named"), str(tmp_path / "out"), "--task", "t2i"]) == 0
+    said = capsys.readouterr().out
+    assert "pictures of control, source_image_raw are left out" in said
+    assert "read prompt from text, target_image from output\n" in said
+    rows, problems = read_manifest(tmp_path / "out" / "manifest.jsonl", decode=True)
+    assert problems == []
+    assert [(row.prompt, row.columns["caption"], row.columns["source"]) for row in rows] == [
+        ("one", "eins", "laion"),
+        ("two", "zwei", "laion"),
+    ]
+    assert all(row.target_image and not row.source_images for row in rows)

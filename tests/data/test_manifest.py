@@ -335,3 +335,31 @@ def test_csv_and_jsonl_are_equal(folder, encoding, newline):
     assert [(row.line, row.id) for row in rows] == [(2, "1"), (3, "2"), (4, "3"), (5, "4"), (6, "line 6")]
     assert [(row.line, row.id) for row in other] == [(1, "1"), (2, "2"), (3, "3"), (4, "4"), (5, "line 5")]
     assert rows[1].prompt == "add 狗"
+
+
+def test_columns_that_are_not_read_are_named(folder, capsys):
+    """Nothing of a row is passed over without a word: a source under another name made an edit a drawing."""
+    records = [good() | {"raw_task": "x", "prompt_de": "y"}]  # columns of one's own say nothing
+    records += [{"prompt": "an edit", "source": "a.png", "target": ["a.png"], "image": "none", "Task": "edit"}] * 2
+    records += [{"prompt": "one", "sourc_image": "a.png", "caption": "read in prompt"}]
+    path = jsonl(folder / "m.jsonl", records)
+    assert main(["data", "check", str(path)]) == 0
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert warned == [
+        f"warning: {count} of 4 rows have a column {name!r}, which is not read; rename it to {wanted!r} if it is that"
+        for count, name, wanted in (
+            (2, "source", "source_image"),
+            (2, "target", "target_image"),
+            (2, "Task", "task"),
+            (1, "sourc_image", "source_image"),
+        )
+    ]
+
+
+@pytest.mark.parametrize("name", ["caption", "Prompt", "promt", "edit-instruction"])
+def test_a_prompt_under_another_name_is_named(folder, name):
+    record = {name: "x", "target_image": "a.png"}
+    assert f"no prompt; describe the picture or the edit (the column {name!r} is not read" in message_of(folder, record)
+    (folder / "m.csv").write_text(f"{name},target_image\nx,a.png\n")
+    (problem,) = check_manifest(folder / "m.csv")
+    assert f"rename {name!r} to it" in problem.message
