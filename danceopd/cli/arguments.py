@@ -1,9 +1,11 @@
 """Arguments that several commands share."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from danceopd.miniature.shipped import trained_at
+from danceopd.support.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -40,6 +42,31 @@ def add_command(
         parser.add_argument("--quiet", action="store_true", help="show no bars")
     parser.set_defaults(run=run, models=("model", "lora"))  # the arguments that may be an id of the hub
     return parser
+
+
+def output_folder(text: str) -> Path:
+    """Reads the folder that a command writes into; what could not be written is said before anything is computed."""
+    from danceopd.support.files import check_writable
+
+    try:
+        check_writable(Path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+    """Returns what reads the file that a command writes: its name ends in one of these, as what is in it is."""
+
+    def read(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text} must end in {' or '.join(suffixes)}")
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder; give the file to write")
+        return output_folder(str(path.parent)) / path.name
+
+    return read
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command
+from danceopd.cli.arguments import add_command, output_file
 from danceopd.support.errors import UserError
 
 
@@ -23,7 +23,9 @@ def add_compare(commands) -> None:
         help="GenEval's folders with results.jsonl, or GEdit-Bench's OUTPUT/METHOD or OUTPUT/scores/METHOD/JUDGE; the "
         "first is what the others are compared to",
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path("compare.html"), help="page to write (%(default)s)")
+    parser.add_argument(
+        "-o", "--output", type=output_file(".html"), default="compare.html", help="page to write (%(default)s)"
+    )
 
 
 def run_compare(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_device, fill_sizes
+from danceopd.cli.arguments import add_command, add_device, fill_sizes, output_folder
 from danceopd.data.bad_rows import ON_BAD_ROW, Problem, shown
 from danceopd.support.errors import UserError
 
@@ -37,7 +37,7 @@ def add_data(commands) -> None:
         example="danceopd data import my_dataset my_data",
     )
     imported.add_argument("folder", type=Path, help="written by save_to_disk")
-    imported.add_argument("out", type=Path)
+    imported.add_argument("out", type=output_folder)
     imported.add_argument("--split", default="train", help="of several (%(default)s)")
     imported.add_argument("--task", help="of every row; its own is then kept as raw_task")
     _add_bad_rows(imported, "skip")
@@ -53,7 +53,7 @@ def _add_world(actions) -> None:
         "write pictures of the picture world as PNGs with a manifest",
         example="danceopd data world my_world --size 100",
     )
-    world.add_argument("folder", type=Path)
+    world.add_argument("folder", type=output_folder)
     world.add_argument("--size", type=int, default=1000, help="samples per capability (%(default)s)")
     world.add_argument("--seed", type=int, default=0)
     world.add_argument("--capabilities", nargs="+", default=["t2i", "edit"])
@@ -70,7 +70,9 @@ def _add_prepare(actions) -> None:
     )
     prepare.add_argument("manifest", type=Path)
     prepare.add_argument("--model", type=Path, required=True, help="a diffusers pipeline's folder: its encoders")
-    prepare.add_argument("--cache", type=Path, required=True, help="folder of encodings; manifests may share it")
+    prepare.add_argument(
+        "--cache", type=output_folder, required=True, help="folder of encodings; manifests may share it"
+    )
     prepare.add_argument("--resolution", type=int, help="pictures of its square in pixels (1024; the miniature: 64)")
     prepare.add_argument(
         "--max-sequence-length", type=int, metavar="N", help="tokens of a prompt, padding included (the pipeline's own)"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from danceopd.cli.arguments import MINIATURE, add_command, add_device, add_pipeline, fill_sizes
+from danceopd.cli.arguments import MINIATURE, add_command, add_device, add_pipeline, fill_sizes, output_folder
 from danceopd.support.errors import UserError
 
 
@@ -21,7 +21,7 @@ def add_gedit(commands) -> None:
         example="danceopd evaluate gedit GEDIT --model MODEL -o results --judge-url URL --judge-model NAME",
     )
     parser.add_argument("dataset", type=Path, help="GEdit-Bench: a folder of save_to_disk, or of its parquet files")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the pictures and scores")
+    parser.add_argument("-o", "--output", type=output_folder, required=True, help="folder of the pictures and scores")
     parser.add_argument("--method", help="the name that the pictures lie under (the LoRA's or model's without)")
     add_pipeline(parser)
     parser.add_argument("--resolution", type=int, help="sides of a square edit in pixels (1024; the miniature: 64)")

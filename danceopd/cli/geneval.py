@@ -122,11 +122,16 @@ def _progress(what: str) -> Callable:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises UserError for arguments that say too little or contradict each other."""
+    """Raises UserError for arguments that say too little or contradict each other, or name what cannot be written."""
+    from danceopd.support.files import check_writable
+
     if args.folder is None:
         if args.model or args.detector or args.results is None:
             raise UserError("give the FOLDER of the pictures, or --results FILE alone to sum up results")
         return
+    if args.model:
+        check_writable(args.folder)
+    check_writable((args.results or args.folder / "results.jsonl").parent)
     fill_sizes(args, args.model, resolution=None)
     if not args.model and not args.detector:
         raise UserError("give --model to draw the pictures, --detector to score them, or both")

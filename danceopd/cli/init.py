@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command
+from danceopd.cli.arguments import add_command, output_file
 from danceopd.cli.train import CARDS
 from danceopd.support.errors import UserError
 
@@ -33,7 +33,9 @@ def add_init(commands) -> None:
     )
     parser.add_argument("--card", choices=("cpu", *CARDS), help="what trains: %(choices)s (the card that is here)")
     parser.add_argument("--gpus", type=int, default=1, help="number of cards (%(default)s)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("danceopd.yaml"), help="(%(default)s)")
+    parser.add_argument(
+        "-o", "--output", type=output_file(".yaml", ".yml"), default="danceopd.yaml", help="(%(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="write over a configuration that is there")
 
 

@@ -5,7 +5,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_device
+from danceopd.cli.arguments import add_command, add_device, output_file
 from danceopd.support.errors import UserError
 
 
@@ -28,7 +28,7 @@ def add_reward(commands) -> None:
     parser.add_argument("--aesthetic", type=Path, metavar="FOLDER", help="the CLIP of an aesthetic head")
     parser.add_argument("--aesthetic-head", type=Path, metavar="FILE", help="the head, as safetensors")
     parser.add_argument("--batch-size", type=int, default=16, help="(%(default)s)")
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--json", type=output_file(".json"), help="write the results there")
     add_device(parser)
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, fill_sizes
+from danceopd.cli.arguments import add_command, fill_sizes, output_folder
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 
@@ -33,7 +33,7 @@ def add_export(commands) -> None:
         example="danceopd export runs/model -o my_lora\ndanceopd export runs/model -o my_model --merge",
     )
     parser.add_argument("folder", type=Path, help="the output_dir of a training on a diffusers model")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("-o", "--output", type=output_folder, required=True, help="a new folder")
     parser.add_argument("--merge", action="store_true", help="the whole transformer, with the adapter in its weights")
     parser.add_argument(
         "--layout", default="diffusers", choices=("diffusers", "peft", "comfyui", "kohya"), help="(%(default)s)"
@@ -92,7 +92,7 @@ def add_merge_loras(commands) -> None:
     parser.add_argument("--resolution", type=int, help="sides of the pictures (1024; the miniature: 64)")
     parser.add_argument("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt (the pipeline's own)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="that all are drawn with (%(default)s)")
-    parser.add_argument("--work", type=Path, help="folder of the encoded prompts and the run (OUTPUT.work)")
+    parser.add_argument("--work", type=output_folder, help="folder of the encoded prompts and the run (OUTPUT.work)")
     parser.add_argument("--overwrite", action="store_true", help="start again where another run lies")
     parser.add_argument("--dry-run", action="store_true", help="say what it takes; no weight is loaded")
     parser.add_argument("--download", action="store_true", help="with --dry-run: download what is named by an id")
@@ -122,8 +122,8 @@ def add_reproduce(commands) -> None:
     parser.add_argument("--seeds", type=int, help="trainings of each row (quick 1, paper 3)")
     parser.add_argument("--workers", type=int, help="runs at a time (as many as there are cores)")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="the settings' files (%(default)s)")
-    parser.add_argument("--work", type=Path, help="folder of the runs (runs/reproduce/BUDGET)")
-    parser.add_argument("--results", type=Path, help="folder of the tables (results; quick: WORK/results)")
+    parser.add_argument("--work", type=output_folder, help="folder of the runs (runs/reproduce/BUDGET)")
+    parser.add_argument("--results", type=output_folder, help="folder of the tables (results; quick: WORK/results)")
     parser.add_argument("--again", action="store_true", help="make finished runs anew")
 
 

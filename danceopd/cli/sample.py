@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from danceopd.cli.arguments import DTYPES, add_command
+from danceopd.cli.arguments import DTYPES, add_command, output_file
 from danceopd.support.errors import UserError
 
 WHAT = (
@@ -52,7 +52,7 @@ def add_edit(commands) -> None:
 
 def _add_grid(parser: argparse.ArgumentParser, output: str) -> None:
     parser.set_defaults(models=("lora", "base"))
-    parser.add_argument("-o", "--output", type=Path, default=Path(output), help="PNG to write (%(default)s)")
+    parser.add_argument("-o", "--output", type=output_file(".png"), default=output, help="PNG to write (%(default)s)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3], help="a column each (0 1 2 3)")
     own = "(the pipeline's own; 1 for an embedded network)"
     parser.add_argument("--guidance-scale", type=float, nargs="+", metavar="SCALE", help=f"a row each {own}")
@@ -92,7 +92,6 @@ def run_sample(args: argparse.Namespace) -> None:
         png = draw_grid(
             networks, args.prompts, args.seed, args.guidance_scale or [None], first, lambda rows: bar(rows, unit="row")
         )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.output, png)
     print(f"wrote {args.output}")
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_sampling
+from danceopd.cli.arguments import add_command, add_sampling, output_file, output_folder
 from danceopd.support.errors import UserError
 
 CHECKPOINT = "a .safetensors file, or the name of an embedded network"
@@ -21,12 +21,14 @@ def add_evaluate(commands) -> None:
         example="danceopd evaluate runs/demo/student.safetensors --json row.json",
     )
     parser.add_argument("checkpoint", help=CHECKPOINT)
-    parser.add_argument("--json", type=Path, help="write the row there")
+    parser.add_argument("--json", type=output_file(".json"), help="write the row there")
     parser.add_argument("--seed", type=int, default=1234, help="seed of prompts, placements and noise (%(default)s)")
     parser.add_argument("--name", help="the row's name (the file's name without)")
     parser.add_argument("--per-task", type=int, default=100, help="pictures per GenEval task (%(default)s)")
     parser.add_argument("--per-kind", type=int, default=100, help="pictures per edit kind (%(default)s)")
-    parser.add_argument("--pictures", type=Path, help="keep GenEval's pictures in this new folder, for compare")
+    parser.add_argument(
+        "--pictures", type=output_folder, help="keep GenEval's pictures in this new folder, for compare"
+    )
     add_sampling(parser)
 
 
@@ -37,7 +39,9 @@ def add_sources(commands) -> None:
     )
     parser.add_argument("action", nargs="?", choices=("list", "train", "card"), default="list")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these networks only")
-    parser.add_argument("--folder", type=Path, default=Path("runs/sources"), help="where to train (%(default)s)")
+    parser.add_argument(
+        "--folder", type=output_folder, default=Path("runs/sources"), help="where to train (%(default)s)"
+    )
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

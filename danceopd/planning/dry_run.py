@@ -7,7 +7,6 @@ keeps is seen on a forward there, through the code that trains.
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,7 @@ from danceopd.planning.counts import evaluations_per_step, grid_evaluations, ope
 from danceopd.planning.memory import Findings
 from danceopd.planning.swapping import settle
 from danceopd.support.devices import find_device
-from danceopd.support.errors import UserError
+from danceopd.support.files import check_writable
 from danceopd.support.memory import free_bytes
 from danceopd.support.optimizers import adamw_class
 from danceopd.support.trackers import check_trackers
@@ -57,18 +56,6 @@ def dry_run(config: Config, examine: Examine, memory: float | None = None) -> Fi
     findings.evaluations = evaluations_per_step(config, findings.sigmas)
     findings.grid = grid_evaluations(config) if training.sample_every else None
     return findings
-
-
-def check_writable(folder: Path) -> None:
-    """Checks that a folder could be made and written, by the nearest one that is there; nothing is made.
-
-    Raises:
-        UserError: It could not.
-    """
-    folder = folder.absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"cannot write to {there}; choose another output_dir")
 
 
 def with_blocks_chosen(config: Config, examine: Examine) -> Config:

@@ -31,6 +31,20 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def check_writable(folder: Path) -> None:
+    """Checks that a folder could be made and written, by the nearest one that is there; nothing is made.
+
+    Raises:
+        UserError: It could not.
+    """
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is no folder, so nothing can be written into it; choose another place")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"cannot write to {there}; choose another place")
+
+
 # What file systems without an fsync of folders answer.
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EISDIR}
 

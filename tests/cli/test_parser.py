@@ -98,6 +98,40 @@ def test_bash_completes_commands_and_options(tmp_path, capsys):
     assert "--guidance-scale" in completed("danceopd", "sample", "--g")
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("sample base x -o a.jpg", "a.jpg must end in .png"),
+        ("edit edit a.png x -o folder.png", "folder.png is a folder; give the file to write"),
+        ("compare a b -o a.png", "a.png must end in .html"),
+        ("init -o a.json", "a.json must end in .yaml or .yml"),
+        ("evaluate base --json a.txt", "a.txt must end in .json"),
+        ("evaluate base --pictures file/a", "is no folder, so nothing can be written into it"),
+        ("sample base x -o file/deep/a.png", "is no folder"),
+        ("data prepare a.jsonl --model m --cache file", "is no folder"),
+        ("data import a file/out", "is no folder"),
+        ("data world file/out", "is no folder"),
+        ("export run -o file/out", "is no folder"),
+        ("evaluate gedit set -o file/out", "is no folder"),
+        ("evaluate reward a --json file/a.json", "is no folder"),
+        ("reproduce A --work file/out", "is no folder"),
+        ("evaluate geneval file --model m --metadata a", "is no folder"),
+        ("evaluate geneval a --results file/a.jsonl --detector d", "is no folder"),
+        ("merge-loras a b --base m -o file/a.safetensors", "is no folder"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is_computed(typed, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    try:
+        assert main(shlex.split(typed)) == 2
+    except SystemExit as ended:  # of argparse
+        assert ended.code == 2
+    assert said in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
 def test_the_parser_and_completion_load_no_torch():
     code = "import sys; from danceopd.cli import main; main(['completion', 'bash']); print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

@@ -19,6 +19,7 @@ from danceopd.models.lora_layouts import layouts_of
 from danceopd.models.lora_merges import automatic_rank
 from danceopd.models.weights import of_folder
 from danceopd.support.errors import UserError
+from danceopd.support.files import check_writable
 from danceopd.support.hints import did_you_mean
 from danceopd.support.hub import hub_name, located
 from danceopd.tools.merge_loras.checkpoints import check_checkpoint, extracted, is_checkpoint
@@ -117,6 +118,8 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
         problems.append(f"-o {output}: must end in .safetensors: it is the file to write")
     elif output.is_dir():
         problems.append(f"-o {output}: is a folder; give the file to write")
+    else:
+        attempt("-o", check_writable, output.parent)
     base = attempt("--base", located, base)
     backbone = base and attempt("--base", backbone_of, base)
     empty = backbone and attempt("--base", empty_transformer, base)
