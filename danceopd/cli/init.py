@@ -43,7 +43,7 @@ def run_init(args: argparse.Namespace) -> int:
     """Writes the files, prints the dry run and the next steps; returns 0 where the configuration is sound."""
     from danceopd.support.files import write_atomic
     from danceopd.support.hub import located
-    from danceopd.support.paths import shipped
+    from danceopd.support.paths import near_path, shipped
     from danceopd.tools.proposal import Wishes, base_of, loras_in, propose
 
     if args.output.exists() and not args.overwrite:
@@ -51,7 +51,7 @@ def run_init(args: argparse.Namespace) -> int:
     if args.gpus < 1:
         raise UserError("--gpus must be at least 1")
     if args.data and not args.data.is_file():
-        raise UserError(f"no manifest at {args.data}")
+        raise UserError(f"no manifest at {args.data}{near_path(args.data)}")
     places = args.loras or _answer("LoRAs, or a folder of them", "give them as arguments").split()
     loras = loras_in([shipped(Path(place).expanduser()) for place in places])
     print(f"sources: {', '.join(loras)}")

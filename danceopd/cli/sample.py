@@ -74,12 +74,13 @@ def run_sample(args: argparse.Namespace) -> None:
     from danceopd.evaluation.grid import draw_grid, pixels
     from danceopd.support.bars import bar
     from danceopd.support.files import write_atomic
+    from danceopd.support.paths import near_path
     from danceopd.support.pictures import decode_picture
 
     picture = None
     if path := getattr(args, "picture", None):
         if not path.is_file():
-            raise UserError(f"no picture at {path}")
+            raise UserError(f"no picture at {path}{near_path(path)}")
         try:
             picture = decode_picture(path)
         except ValueError as error:

@@ -17,6 +17,8 @@ from danceopd.support.texts import read_text
 
 EXTENDS = "extends"  # the key of a file that names another one
 
+SHIPPED = (Path(__file__).parents[1], Path(__file__).parents[2])  # the folder of configs/ in a wheel, in a checkout
+
 LARGEST = 200_000  # keys and values of a configuration, those counted again that stand behind an alias
 
 PLAIN = {  # what stands without quotes and is no text: its pattern, and the characters that it may begin with
@@ -49,9 +51,13 @@ def _shipped(path: Path) -> Path:
     """Returns the file that ships as configs/... where there is none of that path here; else the path itself."""
     if path.exists() or path.parts[:1] != ("configs",) or ".." in path.parts:
         return path
-    package = Path(__file__).parents[1]
-    there = (root / path for root in (package, package.parent))  # of a wheel, of a checkout
-    return next((file for file in there if file.is_file()), path)
+    return next((file for file in (root / path for root in SHIPPED) if file.is_file()), path)
+
+
+def _near(path: Path) -> str:
+    """Ends a message about a configuration that is not there by one that is, here or among those that ship."""
+    names = (file.relative_to(root).as_posix() for root in SHIPPED for file in root.glob("configs/**/*.yaml"))
+    return near_path(path) or (did_you_mean(path.as_posix(), names, "") if path.parts[:1] == ("configs",) else "")
 
 
 def _read_file(path: Path, extended_by: tuple[Path, ...]) -> object:
@@ -60,8 +66,7 @@ def _read_file(path: Path, extended_by: tuple[Path, ...]) -> object:
     if path.resolve() in [other.resolve() for other in extended_by]:
         raise UserError(f"{' extends '.join(map(str, (*extended_by, path)))}: a circle; let one of them extend nothing")
     if not path.exists():
-        near = near_path(path) or did_you_mean(path, path.parent.glob("*.y*ml"), "")
-        raise UserError(f"no configuration at {path}{at}{near}")
+        raise UserError(f"no configuration at {path}{at}{_near(path)}")
     try:
         raw = read_yaml(read_text(path, "configuration"))
     except ValueError as error:

@@ -112,7 +112,7 @@ def found(what: str, lora: Path | None, base: Path | None) -> dict[str, Path]:
     if lora:
         raise UserError(f"{what} is no pipeline's folder, which --lora is for; give the pipeline first")
     if not path.exists():
-        raise UserError(f"there is no {what}{near_path(path)}; give a run's folder, a pipeline, a LoRA or a network")
+        raise UserError(f"there is no {what}; give a run's folder, a pipeline, a LoRA or a network{near_path(path)}")
     trained = base or trained_for(path)
     if trained is None:
         raise UserError(f"{what} does not name the model that it is for; give its pipeline by --base MODEL")

@@ -19,6 +19,7 @@ from danceopd.evaluation.geneval.layout import Drawn, read_pictures
 from danceopd.models import loading
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
+from danceopd.support.paths import near_path
 from danceopd.support.pictures import decode_picture
 
 Reward = Callable[[Sequence[Image.Image], Sequence[str]], torch.Tensor]
@@ -115,7 +116,7 @@ def read_head(path: Path) -> nn.Sequential:
             'torch.load(FILE, weights_only=True), "head.safetensors")'
         )
     if not path.is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"there is no file {path}{near_path(path)}")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

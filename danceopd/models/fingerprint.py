@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from danceopd.support.errors import UserError
+from danceopd.support.paths import near_path
 
 WHOLE = 2**26  # bytes of a file up to which its sample is all of it
 
@@ -27,7 +28,7 @@ def fingerprint(path: Path) -> str:
         UserError: There is no such file or folder, or the folder is empty.
     """
     if not path.exists():
-        raise UserError(f"there is nothing at {path}; give the folder or file of a model")
+        raise UserError(f"there is nothing at {path}{near_path(path) or '; give the folder or file of a model'}")
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

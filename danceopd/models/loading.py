@@ -12,6 +12,7 @@ from danceopd.core.copies import to_device
 from danceopd.models.tensor_files import in_its_place, opened, read_header
 from danceopd.support.errors import UserError
 from danceopd.support.hub import near_cached
+from danceopd.support.paths import near_path
 from danceopd.support.texts import parse_object
 
 INSIDE = "model.diffusion_model."  # in front of a transformer's names where a file holds a VAE and encoders beside it
@@ -33,7 +34,7 @@ def read_json(path: Path | str) -> dict:
     """Reads a JSON file of a pipeline; a UserError if it is not there or is damaged."""
     path = Path(path)
     if not path.parent.is_dir():
-        near = near_cached(path.parent)
+        near = near_path(path.parent) or near_cached(path.parent)
         raise UserError(f"there is no folder {path.parent}; give the folder of a whole diffusers pipeline{near}")
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; give the folder of a whole diffusers pipeline")
@@ -97,7 +98,8 @@ def load(cls: type, path: Path | str, **options):
     """Calls cls.from_pretrained with a folder; a UserError if it is not there or cannot be loaded."""
     path = Path(path)
     if not path.is_dir():  # else taken for the name of a repository
-        raise UserError(f"there is no folder {path}; give the folder of a whole pipeline or model{near_cached(path)}")
+        near = near_path(path) or near_cached(path)
+        raise UserError(f"there is no folder {path}; give the folder of a whole pipeline or model{near}")
     if options.get("use_safetensors"):
         parts = path.iterdir() if (path / "model_index.json").is_file() else (path,)
         variants = {variant_of(part) for part in parts if part.is_dir()} - {None}
@@ -220,7 +222,8 @@ def _tensors(path: Path, header_only: bool) -> dict[str, torch.Tensor]:
     Header_only: on the meta device.
     """
     if not path.is_file():
-        raise UserError(f"there is no file {path}; give a transformer's folder or its safetensors file")
+        near = near_path(path) or "; give a transformer's folder or its safetensors file"
+        raise UserError(f"there is no file {path}{near}")
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: weights must be a safetensors file; files of other kinds may run code when read")
     header = read_header(path)

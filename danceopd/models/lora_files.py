@@ -34,6 +34,7 @@ from danceopd.models.lora_names import PREFIXES, in_order, known_layers, layers_
 from danceopd.models.tensor_files import opened, read_header
 from danceopd.models.weights import Weights
 from danceopd.support.errors import UserError
+from danceopd.support.paths import near_path
 from danceopd.support.texts import parse_object
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of PEFT and of diffusers
@@ -238,7 +239,7 @@ def lora_file(path: Path) -> Path:
             raise UserError(f"{path}: a LoRA must be a safetensors file; files of other kinds may run code when read")
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: no LoRA there, neither a safetensors file nor a folder with one")
+        raise UserError(f"{path}: no LoRA there, neither a safetensors file nor a folder with one{near_path(path)}")
     files = sorted(path.glob("*.safetensors"))
     files = [f for f in files if f.name in FILES] or files
     if len(files) != 1:

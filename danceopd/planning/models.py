@@ -48,6 +48,7 @@ from danceopd.planning.memory import (
     rows_matched,
 )
 from danceopd.support.errors import UserError
+from danceopd.support.paths import near_path
 from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.build import run_attention
 from danceopd.training.assembly.networks import start_folder, student_layers, student_sizes
@@ -322,7 +323,7 @@ def _check_files(config: Config, findings: Findings) -> None:
     for name, source in config.networks().items():
         for lora in source.lora:
             if not lora.path.exists():
-                findings.problems.append(f"sources.{name}.lora: {lora.path}: no LoRA there")
+                findings.problems.append(f"sources.{name}.lora: {lora.path}: no LoRA there{near_path(lora.path)}")
         if source.weights not in (None, "base") and not Path(source.weights).exists():
             findings.problems.append(f"sources.{name}.weights: nothing at {source.weights}")
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from danceopd.support.hints import did_you_mean
-from danceopd.support.paths import shipped
+from danceopd.support.paths import near_path, shipped
 
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<file>[^@:]+\.safetensors))?(@(?P<revision>[\w./-]+))?"
@@ -164,5 +164,5 @@ def near_cached(name: HubName | Path | str) -> str:
         cached = [repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos]
     except (huggingface_hub.errors.CacheNotFound, OSError, ValueError):
         cached = []
-    near = did_you_mean(name.repo, cached, "") if cached else ""
+    near = near_path(str(name)) or (did_you_mean(name.repo, cached, "") if cached else "")
     return near or "; if it is meant as a repository of the hub, --download brings it"

@@ -1,7 +1,10 @@
 """Finds what a path was meant to name."""
 
 import unicodedata
+from difflib import get_close_matches
 from pathlib import Path
+
+ALIKE = 0.75  # of names that one is taken for the other, as difflib counts
 
 MINIATURE = Path(__file__).parents[1] / "miniature" / "assets"  # a small trained pipeline, and LoRAs for it
 
@@ -27,13 +30,15 @@ def near_path(
 ) -> str:
     """Ends a message about a path that is not there by the one that is, where they differ in how they are written.
 
+    Where no root is given, a name that is spelt much alike counts too, and so does one that ships.
+
     Args:
         path: What was given.
         root: The folder that it starts from, which is not left; the current one if not given.
         listed: What was found in folders before, kept for further calls.
 
     Returns:
-        "; there is images/cup.png, with slashes", or "" where nothing is near.
+        "; there is images/cup.png, with slashes", "; did you mean 'ink.safetensors'?", or "" where nothing is near.
     """
     written = str(path)
     start = root if root is not None else Path()
@@ -43,7 +48,7 @@ def near_path(
     try:
         there = _walk(start, parts, {} if listed is None else listed)
         if there is None or not there.exists() or (root and not there.resolve().is_relative_to(root.resolve())):
-            return ""
+            return _misspelt(parts) if root is None else ""  # a manifest has a million names
     except (OSError, ValueError, RuntimeError):  # too long, a null character, a ring of links, a folder that is closed
         return ""
     shown = there.relative_to(root) if root is not None else there
@@ -56,6 +61,21 @@ def near_path(
     elif found != given:
         how += ["another Unicode form of its letters"]
     return f"; there is {shown}, with {' and '.join(how)}" if how else ""
+
+
+def _misspelt(parts: tuple[str, ...]) -> str:
+    """Ends a message by the path that differs in the letters of one part; "" where none does."""
+    ship = [Path("miniature"), *(Path("miniature") / path.name for path in sorted((MINIATURE / "sources").glob("*")))]
+    found = get_close_matches("/".join(parts), [path.as_posix() for path in ship], n=1, cutoff=ALIKE)
+    here = Path()
+    for i, part in enumerate(parts):
+        if (here / part).exists():
+            here /= part
+            continue
+        near = get_close_matches(part, [path.name for path in here.iterdir()], n=3, cutoff=ALIKE)
+        found += [str(path) for name in near if (path := here.joinpath(name, *parts[i + 1 :])).exists()]
+        break
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _composed(text: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from danceopd.support.errors import UserError
+from danceopd.support.paths import near_path
 from danceopd.watch.series import RunLogReader
 
 QUIET = 600.0  # seconds without a new line in its log until a run counts as stopped
@@ -122,9 +123,8 @@ class Runs:
     def __init__(self, folders: Sequence[Path]):
         for folder in folders:
             if not folder.is_dir():
-                raise UserError(
-                    f"there is no folder {folder}; give the training.output_dir of a run, or a folder of runs"
-                )
+                near = near_path(folder) or "; give the training.output_dir of a run, or a folder of runs"
+                raise UserError(f"there is no folder {folder}{near}")
         self.folders = list(folders)
         self._known: dict[str, WatchedRun] = {}
         if not self.found():

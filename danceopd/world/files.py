@@ -9,6 +9,7 @@ from safetensors.torch import save
 
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.paths import near_path
 from danceopd.support.texts import parse_json
 from danceopd.world.dit import DiT, DiTConfig
 
@@ -43,7 +44,7 @@ def read_config(path: Path) -> DiTConfig:
     """Reads a network's configuration from its file's header, which must be that network's; raises as load_model."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
+        raise FileNotFoundError(f"no weights at {path}{near_path(path)}")
     try:
         with safe_open(path, framework="pt") as file:
             config = DiTConfig(**parse_json(file.metadata()["config"]))

@@ -10,6 +10,7 @@ from danceopd.data.column_names import column_notes
 from danceopd.data.manifest import Row, _first, read_manifest
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
+from danceopd.support.paths import near_path
 from danceopd.support.pictures import decode_picture
 from danceopd.world.tokenizer import count_tokens
 
@@ -27,7 +28,7 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
 def load_picture(path: Path, size: int) -> torch.Tensor:
     """Reads one picture as a field takes it: [3, size, size] float32 in [-1, 1]; a UserError if it can't be read."""
     if not path.is_file():
-        raise UserError(f"no picture at {path}")
+        raise UserError(f"no picture at {path}{near_path(path)}")
     try:
         image = fit_square(decode_picture(path), size)
     except ValueError as error:

@@ -27,6 +27,14 @@ def test_missing_file_names_the_nearest():
         load_config("configs/dmo.yaml")
 
 
+def test_a_configuration_that_ships_is_named_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no configuration at configs/dmo\.yaml; did you mean 'configs/demo\.yaml'"):
+        load_config("configs/dmo.yaml")
+    with pytest.raises(UserError, match=r"no configuration at other\.yaml$"):
+        load_config("other.yaml")
+
+
 @pytest.mark.parametrize("text", ["a: [1", "- 1", "", "\x00"])
 def test_not_a_configuration(tmp_path, text):
     path = tmp_path / "bad.yaml"

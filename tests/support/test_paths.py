@@ -45,6 +45,11 @@ def test_a_path_of_its_own(root, monkeypatch):
     assert (
         near_path(root / "IMAGES" / "cup.png") == f"; there is {root}/images/cup.png, with other upper and lower case"
     )
+    assert near_path(root / "images" / "cap.png") == f"; did you mean '{root}/images/cup.png'?"
+    assert near_path(root / "image" / "cup.png") == f"; did you mean '{root}/images/cup.png'?"
+    assert near_path(root / "image" / "plate.png") == near_path(root / "images" / "plate.png") == ""
+    assert near_path("minature") == "; did you mean 'miniature'?"
+    assert near_path("miniature/woodd") == "; did you mean 'miniature/wood'?"
     monkeypatch.setenv("HOME", str(root))
     assert near_path("~/images/cup.png") == f"; there is {root}/images/cup.png, with ~ as the home folder"
     assert near_path("~/images/none.png") == ""

@@ -117,6 +117,7 @@ def test_a_prompt_with_a_separator_is_one(tmp_path, separator):
     [
         ("", "no prompt in it"),
         ("ink\ta cup\n", "no prompt for oil"),
+        ('{"prompt": "a cup"}\n["a cup"]\n', r"line 1: is JSON; write the prompt itself[\s\S]*line 2: is JSON"),
         (
             "a cup\ninc\ta cup\noil\t \n",
             r"line 2: no LoRA 'inc'.*did you mean 'ink'[\s\S]*line 3: no prompt after 'oil'",

@@ -152,7 +152,7 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
     if isinstance(options.rank, int) and options.rank < 1:
         problems.append("--rank: must be at least 1, or auto")
     if len(paths) < 2:
-        problems.append("a merge needs two LoRAs at least; name their files one after another")
+        problems.append("; ".join(["a merge needs two LoRAs at least, name their files one after another", *notes]))
     if problems:
         raise UserError("\n  ".join(["these LoRAs cannot be merged yet:", *(_one_line(line) for line in problems)]))
     work = options.work or output.with_suffix(".work")
@@ -185,8 +185,8 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
 
 def _one_line(problem: str) -> str:
     """Leaves a path out that a message repeats."""
-    key, _, message = problem.partition(": ")
-    return f"{key}: {message.removeprefix(f'{key}: ')}"
+    key, colon, message = problem.partition(": ")
+    return f"{key}{colon}{message.removeprefix(f'{key}: ')}"
 
 
 def _whole(path: Path, base: Path, empty: nn.Module) -> Lora:

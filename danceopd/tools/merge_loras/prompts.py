@@ -8,7 +8,7 @@ from pathlib import Path
 
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
-from danceopd.support.texts import lines_of, read_text
+from danceopd.support.texts import lines_of, parse_json, read_text
 from danceopd.tools.merge_loras.triggers import Trigger
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
@@ -76,6 +76,9 @@ def read_prompts(path: Path, names: Sequence[str]) -> Prompts:
         if tab and name not in names:
             problems.append(f"line {number}: no LoRA {name!r}{did_you_mean(name, names)}")
             continue
+        if _is_json(prompt):
+            problems.append(f"line {number}: is JSON; write the prompt itself, one a line")
+            continue
         if not prompt:
             problems.append(f"line {number}: no prompt after {name!r}")
             continue
@@ -89,6 +92,16 @@ def read_prompts(path: Path, names: Sequence[str]) -> Prompts:
     if problems:
         raise UserError("\n    ".join([f"{path} cannot be used:", *problems]))
     return Prompts(list(shared), {name: list(lines) for name, lines in own.items()}, twice)
+
+
+def _is_json(line: str) -> bool:
+    """Tells whether a line is an object or a list of JSON, as manifests have them, and no prompt."""
+    if line[:1] not in ("{", "["):
+        return False
+    try:
+        return isinstance(parse_json(line), dict | list)
+    except ValueError:
+        return False
 
 
 def routes_of(triggers: dict[str, Trigger], prompts: Prompts, pairs: bool) -> list[Route]:
