@@ -56,8 +56,8 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-# Nothing to trace. torch.compiler.assume_constant_result would set it, and import the compiler first, which takes longer
-# than torch itself.
+# Nothing to trace. torch.compiler.assume_constant_result would set it, and first import the compiler, which takes
+# longer than torch itself.
 unavailable._dynamo_marked_constant = True
 
 
