@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from danceopd.core.conditioning import Conditioning
 from danceopd.models.footprint import forward_bytes, most_alive
+from danceopd.planning.remembered import Remembered
+
+_seen: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what operations gave in looks at a student
 
 
 class _Attention(torch.autograd.Function):
@@ -218,10 +222,11 @@ def _looked_at(student: nn.Module, adapted: Callable, look: Callable[[str], int]
     if adapter:
         student.layer = lambda name, x, weight, *_: adapted(student, name, x, weight)
     try:
-        try:
-            return look("meta")
-        except RuntimeError:
-            return look("cpu")
+        with Remembered(_seen.setdefault(student, {})):
+            try:
+                return look("meta")
+            except RuntimeError:
+                return look("cpu")
     finally:
         if adapter:
             del student.layer

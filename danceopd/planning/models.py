@@ -47,6 +47,7 @@ from danceopd.planning.memory import (
     rows_at_once,
     rows_matched,
 )
+from danceopd.planning.remembered import Remembered
 from danceopd.support.errors import UserError
 from danceopd.support.paths import near_path
 from danceopd.training.assembly.bases import distilled_bases
@@ -162,10 +163,11 @@ def _add_frozen(
     own = sum(map(count, own_weights))
     if precision and not any(problem.startswith("training.base_precision") for problem in findings.problems):
         how = f"{'0.53 bytes' if precision == 'nf4' else '1 byte'} in the blocks' linear layers, {size} elsewhere"
-        for network in (transformer, *own_weights):
-            if precision == "fp8":
-                to_fp8(network)
-            narrow(config, network)
+        with Remembered():
+            for network in (transformer, *own_weights):
+                if precision == "fp8":
+                    to_fp8(network)
+                narrow(config, network)
     if needs_base(config):
         findings.memory[BASE] = nbytes(transformer), f"{base:,} x {how}, shared"
         if config.training.swap_blocks:

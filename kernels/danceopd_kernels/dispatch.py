@@ -47,7 +47,6 @@ def refusal(
     return unavailable(backend) or limit(backend)
 
 
-@torch.compiler.assume_constant_result  # nothing to trace
 def unavailable(backend: str) -> str | None:
     """Why a backend is not on this machine; None if it is."""
     if backend == "triton":
@@ -55,6 +54,11 @@ def unavailable(backend: str) -> str | None:
     if backend in ("cpu", "cuda") and compiled.module(backend) is None:
         return f"danceopd_kernels.{'_C' if backend == 'cpu' else '_CUDA'} was not built"
     return None
+
+
+# Nothing to trace. torch.compiler.assume_constant_result would set it, and first import the compiler, which takes
+# longer than torch itself.
+unavailable._dynamo_marked_constant = True
 
 
 def choose(

@@ -23,20 +23,33 @@ WANTED = {
     "test_fp8.py::test_norm_and_modulation_against_float64": ({"torch", "cpu"}, {"torch", "triton"}),
     "test_fp8.py::test_weight_only_takes_x_as_it_is": ({"torch"}, {"torch", "triton"}),
 }
-CARD = "import torch; torch.cuda.is_available = lambda: True"  # for the collection, which asks nothing else of it
+# For the collection, which asks nothing else of a card; it says which of the tests `-m gpu` would choose, and which
+# the default.
+CARD = """import torch
+torch.cuda.is_available = lambda: True
+def pytest_collection_finish(session):
+    for item in session.items:
+        gpu, slow = (item.get_closest_marker(name) is not None for name in ("gpu", "slow"))
+        print(f"{'gpu' * gpu},{'default' * (not slow)} {item.nodeid}")
+"""
 
 
-def collected(*options: str, folder: Path) -> dict[str, set[str]]:
-    """{test: its parameters} as pytest would run them on a machine with a card."""
+def collected(folder: Path) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """{test: its parameters} as pytest would run them on a machine with a card: by default, and those marked gpu."""
     (folder / "with_a_card.py").write_text(CARD)
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", ""), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "pytest", "-p", "with_a_card", "-n0", "--collect-only", *options, str(FOLDER)]
+    files = sorted({str(FOLDER / test.partition("::")[0]) for test in WANTED})
+    options = ["-p", "with_a_card", "-n0", "--collect-only", "-m", "gpu or not slow"]
+    command = [sys.executable, "-m", "pytest", *options, *files]
     ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    found = defaultdict(set)
-    for file, test, parameters in re.findall(r"(test_\w+\.py)::(\w+)(?:\[(.*)\])?", ran.stdout):
-        found[f"{file}::{test}"].add(parameters)
-    assert found, ran.stdout + ran.stderr
-    return found
+    everything, marked = defaultdict(set), defaultdict(set)
+    said = re.findall(r"^(gpu)?,(default)? \S*?(test_\w+\.py)::(\w+)(?:\[(.*)\])?$", ran.stdout, re.MULTILINE)
+    for gpu, default, file, test, parameters in said:
+        for found in [everything] * bool(default) + [marked] * bool(gpu):
+            found[f"{file}::{test}"].add(parameters)
+    assert everything, ran.stdout + ran.stderr
+    assert marked, ran.stdout + ran.stderr
+    return everything, marked
 
 
 def backends(parameters: set[str], device: str) -> set[str]:
@@ -55,7 +68,7 @@ def _on(words: list[str], backend: str, device: str) -> bool:
 
 
 def test_every_backend_of_a_machine_with_a_card(tmp_path):
-    everything, marked = collected(folder=tmp_path), collected("-m", "gpu", folder=tmp_path)
+    everything, marked = collected(tmp_path)
     for test, (on_host, on_card) in WANTED.items():
         assert backends(everything[test], "cpu") >= on_host, test
         assert backends(marked[test], "cuda") >= on_card, test
