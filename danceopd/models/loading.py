@@ -11,7 +11,7 @@ from torch import nn
 from danceopd.core.copies import to_device
 from danceopd.models.tensor_files import in_its_place, opened, read_header
 from danceopd.support.errors import UserError
-from danceopd.support.hub import near_cached
+from danceopd.support.hub import near
 from danceopd.support.texts import parse_object
 
 INSIDE = "model.diffusion_model."  # in front of a transformer's names where a file holds a VAE and encoders beside it
@@ -32,11 +32,14 @@ SCALED = re.compile(r"scaled_fp8$|scale_(weight|input)$|(weight|input)_scale$|co
 def read_json(path: Path | str) -> dict:
     """Reads a JSON file of a pipeline; a UserError if it is not there or is damaged."""
     path = Path(path)
-    if not path.parent.is_dir():
-        near = near_cached(path.parent)
-        raise UserError(f"there is no folder {path.parent}; give the folder of a whole diffusers pipeline{near}")
+    folder = path.parent
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the folder of a whole diffusers pipeline")
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give the folder of a whole diffusers pipeline{near(folder)}")
     if not path.is_file():
-        raise UserError(f"no {path.name} in {path.parent}; give the folder of a whole diffusers pipeline")
+        above = f": it is {folder.parent}" if (folder.parent / path.name).is_file() else ""
+        raise UserError(f"no {path.name} in {folder}; give the folder of a whole diffusers pipeline{above}")
     try:
         return parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -97,7 +100,7 @@ def load(cls: type, path: Path | str, **options):
     """Calls cls.from_pretrained with a folder; a UserError if it is not there or cannot be loaded."""
     path = Path(path)
     if not path.is_dir():  # else taken for the name of a repository
-        raise UserError(f"there is no folder {path}; give the folder of a whole pipeline or model{near_cached(path)}")
+        raise UserError(f"there is no folder {path}; give the folder of a whole pipeline or model{near(path)}")
     if options.get("use_safetensors"):
         parts = path.iterdir() if (path / "model_index.json").is_file() else (path,)
         variants = {variant_of(part) for part in parts if part.is_dir()} - {None}

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from danceopd.support.hints import did_you_mean
-from danceopd.support.paths import shipped
+from danceopd.support.paths import near_path, shipped
 
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<file>[^@:]+\.safetensors))?(@(?P<revision>[\w./-]+))?"
@@ -151,6 +151,15 @@ def _alone(file: str, files: list[str]) -> bool:
     return all(re.search(r"\.(fp16|bf16)[.-]", f) for f in weights)
 
 
+def near(path: Path | str) -> str:
+    """Ends a message about a path that is not there by a name that is like it, beside it or in the hub's cache."""
+    path = Path(path)
+    if known := near_path(path):
+        return known
+    beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    return did_you_mean(path.name, beside, "") or near_cached(path)
+
+
 def near_cached(name: HubName | Path | str) -> str:
     """Ends a message about what is not there by the nearest repository of the hub's cache, or how to download it.
 
@@ -164,5 +173,4 @@ def near_cached(name: HubName | Path | str) -> str:
         cached = [repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos]
     except (huggingface_hub.errors.CacheNotFound, OSError, ValueError):
         cached = []
-    near = did_you_mean(name.repo, cached, "") if cached else ""
-    return near or "; if it is meant as a repository of the hub, --download brings it"
+    return did_you_mean(name.repo, cached, "") or "; if it is meant as a repository of the hub, --download brings it"
