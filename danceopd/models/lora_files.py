@@ -32,7 +32,7 @@ from danceopd.models.lora_formats import (
     without_magnitudes,
 )
 from danceopd.models.lora_names import ENCODERS, PREFIXES, in_order, known_layers, layers_of, nearest, whose
-from danceopd.models.tensor_files import opened, read_header
+from danceopd.models.tensor_files import check_finite, opened, read_header
 from danceopd.models.weights import Weights
 from danceopd.support.errors import UserError
 from danceopd.support.hub import near
@@ -198,7 +198,7 @@ def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: ty
         with opened(file) as stored:
             for key in stored.keys():  # noqa: SIM118
                 value = stored.get_tensor(key)
-                _check_finite(file, key, value)
+                check_finite(file, key, value)
                 match = FACTOR.fullmatch(key) or CHANGE.fullmatch(key)
                 layer = match[1] if match else key.removesuffix(".alpha")
                 zero[layer] = zero.get(layer, False) or not value.any()
@@ -269,7 +269,7 @@ def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict 
         raw = {key: read(key) for key in stored.keys()}  # noqa: SIM118
         config = (stored.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     for key, value in raw.items() if not header_only else ():
-        _check_finite(file, key, value)
+        check_finite(file, key, value)
     if not raw:
         raise UserError(f"{file}: holds no tensors; train or copy it again")
     beside = file.with_name("adapter_config.json")
@@ -456,14 +456,6 @@ def _add_fused(file: Path, name: str, made: Lora, lora: Lora) -> None:
                     f"{file}: {name} and {layer} are the same layer, and the file changes it in two ways; remove one"
                 )
         lora.setdefault(layer, (a, b, scale))
-
-
-def _check_finite(file: Path, key: str, value: torch.Tensor) -> None:
-    if value.is_floating_point() and not value.float().isfinite().all():
-        raise UserError(
-            f"{file}: {key} holds numbers that are not finite (NaN or infinity), so it can teach nothing; take an "
-            "earlier file of its training, or copy it again"
-        )
 
 
 def _configured_scale(file: Path, config: dict | None, name: str, a: torch.Tensor) -> float:

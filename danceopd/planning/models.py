@@ -22,6 +22,7 @@ from danceopd.models.loading import (
     check_weights,
     hub_id,
     is_file_name,
+    parts_of,
     pipeline_index,
     transformer_folder,
     weight_files,
@@ -271,6 +272,8 @@ def _lacking(config: Config, findings: Findings, transformer: nn.Module, layers:
             continue
         norms = squared_norms(sum_loras(loras))
         missing = [layer for layer in norms if layer not in own]
+        if not missing:  # a file's fused layers may hold zeros for those
+            continue
         share = sum(norms[layer] for layer in missing) / (sum(norms.values()) or 1.0)
         more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
         findings.warnings.append(
@@ -330,7 +333,7 @@ def _check_files(config: Config, findings: Findings) -> None:
 def _parts(folder: Path) -> str:
     """Says which of a pipeline's parts are there; training itself reads no encoder."""
     index = pipeline_index(folder)
-    named = [key for key, value in index.items() if isinstance(value, list) and value and value[0]]
+    named = parts_of(index)
     there = [part for part in named if (Path(folder) / part).is_dir()]
     missing = [part for part in named if part not in there]
     needed = [part for part in missing if not part.startswith(ENCODERS)]
@@ -344,12 +347,15 @@ def _parts(folder: Path) -> str:
 def _warn_of_strangers(config: Config, findings: Findings, key: str, weights: Path | str) -> None:
     """Warns of a source's weights that fit the model by shape and have nothing in common with it."""
     try:
-        alike = likeness(of_folder(config.model), of_folder(weights))
+        base = of_folder(config.model)
     except UserError:  # said of the model
         return
-    if math.isnan(alike):
-        findings.problems.append(f"{key}: {weights} holds numbers that are not finite (NaN or infinity); copy it again")
-    elif alike < RELATED:
+    try:
+        alike = likeness(base, of_folder(weights))
+    except UserError as error:  # some of the numbers are not finite
+        findings.problems.append(f"{'model' if str(error).startswith(f'{config.model}/') else key}: {error}")
+        return
+    if alike < RELATED:
         findings.warnings.append(
             f"{key}: {weights} fits {config.model} by shape alone: cosines of its weights with the model's are at most "
             f"{alike:.2f}, where fine-tuned ones have nearly 1; check that it was trained from this model, since a "

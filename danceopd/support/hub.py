@@ -154,18 +154,18 @@ def _alone(file: str, files: list[str]) -> bool:
 def near(path: Path | str) -> str:
     """Ends a message about a path that is not there by a name that is like it, beside it or in the hub's cache."""
     path = Path(path)
+    if re.match("https?:", str(path)):
+        return "; of the hub give owner/repo, or owner/repo:file.safetensors, and no address"
     if known := near_path(path):
         return known
     beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    return did_you_mean(path.name, beside, "") or near_cached(path)
+    if found := did_you_mean(path.name, beside, "") or near_cached(path):
+        return found
+    return "; if it is meant as a repository of the hub, --download brings it" if hub_name(path) else ""
 
 
 def near_cached(name: HubName | Path | str) -> str:
-    """Ends a message about what is not there by the nearest repository of the hub's cache, or how to download it.
-
-    Returns:
-        "", where the name is none of the hub's.
-    """
+    """Ends a message about what is not there by the nearest repository of the hub's cache; "" for none."""
     name = name if isinstance(name, HubName) else hub_name(name)
     if name is None:
         return ""
@@ -173,4 +173,4 @@ def near_cached(name: HubName | Path | str) -> str:
         cached = [repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos]
     except (huggingface_hub.errors.CacheNotFound, OSError, ValueError):
         cached = []
-    return did_you_mean(name.repo, cached, "") or "; if it is meant as a repository of the hub, --download brings it"
+    return did_you_mean(name.repo, cached, "")

@@ -165,8 +165,9 @@ def test_what_cannot_be_had_is_said_in_words(server, tmp_path):
 
 def test_the_cache_names_what_is_near(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
-    assert "--download" in near_cached("owner/klein")
+    assert near_cached("owner/klein") == ""
     assert near_cached("/somewhere/else") == ""
     (tmp_path / "klein").mkdir()
     assert near(tmp_path / "klien") == "; did you mean 'klein'?"
     assert "--download" in near("owner/klein")
+    assert "give owner/repo" in near("https:/huggingface.co/owner/klein")
