@@ -257,7 +257,7 @@ def _tensors(path: Path, header_only: bool) -> dict[str, torch.Tensor]:
     Header_only: on the meta device.
     """
     if not path.is_file():
-        raise UserError(f"there is no file {path}; give a transformer's folder or its safetensors file")
+        raise UserError(f"there is no file {path}; give a transformer's folder or its safetensors file{near(path)}")
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: weights must be a safetensors file; files of other kinds may run code when read")
     header = read_header(path)

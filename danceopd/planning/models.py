@@ -49,6 +49,7 @@ from danceopd.planning.memory import (
     rows_matched,
 )
 from danceopd.support.errors import UserError
+from danceopd.support.hub import near
 from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.build import run_attention
 from danceopd.training.assembly.networks import start_folder, student_layers, student_sizes
@@ -385,6 +386,10 @@ def _own_transformer(
     lora = next((file for file in LORAS if (Path(weights) / file).is_file()), None)
     if lora and not transformer_folder(weights).is_dir():
         findings.problems.append(f"{key}: {weights} holds a LoRA ({lora}): give it as sources.{name}.lora")
+        return None
+    if not is_file_name(weights) and not Path(weights).is_dir():
+        where = f"there is no folder {weights}; give a transformer's folder or its safetensors file{near(weights)}"
+        findings.problems.append(f"{key}: {where}")
         return None
     if not is_file_name(weights):
         network = attempt(key, meta_transformer, weights, backbone, dtype)
