@@ -35,6 +35,8 @@ def run_check_model(args: argparse.Namespace) -> int:
     """Prints each stage's difference; returns 1 where one is too large."""
     if min(args.resolution, args.num_inference_steps, args.references) < 1:
         raise UserError("--resolution, --num-inference-steps and --references must be positive")
+    if args.tolerance is not None and args.tolerance <= 0:
+        raise UserError(f"--tolerance must be positive, got {args.tolerance:g}")
 
     import torch
 

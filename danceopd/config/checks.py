@@ -11,6 +11,8 @@ from danceopd.core.methods import OWN_ROLLOUT, needs
 from danceopd.support.hints import did_you_mean
 from danceopd.support.paths import draws_miniature
 
+EXTENDS = "extends"  # the key of a file that names another one
+
 
 def _section_at(location: tuple) -> dict:
     """Returns the fields of the section that a validation error lies in."""
@@ -26,17 +28,43 @@ def _section_at(location: tuple) -> dict:
     return model.model_fields if model else {}
 
 
+def mistakes(error: ValidationError) -> list[str]:
+    """Says each mistake of a configuration in words; one for a value that could be a word or something else."""
+    found, errors = {}, error.errors()
+    either = {one["loc"][:-1] for one in errors if str(one["loc"][-1]).startswith("literal[")}  # pydantic's own part
+    for one in errors:
+        key = next((place for place in either if place == one["loc"][: len(place)]), one["loc"])
+        found.setdefault(key, []).append(one)
+    return [_explain(same[0]) if key not in either else _neither(key, *same) for key, same in found.items()]
+
+
+def _neither(key: tuple, literal: dict, other: dict, *_) -> str:
+    """Says that a value is neither one of some words nor what else could stand there."""
+    value, words = literal["input"], _words(literal)
+    near = did_you_mean(value, words, "") if isinstance(value, str) else ""
+    rest = other["msg"].removeprefix("Input should be ").partition(",")[0]
+    rest = f"a number {rest}" if rest.startswith("greater") else rest
+    give = f"; give {', '.join(words)}, or {rest}"
+    return f"{'.'.join(map(str, key))}: {value!r} is not valid{near or give}"
+
+
+def _words(error: dict) -> list[str]:
+    return error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+
+
 def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") -> str:
     """Says one mistake in words; valid: the keys that could stand there, if they are not a section's."""
     key = prefix + ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        valid = _section_at(error["loc"]) if valid is None else valid
+        if valid is None:
+            valid = [*_section_at(error["loc"]), *([EXTENDS] if len(error["loc"]) == 1 else [])]
         return f"{key}: unknown key{did_you_mean(error['loc'][-1], valid) if valid else '; this method has none'}"
     if error["type"] == "missing":
         return f"{key}: required, but not given"
     if error["type"] == "literal_error":
-        valid = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        return f"{key}: {error['input']!r} is not valid{did_you_mean(error['input'], valid)}"
+        return f"{key}: {error['input']!r} is not valid{did_you_mean(error['input'], _words(error))}"
+    if error["type"] == "value_error":  # in this program's words, which name what is wrong
+        return f"{key}: {error['ctx']['error']}"
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
 
 

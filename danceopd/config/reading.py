@@ -8,14 +8,12 @@ from typing import ClassVar
 import yaml
 from pydantic import ValidationError
 
-from danceopd.config.checks import _cross_check, _explain
+from danceopd.config.checks import EXTENDS, _cross_check, mistakes
 from danceopd.config.sections import Config
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 from danceopd.support.paths import near_path
 from danceopd.support.texts import read_text
-
-EXTENDS = "extends"  # the key of a file that names another one
 
 SHIPPED = (Path(__file__).parents[1], Path(__file__).parents[2])  # the folder of configs/ in a wheel, in a checkout
 
@@ -200,7 +198,7 @@ def parse_config(raw: dict, overrides: list[str] = (), name: str = "configuratio
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(_list(name, [_explain(item) for item in error.errors()])) from None
+        raise UserError(_list(name, mistakes(error))) from None
     problems = _cross_check(config)
     if problems:
         raise UserError(_list(name, problems))

@@ -69,7 +69,7 @@ class How:
         task: "t2i" or "edit".
         size: (height, width) in pixels.
         steps: Number of steps.
-        guidance: The factor of classifier-free guidance; 1 for none.
+        guidance: The factor of classifier-free guidance, or the input of a model that takes one; 1 for none.
         references: Number of source pictures of an edit.
         device, dtype: Of the networks.
     """
@@ -116,6 +116,11 @@ def tasks_of(folder: Path) -> tuple[str, ...]:
     backbone = backbone_of(folder)
     edit_only = loading.class_name_of(folder) in getattr(backbone, "EDIT_ONLY", ())
     return tuple(task for task in backbone.tasks(folder) if task == "edit" or not edit_only)
+
+
+def _embedded(how: How) -> float:
+    """Returns the guidance that a model is given which takes it as an input, and has no other."""
+    return EMBEDDED if how.guidance == 1 else how.guidance
 
 
 def _differs(stage: Stage, tolerance: float) -> bool:
@@ -166,7 +171,7 @@ def _by_pipeline(folder: Path, backbone, how: How, pictures: list[Image.Image]) 
     _watch(network, run)
     scale = how.guidance - 1 + getattr(backbone, "UNGUIDED", 1.0)
     if getattr(network.config, "guidance_embeds", False):
-        scale = EMBEDDED
+        scale = _embedded(how)
     if modular:  # its guidance is a part of it
         options = {"height": how.size[0], "width": how.size[1], "num_inference_steps": how.steps, "output": "images"}
     else:
@@ -194,12 +199,12 @@ def _by_field(folder: Path, backbone, how: How, pictures: list[Image.Image]) -> 
     sources = tuple(encode_picture(tensor[None]) for tensor in tensors)
     transformer = backbone.load_transformer(folder, how.dtype).to(how.device)
     _watch(transformer, run)
-    embedded = EMBEDDED if getattr(transformer.config, "guidance_embeds", False) else None
+    embedded = _embedded(how) if getattr(transformer.config, "guidance_embeds", False) else None
     combine = combine_of(folder) or (lambda cond, uncond, scale: uncond + scale * (cond - uncond))
 
     def velocity(latents, sigma) -> torch.Tensor:
         """Asks with guidance where the picture is drawn with it; the first prompt's call comes first."""
-        asked = prompts if how.guidance != 1 else prompts[:1]
+        asked = prompts if how.guidance != 1 and embedded is None else prompts[:1]
         answers = [backbone.velocity(transformer, latents, sigma, p, sources, embedded) for p in asked]
         return combine(*answers, how.guidance) if len(answers) > 1 else answers[0]
 

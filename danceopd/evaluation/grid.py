@@ -16,8 +16,7 @@ from danceopd.models.backbones import backbone_of
 from danceopd.models.loading import class_name_of, multiple_of
 from danceopd.models.lora_files import trained_for
 from danceopd.support.errors import UserError
-from danceopd.support.hub import located
-from danceopd.support.paths import near_path
+from danceopd.support.hub import located, near
 from danceopd.support.pictures import labelled_grid, png
 
 Draw = Callable[[str, int, float | None], torch.Tensor]  # (prompt, seed, guidance scale) -> [3, H, W] in [-1, 1]
@@ -112,7 +111,7 @@ def found(what: str, lora: Path | None, base: Path | None) -> dict[str, Path]:
     if lora:
         raise UserError(f"{what} is no pipeline's folder, which --lora is for; give the pipeline first")
     if not path.exists():
-        raise UserError(f"there is no {what}; give a run's folder, a pipeline, a LoRA or a network{near_path(path)}")
+        raise UserError(f"there is no {what}; give a run's folder, a pipeline, a LoRA or a network{near(path)}")
     trained = base or trained_for(path)
     if trained is None:
         raise UserError(f"{what} does not name the model that it is for; give its pipeline by --base MODEL")

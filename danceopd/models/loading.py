@@ -1,7 +1,7 @@
 """Loads parts of a diffusers pipeline's folder: never from the network, whole or not at all; errors name the path."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 
@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from danceopd.core.copies import to_device
-from danceopd.models.tensor_files import in_its_place, opened, read_header
+from danceopd.models.tensor_files import check_finite, in_its_place, opened, read_header
 from danceopd.support.errors import UserError
-from danceopd.support.hub import near_cached
-from danceopd.support.paths import near_path
+from danceopd.support.hub import near
 from danceopd.support.texts import parse_object
 
 INSIDE = "model.diffusion_model."  # in front of a transformer's names where a file holds a VAE and encoders beside it
@@ -33,11 +32,14 @@ SCALED = re.compile(r"scaled_fp8$|scale_(weight|input)$|(weight|input)_scale$|co
 def read_json(path: Path | str) -> dict:
     """Reads a JSON file of a pipeline; a UserError if it is not there or is damaged."""
     path = Path(path)
-    if not path.parent.is_dir():
-        near = near_path(path.parent) or near_cached(path.parent)
-        raise UserError(f"there is no folder {path.parent}; give the folder of a whole diffusers pipeline{near}")
+    folder = path.parent
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the folder of a whole diffusers pipeline")
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give the folder of a whole diffusers pipeline{near(folder)}")
     if not path.is_file():
-        raise UserError(f"no {path.name} in {path.parent}; give the folder of a whole diffusers pipeline")
+        above = f": it is {folder.parent}" if (folder.parent / path.name).is_file() else ""
+        raise UserError(f"no {path.name} in {folder}; give the folder of a whole diffusers pipeline{above}")
     try:
         return parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -95,41 +97,74 @@ def class_name_of(folder: Path | str, served: tuple[str, ...] = ()) -> str:
 
 
 def load(cls: type, path: Path | str, **options):
-    """Calls cls.from_pretrained with a folder; a UserError if it is not there or cannot be loaded."""
+    """Calls cls.from_pretrained with a folder; a UserError if it is not there, not whole or cannot be loaded."""
     path = Path(path)
     if not path.is_dir():  # else taken for the name of a repository
-        near = near_path(path) or near_cached(path)
-        raise UserError(f"there is no folder {path}; give the folder of a whole pipeline or model{near}")
+        raise UserError(f"there is no folder {path}; give the folder of a whole pipeline or model{near(path)}")
+    whole = (path / "model_index.json").is_file()
+    if whole:
+        _check_parts(path, given=options)
     if options.get("use_safetensors"):
-        parts = path.iterdir() if (path / "model_index.json").is_file() else (path,)
+        parts = path.iterdir() if whole else (path,)
         variants = {variant_of(part) for part in parts if part.is_dir()} - {None}
         options |= {"variant": min(variants)} if variants else {}
     try:
-        return cls.from_pretrained(str(path), local_files_only=True, **options)
+        loaded = cls.from_pretrained(str(path), local_files_only=True, **options)
     except Exception as error:  # on configurations of odd values the libraries raise almost anything
         raise UserError(f"{path}: cannot be loaded as {cls.__name__}: {error}") from error
+    for name, part in loaded.components.items() if whole else ():
+        if isinstance(part, nn.Module) and name not in options:
+            _finite(part, path / name)
+    return loaded
+
+
+def parts_of(index: dict) -> list[str]:
+    """Lists the parts that a pipeline's index names, each a folder beside it."""
+    lists = {part: value[:2] for part, value in index.items() if isinstance(value, list)}  # of a library and a class
+    return [part for part, value in lists.items() if len(value) == 2 and all(isinstance(one, str) for one in value)]
+
+
+def _check_parts(pipeline: Path, given: Iterable[str]) -> None:
+    """Raises UserError where a part of a pipeline is not there, or a file of its weights is not whole."""
+    for part in (part for part in parts_of(pipeline_index(pipeline)) if part not in given):
+        folder = pipeline / part
+        if not folder.is_dir() or not any(folder.iterdir()):
+            raise UserError(f"no {part} in {pipeline}, whose model_index.json names it; copy the whole pipeline")
+        _check_whole(folder)
+
+
+def _check_whole(folder: Path) -> None:
+    """Raises UserError where a file of a part's weights is not whole."""
+    variant = variant_of(folder)
+    for file in folder.glob("*.safetensors"):
+        match = VARIANT.fullmatch(file.name)
+        if (match and match[1]) == variant:  # what lies there of other variants is not read
+            read_header(file)
 
 
 def load_model(cls: type, path: Path | str, dtype: torch.dtype) -> nn.Module:
     """Loads a model of diffusers or transformers from its folder, in eval mode on the CPU.
 
     Raises:
-        UserError: As load does; and for weights of another class of diffusers or with some missing.
+        UserError: As load does; and for weights of another class of diffusers, with some missing or not finite.
     """
     path = Path(path)
     config = read_json(path / "config.json")
     if config.get("_class_name", cls.__name__) != cls.__name__:
         raise UserError(f"{path} holds a {config['_class_name']}, not a {cls.__name__}")
-    variant = variant_of(path)
-    for file in path.glob("*.safetensors"):
-        match = VARIANT.fullmatch(file.name)
-        if (match and match[1]) == variant:  # what lies there of other variants is not read
-            read_header(file)
+    _check_whole(path)
     model, info = load(cls, path, dtype=dtype, use_safetensors=True, output_loading_info=True)
     if info["missing_keys"]:  # the libraries only warn, and leave them random
         missing = sorted(info["missing_keys"])
         raise UserError(f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again")
-    return model.eval()
+    return _finite(model.eval(), path)
+
+
+def _finite(network: nn.Module, where: Path | str) -> nn.Module:
+    """Returns a network; a UserError where its weights are not finite."""
+    for name, parameter in network.named_parameters():
+        check_finite(where, name, parameter.detach())
+    return network
 
 
 def load_transformer(cls: type, folder: Path | str, dtype: torch.dtype) -> nn.Module:
@@ -209,11 +244,11 @@ def load_transformer_file(path: Path | str, like: nn.Module, folder: Path | str,
         dtype: Of the weights.
 
     Raises:
-        UserError: As check_transformer_file does.
+        UserError: As check_transformer_file does; or they are not finite.
     """
     check_transformer_file(path, like)
     config, tensors = str(transformer_folder(folder)), _tensors(Path(path), header_only=False)
-    return type(like).from_single_file(tensors, config=config, local_files_only=True, dtype=dtype)
+    return _finite(type(like).from_single_file(tensors, config=config, local_files_only=True, dtype=dtype), path)
 
 
 def _tensors(path: Path, header_only: bool) -> dict[str, torch.Tensor]:
@@ -222,8 +257,7 @@ def _tensors(path: Path, header_only: bool) -> dict[str, torch.Tensor]:
     Header_only: on the meta device.
     """
     if not path.is_file():
-        near = near_path(path) or "; give a transformer's folder or its safetensors file"
-        raise UserError(f"there is no file {path}{near}")
+        raise UserError(f"there is no file {path}; give a transformer's folder or its safetensors file{near(path)}")
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: weights must be a safetensors file; files of other kinds may run code when read")
     header = read_header(path)

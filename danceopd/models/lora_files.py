@@ -23,6 +23,7 @@ from danceopd.models.lora_algebra import Lora, named_factors
 from danceopd.models.lora_formats import (
     CHANGE,
     CONVERTED,
+    MERGED,
     as_factors,
     decomposed,
     full,
@@ -30,11 +31,11 @@ from danceopd.models.lora_formats import (
     refused,
     without_magnitudes,
 )
-from danceopd.models.lora_names import PREFIXES, in_order, known_layers, layers_of, nearest, whose
-from danceopd.models.tensor_files import opened, read_header
+from danceopd.models.lora_names import ENCODERS, PREFIXES, in_order, known_layers, layers_of, nearest, whose
+from danceopd.models.tensor_files import check_finite, opened, read_header
 from danceopd.models.weights import Weights
 from danceopd.support.errors import UserError
-from danceopd.support.paths import near_path
+from danceopd.support.hub import near
 from danceopd.support.texts import parse_object
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of PEFT and of diffusers
@@ -45,6 +46,10 @@ BASES = ("base_model", "base_model_name_or_path", "modelspec.architecture", "ss_
 BEING_WRITTEN = ".new-"  # begins the name of a folder that a file is written in
 
 BIASES = (".diff_b", ".bias", ".b_norm")  # ends of changes of biases, which trainers write as zeros too
+
+WITHOUT = "leave these keys out of the file, as docs/loras.md shows"
+
+INCOMPLETE = "the file is incomplete, copy it again"
 
 TAKEN = ("LORA", "LOKR", "LOHA")  # kinds of PEFT's adapters
 
@@ -100,7 +105,7 @@ def load_lora(
     lora, fused = {}, []
     for (name, layers), pair in pairs.items():
         if len(pair) != 2:
-            raise UserError(f"{file}: {name} has only one of its two factors; the file is incomplete")
+            raise UserError(f"{file}: {name} has only one of its two factors; {INCOMPLETE}")
         a, b, factor = pair["A"], pair["B"], _configured_scale(file, config, name, pair["A"])
         rows = _rows(file, name, layers, transformer, a, b)
         magnitude = magnitudes.pop(layers, None)
@@ -114,7 +119,9 @@ def load_lora(
             lora |= made
     if magnitudes:
         layer = next(iter(magnitudes))[0]
-        raise UserError(f"{file}: {layer} has a magnitude and no factors of the same layer; the file is incomplete")
+        raise UserError(
+            f"{file}: {layer} has a magnitude and no factors of the same layer; the file is incomplete, copy it again"
+        )
     for name, made in fused:
         _add_fused(file, name, made, lora)
     if not lora:
@@ -191,7 +198,7 @@ def lora_parameters(path: str | Path, transformer: nn.Module, pipeline_class: ty
         with opened(file) as stored:
             for key in stored.keys():  # noqa: SIM118
                 value = stored.get_tensor(key)
-                _check_finite(file, key, value)
+                check_finite(file, key, value)
                 match = FACTOR.fullmatch(key) or CHANGE.fullmatch(key)
                 layer = match[1] if match else key.removesuffix(".alpha")
                 zero[layer] = zero.get(layer, False) or not value.any()
@@ -239,13 +246,20 @@ def lora_file(path: Path) -> Path:
             raise UserError(f"{path}: a LoRA must be a safetensors file; files of other kinds may run code when read")
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: no LoRA there, neither a safetensors file nor a folder with one{near_path(path)}")
+        raise UserError(f"{path}: no LoRA there, neither a safetensors file nor a folder with one{near(path)}")
     files = sorted(path.glob("*.safetensors"))
     files = [f for f in files if f.name in FILES] or files
-    if len(files) != 1:
-        found = ", ".join(f.name for f in files) or "none"
-        raise UserError(f"{path}: a LoRA folder holds one safetensors file, found {found}; name the file itself")
-    return files[0]
+    if len(files) == 1:
+        return files[0]
+    deeper = sorted(file for name in FILES for file in path.glob(f"*/{name}"))
+    if (path / "model_index.json").exists() or (path / "config.json").exists():
+        do = "it is a model's folder: give it as the source's weights"
+    elif files or not deeper:
+        do = "name the file itself"
+    else:
+        do = f"its folders have {_first([str(file.relative_to(path)) for file in deeper])}: name one of these"
+    found = _first([file.name for file in files]) or "none"
+    raise UserError(f"{path}: a LoRA folder holds one safetensors file, found {found}; {do}")
 
 
 def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict | None]:
@@ -255,7 +269,7 @@ def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict 
         raw = {key: read(key) for key in stored.keys()}  # noqa: SIM118
         config = (stored.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     for key, value in raw.items() if not header_only else ():
-        _check_finite(file, key, value)
+        check_finite(file, key, value)
     if not raw:
         raise UserError(f"{file}: holds no tensors; train or copy it again")
     beside = file.with_name("adapter_config.json")
@@ -264,9 +278,11 @@ def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict 
             config = beside.read_text(encoding="utf-8")
         config = parse_object(config) if config else None
     except FileNotFoundError:
-        raise UserError(f"{file.parent}: no adapter_config.json beside {file.name}; it holds the scale") from None
+        raise UserError(
+            f"{file.parent}: no adapter_config.json beside {file.name}; copy it there, it has the scale"
+        ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: its configuration cannot be read as JSON: {error}") from error
+        raise UserError(f"{file}: its configuration cannot be read as JSON: {error}; copy it again") from error
     if config is not None and any(key.startswith("transformer.") for key in config):
         config = {k.removeprefix("transformer."): v for k, v in config.items() if k.startswith("transformer.")}
     if config is not None and config.get("peft_type", "LORA") not in TAKEN:
@@ -280,7 +296,9 @@ def _read(file: Path, header_only: bool) -> tuple[dict[str, torch.Tensor], dict 
         )
     quantized = [key for key, value in raw.items() if not (value.is_floating_point() or key.endswith(".alpha"))]
     if quantized:
-        raise UserError(f"{file}: {_first(quantized)}: not floating point; only LoRAs that are not quantized are taken")
+        raise UserError(
+            f"{file}: {_first(quantized)}: not floating point; give the file that this quantized one was made from"
+        )
     return {key: value.float() for key, value in raw.items()}, config
 
 
@@ -328,7 +346,9 @@ def _fold_alphas(file: Path, raw: dict[str, torch.Tensor], config: dict | None) 
     alphas = [key for key in raw if key.endswith(".alpha")]
     alone = [key for key in alphas if key.removesuffix(".alpha") not in downs or raw[key].numel() != 1]
     if alone:
-        raise UserError(f"{file}: {_first(alone)}: no number beside a pair of LoRA factors; the file is incomplete")
+        raise UserError(
+            f"{file}: {_first(alone)}: no number beside a pair of LoRA factors; the file is incomplete, copy it again"
+        )
     if alphas and config is not None:
         raise UserError(f"{file}: has alphas ({_first(alphas)}) and a PEFT configuration too; remove one of them")
     for key in alphas:
@@ -352,8 +372,7 @@ def _convert(
         except Exception as error:  # of any kind: the converters assume what they expect
             if "meta tensor" in str(error):  # read by its header alone, and the converter asks for values
                 raise
-            said = " ".join(str(error).split())[:200]
-            raise _unknown(file, list(leaves), transformer, known, f" (diffusers' converter: {said})") from error
+            raise _unknown(file, list(leaves), transformer, known) from error
         kept = [value.sum() for value in converted.values() if value.requires_grad]
         gradients = torch.autograd.grad(sum(kept), leaves.values(), allow_unused=True) if kept else [None] * len(leaves)
     lost = [key for (key, leaf), grad in zip(leaves.items(), gradients, strict=True) if grad is None and leaf.any()]
@@ -433,16 +452,10 @@ def _add_fused(file: Path, name: str, made: Lora, lora: Lora) -> None:
         if layer in lora and not a.is_meta:
             other_a, other_b, other = lora[layer]
             if not torch.allclose(scale * b @ a, other * other_b @ other_a, rtol=1e-4, atol=1e-6):
-                raise UserError(f"{file}: {name} and {layer} are the same layer, and the file changes it in two ways")
+                raise UserError(
+                    f"{file}: {name} and {layer} are the same layer, and the file changes it in two ways; remove one"
+                )
         lora.setdefault(layer, (a, b, scale))
-
-
-def _check_finite(file: Path, key: str, value: torch.Tensor) -> None:
-    if value.is_floating_point() and not value.float().isfinite().all():
-        raise UserError(
-            f"{file}: {key} holds numbers that are not finite (NaN or infinity), so it can teach nothing; take an "
-            "earlier file of its training, or copy it again"
-        )
 
 
 def _configured_scale(file: Path, config: dict | None, name: str, a: torch.Tensor) -> float:
@@ -454,7 +467,10 @@ def _configured_scale(file: Path, config: dict | None, name: str, a: torch.Tenso
     if config.get("peft_type", "LORA") != "LORA":  # whose rank is not that of the product
         return alphas.get(get_pattern_key(alphas, name), config.get("alpha", 8)) / rank
     if rank != len(a):
-        raise UserError(f"{file}: the configuration gives {name} rank {rank}, its factors have {len(a)}")
+        raise UserError(
+            f"{file}: the configuration gives {name} rank {rank}, its factors have {len(a)}; copy both again, of one "
+            "training"
+        )
     alpha = alphas.get(get_pattern_key(alphas, name), config.get("lora_alpha", 8))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
@@ -463,19 +479,36 @@ def _first(keys: Sequence[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _unknown(
-    file: Path, keys: Sequence[str], transformer: nn.Module, known: dict, said: str = "", of: Iterable[str] = ()
-) -> UserError:
+def _unknown(file: Path, keys: Sequence[str], transformer: nn.Module, known: dict, of: Iterable[str] = ()) -> UserError:
     """Returns the error of keys that cannot be taken; `of`: what they were in the file, where that was converted."""
-    stems = [match[1] if (match := FACTOR.fullmatch(key)) else key for key in keys]
-    hint = whose(of or stems, transformer) or nearest(stems[0], known) or "check that it was trained for this model"
-    if sum(key.removesuffix(".weight") in known for key in keys) > len(keys) / 2:
-        hint = "it holds weights and no LoRA: give it as the source's weights"
+    whole = [key for key in keys if layers_of(key.removesuffix(".weight"), known)]
+    if whole and any(FACTOR.fullmatch(key) or CHANGE.fullmatch(key) for key in read_header(file)):
+        found = f"{_first(whole)}: whole weights beside its LoRA (PEFT: modules_to_save); train it without, or {MERGED}"
+    elif whole:
+        found = "it holds weights and no LoRA: give it as the source's weights"
+    else:
+        found = _odd_ones(keys, [*of], transformer, known)
+    hint = found or f"take a LoRA of this model, or {WITHOUT}"
     return UserError(
         f"{file}: cannot take all of this LoRA: {_first(keys)} would be left out, being no LoRA factors of linear "
-        f"layers of {type(transformer).__name__}{said}; {hint}. Take a LoRA of this model, trained without text "
-        "encoders, biases and norms, or remove these keys from the file"
+        f"layers of {type(transformer).__name__}; {hint}"
     )
+
+
+def _odd_ones(keys: Sequence[str], of: Sequence[str], transformer: nn.Module, known: dict) -> str | None:
+    """Says what keys are that name no factors of a linear layer, and what to do; None where that does not show."""
+    if all(map(ENCODERS.search, keys)):
+        return (
+            "they change a text encoder, and prompts are encoded once for all sources, by the model's own; take a LoRA "
+            f"that was trained without, or {WITHOUT}"
+        )
+    if all(key.endswith(BIASES) for key in keys):
+        return f"they change biases; train it without (PEFT: lora_bias=False, bias='none'), or {MERGED}"
+    stems = [match[1] if (match := FACTOR.fullmatch(key)) else key for key in keys]
+    if other := whose(of or stems, transformer):
+        return f"{other}. Take a LoRA of this model"
+    near = nearest(stems[0], known)
+    return near and f"{near}. Take a LoRA of this model, or {WITHOUT}"
 
 
 def loads_loras(pipeline_class: type) -> bool:

@@ -28,7 +28,8 @@ REFUSED = {
     f"a LoRA of convolutions in Tucker's form; {MERGED}": r"lok?r_t2|hada_t[12]|lora_mid",
     f"a DoRA of LyCORIS that is decomposed in the change itself; {MERGED}": r"wd_for_diff",
     "a LoRA of a quantized base for nunchaku; take the file that it was converted from": r"proj_(down|up)|smooth_orig",
-    "a textual inversion and no change of weights; leave it out, prompts are encoded without it": r"emb_params",
+    "a textual inversion and no change of weights; leave it out, prompts are encoded without it": r"emb_params"
+    r"|bundle_emb\..+",
 }
 
 
@@ -113,7 +114,9 @@ def as_factors(raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, part in parts.items():
         odd = next((key for key, value in part.items() if value.dim() != 2), None)
         if odd:
-            raise ValueError(f"{name}.{odd} has {part[odd].dim()} axes and changes no linear layer; train it without")
+            raise ValueError(
+                f"{name}.{odd} has {part[odd].dim()} axes and changes no linear layer; train it without, or {MERGED}"
+            )
         if "diff" in part:
             b, a, rank = *full(part["diff"]), None
         elif "hada_w1_a" in part:

@@ -17,6 +17,7 @@ ENCODERS = re.compile(r"(^|[._])(lora_te\d?|text_encoders?(_\d)?|clip_[lg]|t5xxl
 FAMILIES = {
     "a UNet, as Stable Diffusion 1, 2 and XL have one": ((), r"(down|up|input|output)_blocks|mid(dle)?_block"),
     "Wan's transformer": ((), r"(^|[._])blocks[._]\d+[._](self|cross)_attn"),
+    "HunyuanVideo's transformer": ((), r"double_blocks\.\d+\.(img|txt)_(attn_(qkv|proj)|mlp\.fc)"),
     "FLUX's transformer": (("Flux",), r"(double|single)_blocks|single_transformer_blocks"),
     "Stable Diffusion 3's transformer": (("SD3",), r"joint_blocks"),
     "Qwen-Image's transformer": (("QwenImage",), r"transformer_blocks[._]\d+[._](img|txt)_m(lp|od)"),
@@ -205,19 +206,22 @@ def known_layers(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
     """Lists the names that files have for a transformer's linear layers.
 
     Returns:
-        {name: layers}: the layers' own names, those of the published network, and of attention also the names that
-        diffusers fuses it under; and each name once more with _ for every dot.
+        {name: layers}: the layers' own names, those of the published network (of its fused layers also with .0, .1 for
+        the parts of each), and of attention also the names that diffusers fuses it under; and each name once more with
+        _ for every dot.
     """
-    linear = _linear(transformer)
-    found: dict[str, tuple[str, ...]] = {name: (name,) for name in linear}
+    widths = {name: transformer.get_submodule(name).in_features for name in _linear(transformer)}
+    found: dict[str, tuple[str, ...]] = {name: (name,) for name in widths}
     for name, layers in published_layers(transformer).items():
         found.setdefault(name, layers)
+        for i, layer in enumerate(layers) if len(set(layers)) > 1 else ():  # OneTrainer's parts of a fused layer
+            found.setdefault(f"{name}.{i}", (layer,))
 
     def also(name: str, *layers: str) -> None:
-        if linear.issuperset(layers):
+        if widths.keys() >= set(layers) and len({widths[layer] for layer in layers}) == 1:  # not of cross attention
             found.setdefault(name, layers)
 
-    for parent in sorted({name.rpartition(".")[0] for name in linear if name.endswith((".to_q", ".add_q_proj"))}):
+    for parent in sorted({name.rpartition(".")[0] for name in widths if name.endswith((".to_q", ".add_q_proj"))}):
         own, added = [f"{parent}.to_{x}" for x in "qkv"], [f"{parent}.add_{x}_proj" for x in "qkv"]
         for fused in ("qkv", "to_qkv"):
             also(f"{parent}.{fused}", *own)
@@ -232,13 +236,12 @@ def known_layers(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def layers_of(name: str, known: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:
     """Returns the layers that a file's name stands for, with any of the prefixes, however often; None for none."""
+    if name in known:
+        return known[name]
     prefixes = FLAT_PREFIXES if "." not in name else PREFIXES
-    while name not in known:
-        prefix = next((p for p in prefixes if name.startswith(p)), None)
-        if prefix is None:
-            return None
-        name = name.removeprefix(prefix)
-    return known[name]
+    # One prefix may begin another: lora_transformer_blocks_0 is a layer of transformer_blocks behind "lora_".
+    found = (layers_of(name.removeprefix(prefix), known) for prefix in prefixes if name.startswith(prefix))
+    return next((layers for layers in found if layers), None)
 
 
 def whose(keys: Iterable[str], transformer: nn.Module) -> str | None:

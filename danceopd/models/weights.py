@@ -10,7 +10,7 @@ from torch import nn
 
 from danceopd.models.loading import check_shapes, transformer_folder, weight_files
 from danceopd.models.lora_algebra import Lora
-from danceopd.models.tensor_files import opened, read_header
+from danceopd.models.tensor_files import check_finite, opened, read_header
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ class Weights:
 
 
 def of_folder(folder: Path | str) -> Weights:
-    """Reads the weights of a transformer that save_pretrained wrote, or of a pipeline's; a UserError for bad files."""
+    """Reads the weights of a transformer that save_pretrained wrote, or of a pipeline's.
+
+    A UserError says which file is bad, and what is read raises one where it is not finite.
+    """
     shapes, places = {}, {}
     for file in weight_files(transformer_folder(folder)):
         for name, (_, shape) in read_header(file).items():
@@ -42,6 +45,7 @@ def of_folder(folder: Path | str) -> Weights:
         first, last, skipped = _rows(shapes[name], start, stop)
         with opened(places[name]) as file:
             found = file.get_slice(name)[first:last] if shapes[name] else file.get_tensor(name)
+        check_finite(places[name], name, found)
         return found.flatten()[skipped : skipped + stop - start]
 
     return Weights(shapes, read)
@@ -111,8 +115,7 @@ def likeness(one: Weights, other: Weights) -> float:
         other: The other's.
 
     Returns:
-        The largest cosine of the matrices read; 1 where the networks have none in common, NaN where one of them is not
-        finite.
+        The largest cosine of the matrices read; 1 where the networks have none in common.
     """
     names = [n for n, s in one.shapes.items() if len(s) == 2 and other.shapes.get(n) == s and min(s) > 1]
     names = sorted(names, key=lambda name: one.shapes[name].numel())[-64:]
@@ -120,7 +123,7 @@ def likeness(one: Weights, other: Weights) -> float:
     for name in names[:: max(1, len(names) // PROBED)][:PROBED]:
         a, b = (weights.tensor(name).flatten().double() for weights in (one, other))
         found.append((a @ b / (a.norm() * b.norm()).clamp(min=1e-30)).item())
-    return math.nan if any(map(math.isnan, found)) else max(found, default=1.0)
+    return max(found, default=1.0)
 
 
 def _rows(shape: torch.Size, start: int, stop: int) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from danceopd.models.loading import (
     check_weights,
     hub_id,
     is_file_name,
+    parts_of,
     pipeline_index,
     transformer_folder,
     weight_files,
@@ -49,7 +50,7 @@ from danceopd.planning.memory import (
 )
 from danceopd.planning.remembered import Remembered
 from danceopd.support.errors import UserError
-from danceopd.support.paths import near_path
+from danceopd.support.hub import near
 from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.build import run_attention
 from danceopd.training.assembly.networks import start_folder, student_layers, student_sizes
@@ -274,6 +275,8 @@ def _lacking(config: Config, findings: Findings, transformer: nn.Module, layers:
             continue
         norms = squared_norms(sum_loras(loras))
         missing = [layer for layer in norms if layer not in own]
+        if not missing:  # a file's fused layers may hold zeros for those
+            continue
         share = sum(norms[layer] for layer in missing) / (sum(norms.values()) or 1.0)
         more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
         findings.warnings.append(
@@ -325,7 +328,7 @@ def _check_files(config: Config, findings: Findings) -> None:
     for name, source in config.networks().items():
         for lora in source.lora:
             if not lora.path.exists():
-                findings.problems.append(f"sources.{name}.lora: {lora.path}: no LoRA there{near_path(lora.path)}")
+                findings.problems.append(f"sources.{name}.lora: {lora.path}: no LoRA there{near(lora.path)}")
         if source.weights not in (None, "base") and not Path(source.weights).exists():
             findings.problems.append(f"sources.{name}.weights: nothing at {source.weights}")
 
@@ -333,7 +336,7 @@ def _check_files(config: Config, findings: Findings) -> None:
 def _parts(folder: Path) -> str:
     """Says which of a pipeline's parts are there; training itself reads no encoder."""
     index = pipeline_index(folder)
-    named = [key for key, value in index.items() if isinstance(value, list) and value and value[0]]
+    named = parts_of(index)
     there = [part for part in named if (Path(folder) / part).is_dir()]
     missing = [part for part in named if part not in there]
     needed = [part for part in missing if not part.startswith(ENCODERS)]
@@ -347,12 +350,15 @@ def _parts(folder: Path) -> str:
 def _warn_of_strangers(config: Config, findings: Findings, key: str, weights: Path | str) -> None:
     """Warns of a source's weights that fit the model by shape and have nothing in common with it."""
     try:
-        alike = likeness(of_folder(config.model), of_folder(weights))
+        base = of_folder(config.model)
     except UserError:  # said of the model
         return
-    if math.isnan(alike):
-        findings.problems.append(f"{key}: {weights} holds numbers that are not finite (NaN or infinity); copy it again")
-    elif alike < RELATED:
+    try:
+        alike = likeness(base, of_folder(weights))
+    except UserError as error:  # some of the numbers are not finite
+        findings.problems.append(f"{'model' if str(error).startswith(f'{config.model}/') else key}: {error}")
+        return
+    if alike < RELATED:
         findings.warnings.append(
             f"{key}: {weights} fits {config.model} by shape alone: cosines of its weights with the model's are at most "
             f"{alike:.2f}, where fine-tuned ones have nearly 1; check that it was trained from this model, since a "
@@ -382,6 +388,10 @@ def _own_transformer(
     lora = next((file for file in LORAS if (Path(weights) / file).is_file()), None)
     if lora and not transformer_folder(weights).is_dir():
         findings.problems.append(f"{key}: {weights} holds a LoRA ({lora}): give it as sources.{name}.lora")
+        return None
+    if not is_file_name(weights) and not Path(weights).is_dir():
+        where = f"there is no folder {weights}; give a transformer's folder or its safetensors file{near(weights)}"
+        findings.problems.append(f"{key}: {where}")
         return None
     if not is_file_name(weights):
         network = attempt(key, meta_transformer, weights, backbone, dtype)

@@ -116,13 +116,15 @@ def _downloaded(name: HubName) -> Path:
             "your token with `hf auth login`"
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
+        like = near_path(str(name)) or near_cached(name)
         missing = {RevisionNotFoundError: "revision", RemoteEntryNotFoundError: "file"}.get(type(error), "repository")
-        raise ValueError(f"there is no {name} here, and the hub has no such {missing}{near_cached(name)}") from None
+        raise ValueError(f"there is no {name} here, and the hub has no such {missing}{like}") from None
     except Exception as error:  # the HTTP library's, which is another for each version of the hub's client
         if cached := _cached(name):
             return cached
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"there is no {name} here, and the hub does not answer: {said}{near_cached(name)}") from None
+        like = near_path(str(name)) or near_cached(name)
+        raise ValueError(f"there is no {name} here, and the hub does not answer: {said}{like}") from None
 
 
 def _beside(name: HubName, other: str) -> None:
@@ -151,12 +153,18 @@ def _alone(file: str, files: list[str]) -> bool:
     return all(re.search(r"\.(fp16|bf16)[.-]", f) for f in weights)
 
 
-def near_cached(name: HubName | Path | str) -> str:
-    """Ends a message about what is not there by the nearest repository of the hub's cache, or how to download it.
+def near(path: Path | str) -> str:
+    """Ends a message about a path that is not there by a name that is like it, beside it or in the hub's cache."""
+    path = Path(path)
+    if re.match("https?:", str(path)):
+        return "; of the hub give owner/repo, or owner/repo:file.safetensors, and no address"
+    if found := near_path(path) or near_cached(path):
+        return found
+    return "; if it is meant as a repository of the hub, --download brings it" if hub_name(path) else ""
 
-    Returns:
-        "", where the name is none of the hub's.
-    """
+
+def near_cached(name: HubName | Path | str) -> str:
+    """Ends a message about what is not there by the nearest repository of the hub's cache; "" for none."""
     name = name if isinstance(name, HubName) else hub_name(name)
     if name is None:
         return ""
@@ -164,5 +172,4 @@ def near_cached(name: HubName | Path | str) -> str:
         cached = [repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos]
     except (huggingface_hub.errors.CacheNotFound, OSError, ValueError):
         cached = []
-    near = near_path(str(name)) or (did_you_mean(name.repo, cached, "") if cached else "")
-    return near or "; if it is meant as a repository of the hub, --download brings it"
+    return did_you_mean(name.repo, cached, "")

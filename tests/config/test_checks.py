@@ -19,6 +19,13 @@ from config_mistakes import mistakes
         ("training.batch_size=64000000", ["training.batch_size", "less than or equal to 1000000"]),
         ("rollout.num_inference_steps=160000000", ["rollout.num_inference_steps", "less than or equal to 10000"]),
         ("evaluation.num_inference_steps=10001", ["evaluation.num_inference_steps", "less than or equal to 10000"]),
+        (
+            "training.swap_blocks=0",
+            ["has a mistake", "swap_blocks: 0 is not valid; give auto, or a number greater than 0"],
+        ),
+        ("training.cuda_graphs=atuo", ["has a mistake", "cuda_graphs: 'atuo' is not valid; did you mean 'auto'?"]),
+        ("student.lora.targets=3", ["targets: 3 is not valid; give attention, attention+ffn, all-linear, or a valid"]),
+        ("extend=base.yaml", ["extend: unknown key; did you mean 'extends'?"]),
         ("training.learning_rate=.nan", ["training.learning_rate"]),
         ("capabilities.edit.weight=-2", ["capabilities.edit.weight", "-2"]),
         ("capabilities.edit.source=edti", ["capabilities.edit.source: no source 'edti'", "'edit'"]),

@@ -74,7 +74,8 @@ def write_rows(
 ) -> Path:
     """Writes prepared rows of capabilities {name: task} as `danceopd data prepare` does, of random encodings."""
     cache, prompt, picture = Cache(folder), key_of("prompt"), key_of("picture")
-    cache.write({prompt: prompt_of(family, transformer, length), picture: {"latents": torch.randn(*shape)}})
+    slots = 4 if family == "z_omni" and "edit" in capabilities.values() else 0  # the others may have none
+    cache.write({prompt: prompt_of(family, transformer, length, slots), picture: {"latents": torch.randn(*shape)}})
     lines = [{"model": "m", "negative_prompts": {"": prompt}}]
     for name, task in capabilities.items():
         sources = [picture] if task == "edit" else []

@@ -176,7 +176,11 @@ def ab(shapes):
         ("sd3", ab(GOOD) | {f"{Q}.wd_for_diff": torch.ones(1)}, "decomposed in the change itself; merge it .*LyCORIS"),
         ("sd3", {f"{Q}.vera_lambda_b": torch.ones(16)}, "is a VeRA, .*peft.save_as_lora"),
         ("sd3", {"emb_params": torch.ones(4, 16)}, "is a textual inversion and no change of weights"),
-        ("sd3", ab(GOOD) | {f"{Q}.lora_B.bias": torch.ones(16)}, "to_q.lora_B.bias would"),
+        ("sd3", {"bundle_emb.cat.clip_l": torch.ones(4, 16)}, "is a textual inversion and no change of weights"),
+        ("sd3", ab(GOOD) | {f"{Q}.lora_B.bias": torch.ones(16)}, "they change biases; train it without .*lora_bias"),
+        ("flux", ab(GOOD) | {"base_model.model.x_embedder.weight": torch.ones(16, 4)},
+         r"x_embedder.weight: whole weights beside its LoRA \(PEFT: modules_to_save\)"),
+        ("flux", {"x_embedder.weight": torch.ones(16, 4), "x_embedder.bias": torch.ones(16)}, "weights and no LoRA"),
         ("sd3", ab(GOOD) | {f"{Q}.diff": torch.ones(16, 16)}, "to_q has a LoRA and another change beside it"),
         ("sd3", {f"{Q}.lokr_w1": torch.ones(4, 4)}, "to_q has no lokr_w2_a; the file is incomplete"),
         ("sd3", {f"{Q}.lokr_w1": torch.ones(4, 4), f"{Q}.lokr_w2": torch.ones(3, 3)}, "trained for another model"),
@@ -188,9 +192,10 @@ def ab(shapes):
         ("flux", factors({"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (16, 16)}),
          "its keys are those of a UNet, as Stable Diffusion"),
         ("z", factors({"lora_unet_double_blocks_0_img_attn_qkv": (16, 48)}), "its keys are those of FLUX"),
+        ("flux", ab({"diffusion_model.double_blocks.0.img_attn_qkv": (16, 48)}), "those of HunyuanVideo's"),
         ("sd3", ab(GOOD) | {f"{Q}.lora_A.weight": torch.full((4, 16), float("nan"))}, "to_q.lora_A.weight.*not finite"),
         ("sd3", {f"{Q}.alpha": torch.ones(())}, "no number beside a pair"),
-        ("sd3", ab(GOOD) | ab({"text_encoder.layers.0.fc1": (8, 8)}), r"text_encoder.*fc1.*without text encoders"),
+        ("sd3", ab(GOOD) | ab({"text_encoder.layers.0.fc1": (8, 8)}), "they change a text encoder.*docs/loras.md"),
         ("sd3", ab(GOOD) | ab({"transformer.transformer_blocks.9.attn.to_q": (16, 16)}), "blocks.9.attn.to_q.lora_A"),
         ("sd3", ab(GOOD) | ab({"transformer.pos_embed.proj": (16, 16)}), "pos_embed.proj.lora_A"),
         ("sd3", ab({Q: (24, 24)}), r"to_q is 16 -> 16 .* \[4, 24\] and \[24, 4\]; it was trained for another"),
@@ -202,16 +207,16 @@ def ab(shapes):
         ("sd3", ab(GOOD) | {f"{Q}.lora_A.weight": torch.ones(4, 16, dtype=torch.int8)}, "not floating point"),
         # what diffusers' converters leave out in silence
         ("flux", factors({"lora_unet_double_blocks_0_img_attn_proj": (16, 16),
-                          "text_encoders.t5xxl.transformer.block": (8, 8)}), "t5xxl.* would be left out"),
+                          "text_encoders.t5xxl.transformer.block": (8, 8)}), "t5xxl.* change a text encoder"),
         ("flux", factors({"lora_unet_double_blocks_0_img_attn_proj": (16, 16)})
          | {"lora_unet_double_blocks_0_img_attn_proj.diff_b": torch.ones(16)}, "diff_b would be left out"),
         ("flux", factors({"transformer.transformer_blocks.0.attn.to_q": (16, 16), "another.layer": (16, 16)}),
          "another.layer.* would be left out"),
         ("flux", factors({"lora_te1_text_model_encoder_layers_0_mlp_fc1": (8, 8),
                           "lora_unet_double_blocks_0_img_attn_proj": (16, 16)}, alpha=2.0),
-         "text_encoder.*would be left out"),
+         "text_encoder.*would be left out.*change a text encoder"),
         ("flux", factors({"lora_unet_double_blocks_44_img_attn_proj": (16, 16)}),
-         "double_blocks_44_.*diffusers' converter: Incompatible keys"),
+         "double_blocks_44_.* has such blocks 0 to 1 and no double_blocks_44"),
         ("flux", factors({"lora_unet_double_blocks_7_img_attn_proj": (16, 16)}), r"blocks\.7\.attn\.to_out"),
         ("qwen", ab({"diffusion_model.transformer_blocks.0.attn.to_q": (16, 16)})
          | {"diffusion_model.norm.diff": torch.ones(3)}, "norm.diff has 1 axes and changes no linear layer"),
@@ -459,6 +464,12 @@ TRAINERS = {
                          ["transformer_blocks.0.ff.net.0.proj"]),
     "OneTrainer, dotted": ("flux", {f"transformer.{SINGLE}.proj_mlp": (16, 64)}, {"alpha": 1.0},
                            [f"{SINGLE}.proj_mlp"]),
+    "OneTrainer, OMI": ("flux", {f"transformer.single_blocks.1.linear1.{i}": (16, 16) for i in range(3)},
+                        {"alpha": 1.0, "rank": 1}, SPLIT),
+    "OneTrainer, OMI of SD3": ("sd3", {"transformer.joint_blocks.0.context_block.attn.qkv.1": (16, 16)}, {"alpha": 1.0},
+                               ["transformer_blocks.0.attn.add_k_proj"]),
+    "flat names behind lora_": ("sd3", {"lora_transformer_blocks_0_attn_to_k": (16, 16)}, {"alpha": 1.0},
+                                ["transformer_blocks.0.attn.to_k"]),
     "X-Labs, single blocks": ("flux", {"single_blocks.1.processor.qkv_lora": (16, 48)}, {"style": ("down", "up")},
                               SPLIT),
     "kohya, fused linear1": ("flux", {"lora_unet_single_blocks_1_linear1": (16, 112)}, {"alpha": 1.0},
@@ -477,9 +488,12 @@ def test_what_trainers_write_is_read_to_the_last_key(trainer, tmp_path):
     lora = load_lora(tmp_path, build(), pipeline_class)
     assert [*lora] == layers
     change = torch.cat([scale * b @ a for a, b, scale in lora.values()])
-    down, up = (value for key, value in state.items() if key.endswith("weight"))
-    alpha = next((value / len(down) for key, value in state.items() if key.endswith("alpha")), 1.0)
-    close(change, alpha * up @ down)
+    expected = []
+    for name in shapes:
+        down, up = (value for key, value in state.items() if key.startswith(f"{name}.") and key.endswith("weight"))
+        alpha = state[f"{name}.alpha"] / len(down) if f"{name}.alpha" in state else 1.0
+        expected.append(alpha * up @ down)
+    close(change, torch.cat(expected))
 
 
 def test_a_lokr_of_a_layout_that_diffusers_converts_is_taken(tmp_path):
@@ -540,7 +554,14 @@ def test_a_file_that_is_not_there_or_broken_is_an_error_with_its_path(tmp_path):
         assert str(path) in str(error.value)
 
     refused(tmp_path / "none", "no LoRA there")
-    refused(tmp_path, "found none")
+    refused(tmp_path, "found none; name the file itself")
+    (tmp_path / "checkpoint").mkdir()
+    save_file(ab(GOOD), tmp_path / "checkpoint" / "pytorch_lora_weights.safetensors")
+    refused(tmp_path, "found none; its folders have checkpoint/pytorch_lora_weights.safetensors: name one of these")
+    refused(tmp_path / "checkpiont", "no LoRA there, .*; did you mean '.*/checkpoint'")
+    (tmp_path / "config.json").write_text("{}")
+    refused(tmp_path, "found none; it is a model's folder: give it as the source's weights")
+    (tmp_path / "config.json").unlink()
     (tmp_path / "lora.bin").write_bytes(b"x")
     refused(tmp_path / "lora.bin", "must be a safetensors file")
     save_file(ab(GOOD), tmp_path / "one.safetensors")

@@ -18,6 +18,7 @@ from danceopd.models.backbones import empty_transformer, sd3
 from danceopd.models.loading import check_weights
 from danceopd.models.lora_algebra import merge_into
 from danceopd.models.saving import save_pretrained
+from danceopd.models.tensor_files import check_finite
 from danceopd.models.weights import check_fits, either, mean, of_folder, of_tensors, plus
 from danceopd.support.errors import UserError
 from danceopd.training.checkpoints import bounds
@@ -103,6 +104,29 @@ def test_files_that_are_not_good_are_named(place, tmp_path):
         UserError, match=r"diffusion_pytorch_model.safetensors: is cut off within its header.*copy it again"
     ):
         of_folder(tmp_path / "lacking")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_weights_that_are_not_finite_are_named_where_they_are_read(place, tmp_path, dtype, bad):
+    network, name = sd3.load_transformer(place / "model"), "transformer_blocks.1.attn.to_k.weight"
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    if dtype.itemsize == 1:
+        check_finite(tmp_path, name, state[name].to(dtype))
+        bad = float("nan")  # which this storage has, and no infinity
+    state[name][-1, -1] = bad
+    with pytest.raises(UserError, match=f"{name} holds numbers that are not finite"):
+        check_finite(tmp_path, name, state[name].to(dtype))
+    if dtype.itemsize == 1:
+        return
+    network.load_state_dict(state)
+    network.to(dtype).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}: {name} holds numbers that are not finite"):
+        sd3.load_transformer(tmp_path, dtype)
+    weights = of_folder(tmp_path)
+    weights.tensor(name.replace("to_k", "to_q"))
+    with pytest.raises(UserError, match=f"{tmp_path}/diffusion_pytorch_model.safetensors: {name} holds numbers"):
+        weights.tensor(name)
 
 
 @pytest.mark.parametrize("name", ["model", "several"])

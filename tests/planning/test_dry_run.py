@@ -214,7 +214,7 @@ def test_all_that_is_missing_is_listed_and_the_rest_is_printed(places, tmp_path,
         r"model: no weights diffusion_pytorch_model\.safetensors in",
         r"sources\.one\.lora: .*gone\.safetensors: no LoRA there",
         r"sources\.one\.lora: .*other\.safetensors: cannot",
-        r"sources\.three\.weights: no transformer in",
+        r"sources\.three\.weights: there is no folder .*nowhere; give a transformer's folder or its safetensors file",
         r"needed by `danceopd data prepare` alone: text_encoder",
         r"student, trainable +\d",
         r"rollout to the deepest state asked +\d",
@@ -283,6 +283,17 @@ def test_the_share_of_a_source_outside_of_the_students_adapter_is_said(places):
     assert not [line for line in every.warnings if "adapter lacks" in line]
 
 
+def test_a_fused_layer_of_zeros_is_no_change(places, tmp_path):
+    up = torch.ones(3 * 16, 2)
+    up[2 * 16 :] = 0  # of to_v
+    name = "transformer.transformer_blocks.0.attn.to_qkv"
+    save_file({f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": up}, tmp_path / "q.safetensors")
+    one = {"lora": [{"path": str(tmp_path / "q.safetensors")}]}
+    plan = dry_run(config_of(places("sd3"), **{"sources.one": one, "student.lora.targets": ["attn.to_q", "attn.to_k"]}))
+    assert plan.problems == []
+    assert not [line for line in plan.warnings if line.startswith("sources.one:")]
+
+
 def test_presets_and_patterns_are_in_the_plan(places):
     root = places("sd3")
     small = dry_run(config_of(root, **{"student.lora.targets": "attention", "student.lora.rank": 4}))
@@ -290,6 +301,8 @@ def test_presets_and_patterns_are_in_the_plan(places):
         config_of(root, **{"student.lora.targets": "attention+ffn", "student.lora.rank_pattern": {"net.2": 9}})
     )
     assert small.parameters["student, trainable"] < large.parameters["student, trainable"]
+    none = dry_run(config_of(root, **{"student.lora.targets": []}))
+    assert none.problems == ["student.lora.targets: it names no layer; leave it out for the family's usual ones"]
     wrong = dry_run(config_of(root, **{"student.lora.alpha_pattern": {"to_w": 1.0}}))
     assert wrong.problems == ["student.lora: no layer of the adapter ends in to_w, which a pattern names"]
 

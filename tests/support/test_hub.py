@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from danceopd.support.hub import HubName, hub_name, located, near_cached, wanted
+from danceopd.support.hub import HubName, hub_name, located, near, near_cached, wanted
 
 COMMIT = "a" * 40
 
@@ -165,5 +165,9 @@ def test_what_cannot_be_had_is_said_in_words(server, tmp_path):
 
 def test_the_cache_names_what_is_near(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
-    assert "--download" in near_cached("owner/klein")
+    assert near_cached("owner/klein") == ""
     assert near_cached("/somewhere/else") == ""
+    (tmp_path / "klein").mkdir()
+    assert near(tmp_path / "klien") == f"; did you mean '{tmp_path}/klein'?"
+    assert "--download" in near("owner/klein")
+    assert "give owner/repo" in near("https:/huggingface.co/owner/klein")

@@ -75,7 +75,7 @@ def transformer_class(folder: Path | str, backbone: ModuleType) -> type:
         raise UserError(f"{path} {in_its_place(path) or f'is damaged ({error}); copy it again'}") from None
     cls = getattr(backbone, str(name), None)  # a backbone's module has the one class that it loads
     if not hasattr(cls, "from_config"):
-        raise UserError(f"{path}: a {name} is not a transformer of this family")
+        raise UserError(f"{path}: a {name} is not a transformer of this family; give one of the model's own")
     return cls
 
 

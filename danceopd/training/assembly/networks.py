@@ -16,6 +16,7 @@ from danceopd.models.lora_algebra import Lora
 from danceopd.models.shared_base import SharedBase, target_layers
 from danceopd.models.students import FullStudent, LoraStudent, layer_sizes
 from danceopd.models.weights import Weights, check_fits, of_folder
+from danceopd.support.errors import UserError
 from danceopd.training.assembly.sources import (
     Unread,
     _load,
@@ -176,6 +177,8 @@ def student_layers(config: Config, backbone: ModuleType, transformer: nn.Module)
         UserError: As target_layers does.
     """
     targets = config.student.lora.targets
+    if targets == []:
+        raise UserError("it names no layer; leave it out for the family's usual ones")
     if isinstance(targets, str):
         return preset_layers(transformer, targets)
     return target_layers(transformer, targets or backbone.LORA_TARGETS, every=bool(targets))
