@@ -36,7 +36,9 @@ class Remembered(TorchDispatchMode):
             return out
         if (forms := self.known[key]) is None:
             return func(*args, **kwargs)
-        return tuple(map(_made, forms)) if isinstance(forms, list) else _made(forms)
+        if isinstance(forms, tuple):
+            return _made(forms)
+        return tuple(None if one is None else _made(one) for one in forms)  # such as a gradient that nobody wants
 
 
 @cache
@@ -74,8 +76,6 @@ def _forms_of(out, before: set[int]):
     return forms if isinstance(out, tuple) else forms[0]
 
 
-def _made(form: tuple | None) -> torch.Tensor | None:
-    if form is None:  # such as a gradient that nobody wants
-        return None
+def _made(form: tuple) -> torch.Tensor:
     shape, strides, dtype = form
     return torch.empty_strided(shape, strides, dtype=dtype, device="meta")

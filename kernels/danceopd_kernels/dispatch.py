@@ -58,7 +58,7 @@ def unavailable(backend: str) -> str | None:
 
 # Nothing to trace. torch.compiler.assume_constant_result would set it, and first import the compiler, which takes
 # longer than torch itself.
-unavailable._dynamo_marked_constant = True
+unavailable._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def choose(
