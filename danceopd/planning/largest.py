@@ -17,7 +17,8 @@ class Largest:
     """What fits a card by the estimate, each number for itself.
 
     Attributes:
-        rank: The adapter's largest rank; None for a student of all weights, or with ranks by pattern.
+        rank: The adapter's largest rank, up to the one that changes every layer in full; None for a student of all
+            weights, or with ranks by pattern.
         samples: The largest micro-batch; 0 where none fits.
         resolution: The side of the largest square picture.
     """
@@ -56,6 +57,7 @@ def largest(config: Config, findings: Findings, memory: float) -> Largest | None
     if lora and not lora.rank_pattern:
         own = sum(sizes.get(name, 0.0) for name in OF_ADAPTER)
         rank = max(0, math.floor(lora.rank * (1 + free / own)))
+        rank = min(rank, findings.full_rank or rank)
     pictures = sum(sizes.get(name, 0.0) for name in OF_PICTURES)
     pixels = findings.pixels * max(0.0, 1 + free / pictures)
     row = sizes[ACTIVATIONS] / micro_batch(config)

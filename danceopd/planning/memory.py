@@ -70,6 +70,7 @@ class Findings:
         host: Bytes that wait in host memory, in the same way.
         blocks: Bytes of each block of a base of which some wait in host memory; empty where none does.
         swap: Those that do, as `planning.swapping.settle` chose them.
+        full_rank: The rank at which the student's adapter changes every layer in full; None without one.
         pixels: Of the largest picture of the prepared rows.
         activations: The most bytes of a micro-batch's forward and backward beside the gradient, without and with
             gradient checkpointing (None where a network cannot); None where they are not known.
@@ -92,6 +93,7 @@ class Findings:
     host: dict[str, tuple[float, str]] = field(default_factory=dict)
     blocks: list[int] = field(default_factory=list)
     swap: Swapped | None = None
+    full_rank: int | None = None
     pixels: int | None = None
     activations: tuple[float, float | None] | None = None
     forward: tuple[float, int] | None = None

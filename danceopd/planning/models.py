@@ -248,6 +248,12 @@ def _student(config: Config, findings: Findings, backbone: ModuleType, transform
     if not sizes:
         return None
     _lacking(config, findings, transformer, layers)
+    findings.full_rank = max(min(one.in_features, one.out_features) for one in map(transformer.get_submodule, layers))
+    if lora.rank > findings.full_rank:
+        findings.warnings.append(
+            f"student.lora.rank: {lora.rank} is more than any layer has room for; {findings.full_rank} changes each in "
+            "full"
+        )
     cut = findings.attempt("student.init_from", _cut_layers, config, transformer, layers)
     if cut:
         findings.found.append(f"student: begins as {config.student.init_from}, cut to rank {lora.rank} in {cut} layers")
