@@ -56,3 +56,15 @@ def test_the_command_takes_a_card_by_its_short_name(places, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 x GeForce RTX 4090 24 GB" in said
     assert "largest that fits, each alone with the rest as configured: rank " in said
+
+
+def test_no_rank_is_larger_than_what_changes_every_layer_in_full(found):
+    config, findings = found()
+    assert findings.warnings == []
+    rank = largest(config, findings, 1e15).rank
+    assert rank == findings.full_rank
+    _, there = found(**{"student.lora.rank": rank + 1})
+    assert there.warnings == [
+        f"student.lora.rank: {rank + 1} is more than any layer has room for; {rank} changes each in full"
+    ]
+    assert largest(*found(**{"student.lora.rank": rank}), 1e15).rank == rank
