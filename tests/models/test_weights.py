@@ -106,6 +106,16 @@ def test_files_that_are_not_good_are_named(place, tmp_path):
         of_folder(tmp_path / "lacking")
 
 
+def test_a_number_that_only_float16_cannot_hold_is_no_damage(place, tmp_path):
+    """An encoder that overflows for some rows is no reason to refuse the others."""
+    network = sd3.load_transformer(place / "model")
+    with torch.no_grad():
+        network.proj_out.weight[0, 0] = 1e5
+    network.save_pretrained(tmp_path)
+    assert sd3.load_transformer(tmp_path, torch.float16).proj_out.weight[0, 0].isinf()
+    assert sd3.load_transformer(tmp_path, torch.bfloat16).proj_out.weight[0, 0] == torch.tensor(1e5).bfloat16()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_weights_that_are_not_finite_are_named_where_they_are_read(place, tmp_path, dtype, bad):
