@@ -134,7 +134,8 @@ def _find(column: str, features: Mapping) -> str | None:
     names = [name for name in COLUMNS[column] if name in features]
     if column.endswith("_image"):
         called = [name for name in names if "image" in name or "img" in name]  # "source" may be where a row comes from
-        names = [*[name for name in names if name in _with_pictures(features)], *called]
+        pictures = _with_pictures(features)
+        names = [*[name for name in names if name in pictures], *called]
     return next(iter(names), None)
 
 

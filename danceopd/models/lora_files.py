@@ -119,9 +119,7 @@ def load_lora(
             lora |= made
     if magnitudes:
         layer = next(iter(magnitudes))[0]
-        raise UserError(
-            f"{file}: {layer} has a magnitude and no factors of the same layer; the file is incomplete, copy it again"
-        )
+        raise UserError(f"{file}: {layer} has a magnitude and no factors of the same layer; {INCOMPLETE}")
     for name, made in fused:
         _add_fused(file, name, made, lora)
     if not lora:
@@ -346,9 +344,7 @@ def _fold_alphas(file: Path, raw: dict[str, torch.Tensor], config: dict | None) 
     alphas = [key for key in raw if key.endswith(".alpha")]
     alone = [key for key in alphas if key.removesuffix(".alpha") not in downs or raw[key].numel() != 1]
     if alone:
-        raise UserError(
-            f"{file}: {_first(alone)}: no number beside a pair of LoRA factors; the file is incomplete, copy it again"
-        )
+        raise UserError(f"{file}: {_first(alone)}: no number beside a pair of LoRA factors; {INCOMPLETE}")
     if alphas and config is not None:
         raise UserError(f"{file}: has alphas ({_first(alphas)}) and a PEFT configuration too; remove one of them")
     for key in alphas:

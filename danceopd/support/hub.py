@@ -116,15 +116,13 @@ def _downloaded(name: HubName) -> Path:
             "your token with `hf auth login`"
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
-        like = near_path(str(name)) or near_cached(name)
         missing = {RevisionNotFoundError: "revision", RemoteEntryNotFoundError: "file"}.get(type(error), "repository")
-        raise ValueError(f"there is no {name} here, and the hub has no such {missing}{like}") from None
+        raise ValueError(f"there is no {name} here, and the hub has no such {missing}{_like(str(name))}") from None
     except Exception as error:  # the HTTP library's, which is another for each version of the hub's client
         if cached := _cached(name):
             return cached
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        like = near_path(str(name)) or near_cached(name)
-        raise ValueError(f"there is no {name} here, and the hub does not answer: {said}{like}") from None
+        raise ValueError(f"there is no {name} here, and the hub does not answer: {said}{_like(str(name))}") from None
 
 
 def _beside(name: HubName, other: str) -> None:
@@ -158,18 +156,23 @@ def near(path: Path | str) -> str:
     path = Path(path)
     if re.match("https?:", str(path)):
         return "; of the hub give owner/repo, or owner/repo:file.safetensors, and no address"
-    if found := near_path(path) or near_cached(path):
+    if found := _like(path):
         return found
     return "; if it is meant as a repository of the hub, --download brings it" if hub_name(path) else ""
 
 
-def near_cached(name: HubName | Path | str) -> str:
+def _like(path: Path | str) -> str:
+    """Ends a message by a path or a repository of the cache that is like this one; "" for none."""
+    return near_path(path) or near_cached(path)
+
+
+def near_cached(name: Path | str) -> str:
     """Ends a message about what is not there by the nearest repository of the hub's cache; "" for none."""
-    name = name if isinstance(name, HubName) else hub_name(name)
-    if name is None:
+    named = hub_name(name)
+    if named is None:
         return ""
     try:
         cached = [repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos]
     except (huggingface_hub.errors.CacheNotFound, OSError, ValueError):
         cached = []
-    return did_you_mean(name.repo, cached, "")
+    return did_you_mean(named.repo, cached, "")
