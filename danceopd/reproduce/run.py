@@ -252,7 +252,7 @@ def _start(run: Run, folders: Folders, workers: int) -> subprocess.Popen:
     folder = folders.work / run.name
     folder.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // workers))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "TQDM_DISABLE": "1"}  # what the caller sets goes before
     order = {"run": asdict(run), "folders": {key: str(value) for key, value in asdict(folders).items()}}
     with open(folder / "output.txt", "ab") as output:
         return subprocess.Popen(

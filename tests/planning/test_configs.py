@@ -163,7 +163,12 @@ def test_every_published_setting_passes_the_dry_run_and_trains_what_theirs_does(
     assert loaded.rollout.num_inference_steps == 16
     if loaded.method == "danceopd":
         assert (loaded.route, loaded.query.k, loaded.query.bias) == ("per_update", 1, "low_t")
-        assert training.batch_size // training.gradient_accumulation_steps == 8  # one at a time on each of 8 cards
+    else:
+        assert loaded.route == "round_robin"  # all capabilities in each update
+    group = loaded.method_options().get("group_size", 1)
+    assert training.batch_size // training.gradient_accumulation_steps == 8 * group  # one at a time on each of 8 cards
+    asked = {"danceopd": 4, "diffusion_opd": 4 * 2, "flow_opd": 16 // 8 * 2}  # by each card for an update
+    assert training.batch_size == 8 * asked[loaded.method]
 
 
 # Of the rows that `write_rows` writes, for the names that the authors give.

@@ -28,6 +28,7 @@ def flow_opd(
     clip_range: float = 1e-4,
     anchor_weight: float = 0.0,
     detach_advantage: bool = True,
+    normalize_advantage: bool = True,
 ) -> Questions:
     """Rolls out groups of one prompt stochastically, and asks the routed source at every state.
 
@@ -46,6 +47,8 @@ def flow_opd(
         anchor_weight: The factor of the per-step KL to the untrained student.
         detach_advantage: False keeps the reward's gradient, as the released code does: what it then descends is the
             distillation loss itself, over the group's deviation.
+        normalize_advantage: False takes the reward itself as the advantage, times the step's length -dt, as the
+            authors of DanceOPD run this baseline.
 
     Returns:
         B N questions; each weighs 1 / N.
@@ -69,7 +72,10 @@ def flow_opd(
     mean, deviation = transition(velocity, z, depth, sigmas, noise_level)
     wanted = transition(answers.target(), z, depth, sigmas, noise_level)[0]
     reward = -kl(mean, wanted, deviation).view(-1, group_size, steps)
-    centre, spread = reward.mean(1, keepdim=True), reward.std(1, keepdim=True) + 1e-6
+    if normalize_advantage:
+        centre, spread = reward.mean(1, keepdim=True), reward.std(1, keepdim=True) + 1e-6
+    else:
+        centre, spread = torch.zeros_like(reward), to_device(1 / (sigmas[:-1] - sigmas[1:]), z.device)
     rest = {"after": after, "old": old.flatten()}
     rest |= {"centre": centre.expand_as(reward).flatten(), "spread": spread.expand_as(reward).flatten()}
     rest["reward"] = reward.flatten()

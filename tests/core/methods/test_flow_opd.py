@@ -120,6 +120,21 @@ def test_flow_opd_groups_share_a_prompt_and_a_route(detach):
     assert source.calls[0][2].tolist() == [0] * 24 + [8] * 24  # prompts of the groups on route 1, every step
 
 
+@pytest.mark.parametrize("limit", [5.0, 0.02])
+def test_flow_opd_takes_the_reward_itself_as_the_advantage(limit):
+    """With no normalising: minus the KL times the step's length, clipped, as DanceOPD's authors run this baseline."""
+    batch, reference = batch_of(8), ByHand(STUDENT, batch_of(8), 4)
+    field = linear(THETA.double())
+    length = reference.sigmas[:-1] - reference.sigmas[1:]
+    advantage = (-reference.kl(field, SOURCES) * length).clamp(-limit, limit)
+    options = {"group_size": 4, "max_advantage": limit, "normalize_advantage": False}
+    seen = run(STUDENT, batch, **options)
+    close(seen.loss, -advantage.mean(1), rel=1e-3, atol=1e-6)
+    old = reference.log_probability(field)
+    expected = difference(lambda t: reference.surrogate(linear(t), old, advantage).mean())
+    close(gradient_of(run, batch=batch, **options), expected, rel=1e-2, atol=1e-5)
+
+
 def test_flow_opd_is_zero_in_value_on_policy():
     batch = batch_of(16)
     seen = run(STUDENT, batch, group_size=4)
