@@ -124,7 +124,7 @@ def main() -> int:
             found = damage(name, count, args.first, folder, until)
             rows.append([name, str(found.tried), str(len(found.wrong)), f"{found.seconds:.0f}", f"{found.slowest:.1f}",
                          f"{found.memory / 2**20:.0f}"])  # fmt: skip
-            print(*rows[-1], sep="  ", flush=True)
+            print("  ".join(rows[-1]), *found.wrong, sep="\n", flush=True)
             wrong += found.wrong
         text += [table(rows)] if len(rows) > 1 else []
         if args.kills or args.faults:
