@@ -195,7 +195,8 @@ class Training(Section):
         lr_schedule: What it does then.
         weight_decay: Of AdamW.
         max_grad_norm: A larger gradient is scaled down to it.
-        ema_decay: Of the average of the weights, which is what a run writes, draws and scores.
+        ema_decay: Of the average of the weights, which is what a run writes, draws and scores. After n updates it keeps
+            at most (1 + n) / (10 + n) of itself, so that a short run is not averaged with where it began.
         precision: Of the student's products.
         rollout_precision: Of a copy of the student that rollouts ask, filled after each update; fp8 as in
             base_precision. If not given they ask the student itself, or with ZeRO-3 a replica in its own precision. An

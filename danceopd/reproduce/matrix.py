@@ -111,8 +111,8 @@ MINIATURE = {
 # What the grid on validation prompts chose (results/miniature_grid.json, `danceopd reproduce miniature_grid`).
 MINIATURE_RATES = dict.fromkeys(MINIATURE, 2e-3) | {"flow_opd": 6e-4}
 
-MINIATURE_GRID = {row: (6e-4, 2e-3, 6e-3) for row in MINIATURE if row != "joint_samples"}  # which takes joint's
-MINIATURE_GRID["flow_opd"] = (6e-5, 2e-4, 6e-4, 2e-3, 6e-3)
+MINIATURE_GRID = {row: (2e-3, 6e-3) for row in MINIATURE if row != "joint_samples"}  # which takes joint's
+MINIATURE_GRID["flow_opd"] = (6e-4, 2e-3, 6e-3)
 
 # Every training there has these: a student that starts from the sources' mean learns in a fraction of the updates.
 ON_MINIATURE = {"student.init_from": "merge", "training.precision": "fp32", "evaluation.times": 2}

@@ -14,6 +14,19 @@ from danceopd.training.checkpoints import Checkpoint
 from danceopd.training.rollouts.replica import destinations, make_replica, rollout_precision
 
 
+def kept_share(decay: float, updates: int) -> float:
+    """Works out the share of the running mean that an update keeps: min(decay, (1 + n) / (10 + n)) after n of them.
+
+    As diffusers' EMAModel has it: a mean that kept `decay` from the start would still be mostly the first weights when
+    a short run ends.
+
+    Args:
+        decay: The most that it keeps.
+        updates: The number of updates that the mean has taken in; nothing is kept of what was before the first.
+    """
+    return min(decay, (1 + updates) / (10 + updates)) if updates else 0.0
+
+
 class Average:
     """Keeps the running mean of a network's parameters, by numbers of the host alone.
 
@@ -21,7 +34,7 @@ class Average:
 
     Args:
         network: The network; the mean begins as its first update leaves it.
-        decay: The share of the mean that an update keeps.
+        decay: The most of the mean that an update keeps, as `kept_share` has it.
     """
 
     def __init__(self, network: nn.Module, decay: float):
@@ -36,7 +49,7 @@ class Average:
         """
         own, new = list(self.module.parameters()), list(network.parameters())
         if self.updates:
-            torch._foreach_lerp_(own, new, 1 - self.decay)
+            torch._foreach_lerp_(own, new, 1 - kept_share(self.decay, self.updates))
         else:
             torch._foreach_copy_(own, new)
         for mean, value in zip(self.module.buffers(), network.buffers(), strict=True):

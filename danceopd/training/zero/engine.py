@@ -16,6 +16,7 @@ from danceopd.support.memory import format_bytes, free_bytes
 from danceopd.support.optimizers import make_optimizers
 from danceopd.support.ranks import Ranks
 from danceopd.training.checkpoints import Checkpoint, bounds
+from danceopd.training.engine import kept_share
 from danceopd.training.rollouts.replica import (
     Destination,
     bytes_beside,
@@ -179,7 +180,7 @@ class Zero:
         if getattr(self.optimizer, "overflow", False):
             return math.nan, False, seen
         for name in self.parameters:
-            self.ema[name].lerp_(self._slice(name).to(self.home), 1 - self.decay if self.updates else 1.0)
+            self.ema[name].lerp_(self._slice(name).to(self.home), 1 - kept_share(self.decay, self.updates))
         self.updates += 1
         self._refresh(self._slice)
         return float(self.engine.get_global_grad_norm()) if norm is None else norm, True, seen
