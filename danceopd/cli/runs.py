@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from danceopd.cli.arguments import add_command, fill_sizes, output_folder
+from danceopd.reproduce.matrix import BUDGETS, SETTINGS
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 
@@ -117,7 +118,7 @@ def add_reproduce(commands) -> None:
         shows_bar=True,
         example="danceopd reproduce A",
     )
-    parser.add_argument("setting", help="A, B, C, D, E, F, ablations, miniature, merge, grid, miniature_grid or all")
+    parser.add_argument("setting", help=f"{', '.join(SETTINGS)} or all")
     parser.add_argument("--budget", choices=("quick", "paper"), default="quick", help="(%(default)s)")
     parser.add_argument("--seeds", type=int, help="trainings of each row (quick 1, paper 3)")
     parser.add_argument("--workers", type=int, help="runs at a time (as many as there are cores)")
@@ -195,7 +196,6 @@ def run_reproduce(args: argparse.Namespace) -> None:
     """Makes the runs of the tables that are not made yet, and writes the tables."""
     import shutil
 
-    from danceopd.reproduce.matrix import BUDGETS
     from danceopd.reproduce.run import Folders, chosen, reproduce
 
     settings, budget = chosen(args.setting), BUDGETS[args.budget]

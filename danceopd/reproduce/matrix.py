@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
-SETTINGS = ("A", "B", "C", "D", "E", "F", "ablations", "grid", "miniature", "miniature_grid", "merge")
+SETTINGS = (
+    *("A", "B", "C", "D", "E", "F", "ablations", "grid"),
+    *("miniature", "miniature_grid", "miniature_ablations", "merge"),
+)
 
 # What each method differs in from DanceOPD. Trajectories that are asked at every step are fewer to an update.
 METHODS = {
@@ -113,6 +116,20 @@ MINIATURE_RATES = dict.fromkeys(MINIATURE, 2e-3) | {"flow_opd": 6e-4}
 
 MINIATURE_GRID = {row: (2e-3, 6e-3) for row in MINIATURE if row != "joint_samples"}  # which takes joint's
 MINIATURE_GRID["flow_opd"] = (6e-4, 2e-3, 6e-3)
+
+# One change at a time there, for the defaults of the configurations of real models.
+MINIATURE_ABLATIONS = {
+    "danceopd": {},
+    **{bias: {"query.bias": bias} for bias in ("mid_t", "high_t", "uniform")},
+    "steps4": {"rollout.num_inference_steps": 4},
+    "steps16": {"rollout.num_inference_steps": 16},
+    "ab2_steps4": {"rollout.solver": "ab2", "rollout.num_inference_steps": 4},
+    "warm_start": {"options.warm_start": 0.5},
+    "no_average": {"training.ema_decay": 0.0},
+    "more_t2i": {"capabilities.t2i.weight": 2.0},
+    "adaptive_route": {"route": "adaptive"},
+    "from_base": {"student.init_from": "base"},
+}
 
 # Every training there has these: a student that starts from the sources' mean learns in a fraction of the updates.
 ON_MINIATURE = {"student.init_from": "merge", "training.precision": "fp32", "evaluation.times": 2}
@@ -226,6 +243,21 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
                 budget.miniature - (DRAWN_EVALUATIONS if row == "joint_samples" else 0),
             )
             for row, (_, overrides) in MINIATURE.items()
+        ],
+        "miniature_ablations": lambda: [
+            (
+                row,
+                "miniature",
+                {
+                    **ON_MINIATURE,
+                    **TO_THE_BUDGET,
+                    "training.learning_rate": MINIATURE_RATES["danceopd"],
+                    "evaluation.times": 1,
+                    **overrides,
+                },
+                budget.miniature // 4,
+            )
+            for row, overrides in MINIATURE_ABLATIONS.items()
         ],
         "merge": lambda: [
             (

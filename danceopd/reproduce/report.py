@@ -101,6 +101,10 @@ def build(files: dict[str, dict]) -> Page:
             _methods(page, setting, title, tables[setting])
     if "miniature" in files:
         _miniature(page, files["miniature"]["rows"])
+    if "miniature_ablations" in tables:
+        page.heading("One change at a time on the miniature")
+        page.text("DanceOPD there at a quarter of the evaluations; the first row, in blue, is the default.")
+        _ablation(page, "One change at a time", "miniature_ablations", tables["miniature_ablations"])
     if "merge" in files:
         _merges(page, files["merge"]["rows"])
     if "ablations" in tables:
@@ -333,22 +337,24 @@ def _ablations(page: Page, rows: dict) -> None:
     for axis in axes:
         members = {n: r for n, r in rows.items() if r.get("axis", "other") == axis}
         if axis != "default" and members:
-            _ablation(page, axis, {n: r for n, r in rows.items() if r.get("axis") == "default"} | members)
+            title = AXES.get(axis, plain_label(axis))
+            page.heading(title, 3)
+            rows_of = {n: r for n, r in rows.items() if r.get("axis") == "default"} | members
+            _ablation(page, title, f"ablation_{axis}", rows_of, TABLES["ablations"])
 
 
-def _ablation(page: Page, axis: str, rows: dict) -> None:
-    title, paper = AXES.get(axis, plain_label(axis)), TABLES["ablations"]
-    page.heading(title, 3)
-    header = ["row", "paper: edit", "paper: GenEval", "edit average", "GenEval overall", *COST]
+def _ablation(page: Page, title: str, file: str, rows: dict, paper: dict | None = None) -> None:
+    """Writes rows that differ from the default in one thing, beside the paper's where it has any, and a plot of them."""
+    header = ["row", *(["paper: edit", "paper: GenEval"] if paper else []), "edit average", "GenEval overall", *COST]
     lines = [
-        [label(n), *_published_cells(paper, n), figure(r, GEDIT), figure(r, GENEVAL), *_cost(r)]
+        [label(n), *(_published_cells(paper, n) if paper else []), figure(r, GEDIT), figure(r, GENEVAL), *_cost(r)]
         for n, r in rows.items()
     ]
     page.table(f"{title}, ± the standard error over seeds.", header, lines)
     metrics = [metric for metric in (GEDIT, GENEVAL) if any(metric in row for row in rows.values())]
     panels = [lambda ax, metric=metric: _dots(ax, rows, metric) for metric in metrics]
     if panels:
-        page.plot(f"ablation_{axis}", f"{title}: mean and standard error over seeds.", panels, 1.1 + 0.27 * len(rows))
+        page.plot(file, f"{title}: mean and standard error over seeds.", panels, 1.1 + 0.27 * len(rows))
 
 
 def _dots(ax, rows: dict, metric: str) -> None:

@@ -301,7 +301,10 @@ def gather(setting: str, budget: Budget, folders: Folders, seeds: int) -> None:
     if setting == "F":
         before = [run for run in runs("A", budget, seeds) if run.row == "danceopd"]
         rows += _before_rows(before, folders)
-    axes = {row: axis for axis, members in ABLATIONS.items() for row in members} if setting == "ablations" else {}
+    axes = {
+        "ablations": {row: axis for axis, members in ABLATIONS.items() for row in members},
+        "miniature_ablations": {"danceopd": "default"},
+    }.get(setting, {})
     for row, members in grouped.items():
         if setting == "merge":
             rows += _merge_rows(members)
@@ -378,7 +381,7 @@ def _row(name: str, kind: str, results: list[dict], run: Run | None, axis: str |
 
 def untrained_run(setting: str) -> list[Run]:
     """Returns the one run that measures a table's base, sources and merges; none for tables without."""
-    if setting in ("ablations", "grid", "miniature_grid", "merge"):
+    if setting in ("ablations", "grid", "miniature_grid", "miniature_ablations", "merge"):
         return []
     config = "miniature" if setting == "miniature" else f"setting_{setting.lower()}"
     return [Run(setting, UNTRAINED, 0, f"{config}.yaml")]
