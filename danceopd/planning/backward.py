@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from danceopd.core.conditioning import Conditioning
 from danceopd.models.footprint import forward_bytes, most_alive
 from danceopd.planning.remembered import Remembered
+from danceopd.support.errors import UserError
 
 _seen: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what operations gave in looks at a student
 
@@ -217,6 +218,9 @@ def _looked_at(student: nn.Module, adapted: Callable, look: Callable[[str], int]
     """Returns what `look` finds, with `adapted` for an adapter's layers, by the place where lengths and masks may be.
 
     Some families read lengths and masks on the host, others want them where the rest is.
+
+    Raises:
+        UserError: The transformer does not take what it is given, at either place.
     """
     adapter = hasattr(student, "layer")
     if adapter:
@@ -227,6 +231,9 @@ def _looked_at(student: nn.Module, adapted: Callable, look: Callable[[str], int]
                 return look("meta")
             except RuntimeError:
                 return look("cpu")
+    except RuntimeError as error:
+        [line, *_] = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"the transformer's forward does not take what these rows hold: {line}") from error
     finally:
         if adapter:
             del student.layer

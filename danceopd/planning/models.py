@@ -211,7 +211,13 @@ def _add_forward(config: Config, findings: Findings, student: nn.Module, samples
         seen.add(kind)
         asked = student, group.shape, conditioning
         held = partial(held_in_update, *asked, rows_matched(config), autocast)
-        activations.append((held(False), held(True), held_in_forward(*asked, rows_at_once(config), autocast)))
+        forward = partial(held_in_forward, *asked, rows_at_once(config), autocast)
+        found = findings.attempt(
+            f"capabilities.{name}.data", lambda held=held, forward=forward: (held(False), held(True), forward())
+        )
+        if found is None:
+            return
+        activations.append(found)
         if grows:
             together.append((held(False, first=True), held(True, first=True)))
     most = (max(sizes) for sizes in zip(*activations, strict=True))

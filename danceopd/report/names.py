@@ -2,6 +2,8 @@
 
 import math
 
+from danceopd.support.texts import finite
+
 DASH = "–"
 
 T2I_SOURCE, EDIT_SOURCE = "source_t2i", "source_edit"
@@ -61,9 +63,7 @@ def _number(tree: object, *path: str) -> float | None:
         if not isinstance(tree, dict):
             return None
         tree = tree.get(key)
-    if isinstance(tree, bool) or not isinstance(tree, int | float) or not math.isfinite(tree):
-        return None
-    return float(tree)
+    return finite(tree)
 
 
 def percent(share: float | None) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from danceopd.support.files import write_atomic
-from danceopd.support.texts import parse_json
+from danceopd.support.texts import finite, parse_json
 from danceopd.support.trackers import Tracker
 
 
@@ -114,14 +114,24 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line.removesuffix("\n")
 
 
+# What readers of a record rely on.
+NUMBERS = ("loss", "network_evaluations")
+OBJECTS = ("loss_by_capability", "evaluation", "health")
+
+
 def _record(line: str) -> dict | None:
-    """Reads a line of a log: an object with a finite step; None for any other, as of a run that was killed."""
+    """Reads a line of a log: an object with a finite step and fields of their forms; None for any other."""
     try:
         record = parse_json(line)
     except ValueError:
         return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return record if type(step) is int or (type(step) is float and math.isfinite(step)) else None
+    if not isinstance(record, dict) or finite(record.get("step")) is None:
+        return None
+    if not all(isinstance(record.get(key, {}), dict) for key in OBJECTS):
+        return None
+    numbers = [*map(record.get, NUMBERS), *record.get("loss_by_capability", {}).values()]
+    # A loss may be NaN: the line says so.
+    return record if all(n is None or isinstance(n, float) or finite(n) is not None for n in numbers) else None
 
 
 def _flat(record: dict, prefix: str = ""):

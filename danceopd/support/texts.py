@@ -4,6 +4,7 @@ And fills texts in: {name} in braces is a row's column of that name; and writes 
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,17 @@ def read_text(path: Path, what: str = "file") -> str:
         found = "begins as UTF-16 does" if wide else f"is not UTF-8 (line {line})"
         raise UserError(f"{path} {found}; save it in UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def finite(value: object) -> float | None:
+    """Returns a value of a JSON file as a float, or None where it is no number or none that a float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:

@@ -5,6 +5,8 @@ import math
 from array import array
 from pathlib import Path
 
+from danceopd.support.texts import finite
+
 POINTS = 1200  # of a chart's line, at most
 
 NUMBERS = (
@@ -124,28 +126,22 @@ class RunLogReader:
         try:
             record = json.loads(line)
             step = record["step"]
-            if isinstance(step, bool) or not math.isfinite(step):
+            if finite(step) is None:
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             self.unreadable += 1
             return
         if "loss" in record:
-            values = {name: number for name in NUMBERS if (number := _number(record.get(name))) is not None}
+            values = {name: number for name in NUMBERS if (number := finite(record.get(name))) is not None}
             losses = record.get("loss_by_capability")
             for name, loss in losses.items() if isinstance(losses, dict) else ():
-                if (number := _number(loss)) is not None:
+                if (number := finite(loss)) is not None:
                     values[f"loss/{name}"] = number
             self.training.add(step, values)
         if isinstance(record.get("evaluation"), dict):
-            numbers = {name: _number(value) for name, value in record["evaluation"].items()}
+            numbers = {name: finite(value) for name, value in record["evaluation"].items()}
             self.evaluations.add(step, {name: number for name, number in numbers.items() if number is not None})
         if isinstance(record.get("health"), dict):
             self.health = record["health"]
         if isinstance(record.get("warning"), str):
             self.warnings.append((step, record["warning"]))
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)

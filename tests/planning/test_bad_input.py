@@ -151,6 +151,16 @@ def test_what_lies_in_the_place_of_a_configuration_is_named(name, content, place
     assert any(f"model: {tmp_path / 'model' / name} {what[content]}" in problem for problem in found), found
 
 
+def test_a_size_in_a_configuration_that_the_rows_do_not_have_is_said(places, tmp_path):
+    shutil.copytree(places("sd3") / "model", tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "config.json"
+    sizes = json.loads(file.read_text())
+    file.write_text(json.dumps({**sizes, "pooled_projection_dim": 10 * sizes["pooled_projection_dim"]}))
+    found = dry_run(config_of(places("sd3"), model=str(tmp_path / "model")), examine).problems
+    assert any("forward does not take what these rows hold" in problem for problem in found), found
+    assert any("time_text_embed" in problem for problem in found), found  # the weights do not fit it either
+
+
 def test_a_file_that_ends_in_zeros_is_warned_of(places, tmp_path):
     root = places("klein")
     shutil.copytree(root / "model", tmp_path / "model")

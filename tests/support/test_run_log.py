@@ -1,6 +1,7 @@
 """A run's log: damaged lines are counted, steps done again replace the first."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -9,6 +10,7 @@ import pytest
 from report_results import make_records, write_log, write_page
 
 from danceopd.support.run_log import RunLog, read_log
+from danceopd.watch.series import RunLogReader
 
 
 def test_damaged_line_in_the_middle_is_reported(tmp_path):
@@ -16,6 +18,35 @@ def test_damaged_line_in_the_middle_is_reported(tmp_path):
     log = read_log(tmp_path / "log.jsonl")
     assert (log.unreadable, [r["step"] for r in log.training]) == (1, [1, 2, 3, 4, 5, 7])
     assert "one line that cannot be read" in write_page(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"loss_by_capability": 5},
+        {"loss_by_capability": [["t2i"]]},
+        {"loss_by_capability": {"t2i": "high"}},
+        {"loss": "high"},
+        {"network_evaluations": {}},
+        {"health": []},
+        {"evaluation": 1.0},
+        {"step": 10**400},
+        {"loss": 10**400},
+    ],
+)
+def test_a_line_of_odd_types_is_unreadable_and_a_page_is_made(tmp_path, fields):
+    write_log(tmp_path, [*make_records(5), {"step": 6, "loss": 1.0, **fields}, {"step": 7, "loss": 1.0}])
+    log = read_log(tmp_path / "log.jsonl")
+    assert (log.unreadable, [r["step"] for r in log.training]) == (1, [1, 2, 3, 4, 5, 7])
+    assert "one line that cannot be read" in write_page(tmp_path)
+    reader = RunLogReader(tmp_path / "log.jsonl")  # what the page to watch has
+    reader.poll()
+    assert len(reader.training) >= 6
+
+
+def test_a_loss_that_is_not_finite_is_kept(tmp_path):
+    write_log(tmp_path, [{"step": 1, "loss": math.nan, "loss_by_capability": {"t2i": None}}])
+    assert len(read_log(tmp_path / "log.jsonl").training) == 1
 
 
 def test_resumed_run_replaces_the_steps_it_did_again(tmp_path):
