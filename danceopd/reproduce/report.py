@@ -344,7 +344,7 @@ def _ablations(page: Page, rows: dict) -> None:
 
 
 def _ablation(page: Page, title: str, file: str, rows: dict, paper: dict | None = None) -> None:
-    """Writes rows that differ from the default in one thing, beside the paper's where it has any, and a plot of them."""
+    """Writes rows that differ from the default in one thing, beside what the paper has of them, and a plot."""
     header = ["row", *(["paper: edit", "paper: GenEval"] if paper else []), "edit average", "GenEval overall", *COST]
     lines = [
         [label(n), *(_published_cells(paper, n) if paper else []), figure(r, GEDIT), figure(r, GENEVAL), *_cost(r)]

@@ -1,7 +1,6 @@
 """Writes and reads the log of a run."""
 
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
