@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -132,7 +131,7 @@ def render_report(run_name: str, results: dict, log: Log, pictures: dict) -> str
         Path(__file__).with_name("report.html.j2"),
         run_name=run_name,
         headline=headline(results),
-        summary=re.sub(r"(\d) (?=%|(?:s|min|h)\b)", "\\1\N{NO-BREAK SPACE}", summary(results)),
+        summary=summary(results),
         student=label(results.get("student", "danceopd")),
         warnings=_warnings(results, log),
         main=_table(results, _main_columns(results)),

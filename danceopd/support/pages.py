@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -17,8 +18,14 @@ def render(template: Path, **values) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["unbroken"] = unbroken
     text = environment.get_template(template.name).render(**values)
     return text.encode(errors="replace").decode()  # a file's name need not be UTF-8
+
+
+def unbroken(text: str) -> str:
+    """Keeps each number of a text on one line with its unit."""
+    return re.sub(r"(\d) (?=%|(?:s|min|h)\b)", "\\1\N{NO-BREAK SPACE}", text)
 
 
 def data_uri(picture: Image.Image, kind: str = "png", **options) -> str:
