@@ -1,11 +1,13 @@
 """Installs the packages `danceopd` and `danceopd_kernels`; see README.md."""
 
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 if sys.version_info < (3, 11):  # noqa: UP036 (an older Python runs this file all the same)
     sys.exit("danceopd needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": install it with python3.11")
@@ -53,6 +55,15 @@ EXTRAS["test"] = [
 EXTRAS["dev"] = [*EXTRAS["test"], "build>=1.2", "pre-commit>=3.7", "playwright>=1.45"]  # the last drives Chromium
 
 
+def write_commit(package: Path) -> None:
+    """Writes the commit beside the package's files, where `danceopd --version` finds it without a repository."""
+    spec = importlib.util.spec_from_file_location("versions", ROOT / "danceopd" / "support" / "versions.py")
+    versions = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(versions)
+    if versions.commit() != "unknown":
+        (package / "COMMIT").write_text(versions.commit() + "\n")
+
+
 class BuildPackage(build_py):
     """Lays the configurations into the wheel, where `--config configs/demo.yaml` finds them without a checkout."""
 
@@ -60,6 +71,15 @@ class BuildPackage(build_py):
         super().run()
         if not self.editable_mode:
             shutil.copytree(ROOT / "configs", Path(self.build_lib) / "danceopd" / "configs", dirs_exist_ok=True)
+            write_commit(Path(self.build_lib) / "danceopd")
+
+
+class Sources(sdist):
+    """Writes the commit into the archive of sources."""
+
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        write_commit(Path(base_dir) / "danceopd")
 
 
 setup(
@@ -92,9 +112,9 @@ setup(
     packages=[*find_packages(include=["danceopd", "danceopd.*"]), "danceopd_kernels"],
     package_dir={"danceopd_kernels": "kernels/danceopd_kernels"},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtensions, "build_py": BuildPackage},
+    cmdclass={"build_ext": BuildExtensions, "build_py": BuildPackage, "sdist": Sources},
     package_data={
-        "danceopd": ["py.typed"],
+        "danceopd": ["py.typed", "COMMIT"],
         "danceopd.world": ["assets/*", "assets/sources/*"],
         "danceopd.miniature": [
             "assets/*",

@@ -7,8 +7,13 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """Returns the commit of the code that runs, with "+" where files differ from it; "unknown" outside a repository."""
+    """Returns the commit of the code that runs, with "+" where files differ from it, or "unknown".
+
+    An installed package has it in a file that its build wrote.
+    """
     here = Path(__file__).parents[1]
+    if (here / "COMMIT").is_file():
+        return (here / "COMMIT").read_text().strip()
     try:
         git = ["git", "-C", str(here)]
         name = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
@@ -28,6 +33,6 @@ def number() -> str:
 
 
 def version() -> str:
-    """Returns "0.1.0 (1a2b3c4d5e)", without the commit outside a repository."""
+    """Returns "0.1.0 (1a2b3c4d5e)", without the commit where it is unknown."""
     made_of = commit()
     return number() if made_of == "unknown" else f"{number()} ({made_of})"
