@@ -1,6 +1,7 @@
 """What the package says of itself: its metadata, its extras, what others made of it, and the files for joining in."""
 
 import re
+import shutil
 import subprocess
 import sys
 from email import message_from_string
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from danceopd.support.exits import EXTRAS
+from danceopd.support.versions import commit
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +33,17 @@ def test_the_wheel_says_what_it_is(metadata):
     assert "Paper, https://arxiv.org/abs/2606.27377" in said.get_all("Project-URL")
     assert said["Version"] == yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
     assert f"## {said['Version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_archive_of_sources_knows_its_commit_without_a_repository(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path, filter="data")
+    (sources,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    code = "from runpy import run_path; print(run_path('danceopd/support/versions.py')['commit']())"
+    said = subprocess.run([sys.executable, "-c", code], cwd=sources, check=True, capture_output=True, text=True)
+    assert said.stdout.strip() == commit()
 
 
 def test_every_extra_that_a_message_names_is_one(metadata):
