@@ -218,7 +218,9 @@ def judge(results: Results) -> None:
     own, others = results.shares[MERGED], results.shares[AVERAGE]
     worse = [route for route in results.routes if own[route] < others[route] - TIE]
     results.better = ours >= plain
-    closed = f"closes {percent(ours)} of the gaps ({results.best}: {percent(best)}, the plain average: {percent(plain)})"
+    closed = (
+        f"closes {percent(ours)} of the gaps ({results.best}: {percent(best)}, the plain average: {percent(plain)})"
+    )
     if not results.better:
         results.verdict = f"WORSE than the plain average: this merge {closed}."
         results.advice = (

@@ -112,6 +112,8 @@ def guard(watch: "Watch", folder: Path, function: Callable, *args):
                 if ranks.rank:
                     raise SystemExit(1) from None
         raise
+    finally:
+        watch.close()
 
 
 def _lost_connection(error: BaseException) -> bool:
@@ -167,13 +169,21 @@ class Watch:
         self.processes: dict[int, tuple[str, int]] = {}  # of all ranks: host and number
         self.moved = self.answered = time.monotonic()
         self.began = time.time()
+        self.over, self.threads = threading.Event(), []
         if ranks.size > 1:
             # A connection of its own: while a collective waits for a rank on the common one, nobody else is answered.
             self.store = dist.distributed_c10d._get_default_store().clone()
             self.store.set(f"process/{ranks.rank}", f"{os.getpid()} {socket.gethostname()}")
             self.at("the start")
-            for work in (self._ask, self._judge):
-                threading.Thread(target=work, daemon=True).start()
+            self.threads = [threading.Thread(target=work, daemon=True) for work in (self._ask, self._judge)]
+            for thread in self.threads:
+                thread.start()
+
+    def close(self) -> None:
+        """Ends the threads: one that is in the store's C++ when Python ends aborts the process."""
+        self.over.set()
+        for thread in self.threads:
+            thread.join(2.0)  # an answer never comes where the process that keeps them has stopped
 
     def at(self, place: str) -> None:
         """Tells that this rank comes to a place; all ranks come to the same places, in the same order.
@@ -205,7 +215,7 @@ class Watch:
         """Keeps what the ranks tell; the answer never comes where the process that keeps it has stopped."""
         keys = [f"watch/{rank}" for rank in range(self.ranks.size)]
         with contextlib.suppress(RuntimeError, ValueError):  # that process has ended
-            while True:
+            while not self.over.is_set():
                 told = {rank: self.store.get(key).decode() for rank, key in enumerate(keys) if self.store.check([key])}
                 for rank in told.keys() - self.processes.keys():
                     number, host = self.store.get(f"process/{rank}").decode().split(" ", 1)
@@ -213,14 +223,13 @@ class Watch:
                 self.answered = time.monotonic()
                 if told != self.told:
                     self.moved, self.told = self.answered, told  # in this order: the judge looks in between
-                time.sleep(self._pause())
+                self.over.wait(self._pause())
 
     def _judge(self) -> None:
         """Ends the run where no rank has moved for too long, and stops this rank where the launcher is gone."""
         patience = self.patience + min(5 * self.ranks.rank, 60)  # the first that is alive speaks
         launchers, asked = _launchers(), False
-        while True:
-            time.sleep(self._pause())
+        while not self.over.wait(self._pause()):
             told, now = self.told, time.monotonic()
             loading = not self.together and (not told or any(text.startswith("1 ") for text in told.values()))
             if now - self.moved > patience * (LOADING if loading else 1):

@@ -1,11 +1,13 @@
 """What a rank says where another one has ended."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from danceopd.support.ranks import ALONE, Ranks
 from danceopd.training.zero.launch import Watch, guard
@@ -32,6 +34,19 @@ def watch(other):
 
 def fails(message):
     raise RuntimeError(message)
+
+
+@pytest.mark.parametrize("function", [lambda: None, lambda: fails("a fault of this rank")])
+def test_no_thread_is_left_when_a_rank_is_done(function, tmp_path, monkeypatch):
+    """One that is in the store's C++ when Python ends would abort the process."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    watch = Watch(Ranks(0, 2), 60)
+    assert all(thread.is_alive() for thread in watch.threads)
+    with contextlib.suppress(RuntimeError):
+        guard(watch, tmp_path, function)
+    assert len(watch.threads) == 2
+    assert not any(thread.is_alive() for thread in watch.threads)
 
 
 def test_a_rank_that_was_killed_is_named(watch, other, tmp_path, capfd):
