@@ -141,7 +141,7 @@ def main() -> int:
 
             rows, broke = loads(Path(place) / "load", args.load)
             wrong += broke
-            text += [table(rows), table(sources(round(64 * args.load)))]
+            text += [table(rows), table(sources(Path(place) / "sources", round(64 * args.load)))]
             print(*text[-2:], sep="\n\n", flush=True)
     print(f"{len(wrong)} broke, in {(time.monotonic() - began) / 60:.0f} minutes", *wrong, sep="\n")
     if args.write:

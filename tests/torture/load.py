@@ -147,11 +147,16 @@ def compare(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ sources
 
 
-def sources(many: int) -> list[list[str]]:
+def sources(folder: Path, many: int) -> list[list[str]]:
     """Asks 2 and then many LoRAs of one base about 64 samples; they share all of their layers, a quarter, or none.
 
+    Args:
+        folder: Is written into.
+        many: Number of LoRAs.
+
     Returns:
-        Rows of a table: the time of a forward and the bytes of the adapters, against 2 sources that share all.
+        Rows of a table: the time of a forward, that of a whole run's update, and the bytes of the adapters, against 2
+        sources that share all.
     """
     import torch
     from small_loras import batch, prompts, random_lora, small_sd3
@@ -179,12 +184,45 @@ def sources(many: int) -> list[list[str]]:
                 count,
                 said,
                 min(times[1:]),
+                _seconds_of_an_update(folder, count, part),
                 sum(4 * x.numel() for lora in loras for a, b, _ in lora.values() for x in (a, b)),
             )
         )
-    rows = [["LoRA sources of a base", "layers that they share", "time of a forward", "adapters' memory"]]
-    _, _, seconds, memory = found[0]
-    return rows + [[str(n), said, f"{s / seconds:.2f}", f"{m / memory:.2f}"] for n, said, s, m in found]
+    head = ["LoRA sources of a base", "layers that they share", "time of a forward", "of an update", "adapters' memory"]
+    return [head] + [
+        [str(count), said, *(f"{one / first:.2f}" for one, first in zip(own, found[0][2:], strict=True))]
+        for count, said, *own in found
+    ]
+
+
+def _seconds_of_an_update(folder: Path, count: int, part: int) -> float:
+    """Trains on so many LoRAs, each of every `part`th layer, and returns the least time of an update of 64 samples."""
+    from model_runs import config_of, write_lora, write_place
+
+    from danceopd.models.backbones import sd3
+    from danceopd.models.shared_base import target_layers
+    from danceopd.support.run_log import read_log
+    from danceopd.training.assembly.build import build_model
+    from danceopd.training.loop import train
+
+    root = write_place(folder / f"{count}-{part}", "sd3")
+    transformer = sd3.load_transformer(root / "model")
+    names = target_layers(transformer, sd3.LORA_TARGETS, every=False)
+    part = min(part, len(names))
+    files = {f"s{m}": root / f"s{m}.safetensors" for m in range(count)}
+    for m, path in enumerate(files.values()):
+        write_lora(path, transformer, names[m % part :: part], 8)
+    rows = str(root / "cache" / "rows.jsonl")
+    config = config_of(
+        root,
+        sources={name: {"lora": [{"path": str(path)}]} for name, path in files.items()},
+        capabilities={
+            name: {"source": name, "task": "t2i", "capability": "one", "data": {"prepared": rows}} for name in files
+        },
+        **{"training.batch_size": 64, "training.max_steps": 6, "training.log_every": 1},
+    )
+    log = read_log(train(config, build_model) / "log.jsonl").training
+    return 64 / max(record["samples_per_second"] for record in log)
 
 
 def loads(folder: Path, share: float) -> tuple[list[list[str]], list[str]]:
