@@ -139,7 +139,7 @@ def _loss_chart(log: Log) -> Markup | None:
     if not len(overall[0]):
         return None
     panels = [lambda ax: _draw_losses(ax, "Loss", {"loss": overall}, [_INK])]
-    names = sorted({name for r in log.training for name in (r.get("loss_by_capability") or {})})
+    names = sorted({name for r in log.training for name in r.get("loss_by_capability", {})})
     names = [name for name in ("t2i", "edit") if name in names] + [n for n in names if n not in ("t2i", "edit")]
     parts = {label(name): _curve(log.training, "loss_by_capability", name) for name in names}
     parts = {name: curve for name, curve in parts.items() if len(curve[0])}
@@ -252,7 +252,7 @@ def _sigma(text: str) -> float:
 def _health_chart(log: Log) -> Markup | None:
     """Draws the recorded ratios over updates, a line for each sigma; None without health records."""
     panels = []
-    values = [record["health"] for record in log.health if isinstance(record["health"], dict)]
+    values = [record["health"] for record in log.health]
     for key in dict.fromkeys(key for health in values for key in health if key != "queries"):
         at = {sigma for health in values if isinstance(health.get(key), dict) for sigma in health[key]}
         curves = {sigma: _curve(log.health, "health", key, sigma) for sigma in sorted(at, key=_sigma)}
