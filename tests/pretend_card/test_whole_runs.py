@@ -54,7 +54,7 @@ def test_scores_previews_and_report_are_the_cpus(networks, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_on_one_rank_is_the_cpus(tmp_path, stage):
     """Its step reads the norm and the overflow on the host, in DeepSpeed's own code; nothing else waits."""
     pytest.importorskip("deepspeed")

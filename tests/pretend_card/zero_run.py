@@ -1,4 +1,4 @@
-"""Two updates of one rank under DeepSpeed, in a process of its own: DeepSpeed takes its device once in a process.
+"""Four updates of one rank under DeepSpeed, in a process of its own: DeepSpeed takes its device once in a process.
 
 `python zero_run.py cpu|card STAGE FOLDER` writes what came of them to FOLDER/DEVICE.json, FOLDER/DEVICE.pt.
 """
@@ -69,7 +69,7 @@ def main(device: str, stage: str, folder: Path) -> None:
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
     settings = folder / f"stage-{stage}.json"
-    settings.write_text(json.dumps({"zero_optimization": {"stage": int(stage)}}))
+    settings.write_text(json.dumps({"zero_optimization": {"stage": int(stage), "stage3_param_persistence_threshold": 0}}))
     ranks, settings = begin(settings, "cpu", 60)
     training = {"output_dir": str(folder / device), "optimizer": "adamw", "cuda_graphs": False, "batch_size": 6}
     config = world_config(folder, folder / device, training={**training, "max_steps": 8, "warmup_steps": 0})
@@ -83,7 +83,7 @@ def main(device: str, stage: str, folder: Path) -> None:
         torch.manual_seed(0)
         trainer = Trainer(config, build(config, ranks, settings), ranks, settings)
         records, waits = [], []
-        for _ in range(2):
+        for _ in range(4):  # stage 3 compares its ranks' orders of parameters until the third
             if card is not None:
                 card.waits.clear()
             records.append(told(trainer.update()))
