@@ -7,6 +7,7 @@ import socket
 import sys
 
 from danceopd.support.errors import Terminated, UserError
+from danceopd.support.memory import ran_out
 
 # What pip installs optional packages by; a command that needs one says so.
 EXTRAS = dict.fromkeys(("diffusers", "transformers", "accelerate"), "danceopd[models]")
@@ -46,6 +47,13 @@ def guarded(function, args) -> int:
         if package not in EXTRAS:  # a fault of ours
             raise
         return _refused(f"this command needs {package}, which is not installed: pip install '{EXTRAS[package]}'", rank)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        why = str(error).splitlines()[0]
+        return _refused(
+            f"memory ran out: {why} Take smaller pictures or fewer at a time, or --offload where --help has it", rank
+        )
 
 
 def _refused(message: object, rank: int) -> int:

@@ -49,3 +49,9 @@ def format_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count / 2**10:.2f} KiB" if count else "0"
+
+
+def ran_out(error: BaseException) -> bool:
+    """Tells whether an error says that the memory of a card, or of the host, did not suffice for a tensor."""
+    # By name: what guards a command does without torch.
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)

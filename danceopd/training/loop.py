@@ -7,8 +7,8 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from danceopd.data.sampler import draw_batch
 from danceopd.models.packing import SHAPES, TOKENS
 from danceopd.support.errors import Terminated, UserError
 from danceopd.support.files import write_atomic
-from danceopd.support.memory import keep_freed_memory
+from danceopd.support.memory import keep_freed_memory, ran_out
 from danceopd.support.ranks import ALONE, Ranks, agreed
 from danceopd.support.trackers import check_trackers
 from danceopd.training.asking import (
@@ -50,7 +50,7 @@ from danceopd.training.previews import Previews
 from danceopd.training.progress import Progress
 from danceopd.training.resume import go_on, identity, state_of
 from danceopd.training.rollouts.compiled import compile_blocks
-from danceopd.training.rows import in_parts
+from danceopd.training.rows import in_parts, less_memory
 from danceopd.training.running_errors import RunningErrors
 from danceopd.training.speed import Speed
 from danceopd.training.stopping import stop_requests
@@ -83,7 +83,8 @@ class Trainer:
         settings: dict | None = None,
         at: Callable[[str], None] = lambda place: None,
     ):
-        self.config, self.parts, self.device, self.ranks, self.at = config, parts, parts.device, ranks, at
+        self.config, self.parts, self.device, self.ranks, self._told = config, parts, parts.device, ranks, at
+        self.place, self.micro_batches = "", config.training.gradient_accumulation_steps  # more once memory ran out
         self.identity = identity(config)  # now: its files may be changed while it trains
         self.names, self.needs, self.options = list(config.capabilities), needs(config.method), config.method_options()
         self.slots = ranks.slots(config.training.batch_size)
@@ -98,13 +99,12 @@ class Trainer:
         self.scores: list[dict[str, float]] = []  # where the run has some
         self.evaluations: Counter = Counter()  # all ranks' network evaluations, up to the last update
         self.spent: Counter = Counter()  # this rank's, since then
-        # The last update's numbers stand here: entries of a sample's latents, all ranks' evaluations, their tokens.
+        # Of the last update: entries of a sample's latents, all ranks' evaluations, their tokens.
         self.new: tuple[int, Counter, Counter] = (0, Counter(), Counter())
         self.errors, self.health = RunningErrors(len(self.names), len(self.sigmas) - 1), Health(self.names, self.sigmas)
 
         # Who learns: the student, and what a method trains beside it.
-        method = METHODS[config.method]
-        self.method = method(parts.student) if inspect.isclass(method) else method
+        self.method = method(parts.student) if inspect.isclass(method := METHODS[config.method]) else method
         if settings is None:
             self.engine = Local(parts.student, config)
         else:
@@ -135,6 +135,15 @@ class Trainer:
         self._with_gradient = static_student(config, parts, self.engine, static, pool)
         self.trained = {name: self._trained(name, learner) for name, learner in self.learners.items()}
 
+    def at(self, place: str) -> None:
+        """Notes where the run is, for what is said when it ends there.
+
+        Args:
+            place: What it is about to do, as "the rollout of step 3".
+        """
+        self.place = place
+        self._told(place)
+
     # --- one update -----------------------------------------------------------------------------------
 
     def update(self) -> dict:
@@ -147,7 +156,7 @@ class Trainer:
         batch = self._drawn.pop(self.step, None) or self.draw()
         questions = self.ask(batch)
         self.engine.finish()  # no rank asks without gradient any more
-        found = self.match(questions, self.config.training.gradient_accumulation_steps)
+        found = self._matched(questions)
         self.at(f"the update of step {self.step}")
         self._draw_ahead()
         with phase("step"):
@@ -250,6 +259,27 @@ class Trainer:
                 self.spent["fake" if name == "fake" else "backward"] += 2 * len(part)  # it costs about two forwards
                 seen[name].append(found)
         return seen["student"]
+
+    def _matched(self, questions: dict[str, Questions]) -> list:
+        """Matches in as many micro-batches as the run has, and in twice as many where memory runs out."""
+        while True:
+            spent = Counter(self.spent)
+            try:
+                return self.match(questions, self.micro_batches)
+            except RuntimeError as error:
+                sharded = not isinstance(self.engine, Local)  # whose other ranks have made more of this match, or less
+                if not ran_out(error) or sharded or self.micro_batches >= max(map(len, questions.values())):
+                    raise
+            for learner in self.learners.values():
+                learner.student.zero_grad(set_to_none=True)
+            self.spent.clear()
+            self.spent.update(spent)
+            self.micro_batches *= 2
+            print(
+                f"warning: memory ran out in {self.place}; going on in {self.micro_batches} micro-batches "
+                f"(training.gradient_accumulation_steps: {self.micro_batches} begins so)",
+                file=sys.stderr,
+            )
 
     def provided(self, batch: Batch) -> dict:
         """Collects what the method wants by keyword (danceopd.core.methods.PROVIDED).
@@ -376,7 +406,7 @@ class Trainer:
                 self._score(progress)
             while (before := self.progress()) < 1:
                 began = time.monotonic()
-                with self.speed.phases.update():
+                with self.speed.phases.update(), self._memory():
                     record = self.update()
                 traced_update()
                 self.seconds += time.monotonic() - began
@@ -400,6 +430,21 @@ class Trainer:
                     self.save()
                 if stopped and done < 1:
                     raise Terminated if stopped == signal.SIGTERM else KeyboardInterrupt
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Says what can be done where memory runs out; of several ranks `launch` says which one it was."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.ranks.size > 1 or not ran_out(error):
+                raise
+            folder, why = self.config.training.output_dir, str(error).splitlines()[0]
+            kept = checkpoints(folder / "checkpoints")
+            left = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+            raise UserError(
+                f"memory ran out in {self.place}: {why} To take less of it, {less_memory(self.config)}; {left}"
+            ) from error
 
     def _stop_where_nothing_is_finite(self) -> None:
         """Ends the run, with a checkpoint, where too many updates in a row were not finite."""

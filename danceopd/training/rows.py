@@ -4,6 +4,7 @@ import sys
 
 import torch
 
+from danceopd.config.sections import Config
 from danceopd.core.fields import Field
 from danceopd.models.footprint import forward_bytes
 from danceopd.support.memory import format_bytes, free_bytes
@@ -104,3 +105,30 @@ def choose_rows(wanted: int | str, samples: int, ask_one, device: torch.device, 
     if rows < samples:
         print(f"rollouts and queries take {rows} of {samples} rows at a time: {format_bytes(one)} each")
     return Rows(rows)
+
+
+def less_memory(config: Config) -> str:
+    """Says what a run may set to take less memory in an update.
+
+    Args:
+        config: The run's.
+
+    Returns:
+        Keys with their values: first those with which the same run goes on, then those of another run.
+    """
+    training, adapters = config.training, bool(config.model and config.student.lora)
+    same = {
+        "gradient_checkpointing: true": config.model and not training.gradient_checkpointing,
+        "swap_blocks: auto": adapters and training.gradient_checkpointing and training.swap_blocks is None,
+        "offload_sources: true": any(s.weights for s in config.sources.values()) and not training.offload_sources,
+    }
+    other = {
+        "base_precision: int8 (or nf4)": adapters and training.base_precision is None,
+        "optimizer: adamw_8bit": training.optimizer != "adamw_8bit",
+        f"batch_size: {max(1, training.batch_size // 2)}": training.batch_size > 1,
+    }
+    lines = [
+        ("this run goes on with", [key for key, helps in same.items() if helps and config.model]),
+        ("another training.output_dir may have", [key for key, helps in other.items() if helps]),
+    ]
+    return "; ".join(f"{how} training.{', training.'.join(keys)}" for how, keys in lines if keys)

@@ -69,7 +69,9 @@ def main(device: str, stage: str, folder: Path) -> None:
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
     settings = folder / f"stage-{stage}.json"
-    settings.write_text(json.dumps({"zero_optimization": {"stage": int(stage), "stage3_param_persistence_threshold": 0}}))
+    settings.write_text(
+        json.dumps({"zero_optimization": {"stage": int(stage), "stage3_param_persistence_threshold": 0}})
+    )
     ranks, settings = begin(settings, "cpu", 60)
     training = {"output_dir": str(folder / device), "optimizer": "adamw", "cuda_graphs": False, "batch_size": 6}
     config = world_config(folder, folder / device, training={**training, "max_steps": 8, "warmup_steps": 0})

@@ -1,11 +1,13 @@
-"""The allocator keeps what is freed, or gives it back where nobody asked."""
+"""The allocator keeps what is freed, or gives it back where nobody asked; memory that runs out is said."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from danceopd.support.exits import guarded
 from danceopd.support.memory import keep_freed_memory
 
 # How many MiB of a freed array of 256 MiB are still the process's own.
@@ -36,3 +38,11 @@ def test_freed_memory_stays_with_the_process_that_keeps_it():
     )
     assert kept > 240
     assert given < 16
+
+
+def test_a_command_that_memory_does_not_suffice_for_says_so_without_a_trace(capsys):
+    assert guarded(lambda _: torch.empty(2**50), None) == 2
+    assert "danceopd: memory ran out: " in (said := capsys.readouterr().err)
+    assert "Traceback" not in said
+    with pytest.raises(RuntimeError, match="something else"):
+        guarded(lambda _: (_ for _ in ()).throw(RuntimeError("something else")), None)

@@ -14,6 +14,7 @@ from world_runs import config_of
 
 from danceopd.api import builder_of
 from danceopd.core.rollout import rollout
+from danceopd.support.errors import UserError
 from danceopd.training.checkpoints import load_newest, save_state
 from danceopd.training.loop import Trainer
 from danceopd.training.resume import go_on, state_of
@@ -141,11 +142,11 @@ def test_fifty_updates_take_no_memory(raw, captured):
 class Full:
     """Asks a network, and first for memory that is not there: where there is no gradient, or where there is one."""
 
-    def __init__(self, network, device, gradient, times):
-        self.network, self.device, self.gradient, self.times = network, device, gradient, times
+    def __init__(self, network, device, gradient, times, fits=1):
+        self.network, self.device, self.gradient, self.times, self.fits = network, device, gradient, times, fits
 
     def __call__(self, *asked):
-        if torch.is_grad_enabled() == self.gradient and self.times and len(asked[0]) > 1:
+        if torch.is_grad_enabled() == self.gradient and self.times and len(asked[0]) > self.fits:
             self.times -= 1
             if self.device == "cpu":
                 raise torch.OutOfMemoryError("no memory")
@@ -155,21 +156,38 @@ class Full:
 
 @on_each
 @pytest.mark.parametrize("phase", ["rollout", "query", "match"])
-def test_memory_that_runs_out_in_a_phase(raw, device, phase, capsys):
-    """Without gradient fewer rows are taken; with one the error is said as it is, and the next update can be made."""
+def test_where_memory_runs_out_in_a_phase_it_takes_less_at_a_time(raw, device, phase, capsys):
     config = config_of(raw, device=device)
     parts, plain = builder_of(config)(config), trainer_of(config)
     network = parts.fields[0] if phase == "query" else parts.student
     network.forward = Full(network.forward, device, phase == "match", 1)
     trainer = Trainer(config, parts)
+    for _ in range(2):
+        found, expected = trainer.update(), plain.update()
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
+        assert found["network_evaluations"] == expected["network_evaluations"]
+    said = capsys.readouterr().err
+    assert ("going on in 2 micro-batches" if phase == "match" else "did not fit; going on with") in said
+    assert said.count("warning") == 1
+
+
+@on_each
+@pytest.mark.parametrize(("phase", "place"), [("match", "match"), ("step", "update")])
+def test_where_no_less_can_be_taken_a_run_ends_with_what_to_set(raw, device, phase, place, tmp_path):
+    config = config_of(raw, device=device, output_dir=str(tmp_path), save_every=1)
+    Trainer(config, builder_of(config)(config)).save()
+    parts = builder_of(config)(config)
+    trainer = Trainer(config, parts)
     if phase == "match":
-        with pytest.raises(torch.OutOfMemoryError):
-            trainer.update()
-        trainer.engine.student.zero_grad()
-    found, expected = trainer.update(), plain.update()
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
-    if phase != "match":
-        assert "did not fit; going on with" in capsys.readouterr().err
+        parts.student.forward = Full(parts.student.forward, device, gradient=True, times=99, fits=0)
+    else:
+        full = Full(None, device, gradient=True, times=1)
+        trainer.engine.optimizers[0].step = lambda: full([1, 2])
+    with pytest.raises(UserError, match=f"memory ran out in the {place} of step 0") as found:
+        trainer.run()
+    assert "another training.output_dir may have training.optimizer: adamw_8bit" in str(found.value)
+    assert f"the newest checkpoint is {tmp_path / 'checkpoints' / 'step-'}" in str(found.value)
 
 
 @on_a_card
