@@ -1,7 +1,7 @@
-"""Our updates beside the published step times of other trainers, by count: a table of docs/benchmarks.md.
+"""Our updates beside the published step times of other trainers, by count, and the host's time: docs/benchmarks.md.
 
     python -m benchmarks.against            # prints the table
-    python -m benchmarks.against --write    # puts it into docs/benchmarks.md
+    python -m benchmarks.against --write    # puts it, and that of the host's time, into docs/benchmarks.md
 
 For the same work as another trainer's it says the least possible time, the operations over the cards' published peak;
 the time that is predicted; and, where a file in benchmarks/results/ has it, the time that was measured on such a card.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import roofline
+from benchmarks import host_bench, roofline
 from danceopd.core.query import expected_depth
 from danceopd.planning.cluster import UTILISATION
 from danceopd.support.cards import CARDS, card_of
@@ -28,6 +28,8 @@ from danceopd.support.cards import CARDS, card_of
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"
 TABLE = re.compile(r"(?<=<!-- against -->\n).*(?=<!-- end of against -->)", re.DOTALL)
+HOST_TABLE = re.compile(r"(?<=<!-- host -->\n).*(?=<!-- end of host -->)", re.DOTALL)
+HOST = RESULTS / "host-cpu.json"
 CARD, RANK = "h100", 64  # of the adapter, whose own operations are few
 SAMPLES_A_FORWARD = 16  # of one card at 384 pixels, in a rollout or a query
 
@@ -88,7 +90,7 @@ def works() -> list[Work]:
     return found
 
 
-def host_seconds(file: Path = RESULTS / "host-cpu.json") -> tuple[float, float] | None:
+def host_seconds(file: Path = HOST) -> tuple[float, float] | None:
     """Reads the host's seconds of a static query and of a static match; None where nobody has measured them."""
     if not file.is_file():
         return None
@@ -141,9 +143,26 @@ def table() -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def host_table(file: Path = HOST) -> str:
+    """Writes the table of the host's time, as benchmarks/host_bench.py measured it."""
+    result = json.loads(file.read_text(encoding="utf-8"))
+    device, taken = result["device"], {row["name"]: row for row in result["rows"]}
+    lines = [["", "base", "eager", "static", "eager / static (quartiles)"], ["---", "---", "---:", "---:", "---:"]]
+    titles = {"query": f"a query of {host_bench.ROWS} samples", "match": "one sample's forward and backward"}
+    for part, title in titles.items():
+        for precision in ("float32", "fp8"):
+            eager, static = (taken[f"{part}, {precision}, {how}"] for how in ("eager", "static"))
+            times = [f"{row['milliseconds'][1]:.3g} ms" for row in (eager, static)]
+            low, middle, high = static["ratio"]
+            lines.append([title, precision, *times, f"{middle:.0f} ({low:.0f} to {high:.0f})"])
+    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{rows}\nProcessor time on one thread, {device['name']}, torch {device['torch']}.\n"
+
+
 def page() -> str:
-    """Returns the page with the table as it is now."""
-    return TABLE.sub(lambda _: table(), PAGE.read_text(encoding="utf-8"))
+    """Returns the page with both tables as they are now."""
+    page = TABLE.sub(lambda _: table(), PAGE.read_text(encoding="utf-8"))
+    return HOST_TABLE.sub(lambda _: host_table(), page)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -41,6 +41,17 @@ def test_the_works_are_those_that_were_published():
     assert 9 < once.evaluations() < 11
 
 
+def test_the_host_table_has_the_times_of_its_file(tmp_path):
+    times = {"eager": [1, 2, 3], "static": [0.1, 0.2, 0.3]}
+    names = [(f"{part}, {p}, {how}", how) for part in ("query", "match") for p in ("float32", "fp8") for how in times]
+    rows = [{"name": name, "milliseconds": times[how], "ratio": [9, 10, 11]} for name, how in names]
+    file = tmp_path / "host.json"
+    file.write_text(json.dumps({"device": {"name": "a host", "torch": "2"}, "rows": rows}))
+    table = against.host_table(file)
+    assert table.count("| 2 ms | 0.2 ms | 10 (9 to 11) |") == 4
+    assert "thread, a host, torch 2." in table
+
+
 @pytest.mark.slow
 def test_the_page_is_what_is_generated():
     page = against.PAGE.read_text(encoding="utf-8")
