@@ -41,27 +41,29 @@ if has_triton():
     @triton.jit
     def _forward_kernel(
         x, shift, scale, residual, gate, h, out, mean, rstd,
-        tokens, width, eps, GATED: tl.constexpr, BLOCK: tl.constexpr,
+        tokens, blocks, width, eps, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        sample = row // tokens
-        column = tl.arange(0, BLOCK)
-        inside = column < width
-        value = tl.load(x + row * width + column, inside, other=0.0).to(tl.float32)
+        sample = (tl.program_id(0) // blocks).to(tl.int64)
+        token = (tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS))[:, None]
+        column = tl.arange(0, BLOCK)[None, :]
+        inside = (token < tokens) & (column < width)
+        row, own = sample * tokens + token, sample * width + column
+        at = row * width + column
+        value = tl.load(x + at, inside, other=0.0).to(tl.float32)
         if GATED:
-            g = tl.load(gate + sample * width + column, inside, other=0.0).to(tl.float32)
-            value = tl.load(residual + row * width + column, inside, other=0.0).to(tl.float32) + g * value
+            g = tl.load(gate + own, column < width, other=0.0).to(tl.float32)
+            value = tl.load(residual + at, inside, other=0.0).to(tl.float32) + g * value
             value = value.to(h.dtype.element_ty)
-            tl.store(h + row * width + column, value, inside)
+            tl.store(h + at, value, inside)
             value = value.to(tl.float32)
-        m = tl.sum(value, 0) / width
+        m = tl.sum(value, 1, keep_dims=True) / width
         centred = tl.where(inside, value - m, 0.0)
-        r = 1 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
-        s = tl.load(scale + sample * width + column, inside, other=0.0).to(tl.float32)
-        b = tl.load(shift + sample * width + column, inside, other=0.0).to(tl.float32)
-        tl.store(out + row * width + column, (centred * r * (1 + s) + b).to(out.dtype.element_ty), inside)
-        tl.store(mean + row, m)
-        tl.store(rstd + row, r)
+        r = 1 / tl.sqrt(tl.sum(centred * centred, 1, keep_dims=True) / width + eps)
+        s = tl.load(scale + own, column < width, other=0.0).to(tl.float32)
+        b = tl.load(shift + own, column < width, other=0.0).to(tl.float32)
+        tl.store(out + at, (centred * r * (1 + s) + b).to(out.dtype.element_ty), inside)
+        tl.store(mean + row, m, token < tokens)
+        tl.store(rstd + row, r, token < tokens)
 
     @triton.jit
     def _backward_kernel(
@@ -109,16 +111,25 @@ def block_of(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(8, max(1, block // 256))}
 
 
+def forward_block_of(width: int) -> dict[str, int]:
+    """The same of the forward pass, and its rows: so many that a program has about 4096 entries."""
+    block = max(32, 1 << (width - 1).bit_length())
+    rows = min(8, max(1, 4096 // block))
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(8, max(1, rows * block // 512))}
+
+
 class _Triton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, scale, residual, gate, eps):
         b, tokens, width = x.shape
+        sizes = forward_block_of(width)
+        blocks = triton.cdiv(tokens, sizes["ROWS"])
         gated = residual is not None
         out, h = torch.empty_like(x), torch.empty_like(x) if gated else x
         mean, rstd = (torch.empty(b * tokens, dtype=torch.float32, device=x.device) for _ in range(2))
-        _forward_kernel[(b * tokens,)](
+        _forward_kernel[(b * blocks,)](
             x, shift, scale, residual if gated else x, gate if gated else shift, h, out, mean, rstd,
-            tokens, width, eps, GATED=gated, **block_of(width),
+            tokens, blocks, width, eps, GATED=gated, **sizes,
         )  # fmt: skip
         ctx.save_for_backward(x, h, scale, gate, mean, rstd)
         return (h, out) if gated else out
@@ -152,17 +163,18 @@ def configurations() -> list:
     for dtype, widths in (("bf16", (1536, 3072, MAX_WIDTH)), ("fp16", (MAX_WIDTH,)), ("fp32", (MAX_WIDTH,))):
         for width in widths:
             for gated in (False, True):
-                constants = {"GATED": gated} | block_of(width)
-                warps = constants.pop("num_warps")
-                for direction, kernel, extra, registers in (
-                    ("forward", _forward_kernel, {}, 64),
-                    ("backward", _backward_kernel, {"ROWS": ROWS}, 192 if dtype == "fp32" else 128),
+                for direction, kernel, sizes, registers in (
+                    ("forward", _forward_kernel, forward_block_of(width), 64),
+                    ("backward", _backward_kernel, {"ROWS": ROWS} | block_of(width), 192 if dtype == "fp32" else 128),
                 ):
+                    warps = sizes.pop("num_warps")
                     name = f"adaln {dtype}, width {width}, {direction}" + ", gated" * gated
                     types = dict.fromkeys(data, f"*{dtype}") | pointers
                     odd = frozenset({"tokens", "blocks"})
                     result.append(
-                        Configuration(name, kernel, types, constants | extra, warps, registers, streaming=True, odd=odd)
+                        Configuration(
+                            name, kernel, types, {"GATED": gated} | sizes, warps, registers, streaming=True, odd=odd
+                        )
                     )
     return result
 

@@ -92,31 +92,36 @@ if has_triton():
         codes,  # uint8
         row_scale,
         tokens,
+        blocks,  # programs of a sample
         width,
         eps,
         smallest,
         NORM: tl.constexpr,
         MODULATED: tl.constexpr,
+        ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        inside = column < width
-        value = tl.load(x + row * width + column, inside, other=0.0).to(tl.float32)
+        sample = tl.program_id(0) // blocks
+        token = (tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS))[:, None]
+        column = tl.arange(0, BLOCK)[None, :]
+        inside = (token < tokens) & (column < width)
+        row = sample.to(tl.int64) * tokens + token
+        at = row * width + column
+        value = tl.load(x + at, inside, other=0.0).to(tl.float32)
         if NORM:
-            centred = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
-            value = centred / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+            centred = tl.where(inside, value - tl.sum(value, 1, keep_dims=True) / width, 0.0)
+            value = centred / tl.sqrt(tl.sum(centred * centred, 1, keep_dims=True) / width + eps)
         if MODULATED:
-            at = row // tokens * width + column
-            value *= 1 + tl.load(scale + at, inside, other=0.0).to(tl.float32)
-            value += tl.load(shift + at, inside, other=0.0).to(tl.float32)
+            own = sample.to(tl.int64) * width + column
+            value *= 1 + tl.load(scale + own, column < width, other=0.0).to(tl.float32)
+            value += tl.load(shift + own, column < width, other=0.0).to(tl.float32)
         # As integers the bits of sizes are ordered as the sizes are, and NaN is the largest of all.
         sizes = tl.where(inside, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-        largest = tl.max(sizes, 0).to(tl.float32, bitcast=True)
+        largest = tl.max(sizes, 1, keep_dims=True).to(tl.float32, bitcast=True)
         s = tl.div_rn(largest, 448.0)
         s = tl.where(largest == 0.0, 1.0, tl.where(s < smallest, smallest, s))
-        tl.store(row_scale + row, s)
-        tl.store(codes + row * width + column, _encode(value * tl.div_rn(1.0, s)).to(tl.uint8), inside)
+        tl.store(row_scale + row, s, token < tokens)
+        tl.store(codes + at, _encode(value * tl.div_rn(1.0, s)).to(tl.uint8), inside)
 
     @triton.jit
     def _linear_kernel(
@@ -163,10 +168,11 @@ if has_triton():
         tl.store(at, total.to(out.dtype.element_ty), (m < rows)[:, None] & (n < columns))
 
 
-def block_of(width: int) -> tuple[int, int]:
-    """Columns of the one program of a row, and its warps."""
+def block_of(width: int) -> tuple[int, int, int]:
+    """Rows of a program, their columns rounded up, and its warps: 16 or 32 entries a thread."""
     block = max(32, 1 << (width - 1).bit_length())
-    return block, min(16, max(1, block // 512))
+    rows = min(8, max(1, 4096 // block))
+    return rows, block, min(16, max(1, rows * block // 512))
 
 
 LINEAR = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
@@ -175,11 +181,13 @@ LINEAR = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
 def run_triton(x, norm: bool, scale, shift, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     row_scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-    block, warps = block_of(x.shape[-1])
-    tokens = 1 if scale is None else x.shape[1]
-    _quantize_kernel[(row_scale.numel(),)](
+    rows, block, warps = block_of(x.shape[-1])
+    tokens = row_scale.numel() if scale is None else x.shape[1]
+    blocks = triton.cdiv(tokens, rows)
+    _quantize_kernel[(row_scale.numel() // tokens * blocks,)](
         x, x if scale is None else scale, x if shift is None else shift, codes, row_scale,
-        tokens, x.shape[-1], eps, SMALLEST_SCALE, NORM=norm, MODULATED=scale is not None, BLOCK=block, num_warps=warps,
+        tokens, blocks, x.shape[-1], eps, SMALLEST_SCALE, NORM=norm, MODULATED=scale is not None,
+        ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return codes.view(FLOAT8), row_scale
 
@@ -202,15 +210,15 @@ def configurations() -> list:
     """What resources.py compiles: rows of a model 3072 wide and of its 12288 wide hidden layer, and the product."""
     from danceopd_kernels.resources import Configuration
 
-    integers = dict.fromkeys(("tokens", "rows", "columns", "width"), "i32")
+    integers = dict.fromkeys(("tokens", "blocks", "rows", "columns", "width"), "i32")
     floats = dict.fromkeys(("row_scale", "x_scale", "weight_scale"), "*fp32") | {"eps": "fp32", "smallest": "fp32"}
     types = integers | floats | dict.fromkeys(("codes", "weight"), "*u8")
     result = []
     for dtype in ("bf16", "fp16", "fp32"):
         data = types | dict.fromkeys(("x", "scale", "shift", "bias", "out"), f"*{dtype}")
-        for width, norm in ((3072, False), (3072, True), (12288, False)):
-            block, warps = block_of(width)
-            constants = {"NORM": norm, "MODULATED": norm, "BLOCK": block}
+        for width, norm in ((1536, True), (3072, False), (3072, True), (12288, False)):
+            rows, block, warps = block_of(width)
+            constants = {"NORM": norm, "MODULATED": norm, "ROWS": rows, "BLOCK": block}
             name = f"fp8_quantize_rowwise {dtype}, {width} wide" + ", norm and modulation" * norm
             result.append(Configuration(name, _quantize_kernel, data, constants, warps, 128, streaming=True))
         constants = LINEAR | {"BIAS": True, "WEIGHT_ONLY": False, "INTERPRETED": False}

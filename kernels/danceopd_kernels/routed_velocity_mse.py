@@ -73,7 +73,8 @@ def _gathered(tensors: list[torch.Tensor], route: torch.Tensor, row: torch.Tenso
 
 if has_triton():
     # Long: one kernel, which nothing may be called from without a price.
-    @triton.jit(do_not_specialize=[f"{x}{i}" for x in "nk" for i in range(8)])  # they change from call to call
+    # What changes from call to call is not specialised.
+    @triton.jit(do_not_specialize=[*(f"{x}{i}" for x in "nk" for i in range(8)), "multiplier", "shift"])
     def _kernel(
         student,
         t0, t1, t2, t3, t4, t5, t6, t7,
@@ -90,10 +91,12 @@ if has_triton():
         partial,  # [1 or 3, B, chunks] float32: sums of squared errors; of velocity's and target's squares
         n,  # elements of a sample
         inner,  # elements that one entry of the mask covers
+        multiplier, shift,  # that divide by inner, as `division` has it
         chunks,
         TEACHERS: tl.constexpr,
         GUIDED: tl.constexpr,
         MASKED: tl.constexpr,
+        MULTIPLIED: tl.constexpr,  # whether elements are divided by a product, which pays where each is
         NORMS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):  # fmt: skip
@@ -107,7 +110,7 @@ if has_triton():
             if GUIDED:
                 uncond = tl.where(m == i, (u1, u2, u3, u4, u5, u6, u7)[i - 1], uncond)
                 uncond_rows = tl.where(m == i, (k1, k2, k3, k4, k5, k6, k7)[i - 1], uncond_rows)
-        offset = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        offset = chunk * BLOCK + tl.arange(0, BLOCK)  # in 32 bits, which `limit` keeps a sample's elements in
         inside = offset < n
         here, there = sample * n, tl.load(row + sample)
         # A row that is not there is not read, and its sample's loss and gradient are NaN.
@@ -124,7 +127,11 @@ if has_triton():
         target = tl.where(known, target, float("nan"))
         error = v - target
         if MASKED:
-            kept = tl.load(mask + sample * (n // inner) + offset // inner, inside, other=0) != 0
+            if MULTIPLIED:
+                entry = tl.umulhi(offset.to(tl.uint32), multiplier.to(tl.uint32, bitcast=True)) >> shift
+            else:
+                entry = offset // inner
+            kept = tl.load(mask + sample * (n // inner) + entry, inside, other=0) != 0
             error = tl.where(kept, error, 0.0)
         at = partial + sample * chunks + chunk
         tl.store(at, tl.sum(error * error))
@@ -146,10 +153,20 @@ if has_triton():
         factor = tl.load(upstream + sample)
         if factor == 1.0:  # a plain loss.backward(): nothing is read or written
             return
-        offset = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = offset < n
         value = tl.load(gradient + sample * n + offset, inside, other=0.0).to(tl.float32)
         tl.store(gradient + sample * n + offset, (value * factor).to(gradient.dtype.element_ty), inside)
+
+
+def division(divisor: int) -> tuple[int, int]:
+    """What x // divisor is made of for a divisor of 2 or more and x in 31 bits: (x * multiplier >> 32) >> shift.
+
+    Returns:
+        The multiplier, which has 32 bits, as a signed number; and the shift.
+    """
+    bits = (divisor - 1).bit_length()
+    return -(-(2 ** (31 + bits)) // divisor) - 2**32, bits - 1
 
 
 def block_of(elements: int) -> tuple[int, int]:
@@ -173,7 +190,8 @@ def run_triton(
     """Fill gradient; return each sample's sum of squared errors [B]; with norms [3, B], of velocity and target too."""
     b, n = len(student), student[0].numel()
     block, warps = block_of(n)
-    chunks = triton.cdiv(n, block)
+    chunks, inner = triton.cdiv(n, block), 1 if mask is None else n // mask[0].numel()
+    divided = inner > 1 and inner % 16 != 0  # else there is nothing to divide, or Triton divides once for 8 elements
     partial = torch.empty(*[3] * norms, b, chunks, dtype=torch.float32, device=student.device)
     sides = [teachers + [student] * (MAX_TEACHERS - len(teachers)), uncond + [student] * (MAX_TEACHERS - len(uncond))]
     sizes = [[len(t) for t in side] + [0] * (MAX_TEACHERS - len(side)) for side in (teachers, uncond)]
@@ -192,11 +210,13 @@ def run_triton(
         gradient,
         partial,
         n,
-        1 if mask is None else n // mask[0].numel(),
+        inner,
+        *(division(inner) if divided else (-1, 0)),
         chunks,
         TEACHERS=len(teachers),
         GUIDED=bool(uncond),
         MASKED=mask is not None,
+        MULTIPLIED=divided,
         NORMS=norms,
         BLOCK=block,
         num_warps=warps,
@@ -210,7 +230,7 @@ def configurations() -> list:
 
     pointers = dict.fromkeys(("guidance_scale", "factor", "partial"), "*fp32")
     pointers |= {"route": "*i64", "row": "*i64", "uncond_row": "*i64", "mask": "*i8"}
-    pointers |= {"n": "i32", "inner": "i32", "chunks": "i32"}
+    pointers |= dict.fromkeys(("n", "inner", "multiplier", "shift", "chunks"), "i32")
     rows = [f"{x}{i}" for x in "nk" for i in range(8)]
     pointers |= dict.fromkeys(rows, "i32")
     result = []
@@ -226,14 +246,16 @@ def configurations() -> list:
         ):
             name = f"routed_velocity_mse {dtype}, {teachers} teacher" + "s" * (teachers > 1)
             name += ", guided" * guided + ", masked" * masked + ", norms" * norms
-            flags = {"GUIDED": guided, "MASKED": masked, "NORMS": norms}
+            flags = {"GUIDED": guided, "MASKED": masked, "MULTIPLIED": False, "NORMS": norms}
             constants, types = {"TEACHERS": teachers, **flags, "BLOCK": block}, data | pointers
-            odd = frozenset(rows)
+            odd = frozenset({*rows, "multiplier", "shift"})
             result.append(Configuration(name, _kernel, types, constants, warps, 128, streaming=True, odd=odd))
             if masked and dtype == "bf16":  # Triton compiles other code for 1, for multiples of 16, and for the rest
-                each = {**constants, "inner": 1}
+                each, rest = {**constants, "inner": 1}, {**constants, "MULTIPLIED": True}
                 result.append(replace(result[-1], name=f"{name}, a mask of elements", constants=each))
-                result.append(replace(result[-2], name=f"{name}, any elements an entry", odd=odd | {"inner"}))
+                result.append(
+                    replace(result[-2], name=f"{name}, any elements an entry", constants=rest, odd=odd | {"inner"})
+                )
         if dtype == "fp16":  # kept in float32, and scaled by PyTorch
             continue
         types = {"gradient": f"*{dtype}", "upstream": "*fp32", "n": "i32"}

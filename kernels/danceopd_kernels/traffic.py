@@ -87,7 +87,7 @@ def account(samples: int = 4, shape: tuple[int, ...] = (16, 64, 64), dtype=torch
     Returns:
         (operation, bytes of its Triton kernels, least possible, eager PyTorch's) each. Least possible: every input read
         once and every output written once. The losses and adaln_modulate with a residual are with their gradients.
-        Norms with modulation read scale and shift again for each row, and the output head its weights for each tile;
+        Norms with modulation read scale and shift again for each program, and the output head its weights for each tile;
         on a GPU these come from its cache.
 
     Raises:
@@ -178,7 +178,9 @@ def main() -> None:
     print(f"{'operation':<24}{'Triton kernel':>16}{'least':>12}{'ratio':>8}{'eager PyTorch':>16}{'ratio':>8}")
     for name, moved, least, eager in account():
         print(f"{name:<24}{moved:>16,}{least:>12,}{moved / least:>8.3f}{eager:>16,}{eager / least:>8.2f}")
-    print("Norms with modulation read scale and shift again for each row, the output head its weights for each tile;")
+    print(
+        "Norms with modulation read scale and shift again for each program, the output head its weights for each tile;"
+    )
     print("on a GPU these come from its cache.")
 
 

@@ -139,6 +139,16 @@ def test_any_shape_and_route(place, data):
     check(problem(shape, route, teachers, dtype, **options), place)
 
 
+@settings(max_examples=500)
+@given(st.integers(2, 2**31 - 1) | st.integers(2, 100), st.integers(0, 2**31 - 1), st.integers(-1, 1))
+def test_a_product_divides_as_a_division(divisor, x, beside):
+    """Also beside multiples, where the quotient changes."""
+    multiplier, shift = sys.modules["danceopd_kernels.routed_velocity_mse"].division(divisor)
+    assert -(2**31) <= multiplier < 0  # of 32 bits
+    for value in (x, max(0, x // divisor * divisor + beside)):
+        assert (value * (multiplier + 2**32) >> 32) >> shift == value // divisor
+
+
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_rows_of_a_larger_set_of_answers(place, data):
