@@ -87,7 +87,7 @@ def account(samples: int = 4, shape: tuple[int, ...] = (16, 64, 64), dtype=torch
     Returns:
         (operation, bytes of its Triton kernels, least possible, eager PyTorch's) each. Least possible: every input read
         once and every output written once. The losses and adaln_modulate with a residual are with their gradients.
-        Norms with modulation read scale and shift again for each program, and the output head its weights for each tile;
+        Norms with modulation read scale and shift again for each program, the output head its weights for each tile;
         on a GPU these come from its cache.
 
     Raises:
