@@ -72,8 +72,8 @@ def _gathered(tensors: list[torch.Tensor], route: torch.Tensor, row: torch.Tenso
 # -------------------------------------------------------------------------------------------------- Triton
 
 if has_triton():
-    # Long: one kernel, which nothing may be called from without a price.
     # What changes from call to call is not specialised.
+    # Long: one kernel, which nothing may be called from without a price.
     @triton.jit(do_not_specialize=[*(f"{x}{i}" for x in "nk" for i in range(8)), "multiplier", "shift"])
     def _kernel(
         student,
