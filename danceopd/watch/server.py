@@ -71,6 +71,7 @@ def serve(runs: Runs, port: int, started: Callable[[str], object]) -> None:
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((HOST, port))
+        listening.listen()  # who comes before the server has begun waits, and is not turned away
         started(f"http://{HOST}:{listening.getsockname()[1]}")
         # Long logs are read while the browser still opens.
         threading.Thread(target=lambda: [run.everything() for run in runs.found().values()], daemon=True).start()

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import shutil
-from urllib.parse import urlencode
+import socket
+from urllib.parse import urlencode, urlsplit
 
 import pytest
 from PIL import Image
@@ -12,7 +13,7 @@ pytest.importorskip("starlette", reason="danceopd[watch] is not installed")
 
 from danceopd.cli.parser import main
 from danceopd.watch.runs import Runs
-from danceopd.watch.server import FILES, application
+from danceopd.watch.server import FILES, application, serve
 
 
 def write_run(folder, steps=3, most=10):
@@ -135,3 +136,12 @@ def test_mistakes_of_the_command(arguments, says, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     assert main(["watch", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_page_can_be_asked_for_from_when_its_address_is_said(tmp_path):
+    def open_and_end(address):
+        socket.create_connection((urlsplit(address).hostname, urlsplit(address).port)).close()
+        raise InterruptedError("opened")
+
+    with pytest.raises(InterruptedError, match="opened"):
+        serve(Runs([write_run(tmp_path / "run")]), 0, open_and_end)
