@@ -3,22 +3,16 @@
 import ast
 import re
 import shlex
-from pathlib import Path
 
 import make_reference
 import pytest
 import torch
 import yaml
+from pages import BLOCK, ROOT, blocks
 
 from danceopd.cli.parser import build_parser
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-
-
-def blocks(page, *languages):
-    return [match[3] for match in BLOCK.finditer(page.read_text("utf-8")) if match[2] in languages]
 
 
 def anchors(page):
