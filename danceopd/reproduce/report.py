@@ -7,6 +7,7 @@ import io
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -282,26 +283,27 @@ def _merges(page: Page, rows: list[dict]) -> None:
             for row in members
         ]
         page.table(f"{count} LoRAs.", [*header, *COST], table)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    by_method = {
-        name: {row["loras"]: row["kept"]["mean"] for row in rows if row["method"] == name and row["kept"]["mean"] > 0}
-        for name in methods
-    }
+    counts = sorted({row["loras"] for row in rows})
     page.plot(
         "merge",
-        "What is kept of each LoRA, by the number that is merged.",
-        [lambda ax: _kept(ax, by_method)],
+        "What is kept of the LoRAs' marks, of the base's and of pairs', by the number that is merged; best on top.",
+        [partial(_kept, [row for row in rows if row["loras"] == count], f"{count} LoRAs") for count in counts],
         height=4.2,
     )
 
 
-def _kept(ax, by_method: dict[str, dict[int, float]]) -> None:
-    for name, points in by_method.items():
-        counts = sorted(points)
-        style = {"color": COLORS[name], "linewidth": 2.2} if name in COLORS else {"color": GREY, "alpha": 0.6}
-        ax.plot(counts, [points[count] for count in counts], marker="o", label=label(name), **style)
-        ax.annotate(label(name), (counts[-1], points[counts[-1]]), (6, 0), textcoords="offset points", fontsize=7)
-    ax.set(xlabel="LoRAs", ylabel="kept of each", xticks=sorted({c for points in by_method.values() for c in points}))
+SHARES = {"kept": ("LoRAs kept", "#24598f"), "base_kept": ("base kept", "#c1571b"), "pairs": ("pairs kept", "#8a8a8a")}
+
+
+def _kept(rows: list[dict], title: str, ax) -> None:
+    """Draws a row of three dots for each method."""
+    rows = sorted(rows, key=lambda row: statistics.fmean(row[metric]["mean"] for metric in SHARES))
+    for metric, (name, color) in SHARES.items():
+        means, errors = ([row[metric][key] or 0 for row in rows] for key in ("mean", "standard_error"))
+        ax.errorbar(means, range(len(rows)), xerr=errors, fmt="o", color=color, label=name, markersize=5)
+    ax.set_yticks(range(len(rows)), [label(row["method"]) for row in rows], fontsize=7)
+    ax.axvline(1, color=GREY, linewidth=0.8)
+    ax.set(xlabel="kept", title=title)
 
 
 def _score_plot(page: Page, setting: str, file: str, rows: dict, x: str, axis: str) -> None:
