@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start too: threads that wait spin
 alone = os.environ.get("OMP_NUM_THREADS") != "1" and "PYTEST_XDIST_WORKER" not in os.environ
 torch.set_num_threads(2 if alone else 1)
 busy = [HealthCheck.too_slow]  # a machine that does other things too is no fault
