@@ -74,17 +74,9 @@ def run_sample(args: argparse.Namespace) -> None:
     from danceopd.evaluation.grid import draw_grid, pixels
     from danceopd.support.bars import bar
     from danceopd.support.files import write_atomic
-    from danceopd.support.paths import near_path
-    from danceopd.support.pictures import decode_picture
+    from danceopd.support.pictures import open_picture
 
-    picture = None
-    if path := getattr(args, "picture", None):
-        if not path.is_file():
-            raise UserError(f"no picture at {path}{near_path(path)}")
-        try:
-            picture = decode_picture(path)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
+    picture = open_picture(args.picture) if getattr(args, "picture", None) else None
     for name in ("num_inference_steps", "resolution", "max_sequence_length"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")

@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from danceopd.support.errors import UserError
+from danceopd.support.paths import near_path
+
 CELL = (96, 512)  # least and largest width of a picture in a grid, in pixels
 
 
@@ -111,6 +114,16 @@ def decode_picture(file: Path | BinaryIO) -> Image.Image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Decodes a picture that a user named, as `decode_picture` does; a UserError where there is none to be decoded."""
+    if not path.is_file():
+        raise UserError(f"no picture at {path}{near_path(path)}")
+    try:
+        return decode_picture(path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def check_picture_file(file: Path) -> None:

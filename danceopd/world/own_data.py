@@ -10,8 +10,7 @@ from danceopd.data.column_names import column_notes
 from danceopd.data.manifest import Row, _first, read_manifest
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
-from danceopd.support.paths import near_path
-from danceopd.support.pictures import decode_picture
+from danceopd.support.pictures import decode_picture, open_picture
 from danceopd.world.tokenizer import count_tokens
 
 CACHE_BYTES = 256 * 2**20  # of decoded pictures that each data set keeps
@@ -27,13 +26,7 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
 
 def load_picture(path: Path, size: int) -> torch.Tensor:
     """Reads one picture as a field takes it: [3, size, size] float32 in [-1, 1]; a UserError if it can't be read."""
-    if not path.is_file():
-        raise UserError(f"no picture at {path}{near_path(path)}")
-    try:
-        image = fit_square(decode_picture(path), size)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    return _pixels(image) / 127.5 - 1
+    return _pixels(fit_square(open_picture(path), size)) / 127.5 - 1
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
