@@ -143,7 +143,10 @@ DRAWN_EVALUATIONS = 2 * DRAWN_SAMPLES * DRAWN_STEPS
 # Looks' LoRAs into one: their numbers, what is trained, and the pictures that joint training draws with the LoRAs.
 MERGE_COUNTS = (2, 4, 8)
 
-MERGE_METHODS = ("danceopd", "joint_samples")
+MERGE_METHODS = {
+    "danceopd": {"training.batch_size": 16, "rollout.solver": "ab2", "rollout.num_inference_steps": 4},
+    "joint_samples": {"training.batch_size": 16},
+}
 
 MERGE_DRAWN = 2000
 
@@ -170,7 +173,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget("quick", main=400_000, short=200_000, ablation=100_000, miniature=100_000, merge=50_000, seeds=1),
-    "paper": Budget("paper", main=600_000, short=200_000, ablation=100_000, miniature=200_000, merge=100_000, seeds=3),
+    "paper": Budget("paper", main=600_000, short=200_000, ablation=100_000, miniature=200_000, merge=200_000, seeds=3),
 }
 
 
@@ -263,7 +266,12 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
             (
                 f"{method}_{count}",
                 "miniature",
-                {"method": method, "loras": count, "training.learning_rate": 6e-3},
+                {
+                    "method": method,
+                    "loras": count,
+                    "training.learning_rate": 6e-3,
+                    **MERGE_METHODS.get(method, {}),
+                },
                 {UNTRAINED: 0, "danceopd": budget.merge}.get(method, budget.merge - MERGE_DRAWN * DRAWN_STEPS),
             )
             for count in MERGE_COUNTS

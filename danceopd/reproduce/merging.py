@@ -47,7 +47,7 @@ PICTURES = {0: 160, 1: 480, 2: 240}  # of prompts as they are, of all LoRAs toge
 
 FEW = {0: 32, 1: 96, 2: 48}  # where a merge's weight is chosen
 
-PROMPTS = 500  # that are trained on
+PROMPTS = 2000  # that are trained on; some are alike
 
 BY_HAND = "by_hand"
 
@@ -222,16 +222,11 @@ def _untrained(bench: Bench, seed: int) -> dict[str, dict]:
 
 def _trained(run: Run, folder: Path, bench: Bench) -> dict:
     """Trains one LoRA out of several, and measures it."""
-    own = {
-        "training.seed": run.seed,
-        "training.batch_size": 32,
-        "training.optimizer": "muon",
-        "training.learning_rate": run.overrides["training.learning_rate"],
-        "training.lr_schedule": "cosine",
-        "training.max_network_evaluations": run.evaluations,
-    }
+    own = {"training.optimizer": "muon", "training.lr_schedule": "cosine"}
+    own |= {key: value for key, value in run.overrides.items() if key.startswith(("training.", "rollout."))}
     ours = run.overrides["method"] == "danceopd"
-    own |= {"rollout.num_inference_steps": 8} if ours else {"method": "joint"}
+    if not ours:
+        own["method"] = "joint"
     options = Options(
         prompts=_write_prompts(folder / "prompts.txt"),
         steps=100_000,  # the evaluations end it

@@ -273,7 +273,14 @@ def adopt(todo: list[Run], folders: Folders) -> None:
     """Takes over results that the results files hold already, so that a finished run needs no folder."""
     for setting in {run.setting for run in todo}:
         table = _table(setting, folders)
-        by_digest = {result["digest"]: result for row in table.get("rows", ()) for result in row.get("runs", ())}
+        by_digest: dict[str, dict] = {}
+        for row in table.get("rows", ()):
+            for result in row.get("runs", ()):
+                if "loras" in row and row["kind"] == "merge":  # one run made a line of each method
+                    of_run = by_digest.setdefault(result["digest"], {"seed": result["seed"], "methods": {}})
+                    of_run["digest"], of_run["methods"][row["method"]] = result["digest"], result
+                else:
+                    by_digest[result["digest"]] = result
         if "untrained" in table:
             rows = [row for row in table["rows"] if row["kind"] != "trained" and row["method"] != "before"]
             by_digest[table["untrained"]] = {"digest": table["untrained"], "rows": rows}
@@ -316,7 +323,7 @@ def gather(setting: str, budget: Budget, folders: Folders, seeds: int) -> None:
         "setting": setting,
         "budget": {
             "name": budget.name,
-            "network_evaluations": runs(setting, budget, seeds)[0].evaluations,
+            "network_evaluations": max(run.evaluations for run in runs(setting, budget, seeds)),
             "seeds": seeds,
         },
         "machine": machine(),
@@ -337,7 +344,8 @@ def _merge_rows(members: list[tuple[Run, dict]]) -> list[dict]:
     for name in results[0]["methods"]:
         own = [result["methods"][name] for result in results]
         rows.append({**_row(name, "merge", own, None), **loras, "seeds": [result["seed"] for result in results]})
-        rows[-1]["runs"] = [{"seed": result["seed"], **one} for result, one in zip(results, own, strict=True)]
+        named = [{key: result[key] for key in ("seed", "digest")} for result in results]
+        rows[-1]["runs"] = [one | name for name, one in zip(named, own, strict=True)]
     return rows
 
 

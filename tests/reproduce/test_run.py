@@ -163,6 +163,31 @@ def test_quick_setting_a_end_to_end_and_again(configs, tmp_path, capsys):
     assert not list((tmp_path / "third").glob("**/result.json"))
 
 
+def test_merges_that_need_no_training_are_taken_over_from_the_results_file(tmp_path):
+    shares = {"shares": {"": 0.5, "night": 0.25}, "rank": 8}
+    methods = {"base": {"kept": 0.2, "base_kept": 1.0, "pairs": 0.0, **shares}}
+    methods["merge_ties"] = {**methods["base"], "kept": 0.4, "chosen": 0.8}
+    folders = Folders(CONFIGS, tmp_path / "work", tmp_path / "results")
+    folders.results.mkdir()
+    made = [run for run in runs("merge", TINY, 2) if run.row == "untrained_4"]
+    for run in made:
+        result = {"seed": run.seed, "digest": digest(run, folders), "methods": methods, "commit": "c"}
+        path = folders.work / run.name / "result.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(result))
+    gather("merge", TINY, folders, 2)
+    before = (folders.results / "merge.json").read_text()
+    assert [(row["method"], row["loras"], row["seeds"]) for row in json.loads(before)["rows"]] == [
+        ("base", 4, [0, 1]),
+        ("merge_ties", 4, [0, 1]),
+    ]
+    elsewhere = Folders(CONFIGS, tmp_path / "elsewhere", folders.results)
+    adopt(made, elsewhere)
+    assert all(finished(run, elsewhere) for run in made)
+    gather("merge", TINY, elsewhere, 2)
+    assert (folders.results / "merge.json").read_text() == before
+
+
 def test_means_and_errors_over_seeds(configs, tmp_path):
     folders = place_of(configs, tmp_path)
     values = {0: 0.5, 1: 0.6, 2: 0.9}
