@@ -12,7 +12,7 @@ METHODS = {
     "joint": {"method": "joint"},
     "off_policy": {"method": "off_policy"},
     "off_policy_samples": {"method": "off_policy", "options.states_from": "sources"},
-    "diffusion_opd": {"method": "diffusion_opd", "route": "round_robin", "training.batch_size": 16},
+    "diffusion_opd": {"method": "diffusion_opd", "route": "round_robin", "training.batch_size": 32},
     "flow_opd": {"method": "flow_opd"},
     "flow_opd_attached": {"method": "flow_opd", "options.detach_advantage": False},
     "danceopd": {},
@@ -101,7 +101,7 @@ MINIATURE = {
     "off_policy_samples": (("prompts",), {"method": "off_policy", "options.states_from": "sources"}),
     "diffusion_opd": (
         ("data", "prompts"),
-        {"method": "diffusion_opd", "route": "round_robin", "training.batch_size": 16},
+        {"method": "diffusion_opd", "route": "round_robin", "training.batch_size": 32},
     ),
     "flow_opd": (("data", "prompts"), {"method": "flow_opd"}),
     "danceopd": (("data", "prompts"), {}),
@@ -144,8 +144,8 @@ DRAWN_EVALUATIONS = 2 * DRAWN_SAMPLES * DRAWN_STEPS
 MERGE_COUNTS = (2, 4, 8)
 
 MERGE_METHODS = {
-    "danceopd": {"training.batch_size": 16, "rollout.solver": "ab2", "rollout.num_inference_steps": 4},
-    "joint_samples": {"training.batch_size": 16},
+    "danceopd": {"training.batch_size": 32, "rollout.solver": "ab2", "rollout.num_inference_steps": 4},
+    "joint_samples": {"training.batch_size": 32},
 }
 
 MERGE_DRAWN = 2000
