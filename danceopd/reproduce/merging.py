@@ -114,18 +114,20 @@ def measure(
 
 
 def kept(own: Measured, by_hand: Measured) -> dict[str, float]:
-    """Returns what a merge keeps of each LoRA, of the base and of pairs: its share of right pictures over that by hand.
+    """Returns what a merge keeps of the LoRAs, of the base and of pairs: its share of right pictures over that by hand.
+
+    The means over LoRAs, and over pairs, are divided, so that one that draws hardly anything right by hand counts little.
 
     Returns:
-        {"kept": the mean over LoRAs, "base_kept", "pairs": of all pairs' pictures together}.
+        {"kept": of all LoRAs' pictures, "base_kept", "pairs": of all pairs'}.
     """
     single = [look for look in own if look and " + " not in look]
     pairs = [look for look in own if " + " in look]
-    return {
-        "kept": fmean(own[look] / by_hand[look] for look in single),
-        "base_kept": own[""] / by_hand[""],
-        "pairs": fmean(own[look] for look in pairs) / fmean(by_hand[look] for look in pairs),
-    }
+
+    def share(looks: Sequence[str]) -> float:
+        return fmean(own[look] for look in looks) / fmean(by_hand[look] for look in looks)
+
+    return {"kept": share(single), "base_kept": share([""]), "pairs": share(pairs)}
 
 
 class Bench:

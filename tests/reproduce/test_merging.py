@@ -21,4 +21,4 @@ def test_kept_is_relative_to_each_lora_by_hand():
     by_hand = {"": 0.5, "night": 0.4, "wood": 0.8, "night + wood": 0.2}
     assert kept(by_hand, by_hand) == {"kept": 1, "base_kept": 1, "pairs": 1}
     own = {"": 0.25, "night": 0.4, "wood": 0.4, "night + wood": 0.3}
-    assert kept(own, by_hand) == pytest.approx({"kept": 0.75, "base_kept": 0.5, "pairs": 1.5})
+    assert kept(own, by_hand) == pytest.approx({"kept": 0.8 / 1.2, "base_kept": 0.5, "pairs": 1.5})
