@@ -116,7 +116,7 @@ def measure(
 def kept(own: Measured, by_hand: Measured) -> dict[str, float]:
     """Returns what a merge keeps of the LoRAs, of the base and of pairs: its share of right pictures over that by hand.
 
-    The means over LoRAs, and over pairs, are divided, so that one that draws hardly anything right by hand counts little.
+    Means over LoRAs, and over pairs, are divided, so that one that draws hardly anything right by hand hardly counts.
 
     Returns:
         {"kept": of all LoRAs' pictures, "base_kept", "pairs": of all pairs'}.
