@@ -267,7 +267,7 @@ def _merges(page: Page, rows: list[dict]) -> None:
         "LoRAs of rank 8 of the miniature, each with a look that it is called by: a background, what things are made "
         "of, a tone, or a style; of eight some contradict each other. A picture's mark is the share of what is asked "
         "that is there in all looks asked for. Kept is the mark over that by hand, where each prompt has the LoRA that "
-        "it calls (both of a pair) loaded for it, of the means over LoRAs and over pairs; the base's prompts call none. "
+        "it calls (both of a pair) loaded for it, of means over LoRAs and over pairs; the base's prompts call none. "
         "Merges have the weight that is best on validation prompts. ± the standard error over the sets of prompts and "
         "noise, and over the trainings, where there are several."
     )
