@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 SETTINGS = (
     *("A", "B", "C", "D", "E", "F", "ablations", "grid"),
-    *("miniature", "miniature_grid", "miniature_ablations", "merge"),
+    *("miniature", "miniature_grid", "miniature_ablations", "merge", "operators"),
 )
 
 # What each method differs in from DanceOPD. Trajectories that are asked at every step are fewer to an update.
@@ -150,6 +150,30 @@ MERGE_METHODS = {
 
 MERGE_DRAWN = 2000
 
+# Operators over the miniature's text-to-image source, which a student absorbs (docs/operators.md).
+OPERATORS = {
+    **{f"guided{scale}": {"sources.operator": {"guided": {"source": "t2i", "scale": scale}}} for scale in (2, 3)},
+    **{
+        name: {"sources.operator": {"guided": {"source": "t2i", "scale": 3, **more}}}
+        for name, more in {
+            "interval": {"interval": [0.2, 0.9]},
+            "rescale": {"rescale": 0.7},
+            "zero_star": {"zero_star": True},
+            "apg": {"apg": {"eta": 0.0, "norm": 2.5}},
+        }.items()
+    },
+    "autoguided": {
+        "sources.base": {},
+        "sources.operator": {"autoguided": {"source": "t2i", "weak": "base", "scale": 2}},
+    },
+    "difference": {
+        "sources.base": {},
+        "sources.operator": {"difference": {"base": "base", "source": "t2i", "weight": 1.5}},
+    },
+}
+
+ABSORBED_SCALES = (1, 2, 3)  # of guidance at inference, beside those that are absorbed
+
 UNTRAINED = "untrained"  # the run that measures what needs no training
 
 TRAINING_SCALES = (1, 2, 3, 5, 7)  # alpha of setting D
@@ -209,7 +233,7 @@ class Run:
     @property
     def on_miniature(self) -> bool:
         """Whether its model is the miniature and not an embedded network."""
-        return self.config == "miniature.yaml"
+        return self.config.startswith("miniature")
 
 
 # Long: it has an entry for each table.
@@ -276,6 +300,15 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
             )
             for count in MERGE_COUNTS
             for method in (UNTRAINED, *MERGE_METHODS)
+        ],
+        "operators": lambda: [
+            (
+                row,
+                "miniature_operators",
+                {"training.learning_rate": 2e-3, "evaluation.times": 0, **overrides},
+                budget.miniature // 4,
+            )
+            for row, overrides in OPERATORS.items()
         ],
         "miniature_grid": lambda: [
             (

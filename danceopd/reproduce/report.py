@@ -19,6 +19,7 @@ from danceopd.report.charts import CHART_STYLE
 from danceopd.report.names import DASH, duration
 from danceopd.report.names import label as plain_label
 from danceopd.reproduce.claims import BAND, COMPARED, KEPT, NEAR, Claim, by_scales, claims, own_guidance
+from danceopd.reproduce.matrix import ABSORBED_SCALES, OPERATORS
 from danceopd.reproduce.paper import TABLES
 from danceopd.reproduce.results import (
     GEDIT,
@@ -31,6 +32,7 @@ from danceopd.reproduce.results import (
     chosen_rate,
     figure,
     label,
+    mean_error,
     rates,
     read,
     tables_of,
@@ -108,6 +110,8 @@ def build(files: dict[str, dict]) -> Page:
         _ablation(page, "One change at a time", "miniature_ablations", tables["miniature_ablations"])
     if "merge" in files:
         _merges(page, files["merge"]["rows"])
+    if "operators" in tables:
+        _absorbed(page, tables["operators"])
     if "ablations" in tables:
         _ablations(page, tables["ablations"])
     if "D" in tables:
@@ -290,6 +294,50 @@ def _merges(page: Page, rows: list[dict]) -> None:
         "What is kept of the LoRAs' marks, of the base's and of pairs', by the number that is merged; best on top.",
         [partial(_kept, [row for row in rows if row["loras"] == count], f"{count} LoRAs") for count in counts],
         height=4.2,
+    )
+
+
+def _absorbed(page: Page, rows: dict[str, dict]) -> None:
+    page.heading("Operators absorbed")
+    page.text(
+        "The miniature's text-to-image source, an operator over it, and a LoRA student that begins as the source and "
+        "asks the operator; GenEval overall on the same prompts and noise. Absorbed is the student's share of the way "
+        "from the source to the operator: at one evaluation a step, where the operator takes those of its column."
+    )
+    source, lines = rows.get("source_t2i"), []
+    for name in OPERATORS:
+        student, operator = rows.get(name), rows.get(f"operator_{name}")
+        absorbed = DASH
+        if source and student and operator:
+            low, high = (row[GENEVAL]["mean"] for row in (source, operator))
+            shares = [(value - low) / (high - low) for value in student[GENEVAL]["values"]] if high != low else []
+            if shares:
+                middle, error = mean_error(shares)
+                absorbed = f"{middle:.2f}" + ("" if error is None else f" ± {error:.2f}")
+        if student or operator:
+            each = f"{operator['evaluations']['mean']:.2f}" if operator else DASH
+            lines.append(
+                [
+                    label(name),
+                    each,
+                    figure(operator, GENEVAL),
+                    figure(student, GENEVAL),
+                    absorbed,
+                    *_cost(student or {}),
+                ]
+            )
+    page.table(
+        f"The source alone: {figure(source, GENEVAL)}. ± over pictures, of students over seeds.",
+        ["operator", "its evaluations a step", "drawn", "student", "absorbed", *COST],
+        lines,
+    )
+    scales = [(1, GENEVAL), *((scale, f"beta{scale}") for scale in ABSORBED_SCALES if scale != 1)]
+    students = {1: source} | {scale: rows.get(f"guided{scale}") for scale in ABSORBED_SCALES if scale != 1}
+    table = [[str(a), *(figure(row, metric) for _, metric in scales)] for a, row in students.items() if row]
+    page.table(
+        "Guidance absorbed against guidance at inference; the first line is the source.",
+        ["absorbed scale", *(f"drawn at {scale}" for scale, _ in scales)],
+        table,
     )
 
 

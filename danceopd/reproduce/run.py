@@ -139,7 +139,7 @@ def make_run(run: Run, folders: Folders) -> dict:
 
 def _with_data(run: Run, config: Config, folders: Folders) -> Config:
     """Names the prepared rows of a training on the miniature, which are made where they are not there."""
-    if not run.on_miniature or run.row == UNTRAINED:
+    if not run.on_miniature or (run.row == UNTRAINED and run.setting != "operators"):
         return config
     from danceopd.reproduce import miniature  # imports diffusers, which the other tables do without
 
@@ -160,6 +160,10 @@ def _builder(run: Run) -> Build:
 def _measured(run: Run, folder: Path, config: Config) -> dict[str, float]:
     """Measures the student of a finished run by its table's metrics."""
     seed = VALIDATION_SEED if run.setting.endswith("grid") else None
+    if run.setting == "operators":
+        from danceopd.reproduce import absorbing
+
+        return absorbing.measure_run(folder, config, run.row)
     if run.on_miniature:
         from danceopd.reproduce import miniature
 
@@ -391,8 +395,8 @@ def untrained_run(setting: str) -> list[Run]:
     """Returns the one run that measures a table's base, sources and merges; none for tables without."""
     if setting in ("ablations", "grid", "miniature_grid", "miniature_ablations", "merge"):
         return []
-    config = "miniature" if setting == "miniature" else f"setting_{setting.lower()}"
-    return [Run(setting, UNTRAINED, 0, f"{config}.yaml")]
+    own = {"miniature": "miniature", "operators": "miniature_operators"}
+    return [Run(setting, UNTRAINED, 0, f"{own.get(setting, f'setting_{setting.lower()}')}.yaml")]
 
 
 def _untrained_rows(setting: str, config: Config, folder: Path) -> list[dict]:
@@ -401,6 +405,10 @@ def _untrained_rows(setting: str, config: Config, folder: Path) -> list[dict]:
         from danceopd.reproduce import miniature
 
         measured = miniature.untrained(config, VALIDATION_SEED, folder / "measured")
+    elif setting == "operators":
+        from danceopd.reproduce import absorbing
+
+        measured = absorbing.untrained(config, folder / "measured")
     else:
         measured = untrained(setting, config)
     return [_row(name, kind, [metrics], None) | cost for name, kind, metrics in measured]

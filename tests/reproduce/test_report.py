@@ -57,6 +57,21 @@ def test_no_results_at_all(tmp_path):
     assert {claim.verdict for claim in claims(tables_of(read(tmp_path)))} == {MISSING}
 
 
+def test_what_is_absorbed_of_an_operator_is_a_share_of_its_gap(tmp_path):
+    def row(method, kind, values, **more):
+        score = {"mean": sum(values) / len(values), "standard_error": 0.01, "values": values}
+        return {"method": method, "kind": kind, "geneval_overall": score, "seeds": list(range(len(values))), **more}
+
+    twice = {"evaluations": {"mean": 2.0, "standard_error": None, "values": [2.0]}}
+    rows = [row("source_t2i", "source", [0.4]), row("operator_guided2", "operator", [0.6], **twice)]
+    rows += [row("operator_apg", "operator", [0.5], **twice), row("guided2", "trained", [0.5, 0.55, 0.6])]
+    write(tmp_path, "operators", rows)
+    text = build(read(tmp_path)).markdown()
+    assert "| guidance 2 | 2.00 | 0.600 ± 0.01" in text.replace("0.010", "0.01")
+    assert "| 0.75 ± 0.14 |" in text
+    assert "| APG, 3 | 2.00 |" in text  # not trained yet
+
+
 def test_merges_have_a_table_of_each_number_and_a_figure(tmp_path):
     def row(method, loras, kept, **more):
         shares = {key: {"mean": kept, "standard_error": 0.01} for key in ("kept", "base_kept", "pairs")}
