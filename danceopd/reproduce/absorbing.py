@@ -59,10 +59,9 @@ def untrained(config: Config, folder: Path) -> Iterator[tuple[str, str, dict]]:
         (row, kind, metrics); an operator's hold "evaluations" too, those of a step in the mean over its noise levels.
     """
     canvas = canvas_of(config)
-    scales = tuple(sorted({a * b for a in ABSORBED_SCALES for b in ABSORBED_SCALES}))
 
     def source() -> dict[str, float]:
-        return measure(canvas, field_of(config.model, config.sources["t2i"].lora[0].path), config, scales)
+        return measure(canvas, field_of(config.model, config.sources["t2i"].lora[0].path), config, ABSORBED_SCALES)
 
     yield "source_t2i", "source", once(folder / "source_t2i.json", source)
     for row, overrides in OPERATORS.items():
