@@ -443,7 +443,7 @@ class Trainer:
             kept = checkpoints(folder / "checkpoints")
             left = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
             raise UserError(
-                f"memory ran out in {self.place}: {why} To take less of it, {less_memory(self.config)}; {left}"
+                f"memory ran out in {self.place}: {why} To take less, {less_memory(self.config)}; {left}"
             ) from error
 
     def _stop_where_nothing_is_finite(self) -> None:

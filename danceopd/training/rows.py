@@ -114,7 +114,7 @@ def less_memory(config: Config) -> str:
         config: The run's.
 
     Returns:
-        Keys with their values: first those with which the same run goes on, then those of another run.
+        "set these keys and go on, or those in another training.output_dir".
     """
     training, adapters = config.training, bool(config.model and config.student.lora)
     same = {
@@ -124,11 +124,12 @@ def less_memory(config: Config) -> str:
     }
     other = {
         "base_precision: int8 (or nf4)": adapters and training.base_precision is None,
-        "optimizer: adamw_8bit": training.optimizer != "adamw_8bit",
+        "optimizer: adamw_8bit": config.model and training.optimizer != "adamw_8bit",
         f"batch_size: {max(1, training.batch_size // 2)}": training.batch_size > 1,
     }
     lines = [
-        ("this run goes on with", [key for key, helps in same.items() if helps and config.model]),
-        ("another training.output_dir may have", [key for key, helps in other.items() if helps]),
+        ([key for key, helps in same.items() if helps and config.model], " and go on"),
+        ([key for key, helps in other.items() if helps], " in another training.output_dir"),
     ]
-    return "; ".join(f"{how} training.{', training.'.join(keys)}" for how, keys in lines if keys)
+    found = ", or ".join(f"training.{', training.'.join(keys)}{how}" for keys, how in lines if keys)
+    return f"set {found}" if found else "take a device with more of it"
