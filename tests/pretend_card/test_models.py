@@ -93,7 +93,8 @@ def peak_of_an_update(config) -> tuple[int, list[int]]:
         return peak, [sum(part.nbytes for slot in slots for part in stored(slot.host)) for slots in waiting]
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("lora int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "lora int8"])
 def test_waiting_blocks_are_the_same_and_leave_the_card(places, tmp_path, kind):
     """The card raises a race where a block is read in a stream that has not waited for its copy."""
     config = changed(places("klein"), tmp_path, **KINDS[kind], **SWAP)
