@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from danceopd.support.errors import UserError
+from danceopd.support.memory import ran_out
 from danceopd.support.ranks import ALONE, Ranks
 from danceopd.training.zero.settings import read_deepspeed
 
@@ -109,7 +110,7 @@ def guard(watch: "Watch", folder: Path, function: Callable, *args):
             if not isinstance(error, UserError):
                 said = f"rank {ranks.rank} on {socket.gethostname()} failed; see {path}: {error}\n"
                 print(said, end="", file=sys.stderr, flush=True)  # in one piece among the others'
-                if ranks.rank:
+                if ranks.rank or ran_out(error):  # of rank 0 else the trace is shown too
                     raise SystemExit(1) from None
         raise
     finally:
