@@ -228,3 +228,7 @@ def test_mistakes_are_explained(options, message, capsys):
     with pytest.raises(SystemExit):
         roofline.main(options)
     assert message in capsys.readouterr().err
+
+
+def test_every_file_of_the_results_folder_can_be_read():
+    assert isinstance(roofline.read_measured(Path(roofline.__file__).parent / "results"), list)
