@@ -159,7 +159,7 @@ OPERATORS = {
             "interval": {"interval": [0.2, 0.9]},
             "rescale": {"rescale": 0.7},
             "zero_star": {"zero_star": True},
-            "apg": {"apg": {"eta": 0.0, "norm": 2.5}},
+            "apg": {"apg": {"eta": 0.0}},  # of any length: 2.5 is of other latents, and draws next to nothing here
         }.items()
     },
     "autoguided": {
