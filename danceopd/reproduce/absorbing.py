@@ -3,7 +3,6 @@
 All are drawn with the same prompts and noise; the source and the student take one evaluation a step.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from danceopd.miniature.build import build
 from danceopd.miniature.evaluate import Canvas, field_of, score_geneval
 from danceopd.miniature.looks import IMAGE_SIZE
 from danceopd.models.backbones import flux2
-from danceopd.reproduce.matrix import ABSORBED_SCALES, OPERATORS
+from danceopd.reproduce.matrix import ABSORBED_SCALES, OPERATORS, override_lines
 from danceopd.reproduce.miniature import canvas_of
 from danceopd.reproduce.results import once
 
@@ -65,7 +64,7 @@ def untrained(config: Config, folder: Path) -> Iterator[tuple[str, str, dict]]:
 
     yield "source_t2i", "source", once(folder / "source_t2i.json", source)
     for row, overrides in OPERATORS.items():
-        own = parse_config(config.to_dict(), [f"{key}={json.dumps(value)}" for key, value in overrides.items()], row)
+        own = parse_config(config.to_dict(), override_lines(overrides), row)
 
         def operator(own: Config = own) -> dict[str, float]:
             parts = build(own)

@@ -1,5 +1,6 @@
 """Says which runs each table needs: a configuration, what differs from it in each row, and the evaluations they get."""
 
+import json
 from dataclasses import dataclass, field
 
 SETTINGS = (
@@ -234,6 +235,11 @@ class Run:
     def on_miniature(self) -> bool:
         """Whether its model is the miniature and not an embedded network."""
         return self.config.startswith("miniature")
+
+
+def override_lines(overrides: dict) -> list[str]:
+    """Returns overrides as `parse_config` takes them: "key=value" with the value in JSON."""
+    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
 
 
 # Long: it has an entry for each table.

@@ -5,7 +5,6 @@ for two triggers), is what the others are compared with.
 """
 
 import fcntl
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +26,7 @@ from danceopd.models.backbones import flux2, pipeline_class_of
 from danceopd.models.lora_algebra import Lora, sum_loras
 from danceopd.models.lora_files import load_lora
 from danceopd.models.lora_merges import COMBINATIONS, WEIGHTS, combined
-from danceopd.reproduce.matrix import MERGE_DRAWN, UNTRAINED, Run
+from danceopd.reproduce.matrix import MERGE_DRAWN, UNTRAINED, Run, override_lines
 from danceopd.reproduce.measure import VALIDATION_SEED
 from danceopd.reproduce.miniature import draw_rows, with_lora
 from danceopd.reproduce.results import once
@@ -236,7 +235,7 @@ def _trained(run: Run, folder: Path, bench: Bench) -> dict:
         resolution=IMAGE_SIZE,
         max_sequence_length=TEXT_LENGTH,
         work=folder / "work",
-        overrides=[f"{key}={json.dumps(value)}" for key, value in own.items()],
+        overrides=override_lines(own),
     )
     paths, output = list(bench.paths.values()), folder / "merged.safetensors"
     if ours:

@@ -22,7 +22,17 @@ import yaml
 
 from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
-from danceopd.reproduce.matrix import ABLATIONS, DRAWN_EVALUATIONS, MINIATURE, SETTINGS, UNTRAINED, Budget, Run, runs
+from danceopd.reproduce.matrix import (
+    ABLATIONS,
+    DRAWN_EVALUATIONS,
+    MINIATURE,
+    SETTINGS,
+    UNTRAINED,
+    Budget,
+    Run,
+    override_lines,
+    runs,
+)
 from danceopd.reproduce.measure import VALIDATION_SEED, measure, student, untrained
 from danceopd.reproduce.report import write_report
 from danceopd.reproduce.results import mean_error
@@ -67,8 +77,7 @@ def raw_config(run: Run, folders: Folders) -> tuple[dict, list[str]]:
     if run.after:
         weights = str(folders.work / run.after / "student.safetensors")
         overrides |= {"student.init_from": weights, "sources.self.weights": weights}
-    lines = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    return yaml.safe_load(path.read_text(encoding="utf-8")), lines
+    return yaml.safe_load(path.read_text(encoding="utf-8")), override_lines(overrides)
 
 
 def config_of(run: Run, folders: Folders, overrides: Sequence[str] = ()) -> Config:

@@ -53,5 +53,5 @@ def format_bytes(count: float) -> str:
 
 def ran_out(error: BaseException) -> bool:
     """Tells whether an error says that the memory of a card, or of the host, did not suffice for a tensor."""
-    # By name: what guards a command does without torch.
+    # The class is known by its name, since what guards a command does not import torch.
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)

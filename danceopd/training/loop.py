@@ -99,7 +99,7 @@ class Trainer:
         self.scores: list[dict[str, float]] = []  # where the run has some
         self.evaluations: Counter = Counter()  # all ranks' network evaluations, up to the last update
         self.spent: Counter = Counter()  # this rank's, since then
-        # Of the last update: entries of a sample's latents, all ranks' evaluations, their tokens.
+        # This holds the last update's numbers: a sample's latent entries, all ranks' evaluations, tokens.
         self.new: tuple[int, Counter, Counter] = (0, Counter(), Counter())
         self.errors, self.health = RunningErrors(len(self.names), len(self.sigmas) - 1), Health(self.names, self.sigmas)
 

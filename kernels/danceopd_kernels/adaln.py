@@ -6,7 +6,7 @@ A part for other trainers: DanceOPD's does not use it (docs/kernels.md says what
 import torch
 
 from danceopd_kernels import checks
-from danceopd_kernels.dispatch import GRID, choose, has_triton
+from danceopd_kernels.dispatch import GRID, choose, has_triton, rows_of
 
 if has_triton():
     import triton
@@ -111,25 +111,18 @@ def block_of(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(8, max(1, block // 256))}
 
 
-def forward_block_of(width: int) -> dict[str, int]:
-    """The same of the forward pass, and its rows: so many that a program has about 4096 entries."""
-    block = max(32, 1 << (width - 1).bit_length())
-    rows = min(8, max(1, 4096 // block))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(8, max(1, rows * block // 512))}
-
-
 class _Triton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, scale, residual, gate, eps):
         b, tokens, width = x.shape
-        sizes = forward_block_of(width)
-        blocks = triton.cdiv(tokens, sizes["ROWS"])
+        rows, block, warps = rows_of(width)
+        blocks = triton.cdiv(tokens, rows)
         gated = residual is not None
         out, h = torch.empty_like(x), torch.empty_like(x) if gated else x
         mean, rstd = (torch.empty(b * tokens, dtype=torch.float32, device=x.device) for _ in range(2))
         _forward_kernel[(b * blocks,)](
             x, shift, scale, residual if gated else x, gate if gated else shift, h, out, mean, rstd,
-            tokens, blocks, width, eps, GATED=gated, **sizes,
+            tokens, blocks, width, eps, GATED=gated, ROWS=rows, BLOCK=block, num_warps=warps,
         )  # fmt: skip
         ctx.save_for_backward(x, h, scale, gate, mean, rstd)
         return (h, out) if gated else out
@@ -163,8 +156,10 @@ def configurations() -> list:
     for dtype, widths in (("bf16", (1536, 3072, MAX_WIDTH)), ("fp16", (MAX_WIDTH,)), ("fp32", (MAX_WIDTH,))):
         for width in widths:
             for gated in (False, True):
+                rows, block, warps = rows_of(width)
+                forward = {"ROWS": rows, "BLOCK": block, "num_warps": warps}
                 for direction, kernel, sizes, registers in (
-                    ("forward", _forward_kernel, forward_block_of(width), 64),
+                    ("forward", _forward_kernel, forward, 64),
                     ("backward", _backward_kernel, {"ROWS": ROWS} | block_of(width), 192 if dtype == "fp32" else 128),
                 ):
                     warps = sizes.pop("num_warps")

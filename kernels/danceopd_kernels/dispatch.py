@@ -15,6 +15,16 @@ ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}  # the fa
 GRID = 65535  # programs that a GPU takes along the second axis of a grid
 
 
+def rows_of(width: int) -> tuple[int, int, int]:
+    """Returns the rows of a program that has whole ones, their columns rounded up, and its warps.
+
+    A program has about 4096 entries or one row, and a thread 16 or 32 of them.
+    """
+    block = max(32, 1 << (width - 1).bit_length())
+    rows = min(8, max(1, 4096 // block))
+    return rows, block, min(16, max(1, rows * block // 512))
+
+
 @cache  # asked at every call; where Triton is missing, find_spec searches the whole path
 def has_triton() -> bool:
     return find_spec("triton") is not None

@@ -10,7 +10,7 @@ import weakref
 import torch
 
 from danceopd_kernels import checks, compiled
-from danceopd_kernels.dispatch import VARIABLE, choose, has_triton
+from danceopd_kernels.dispatch import VARIABLE, choose, has_triton, rows_of
 
 if has_triton():
     import triton
@@ -168,20 +168,13 @@ if has_triton():
         tl.store(at, total.to(out.dtype.element_ty), (m < rows)[:, None] & (n < columns))
 
 
-def block_of(width: int) -> tuple[int, int, int]:
-    """Rows of a program, their columns rounded up, and its warps: 16 or 32 entries a thread."""
-    block = max(32, 1 << (width - 1).bit_length())
-    rows = min(8, max(1, 4096 // block))
-    return rows, block, min(16, max(1, rows * block // 512))
-
-
 LINEAR = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
 
 
 def run_triton(x, norm: bool, scale, shift, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     row_scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-    rows, block, warps = block_of(x.shape[-1])
+    rows, block, warps = rows_of(x.shape[-1])
     tokens = row_scale.numel() if scale is None else x.shape[1]
     blocks = triton.cdiv(tokens, rows)
     _quantize_kernel[(row_scale.numel() // tokens * blocks,)](
@@ -217,7 +210,7 @@ def configurations() -> list:
     for dtype in ("bf16", "fp16", "fp32"):
         data = types | dict.fromkeys(("x", "scale", "shift", "bias", "out"), f"*{dtype}")
         for width, norm in ((1536, True), (3072, False), (3072, True), (12288, False)):
-            rows, block, warps = block_of(width)
+            rows, block, warps = rows_of(width)
             constants = {"NORM": norm, "MODULATED": norm, "ROWS": rows, "BLOCK": block}
             name = f"fp8_quantize_rowwise {dtype}, {width} wide" + ", norm and modulation" * norm
             result.append(Configuration(name, _quantize_kernel, data, constants, warps, 128, streaming=True))

@@ -17,8 +17,8 @@ from danceopd.miniature.shipped import shipped_sources
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("start-*.md"))]
 
-STAND_IN = dict.fromkeys(("MODEL", "model=MODEL", "black-forest-labs/FLUX.2-klein-base-4B"), "miniature")
-STAND_IN["model=MODEL"] = "model=miniature"
+STAND_IN = {"model=MODEL": "model=miniature"}
+STAND_IN |= dict.fromkeys(("MODEL", "black-forest-labs/FLUX.2-klein-base-4B"), "miniature")
 
 # What ends a command soon, and what it cannot have here: models at their paths, other optimizers' packages, a card.
 MINIATURE = ["model=miniature", "student.lora.targets=all-linear"]
