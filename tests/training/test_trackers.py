@@ -27,11 +27,12 @@ def raw(tmp_path):
 
 
 def test_wandb_keeps_a_run_goes_on_with_it_and_begins_another(raw, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for steps, overwrite in ((2, False), (3, False), (2, True)):
         train(config_of(raw, trackers=["wandb"], max_steps=steps), build, overwrite=overwrite)
+    wandb.teardown()  # its process writes its files after a run's finish() has returned
     files = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     newest = f"run-run-{(tmp_path / 'run' / 'tracker_id').read_text()}"
     assert sorted(Counter(file.stem for file in files).values()) == [1, 2]  # the second process goes on
