@@ -5,7 +5,7 @@ from pathlib import Path
 
 from danceopd.config.reading import load_config, parse_config
 from danceopd.config.sections import Config
-from danceopd.planning.dry_run import with_blocks_chosen
+from danceopd.planning.dry_run import with_memory_chosen
 from danceopd.support.hub import downloads
 from danceopd.support.paths import draws_miniature
 from danceopd.training.loop import Build, train
@@ -45,7 +45,7 @@ def distill(
             config = parse_config(config, list(overrides))
         elif overrides:
             config = parse_config(config.to_dict(), list(overrides))
-        config = with_blocks_chosen(config, examiner_of(config))
+        config = with_memory_chosen(config, examiner_of(config), overwrite)
     return train(config, builder_of(config), overwrite, callbacks=callbacks)
 
 

@@ -108,7 +108,7 @@ def run_train(args: argparse.Namespace) -> int | None:
         findings = dry_run(config, examiner_of(config))
         print(findings.text())
         return 2 if findings.problems else 0
-    from danceopd.planning.dry_run import with_blocks_chosen
+    from danceopd.planning.dry_run import with_memory_chosen
     from danceopd.training.loop import train
     from danceopd.training.zero.launch import Watch, begin, guard
     from danceopd.training.zero.settings import for_ranks
@@ -118,7 +118,7 @@ def run_train(args: argparse.Namespace) -> int | None:
         config, said = for_ranks(config)
         for line in said if not ranks.rank else ():
             print(f"warning: {line}")
-    config = with_blocks_chosen(config, examiner_of(config))
+    config = with_memory_chosen(config, examiner_of(config), args.overwrite)
     watch, folder, build = Watch(ranks, args.patience), config.training.output_dir, builder_of(config)
     guard(watch, folder, train, config, build, args.overwrite, ranks, settings, watch.at)
     if ranks.rank:

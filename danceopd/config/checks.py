@@ -263,6 +263,11 @@ def _check_rollout(config: Config) -> list[str]:
             f"{key}: bf16, but an adapter runs as its base does, which is in {base or training.precision}; leave it "
             "out, or give training.precision bf16 without base_precision fp8"
         )
+    if config.student.lora and base == "auto":
+        problems.append(
+            f"{key}: {wanted}, but an adapter's rollouts run as its base does, which training.base_precision: auto "
+            "has yet to choose; give it fp8, or leave one of them out"
+        )
     if config.student.lora and wanted == "fp8" and base in ("int8", "nf4"):
         problems.append(
             f"{key}: fp8, but the adapter's base is in {base}; give training.base_precision fp8, or leave it out"

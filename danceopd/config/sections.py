@@ -204,7 +204,9 @@ class Training(Section):
         gradient_checkpointing: With a `model`, the backward computes each block again instead of keeping it.
         base_precision: Of the frozen linear weights in a `model`'s blocks, those of sources too; adapters stay as they
             are, and nf4 has 4 bits. With fp8 a token's input is rounded too where the device multiplies FP8; the
-            embedded network's sources can have it as well.
+            embedded network's sources can have it as well. auto leaves them as they are where that fits the card by
+            the dry run's estimate, and else takes fp8 where the card multiplies it (int8 on older ones), then nf4; a
+            run that goes on keeps what it began with.
         offload_sources: With a `model`, sources with weights of their own wait in host memory, and a forward brings
             their blocks to the device one after another, the next while one computes; without effect on a CPU.
         swap_blocks: With a `model` and student.lora, so many blocks of the transformer that the adapters share wait in
@@ -246,7 +248,7 @@ class Training(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     rollout_precision: Literal["bf16", "fp8"] | None = None
     gradient_checkpointing: bool = False
-    base_precision: Literal["int8", "fp8", "nf4"] | None = None
+    base_precision: Literal["auto", "int8", "fp8", "nf4"] | None = None
     offload_sources: bool = False
     swap_blocks: Literal["auto"] | PositiveInt | None = None
     rollout_on: Literal["auto", "replica", "shards"] = "auto"

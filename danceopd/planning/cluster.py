@@ -260,7 +260,7 @@ def plan(config: Config, examine: Examine, gpus: int, card: str, deepspeed: dict
         notes.append("training.swap_blocks: blocks wait in host memory in one process alone; leave it out")
     own = training.model_copy(update={"batch_size": each * training.gradient_accumulation_steps})
     one = config.model_copy(update={"training": own})
-    found = dry_run(one, examine, CARDS[card].memory)
+    found = dry_run(one, examine, CARDS[card])
     zero = (deepspeed or {}).get("zero_optimization", {})
     bucket = int(float(zero.get("reduce_bucket_size", BUCKET)))
     live = int(float(zero.get("stage3_max_live_parameters", LIVE)))
@@ -307,6 +307,8 @@ def _memory_table(planned: Plan) -> Iterator[str]:
         yield _row("  total with the frozen networks sharded", [*[""] * (len(stages) - 1), total])
     if planned.gpus == 1 and (most := largest(planned.config, planned.findings, planned.card.memory)):
         yield f"  {most.text()}"
+    if planned.findings.precision:
+        yield f"  {planned.findings.precision}"
     if planned.findings.swap:
         yield f"  {planned.findings.swap.line()}"
     if not planned.findings.activations:

@@ -70,6 +70,7 @@ class Findings:
         host: Bytes that wait in host memory, in the same way.
         blocks: Bytes of each block of a base of which some wait in host memory; empty where none does.
         swap: Those that do, as `planning.swapping.settle` chose them.
+        precision: A line on what ``training.base_precision: auto`` is, and why; None where the configuration says it.
         full_rank: The rank at which the student's adapter changes every layer in full; None without one.
         pixels: Of the largest picture of the prepared rows.
         activations: The most bytes of a micro-batch's forward and backward beside the gradient, without and with
@@ -93,6 +94,7 @@ class Findings:
     host: dict[str, tuple[float, str]] = field(default_factory=dict)
     blocks: list[int] = field(default_factory=list)
     swap: Swapped | None = None
+    precision: str | None = None
     full_rank: int | None = None
     pixels: int | None = None
     activations: tuple[float, float | None] | None = None
@@ -132,6 +134,8 @@ class Findings:
             lines.append(f"  {'total':34s} {format_bytes(self.total_memory()):>12s}{unknown}")
             for name, (size, how) in self.host.items():
                 lines.append(f"  {name + ', in host memory':34s} {format_bytes(size):>12s}   {how}")
+            if self.precision:
+                lines.append(f"  {self.precision}")
             if self.swap:
                 lines.append(f"  {self.swap.line()}")
             lines.append(f"  (beside it a card takes {reserves()})")

@@ -242,6 +242,6 @@ def _training(wishes: Wishes, output: Path):
     if not small:
         yield "gradient_checkpointing", "true", "computes blocks again in the backward instead of keeping them"
     if not cpu and wishes.card_gib <= SMALL and wishes.gpus == 1:
-        yield "base_precision", "fp8", "halves the frozen weights; leave it out where the dry run finds room"
+        yield "base_precision", "auto", "stores the frozen weights in fewer bits where they do not fit in 16"
     yield "save_every", 100, "a checkpoint, and the student beside it"
     yield "sample_every", 100, "a grid of pictures of the student and its sources"

@@ -15,7 +15,7 @@ from world_runs import raw_run, write_networks
 from danceopd.api import builder_of, examiner_of
 from danceopd.config.reading import parse_config
 from danceopd.core.methods import METHODS
-from danceopd.planning.dry_run import dry_run
+from danceopd.planning.dry_run import dry_run, with_memory_chosen
 from danceopd.support.errors import UserError
 from danceopd.training.loop import train
 
@@ -50,7 +50,7 @@ ANY = {
     "training.optimizer": ["adamw", "muon", "adamw_8bit"],
     "training.precision": ["fp32", "bf16"],
     "training.rollout_precision": [None, "bf16", "fp8"],
-    "training.base_precision": [None, "fp8", "nf4", "int8"],
+    "training.base_precision": [None, "fp8", "nf4", "int8", "auto"],
     "training.gradient_checkpointing": [False, True],
     "training.offload_sources": [False, True],
     "training.swap_blocks": [None, 1, "auto", 9],
@@ -138,7 +138,7 @@ def starts(raw):
             return "dry run"
     except UserError:
         return "refused"
-    train(config, builder_of(config))
+    train(with_memory_chosen(config, examiner_of(config)), builder_of(config))
     return "started"
 
 

@@ -77,7 +77,7 @@ def merge_loras(
             raise UserError("\n  ".join(["this merge cannot start:", *findings.problems]))
         return None
     encode(config, given, options, routes, work, (manifest, rows))
-    config, lines = fitted(config, options.overrides)
+    config, lines = fitted(config, options.overrides, options.overwrite)
     for line in lines:
         say(line)
     run = distilled(config, options.patience, options.overwrite)

@@ -13,7 +13,7 @@ from danceopd.config.sections import Config
 from danceopd.core.fields import Field
 from danceopd.planning.cluster import LEFT
 from danceopd.planning.counts import evaluations_per_step
-from danceopd.planning.dry_run import dry_run, with_blocks_chosen
+from danceopd.planning.dry_run import as_it_began, dry_run, with_memory_chosen
 from danceopd.planning.memory import Findings
 from danceopd.planning.models import examine
 from danceopd.report.names import duration
@@ -76,22 +76,27 @@ def described(given: Given, options: Options, routes: Sequence[Route], config: C
     return lines
 
 
-def fitted(config: Config, chosen: Sequence[str]) -> tuple[Config, list[str]]:
+def fitted(config: Config, chosen: Sequence[str], overwrite: bool = False) -> tuple[Config, list[str]]:
     """Fits a run to the memory that is free, by the dry run's estimate.
 
-    Where it is too much for a card, blocks are computed again in the backward, and then the batch is matched a sample
-    at a time; what the user has chosen stays.
+    Where it is too much for a card, blocks are computed again in the backward, then the batch is matched a sample at a
+    time, then the frozen base is stored in fewer bits; what the user has chosen stays.
 
     Args:
         config: The run's, whose prompts are prepared.
         chosen: The user's overrides.
+        overwrite: Whether another run in its folder is started again; if not, its base stays as it was stored.
 
     Returns:
         The configuration, and lines about it.
     """
     device = find_device(config.training.device)
+    began = None if overwrite or _is_chosen("base_precision", chosen) else as_it_began(config)
+    config = began or config
     tries = [{}, {"gradient_checkpointing": True}]
     tries.append({**tries[1], "gradient_accumulation_steps": config.training.batch_size})
+    if not began and not config.training.rollout_precision:  # which says how the base is stored
+        tries.append({**tries[2], "base_precision": "auto"})
     if device.type != "cuda":
         tries = tries[:1]
     room = free_bytes(device) - (LEFT if device.type == "cuda" else 0)
@@ -107,8 +112,8 @@ def fitted(config: Config, chosen: Sequence[str]) -> tuple[Config, list[str]]:
     lines = [f"memory, an estimate: {size} of {format_bytes(room)} that is free on {device.type}{how}"]
     if findings.total_memory() > room:
         lines.append(
-            "warning: that is more than is free; training.base_precision=fp8 halves the base, and a smaller "
-            "--resolution or --rank takes less"
+            "warning: that is more than is free; training.swap_blocks=auto lets blocks of the base wait in host "
+            "memory, and a smaller --resolution or --rank takes less"
         )
     return wanted, lines
 
@@ -165,7 +170,7 @@ def distilled(config: Config, patience: int, overwrite: bool) -> Path:
         every = max(1, config.training.max_steps // SCORINGS)
         return replace(parts, score=score, score_every=every, enough=enough)
 
-    return train(with_blocks_chosen(config, examine), build, overwrite)
+    return train(with_memory_chosen(config, examine, overwrite), build, overwrite)
 
 
 @torch.no_grad()

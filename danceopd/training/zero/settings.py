@@ -83,8 +83,16 @@ def for_ranks(config: Config) -> tuple[Config, list[str]]:
 
     Returns:
         The configuration of a run on several ranks or with DeepSpeed, and lines about what is other in it.
+
+    Raises:
+        UserError: Its base_precision is auto.
     """
     training = config.training
+    if training.base_precision == "auto":
+        raise UserError(
+            "training.base_precision: auto looks at the memory of one card, and ranks must agree; give fp8, int8 or "
+            "nf4, or leave it out"
+        )
     if training.optimizer != "muon":
         return config, []
     rate = training.learning_rate / 2
