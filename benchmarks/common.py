@@ -31,7 +31,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from danceopd.core.phase import phase, recorders
+from danceopd.support.exits import quieten
 
+quieten()  # before a benchmark imports diffusers: the figures are to be seen
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes lines of its own onto the screen
 
 
