@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("danceopd", usage="danceopd [--version] COMMAND ...", description=DESCRIPTION, formatter_class=raw)
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and its commit")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed --module
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", prog="danceopd", help=argparse.SUPPRESS
     )

@@ -11,11 +11,8 @@ from pydantic import ValidationError
 from danceopd.config.checks import EXTENDS, _cross_check, mistakes
 from danceopd.config.sections import Config
 from danceopd.support.errors import UserError
-from danceopd.support.hints import did_you_mean
-from danceopd.support.paths import near_path
+from danceopd.support.paths import near_config, shipped_config
 from danceopd.support.texts import read_text
-
-SHIPPED = (Path(__file__).parents[1], Path(__file__).parents[2])  # the folder of configs/ in a wheel, in a checkout
 
 LARGEST = 200_000  # keys and values of a configuration, those counted again that stand behind an alias
 
@@ -42,20 +39,7 @@ def load_config(path: Path | str, overrides: list[str] = ()) -> Config:
     Raises:
         UserError: Lists every mistake with its key, and for an unknown key the nearest valid one.
     """
-    return parse_config(_read_file(_shipped(Path(path)), ()), overrides, str(path))
-
-
-def _shipped(path: Path) -> Path:
-    """Returns the file that ships as configs/... where there is none of that path here; else the path itself."""
-    if path.exists() or path.parts[:1] != ("configs",) or ".." in path.parts:
-        return path
-    return next((file for file in (root / path for root in SHIPPED) if file.is_file()), path)
-
-
-def _near(path: Path) -> str:
-    """Ends a message about a configuration that is not there by one that is, here or among those that ship."""
-    names = (file.relative_to(root).as_posix() for root in SHIPPED for file in root.glob("configs/**/*.yaml"))
-    return near_path(path) or (did_you_mean(path.as_posix(), names, "") if path.parts[:1] == ("configs",) else "")
+    return parse_config(_read_file(shipped_config(Path(path)), ()), overrides, str(path))
 
 
 def _read_file(path: Path, extended_by: tuple[Path, ...]) -> object:
@@ -64,7 +48,7 @@ def _read_file(path: Path, extended_by: tuple[Path, ...]) -> object:
     if path.resolve() in [other.resolve() for other in extended_by]:
         raise UserError(f"{' extends '.join(map(str, (*extended_by, path)))}: a circle; let one of them extend nothing")
     if not path.exists():
-        raise UserError(f"no configuration at {path}{at}{_near(path)}")
+        raise UserError(f"no configuration at {path}{at}{near_config(path)}")
     try:
         raw = read_yaml(read_text(path, "configuration"))
     except ValueError as error:

@@ -4,7 +4,11 @@ import unicodedata
 from difflib import get_close_matches
 from pathlib import Path
 
+from danceopd.support.hints import did_you_mean
+
 ALIKE = 0.75  # of names that one is taken for the other, as difflib counts
+
+CONFIGS = (Path(__file__).parents[1], Path(__file__).parents[2])  # the folder of configs/ in a wheel, in a checkout
 
 MINIATURE = Path(__file__).parents[1] / "miniature" / "assets"  # a small trained pipeline, and LoRAs for it
 
@@ -18,6 +22,19 @@ def shipped(path: Path) -> Path:
         return path
     there = MINIATURE.joinpath("sources", *path.parts[1:]) if path.parts[1:] else MINIATURE / "pipeline"
     return there if there.exists() else path
+
+
+def shipped_config(path: Path) -> Path:
+    """Returns the file that ships as configs/... where there is none of that path here; else the path itself."""
+    if path.exists() or path.parts[:1] != ("configs",) or ".." in path.parts:
+        return path
+    return next((file for file in (root / path for root in CONFIGS) if file.is_file()), path)
+
+
+def near_config(path: Path) -> str:
+    """Ends a message about a configuration that is not there by one that is, here or among those that ship."""
+    names = (file.relative_to(root).as_posix() for root in CONFIGS for file in root.glob(f"configs/**/*{path.suffix}"))
+    return near_path(path) or (did_you_mean(path.as_posix(), names, "") if path.parts[:1] == ("configs",) else "")
 
 
 def draws_miniature(model: Path | None) -> bool:

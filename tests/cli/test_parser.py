@@ -135,3 +135,9 @@ def test_the_parser_and_completion_load_no_torch():
     code = "import sys; from danceopd.cli import main; main(['completion', 'bash']); print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ran.stdout.rstrip().endswith("False")
+
+
+@pytest.mark.parametrize("written", ["--local_rank=1 doctor --json", "train --config c.yaml --local_rank=1"])
+def test_what_a_launcher_of_deepspeed_adds_is_taken(written):
+    """It stands before the command with ``--module danceopd``, and behind it with ``train.py``."""
+    assert build_parser().parse_args(written.split()).command == written.replace("--local_rank=1 ", "").split()[0]

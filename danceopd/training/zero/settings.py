@@ -7,6 +7,7 @@ from pathlib import Path
 from danceopd.config.sections import Config
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
+from danceopd.support.paths import near_config, shipped_config
 from danceopd.support.texts import parse_json, read_text
 
 # What the run's own configuration says, and DeepSpeed's would say a second time.
@@ -34,7 +35,7 @@ def read_deepspeed(path: Path | str) -> dict:
     A value "auto" is taken where the run's own configuration says it, as transformers' users write it.
 
     Args:
-        path: A JSON file.
+        path: A JSON file, or the name of one that ships, such as configs/deepspeed/zero3.json.
 
     Returns:
         DeepSpeed's settings.
@@ -43,10 +44,12 @@ def read_deepspeed(path: Path | str) -> dict:
         UserError: For a file that cannot be read, for a section that is unknown or that the run's own configuration
             says, for a value "auto" that nobody would fill in, and for a zero_optimization of odd types.
     """
+    path = shipped_config(Path(path))
     try:
-        found = parse_json(read_text(Path(path)))
+        found = parse_json(read_text(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        near = "" if path.exists() else near_config(path)
+        raise UserError(f"cannot read {path}: {error}{near}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} must be a JSON object of DeepSpeed's settings")
     found = {key: value for key, value in found.items() if not (key in OURS and _filled_in(value))}

@@ -51,6 +51,14 @@ def test_mistakes_are_named(tmp_path, settings, said):
     assert "deepspeed.json" in str(caught.value)
 
 
+def test_what_ships_is_found_from_any_folder(tmp_path, monkeypatch):
+    shipped = read_deepspeed("configs/deepspeed/zero3.json")
+    monkeypatch.chdir(tmp_path)
+    assert read_deepspeed("configs/deepspeed/zero3.json") == shipped
+    with pytest.raises(UserError, match=r"did you mean 'configs/deepspeed/zero3.json'"):
+        read_deepspeed("configs/deepspeed/zer3.json")
+
+
 def test_deepspeed_reads_every_section_that_is_passed_on():
     """Each is looked for by DeepSpeed's own configuration, two of them by parts that list its keys."""
     config = pytest.importorskip("deepspeed.runtime.config")
