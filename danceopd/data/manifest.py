@@ -22,6 +22,7 @@ from PIL import Image
 from danceopd.data.bad_rows import Problem
 from danceopd.data.column_names import meant, misnamed
 from danceopd.support.errors import UserError
+from danceopd.support.hints import did_you_mean
 from danceopd.support.paths import near_path
 from danceopd.support.pictures import decode_picture
 from danceopd.support.texts import lines_of, parse_json
@@ -123,6 +124,21 @@ def read_manifest(
 def check_manifest(path: str | Path, root: str | Path | None = None, needs_source: Iterable[str] = ()) -> list[Problem]:
     """Returns all problems of a manifest and its pictures, every one of which is decoded; raises as read_manifest."""
     return read_manifest(path, root, needs_source=needs_source, decode=True)[1]
+
+
+def no_rows(path: Path | str, capability: str, there: Iterable[str]) -> str:
+    """Says that a file has no rows of a capability, and how rows of another name are taken.
+
+    Args:
+        path: The file.
+        capability: The name that was looked for.
+        there: The names that its rows have.
+
+    Returns:
+        The message.
+    """
+    near = did_you_mean(capability, there)
+    return f"{path} has no rows of {capability!r}{near}; `capability: NAME` beside its `task` takes rows of that name"
 
 
 def _read_text(path: Path) -> str:

@@ -11,9 +11,9 @@ import torch
 
 from danceopd.core.conditioning import Conditioning, concatenate
 from danceopd.data.cache import Cache
+from danceopd.data.manifest import no_rows
 from danceopd.data.prompt_limits import prompt_notes
 from danceopd.support.errors import UserError
-from danceopd.support.hints import did_you_mean
 from danceopd.support.paths import near_path
 from danceopd.support.texts import columns_of, lines_of, parse_json, read_text
 
@@ -69,8 +69,7 @@ class PreparedData:
         for row in self.rows:
             self._by_kind.setdefault(_kind(row), []).append(row)
         if not self.rows:
-            known = did_you_mean(capability, file.rows)
-            raise UserError(f"{self.path} has no rows of {capability!r}{known}")
+            raise UserError(no_rows(self.path, capability, file.rows))
         self.kinds = Counter({kind: len(rows) for kind, rows in self._by_kind.items()})
         without = sum(count for (_, sources), count in self.kinds.items() if not sources)
         if 0 < without < len(self.rows):

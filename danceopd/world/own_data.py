@@ -7,9 +7,8 @@ import torch
 from PIL import Image
 
 from danceopd.data.column_names import column_notes
-from danceopd.data.manifest import Row, _first, read_manifest
+from danceopd.data.manifest import Row, _first, no_rows, read_manifest
 from danceopd.support.errors import UserError
-from danceopd.support.hints import did_you_mean
 from danceopd.support.pictures import decode_picture, open_picture
 from danceopd.world.tokenizer import count_tokens
 
@@ -55,8 +54,7 @@ class ManifestData:
             raise UserError(f"{path} has {len(problems)} problem(s): {_first(problems, '; ')}")
         self.rows = [row for row in rows if row.capability == capability]
         if not self.rows:
-            known = did_you_mean(capability, {row.capability for row in rows})
-            raise UserError(f"{path} has no rows of {capability!r}{known}")
+            raise UserError(no_rows(path, capability, {row.capability for row in rows}))
         if several := [row.line for row in self.rows if len(row.source_images) > 1]:
             raise UserError(
                 f"{self.path}: {len(several)} rows of {self.capability!r} have several source pictures "

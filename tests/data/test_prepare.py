@@ -242,7 +242,7 @@ def test_prepared_rows_condition_a_batch(manifest, model, tmp_path):
 
 def test_prepared_rows_that_cannot_be_used(manifest, model, tmp_path):
     prepared = run(manifest, model, tmp_path)
-    with pytest.raises(UserError, match=r"no rows of 'edti'.*did you mean 'edit'"):
+    with pytest.raises(UserError, match=r"no rows of 'edti'.*did you mean 'edit'.*capability: NAME"):
         PreparedData(prepared.path, "edti")
     with pytest.raises(UserError, match="no prepared rows"):
         PreparedData(tmp_path / "rows.json", "edit")

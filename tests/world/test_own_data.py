@@ -69,7 +69,7 @@ def test_manifest_data(folder):
     assert edit.has_source
     assert edit.sources([0])[0, :, 0, 0].tolist() == [1, -1, -1]
     assert ManifestData(path, "style", 16).targets([0]) is None
-    with pytest.raises(ValueError, match=r"no rows of 'edits'.*mean 'edit'"):
+    with pytest.raises(ValueError, match=r"no rows of 'edits'.*mean 'edit'.*capability: NAME"):
         ManifestData(path, "edits", 16)
 
 
