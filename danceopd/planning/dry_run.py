@@ -7,14 +7,11 @@ keeps is seen on a forward there, through the code that trains.
 
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from danceopd_kernels.fp8 import multiplies_codes
 
 from danceopd.config.sections import Config
-from danceopd.models.eight_bit import check_eight_bit
-from danceopd.models.fp8 import check_fp8
 from danceopd.planning.counts import evaluations_per_step, grid_evaluations, operator_lines
 from danceopd.planning.memory import LEFT, Findings
 from danceopd.planning.swapping import settle
@@ -25,6 +22,7 @@ from danceopd.support.files import check_writable
 from danceopd.support.memory import format_bytes, free_bytes
 from danceopd.support.optimizers import adamw_class
 from danceopd.support.trackers import check_trackers
+from danceopd.training.assembly.room import CHECKS, check_precisions
 from danceopd.training.checkpoints import load_newest
 
 AUTO = "auto"
@@ -126,10 +124,9 @@ def _precisions(card: Card | None, device: torch.device | None) -> Iterator[str 
     """Yields the base's precisions from the best on: of 8 bits FP8 where it is multiplied, else int8, if it works."""
     yield None
     multiplies = card.fp8 is not None if card else multiplies_codes(device)
-    checks = {"fp8": partial(check_fp8, None if card else device), "int8": check_eight_bit}
     for precision in ("fp8", "int8") if multiplies else ("int8", "fp8"):
         try:
-            checks[precision]()
+            CHECKS[precision](None if card else device)
         except UserError:
             continue
         yield precision
@@ -144,12 +141,7 @@ def _with(config: Config, **changes) -> Config:
 def _dry_run(config: Config, examine: Examine, memory: float | None) -> Findings:
     findings, training = Findings(), config.training
     device = findings.attempt("training.device", find_device, training.device)
-    if training.base_precision == "fp8":
-        findings.attempt("training.base_precision", check_fp8, device)
-    elif training.base_precision == "int8":
-        findings.attempt("training.base_precision", check_eight_bit)
-    if training.rollout_precision == "fp8":
-        findings.attempt("training.rollout_precision", check_fp8, device)
+    check_precisions(config, device, findings.attempt)
     findings.attempt("training.output_dir", check_writable, training.output_dir)
     findings.attempt("training.optimizer", adamw_class, training.optimizer)
     findings.attempt("training.trackers", check_trackers, training.trackers)

@@ -14,6 +14,8 @@ from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.optimizers import adamw_class
 
+CHECKS = {"fp8": check_fp8, "int8": lambda device: check_eight_bit()}  # of precisions that do not work everywhere
+
 
 def check_machine(config: Config, attempt: Callable) -> torch.device | None:
     """Finds the device of a run and checks its folder, its optimizer and its precisions.
@@ -29,13 +31,21 @@ def check_machine(config: Config, attempt: Callable) -> torch.device | None:
     device = attempt("training.device", find_device, training.device)
     attempt("training.output_dir", check_folder, training.output_dir)
     attempt("training.optimizer", adamw_class, training.optimizer)
-    if training.base_precision == "fp8":
-        attempt("training.base_precision", check_fp8, device)
-    elif training.base_precision == "int8":
-        attempt("training.base_precision", check_eight_bit)
-    if training.rollout_precision == "fp8":
-        attempt("training.rollout_precision", check_fp8, device)
+    check_precisions(config, device, attempt)
     return device
+
+
+def check_precisions(config: Config, device: torch.device | None, attempt: Callable) -> None:
+    """Checks that a device, and what is installed, can store the base and run rollouts as the run wants it.
+
+    Args:
+        config: The run's configuration.
+        device: The run's; None where it is not there.
+        attempt: As for `check_machine`.
+    """
+    for key in ("base_precision", "rollout_precision"):
+        if check := CHECKS.get(getattr(config.training, key)):
+            attempt(f"training.{key}", check, device)
 
 
 def check_alone(config: Config, settings: dict | None) -> bool:
