@@ -150,7 +150,8 @@ def write_card(output: Path = MINIATURE) -> Path:
     recipe.append(f"| vae | all looks | {vae.STEPS:,} | {vae.BATCH} | {vae.SEED} | {_minutes(logs, 'vae')} |")
     made = {"base": (base.SHARES, base.STEPS, base.BATCH, base.SEED)}
     stages = {f"{name}-tuned": recipe for name, recipe in sources.TUNED.items()} | sources.RECIPES
-    made |= {name: (r.shares, r.steps, sources.BATCH, r.seed) for name, r in stages.items()}
+    there = {name: recipe for name, recipe in stages.items() if name.removesuffix("-tuned") in loras}
+    made |= {name: (r.shares, r.steps, sources.BATCH, r.seed) for name, r in there.items()}
     for name, (shares, steps, batch, seed) in made.items():
         mix = ", ".join(f"{key} {value:g}" for key, value in shares.items())
         recipe.append(f"| {name} | {mix} | {steps:,} | {batch} | {seed} | {_minutes(logs, name)} |")
@@ -169,6 +170,7 @@ def write_card(output: Path = MINIATURE) -> Path:
         recipe="\n".join(recipe),
         psnr=", ".join(f"{value:.1f} dB on {name}" for name, value in psnr.items() if name != "read the same"),
         same=psnr["read the same"],
+        further=", ".join(name for name in sources.RECIPES if name not in loras),
     )
     write_atomic(output / "README.md", text.encode())
     return output / "README.md"
@@ -216,8 +218,8 @@ Flow matching on latents of pictures drawn from seeds (no picture is stored), Mu
 10 % empty prompts, an exponential average of 0.999 as the result. Where a stage has "tuned" in its name, all weights of
 the base's transformer are trained on pictures; the source, a LoRA, starts as the best cut of that change and is fitted
 to the tuned network's velocities. A look's LoRA learns from pictures. `danceopd miniature train` runs it again, and
-goes on where it was stopped. Times are on two cores beside other work. A stage without a time has not been trained, and
-does not ship.
+goes on where it was stopped; it knows further sources, which do not ship: {further}. Times are on two cores beside
+other work, where a log has one.
 
 {recipe}
 

@@ -75,14 +75,15 @@ def loras(work: Path, count: int) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # runs in other processes want the same
-        return {
-            look: shipped[look].parent
-            if look in shipped
-            else folder / look
-            if (folder / look).is_dir()
-            else sources.train(folder, PIPELINE, look)
-            for look in list(LOOKS)[:count]
-        }
+        found = {}
+        for look in list(LOOKS)[:count]:
+            if look in shipped:
+                found[look] = shipped[look].parent
+            elif (folder / look).is_dir():
+                found[look] = folder / look
+            else:
+                found[look] = sources.train(folder, PIPELINE, look)
+        return found
 
 
 def measure(
