@@ -40,6 +40,7 @@ from danceopd.support.bars import bar
 from danceopd.support.devices import machine
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.paths import shipped_config
 from danceopd.support.run_log import read_log
 from danceopd.support.texts import parse_object, read_object
 from danceopd.support.versions import commit
@@ -70,9 +71,9 @@ def raw_config(run: Run, folders: Folders) -> tuple[dict, list[str]]:
 
     Raises UserError if the settings' files are not there.
     """
-    path = folders.configs / run.config
+    path = shipped_config(folders.configs / run.config)
     if not path.is_file():
-        raise UserError(f"no configuration at {path}; run this from the repository, or give --configs FOLDER")
+        raise UserError(f"no configuration at {path}; --configs FOLDER is the one with the settings' files")
     overrides = dict(run.overrides)
     if run.after:
         weights = str(folders.work / run.after / "student.safetensors")

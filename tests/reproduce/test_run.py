@@ -285,3 +285,15 @@ def test_bad_arguments(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", "A"]) == 2
     assert "from the repository" in capsys.readouterr().err
+
+
+def test_the_settings_files_that_ship_are_found_from_any_folder(tmp_path, monkeypatch):
+    here = Folders(CONFIGS, tmp_path / "work", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    shipped = Folders(Path("configs"), tmp_path / "work", tmp_path / "results")
+    for setting in ("A", "miniature", "operators"):
+        run = runs(setting, BUDGETS["paper"], 1)[0]
+        assert config_of(run, shipped) == config_of(run, here)
+        assert digest(run, shipped) == digest(run, here)
+    with pytest.raises(UserError, match=r"no configuration at nowhere.setting_a\.yaml; --configs"):
+        config_of(runs("A", BUDGETS["paper"], 1)[0], Folders(Path("nowhere"), tmp_path, tmp_path))
