@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
+from danceopd.models.blocks import PRESETS, preset_layers
 from danceopd.models.lora_files import load_lora, lora_file, trained_for
+from danceopd.models.shared_base import target_layers
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 from danceopd.support.paths import draws_miniature
+from danceopd.tools.merge_loras.configuration import targets_of
 from danceopd.tools.merge_loras.prompts import SHIPPED
 from danceopd.tools.merge_loras.triggers import Trigger, trigger_of
 
@@ -129,22 +132,27 @@ def propose(wishes: Wishes, model: Path, output: Path) -> Proposal:
     rows = None if wishes.data else _rows(triggers)
     cache = output.with_name(f"{output.stem}-cache")
     prepared = cache / f"{manifest.stem}.jsonl"
-    rank = _rank(wishes.loras, model)
+    adapter = _adapter(wishes.loras, model)
     steps = _steps(wishes, manifest, cache, output, heard)
-    text = "\n".join(_lines(wishes, triggers if heard else {}, prepared, output, rank, steps)) + "\n"
+    text = "\n".join(_lines(wishes, triggers if heard else {}, prepared, output, adapter, steps)) + "\n"
     return Proposal(text, manifest, rows, steps)
 
 
-def _rank(loras: Mapping[str, Path], model: Path) -> int:
-    """Returns the largest rank of the LoRAs, between 8 and 128; 32 where the model is not here to read them with."""
+def _adapter(loras: Mapping[str, Path], model: Path) -> str:
+    """Returns the student's adapter: the largest rank of the LoRAs, 8 to 128, on the layers that any of them changes.
+
+    Where the model is not here to read them with, it has rank 32 on the family's usual layers.
+    """
     if not model.exists():
-        return 32
+        return "{rank: 32}"
     empty, pipeline_class = empty_transformer(model), pipeline_class_of(model)
-    ranks = [
-        max(a.shape[0] for a, _, _ in load_lora(path, empty, pipeline_class, 1.0, True).values())
-        for path in loras.values()
-    ]
-    return min(128, max([8, *ranks]))
+    read = [load_lora(path, empty, pipeline_class, 1.0, True) for path in loras.values()]
+    rank = min(128, max([8, *(a.shape[0] for lora in read for a, _, _ in lora.values())]))
+    changed = set().union(*read)
+    if changed <= set(target_layers(empty, backbone_of(model).LORA_TARGETS, every=False)):
+        return f"{{rank: {rank}}}"
+    presets = (preset for preset in PRESETS if set(preset_layers(empty, preset)) == changed)
+    return f"{{rank: {rank}, targets: {next(presets, None) or json.dumps(targets_of(read, empty))}}}"
 
 
 def _rows(triggers: Mapping[str, Trigger]) -> str:
@@ -185,7 +193,7 @@ def _run_folder(output: Path) -> Path:
     return Path("runs") / output.stem
 
 
-def _lines(wishes: Wishes, plain: Mapping[str, Trigger], prepared: Path, output: Path, rank: int, steps):
+def _lines(wishes: Wishes, plain: Mapping[str, Trigger], prepared: Path, output: Path, adapter: str, steps):
     """Yields the configuration, line by line."""
     names = ", ".join(wishes.loras)
     yield f"# One LoRA of {wishes.base} that does what {names} do. Written by danceopd init; every key may be changed."
@@ -197,7 +205,7 @@ def _lines(wishes: Wishes, plain: Mapping[str, Trigger], prepared: Path, output:
     yield f"model: {json.dumps(wishes.base)}"
     yield "student:"
     yield "  init_from: merge  # begins as the mean of all sources, which is nearer to each than the base is"
-    yield f"  lora: {{rank: {rank}}}"
+    yield f"  lora: {adapter}"
     yield ""
     yield "# What the student learns from: each is frozen."
     yield "sources:"

@@ -57,6 +57,16 @@ def test_a_folder_of_loras_is_enough(place, tmp_path, capsys):
     assert "not encoded yet: the data of 3 capabilities" in said
 
 
+def test_the_adapter_has_the_layers_that_the_loras_change(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "miniature/night", "miniature/wood", "--base", "miniature", "--card", "h100"]) == 0
+    said = capsys.readouterr().out
+    assert load_config(tmp_path / "danceopd.yaml").student.lora.targets == "all-linear"
+    assert "not encoded yet: the data of 3 capabilities" in said
+    assert "cannot start" not in said
+    assert "the student's adapter lacks" not in said
+
+
 def test_its_steps_lead_to_a_trained_student(place, tmp_path, capsys):
     assert main(["init", "loras", "--base", str(place), "--card", "cpu", "-o", "both.yaml"]) == 0
     rows = (tmp_path / "both-prompts.jsonl").read_text().splitlines()
