@@ -83,10 +83,10 @@ class Results:
         return values
 
     def table(self) -> list[list[str]]:
-        """Returns the shares as text: a head, and a row for each of those that are compared."""
-        lines = [["", *self.routes, "mean"]]
+        """Returns the shares as text: a head, and a row for each of those that are compared, its mean first."""
+        lines = [["", "mean", *self.routes]]  # of a narrow screen the right edge is out of sight
         for who, shares in self.shares.items():
-            lines.append([who, *(percent(shares[route]) for route in self.routes), percent(mean(shares.values()))])
+            lines.append([who, percent(mean(shares.values())), *(percent(shares[route]) for route in self.routes)])
         return lines
 
 
