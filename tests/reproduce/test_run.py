@@ -283,8 +283,8 @@ def test_bad_arguments(tmp_path, capsys, monkeypatch):
     assert main(["reproduce", "A", "--seeds", "-1"]) == 2
     assert "--seeds" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
-    assert main(["reproduce", "A"]) == 2
-    assert "from the repository" in capsys.readouterr().err
+    assert main(["reproduce", "A", "--configs", "nowhere"]) == 2
+    assert "no configuration at nowhere/setting_a.yaml; --configs FOLDER" in capsys.readouterr().err
 
 
 def test_the_settings_files_that_ship_are_found_from_any_folder(tmp_path, monkeypatch):
