@@ -81,7 +81,9 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     learn = "training.learning_rate=4e-2"
     assert main(command(place, output, "--dry-run", learn)) == 0
     assert list(tmp_path.iterdir()) == []
-    assert "ink: rank 2, weight 1, called by 'INK' (--trigger)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "ink: rank 2, weight 1, called by 'INK' (--trigger)" in said
+    assert "memory, an estimate: " in said
     line = command(place, output, "--steps", "40", "--patience", "0", learn)
     with monkeypatch.context() as patched:
         patched.setattr(Gaps, "__call__", interrupting(Gaps.__call__))

@@ -70,16 +70,17 @@ def merge_loras(
     config = parse_config(raw, list(options.overrides), "this merge")
     for line in described(given, options, routes, config):
         say(line)
+    if not dry_run:
+        encode(config, given, options, routes, work, (manifest, rows))
+    config, lines = fitted(config, options.overrides, options.overwrite)
+    for line in lines:
+        say(line)
     if dry_run:
         findings = looked_at(config, (work / "cache" / manifest).is_file())
         print(findings.text())
         if findings.problems:
             raise UserError("\n  ".join(["this merge cannot start:", *findings.problems]))
         return None
-    encode(config, given, options, routes, work, (manifest, rows))
-    config, lines = fitted(config, options.overrides, options.overwrite)
-    for line in lines:
-        say(line)
     run = distilled(config, options.patience, options.overwrite)
     merged = load_lora(run / "student" / FILES[1], given.empty, pipeline_class_of(given.base))
     results = compare(config, given, routes, merged)
