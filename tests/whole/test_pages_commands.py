@@ -1,4 +1,4 @@
-"""The commands of README and of the pages for a first hour, run in their order as a reader types them.
+"""The commands of README, of the pages for a first hour and of what comes next, run as a reader types them.
 
 The miniature stands in for the models that they name, one process for several, and a run ends after an update or two.
 """
@@ -10,25 +10,36 @@ from pathlib import Path
 
 import pytest
 from pages import ROOT, blocks
+from PIL import Image
 
 from danceopd.cli.parser import main
 from danceopd.miniature.data import write_miniature
 from danceopd.miniature.shipped import shipped_sources
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("start-*.md"))]
+NEXT = ("doctor", "init", "operators", "runs", "sampling")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("start-*.md")), *(ROOT / f"docs/{name}.md" for name in NEXT)]
 
-STAND_IN = {"model=MODEL": "model=miniature"}
+# What a page takes as done.
+DEMO = "train --config configs/demo.yaml"
+OF_A_MODEL = (
+    "data prepare rows.jsonl --model MODEL --cache cache",
+    "train --config configs/models/qwen-image-edit-2511-a.yaml training.output_dir=runs/model",
+)
+BEFORE = {"runs.md": (DEMO, *OF_A_MODEL), "sampling.md": (DEMO, *OF_A_MODEL)}
+
+STAND_IN = {"model=MODEL": "model=miniature", "500": "1", "1000": "2"}  # a run of two updates has these checkpoints
 STAND_IN |= dict.fromkeys(("MODEL", "black-forest-labs/FLUX.2-klein-base-4B"), "miniature")
 
 # What ends a command soon, and what it cannot have here: models at their paths, other optimizers' packages, a card.
 MINIATURE = ["model=miniature", "student.lora.targets=all-linear"]
 SMALL = ["training.max_steps=2", "training.batch_size=2", "training.gradient_accumulation_steps=1"]
-SMALL += ["training.optimizer=adamw", "training.precision=fp32"]
+SMALL += ["training.optimizer=adamw", "training.precision=fp32", "training.save_every=1"]
 SOON = {
     "data prepare": ["--resolution", "64", "--max-sequence-length", "16", "--device", "cpu", "--dtype", "float32"],
     "merge-loras": ["--steps", "2", "--resolution", "64", "--max-sequence-length", "16", "training.batch_size=4"],
     "train configs/models": [*SMALL, *MINIATURE, "training.sample_every=0"],
     "plan": MINIATURE,
+    "init my_loras": ["--base", "miniature"],  # which no file there names
     "train configs/demo.yaml": ["training.max_steps=2", "evaluation.quick=1", "evaluation.per_task=1"],
 }
 
@@ -59,6 +70,11 @@ def desk(tmp_path, monkeypatch):
     for name, path in {"loras/t2i": "t2i", "loras/edit": "edit", "ink": "night", "oil": "wood"}.items():
         shutil.copy(sources[path], tmp_path / f"{name}.safetensors")
     write_miniature(tmp_path, ["t2i", "edit"], 4, 0).rename(tmp_path / "rows.jsonl")
+    (tmp_path / "my_loras").mkdir()
+    for name in ("ink", "oil"):
+        shutil.copy(tmp_path / f"{name}.safetensors", tmp_path / "my_loras")
+    for name in ("picture", "room"):
+        Image.new("RGB", (64, 64), "white").save(tmp_path / f"{name}.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -67,7 +83,8 @@ def desk(tmp_path, monkeypatch):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_do_what_it_says(page, desk, capsys):
-    for words in commands(page):
+    before = [shlex.split(line) for line in BEFORE.get(page.name, ())]
+    for words in [*before, *commands(page)]:
         if " ".join(words).startswith(ELSEWHERE):
             continue
         code = main(typed(words))
