@@ -25,8 +25,6 @@ from danceopd.support.trackers import check_trackers
 from danceopd.training.assembly.room import CHECKS, check_precisions
 from danceopd.training.checkpoints import load_newest
 
-AUTO = "auto"
-
 Examine = Callable[[Config, Findings, torch.device | None], None]
 
 
@@ -56,17 +54,17 @@ def with_memory_chosen(config: Config, examine: Examine, overwrite: bool = False
     Returns:
         The configuration with what was chosen; as it is where something is missing, which the training's start says.
     """
-    training = config.training
-    if AUTO not in (training.base_precision, training.swap_blocks):
-        return config
-    if training.base_precision == AUTO and not overwrite:
+    if config.training.base_precision == "auto" and not overwrite:
         config = as_it_began(config) or config
+    training = config.training
+    if "auto" not in (training.base_precision, training.swap_blocks):
+        return config
     one, findings = _chosen(config, examine)
     if findings.problems:
         return config
     chosen = {"base_precision": one.training.base_precision}
     lines = [findings.precision] if findings.precision else []
-    if training.swap_blocks == AUTO:
+    if training.swap_blocks == "auto":
         swap = findings.swap
         chosen["swap_blocks"] = swap.count if swap else None
         line = swap.line() if swap else "no block has to wait in host memory"
@@ -101,7 +99,7 @@ def _chosen(config: Config, examine: Examine, card: Card | None = None) -> tuple
     memory = card.memory if card else None
     if card is None and device is not None and device.type != "cpu":
         memory = free_bytes(device)
-    if training.base_precision != AUTO:
+    if training.base_precision != "auto":
         return config, _dry_run(config, examine, memory)
     tried = []
     for precision in _precisions(card, device) if memory is not None else (None,):
@@ -109,11 +107,9 @@ def _chosen(config: Config, examine: Examine, card: Card | None = None) -> tuple
         findings = _dry_run(one, examine, memory)
         size = findings.total_memory() + LEFT + (findings.swap.spared if findings.swap else 0)
         tried.append((size, precision or training.precision, one, findings))
-        if memory is None or size <= memory:
+        if fits := memory is None or size <= memory:
             break
-    else:
-        tried.sort(key=lambda each: -each[0])
-    _, name, one, findings = tried[-1]
+    _, name, one, findings = tried[-1] if fits else min(tried, key=lambda each: each[0])
     sizes = ", ".join(f"{each} needs {format_bytes(size)}" for size, each, *_ in tried)
     room = "" if memory is None else f"; {sizes}, of {format_bytes(memory)}"
     findings.precision = f"training.base_precision: auto is {name}{room}"

@@ -95,7 +95,7 @@ def test_a_merge_of_loras_narrows_its_base_where_nothing_else_is_left(given, tmp
     for module in (merging, planning):
         monkeypatch.setattr(module, "free_bytes", lambda _: LEFT + room["now"])
     for room["now"], precision in ((wide, None), (narrow, "auto")):
-        config, lines = fitted(given(None, **changes), [])
+        config, _, lines = fitted(given(None, **changes), [])
         assert config.training.base_precision == precision
         assert "warning" not in str(lines)
     assert lines[0].endswith("with training.base_precision=auto")

@@ -76,7 +76,7 @@ def described(given: Given, options: Options, routes: Sequence[Route], config: C
     return lines
 
 
-def fitted(config: Config, chosen: Sequence[str], overwrite: bool = False) -> tuple[Config, list[str]]:
+def fitted(config: Config, chosen: Sequence[str], overwrite: bool = False) -> tuple[Config, Findings, list[str]]:
     """Fits a run to the memory that is free, by the dry run's estimate.
 
     Where it is too much for a card, blocks are computed again in the backward, then the batch is matched a sample at a
@@ -88,7 +88,7 @@ def fitted(config: Config, chosen: Sequence[str], overwrite: bool = False) -> tu
         overwrite: Whether another run in its folder is started again; if not, its base stays as it was stored.
 
     Returns:
-        The configuration, and lines about it.
+        The configuration, what its dry run found, and lines about it.
     """
     device = find_device(config.training.device)
     began = None if overwrite or _is_chosen("base_precision", chosen) else as_it_began(config)
@@ -115,28 +115,11 @@ def fitted(config: Config, chosen: Sequence[str], overwrite: bool = False) -> tu
             "warning: that is more than is free; training.swap_blocks=auto lets blocks of the base wait in host "
             "memory, and a smaller --resolution or --rank takes less"
         )
-    return wanted, lines
+    return wanted, findings, lines
 
 
 def _is_chosen(key: str, overrides: Sequence[str]) -> bool:
     return any(text.partition("=")[0].strip() == f"training.{key}" for text in overrides)
-
-
-def looked_at(config: Config, prepared: bool) -> Findings:
-    """Makes the dry run of a merge; where no prompt is encoded yet, that is no problem.
-
-    Args:
-        config: The run's.
-        prepared: Whether the prompts are encoded.
-
-    Returns:
-        What it found.
-    """
-    findings = dry_run(config, examine)
-    if not prepared:
-        findings.problems = [line for line in findings.problems if ".data.prepared:" not in line]
-        findings.found.append("no prompt is encoded yet; activations are counted once they are")
-    return findings
 
 
 def distilled(config: Config, patience: int, overwrite: bool) -> Path:

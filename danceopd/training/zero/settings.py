@@ -45,11 +45,12 @@ def read_deepspeed(path: Path | str) -> dict:
             says, for a value "auto" that nobody would fill in, and for a zero_optimization of odd types.
     """
     path = shipped_config(Path(path))
+    if not path.exists():
+        raise UserError(f"cannot read {path}: there is no file {path}{near_config(path)}")
     try:
         found = parse_json(read_text(path))
     except (OSError, ValueError) as error:
-        near = "" if path.exists() else near_config(path)
-        raise UserError(f"cannot read {path}: {error}{near}") from None
+        raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} must be a JSON object of DeepSpeed's settings")
     found = {key: value for key, value in found.items() if not (key in OURS and _filled_in(value))}

@@ -57,6 +57,10 @@ def test_what_ships_is_found_from_any_folder(tmp_path, monkeypatch):
     assert read_deepspeed("configs/deepspeed/zero3.json") == shipped
     with pytest.raises(UserError, match=r"did you mean 'configs/deepspeed/zero3.json'"):
         read_deepspeed("configs/deepspeed/zer3.json")
+    (tmp_path / "zero3.json").write_text("{}")
+    with pytest.raises(UserError, match=r"did you mean 'zero3\.json'") as caught:
+        read_deepspeed("zer3.json")
+    assert str(caught.value).count("did you mean") == 1
 
 
 def test_deepspeed_reads_every_section_that_is_passed_on():
