@@ -10,6 +10,7 @@ from danceopd_kernels import fp8_linear, fp8_quantize_rowwise
 from danceopd_kernels.dispatch import has_triton
 from torch import nn
 
+from danceopd.core.copies import ON_HOST
 from danceopd.models.blocks import block_layers
 from danceopd.support.errors import UserError
 
@@ -44,7 +45,7 @@ class Fp8Linear(nn.Linear):
     @torch.no_grad()
     def fill(self, weight: torch.Tensor) -> None:
         """Rounds a weight [out, in] into the place of the old one."""
-        one_pass = weight.is_cuda and has_triton()
+        one_pass = weight.device.type not in ON_HOST and has_triton()
         rows = len(weight) if one_pass else max(1, PART // weight.shape[1])
         for part, codes, scale in zip(*(t.split(rows) for t in (weight, self.weight, self.weight_scale)), strict=True):
             for place, value in zip((codes, scale), fp8_quantize_rowwise(part), strict=True):

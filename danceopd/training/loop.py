@@ -128,7 +128,7 @@ class Trainer:
         elif config.training.compile:
             compile_blocks(self.engine.resident)
         rolled = self._asked(self.engine.rolled, "student")
-        pool = pool_of_run(config, parts)
+        pool = self.rows.pool = pool_of_run(config, parts)
         self.student = rolled_out(config, parts, self.engine.resident, rolled, self.rows, self.spent, pool)
         static = settings is None and in_graphs(config, parts)  # with DeepSpeed, forwards gather weights
         self.sources = static_sources(config, parts, static, pool, self.rows, self.spent)
@@ -261,19 +261,27 @@ class Trainer:
         return seen["student"]
 
     def _matched(self, questions: dict[str, Questions]) -> list:
-        """Matches in as many micro-batches as the run has, and in twice as many where memory runs out."""
+        """Matches in as many micro-batches as the run has; where memory runs out without graphs, then in twice as many.
+
+        Graphs of the rollouts and queries hold memory too, and go before samples do.
+        """
         while True:
             spent = Counter(self.spent)
             try:
                 return self.match(questions, self.micro_batches)
             except RuntimeError as error:
                 sharded = not isinstance(self.engine, Local)  # whose other ranks have made more of this match, or less
-                if not ran_out(error) or sharded or self.micro_batches >= max(map(len, questions.values())):
+                if not ran_out(error) or sharded:
+                    raise
+                again = self.rows.pool is not None and self.rows.pool.give_up()
+                if not again and self.micro_batches >= max(map(len, questions.values())):
                     raise
             for learner in self.learners.values():
                 learner.student.zero_grad(set_to_none=True)
             self.spent.clear()
             self.spent.update(spent)
+            if again:
+                continue
             self.micro_batches *= 2
             print(
                 f"warning: memory ran out in {self.place}; going on in {self.micro_batches} micro-batches "

@@ -8,6 +8,7 @@ from danceopd.config.sections import Config
 from danceopd.core.fields import Field
 from danceopd.models.footprint import forward_bytes
 from danceopd.support.memory import format_bytes, free_bytes
+from danceopd.training.rollouts.capture import Pool
 
 SHARE = 0.8  # the part of the free memory that forwards without gradient may take
 
@@ -17,18 +18,24 @@ class Rows:
 
     Args:
         rows: The number to begin with, at least 1.
+
+    Attributes:
+        pool: The run's graphs, whose memory is given up first.
     """
 
     def __init__(self, rows: int):
         self.rows = rows
+        self.pool: Pool | None = None
 
-    def halve(self, asked: int, error: torch.OutOfMemoryError) -> None:
-        """Takes half of the rows that did not fit, and says so.
+    def take_less(self, asked: int, error: torch.OutOfMemoryError) -> None:
+        """Gives up the run's graphs, or where there are none takes half of the rows that did not fit, and says so.
 
         Args:
             asked: Number of rows that did not fit.
             error: Is raised again where one row did not fit.
         """
+        if self.pool is not None and self.pool.give_up():
+            return
         if asked == 1:
             raise error
         self.rows = asked // 2
@@ -40,7 +47,7 @@ class Rows:
 
 
 def in_parts(network: Field, rows: Rows) -> Field:
-    """Asks a network for no more rows at a time than `rows`, and for half of them again where memory runs out.
+    """Asks a network for no more rows at a time than `rows`, and where memory runs out again as these say then.
 
     Args:
         network: The network as a field.
@@ -60,7 +67,7 @@ def in_parts(network: Field, rows: Rows) -> Field:
                 done.append(network(*(asked if whole else [value[start:stop] for value in asked])))
                 start = stop
             except torch.OutOfMemoryError as error:
-                rows.halve(stop - start, error)
+                rows.take_less(stop - start, error)
                 error = None  # its traceback holds the tensors of the forward
         return done[0] if len(done) == 1 else torch.cat(done)
 

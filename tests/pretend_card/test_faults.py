@@ -9,12 +9,14 @@ from functools import partial
 import pytest
 import torch
 from card_runs import EAGER, plain_kernels, trainer_on, world_config
+from danceopd_kernels.fp8 import fp8_quantize_rowwise, run_scaled_mm
 from pretend_card import HostWait, pretend_card
 from pretend_graphs import Stream
 
 from danceopd.core import conditioning, rollout
 from danceopd.core.conditioning import Conditioning, placed
 from danceopd.core.questions import matched
+from danceopd.models import fp8
 from danceopd.models.packing import by_sources
 from danceopd.training import engine, loop
 from danceopd.training.rollouts.static import StaticField
@@ -137,3 +139,38 @@ def test_a_capture_that_does_not_wait_for_its_stream_is_refused(networks, tmp_pa
         trainer.ask(batch)
     assert "reads what another stream wrote" in trainer.student.reason
     assert "rollouts run without CUDA graphs" in capsys.readouterr().err
+
+
+def test_products_of_codes_take_the_cards_quick_sums(monkeypatch):
+    asked = {}
+
+    def scaled_mm(codes, weight, x_scale, weight_scale, bias, **options):
+        asked.update(options)
+        return torch.zeros(len(codes), weight.shape[1], dtype=options["out_dtype"], device=codes.device)
+
+    codes, weight = (torch.zeros(16, 16, dtype=torch.float8_e4m3fn) for _ in range(2))
+    scale = torch.ones(16, 1)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    for device, options in (("cpu", {}), ("card", {"use_fast_accum": True})):
+        asked.clear()
+        with pretend_card():
+            run_scaled_mm(*(t.to(device) for t in (codes, scale, weight, scale)), None, torch.bfloat16)
+        assert asked == {"out_dtype": torch.bfloat16, **options}
+
+
+def test_a_weight_is_quantised_in_one_pass_of_a_cards_kernel(monkeypatch):
+    parts = []
+
+    def quantised(part):
+        parts.append(len(part))
+        return fp8_quantize_rowwise(part, backend="torch")
+
+    monkeypatch.setattr(fp8, "has_triton", lambda: True)
+    monkeypatch.setattr(fp8, "fp8_quantize_rowwise", quantised)
+    monkeypatch.setattr(fp8, "PART", 64)
+    linear = torch.nn.Linear(16, 12)
+    for device, expected in (("cpu", [4, 4, 4]), ("card", [12])):
+        parts.clear()
+        with pretend_card():
+            fp8.Fp8Linear(linear.to(device), modulates=False)
+        assert parts == expected

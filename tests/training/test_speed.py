@@ -89,7 +89,8 @@ def test_a_run_logs_its_speed(raw, capsys):
         assert {"samples_per_second", "tokens_per_second", "peak_memory_gib"} <= record.keys()
         assert {"rollout", "query", "match", "backward", "step"} <= record["phases"].keys()
         assert sum(record["phases"].values()) == pytest.approx(1)
-    assert "route" in first["phases"]  # it also draws the next one's batch
+    assert "route" in first["phases"]
+    assert "route" not in second["phases"]  # its batch was drawn in the first
     # The same by hand: text and picture tokens of the embedded network, on each evaluation but a backward's.
     spent = second["network_evaluations"] - first["network_evaluations"] - 2 * config.training.batch_size
     tokens = second["tokens_per_second"] * config.training.batch_size / second["samples_per_second"] / spent

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -119,11 +120,31 @@ class Pool:
 
     Args:
         device: The card.
+
+    Attributes:
+        holders: Whoever keeps graphs of it; `forget(reason)` drops theirs for good.
     """
 
     def __init__(self, device: torch.device):
         self.cards = torch.get_device_module(device)
         self.stream, self.memory, self.constants = self.cards.Stream(), self.cards.graph_pool_handle(), {}
+        self.holders: weakref.WeakSet = weakref.WeakSet()
+        self._given_up = False
+
+    def give_up(self) -> bool:
+        """Drops all graphs of the run where memory has run out: they pay least where samples are large.
+
+        Returns:
+            Whether that is new, so that what did not fit may be tried again as it was.
+        """
+        if self._given_up:
+            return False
+        self._given_up = True
+        for holder in self.holders:
+            holder.forget("memory ran out")
+        self.cards.empty_cache()
+        self.say("the run goes on", "memory ran out")
+        return True
 
     def graph(self):
         """Makes a graph to be captured."""

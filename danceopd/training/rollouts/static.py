@@ -65,6 +65,8 @@ class StaticField:
         self.reason: str | None = None
         self._addresses: tuple = ()
         self._capture, self._pool = capture, pool
+        if pool is not None:
+            pool.holders.add(self)
 
     def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         return self.field(latents, sigma, conditioning)
@@ -86,30 +88,31 @@ class StaticField:
         Returns:
             The states [B, K, ...] in float32; None where a step cannot be static.
         """
-        if solver not in self.SOLVERS or self.reason:
-            return None
+        while solver in self.SOLVERS and not self.reason:
+            capacity = min(self.rows.rows, len(noise))
+            try:
+                return self._rolled(noise, conditioning, sigmas.cpu(), until, solver, start, capacity)
+            except torch.OutOfMemoryError as error:
+                self.programs.clear()
+                self.rows.take_less(capacity, error)
+            except NotCapturable as error:
+                self._give_up(error)
+        return None
+
+    def _rolled(self, noise, conditioning, sigmas, until, solver: str, start, capacity: int) -> torch.Tensor:
+        """Makes a rollout, of at most `capacity` samples at a time."""
         steps, spent, tokens, lengths = until.amax(1) - start, Counter(), Counter(), _lengths(conditioning)
-        sigmas = sigmas.cpu()
         self._check_addresses()
         states = noise.float()[:, None].repeat(1, until.shape[1], *(1,) * (noise.dim() - 1))
-        try:
-            for layout, rows in self._layouts(conditioning, lengths):
-                rows = rows[steps[rows].argsort(descending=True, stable=True)]
-                capacity = min(self.rows.rows, len(noise))
-                rows = rows[steps[rows] > 0]
-                for own in rows.split(capacity) if len(rows) else ():
-                    there, guided = to_device(own, noise.device), layout.guided
-                    part = _in_layout(conditioning[own], layout)
-                    program = self._program(noise[there], part, guided, capacity, solver)
-                    spent += self._integrate(program, sigmas, start[own], until[own], states, there, 1 + guided)
-                    tokens += _tokens(noise, part, layout, steps[own], lengths[own])
-        except torch.OutOfMemoryError as error:
-            self.programs.clear()
-            self.rows.halve(capacity, error)
-            return self.rollout(noise, conditioning, sigmas, until, solver, start)
-        except NotCapturable as error:
-            self._give_up(error)
-            return None
+        for layout, rows in self._layouts(conditioning, lengths):
+            rows = rows[steps[rows].argsort(descending=True, stable=True)]
+            rows = rows[steps[rows] > 0]
+            for own in rows.split(capacity) if len(rows) else ():
+                there, guided = to_device(own, noise.device), layout.guided
+                part = _in_layout(conditioning[own], layout)
+                program = self._program(noise[there], part, guided, capacity, solver)
+                spent += self._integrate(program, sigmas, start[own], until[own], states, there, 1 + guided)
+                tokens += _tokens(noise, part, layout, steps[own], lengths[own])
         self.spent.update(spent)
         TOKENS.update(tokens)
         return states
@@ -163,30 +166,34 @@ class StaticField:
         self._check_addresses()
 
         def velocity(latents, sigma, _):
-            if self.reason or len(latents) > self.rows.rows:
-                return self.field(latents, sigma, conditioning)
+            if not self.reason and len(latents) <= self.rows.rows:
+                try:
+                    return static(latents, sigma)
+                except torch.OutOfMemoryError:  # the field takes no buffers, and fewer rows at a time
+                    self.programs.clear()
+                    programs.clear()
+                    if self._pool is not None:
+                        self._pool.give_up()
+                except NotCapturable as error:
+                    self._give_up(error)
+            return self.field(latents, sigma, conditioning)
+
+        def static(latents, sigma):
             result, spent, tokens = torch.empty_like(latents), Counter(), Counter()
-            try:
-                for i, (layout, length, own, part) in enumerate(layouts):
-                    guided = layout.guided
-                    if i == len(programs):
-                        room = max(capacity, len(latents))
-                        programs.append(self._program(latents[own], part, guided, room, None))
-                    program, n = programs[i], len(own)
-                    program.z[:n].copy_(latents[own])
-                    program.numbers[0, :n].copy_(sigma[own])
-                    size = program.size(n)
-                    self._step(program, size)
-                    result[own] = program.velocity[:n].to(result.dtype)
-                    spent[self.name] += (1 + guided) * n
-                    spent["padding"] += (1 + guided) * (size - n)
-                    tokens += _tokens(latents, part, layout, torch.ones(n, dtype=torch.int64), length)
-            except torch.OutOfMemoryError:  # the field takes fewer rows at a time
-                self.programs.clear()
-                return self.field(latents, sigma, conditioning)
-            except NotCapturable as error:
-                self._give_up(error)
-                return self.field(latents, sigma, conditioning)
+            for i, (layout, length, own, part) in enumerate(layouts):
+                guided = layout.guided
+                if i == len(programs):
+                    room = max(capacity, len(latents))
+                    programs.append(self._program(latents[own], part, guided, room, None))
+                program, n = programs[i], len(own)
+                program.z[:n].copy_(latents[own])
+                program.numbers[0, :n].copy_(sigma[own])
+                size = program.size(n)
+                self._step(program, size)
+                result[own] = program.velocity[:n].to(result.dtype)
+                spent[self.name] += (1 + guided) * n
+                spent["padding"] += (1 + guided) * (size - n)
+                tokens += _tokens(latents, part, layout, torch.ones(n, dtype=torch.int64), length)
             self.spent.update(spent)
             TOKENS.update(tokens)
             return result
@@ -231,6 +238,7 @@ class StaticField:
             return
         if self._pool is None:
             self._pool = Pool(program.z.device)
+            self._pool.holders.add(self)
         if size not in program.graphs:
             program.capture(size, self._pool)
         program.graphs[size][0].replay()
@@ -244,8 +252,16 @@ class StaticField:
                     program.graphs.clear()
                 self._addresses = now
 
+    def forget(self, reason: str) -> None:
+        """Drops all programs, and asks `field` from now on.
+
+        Args:
+            reason: Why.
+        """
+        self.reason = reason
+        self.programs.clear()
+
     def _give_up(self, error: NotCapturable) -> None:
         """Notes and says why rollouts ask `field` from now on."""
-        self.reason = str(error)
-        self.programs.clear()
-        Pool.say("rollouts run" if self.name == "student" else f"{self.name} are asked", self.reason)
+        self.forget(str(error))
+        Pool.say("rollouts run" if self.name == "student" else f"{self.name} are asked", str(error))

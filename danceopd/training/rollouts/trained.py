@@ -65,8 +65,8 @@ class _Pass:
         Returns:
             The gradients of the parameters in `used`.
         """
-        found = torch.autograd.grad(self._recorded, self.parameters, self.gradients, allow_unused=True)
-        self._recorded = []
+        recorded, self._recorded = self._recorded, []  # activations go, even where memory runs out
+        found = torch.autograd.grad(recorded, self.parameters, self.gradients, allow_unused=True)
         self.used = [i for i, gradient in enumerate(found) if gradient is not None]
         return [gradient for gradient in found if gradient is not None]
 
@@ -138,6 +138,8 @@ class StaticStudent:
         self._addresses: list[int] = []
         self._under_way: weakref.ref | None = None
         self._anchor = torch.ones((), requires_grad=True)  # that which autograd asks a gradient for
+        if pool is not None:
+            pool.holders.add(self)
 
     def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         if self.reason or not torch.is_grad_enabled() or latents.requires_grad or not len(latents) or self._busy():
@@ -163,6 +165,15 @@ class StaticStudent:
         for velocity, there in zip(found, places, strict=True):
             result = result.index_copy(0, there, velocity)
         return result
+
+    def forget(self, reason: str) -> None:
+        """Drops all passes, and asks `field` from now on.
+
+        Args:
+            reason: Why.
+        """
+        self.reason = reason
+        self.passes.clear()
 
     # --- what a pass asks back ------------------------------------------------------------------------
 
@@ -243,10 +254,11 @@ class StaticStudent:
             try:
                 own.capture(self._sums, self.pool)
             except torch.OutOfMemoryError:
-                self._give_up("memory ran out")
+                self.pool.give_up()
                 return None
             except NotCapturable as error:
-                self._give_up(str(error))
+                self.forget(str(error))
+                Pool.say("the student's forward and backward run", str(error))
                 return None
         self.passes[key] = own
         return own
@@ -261,9 +273,3 @@ class StaticStudent:
         if now != self._addresses:
             self.passes.clear()
             self._addresses = now
-
-    def _give_up(self, reason: str) -> None:
-        """Notes and says why `field` is asked from now on."""
-        self.reason = reason
-        self.passes.clear()
-        Pool.say("the student's forward and backward run", reason)
