@@ -5,11 +5,13 @@
     python benchmarks/kernel_bench.py --shape 16 16 128 128 --dtypes bfloat16 --json results.json
 
 On a GPU the latents are so many that none of a call's tensors fits into its L2 cache, and every contender is the replay
-of a CUDA graph: what is timed is the kernel and not its launch. A host's latents are 8 x 16 x 128 x 128, and --shape
-says otherwise; the result says how large the cache is.
+of a CUDA graph: what is timed is the kernel and not its launch. A host's latents are 8 x 16 x 128 x 128, which its
+caches may hold, and --shape says otherwise; the result says how large the cache is. On a host the process keeps the
+memory that it frees, as the trainer does there: without it each new tensor costs the clearing of its pages.
 
 The share of the roofline is of bandwidth: the least that has to be moved (every input read once, every output written
-once) over the time, of what copying a tensor of the latents' size reaches in the same round.
+once) over the time, of what copying a tensor of the latents' size reaches in the same round. It can pass 100 %: a copy
+is no limit, and a processor reads what it copies to before it writes it, which steps in place need not do.
 """
 
 import argparse
@@ -20,10 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from danceopd_kernels import adaln_modulate, euler_step_, fp8_quantize_rowwise, routed_velocity_mse, sde_step_
+from danceopd_kernels import (
+    adaln_modulate,
+    euler_step_,
+    fp8_quantize_rowwise,
+    heun_step_,
+    routed_velocity_mse,
+    sde_step_,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import common
+from danceopd.support.memory import keep_freed_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,7 +57,7 @@ def cases(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Case]
     scale = torch.full((samples,), 3.0, device=device)
     sigma, next_sigma = (torch.full((samples,), s, device=device) for s in (0.8, 0.7))
     sigmas = torch.tensor([1.0, 0.9, 0.0], device=device)
-    z, velocity, other = (randn(*shape) for _ in range(3))
+    z, velocity, other, end, end_other = (randn(*shape) for _ in range(5))
     width = 1536
     x = randn(samples, student[0].numel() // width, width)
     shift, gain = randn(samples, width), randn(samples, width)
@@ -67,6 +77,21 @@ def cases(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Case]
             4 * state,
         ),
         Case("euler_step_", lambda b: euler_step_(z, velocity, sigma, next_sigma, backend=b), 3 * state),
+        Case(
+            "heun_step_, guided",
+            lambda b: heun_step_(
+                z,
+                velocity,
+                end,
+                sigma,
+                next_sigma,
+                uncond=other,
+                second_uncond=end_other,
+                guidance_scale=scale,
+                backend=b,
+            ),
+            6 * state,
+        ),
         Case("sde_step_", lambda b: sde_step_(z, velocity, sigma, next_sigma, other, sigmas, backend=b), 4 * state),
         Case("fp8_quantize_rowwise", lambda b: fp8_quantize_rowwise(x, backend=b), tokens + x.numel()),
         Case(
@@ -121,6 +146,8 @@ def main(argv: list[str] | None = None) -> dict:
     if len(args.shape) < 2:
         parser.error("--shape needs a batch and at least one more dimension")
     device, rows = common.device().type, []
+    if device == "cpu":
+        keep_freed_memory()
     for dtype in args.dtypes:
         source = torch.randn(args.shape, device=device).to(getattr(torch, dtype))
         target = torch.empty_like(source)
