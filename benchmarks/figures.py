@@ -29,7 +29,7 @@ from danceopd.world.build import build
 
 Row = list[str]
 PROMPTS = (20, 24, 31, 40, 55, 90, 160, 300)  # tokens
-TRANSFORMERS = (
+TRANSFORMERS: tuple[str, ...] = (
     "sd3.5-medium",
     "flux.1-dev",
     "flux.2-klein-4b",
