@@ -1,9 +1,13 @@
 """Streams and graphs of the pretend card.
 
 A graph holds what it read before its capture by address alone, as CUDA's does: a replay that reads memory which is gone
-raises `GraphFault`. What it made itself lies in its pool for as long as the graph is there.
+raises `GraphFault`. What it made itself lies in its pool for as long as the graph is there. A card gives memory that
+nobody holds to the next graph of the same pool; here each keeps its own, which holds no numbers any more once the other
+graph has run.
 """
 
+import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -59,6 +63,32 @@ class Graph:
         self._made: dict[int, torch.Tensor] = {}  # storages of the pool
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what a capture must leave as it was
         self._memories: list = []
+        self._reused: weakref.WeakKeyDictionary[Graph, list[torch.Tensor]] = weakref.WeakKeyDictionary()
+        self._spoilt_by: weakref.WeakSet[Graph] = weakref.WeakSet()  # since its last replay
+
+    def begin(self, pool: weakref.WeakSet) -> None:
+        """Begins a capture, which may take the memory of the pool's other graphs that nobody holds now."""
+        self.records = []
+        (in_a_list,) = _references([object()])
+        for other in pool:
+            held = [references > in_a_list for references in _references(other._memories)]
+            self._reused[other] = [x for x, kept in zip(other._made.values(), held, strict=True) if not kept]
+        pool.add(self)
+
+    def _spoil(self, other: "Graph", tensors: list[torch.Tensor]) -> None:
+        """Leaves no numbers where a replay of this graph may have written over another's."""
+        if tensors and self not in other._spoilt_by:
+            other._spoilt_by.add(self)
+            for tensor in tensors:
+                if tensor.is_floating_point():
+                    tensor.untyped_storage().fill_(0xFF)  # NaN, of floats of each size
+
+    def _write_over(self, pool: weakref.WeakSet) -> None:
+        for other in pool:
+            if other is not self:
+                later = bool(other._reused.get(self))  # it took what this graph writes again
+                self._spoil(other, list(other._made.values()) if later else self._reused.get(other, []))
+        self._spoilt_by.clear()
 
     def before(self, func, args, kwargs) -> None:
         """Keeps what an operation is about to write outside of the pool: a capture computes nothing."""
@@ -102,6 +132,7 @@ class Graph:
         """Does the operations again, at the same addresses."""
         if self.records is None:
             raise GraphFault("a graph is replayed that was not captured")
+        self._write_over(self.pool)
         for func, noted, outputs in self.records:
             args, kwargs = tree_map(
                 lambda x: x.tensor() if isinstance(x, _Outside) else x, noted, is_leaf=lambda x: isinstance(x, _Outside)
@@ -112,13 +143,18 @@ class Graph:
                     old.copy_(new)
 
 
+def _references(objects: list) -> list[int]:
+    return [sys.getrefcount(x) for x in objects]
+
+
 @contextmanager
-def capture(module, graph: Graph, stream: Stream | None) -> Iterator[None]:
-    """Captures what is done inside into a graph."""
+def capture(module, graph: Graph, stream: Stream | None, pool: weakref.WeakSet) -> Iterator[None]:
+    """Captures what is done inside into a graph of a pool."""
     if module.capturing is not None:
         raise GraphFault("a capture inside of a capture")
     module.card.wait("the beginning of a capture")
-    graph.records = []
+    graph.pool = pool
+    graph.begin(pool)
     with module.stream(stream or Stream(module)):
         module.capturing = graph
         try:

@@ -50,6 +50,8 @@ class CardModule:
     def __init__(self):
         self.card = None
         self._memories: dict = {}
+        self._pools: dict[tuple[int, int], weakref.WeakSet] = {}
+        self._handles = 0
         self.allocated = self.peak = 0
         self.generator = torch.Generator()
         self.default = self.now = Stream(self)  # of the process: caches outlive a card
@@ -149,7 +151,8 @@ class CardModule:
         return Event(self)
 
     def graph_pool_handle(self) -> tuple[int, int]:
-        return (0, id(self))
+        self._handles += 1
+        return (0, self._handles)
 
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
@@ -162,7 +165,8 @@ class CardModule:
 
     def graph(self, graph: Graph, pool=None, stream=None, capture_error_mode="global"):
         """Captures what is done inside."""
-        return capture(self, graph, stream)
+        own = weakref.WeakSet()  # of a graph alone
+        return capture(self, graph, stream, own if pool is None else self._pools.setdefault(pool, own))
 
     def read(self, memories, what: str) -> None:
         """Checks that what an operation reads is there in the stream at hand."""

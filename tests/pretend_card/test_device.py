@@ -167,9 +167,9 @@ def test_a_stream_waits_for_another(card):
     assert torch.equal((y * 2).cpu(), (x.cpu() + 1) * 2)
 
 
-def captured(step):
+def captured(step, pool=None):
     graph = torch.card.CUDAGraph()
-    with torch.card.graph(graph, stream=torch.card.current_stream()):
+    with torch.card.graph(graph, pool=pool, stream=torch.card.current_stream()):
         step()
     return graph
 
@@ -217,6 +217,33 @@ def test_a_graph_holds_its_pool(card):
     del graph
     gc.collect()
     assert torch.card.memory_allocated() == before
+
+
+def test_graphs_of_a_pool_take_turns(card):
+    """A forward, its backward, and another graph that was captured when nobody held what the forward saves."""
+    x, out, gradient, aside = there(3).requires_grad_(), there(3), there(3), there(3)
+    pool = torch.card.graph_pool_handle()
+    kept = []
+
+    def forward():
+        kept.append((x.exp() * x).exp())
+        out.copy_(kept[0].detach())
+
+    first = captured(forward, pool)
+    second = captured(lambda: gradient.copy_(*torch.autograd.grad(kept[0].sum(), x)), pool)
+    kept.clear()
+    gc.collect()
+    third = captured(lambda: aside.mul_(2).add_(aside.exp()), pool)
+    expected = x.detach().cpu().requires_grad_()
+    (expected.exp() * expected).exp().sum().backward()
+    for order in ((first, second), (third, first, second)):
+        for graph in order:
+            graph.replay()
+        torch.testing.assert_close(gradient.cpu(), expected.grad)
+    for graph in (first, third, second):
+        graph.replay()
+    assert gradient.cpu().isnan().any()
+    assert not out.cpu().isnan().any()
 
 
 def test_without_a_card_there_is_none():
