@@ -50,7 +50,7 @@ PROMPTS = 2000  # that are trained on; some are alike
 
 BY_HAND = "by_hand"
 
-Measured = dict[str, float]  # the share of right pictures by the looks that call, as "night + wood"
+Measured = dict[str, float]  # the share of right things (look_marks) by the looks that call, as "night + wood"
 
 
 def look_sets(count: int) -> list[tuple[str, ...]]:
@@ -103,7 +103,7 @@ def measure(
         pictures: Of all prompts that no look, one and two looks call.
 
     Returns:
-        The share of right pictures for each of look_sets.
+        The share of right things, as `look_marks` reads them, for each of look_sets.
     """
     sets, shares = look_sets(count), {}
     sizes = Counter(map(len, sets))
@@ -114,7 +114,7 @@ def measure(
 
 
 def kept(own: Measured, by_hand: Measured) -> dict[str, float]:
-    """Returns what a merge keeps of the LoRAs, of the base and of pairs: its share of right pictures over that by hand.
+    """Returns what a merge keeps of the LoRAs, of the base and of pairs: its share of right things over that by hand.
 
     Means over LoRAs, and over pairs, are divided, so that one that draws hardly anything right by hand hardly counts.
 
