@@ -6,6 +6,7 @@ from card_runs import EAGER, plain_kernels, trainer_on, world_config
 from out_of_memory import Full
 from pretend_card import pretend_card
 
+from danceopd.training.rollouts.static import StaticField
 from danceopd.world.build import build
 
 
@@ -86,3 +87,16 @@ def test_graphs_outlive_an_optimizers_step(networks, tmp_path):
         trainer.ask(batch)
         assert made
         assert graphs(trainer) == made
+
+
+def test_addresses_are_compared_once_a_rollout(networks, tmp_path, monkeypatch):
+    compared = []
+    plain = StaticField._check_addresses
+    monkeypatch.setattr(StaticField, "_check_addresses", lambda self: compared.append(self.name) or plain(self))
+    with plain_kernels(), pretend_card():
+        trainer = trainer_on("card:0", world_config(networks, tmp_path), build)
+        batch = trainer.draw()
+        assert {True, False} == set(batch.conditioning.has_source.tolist())  # two layouts, each of several sizes
+        trainer.ask(batch)
+    assert len(graphs(trainer)) > 2
+    assert compared.count("student") == 1

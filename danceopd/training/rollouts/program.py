@@ -10,7 +10,7 @@ from danceopd.training.rollouts.capture import GraphSafe, Pool, no_kept_casts
 from danceopd.training.rollouts.layouts import _flat
 
 # Sizes of a batch, in equal steps. Under low_t with 16 or 8 indices the padding is none of the evaluations up to 16
-# samples, 1.6 % at 32, 2.4 % at 64; eight sizes would be 2.8, 4.3 and 5.1 %, powers of two 11, 12 and 13 %.
+# samples, 1.5 % at 32, 2.3 % at 64; eight sizes would be 2.8, 4.3 and 5.2 %, powers of two 11, 12 and 13 %.
 BUCKETS = 16
 
 
