@@ -42,25 +42,35 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def on_card() -> bool:
+    """Whether the device is a card: a GPU, or the pretend card of the tests."""
+    return device().type != "cpu"
+
+
+def cards():
+    """torch's module of the device: torch.cuda on a GPU."""
+    return torch.get_device_module(device())
+
+
 def synchronize() -> None:
     """Wait for the GPU, if there is one."""
-    if device().type == "cuda":
-        torch.cuda.synchronize()
+    if on_card():
+        cards().synchronize()
 
 
 def describe() -> dict:
     """What figures of this process were measured on: name, kind, clocks or threads, versions, kernels."""
     found = {"torch": torch.__version__, "kernels": info()}
-    if device().type == "cuda":
-        name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
-        return found | {"name": name, "kind": "cuda", "memory_bytes": memory, "clocks": _clocks()}
+    if on_card():
+        name, memory = cards().get_device_name(), cards().mem_get_info()[1]
+        return found | {"name": name, "kind": device().type, "memory_bytes": memory, "clocks": _clocks()}
     return found | {"name": _processor(), "kind": "cpu", "threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
 
 def _clocks() -> str:
     """The GPU's clocks now and at most, its power and its limit."""
     query = "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit"
-    command = ["nvidia-smi", query, "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+    command = ["nvidia-smi", query, "--format=csv,noheader", f"--id={cards().current_device()}"]
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     return "unknown"
@@ -85,16 +95,16 @@ def replayed(run: Callable[[], object]) -> Callable[[], object]:
 
     What the call makes stays where the capture put it.
     """
-    if device().type != "cuda":
+    if not on_card():
         return run
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    stream, graph, first = cards().Stream(), cards().CUDAGraph(), cards().current_stream()
+    stream.wait_stream(first)
+    with cards().stream(stream):
         for _ in range(2):  # compiles, fills caches
             run()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
-        kept = run()
+        with cards().graph(graph, stream=stream):
+            kept = run()
+    first.wait_stream(stream)
 
     def replay() -> object:
         graph.replay()
@@ -109,9 +119,9 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 def seconds(run: Callable[[], object], repeats: int = 1, clock: str = "wall") -> float:
     """Times one call, over `repeats` in a row: by events on a GPU, by one of `CLOCKS` on a CPU."""
     synchronize()
-    on_gpu, now = device().type == "cuda", CLOCKS[clock]
+    now = CLOCKS[clock]
     begin = now()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+    events = [cards().Event(enable_timing=True) for _ in range(2)] if on_card() else []
     for event in events[:1]:
         event.record()
     for _ in range(repeats):
@@ -119,7 +129,7 @@ def seconds(run: Callable[[], object], repeats: int = 1, clock: str = "wall") ->
     for event in events[1:]:
         event.record()
         event.synchronize()
-    taken = events[0].elapsed_time(events[1]) / 1e3 if on_gpu else now() - begin
+    taken = events[0].elapsed_time(events[1]) / 1e3 if events else now() - begin
     return taken / repeats
 
 
@@ -214,11 +224,11 @@ def peak_bytes(run: Callable[[], object]) -> int:
     pools of this process count, also those of graphs that the call does not replay.
     """
     synchronize()
-    if device().type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if on_card():
+        cards().reset_peak_memory_stats()
+        before = cards().memory_allocated()
         run()
-        return torch.cuda.max_memory_allocated() - before + idle_in_pools(torch.cuda.memory_snapshot())
+        return cards().max_memory_allocated() - before + idle_in_pools(cards().memory_snapshot())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     events = profiled.profiler.kineto_results.events()

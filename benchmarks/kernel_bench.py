@@ -100,7 +100,7 @@ def cases(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Case]
             tokens + x.numel(),
         ),
     ]
-    if device == "cuda":  # on the host it is PyTorch's
+    if device != "cpu":  # on the host it is PyTorch's
         made.append(Case("adaln_modulate", lambda b: adaln_modulate(x, shift, gain, backend=b), 2 * tokens))
     return made
 

@@ -158,5 +158,5 @@ def fp8_errors(
                 continue
             found = fp8_linear(x, codes, scale, weight_only=only, backend=backend)
             exact = (x.double() if only else exact_x) @ numbers.T
-            bound = BOUND["bfloat16"] if device.type == "cuda" else BOUND[str(dtype).removeprefix("torch.")]
+            bound = BOUND["bfloat16"] if device.type != "cpu" else BOUND[str(dtype).removeprefix("torch.")]
             yield f"fp8_linear{', weight only' * only}", backend, _error(found, exact), bound

@@ -20,6 +20,7 @@ PARTS = {
     "machine": 20, "kernels": 100, "update": 110, "csrc": 60, "tests": 100, "rollout": 90, "query": 40, "zero3": 40,
     "profile": 40,
 }  # fmt: skip
+WORKER = ["-m", "benchmarks.card"]  # what Python runs for them
 GRACE = 8.0  # seconds that a part may take to end by itself
 START = 240.0  # and that a process may take to import torch
 DONE, STOPPED, FAILED, ENDED = "done", "stopped at its time", "failed", "ended with its process"
@@ -31,7 +32,7 @@ class Worker:
     def __init__(self, log: Path):
         command_in, self._command = os.pipe()
         self._answer, answer_out = os.pipe()
-        arguments = ["-m", "benchmarks.card", "--worker", str(command_in), str(answer_out)]
+        arguments = [*WORKER, "--worker", str(command_in), str(answer_out)]
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
         with log.open("a", encoding="utf-8") as file:
             self.process = subprocess.Popen(

@@ -7,8 +7,6 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
-
 from benchmarks import common
 from benchmarks.card import parts
 from benchmarks.card.runner import DONE, FAILED, STOPPED
@@ -67,8 +65,8 @@ def _clean() -> bool:
     gc.collect()
     try:
         common.synchronize()
-        if common.device().type == "cuda":
-            torch.cuda.empty_cache()
+        if common.on_card():
+            common.cards().empty_cache()
     except RuntimeError:
         return False
     return True

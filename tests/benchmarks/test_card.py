@@ -101,6 +101,79 @@ def test_rollouts_and_queries_of_the_check_are_right(report):
     assert static < 1e-4 < narrow
 
 
+def test_the_other_parts_of_the_check_run_on_the_cpu(report):
+    parts.machine(report)
+    assert "TFLOP/s" in {row["unit"] for row in report.rows}
+    parts.kernels(report)
+    assert sum(row["unit"] == "error" for row in report.rows) > 40
+    assert all(row["ok"] for row in report.rows if row["unit"] == "error")
+    assert sum("of a copy's bandwidth" in row.get("note", "") for row in report.rows) == 7
+
+
+@pytest.mark.slow  # nvcc takes most of a minute
+def test_the_cuda_part_of_csrc_is_built_where_nvcc_is(report):
+    parts.csrc(report)
+    (row,) = report.rows
+    assert row["ok"] or "left out" in row["note"]
+
+
+def test_a_profile_names_the_operations(report, monkeypatch):
+    monkeypatch.setattr(network, "TINY", network.Size(16, 1, 2, 1, 4, 4, 2, 8))
+    parts.profile(report)
+    assert report.rows[0]["value"] > 50
+    assert "rollout" in {row["name"] for row in report.rows}
+
+
+@pytest.mark.parametrize(
+    ("cuda", "reason", "said"),
+    [
+        (None, None, None),  # a build for the CPU, on a machine without a card
+        ("13.0", "needs NVIDIA's driver 580 or later", "driver 580"),
+        ("13.0", None, "finds no card"),
+        (None, "is built without CUDA", "without CUDA"),
+    ],
+)
+def test_a_card_that_torch_cannot_use_is_wrong(report, monkeypatch, cuda, reason, said):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(parts, "no_cuda", lambda: reason)
+    monkeypatch.setattr(common, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(common, "roofline", lambda *_, **__: {"flops_per_second": {}, "copy_bytes_per_second": 1.0})
+    parts.machine(report)
+    wrong = [row["note"] for row in report.rows if row.get("ok") is False]
+    assert [said in note for note in wrong] == [True] * bool(said)
+
+
+class OutOfTime(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("until", "result"), [(2, "passes"), (9, "passes"), (2, "fails")])
+def test_tests_that_the_time_cut_off_are_not_right(report, tmp_path, monkeypatch, until, result):
+    """Three tests, of which the time is up after so many."""
+    for name in ("kernels", "training", "benchmarks", "models"):
+        (tmp_path / "tests" / name).mkdir(parents=True)
+    marks = "import pytest\n@pytest.mark.gpu\n@pytest.mark.parametrize('n', range(3))\n"
+    body = f"{marks}def test(n): assert {result == 'passes'}\n"
+    (tmp_path / "tests" / "kernels" / f"test_{result}_{until}.py").write_text(body)
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
+    monkeypatch.setattr(parts, "full", lambda: True)
+    left = iter([100.0] * (until - 1) + [1.0] * 9)
+    monkeypatch.setattr(report, "left", lambda: next(left), raising=False)
+
+    def need(seconds):
+        raise OutOfTime
+
+    monkeypatch.setattr(report, "need", need)
+    if until < 3:
+        with pytest.raises(OutOfTime):
+            parts.tests(report)
+    else:
+        parts.tests(report)
+    row = report.rows[-1]
+    assert ("2 of 3 ran, the time was up" in row["note"]) == (until < 3)
+    assert row["ok"] is {("passes", 2): None, ("passes", 9): True, ("fails", 2): False}[result, until]
+
+
 @pytest.mark.parametrize("wrong", [None, "routed_velocity_mse, guided", "adaln_modulate, gated"])
 def test_an_operation_that_is_wrong_is_seen(wrong):
     """The host's backends against float64; one whose result is scaled by 1.001 is beyond the bound."""

@@ -22,6 +22,7 @@ from pretend_autocast import cast_inputs
 from pretend_module import CardModule
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -241,6 +242,9 @@ class PretendCard:
         result = func(*inner_args, **inner_kwargs)
         if not on_card:
             return result
+        if torch.Tag.inplace_view in func.tags:  # squeeze_ and the like: the outer tensor's shape changes too
+            with no_dispatch():
+                func(*args, **kwargs)
         if graph is not None:
             graph.record(module, func, inner_args, inner_kwargs, result)
 

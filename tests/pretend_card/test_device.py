@@ -146,6 +146,13 @@ def test_memory_is_counted_until_its_last_view_is_gone(card):
     assert free == total - before
 
 
+def test_a_shape_that_is_changed_in_place_is_changed_on_both_sides(card):
+    x, row = there(4, 3), there(4)
+    assert (row @ x).shape == (3,)  # a product of one row, which torch squeezes in place
+    assert torch.equal((row @ x).cpu(), row.cpu() @ x.cpu())
+    assert x.t_().shape == (3, 4)
+
+
 def test_the_card_has_a_generator_of_its_own(card):
     torch.manual_seed(3)
     first, state = there(4), torch.get_rng_state()

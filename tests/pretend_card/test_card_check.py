@@ -1,0 +1,81 @@
+"""The parts of the card check on the pretend card: what they capture, where tensors lie, and what they find right."""
+
+import pytest
+import torch
+from pretend_card import NAME, pretend_card
+
+from benchmarks import common
+from benchmarks.card import network, parts
+
+
+class Report:
+    """Keeps the rows of a part, whose time never ends."""
+
+    def __init__(self, out):
+        self.out, self.rows = out, []
+
+    def left(self):
+        return 1000.0
+
+    def need(self, seconds=0.0):
+        pass
+
+    def say(self, name, value=None, unit="", **more):
+        self.rows.append({"name": name, "value": value, "unit": unit, **more})
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "device", lambda: torch.device(NAME))
+    monkeypatch.setattr(parts, "limit", lambda: {"flops": 1e10, "fp8": 1e10, "bytes": 1e9, "of": "a test"})
+    monkeypatch.setattr(parts, "ROUNDS", 1)
+    monkeypatch.setattr(network, "TINY", network.Size(32, 1, 2, 1, 4, 4, 4, 16))
+    with pretend_card():
+        yield Report(tmp_path)
+
+
+def test_the_machine_is_the_card(report):
+    parts.machine(report)
+    assert report.rows[0]["note"] == "a pretend card, compute capability (9, 0)"
+    assert report.rows[0]["description"]["kind"] == NAME
+    assert not [row for row in report.rows if row.get("ok") is False]
+
+
+def test_operations_are_right_and_timed_as_graphs(report):
+    parts.kernels(report)
+    errors = [row for row in report.rows if row["unit"] == "error"]
+    assert len(errors) == 30
+    assert all(row["ok"] for row in errors)
+    assert sum("of a copy's bandwidth" in row.get("note", "") for row in report.rows) == 16
+
+
+def test_queries_are_right(report):
+    parts.query(report)
+    assert [row["ok"] for row in report.rows] == [True, True]
+
+
+@pytest.mark.slow  # each forward is hundreds of operations that the card's dispatch sees one by one
+def test_rollouts_are_captured_and_right(report):
+    parts.rollout(report)
+    assert [row["ok"] for row in report.rows] == [True] * 6
+    assert "captured" in report.rows[1]["name"]
+    assert all(row["peak_MiB"] is not None for row in report.rows)
+
+
+@pytest.mark.slow  # as rollouts, and an update is several of them
+def test_updates_and_their_profile_are_captured_and_right(report):
+    parts.update(report)
+    captured, eager, narrow = (row for row in report.rows if row["unit"] == "ms")
+    assert captured["losses"] == pytest.approx(eager["losses"], rel=0.02)
+    assert captured["ok"]
+    assert eager["ok"]
+    assert narrow["ok"]
+    report.rows.clear()
+    parts.profile(report)
+    assert report.rows[0]["value"] > 50
+
+
+def test_what_needs_a_gpu_is_left_out(report):
+    parts.tests(report)
+    parts.zero3(report)
+    assert ["left out" in row["note"] for row in report.rows] == [True, True]
