@@ -4,7 +4,9 @@
     python -m benchmarks.against --write    # puts it, and that of the host's time, into docs/benchmarks.md
 
 For the same work as another trainer's it says the least possible time, the operations over the cards' published peak;
-the time that is predicted; and, where a file in benchmarks/results/ has it, the time that was measured on such a card.
+the time that is predicted; where a file benchmarks/results/against-*.json has it, the time that was measured on such a
+card, or another of the same published peak; and, of a LoRA's step, the memory that `danceopd plan` estimates.
+`python -m benchmarks.card` writes such a file, against-card.json, of the LoRA's step at SD3.5-medium's size.
 Operations are of the released transformer, counted on the meta device (benchmarks/roofline.py): forwards, and for each
 with gradient a backward to its inputs, which is as much again, since weights under an adapter have no gradient.
 The prediction takes the share of the peak that `danceopd plan` takes, and adds the host's time, for nothing is taken to
@@ -16,14 +18,19 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import host_bench, roofline
+from benchmarks import host_bench, networks, roofline
+from danceopd.config.reading import load_config
 from danceopd.core.query import expected_depth
 from danceopd.planning.cluster import UTILISATION
+from danceopd.planning.dry_run import dry_run
+from danceopd.planning.models import examine
 from danceopd.support.cards import CARDS, card_of
+from danceopd.support.memory import GIB
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"
@@ -47,6 +54,7 @@ class Work:
         without, with_gradient: Forwards of a sample without and with gradient, all branches of guidance counted.
         again: Whether blocks are computed again for the backward.
         published: What the other trainer's step took, in words.
+        memory: The memory that it took, in words.
     """
 
     name: str
@@ -58,6 +66,7 @@ class Work:
     with_gradient: float
     again: bool = False
     published: str = ""
+    memory: str = ""
 
     def evaluations(self) -> float:
         """Returns forwards of a sample; its backward counts as one more, and so does what is computed again."""
@@ -78,16 +87,36 @@ def works() -> list[Work]:
         found.append(Work(every, *size, 2 * STEPS * guidance, STEPS * guidance, published=f"{published} (verl-omni)"))
         once = f"ours: one state asked, low-t{said}"
         found.append(Work(once, *size, (depth + 1) * guidance, guidance, published="the same work's: none"))
-    for model, title, plain, again in (
-        ("sd3.5-medium", "SD3", "0.529 s, 34.6 GiB", "0.721 s, 7.7 GiB"),
-        ("z-image", "Z-Image", "0.243 s", "0.479 s"),
-        ("qwen-image", "Qwen-Image", None, "1.202 s, 41 GiB"),
+    for model, title, again, published, memory in (
+        ("sd3.5-medium", "SD3", False, "0.529 s", "34.6 GiB"),
+        ("sd3.5-medium", "SD3", True, "0.721 s", "7.7 GiB"),
+        ("z-image", "Z-Image", False, "0.243 s", ""),
+        ("z-image", "Z-Image", True, "0.479 s", ""),
+        ("qwen-image", "Qwen-Image", True, "1.202 s", "41 GiB"),
     ):
-        for published, computed in ((plain, False), (again, True)):
-            if published:
-                name = f"a LoRA's step, {title}" + ", blocks computed again" * computed
-                found.append(Work(name, model, 1024, 1, 1, 0, 1, computed, f"{published} (SimpleTuner)"))
+        name = f"a LoRA's step, {title}" + ", blocks computed again" * again
+        found.append(Work(name, model, 1024, 1, 1, 0, 1, again, f"{published} (SimpleTuner)", memory))
     return found
+
+
+def planned_bytes(work: Work) -> float:
+    """Estimates what `danceopd plan` says of a card's memory for our update of the same samples.
+
+    The run is the model's setting C, whose student is a LoRA beside a source that is one, and whose average counts too.
+
+    Args:
+        work: Of a model for whose setting C a configuration ships, at 1024 pixels.
+
+    Returns:
+        The bytes, without what is set aside for CUDA and its libraries.
+    """
+    making = networks.real_models()
+    config = ROOT / "configs" / "models" / f"{work.model}-c.yaml"
+    with tempfile.TemporaryDirectory() as folder:
+        place = making.real_place(Path(folder) / "place", work.model)
+        values = [f"training.batch_size={work.samples}", f"training.gradient_checkpointing={str(work.again).lower()}"]
+        loaded = load_config(config, [*making.overrides(config, place), *values, f"student.lora.rank={RANK}"])
+        return dry_run(loaded, examine).total_memory()
 
 
 def host_seconds(file: Path = HOST) -> tuple[float, float] | None:
@@ -99,7 +128,9 @@ def host_seconds(file: Path = HOST) -> tuple[float, float] | None:
     return taken["query, float32, static"], taken["match, float32, static"]
 
 
-def row_of(work: Work, operations: float, host: tuple[float, float] | None, measured: dict[str, float]) -> list[str]:
+def row_of(
+    work: Work, operations: float, host: tuple[float, float] | None, measured: dict[str, float], planned: float | None
+) -> list[str]:
     """Makes a row of the table.
 
     Args:
@@ -107,6 +138,7 @@ def row_of(work: Work, operations: float, host: tuple[float, float] | None, meas
         operations: Of one sample's forward.
         host: As `host_seconds` reads it.
         measured: Seconds that were measured on such a card, by the name of the work.
+        planned: Bytes as `planned_bytes` estimates them; None where nothing is to be said of memory.
     """
     total, peak = work.samples * work.evaluations() * operations, work.cards * CARDS[CARD].operations
     each = work.samples / work.cards
@@ -116,19 +148,21 @@ def row_of(work: Work, operations: float, host: tuple[float, float] | None, meas
     predicted = total / (UTILISATION * peak) + on_host
     cards = f"{work.cards} x {work.samples // work.cards} at {work.resolution} px"
     numbers = [f"{work.evaluations():.3g}", f"{total / 1e12:.4g}", f"{total / peak:.3g} s", f"{predicted:.3g} s"]
-    return [work.name, cards, *numbers, f"{on_host:.2g} s" if host else "not measured", seen, work.published]
+    memory = [f"{planned / GIB:.1f} GiB" if planned else "–", work.memory or "–"]
+    return [work.name, cards, *numbers, f"{on_host:.2g} s" if host else "not measured", seen, work.published, *memory]
 
 
 HEAD = ["a step", "cards x samples", "evaluations a sample", "TFLOP", "**computed**: the least", "**predicted**"]
-HEAD += ["of it the host", "**measured**", "published for it"]
+HEAD += ["of it the host", "**measured**", "published for it", "memory, **estimated** by the plan", "memory published"]
 
 
 def read_measured(folder: Path = RESULTS) -> dict[str, float]:
-    """Reads the seconds of works that were measured on the card, by their names, from files that say so."""
+    """Reads the seconds of works that were measured on a card of this peak, by their names, from files that say so."""
     found = {}
     for file in sorted(folder.glob("against-*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
-        if card_of(result["device"]["name"]) == CARD:
+        card = CARDS.get(card_of(result["device"]["name"]) or "")
+        if card and card.operations == CARDS[CARD].operations:
             found |= {row["name"]: row["milliseconds"][1] / 1e3 for row in result["rows"]}
     return found
 
@@ -136,10 +170,11 @@ def read_measured(folder: Path = RESULTS) -> dict[str, float]:
 def table() -> str:
     """Writes the table."""
     host, measured = host_seconds(), read_measured()
-    lines = [HEAD, ["---", "---", *["---:"] * 6, "---"]]
+    lines = [HEAD, ["---", "---", *["---:"] * 6, "---", "---:", "---:"]]
     for work in works():
         counted = roofline.released(work.model, RANK, False, work.resolution)
-        lines.append(row_of(work, counted.narrow + counted.wide, host, measured))
+        planned = planned_bytes(work) if work.cards == 1 else None
+        lines.append(row_of(work, counted.narrow + counted.wide, host, measured, planned))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -123,5 +123,15 @@ def random_lora(transformer: nn.Module, rank: int, seed: int) -> Lora:
 
 def released() -> ModuleType:
     """The sizes of the released transformers, which the tests have too: tests/backbones/released.py."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "backbones"))
-    return import_module("released")
+    return _of_tests("released")
+
+
+def real_models() -> ModuleType:
+    """What makes folders of models at their real sizes, without weights: tests/making/real_models.py."""
+    return _of_tests("real_models")
+
+
+def _of_tests(name: str) -> ModuleType:
+    tests = Path(__file__).parents[1] / "tests"
+    sys.path[:0] = [str(tests / folder) for folder in ("backbones", "making") if str(tests / folder) not in sys.path]
+    return import_module(name)

@@ -40,6 +40,7 @@ from danceopd.training.rows import Rows
 ROOT = Path(__file__).parents[2]
 ROUNDS = 3
 BATCH, SOURCES, RANK = 4, 4, 64
+LORA_STEP = "a LoRA's step, SD3"  # as benchmarks/against.py has it in its table
 LAST = 3.0  # seconds of a part's time in which no further test begins
 
 
@@ -327,6 +328,36 @@ def update(report) -> None:
             grown = (cards().memory_allocated() - begin) / 2**20
             report.say("  memory that 11 updates have added", grown, "MiB", show=False)
         del run
+    _lora_step(report)
+
+
+def _lora_step(report) -> None:
+    """A step of LoRA training, which other trainers publish; for benchmarks/against.py a file where it ran on a GPU."""
+    report.need(10 if full() else 0)
+    device, size = common.device(), network.MEDIUM if full() else network.TINY
+    base = network.make(size, device, precision())
+    layers = target_layers(base, network.LORA_TARGETS)
+    shared = SharedBase(base, [], network.velocity, layers)
+    student = LoraStudent(shared, layers, RANK, RANK, torch.Generator().manual_seed(1)).to(device)
+    asked = StaticStudent(lambda *inputs: student(*inputs), [student, base], Pool(device) if on_card() else None)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    noise, conditioning = network.samples(size, 1, device)
+    sigma = torch.full((1,), 0.5, device=device)
+
+    def step() -> None:
+        asked(noise, sigma, conditioning).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    times = common.interleaved({LORA_STEP: step}, ROUNDS, warmup=2)[LORA_STEP]
+    title = next(iter(sizes()))
+    report.say(
+        f"{LORA_STEP}: {title}, {named('captured')}", 1e3 * common.quartiles(times)[1], "ms", ok=not asked.reason,
+        least=least_ms(2 * size.flops(), 0), note=asked.reason or "", peak_MiB=peak(step), main=True,
+    )  # fmt: skip
+    if full():
+        found = common.result("against", [common.row(LORA_STEP, times)])
+        common.write(found, report.out / "against-card.json")
 
 
 # ------------------------------------------------------------------------------------------------------ the rest

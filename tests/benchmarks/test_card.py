@@ -80,11 +80,13 @@ def test_a_velocity_depends_on_every_input():
 
 def test_an_update_of_the_check_learns_and_is_the_same_by_static_steps(report):
     parts.update(report)
-    static, eager, narrow = (row for row in report.rows if row["unit"] == "ms")
+    static, eager, narrow, lora = (row for row in report.rows if row["unit"] == "ms")
     assert static["losses"] == pytest.approx(eager["losses"], rel=1e-4)
     assert static["ok"]
     assert eager["ok"]
     assert narrow["ok"]
+    assert lora["ok"]
+    assert not list(report.out.iterdir())  # a measurement of no GPU
     assert eager["losses"] != pytest.approx(narrow["losses"], rel=1e-6)
     assert {"rollout", "query", "match", "backward", "step"} <= static["phases"].keys()
     assert sum(static["phases"].values()) == pytest.approx(100, abs=1)

@@ -65,11 +65,13 @@ def test_rollouts_are_captured_and_right(report):
 @pytest.mark.slow  # as rollouts, and an update is several of them
 def test_updates_and_their_profile_are_captured_and_right(report):
     parts.update(report)
-    captured, eager, narrow = (row for row in report.rows if row["unit"] == "ms")
+    captured, eager, narrow, lora = (row for row in report.rows if row["unit"] == "ms")
     assert captured["losses"] == pytest.approx(eager["losses"], rel=0.02)
     assert captured["ok"]
     assert eager["ok"]
     assert narrow["ok"]
+    assert lora["ok"]
+    assert not list(report.out.iterdir())  # a measurement of no GPU
     report.rows.clear()
     parts.profile(report)
     assert report.rows[0]["value"] > 50
