@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common
+from benchmarks import against, common
 from benchmarks.card import network, parts, right, runner
 from benchmarks.card.__main__ import main
 
@@ -90,6 +90,14 @@ def test_an_update_of_the_check_learns_and_is_the_same_by_static_steps(report):
     assert eager["losses"] != pytest.approx(narrow["losses"], rel=1e-6)
     assert {"rollout", "query", "match", "backward", "step"} <= static["phases"].keys()
     assert sum(static["phases"].values()) == pytest.approx(100, abs=1)
+
+
+def test_a_loras_step_on_a_card_is_a_file_for_the_table_against_others(report, monkeypatch):
+    monkeypatch.setattr(parts, "full", lambda: True)
+    monkeypatch.setattr(network, "MEDIUM", network.TINY)
+    monkeypatch.setattr(common, "describe", lambda: {"name": "NVIDIA H200"})
+    parts._lora_step(report)
+    assert against.read_measured(report.out).keys() == {parts.LORA_STEP}
 
 
 def test_rollouts_and_queries_of_the_check_are_right(report):
