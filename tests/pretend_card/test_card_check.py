@@ -4,7 +4,7 @@ import pytest
 import torch
 from pretend_card import NAME, pretend_card
 
-from benchmarks import common
+from benchmarks import common, kernel_bench
 from benchmarks.card import network, parts
 
 
@@ -46,7 +46,8 @@ def test_operations_are_right_and_timed_as_graphs(report):
     errors = [row for row in report.rows if row["unit"] == "error"]
     assert len(errors) == 30
     assert all(row["ok"] for row in errors)
-    assert sum("of a copy's bandwidth" in row.get("note", "") for row in report.rows) == 16
+    cases = len(kernel_bench.cases((2, 4, 32, 32), torch.float32, NAME))  # in float32 and bfloat16
+    assert sum("of a copy's bandwidth" in row.get("note", "") for row in report.rows) == 2 * cases
 
 
 def test_queries_are_right(report):
