@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from card_reports import quick_report
 
 from benchmarks import against, common, kernel_bench
 from benchmarks.card import network, parts, right, runner
@@ -21,27 +22,9 @@ ALONE = (
 )  # fmt: skip
 
 
-class Report:
-    """Keeps the rows of a part."""
-
-    def __init__(self, out):
-        self.out, self.rows = out, []
-
-    def left(self):
-        return 1000.0
-
-    def need(self, seconds=0.0):
-        pass
-
-    def say(self, name, value=None, unit="", **more):
-        self.rows.append({"name": name, "value": value, "unit": unit, **more})
-
-
 @pytest.fixture
 def report(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "limit", lambda: {"flops": 1e10, "fp8": 1e10, "bytes": 1e9, "of": "a test"})
-    monkeypatch.setattr(parts, "ROUNDS", 1)
-    return Report(tmp_path)
+    return quick_report(tmp_path, monkeypatch)
 
 
 # -------------------------------------------------------------------------------------------------------- the parts

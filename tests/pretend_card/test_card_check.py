@@ -2,36 +2,19 @@
 
 import pytest
 import torch
+from card_reports import quick_report
 from pretend_card import NAME, pretend_card
 
 from benchmarks import common, kernel_bench
 from benchmarks.card import network, parts
 
 
-class Report:
-    """Keeps the rows of a part, whose time never ends."""
-
-    def __init__(self, out):
-        self.out, self.rows = out, []
-
-    def left(self):
-        return 1000.0
-
-    def need(self, seconds=0.0):
-        pass
-
-    def say(self, name, value=None, unit="", **more):
-        self.rows.append({"name": name, "value": value, "unit": unit, **more})
-
-
 @pytest.fixture
 def report(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "device", lambda: torch.device(NAME))
-    monkeypatch.setattr(parts, "limit", lambda: {"flops": 1e10, "fp8": 1e10, "bytes": 1e9, "of": "a test"})
-    monkeypatch.setattr(parts, "ROUNDS", 1)
     monkeypatch.setattr(network, "TINY", network.Size(32, 1, 2, 1, 4, 4, 4, 16))
     with pretend_card():
-        yield Report(tmp_path)
+        yield quick_report(tmp_path, monkeypatch)
 
 
 def test_the_machine_is_the_card(report):
