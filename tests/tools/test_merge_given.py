@@ -255,6 +255,20 @@ def test_one_mistake(place, tmp_path, given, message):
         read(base, loras, tmp_path / "out.safetensors", Options(resolution=32, **given))
 
 
+def test_the_output_takes_no_inputs_place(place, tmp_path):
+    file = place / "oil" / "pytorch_lora_weights.safetensors"
+    before, options = file.read_bytes(), Options(resolution=32)
+    for output, message in (
+        (file, "is an input, which it would overwrite"),
+        (place / "oil" / ".." / "oil" / file.name, "is an input, which it would overwrite"),
+        (place / "ink" / "new.safetensors", f"lies in {place / 'ink'}, which is an input"),
+        (place / "model" / "new.safetensors", f"lies in {place / 'model'}, which is an input"),
+    ):
+        with pytest.raises(UserError, match=f"-o {output}: {message}"):
+            read(place / "model", [place / "ink", file], output, options)
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("one_file", [False, True])
 def test_a_checkpoint_is_taken_as_what_it_changed(place, tmp_path, one_file):
     network = sd3.load_transformer(place / "model")

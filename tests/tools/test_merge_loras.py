@@ -98,7 +98,7 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     for row in ("base", "ink", "oil", "plain average", "PEFT's", "this merge"):
         assert f"\n  {row} " in said.out, row
 
-    results = json.loads((tmp_path / "merged.work" / "results.json").read_text())
+    results = json.loads((tmp_path / "merged.work" / "rank-2" / "comparison.json").read_text())
     assert results["routes"] == [PLAIN, "ink", "oil", "ink + oil"]
     assert results["shares"][BASE] == {PLAIN: 1.0, "ink": 0.0, "oil": 0.0, "ink + oil": 0.0}
     assert results["shares"]["ink"]["ink"] == results["shares"]["oil"]["oil"] == 1.0
@@ -161,7 +161,7 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
     assert "WORSE than the plain average" in said.out
     assert "Do not use it as it is. Train longer" in said.out
     assert "oil: no file says which words call it" in said.err
-    shares = json.loads((tmp_path / "out.work" / "results.json").read_text())["shares"]
+    shares = json.loads((tmp_path / "out.work" / "rank-1" / "comparison.json").read_text())["shares"]
     assert shares["oil"]["oil"] == pytest.approx(1.0)  # the LoRA hears no word that it does not know
     assert asked == {3.5}
     run = tmp_path / "out.work" / "rank-1"
@@ -176,6 +176,14 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
         assert all(key.startswith("lora_unet_") for key in file.keys())  # noqa: SIM118
     for name, (a, b, scale) in whole.items():
         torch.testing.assert_close(back[name][2] * back[name][1] @ back[name][0], scale * b @ a)
+    # What another run has written stays; what the run itself wrote is written again.
+    written = output.read_bytes()
+    other = ["2" if text == "1" and line[i - 1] == "--rank" else text for i, text in enumerate(line)]
+    assert main(other) == 2
+    said = f"-o {output}: is there, and the run in {tmp_path / 'out.work' / 'rank-2'} did not write it"
+    assert said in capsys.readouterr().err
+    assert output.read_bytes() == written
+    assert main([*line, "--dry-run"]) == 0
 
 
 def test_what_is_wrong_is_said_before_anything_is_encoded(place, tmp_path, monkeypatch, capsys):

@@ -131,6 +131,7 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
         if options.layout not in others:
             problems.append(f"--layout {options.layout}: not written for {family}; give {' or '.join(others)}")
     paths = _paths(loras, attempt, notes)
+    problems += _in_the_way(output, base, paths)
     read_loras = {}
     checkpoints = [name for name, path in paths.items() if is_checkpoint(path)]
     for name, path in paths.items() if empty is not None else ():
@@ -181,6 +182,17 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
     elif rank is None:
         rank = max(len(a) for lora in weighted.values() for a, _, _ in lora.values())
     return Given(base, backbone, empty, paths, triggers, weights, weighted, prompts, rank, notes)
+
+
+def _in_the_way(output: Path, base: Path | None, paths: dict[str, Path]) -> list[str]:
+    """Says where the file to write would take an input's place, or lie among the files of a model or LoRA."""
+    file, found = output.resolve(), []
+    for path in filter(None, (base, *paths.values())):
+        if path.is_file() and path.resolve() == file:
+            found.append(f"-o {output}: is an input, which it would overwrite; give another file")
+        elif path.is_dir() and file.is_relative_to(path.resolve()):
+            found.append(f"-o {output}: lies in {path}, which is an input; give a file elsewhere")
+    return found
 
 
 def _one_line(problem: str) -> str:

@@ -1,5 +1,6 @@
 """From several LoRAs to one: reads them, trains, compares, and writes the file and its page."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from danceopd.models.precision import PRECISIONS
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.texts import parse_object
 from danceopd.tools.export import export
 from danceopd.tools.merge_loras.compare import Results, compare
 from danceopd.tools.merge_loras.configuration import HEARD, configuration, heard_otherwise, manifest_of
@@ -25,6 +27,8 @@ from danceopd.tools.merge_loras.prompts import Route, routes_of, say
 from danceopd.tools.merge_loras.run import described, distilled, fitted
 from danceopd.tools.provenance import named
 
+COMPARISON = "comparison.json"  # in a run's folder: what was measured, and the hash of the file that was written
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -33,7 +37,7 @@ class Merged:
     Attributes:
         path: The adapter's file.
         page: The page that compares it.
-        results: What was measured; work/results.json holds it too.
+        results: What was measured; comparison.json in the run's folder holds it too.
     """
 
     path: Path
@@ -68,6 +72,8 @@ def merge_loras(
     manifest, rows = manifest_of(routes)
     raw = configuration(given, options, routes, work, manifest)
     config = parse_config(raw, list(options.overrides), "this merge")
+    if not options.overwrite:
+        _check_output(output, config.training.output_dir)
     for line in described(given, options, routes, config):
         say(line)
     if not dry_run:
@@ -86,10 +92,28 @@ def merge_loras(
     run = distilled(config, options.patience, options.overwrite)
     merged = load_lora(run / "student" / FILES[1], given.empty, pipeline_class_of(given.base))
     results = compare(config, given, routes, merged)
-    write_atomic(work / "results.json", (json.dumps(results.plain(), indent=1) + "\n").encode())
-    _write(run, output, options.layout, given)
+    adapter = _adapter(run, options.layout, given)
+    record = results.plain() | {"written": hashlib.sha256(adapter).hexdigest()}
+    write_atomic(run / COMPARISON, (json.dumps(record, indent=1) + "\n").encode())
+    write_atomic(output, adapter)
     page = write_page(output, run, given, options, results)
     return Merged(output, page, results)
+
+
+def _check_output(output: Path, run: Path) -> None:
+    """Refuses to write over a file that another run, or anything else, has written."""
+    if not output.exists():
+        return
+    try:
+        written = parse_object((run / COMPARISON).read_text(encoding="utf-8")).get("written")
+    except (OSError, ValueError):
+        written = None
+    with open(output, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != written:
+            raise UserError(
+                f"-o {output}: is there, and the run in {run} did not write it; give another file, or --overwrite, "
+                "which writes over it and trains anew"
+            )
 
 
 def encode(
@@ -120,8 +144,8 @@ def encode(
         say(f"warning: {note}")
 
 
-def _write(run: Path, output: Path, layout: str, given: Given) -> None:
-    """Writes the adapter in a layout, with the words that call it in its metadata."""
+def _adapter(run: Path, layout: str, given: Given) -> bytes:
+    """Returns the adapter's file in a layout, with the words that call it in its metadata."""
     words = {name: trigger.words for name, trigger in given.triggers.items() if trigger.words}
     metadata = named(given.base, words.values()) | ({"triggers": json.dumps(words)} if words else {})
     with TemporaryDirectory() as temporary:
@@ -131,4 +155,4 @@ def _write(run: Path, output: Path, layout: str, given: Given) -> None:
         else:
             file = export(run, Path(temporary) / "lora", layout=layout) / FILES[1]
         add_metadata(file, metadata)
-        write_atomic(output, file.read_bytes())
+        return file.read_bytes()
