@@ -59,8 +59,8 @@ def add_merge_loras(commands) -> None:
         shows_bar=True,
         example="danceopd merge-loras ink.safetensors oil.safetensors --base MODEL -o merged.safetensors",
         description="Distil several LoRAs of one model into one, from prompts alone. LoRAs are told apart by their\n"
-        "files' names (NAME). The exit status is 1 where a plain average is better; docs/merging.md says how to judge\n"
-        "the result.",
+        "files' names (NAME). The exit status is 1 where the base or a plain average is better, or one of PEFT's merges\n"
+        "is far better; docs/merging.md says how to judge the result.",
     )
     parser.set_defaults(models=())  # read with everything else, so that all mistakes are told at once
     parser.add_argument(
@@ -152,7 +152,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_merge_loras(args: argparse.Namespace) -> int:
-    """Merges LoRAs and prints how near the result is; returns 1 where their plain average is nearer."""
+    """Merges LoRAs and prints how near the result is; returns 1 where it is not to be used."""
     from danceopd.tools.merge_loras import Options, merge_loras
 
     fill_sizes(args, args.base)
@@ -184,6 +184,8 @@ def run_merge_loras(args: argparse.Namespace) -> int:
         print("  " + first.ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:], strict=True)))
     print("\n".join(filter(None, [merged.results.verdict, merged.results.advice])))
     print(f"wrote {merged.path}\nwrote {merged.page}")
+    if merged.plain:
+        print(f"wrote {merged.plain}: {merged.results.best}")
     return 0 if merged.results.better else 1
 
 

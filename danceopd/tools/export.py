@@ -93,7 +93,7 @@ def export(
                     name: (a.to(STORAGE[dtype]), (b * s).to(STORAGE[dtype]), 1.0) for name, (a, b, s) in lora.items()
                 }
             family = backbone.__name__.rpartition(".")[2]
-            _write_adapter(lora, folder, layout, family, empty, pipeline_class, facts)
+            write_adapter(lora, folder, layout, family, empty, pipeline_class, facts)
         card.save(folder / "README.md")
     return output
 
@@ -149,10 +149,22 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def _write_adapter(
+def write_adapter(
     lora: Lora, folder: Path, layout: str, family: str, empty: nn.Module, pipeline_class: type, facts: dict[str, str]
 ) -> None:
-    """Writes an adapter and reads it back: it must be the same."""
+    """Writes an adapter and reads it back: it must be the same.
+
+    Args:
+        lora: The adapter.
+        folder: Where to.
+        layout, family: The layout, and the model family's module.
+        empty: The transformer without values.
+        pipeline_class: Diffusers' class of the pipeline.
+        facts: The file's metadata.
+
+    Raises:
+        UserError: What is read back is another adapter.
+    """
     if layout == "peft":
         file = save_peft(lora, folder, facts.get("base_model"), facts)
     elif layout == "diffusers":

@@ -170,8 +170,9 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
     assert {source["guidance_scale"] for source in networks} == {1.0}
     records = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "evaluation" in record] == [0, 1]  # it did not grow
-    whole = load_lora(run / "student", empty_transformer(model), diffusers.FluxPipeline)
-    back = load_lora(output, empty_transformer(model), diffusers.FluxPipeline)
+    flux_model = empty_transformer(model), diffusers.FluxPipeline
+    whole = load_lora(run / "student", *flux_model)
+    back = load_lora(output, *flux_model)
     with safe_open(output, framework="pt") as file:
         assert all(key.startswith("lora_unet_") for key in file.keys())  # noqa: SIM118
     for name, (a, b, scale) in whole.items():
@@ -180,10 +181,15 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
     written = output.read_bytes()
     other = ["2" if text == "1" and line[i - 1] == "--rank" else text for i, text in enumerate(line)]
     assert main(other) == 2
-    said = f"-o {output}: is there, and the run in {tmp_path / 'out.work' / 'rank-2'} did not write it"
+    said = f"-o {output}: {output} is there, and the run in {tmp_path / 'out.work' / 'rank-2'} did not write it"
     assert said in capsys.readouterr().err
     assert output.read_bytes() == written
     assert main([*line, "--dry-run"]) == 0
+    # The plain merge that is as good lies beside it.
+    plain = load_lora(tmp_path / "out.peft.safetensors", *flux_model)
+    assert plain.keys() == {layer for name in ("ink", "oil") for layer in load_lora(tmp_path / name, *flux_model)}
+    with safe_open(tmp_path / "out.peft.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["triggers"]) == {"ink": "INK"}
 
 
 def test_what_is_wrong_is_said_before_anything_is_encoded(place, tmp_path, monkeypatch, capsys):
@@ -240,6 +246,21 @@ def test_the_verdict():
     assert better.better
     assert better.verdict.startswith("Better than any plain merge")
     assert "On oil the plain average is nearer" in better.verdict
+    assert [one.enough for one in (worse, enough, better)] == [True, True, False]
+
+
+def test_a_failed_training_is_not_called_fine():
+    far = results({"ink": 0.2, "oil": 0.2}, {"ink": 0.6, "oil": 0.6}, {"ink": 0.3, "oil": 0.3})
+    assert not far.better
+    assert far.verdict.startswith("FAR BELOW PEFT's ties at 0.8, which needs no training: this merge closes 30 %")
+    assert "Train longer" in far.advice
+    assert "Or take PEFT's ties at 0.8. It lies beside the result" in far.advice
+    base = results({"ink": -1.0, "oil": -1.0}, {"ink": -0.5, "oil": -0.5}, {"ink": -0.5, "oil": -0.6})
+    assert not base.better
+    assert not base.enough  # PEFT's best is below the base too
+    assert base.verdict.startswith("WORSE than the base: this merge closes -55 %")
+    assert "peft" not in base.advice
+    assert not results({"ink": 0.2}, {"ink": 0.3}, {"ink": float("nan")}).better
 
 
 def test_shares_of_the_gap():

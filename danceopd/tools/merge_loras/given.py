@@ -29,6 +29,8 @@ from danceopd.training.assembly.parts import Problems
 
 RESERVED = ("base", PLAIN, "merge", "student")  # what the run and the tables call otherwise
 
+PLAIN_MERGE = ".peft.safetensors"  # the ending of the file of PEFT's best merge, beside the result
+
 
 @dataclass(frozen=True)
 class Options:
@@ -187,8 +189,9 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
 def _in_the_way(output: Path, base: Path | None, paths: dict[str, Path]) -> list[str]:
     """Says where the file to write would take an input's place, or lie among the files of a model or LoRA."""
     file, found = output.resolve(), []
+    beside = file.with_suffix(PLAIN_MERGE)
     for path in filter(None, (base, *paths.values())):
-        if path.is_file() and path.resolve() == file:
+        if path.is_file() and path.resolve() in (file, beside):
             found.append(f"-o {output}: is an input, which it would overwrite; give another file")
         elif path.is_dir() and file.is_relative_to(path.resolve()):
             found.append(f"-o {output}: lies in {path}, which is an input; give a file elsewhere")

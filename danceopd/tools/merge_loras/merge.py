@@ -12,16 +12,17 @@ from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
 from danceopd.data.prepare import prepare
 from danceopd.models.backbones import pipeline_class_of
+from danceopd.models.lora_algebra import Lora
 from danceopd.models.lora_files import FILES, add_metadata, load_lora
 from danceopd.models.precision import PRECISIONS
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.texts import parse_object
-from danceopd.tools.export import export
+from danceopd.tools.export import export, write_adapter
 from danceopd.tools.merge_loras.compare import Results, compare
 from danceopd.tools.merge_loras.configuration import HEARD, configuration, heard_otherwise, manifest_of
-from danceopd.tools.merge_loras.given import Given, Options, read
+from danceopd.tools.merge_loras.given import PLAIN_MERGE, Given, Options, read
 from danceopd.tools.merge_loras.page import write_page
 from danceopd.tools.merge_loras.prompts import Route, routes_of, say
 from danceopd.tools.merge_loras.run import described, distilled, fitted
@@ -37,11 +38,13 @@ class Merged:
     Attributes:
         path: The adapter's file.
         page: The page that compares it.
+        plain: The file of PEFT's best merge, where that is as good; else None.
         results: What was measured; comparison.json in the run's folder holds it too.
     """
 
     path: Path
     page: Path
+    plain: Path | None
     results: Results
 
 
@@ -92,28 +95,33 @@ def merge_loras(
     run = distilled(config, options.patience, options.overwrite)
     merged = load_lora(run / "student" / FILES[1], given.empty, pipeline_class_of(given.base))
     results = compare(config, given, routes, merged)
-    adapter = _adapter(run, options.layout, given)
-    record = results.plain() | {"written": hashlib.sha256(adapter).hexdigest()}
+    plain = output.with_suffix(PLAIN_MERGE)
+    files = {output: _adapter(run, options.layout, given)}
+    if results.enough:
+        files[plain] = _plain_merge(results.merge, options.layout, given)
+    else:
+        plain.unlink(missing_ok=True)  # of the same run, when it was shorter
+    record = results.plain() | {"written": [hashlib.sha256(data).hexdigest() for data in files.values()]}
     write_atomic(run / COMPARISON, (json.dumps(record, indent=1) + "\n").encode())
-    write_atomic(output, adapter)
+    for path, data in files.items():
+        write_atomic(path, data)
     page = write_page(output, run, given, options, results)
-    return Merged(output, page, results)
+    return Merged(output, page, plain if results.enough else None, results)
 
 
 def _check_output(output: Path, run: Path) -> None:
-    """Refuses to write over a file that another run, or anything else, has written."""
-    if not output.exists():
-        return
-    try:
-        written = parse_object((run / COMPARISON).read_text(encoding="utf-8")).get("written")
-    except (OSError, ValueError):
-        written = None
-    with open(output, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != written:
-            raise UserError(
-                f"-o {output}: is there, and the run in {run} did not write it; give another file, or --overwrite, "
-                "which writes over it and trains anew"
-            )
+    """Refuses to write over files that another run, or anything else, has written."""
+    for path in filter(Path.exists, (output, output.with_suffix(PLAIN_MERGE))):
+        try:
+            written = parse_object((run / COMPARISON).read_text(encoding="utf-8")).get("written", [])
+        except (OSError, ValueError):
+            written = []
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() not in written:
+                raise UserError(
+                    f"-o {output}: {path} is there, and the run in {run} did not write it; give another file, or "
+                    "--overwrite, which writes over it and trains anew"
+                )
 
 
 def encode(
@@ -147,12 +155,25 @@ def encode(
 def _adapter(run: Path, layout: str, given: Given) -> bytes:
     """Returns the adapter's file in a layout, with the words that call it in its metadata."""
     words = {name: trigger.words for name, trigger in given.triggers.items() if trigger.words}
-    metadata = named(given.base, words.values()) | ({"triggers": json.dumps(words)} if words else {})
     with TemporaryDirectory() as temporary:
         file = Path(temporary) / FILES[1]
         if layout == "diffusers":
             shutil.copy(run / "student" / FILES[1], file)
         else:
             file = export(run, Path(temporary) / "lora", layout=layout) / FILES[1]
-        add_metadata(file, metadata)
+        add_metadata(file, _metadata(words, given))
         return file.read_bytes()
+
+
+def _plain_merge(lora: Lora, layout: str, given: Given) -> bytes:
+    """Returns the file of a plain merge in a layout; words that were made of a LoRA's name call nothing in it."""
+    words = {name: trigger.words for name, trigger in given.triggers.items() if trigger.words and trigger.known}
+    with TemporaryDirectory() as temporary:
+        folder, family = Path(temporary), given.backbone.__name__.rpartition(".")[2]
+        pipeline_class = pipeline_class_of(given.base)
+        write_adapter(lora, folder, layout, family, given.empty, pipeline_class, _metadata(words, given))
+        return (folder / FILES[1]).read_bytes()
+
+
+def _metadata(words: dict[str, str], given: Given) -> dict[str, str]:
+    return named(given.base, words.values()) | ({"triggers": json.dumps(words)} if words else {})
