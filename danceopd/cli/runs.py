@@ -59,8 +59,8 @@ def add_merge_loras(commands) -> None:
         shows_bar=True,
         example="danceopd merge-loras ink.safetensors oil.safetensors --base MODEL -o merged.safetensors",
         description="Distil several LoRAs of one model into one, from prompts alone. LoRAs are told apart by their\n"
-        "files' names (NAME). The exit status is 1 where the base or a plain average is better, or one of PEFT's merges\n"
-        "is far better; docs/merging.md says how to judge the result.",
+        "files' names (NAME). The exit status is 1 where the base or a plain average is better, or one of PEFT's\n"
+        "merges is far better; docs/merging.md says how to judge the result.",
     )
     parser.set_defaults(models=())  # read with everything else, so that all mistakes are told at once
     parser.add_argument(

@@ -22,7 +22,7 @@ from danceopd.models.lora_algebra import average
 from danceopd.models.lora_files import load_lora, save_lora
 from danceopd.models.shared_base import SharedBase
 from danceopd.tools.merge_loras.compare import AVERAGE, BASE, MERGED, Results, judge, shares_of
-from danceopd.tools.merge_loras.gaps import GROWTH, Gaps, settled
+from danceopd.tools.merge_loras.gaps import GROWTH, Gaps, mean_share, settled
 from danceopd.tools.merge_loras.prompts import PLAIN, Route
 
 SD3, STEPS = diffusers.StableDiffusion3Pipeline, 2
@@ -99,6 +99,7 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
         assert f"\n  {row} " in said.out, row
 
     results = json.loads((tmp_path / "merged.work" / "rank-2" / "comparison.json").read_text())
+    assert results["samples"] == dict.fromkeys(results["routes"], 4)
     assert results["routes"] == [PLAIN, "ink", "oil", "ink + oil"]
     assert results["shares"][BASE] == {PLAIN: 1.0, "ink": 0.0, "oil": 0.0, "ink + oil": 0.0}
     assert results["shares"]["ink"]["ink"] == results["shares"]["oil"]["oil"] == 1.0
@@ -224,12 +225,21 @@ def test_the_average_is_the_mean_of_what_they_add(place):
     ],
 )
 def test_it_ends_where_nothing_grows(means, patience, ends):
-    assert settled([{"a": x + 0.1, "b": x - 0.1} for x in means], patience) is ends
+    assert settled([{"a": x + 0.1, "b": x - 0.1} for x in means], patience, {"a": 1, "b": 1}) is ends
+
+
+def test_the_mean_is_by_what_is_sampled_and_no_column_rules_it():
+    weights = {"ink": 0.4, "oil": 0.4, "ink + oil": 0.2}
+    assert mean_share({"ink": 0.5, "oil": 1.0, "ink + oil": 0.0}, weights) == pytest.approx(0.6)
+    assert mean_share({"ink": 0.5, "oil": 0.5, "ink + oil": -6.3}, weights) == pytest.approx(0.2)
+    scores = [{"ink": x, "oil": x, "ink + oil": y} for x, y in ((0.1, -2.0), (0.3, -5.0), (0.3, -1.1))]
+    assert not settled(scores[:2], 1, weights)
+    assert settled(scores, 1, weights)
 
 
 def results(average: dict, best: dict, ours: dict) -> Results:
     shares = {BASE: dict.fromkeys(ours, 0.0), AVERAGE: average, "PEFT's ties at 0.8": best, MERGED: ours}
-    found = Results(list(ours), {}, shares, "PEFT's ties at 0.8", 4)
+    found = Results(list(ours), {}, shares, "PEFT's ties at 0.8", dict.fromkeys(ours, 1.0), dict.fromkeys(ours, 4))
     judge(found)
     return found
 

@@ -16,19 +16,20 @@ from danceopd.models.students import LoraStudent
 from danceopd.support.bars import bar
 from danceopd.support.pictures import to_uint8
 from danceopd.tools.merge_loras.configuration import HEARD, heard_otherwise
-from danceopd.tools.merge_loras.gaps import Gaps, empty
+from danceopd.tools.merge_loras.gaps import Gaps, empty, mean_share, weights_of
 from danceopd.tools.merge_loras.given import PLAIN_MERGE, Given
 from danceopd.tools.merge_loras.prompts import Route
-from danceopd.tools.model_report import HELD_OUT, SAMPLES, held_out
+from danceopd.tools.model_report import HELD_OUT, held_out
+from danceopd.tools.model_report import SAMPLES as HELD
 from danceopd.training.assembly.build import build_model
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.assembly.starts import begin
 
 BASE, AVERAGE, MERGED = "base", "plain average", "this merge"
 
-COMPARED = 16  # samples that errors are measured on, shared out among the routes
+SAMPLES = 4  # that errors are measured on, of a LoRA's route and of prompts as they are
 
-MOST = 4  # of them of one route
+OF_PAIRS = 16  # of all routes together, by which a pair of many gets fewer
 
 SHOWN = 2  # of a route in the page
 
@@ -62,10 +63,11 @@ class Results:
         shares: {who: {route: share of the gap between the base and the source that is closed}}; of prompts that keep
             the base the gap is what the LoRAs change there.
         best: The best of PEFT's merges, as a row of `shares`.
+        weights: The routes' shares of the samples, to scale; means are by them.
         samples: Of each route.
         merge: What the best of PEFT's merges adds.
-        better: Whether the merge is at least as good as the base and the plain average, in the mean over routes, and
-            not far below the best of PEFT's merges.
+        better: Whether the merge is at least as good as the base and the plain average, in the mean of the
+            shares, and not far below the best of PEFT's merges.
         enough: Whether the best of PEFT's merges is as good as the merge, and at least as good as the base.
         verdict: A sentence or two.
         advice: What to do, where it is not.
@@ -75,7 +77,8 @@ class Results:
     errors: dict[str, dict[str, float]]
     shares: dict[str, dict[str, float]]
     best: str
-    samples: int
+    weights: dict[str, float]
+    samples: dict[str, int]
     merge: Lora = field(default_factory=dict)
     better: bool = True
     enough: bool = False
@@ -91,7 +94,9 @@ class Results:
         """Returns the shares as text: a head, and a row for each of those that are compared, its mean first."""
         lines = [["", "mean", *self.routes]]  # of a narrow screen the right edge is out of sight
         for who, shares in self.shares.items():
-            lines.append([who, percent(mean(shares.values())), *(percent(shares[route]) for route in self.routes)])
+            lines.append(
+                [who, percent(mean_share(shares, self.weights)), *(percent(shares[route]) for route in self.routes)]
+            )
         return lines
 
 
@@ -124,14 +129,15 @@ def compare(config: Config, given: Given, routes: Sequence[Route], merged: Lora)
     config = config.model_copy(update={"student": student})
     parts = build_model(config)
     slot, names = parts.student.eval(), [route.name for route in routes]
-    samples = max(1, min(MOST, COMPARED // len(routes)))
+    few = max(1, min(SAMPLES, OF_PAIRS // len(routes)))
+    samples = {name: few if " + " in name else SAMPLES for name in names}
     gaps = Gaps(config, parts, 1)
     best, found = best_merge(gaps, slot, loras)
     candidates = {BASE: {}, **given.loras, AVERAGE: average(loras), best: found, MERGED: merged}
-    batches = [held_out(config, parts, m)[:samples] for m in range(len(routes))]
+    batches = [held_out(config, parts, m)[: samples[name]] for m, name in enumerate(names)]
     errors: dict[str, dict[str, float]] = {}
     drawn: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
-    shown = [(m, i) for m in range(len(routes)) for i in range(min(samples, SHOWN))]
+    shown = [(m, i) for m, name in enumerate(names) for i in range(min(samples[name], SHOWN))]
     for who, lora in bar(list(candidates.items()), "comparing", unit="merge"):
         place(slot, lora)
         own = gaps.field(slot)
@@ -153,7 +159,9 @@ def compare(config: Config, given: Given, routes: Sequence[Route], merged: Lora)
         Drawn(names[m], prompts[m][i], {who: to_uint8(decode(latents)[0]) for who, latents in own.items()})
         for (m, i), own in drawn.items()
     ]
-    results = Results(names, errors, shares_of(errors, routes), best, samples, found, drawn=pictures)
+    results = Results(
+        names, errors, shares_of(errors, routes), best, weights_of(config), samples, found, drawn=pictures
+    )
     judge(results)
     return results
 
@@ -173,7 +181,7 @@ def best_merge(gaps: Gaps, slot: LoraStudent, loras: Sequence[Lora]) -> tuple[st
     kinds = {f"PEFT's {kind} at {weight:g}": (kind, weight) for kind in COMBINATIONS for weight in WEIGHTS}
     for name, (kind, weight) in bar(list(kinds.items()), "looking for PEFT's best merge", unit="merge"):
         place(slot, combined(loras, kind, [weight] * len(loras)))
-        found[name] = mean(gaps(slot).values())
+        found[name] = mean_share(gaps(slot), gaps.weights)
     best = max(found, key=found.get)
     kind, weight = kinds[best]
     return best, combined(loras, kind, [weight] * len(loras))
@@ -192,7 +200,7 @@ def _sampled(own, one, config: Config) -> torch.Tensor:
 def _prompts_of(config: Config, parts: Parts, m: int, route: Route) -> list[str]:
     """Lists the prompts of the samples that model_report.held_out draws of route number m."""
     data, seed = parts.samples.groups[0].data[m], config.evaluation.seed
-    at = parts.samples.rows_at(torch.arange(SAMPLES), len(data), seed, HELD_OUT, m)
+    at = parts.samples.rows_at(torch.arange(HELD), len(data), seed, HELD_OUT, m)
     return [route.rows[int(data.rows[i]["id"].rpartition(" ")[2])][0] for i in at]
 
 
@@ -218,7 +226,7 @@ def shares_of(errors: dict[str, dict[str, float]], routes: Sequence[Route]) -> d
 
 def judge(results: Results) -> None:
     """Says whether the merge is better than base, plain average and PEFT's best, and what to do where it is not."""
-    means = {who: mean(shares.values()) for who, shares in results.shares.items()}
+    means = {who: mean_share(shares, results.weights) for who, shares in results.shares.items()}
     ours, best = means[MERGED], means[results.best]
     own, others = results.shares[MERGED], results.shares[AVERAGE]
     nearer = [route for route in results.routes if own[route] < others[route] - TIE]

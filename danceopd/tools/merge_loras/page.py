@@ -45,7 +45,7 @@ def write_page(output: Path, run: Path, given: Given, options: Options, results:
         rank=given.rank,
         table=results.table(),
         merged=MERGED,
-        samples=results.samples,
+        samples=_samples(results),
         better=results.better,
         verdict=results.verdict,
         advice=results.advice,
@@ -122,6 +122,13 @@ def _pictures(one: Drawn, results: Results) -> list[dict[str, str]]:
             uri = data_uri(image) if small else data_uri(image, "jpeg", quality=88)
             found.append({"label": label, "uri": uri, "class": "pixels" if small else ""})
     return found
+
+
+def _samples(results: Results) -> str:
+    """Says how many samples a column has."""
+    most = max(results.samples.values())
+    few = min(results.samples.values())
+    return f"{most} samples of a column" + (f", {few} of a pair" if few < most else "")
 
 
 def _of(route: str, results: Results) -> str:

@@ -148,7 +148,7 @@ def distilled(config: Config, patience: int, overwrite: bool) -> Path:
             return shares
 
         def enough(scores: list[dict[str, float]]) -> bool:
-            return settled(scores, patience)
+            return settled(scores, patience, gaps.weights)
 
         every = max(1, config.training.max_steps // SCORINGS)
         return replace(parts, score=score, score_every=every, enough=enough)
