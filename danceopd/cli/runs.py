@@ -45,7 +45,11 @@ def add_export(commands) -> None:
         help="(fp32; with --merge the base's own; fp8 is for --merge)",
     )
     parser.add_argument(
-        "--trigger", action="append", default=[], metavar="WORDS", help="for the file's metadata, beside the sources'"
+        "--trigger",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="for metadata and card (as the sources' files say)",
     )
 
 

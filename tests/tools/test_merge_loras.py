@@ -1,7 +1,9 @@
 """merge-loras: from two LoRAs to one adapter of the size of one that is nearer to both than their mean."""
 
+import html
 import json
 import os
+import shlex
 import signal
 from html.parser import HTMLParser
 
@@ -125,10 +127,20 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
         metadata = file.metadata()
     assert metadata["modelspec.trigger_phrase"] == metadata["trigger_words"] == "INK, ???"
     assert json.loads(metadata["triggers"]) == TRIGGERS
+    # The page's command for ComfyUI gives the same words, though no LoRA's own file has any.
+    page = (tmp_path / "merged.html").read_text()
+    (line,) = [html.unescape(text) for text in page.splitlines() if "danceopd export" in text]
+    words = shlex.split(line.partition('<pre class="wrap">')[2])
+    words[words.index("-o") + 1] = str(tmp_path / "comfyui_lora")
+    assert main(words[1:]) == 0
+    with safe_open(tmp_path / "comfyui_lora" / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        assert file.metadata()["trigger_words"] == "INK, ???"
+    card = (tmp_path / "comfyui_lora" / "README.md").read_text()
+    assert "# model: ink + oil\n" in card
+    assert "Words that call it in a prompt: INK, ???." in card
     pipeline = SD3.from_pretrained(place / "model")
     pipeline.load_lora_weights(tmp_path, weight_name="merged.safetensors")
     assert pipeline.get_active_adapters()
-    page = (tmp_path / "merged.html").read_text()
     pictures = Pictures(page).found
     assert len(pictures) == 2 * 3 + 3 * 2 * 4  # what is wanted without a trigger is the base
     assert all(inside for _, inside in pictures)

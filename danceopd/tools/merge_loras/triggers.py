@@ -36,6 +36,16 @@ class Trigger:
             return self.words.replace(PROMPT, prompt)
         return f"{self.words.rstrip(' ,')}, {prompt}" if self.words else prompt
 
+    def phrase(self) -> str:
+        """Returns the words alone, without the place of the prompt and the marks about it."""
+        words = re.sub(r"[\s,;.:]*\{prompt\}[\s,;.:]*", lambda place: ", " if "," in place[0] else " ", self.words)
+        return words.strip(" ,;.:")
+
+
+def phrases_of(triggers: Mapping[str, Trigger]) -> dict[str, str]:
+    """Returns the phrases that call LoRAs, by name, of those that are called by words."""
+    return {name: phrase for name, trigger in triggers.items() if (phrase := trigger.phrase())}
+
 
 def trigger_of(name: str, path: Path, given: str | None) -> Trigger:
     """Finds what calls a LoRA: what is given, else what its file's metadata says, else its name.
