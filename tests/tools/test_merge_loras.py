@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import re
 import shlex
 import signal
 from html.parser import HTMLParser
@@ -95,7 +96,8 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert "going on from step 6" in said.out
     assert "gap closed: no trigger" in said.err
-    assert "time, a prediction: " in said.err
+    assert "result: rank 2; at most 34 more updates of 8 samples" in said.err
+    assert re.search(r"time, a prediction: .* for 34 updates, 17 scorings and the comparison", said.err)
     assert "memory, an estimate: " in said.err
     for row in ("base", "ink", "oil", "plain average", "PEFT's", "this merge"):
         assert f"\n  {row} " in said.out, row
@@ -158,11 +160,12 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
         lora = {layer: (a, b, 0.05) for layer, (a, b, _) in lora.items()}
         save_lora(lora, tmp_path / name, diffusers.FluxPipeline)
     (tmp_path / "prompts.txt").write_text("a cup\na car\n")
-    asked, original = set(), flux.velocity
+    asked, evaluated, original = set(), [], flux.velocity
 
     def velocity(*args):
         if isinstance(args[-1], torch.Tensor):  # not while memory is counted
             asked.update(args[-1].tolist())
+            evaluated.append(len(args[-1]))
         return original(*args)
 
     monkeypatch.setattr(flux, "velocity", velocity)
@@ -190,6 +193,12 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
         assert all(key.startswith("lora_unet_") for key in file.keys())  # noqa: SIM118
     for name, (a, b, scale) in whole.items():
         torch.testing.assert_close(back[name][2] * back[name][1] @ back[name][0], scale * b @ a)
+    # It is finished, and so the comparison is all that is left: of as many evaluations as are said.
+    evaluated.clear()
+    assert main(line) == 1
+    (said,) = re.findall(r"at most 0 more updates of 8 samples, .* each; ([\d,]+) in all", capsys.readouterr().err)
+    beside = 2 * 4 + 2 * 3  # two timed forwards; and student and source of each route, as a training begins
+    assert sum(evaluated) - beside == int(said.replace(",", ""))
     # What another run has written stays; what the run itself wrote is written again.
     written = output.read_bytes()
     other = ["2" if text == "1" and line[i - 1] == "--rank" else text for i, text in enumerate(line)]

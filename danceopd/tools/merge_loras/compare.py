@@ -16,6 +16,7 @@ from danceopd.models.students import LoraStudent
 from danceopd.support.bars import bar
 from danceopd.support.pictures import to_uint8
 from danceopd.tools.merge_loras.configuration import HEARD, heard_otherwise
+from danceopd.tools.merge_loras.counts import SHOWN, samples_of
 from danceopd.tools.merge_loras.gaps import Gaps, empty, mean_share, weights_of
 from danceopd.tools.merge_loras.given import PLAIN_MERGE, Given
 from danceopd.tools.merge_loras.prompts import Route
@@ -26,12 +27,6 @@ from danceopd.training.assembly.parts import Parts
 from danceopd.training.assembly.starts import begin
 
 BASE, AVERAGE, MERGED = "base", "plain average", "this merge"
-
-SAMPLES = 4  # that errors are measured on, of a LoRA's route and of prompts as they are
-
-OF_PAIRS = 16  # of all routes together, by which a pair of many gets fewer
-
-SHOWN = 2  # of a route in the page
 
 TIE = 0.01  # of the mean share, within which two are as good
 
@@ -129,8 +124,7 @@ def compare(config: Config, given: Given, routes: Sequence[Route], merged: Lora)
     config = config.model_copy(update={"student": student})
     parts = build_model(config)
     slot, names = parts.student.eval(), [route.name for route in routes]
-    few = max(1, min(SAMPLES, OF_PAIRS // len(routes)))
-    samples = {name: few if " + " in name else SAMPLES for name in names}
+    samples = samples_of(config)
     gaps = Gaps(config, parts, 1)
     best, found = best_merge(gaps, slot, loras)
     candidates = {BASE: {}, **given.loras, AVERAGE: average(loras), best: found, MERGED: merged}

@@ -85,6 +85,7 @@ def merge_loras(
     for line in lines:
         say(line)
     if dry_run:
+        say("time: by a forward that the run itself times before its first update")
         if not (work / "cache" / manifest).is_file():  # which is no problem before the run itself
             findings.problems = [line for line in findings.problems if ".data.prepared:" not in line]
             findings.found.append("no prompt is encoded yet; activations are counted once they are")
