@@ -288,6 +288,11 @@ def test_a_checkpoint_is_taken_as_what_it_changed(place, tmp_path, one_file):
     for name, (a, b, scale) in given.loras["anime"].items():
         down, up, own = change[name]
         torch.testing.assert_close(scale * b @ a, 0.5 * own * up @ down, atol=1e-5, rtol=1e-4)
+    name, layer = "anime", next(iter(change))
+    given = read(place / "model", [place / "ink", path], output, Options(resolution=32, weights=[f"{name}:{layer}=0"]))
+    assert {key for key, (_, _, scale) in given.loras["anime"].items() if not scale} == {layer}
+    with pytest.raises(UserError, match="no layer of anime is called so"):
+        read(place / "model", [place / "ink", path], output, Options(resolution=32, weights=["anime:none=0"]))
     (note,) = given.notes
     assert note.startswith("anime: a checkpoint, taken as a LoRA of rank 64 at most that keeps 100.0 % of the squared")
     assert "1 norms and biases differ too" in note
@@ -327,6 +332,8 @@ def test_a_weight_of_some_layers(place, tmp_path):
     with pytest.raises(UserError, match=r"no layer of ink is called so; there is transformer_blocks") as caught:
         read(place / "model", loras, output, Options(resolution=32, weights=["ink:blocks=1", "inc:*=1"]))
     assert "no LoRA 'inc'; did you mean 'ink'?" in str(caught.value)
+    with pytest.raises(UserError, match="all layers that ink changes have weight 0; leave ink out"):
+        read(place / "model", loras, output, Options(resolution=32, weights=["ink:*=0"]))
 
 
 def test_a_lora_of_full_rank_does_not_set_the_rank(place, tmp_path):

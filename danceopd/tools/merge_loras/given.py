@@ -145,7 +145,7 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
     whole = [text for text in options.weights if text not in of_layers]
     texts = _assigned("--weight", whole, paths, problems)
     numbers = {name: attempt(f"--weight {name}={text}", _weight, text) for name, text in texts.items()}
-    layered = _layered(of_layers, read_loras, problems)
+    _layered(of_layers, read_loras, paths, problems)
     triggers = _triggers(options, paths, problems)
     prompts = attempt("--prompts", read_prompts, options.prompts or SHIPPED, list(paths))
     if options.steps < 1:
@@ -156,12 +156,13 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
         problems.append("--rank: must be at least 1, or auto")
     if len(paths) < 2:
         problems.append("; ".join(["a merge needs two LoRAs at least, name their files one after another", *notes]))
-    if problems:
-        raise UserError("\n  ".join(["these LoRAs cannot be merged yet:", *(_one_line(line) for line in problems)]))
+    _stop(problems)
     work = options.work or output.with_suffix(".work")
     for name in checkpoints:
         paths[name], read_loras[name], line = extracted(paths[name], base, empty, pipeline_class_of(base), work)
         notes.append(f"{name}: {line}")
+    layered = _layered(of_layers, read_loras, paths, problems)  # of checkpoints too, whose layers are known now
+    _stop(problems)
     for name, lora in layered.items():
         content = hashlib.blake2b(json.dumps([_content(paths[name]), *of_layers]).encode(), digest_size=8).hexdigest()
         paths[name], read_loras[name] = work / "weighted" / f"{name}-{content}", lora
@@ -196,6 +197,12 @@ def _in_the_way(output: Path, base: Path | None, paths: dict[str, Path]) -> list
         elif path.is_dir() and file.is_relative_to(path.resolve()):
             found.append(f"-o {output}: lies in {path}, which is an input; give a file elsewhere")
     return found
+
+
+def _stop(problems: Problems) -> None:
+    """Raises a UserError that lists what is wrong, if anything is."""
+    if problems:
+        raise UserError("\n  ".join(["these LoRAs cannot be merged yet:", *(_one_line(line) for line in problems)]))
 
 
 def _one_line(problem: str) -> str:
@@ -298,22 +305,25 @@ def _weight(text: str, least: float = 1e-6) -> float:
     return weight
 
 
-def _layered(given: Sequence[str], loras: dict[str, Lora | None], problems: Problems) -> dict[str, Lora]:
-    """Weighs the layers of LoRAs by their names."""
+def _layered(given: Sequence[str], loras: dict[str, Lora | None], names: dict, problems: Problems) -> dict[str, Lora]:
+    """Weighs the layers of LoRAs by their names; those of a LoRA that is not read yet are left out."""
     found: dict[str, Lora] = {}
     for text in given:
         place, _, number = text.partition("=")
         name, _, pattern = place.partition(":")
         lora = found.get(name) or loras.get(name)
         weight = problems.attempt(f"--weight {text}", _weight, number, 0.0)
+        if name not in names:
+            problems.append(f"--weight {text}: no LoRA {name!r}{did_you_mean(name, names)}")
         if lora is None or weight is None:
-            if name not in loras:
-                problems.append(f"--weight {text}: no LoRA {name!r}{did_you_mean(name, loras)}")
             continue
         named = [layer for layer in lora if fnmatchcase(layer, pattern)]
         if not named:
             problems.append(f"--weight {text}: no layer of {name} is called so; there is {next(iter(lora))}")
         found[name] = lora | {layer: (*lora[layer][:2], lora[layer][2] * weight) for layer in named}
+    for name, lora in found.items():
+        if not any(a.any() and b.any() and scale for a, b, scale in lora.values()):
+            problems.append(f"--weight: all layers that {name} changes have weight 0; leave {name} out")
     return found
 
 
