@@ -87,6 +87,39 @@ def test_odd_metadata_is_no_fault(tags):
         assert found is None or isinstance(found, str)
 
 
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        ("ink drawing, ", "ink drawing"),
+        ("{prompt}, at night", "at night"),
+        ("in {prompt} oil", "in oil"),
+        ("ink, {prompt}, old", "ink, old"),
+        ("{prompt}", ""),
+    ],
+)
+def test_the_phrase_has_no_place_of_the_prompt(words, phrase):
+    assert Trigger(words, True, "").phrase() == phrase
+
+
+def test_a_merged_files_own_triggers(place, tmp_path):
+    """What this program wrote is called as it was; and of two it is said."""
+    tensors, said = load_file(place / "oil" / "pytorch_lora_weights.safetensors"), {}
+    for name, own in (("one", {"night": "{prompt}, at night"}), ("two", {"night": "night", "wood": "of wood"})):
+        phrase = ", ".join(words.replace("{prompt}, ", "") for words in own.values())
+        metadata = {"triggers": json.dumps(own), "trigger_words": phrase}
+        save_file(tensors | {key: value + len(own) for key, value in tensors.items()}, tmp_path / name, metadata)
+        (tmp_path / name).rename(tmp_path / f"{name}.safetensors")
+        loras = [place / "ink", tmp_path / f"{name}.safetensors"]
+        given = read(place / "model", loras, tmp_path / "o.safetensors", Options(resolution=32))
+        said[name] = given.triggers[name].words, given.notes
+    assert said["one"] == ("{prompt}, at night", [])
+    words, (note,) = said["two"]
+    assert words == "night, of wood"
+    assert note.startswith(
+        "two is a merged LoRA that holds 2, called by 'night' and by 'of wood'; here 'night, of wood'"
+    )
+
+
 # ----------------------------------------------------------------------------------------------- prompts and routes
 
 

@@ -24,7 +24,7 @@ from danceopd.support.hints import did_you_mean
 from danceopd.support.hub import hub_name, located
 from danceopd.tools.merge_loras.checkpoints import check_checkpoint, extracted, is_checkpoint
 from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, read_prompts
-from danceopd.tools.merge_loras.triggers import Trigger, trigger_of
+from danceopd.tools.merge_loras.triggers import Trigger, metadata_of, trigger_of, triggers_in
 from danceopd.training.assembly.parts import Problems
 
 RESERVED = ("base", PLAIN, "merge", "student")  # what the run and the tables call otherwise
@@ -146,7 +146,7 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
     texts = _assigned("--weight", whole, paths, problems)
     numbers = {name: attempt(f"--weight {name}={text}", _weight, text) for name, text in texts.items()}
     _layered(of_layers, read_loras, paths, problems)
-    triggers = _triggers(options, paths, problems)
+    triggers = _triggers(options, paths, problems, notes)
     prompts = attempt("--prompts", read_prompts, options.prompts or SHIPPED, list(paths))
     if options.steps < 1:
         problems.append("--steps: must be at least 1")
@@ -327,7 +327,7 @@ def _layered(given: Sequence[str], loras: dict[str, Lora | None], names: dict, p
     return found
 
 
-def _triggers(options: Options, paths: dict[str, Path], problems: Problems) -> dict[str, Trigger]:
+def _triggers(options: Options, paths: dict[str, Path], problems: Problems, notes: list[str]) -> dict[str, Trigger]:
     """Finds what calls each LoRA; two cannot be called by the same words."""
     given = _assigned("--trigger", options.triggers, paths, problems)
     found: dict[str, Trigger] = {}
@@ -335,6 +335,11 @@ def _triggers(options: Options, paths: dict[str, Path], problems: Problems) -> d
         trigger = problems.attempt(f"--trigger {name}", trigger_of, name, path, given.get(name))
         if trigger is None:
             continue
+        if name not in given and len(own := triggers_in(metadata_of(path))) > 1:
+            notes.append(
+                f"{name} is a merged LoRA that holds {len(own)}, called by {' and by '.join(map(repr, own.values()))}; "
+                f"here {trigger.words!r} calls all of them at once, and --trigger {name}=WORDS one of them"
+            )
         for other, earlier in found.items():
             if trigger.words and trigger.call("").casefold() == earlier.call("").casefold():
                 problems.append(

@@ -26,6 +26,7 @@ from danceopd.tools.merge_loras.given import PLAIN_MERGE, Given, Options, read
 from danceopd.tools.merge_loras.page import write_page
 from danceopd.tools.merge_loras.prompts import Route, routes_of, say
 from danceopd.tools.merge_loras.run import described, distilled, fitted
+from danceopd.tools.merge_loras.triggers import Trigger, phrases_of
 from danceopd.tools.provenance import named
 
 COMPARISON = "comparison.json"  # in a run's folder: what was measured, and the hash of the file that was written
@@ -155,26 +156,27 @@ def encode(
 
 def _adapter(run: Path, layout: str, given: Given) -> bytes:
     """Returns the adapter's file in a layout, with the words that call it in its metadata."""
-    words = {name: trigger.words for name, trigger in given.triggers.items() if trigger.words}
     with TemporaryDirectory() as temporary:
         file = Path(temporary) / FILES[1]
         if layout == "diffusers":
             shutil.copy(run / "student" / FILES[1], file)
         else:
             file = export(run, Path(temporary) / "lora", layout=layout) / FILES[1]
-        add_metadata(file, _metadata(words, given))
+        add_metadata(file, _metadata(given.triggers, given.base))
         return file.read_bytes()
 
 
 def _plain_merge(lora: Lora, layout: str, given: Given) -> bytes:
     """Returns the file of a plain merge in a layout; words that were made of a LoRA's name call nothing in it."""
-    words = {name: trigger.words for name, trigger in given.triggers.items() if trigger.words and trigger.known}
+    known = {name: trigger for name, trigger in given.triggers.items() if trigger.known}
     with TemporaryDirectory() as temporary:
         folder, family = Path(temporary), given.backbone.__name__.rpartition(".")[2]
         pipeline_class = pipeline_class_of(given.base)
-        write_adapter(lora, folder, layout, family, given.empty, pipeline_class, _metadata(words, given))
+        write_adapter(lora, folder, layout, family, given.empty, pipeline_class, _metadata(known, given.base))
         return (folder / FILES[1]).read_bytes()
 
 
-def _metadata(words: dict[str, str], given: Given) -> dict[str, str]:
-    return named(given.base, words.values()) | ({"triggers": json.dumps(words)} if words else {})
+def _metadata(triggers: dict[str, Trigger], base: Path) -> dict[str, str]:
+    """Returns the base and the phrases that call the LoRAs, as others read them; and their words, as merges do."""
+    words = {name: trigger.words for name, trigger in triggers.items() if trigger.words}
+    return named(base, phrases_of(triggers).values()) | ({"triggers": json.dumps(words)} if words else {})
