@@ -86,7 +86,7 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
     said = capsys.readouterr().err
     assert "ink: rank 2, weight 1, called by 'INK' (--trigger)" in said
-    assert "memory, an estimate: " in said
+    assert "memory, an estimate without activations: " in said
     line = command(place, output, "--steps", "40", "--patience", "0", learn)
     with monkeypatch.context() as patched:
         patched.setattr(Gaps, "__call__", interrupting(Gaps.__call__))

@@ -108,7 +108,8 @@ def fitted(config: Config, chosen: Sequence[str], overwrite: bool = False) -> tu
             break
     how = "".join(f", with training.{key}={str(value).lower()}" for key, value in changes.items())
     size = format_bytes(findings.total_memory())
-    lines = [f"memory, an estimate: {size} of {format_bytes(room)} that is free on {device.type}{how}"]
+    without = "" if findings.activations else " without activations"
+    lines = [f"memory, an estimate{without}: {size} of {format_bytes(room)} that is free on {device.type}{how}"]
     if findings.total_memory() > room:
         lines.append(
             "warning: that is more than is free; training.swap_blocks=auto lets blocks of the base wait in host "
