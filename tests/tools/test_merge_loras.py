@@ -199,6 +199,17 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
     (said,) = re.findall(r"at most 0 more updates of 8 samples, .* each; ([\d,]+) in all", capsys.readouterr().err)
     beside = 2 * 4 + 2 * 3  # two timed forwards; and student and source of each route, as a training begins
     assert sum(evaluated) - beside == int(said.replace(",", ""))
+    # A run goes on with what it began with, and nothing is encoded for another.
+    monkeypatch.setattr(flux, "text_encoder", lambda *_: 1 / 0)
+    for more, what in (
+        (["--trigger", "oil=OIL"], "--prompts, --trigger or --no-pairs differ"),
+        (["--weight", "oil=0.5"], "--weight differs"),
+        (["--weight", "oil:*.to_q=0.5"], "--weight differs"),
+        (["--guidance-scale", "2"], "--guidance-scale differs"),
+    ):
+        assert main([*line, *more]) == 2
+        said = capsys.readouterr().err
+        assert f"{what} from the run in {tmp_path / 'out.work' / 'rank-1'}: give --work OTHER, or --overwrite" in said
     # What another run has written stays; what the run itself wrote is written again.
     written = output.read_bytes()
     other = ["2" if text == "1" and line[i - 1] == "--rank" else text for i, text in enumerate(line)]

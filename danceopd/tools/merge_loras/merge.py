@@ -18,18 +18,16 @@ from danceopd.models.precision import PRECISIONS
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
-from danceopd.support.texts import parse_object
 from danceopd.tools.export import export, write_adapter
 from danceopd.tools.merge_loras.compare import Results, compare
 from danceopd.tools.merge_loras.configuration import HEARD, configuration, heard_otherwise, manifest_of
 from danceopd.tools.merge_loras.given import PLAIN_MERGE, Given, Options, read
+from danceopd.tools.merge_loras.kept import COMPARISON, check_output, check_run
 from danceopd.tools.merge_loras.page import write_page
 from danceopd.tools.merge_loras.prompts import Route, routes_of, say
 from danceopd.tools.merge_loras.run import described, distilled, fitted
 from danceopd.tools.merge_loras.triggers import Trigger, phrases_of
 from danceopd.tools.provenance import named
-
-COMPARISON = "comparison.json"  # in a run's folder: what was measured, and the hash of the file that was written
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,8 @@ def merge_loras(
     raw = configuration(given, options, routes, work, manifest)
     config = parse_config(raw, list(options.overrides), "this merge")
     if not options.overwrite:
-        _check_output(output, config.training.output_dir)
+        check_run(config)
+        check_output(output, config.training.output_dir)
     for line in described(given, options, routes, config):
         say(line)
     if not dry_run:
@@ -109,21 +108,6 @@ def merge_loras(
         write_atomic(path, data)
     page = write_page(output, run, given, options, results)
     return Merged(output, page, plain if results.enough else None, results)
-
-
-def _check_output(output: Path, run: Path) -> None:
-    """Refuses to write over files that another run, or anything else, has written."""
-    for path in filter(Path.exists, (output, output.with_suffix(PLAIN_MERGE))):
-        try:
-            written = parse_object((run / COMPARISON).read_text(encoding="utf-8")).get("written", [])
-        except (OSError, ValueError):
-            written = []
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() not in written:
-                raise UserError(
-                    f"-o {output}: {path} is there, and the run in {run} did not write it; give another file, or "
-                    "--overwrite, which writes over it and trains anew"
-                )
 
 
 def encode(
