@@ -10,15 +10,17 @@ from small_loras import far_lora
 from tiny_sd3 import save_tiny
 
 from danceopd.cli.parser import build_parser
+from danceopd.miniature.looks import LOOKS
 from danceopd.models.backbones import empty_transformer, sd3
 from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora, save_lora
 from danceopd.models.weights import of_tensors
+from danceopd.reproduce.merging import _write_prompts
 from danceopd.support.errors import UserError
 from danceopd.tools.merge_loras.checkpoints import extract
 from danceopd.tools.merge_loras.configuration import configuration, targets_of
 from danceopd.tools.merge_loras.given import Options, names_of, read
-from danceopd.tools.merge_loras.prompts import EMPTY, PLAIN, SHIPPED, Prompts, read_prompts, routes_of
+from danceopd.tools.merge_loras.prompts import EMPTY, PLAIN, SHIPPED, Prompts, read_prompts, routes_of, without_triggers
 from danceopd.tools.merge_loras.triggers import Trigger, words_in
 
 INK, OIL = Trigger("INK", True, "--trigger"), Trigger("in {prompt} oil", True, "its file")
@@ -111,7 +113,7 @@ def test_a_merged_files_own_triggers(place, tmp_path):
         (tmp_path / name).rename(tmp_path / f"{name}.safetensors")
         loras = [place / "ink", tmp_path / f"{name}.safetensors"]
         given = read(place / "model", loras, tmp_path / "o.safetensors", Options(resolution=32))
-        said[name] = given.triggers[name].words, given.notes
+        said[name] = given.triggers[name].words, [note for note in given.notes if "left out" not in note]
     assert said["one"] == ("{prompt}, at night", [])
     words, (note,) = said["two"]
     assert words == "night, of wood"
@@ -133,6 +135,36 @@ def test_prompts(tmp_path):
     assert routes["oil"].rows == [("in a cup oil", "in a cup oil")]
     assert routes["ink + oil"].rows == [("INK, in a cup oil", "INK, in a cup oil")]
     assert routes[PLAIN].rows == [("a cup", "a cup")]
+
+
+def test_one_prompt_has_one_source(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cup\nink\ta cup\na dog\noil\ta fish\nink\ta fish\n")
+    with pytest.raises(UserError) as caught:
+        read_prompts(path, ["ink", "oil"])
+    said = str(caught.value)
+    assert "line 2: 'a cup' is of all LoRAs in line 1 and of ink here, and one prompt has one source" in said
+    assert "line 5: 'a fish' is of oil in line 4 and of ink here" in said
+
+
+def test_prompts_with_a_triggers_words_are_left_out(place, tmp_path):
+    path, output = tmp_path / "prompts.txt", tmp_path / "o.safetensors"
+    path.write_text("a cup by Night\na nightingale\na cup\noil\toil painting of a house at night\n")
+    options = Options(resolution=32, prompts=path, triggers=["ink={prompt}, night"])
+    given = read(place / "model", [place / "ink", place / "oil"], output, options)
+    assert given.prompts == Prompts(["a nightingale", "a cup"], {"oil": ["oil painting of a house at night"]})
+    (note,) = given.notes
+    assert note == "1 prompt has a trigger's words in it and is left out, for without a trigger the base is asked"
+    path.write_text("a night\n")
+    with pytest.raises(UserError, match="--prompts: every prompt has a trigger's words in it"):
+        read(place / "model", [place / "ink", place / "oil"], output, options)
+
+
+def test_no_look_stands_in_the_benchmarks_prompts(tmp_path):
+    """So that the merge benchmark asks the prompts that it always asked."""
+    prompts = read_prompts(_write_prompts(tmp_path / "prompts.txt"), [])
+    looks = {look: Trigger(look, True, "its file") for look in LOOKS}
+    assert without_triggers(prompts, looks) == (prompts, "")
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0c", "\x1e"])

@@ -23,7 +23,7 @@ from danceopd.support.files import check_writable
 from danceopd.support.hints import did_you_mean
 from danceopd.support.hub import hub_name, located
 from danceopd.tools.merge_loras.checkpoints import check_checkpoint, extracted, is_checkpoint
-from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, read_prompts
+from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, read_prompts, without_triggers
 from danceopd.tools.merge_loras.triggers import Trigger, metadata_of, trigger_of, triggers_in
 from danceopd.training.assembly.parts import Problems
 
@@ -148,6 +148,9 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
     _layered(of_layers, read_loras, paths, problems)
     triggers = _triggers(options, paths, problems, notes)
     prompts = attempt("--prompts", read_prompts, options.prompts or SHIPPED, list(paths))
+    if prompts is not None:
+        prompts, line = attempt("--prompts", without_triggers, prompts, triggers) or (prompts, "")
+        notes += [line] if line else []
     if options.steps < 1:
         problems.append("--steps: must be at least 1")
     if options.patience < 0:
@@ -173,7 +176,10 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
         for name in paths
     }
     if prompts.twice:
-        notes.append(f"{prompts.twice} lines of {options.prompts or SHIPPED} stand there twice and are taken once")
+        lines = "1 line" if prompts.twice == 1 else f"{prompts.twice} lines"
+        notes.append(
+            f"{lines} of {options.prompts or SHIPPED} stood there before, and what is there twice is taken once"
+        )
     rank = options.rank
     full = [
         name for name, lora in weighted.items() if any(len(a) >= min(len(b), len(a[0])) for a, b, _ in lora.values())
