@@ -1,6 +1,7 @@
 """What merge-loras reads: names, triggers, weights, prompts; and that every mistake is told at once."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -248,6 +249,19 @@ def test_the_same_lora_twice_is_taken_once_and_said(place, tmp_path):
     assert given.triggers["ink"] == Trigger("ink", False, "its name")
 
 
+def test_a_lora_is_the_same_as_folder_and_as_file(place, tmp_path):
+    """By whatever name the one file of a folder has; and a checkpoint by what its extraction is of."""
+    folder, options = tmp_path / "one", Options(resolution=32)
+    folder.mkdir()
+    file = (place / "ink" / "pytorch_lora_weights.safetensors").rename(folder / "other.safetensors")
+    try:
+        given = read(place / "model", [folder, file, place / "oil"], tmp_path / "o.safetensors", options)
+    finally:
+        file.rename(place / "ink" / "pytorch_lora_weights.safetensors")
+    assert list(given.paths) == ["one", "oil"]
+    assert given.notes[0].startswith(f"{file} is the same LoRA as {folder}, and taken once")
+
+
 def test_weights_and_the_configuration(place, tmp_path):
     options = Options(resolution=32, weights=["ink=0.5"], rank="auto", triggers=["ink=INK"])
     given = read(place / "model", [place / "ink", place / "oil"], tmp_path / "o.safetensors", options)
@@ -358,6 +372,13 @@ def test_a_checkpoint_is_taken_as_what_it_changed(place, tmp_path, one_file):
     assert {key for key, (_, _, scale) in given.loras["anime"].items() if not scale} == {layer}
     with pytest.raises(UserError, match="no layer of anime is called so"):
         read(place / "model", [place / "ink", path], output, Options(resolution=32, weights=["anime:none=0"]))
+    if not one_file:
+        (tmp_path / "whole").mkdir()
+        shutil.copy(place / "model" / "model_index.json", tmp_path / "whole")
+        shutil.copytree(path, tmp_path / "whole" / "transformer")
+        given = read(place / "model", [place / "ink", path, tmp_path / "whole"], output, options)
+        assert list(given.paths) == ["ink", "anime"]
+        assert given.notes.pop(0).startswith(f"{tmp_path / 'whole'} is the same LoRA as {path}")
     (note,) = given.notes
     assert note.startswith("anime: a checkpoint, taken as a LoRA of rank 64 at most that keeps 100.0 % of the squared")
     assert "1 norms and biases differ too" in note

@@ -14,7 +14,7 @@ from torch import nn
 from danceopd.data.prepare import length_of_prompts
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.lora_algebra import Lora
-from danceopd.models.lora_files import FILES, load_lora, save_lora
+from danceopd.models.lora_files import FILES, load_lora, lora_file, save_lora
 from danceopd.models.lora_layouts import layouts_of
 from danceopd.models.lora_merges import automatic_rank
 from danceopd.models.weights import of_folder
@@ -22,7 +22,7 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import check_writable
 from danceopd.support.hints import did_you_mean
 from danceopd.support.hub import hub_name, located
-from danceopd.tools.merge_loras.checkpoints import check_checkpoint, extracted, is_checkpoint
+from danceopd.tools.merge_loras.checkpoints import check_checkpoint, digest_of, extracted, is_checkpoint
 from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, read_prompts, without_triggers
 from danceopd.tools.merge_loras.triggers import Trigger, metadata_of, trigger_of, triggers_in
 from danceopd.training.assembly.parts import Problems
@@ -244,11 +244,14 @@ def _paths(given: Sequence[Path], attempt: Callable, notes: list[str]) -> dict[s
 
 
 def _content(path: Path) -> str:
-    """Names the content of a file, or of the LoRA in a folder; of what is not there its path."""
-    files = [path] if path.is_file() else [path / name for name in FILES if (path / name).is_file()]
-    if not files:
+    """Names the content of a checkpoint, or of a LoRA's file wherever it lies; of what is neither its path."""
+    if is_checkpoint(path):
+        return digest_of(path)
+    try:
+        path = lora_file(path)
+    except UserError:  # said where it is read
         return str(path.resolve())
-    with open(files[0], "rb") as file:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
