@@ -99,7 +99,7 @@ def add_merge_loras(commands) -> None:
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="that all are drawn with (%(default)s)")
     parser.add_argument("--work", type=output_folder, help="folder of the encoded prompts and the run (OUTPUT.work)")
     parser.add_argument("--overwrite", action="store_true", help="start again where another run lies")
-    parser.add_argument("--dry-run", action="store_true", help="say what it takes; no weight is loaded")
+    parser.add_argument("--dry-run", action="store_true", help="say what it takes; nothing of it is kept")
     parser.add_argument("--download", action="store_true", help="with --dry-run: download what is named by an id")
 
 

@@ -325,7 +325,8 @@ def test_all_mistakes_are_told_at_once(place, tmp_path):
         ({"base": "oil"}, r"--base: .*model_index\.json"),
         ({"triggers": ["ink=Oil painting"]}, "both called by 'oil painting'"),
         ({"triggers": ["ink={style}"]}, r"--trigger ink: \{style\} is not known"),
-        ({"layout": "none"}, "--layout none: not written for sd3; give diffusers or peft or comfyui or kohya"),
+        ({"layout": "none"}, "--layout none: not written for sd3; give diffusers or comfyui or kohya"),
+        ({"layout": "peft"}, "--layout peft: not written for sd3; give diffusers or comfyui or kohya"),
     ],
 )
 def test_one_mistake(place, tmp_path, given, message):

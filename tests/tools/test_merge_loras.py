@@ -82,6 +82,8 @@ def interrupting(measure):
 def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     output = tmp_path / "merged.safetensors"
     learn = "training.learning_rate=4e-2"
+    assert main(command(place, output, "--dry-run", "--weight", "ink:*.to_q=0.5", learn)) == 0
+    assert "time: by a forward that the run itself times" in capsys.readouterr().err
     assert main(command(place, output, "--dry-run", learn)) == 0
     assert list(tmp_path.iterdir()) == []
     said = capsys.readouterr().err

@@ -99,7 +99,7 @@ class Given:
 
 
 # Long: each mistake is noted, and the rest is still looked at.
-def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> Given:
+def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work: Path | None = None) -> Given:
     """Reads and checks all that a merge needs, before anything is encoded.
 
     Args:
@@ -107,6 +107,7 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
         loras: Files, folders or ids of the hub.
         output: The .safetensors file to write.
         options: The rest.
+        work: Where LoRAs are written that are made of checkpoints and of weighed layers; the work folder if not given.
 
     Returns:
         What was read.
@@ -129,7 +130,7 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
         attempt("--resolution", backbone.latent_shape, base, options.resolution, options.resolution)
         attempt("--max-sequence-length", length_of_prompts, options.max_sequence_length, backbone, base)
         family = backbone.__name__.rpartition(".")[2]
-        others = layouts_of(family)
+        others = [layout for layout in layouts_of(family) if layout != "peft"]  # which is a folder
         if options.layout not in others:
             problems.append(f"--layout {options.layout}: not written for {family}; give {' or '.join(others)}")
     paths = _paths(loras, attempt, notes)
@@ -160,7 +161,7 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
     if len(paths) < 2:
         problems.append("; ".join(["a merge needs two LoRAs at least, name their files one after another", *notes]))
     _stop(problems)
-    work = options.work or output.with_suffix(".work")
+    work = work or options.work or output.with_suffix(".work")
     for name in checkpoints:
         paths[name], read_loras[name], line = extracted(paths[name], base, empty, pipeline_class_of(base), work)
         notes.append(f"{name}: {line}")

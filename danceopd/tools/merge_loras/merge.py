@@ -68,7 +68,18 @@ def merge_loras(
         UserError: Something is missing or does not fit; every mistake is named before anything is encoded.
     """
     options = options or Options()
-    given = read(base, loras, output, options)
+    if not dry_run:
+        return _finished(*_begun(base, loras, output, options, None), output, options)
+    with TemporaryDirectory() as made:  # a dry run leaves nothing of what it makes of checkpoints and weighed layers
+        _begun(base, loras, output, options, Path(made))
+    return None
+
+
+def _begun(
+    base: Path, loras: Sequence[Path], output: Path, options: Options, made: Path | None
+) -> tuple[Config, Given, list[Route]]:
+    """Reads, says what the merge takes, and encodes the prompts; a dry run, which has a folder, prints what is lacking."""
+    given = read(base, loras, output, options, made)
     routes = routes_of(given.triggers, given.prompts, options.pairs)
     work = options.work or output.with_suffix(".work")
     manifest, rows = manifest_of(routes)
@@ -79,12 +90,12 @@ def merge_loras(
         check_output(output, config.training.output_dir)
     for line in described(given, options, routes, config):
         say(line)
-    if not dry_run:
+    if not made:
         encode(config, given, options, routes, work, (manifest, rows))
     config, findings, lines = fitted(config, options.overrides, options.overwrite)
     for line in lines:
         say(line)
-    if dry_run:
+    if made:
         say("time: by a forward that the run itself times before its first update")
         if not (work / "cache" / manifest).is_file():  # which is no problem before the run itself
             findings.problems = [line for line in findings.problems if ".data.prepared:" not in line]
@@ -92,7 +103,11 @@ def merge_loras(
         print(findings.text())
         if findings.problems:
             raise UserError("\n  ".join(["this merge cannot start:", *findings.problems]))
-        return None
+    return config, given, routes
+
+
+def _finished(config: Config, given: Given, routes: list[Route], output: Path, options: Options) -> Merged:
+    """Trains, compares and writes."""
     run = distilled(config, options.patience, options.overwrite)
     merged = load_lora(run / "student" / FILES[1], given.empty, pipeline_class_of(given.base))
     results = compare(config, given, routes, merged)
