@@ -45,7 +45,11 @@ def add_export(commands) -> None:
         help="(fp32; with --merge the base's own; fp8 is for --merge)",
     )
     parser.add_argument(
-        "--trigger", action="append", default=[], metavar="WORDS", help="for the file's metadata, beside the sources'"
+        "--trigger",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="for metadata and card (as the sources' files say)",
     )
 
 
@@ -59,8 +63,8 @@ def add_merge_loras(commands) -> None:
         shows_bar=True,
         example="danceopd merge-loras ink.safetensors oil.safetensors --base MODEL -o merged.safetensors",
         description="Distil several LoRAs of one model into one, from prompts alone. LoRAs are told apart by their\n"
-        "files' names (NAME). The exit status is 1 where a plain average is better; docs/merging.md says how to judge\n"
-        "the result.",
+        "files' names (NAME). The exit status is 1 where the base or a plain average is better, or one of PEFT's\n"
+        "merges is far better; docs/merging.md says how to judge the result.",
     )
     parser.set_defaults(models=())  # read with everything else, so that all mistakes are told at once
     parser.add_argument(
@@ -95,7 +99,7 @@ def add_merge_loras(commands) -> None:
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="that all are drawn with (%(default)s)")
     parser.add_argument("--work", type=output_folder, help="folder of the encoded prompts and the run (OUTPUT.work)")
     parser.add_argument("--overwrite", action="store_true", help="start again where another run lies")
-    parser.add_argument("--dry-run", action="store_true", help="say what it takes; no weight is loaded")
+    parser.add_argument("--dry-run", action="store_true", help="say what it takes; nothing of it is kept")
     parser.add_argument("--download", action="store_true", help="with --dry-run: download what is named by an id")
 
 
@@ -152,7 +156,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_merge_loras(args: argparse.Namespace) -> int:
-    """Merges LoRAs and prints how near the result is; returns 1 where their plain average is nearer."""
+    """Merges LoRAs and prints how near the result is; returns 1 where it is not to be used."""
     from danceopd.tools.merge_loras import Options, merge_loras
 
     fill_sizes(args, args.base)
@@ -184,6 +188,8 @@ def run_merge_loras(args: argparse.Namespace) -> int:
         print("  " + first.ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:], strict=True)))
     print("\n".join(filter(None, [merged.results.verdict, merged.results.advice])))
     print(f"wrote {merged.path}\nwrote {merged.page}")
+    if merged.plain:
+        print(f"wrote {merged.plain}: {merged.results.best}")
     return 0 if merged.results.better else 1
 
 

@@ -62,7 +62,7 @@ def export(
         merge: Whether the adapter is merged into its transformer.
         layout: "diffusers", "peft", "comfyui" or "kohya".
         dtype: One of STORAGE; what the student was trained in, or the base's files are stored in, if not given.
-        triggers: Words for the metadata, beside those that the sources' own files name.
+        triggers: Words for metadata and card; those that the sources' own files name if not given.
 
     Returns:
         The folder.
@@ -82,7 +82,7 @@ def export(
         raise UserError("an adapter is stored in fp32, bf16 or fp16; fp8 is for --merge")
     pipeline_class, empty = pipeline_class_of(config.model), empty_transformer(config.model)
     lora = load_lora(run / "student", empty, pipeline_class)
-    card = model_card(run, config, merge, layout, type(empty).__name__)
+    card = model_card(run, config, merge, layout, type(empty).__name__, facts)
     with new_folder(output) as folder:
         if merge:
             base = transformer_folder(config.model)
@@ -93,7 +93,7 @@ def export(
                     name: (a.to(STORAGE[dtype]), (b * s).to(STORAGE[dtype]), 1.0) for name, (a, b, s) in lora.items()
                 }
             family = backbone.__name__.rpartition(".")[2]
-            _write_adapter(lora, folder, layout, family, empty, pipeline_class, facts)
+            write_adapter(lora, folder, layout, family, empty, pipeline_class, facts)
         card.save(folder / "README.md")
     return output
 
@@ -106,7 +106,7 @@ def _export_full(
     empty, stored = empty_transformer(run / "student"), stored_dtype(transformer_folder(config.model))
     weights = of_folder(run / "student")
     check_fits(weights, empty, run / "student")
-    card = model_card(run, config, True, layout, type(empty).__name__)
+    card = model_card(run, config, True, layout, type(empty).__name__, facts)
     with new_folder(output) as folder:
         _write_merged(empty, weights, folder, dtype, stored, facts)
         card.save(folder / "README.md")
@@ -149,10 +149,22 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def _write_adapter(
+def write_adapter(
     lora: Lora, folder: Path, layout: str, family: str, empty: nn.Module, pipeline_class: type, facts: dict[str, str]
 ) -> None:
-    """Writes an adapter and reads it back: it must be the same."""
+    """Writes an adapter and reads it back: it must be the same.
+
+    Args:
+        lora: The adapter.
+        folder: Where to.
+        layout, family: The layout, and the model family's module.
+        empty: The transformer without values.
+        pipeline_class: Diffusers' class of the pipeline.
+        facts: The file's metadata.
+
+    Raises:
+        UserError: What is read back is another adapter.
+    """
     if layout == "peft":
         file = save_peft(lora, folder, facts.get("base_model"), facts)
     elif layout == "diffusers":
@@ -182,7 +194,9 @@ def _used(a: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[torch.Tensor,
     return a.float()[b.any(0)], b[:, b.any(0)]
 
 
-def model_card(run: Path, config: Config, merge: bool, layout: str, transformer_class: str) -> ModelCard:
+def model_card(
+    run: Path, config: Config, merge: bool, layout: str, transformer_class: str, facts: dict[str, str]
+) -> ModelCard:
     """Writes what the student is, how to load it, what it was trained on and with, the end of its curve, its scores."""
     base, name = hub_id(config.model), class_name_of(config.model)
     edits = any(capability.task == "edit" for capability in config.capabilities.values())
@@ -196,11 +210,12 @@ def model_card(run: Path, config: Config, merge: bool, layout: str, transformer_
     kind = "transformer" if merge else "LoRA"
     shown = base or config.model.resolve().name
     parts = [
-        f"# {shown}: {' + '.join(config.capabilities)}",
+        f"# {shown}: {_title(config)}",
         f"A {kind} of `{shown}`, distilled from {len(config.sources)} sources on the student's own trajectories "
         f"(method `{config.method}`, [arXiv 2606.27377](https://arxiv.org/abs/2606.27377)).",
         "## Use",
         _usage(shown, name, transformer_class, merge, layout),
+        *([f"Words that call it in a prompt: {words}."] if (words := facts.get("trigger_words")) else []),
         "## Data",
         _data_table(config),
         "## Training",
@@ -211,6 +226,24 @@ def model_card(run: Path, config: Config, merge: bool, layout: str, transformer_
     settings = yaml.safe_dump(_without_places(config.to_dict()), sort_keys=False, allow_unicode=True)
     parts += ["## Configuration", f"```yaml\n{settings}```"]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def _title(config: Config) -> str:
+    """Names what the student was taught, without what the base alone answers and what names two capabilities."""
+    names = list(config.capabilities)
+    found = [
+        name
+        for name, capability in config.capabilities.items()
+        if not (_is_base(config, capability.source) or (" + " in name and set(name.split(" + ")) <= set(names)))
+    ]
+    return " + ".join(found or names)
+
+
+def _is_base(config: Config, name: str) -> bool:
+    """Tells whether a source is the base, or made of nothing else."""
+    of = [part for _, part in parts(config, name)]
+    source = config.sources[name]
+    return all(_is_base(config, part) for part in of) if of else source.weights == "base" and not source.lora
 
 
 def _usage(base: str, name: str, transformer_class: str, merge: bool, layout: str) -> str:

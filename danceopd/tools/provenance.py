@@ -20,7 +20,7 @@ def provenance(config: Config, triggers: Sequence[str] = ()) -> dict[str, str]:
 
     Args:
         config: The run's.
-        triggers: Words beside those that the sources' own files name.
+        triggers: The words that call it; those that the sources' own files name if not given.
 
     Returns:
         base_model, the hub's name or the folder's; trigger_words, also as modelspec.trigger_phrase, where there are
@@ -33,7 +33,7 @@ def provenance(config: Config, triggers: Sequence[str] = ()) -> dict[str, str]:
         paths = [lora.path for lora in source.lora]
         paths += [Path(source.weights)] if source.weights not in (None, "base") else []
         sources[name] = {path.name: content_hash(path) for path in paths}
-        for lora in source.lora:
+        for lora in source.lora if not triggers else ():
             words |= dict.fromkeys(own_triggers(lora.path))
     return {**named(Path(str(config.model)), words), "sources": json.dumps(sources)}
 

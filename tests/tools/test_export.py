@@ -27,7 +27,7 @@ from danceopd.data.prepare import prepare
 from danceopd.models.backbones import FAMILIES, backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.loading import hub_id
 from danceopd.models.lora_algebra import merge_into
-from danceopd.models.lora_files import FILES, load_lora, save_lora
+from danceopd.models.lora_files import FILES, add_metadata, load_lora, save_lora
 from danceopd.models.lora_layouts import layouts_of
 from danceopd.models.shared_base import target_layers
 from danceopd.support.errors import UserError
@@ -196,6 +196,21 @@ def test_the_files_metadata_names_base_triggers_and_sources(sd3_run, tmp_path):
         assert json.loads(metadata["sources"]) == {"style": {"teacher": f"sha256:{digest}"}}
         assert metadata["modelspec.trigger_phrase"] == metadata["trigger_words"] == "ink"
         assert str(run.parent) not in json.dumps(metadata)
+
+
+def test_words_that_are_given_stand_in_place_of_the_sources_own(sd3_run, tmp_path):
+    run, config = sd3_run
+    file = config.sources["style"].lora[0].path / FILES[1]
+    before = file.read_bytes()
+    add_metadata(file, {"trigger_words": "old words"})
+    try:
+        for i, (given, expected) in enumerate((((), "old words"), (("in ink",), "in ink"))):
+            (written,) = export(run, tmp_path / str(i), triggers=given).glob("*.safetensors")
+            with safe_open(written, framework="pt") as opened:
+                assert opened.metadata()["trigger_words"] == expected
+            assert f"Words that call it in a prompt: {expected}." in (tmp_path / str(i) / "README.md").read_text()
+    finally:
+        file.write_bytes(before)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp8"])

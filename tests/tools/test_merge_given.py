@@ -1,6 +1,7 @@
 """What merge-loras reads: names, triggers, weights, prompts; and that every mistake is told at once."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -10,15 +11,17 @@ from small_loras import far_lora
 from tiny_sd3 import save_tiny
 
 from danceopd.cli.parser import build_parser
+from danceopd.miniature.looks import LOOKS
 from danceopd.models.backbones import empty_transformer, sd3
 from danceopd.models.lora_algebra import merge_into
 from danceopd.models.lora_files import load_lora, save_lora
 from danceopd.models.weights import of_tensors
+from danceopd.reproduce.merging import _write_prompts
 from danceopd.support.errors import UserError
 from danceopd.tools.merge_loras.checkpoints import extract
 from danceopd.tools.merge_loras.configuration import configuration, targets_of
 from danceopd.tools.merge_loras.given import Options, names_of, read
-from danceopd.tools.merge_loras.prompts import EMPTY, PLAIN, SHIPPED, Prompts, read_prompts, routes_of
+from danceopd.tools.merge_loras.prompts import EMPTY, PLAIN, SHIPPED, Prompts, read_prompts, routes_of, without_triggers
 from danceopd.tools.merge_loras.triggers import Trigger, words_in
 
 INK, OIL = Trigger("INK", True, "--trigger"), Trigger("in {prompt} oil", True, "its file")
@@ -87,6 +90,39 @@ def test_odd_metadata_is_no_fault(tags):
         assert found is None or isinstance(found, str)
 
 
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        ("ink drawing, ", "ink drawing"),
+        ("{prompt}, at night", "at night"),
+        ("in {prompt} oil", "in oil"),
+        ("ink, {prompt}, old", "ink, old"),
+        ("{prompt}", ""),
+    ],
+)
+def test_the_phrase_has_no_place_of_the_prompt(words, phrase):
+    assert Trigger(words, True, "").phrase() == phrase
+
+
+def test_a_merged_files_own_triggers(place, tmp_path):
+    """What this program wrote is called as it was; and of two it is said."""
+    tensors, said = load_file(place / "oil" / "pytorch_lora_weights.safetensors"), {}
+    for name, own in (("one", {"night": "{prompt}, at night"}), ("two", {"night": "night", "wood": "of wood"})):
+        phrase = ", ".join(words.replace("{prompt}, ", "") for words in own.values())
+        metadata = {"triggers": json.dumps(own), "trigger_words": phrase}
+        save_file(tensors | {key: value + len(own) for key, value in tensors.items()}, tmp_path / name, metadata)
+        (tmp_path / name).rename(tmp_path / f"{name}.safetensors")
+        loras = [place / "ink", tmp_path / f"{name}.safetensors"]
+        given = read(place / "model", loras, tmp_path / "o.safetensors", Options(resolution=32))
+        said[name] = given.triggers[name].words, [note for note in given.notes if "left out" not in note]
+    assert said["one"] == ("{prompt}, at night", [])
+    words, (note,) = said["two"]
+    assert words == "night, of wood"
+    assert note.startswith(
+        "two is a merged LoRA that holds 2, called by 'night' and by 'of wood'; here 'night, of wood'"
+    )
+
+
 # ----------------------------------------------------------------------------------------------- prompts and routes
 
 
@@ -100,6 +136,36 @@ def test_prompts(tmp_path):
     assert routes["oil"].rows == [("in a cup oil", "in a cup oil")]
     assert routes["ink + oil"].rows == [("INK, in a cup oil", "INK, in a cup oil")]
     assert routes[PLAIN].rows == [("a cup", "a cup")]
+
+
+def test_one_prompt_has_one_source(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cup\nink\ta cup\na dog\noil\ta fish\nink\ta fish\n")
+    with pytest.raises(UserError) as caught:
+        read_prompts(path, ["ink", "oil"])
+    said = str(caught.value)
+    assert "line 2: 'a cup' is of all LoRAs in line 1 and of ink here, and one prompt has one source" in said
+    assert "line 5: 'a fish' is of oil in line 4 and of ink here" in said
+
+
+def test_prompts_with_a_triggers_words_are_left_out(place, tmp_path):
+    path, output = tmp_path / "prompts.txt", tmp_path / "o.safetensors"
+    path.write_text("a cup by Night\na nightingale\na cup\noil\toil painting of a house at night\n")
+    options = Options(resolution=32, prompts=path, triggers=["ink={prompt}, night"])
+    given = read(place / "model", [place / "ink", place / "oil"], output, options)
+    assert given.prompts == Prompts(["a nightingale", "a cup"], {"oil": ["oil painting of a house at night"]})
+    (note,) = given.notes
+    assert note == "1 prompt has a trigger's words in it and is left out, for without a trigger the base is asked"
+    path.write_text("a night\n")
+    with pytest.raises(UserError, match="--prompts: every prompt has a trigger's words in it"):
+        read(place / "model", [place / "ink", place / "oil"], output, options)
+
+
+def test_no_look_stands_in_the_benchmarks_prompts(tmp_path):
+    """So that the merge benchmark asks the prompts that it always asked."""
+    prompts = read_prompts(_write_prompts(tmp_path / "prompts.txt"), [])
+    looks = {look: Trigger(look, True, "its file") for look in LOOKS}
+    assert without_triggers(prompts, looks) == (prompts, "")
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0c", "\x1e"])
@@ -183,6 +249,19 @@ def test_the_same_lora_twice_is_taken_once_and_said(place, tmp_path):
     assert given.triggers["ink"] == Trigger("ink", False, "its name")
 
 
+def test_a_lora_is_the_same_as_folder_and_as_file(place, tmp_path):
+    """By whatever name the one file of a folder has; and a checkpoint by what its extraction is of."""
+    folder, options = tmp_path / "one", Options(resolution=32)
+    folder.mkdir()
+    file = (place / "ink" / "pytorch_lora_weights.safetensors").rename(folder / "other.safetensors")
+    try:
+        given = read(place / "model", [folder, file, place / "oil"], tmp_path / "o.safetensors", options)
+    finally:
+        file.rename(place / "ink" / "pytorch_lora_weights.safetensors")
+    assert list(given.paths) == ["one", "oil"]
+    assert given.notes[0].startswith(f"{file} is the same LoRA as {folder}, and taken once")
+
+
 def test_weights_and_the_configuration(place, tmp_path):
     options = Options(resolution=32, weights=["ink=0.5"], rank="auto", triggers=["ink=INK"])
     given = read(place / "model", [place / "ink", place / "oil"], tmp_path / "o.safetensors", options)
@@ -246,13 +325,28 @@ def test_all_mistakes_are_told_at_once(place, tmp_path):
         ({"base": "oil"}, r"--base: .*model_index\.json"),
         ({"triggers": ["ink=Oil painting"]}, "both called by 'oil painting'"),
         ({"triggers": ["ink={style}"]}, r"--trigger ink: \{style\} is not known"),
-        ({"layout": "none"}, "--layout none: not written for sd3; give diffusers or peft or comfyui or kohya"),
+        ({"layout": "none"}, "--layout none: not written for sd3; give diffusers or comfyui or kohya"),
+        ({"layout": "peft"}, "--layout peft: not written for sd3; give diffusers or comfyui or kohya"),
     ],
 )
 def test_one_mistake(place, tmp_path, given, message):
     base, loras = place / given.pop("base", "model"), [place / name for name in given.pop("loras", ["ink", "oil"])]
     with pytest.raises(UserError, match=message):
         read(base, loras, tmp_path / "out.safetensors", Options(resolution=32, **given))
+
+
+def test_the_output_takes_no_inputs_place(place, tmp_path):
+    file = place / "oil" / "pytorch_lora_weights.safetensors"
+    before, options = file.read_bytes(), Options(resolution=32)
+    for output, message in (
+        (file, "is an input, which it would overwrite"),
+        (place / "oil" / ".." / "oil" / file.name, "is an input, which it would overwrite"),
+        (place / "ink" / "new.safetensors", f"lies in {place / 'ink'}, which is an input"),
+        (place / "model" / "new.safetensors", f"lies in {place / 'model'}, which is an input"),
+    ):
+        with pytest.raises(UserError, match=f"-o {output}: {message}"):
+            read(place / "model", [place / "ink", file], output, options)
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("one_file", [False, True])
@@ -274,6 +368,18 @@ def test_a_checkpoint_is_taken_as_what_it_changed(place, tmp_path, one_file):
     for name, (a, b, scale) in given.loras["anime"].items():
         down, up, own = change[name]
         torch.testing.assert_close(scale * b @ a, 0.5 * own * up @ down, atol=1e-5, rtol=1e-4)
+    name, layer = "anime", next(iter(change))
+    given = read(place / "model", [place / "ink", path], output, Options(resolution=32, weights=[f"{name}:{layer}=0"]))
+    assert {key for key, (_, _, scale) in given.loras["anime"].items() if not scale} == {layer}
+    with pytest.raises(UserError, match="no layer of anime is called so"):
+        read(place / "model", [place / "ink", path], output, Options(resolution=32, weights=["anime:none=0"]))
+    if not one_file:
+        (tmp_path / "whole").mkdir()
+        shutil.copy(place / "model" / "model_index.json", tmp_path / "whole")
+        shutil.copytree(path, tmp_path / "whole" / "transformer")
+        given = read(place / "model", [place / "ink", path, tmp_path / "whole"], output, options)
+        assert list(given.paths) == ["ink", "anime"]
+        assert given.notes.pop(0).startswith(f"{tmp_path / 'whole'} is the same LoRA as {path}")
     (note,) = given.notes
     assert note.startswith("anime: a checkpoint, taken as a LoRA of rank 64 at most that keeps 100.0 % of the squared")
     assert "1 norms and biases differ too" in note
@@ -313,6 +419,8 @@ def test_a_weight_of_some_layers(place, tmp_path):
     with pytest.raises(UserError, match=r"no layer of ink is called so; there is transformer_blocks") as caught:
         read(place / "model", loras, output, Options(resolution=32, weights=["ink:blocks=1", "inc:*=1"]))
     assert "no LoRA 'inc'; did you mean 'ink'?" in str(caught.value)
+    with pytest.raises(UserError, match="all layers that ink changes have weight 0; leave ink out"):
+        read(place / "model", loras, output, Options(resolution=32, weights=["ink:*=0"]))
 
 
 def test_a_lora_of_full_rank_does_not_set_the_rank(place, tmp_path):

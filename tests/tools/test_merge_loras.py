@@ -1,7 +1,10 @@
 """merge-loras: from two LoRAs to one adapter of the size of one that is nearer to both than their mean."""
 
+import html
 import json
 import os
+import re
+import shlex
 import signal
 from html.parser import HTMLParser
 
@@ -22,7 +25,7 @@ from danceopd.models.lora_algebra import average
 from danceopd.models.lora_files import load_lora, save_lora
 from danceopd.models.shared_base import SharedBase
 from danceopd.tools.merge_loras.compare import AVERAGE, BASE, MERGED, Results, judge, shares_of
-from danceopd.tools.merge_loras.gaps import GROWTH, Gaps, settled
+from danceopd.tools.merge_loras.gaps import GROWTH, Gaps, mean_share, settled
 from danceopd.tools.merge_loras.prompts import PLAIN, Route
 
 SD3, STEPS = diffusers.StableDiffusion3Pipeline, 2
@@ -79,11 +82,13 @@ def interrupting(measure):
 def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     output = tmp_path / "merged.safetensors"
     learn = "training.learning_rate=4e-2"
+    assert main(command(place, output, "--dry-run", "--weight", "ink:*.to_q=0.5", learn)) == 0
+    assert "time: by a forward that the run itself times" in capsys.readouterr().err
     assert main(command(place, output, "--dry-run", learn)) == 0
     assert list(tmp_path.iterdir()) == []
     said = capsys.readouterr().err
     assert "ink: rank 2, weight 1, called by 'INK' (--trigger)" in said
-    assert "memory, an estimate: " in said
+    assert "memory, an estimate without activations: " in said
     line = command(place, output, "--steps", "40", "--patience", "0", learn)
     with monkeypatch.context() as patched:
         patched.setattr(Gaps, "__call__", interrupting(Gaps.__call__))
@@ -93,12 +98,14 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert "going on from step 6" in said.out
     assert "gap closed: no trigger" in said.err
-    assert "time, a prediction: " in said.err
+    assert "result: rank 2; at most 34 more updates of 8 samples" in said.err
+    assert re.search(r"time, a prediction: .* for 34 updates, 17 scorings and the comparison", said.err)
     assert "memory, an estimate: " in said.err
     for row in ("base", "ink", "oil", "plain average", "PEFT's", "this merge"):
         assert f"\n  {row} " in said.out, row
 
-    results = json.loads((tmp_path / "merged.work" / "results.json").read_text())
+    results = json.loads((tmp_path / "merged.work" / "rank-2" / "comparison.json").read_text())
+    assert results["samples"] == dict.fromkeys(results["routes"], 4)
     assert results["routes"] == [PLAIN, "ink", "oil", "ink + oil"]
     assert results["shares"][BASE] == {PLAIN: 1.0, "ink": 0.0, "oil": 0.0, "ink + oil": 0.0}
     assert results["shares"]["ink"]["ink"] == results["shares"]["oil"]["oil"] == 1.0
@@ -124,10 +131,20 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
         metadata = file.metadata()
     assert metadata["modelspec.trigger_phrase"] == metadata["trigger_words"] == "INK, ???"
     assert json.loads(metadata["triggers"]) == TRIGGERS
+    # The page's command for ComfyUI gives the same words, though no LoRA's own file has any.
+    page = (tmp_path / "merged.html").read_text()
+    (line,) = [html.unescape(text) for text in page.splitlines() if "danceopd export" in text]
+    words = shlex.split(line.partition('<pre class="wrap">')[2])
+    words[words.index("-o") + 1] = str(tmp_path / "comfyui_lora")
+    assert main(words[1:]) == 0
+    with safe_open(tmp_path / "comfyui_lora" / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        assert file.metadata()["trigger_words"] == "INK, ???"
+    card = (tmp_path / "comfyui_lora" / "README.md").read_text()
+    assert "# model: ink + oil\n" in card
+    assert "Words that call it in a prompt: INK, ???." in card
     pipeline = SD3.from_pretrained(place / "model")
     pipeline.load_lora_weights(tmp_path, weight_name="merged.safetensors")
     assert pipeline.get_active_adapters()
-    page = (tmp_path / "merged.html").read_text()
     pictures = Pictures(page).found
     assert len(pictures) == 2 * 3 + 3 * 2 * 4  # what is wanted without a trigger is the base
     assert all(inside for _, inside in pictures)
@@ -145,11 +162,12 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
         lora = {layer: (a, b, 0.05) for layer, (a, b, _) in lora.items()}
         save_lora(lora, tmp_path / name, diffusers.FluxPipeline)
     (tmp_path / "prompts.txt").write_text("a cup\na car\n")
-    asked, original = set(), flux.velocity
+    asked, evaluated, original = set(), [], flux.velocity
 
     def velocity(*args):
         if isinstance(args[-1], torch.Tensor):  # not while memory is counted
             asked.update(args[-1].tolist())
+            evaluated.append(len(args[-1]))
         return original(*args)
 
     monkeypatch.setattr(flux, "velocity", velocity)
@@ -161,7 +179,7 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
     assert "WORSE than the plain average" in said.out
     assert "Do not use it as it is. Train longer" in said.out
     assert "oil: no file says which words call it" in said.err
-    shares = json.loads((tmp_path / "out.work" / "results.json").read_text())["shares"]
+    shares = json.loads((tmp_path / "out.work" / "rank-1" / "comparison.json").read_text())["shares"]
     assert shares["oil"]["oil"] == pytest.approx(1.0)  # the LoRA hears no word that it does not know
     assert asked == {3.5}
     run = tmp_path / "out.work" / "rank-1"
@@ -170,12 +188,43 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
     assert {source["guidance_scale"] for source in networks} == {1.0}
     records = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "evaluation" in record] == [0, 1]  # it did not grow
-    whole = load_lora(run / "student", empty_transformer(model), diffusers.FluxPipeline)
-    back = load_lora(output, empty_transformer(model), diffusers.FluxPipeline)
+    flux_model = empty_transformer(model), diffusers.FluxPipeline
+    whole = load_lora(run / "student", *flux_model)
+    back = load_lora(output, *flux_model)
     with safe_open(output, framework="pt") as file:
         assert all(key.startswith("lora_unet_") for key in file.keys())  # noqa: SIM118
     for name, (a, b, scale) in whole.items():
         torch.testing.assert_close(back[name][2] * back[name][1] @ back[name][0], scale * b @ a)
+    # It is finished, and so the comparison is all that is left: of as many evaluations as are said.
+    evaluated.clear()
+    assert main(line) == 1
+    (said,) = re.findall(r"at most 0 more updates of 8 samples, .* each; ([\d,]+) in all", capsys.readouterr().err)
+    beside = 2 * 4 + 2 * 3  # two timed forwards; and student and source of each route, as a training begins
+    assert sum(evaluated) - beside == int(said.replace(",", ""))
+    # A run goes on with what it began with, and nothing is encoded for another.
+    monkeypatch.setattr(flux, "text_encoder", lambda *_: 1 / 0)
+    for more, what in (
+        (["--trigger", "oil=OIL"], "--prompts, --trigger or --no-pairs differ"),
+        (["--weight", "oil=0.5"], "--weight differs"),
+        (["--weight", "oil:*.to_q=0.5"], "--weight differs"),
+        (["--guidance-scale", "2"], "--guidance-scale differs"),
+    ):
+        assert main([*line, *more]) == 2
+        said = capsys.readouterr().err
+        assert f"{what} from the run in {tmp_path / 'out.work' / 'rank-1'}: give --work OTHER, or --overwrite" in said
+    # What another run has written stays; what the run itself wrote is written again.
+    written = output.read_bytes()
+    other = ["2" if text == "1" and line[i - 1] == "--rank" else text for i, text in enumerate(line)]
+    assert main(other) == 2
+    said = f"-o {output}: {output} is there, and the run in {tmp_path / 'out.work' / 'rank-2'} did not write it"
+    assert said in capsys.readouterr().err
+    assert output.read_bytes() == written
+    assert main([*line, "--dry-run"]) == 0
+    # The plain merge that is as good lies beside it.
+    plain = load_lora(tmp_path / "out.peft.safetensors", *flux_model)
+    assert plain.keys() == {layer for name in ("ink", "oil") for layer in load_lora(tmp_path / name, *flux_model)}
+    with safe_open(tmp_path / "out.peft.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["triggers"]) == {"ink": "INK"}
 
 
 def test_what_is_wrong_is_said_before_anything_is_encoded(place, tmp_path, monkeypatch, capsys):
@@ -210,12 +259,21 @@ def test_the_average_is_the_mean_of_what_they_add(place):
     ],
 )
 def test_it_ends_where_nothing_grows(means, patience, ends):
-    assert settled([{"a": x + 0.1, "b": x - 0.1} for x in means], patience) is ends
+    assert settled([{"a": x + 0.1, "b": x - 0.1} for x in means], patience, {"a": 1, "b": 1}) is ends
+
+
+def test_the_mean_is_by_what_is_sampled_and_no_column_rules_it():
+    weights = {"ink": 0.4, "oil": 0.4, "ink + oil": 0.2}
+    assert mean_share({"ink": 0.5, "oil": 1.0, "ink + oil": 0.0}, weights) == pytest.approx(0.6)
+    assert mean_share({"ink": 0.5, "oil": 0.5, "ink + oil": -6.3}, weights) == pytest.approx(0.2)
+    scores = [{"ink": x, "oil": x, "ink + oil": y} for x, y in ((0.1, -2.0), (0.3, -5.0), (0.3, -1.1))]
+    assert not settled(scores[:2], 1, weights)
+    assert settled(scores, 1, weights)
 
 
 def results(average: dict, best: dict, ours: dict) -> Results:
     shares = {BASE: dict.fromkeys(ours, 0.0), AVERAGE: average, "PEFT's ties at 0.8": best, MERGED: ours}
-    found = Results(list(ours), {}, shares, "PEFT's ties at 0.8", 4)
+    found = Results(list(ours), {}, shares, "PEFT's ties at 0.8", dict.fromkeys(ours, 1.0), dict.fromkeys(ours, 4))
     judge(found)
     return found
 
@@ -232,6 +290,21 @@ def test_the_verdict():
     assert better.better
     assert better.verdict.startswith("Better than any plain merge")
     assert "On oil the plain average is nearer" in better.verdict
+    assert [one.enough for one in (worse, enough, better)] == [True, True, False]
+
+
+def test_a_failed_training_is_not_called_fine():
+    far = results({"ink": 0.2, "oil": 0.2}, {"ink": 0.6, "oil": 0.6}, {"ink": 0.3, "oil": 0.3})
+    assert not far.better
+    assert far.verdict.startswith("FAR BELOW PEFT's ties at 0.8, which needs no training: this merge closes 30 %")
+    assert "Train longer" in far.advice
+    assert "Or take PEFT's ties at 0.8. It lies beside the result" in far.advice
+    base = results({"ink": -1.0, "oil": -1.0}, {"ink": -0.5, "oil": -0.5}, {"ink": -0.5, "oil": -0.6})
+    assert not base.better
+    assert not base.enough  # PEFT's best is below the base too
+    assert base.verdict.startswith("WORSE than the base: this merge closes -55 %")
+    assert "peft" not in base.advice
+    assert not results({"ink": 0.2}, {"ink": 0.3}, {"ink": float("nan")}).better
 
 
 def test_shares_of_the_gap():

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from danceopd.cli.parser import build_parser
 from danceopd.models.lora_merges import KEPT
 from danceopd.tools.merge_loras import Options, merge_loras
+from danceopd.tools.merge_loras.counts import SCORINGS
 from danceopd.tools.merge_loras.gaps import GROWTH
 from danceopd.tools.merge_loras.prompts import BASE, PAIRS
-from danceopd.tools.merge_loras.run import SCORINGS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "merging.md").read_text(encoding="utf-8")
 

@@ -46,6 +46,11 @@ def check_checkpoint(path: Path, empty: nn.Module) -> Path:
     return path
 
 
+def digest_of(path: Path) -> str:
+    """Names the content of a checkpoint, a folder or one file."""
+    return sample(path if path.is_file() else transformer_folder(path))
+
+
 def extracted(path: Path, base: Path, empty: nn.Module, pipeline_class: type, work: Path) -> tuple[Path, Lora, str]:
     """Makes a LoRA of what a checkpoint changed of its base, once; it stays in the folder of the work.
 
@@ -62,7 +67,7 @@ def extracted(path: Path, base: Path, empty: nn.Module, pipeline_class: type, wo
     Raises:
         UserError: It changes no linear layer.
     """
-    digest = sample(path if path.is_file() else transformer_folder(path))
+    digest = digest_of(path)
     folder, said = work / "checkpoints" / digest, work / "checkpoints" / f"{digest}.txt"
     if not ((folder / FILES[1]).is_file() and said.is_file()):
         own = of_folder(path) if path.is_dir() else _of_file(path, base, empty)

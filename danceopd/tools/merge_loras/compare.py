@@ -1,7 +1,7 @@
 """Compares a merge with its base, its LoRAs, their average and the best of PEFT's merges, and says what came of it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import mean
 
 import torch
@@ -16,23 +16,21 @@ from danceopd.models.students import LoraStudent
 from danceopd.support.bars import bar
 from danceopd.support.pictures import to_uint8
 from danceopd.tools.merge_loras.configuration import HEARD, heard_otherwise
-from danceopd.tools.merge_loras.gaps import Gaps, empty
-from danceopd.tools.merge_loras.given import Given
+from danceopd.tools.merge_loras.counts import SHOWN, samples_of
+from danceopd.tools.merge_loras.gaps import Gaps, empty, mean_share, weights_of
+from danceopd.tools.merge_loras.given import PLAIN_MERGE, Given
 from danceopd.tools.merge_loras.prompts import Route
-from danceopd.tools.model_report import HELD_OUT, SAMPLES, held_out
+from danceopd.tools.model_report import HELD_OUT, held_out
+from danceopd.tools.model_report import SAMPLES as HELD
 from danceopd.training.assembly.build import build_model
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.assembly.starts import begin
 
 BASE, AVERAGE, MERGED = "base", "plain average", "this merge"
 
-COMPARED = 16  # samples that errors are measured on, shared out among the routes
-
-MOST = 4  # of them of one route
-
-SHOWN = 2  # of a route in the page
-
 TIE = 0.01  # of the mean share, within which two are as good
+
+FAR = 0.1  # of the mean share, by which a training that went well is not below a plain merge
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,12 @@ class Results:
         shares: {who: {route: share of the gap between the base and the source that is closed}}; of prompts that keep
             the base the gap is what the LoRAs change there.
         best: The best of PEFT's merges, as a row of `shares`.
+        weights: The routes' shares of the samples, to scale; means are by them.
         samples: Of each route.
-        better: Whether the merge is at least as good as the plain average, in the mean over routes.
+        merge: What the best of PEFT's merges adds.
+        better: Whether the merge is at least as good as the base and the plain average, in the mean of the
+            shares, and not far below the best of PEFT's merges.
+        enough: Whether the best of PEFT's merges is as good as the merge, and at least as good as the base.
         verdict: A sentence or two.
         advice: What to do, where it is not.
     """
@@ -70,23 +72,26 @@ class Results:
     errors: dict[str, dict[str, float]]
     shares: dict[str, dict[str, float]]
     best: str
-    samples: int
+    weights: dict[str, float]
+    samples: dict[str, int]
+    merge: Lora = field(default_factory=dict)
     better: bool = True
+    enough: bool = False
     verdict: str = ""
     advice: str = ""
     drawn: list[Drawn] = field(default_factory=list)
 
     def plain(self) -> dict:
-        """Returns all but the pictures, as JSON takes it."""
-        values = asdict(self)
-        del values["drawn"]
-        return values
+        """Returns all but the pictures and the plain merge, as JSON takes it."""
+        return asdict(replace(self, drawn=[], merge={}))
 
     def table(self) -> list[list[str]]:
         """Returns the shares as text: a head, and a row for each of those that are compared, its mean first."""
         lines = [["", "mean", *self.routes]]  # of a narrow screen the right edge is out of sight
         for who, shares in self.shares.items():
-            lines.append([who, percent(mean(shares.values())), *(percent(shares[route]) for route in self.routes)])
+            lines.append(
+                [who, percent(mean_share(shares, self.weights)), *(percent(shares[route]) for route in self.routes)]
+            )
         return lines
 
 
@@ -119,14 +124,14 @@ def compare(config: Config, given: Given, routes: Sequence[Route], merged: Lora)
     config = config.model_copy(update={"student": student})
     parts = build_model(config)
     slot, names = parts.student.eval(), [route.name for route in routes]
-    samples = max(1, min(MOST, COMPARED // len(routes)))
+    samples = samples_of(config)
     gaps = Gaps(config, parts, 1)
     best, found = best_merge(gaps, slot, loras)
     candidates = {BASE: {}, **given.loras, AVERAGE: average(loras), best: found, MERGED: merged}
-    batches = [held_out(config, parts, m)[:samples] for m in range(len(routes))]
+    batches = [held_out(config, parts, m)[: samples[name]] for m, name in enumerate(names)]
     errors: dict[str, dict[str, float]] = {}
     drawn: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
-    shown = [(m, i) for m in range(len(routes)) for i in range(min(samples, SHOWN))]
+    shown = [(m, i) for m, name in enumerate(names) for i in range(min(samples[name], SHOWN))]
     for who, lora in bar(list(candidates.items()), "comparing", unit="merge"):
         place(slot, lora)
         own = gaps.field(slot)
@@ -148,7 +153,9 @@ def compare(config: Config, given: Given, routes: Sequence[Route], merged: Lora)
         Drawn(names[m], prompts[m][i], {who: to_uint8(decode(latents)[0]) for who, latents in own.items()})
         for (m, i), own in drawn.items()
     ]
-    results = Results(names, errors, shares_of(errors, routes), best, samples, drawn=pictures)
+    results = Results(
+        names, errors, shares_of(errors, routes), best, weights_of(config), samples, found, drawn=pictures
+    )
     judge(results)
     return results
 
@@ -168,7 +175,7 @@ def best_merge(gaps: Gaps, slot: LoraStudent, loras: Sequence[Lora]) -> tuple[st
     kinds = {f"PEFT's {kind} at {weight:g}": (kind, weight) for kind in COMBINATIONS for weight in WEIGHTS}
     for name, (kind, weight) in bar(list(kinds.items()), "looking for PEFT's best merge", unit="merge"):
         place(slot, combined(loras, kind, [weight] * len(loras)))
-        found[name] = mean(gaps(slot).values())
+        found[name] = mean_share(gaps(slot), gaps.weights)
     best = max(found, key=found.get)
     kind, weight = kinds[best]
     return best, combined(loras, kind, [weight] * len(loras))
@@ -187,7 +194,7 @@ def _sampled(own, one, config: Config) -> torch.Tensor:
 def _prompts_of(config: Config, parts: Parts, m: int, route: Route) -> list[str]:
     """Lists the prompts of the samples that model_report.held_out draws of route number m."""
     data, seed = parts.samples.groups[0].data[m], config.evaluation.seed
-    at = parts.samples.rows_at(torch.arange(SAMPLES), len(data), seed, HELD_OUT, m)
+    at = parts.samples.rows_at(torch.arange(HELD), len(data), seed, HELD_OUT, m)
     return [route.rows[int(data.rows[i]["id"].rpartition(" ")[2])][0] for i in at]
 
 
@@ -212,26 +219,33 @@ def shares_of(errors: dict[str, dict[str, float]], routes: Sequence[Route]) -> d
 
 
 def judge(results: Results) -> None:
-    """Says whether the merge is better than the plain average and than PEFT's best, and what to do where it is not."""
-    means = {who: mean(shares.values()) for who, shares in results.shares.items()}
-    ours, plain, best = means[MERGED], means[AVERAGE], means[results.best]
+    """Says whether the merge is better than base, plain average and PEFT's best, and what to do where it is not."""
+    means = {who: mean_share(shares, results.weights) for who, shares in results.shares.items()}
+    ours, best = means[MERGED], means[results.best]
     own, others = results.shares[MERGED], results.shares[AVERAGE]
-    worse = [route for route in results.routes if own[route] < others[route] - TIE]
-    results.better = ours >= plain
+    nearer = [route for route in results.routes if own[route] < others[route] - TIE]
+    worse = [f"the {who}" for who in (AVERAGE, BASE) if not ours >= means[who]]  # also where it is not a number
+    results.better = not worse and ours >= best - FAR
+    results.enough = best >= means[BASE] and not ours > best + TIE
+    beside = f"It lies beside the result, as OUTPUT{PLAIN_MERGE}."
     closed = (
-        f"closes {percent(ours)} of the gaps ({results.best}: {percent(best)}, the plain average: {percent(plain)})"
+        f"this merge closes {percent(ours)} of the gaps ({results.best}: {percent(best)}, the plain average: "
+        f"{percent(means[AVERAGE])}, the base: {percent(means[BASE])})."
     )
-    if not results.better:
-        results.verdict = f"WORSE than the plain average: this merge {closed}."
+    if results.better and results.enough:
+        enough = f"No better than {results.best}, which needs no training: a plain merge is enough. {beside}"
+        results.verdict = f"{enough} T{closed[1:]}"
+    elif results.better:
+        results.verdict = f"Better than any plain merge that was tried: {closed}"
+    else:
+        below = f"FAR BELOW {results.best}, which needs no training"
+        results.verdict = f"{'WORSE than ' + ' and '.join(worse) if worse else below}: {closed}"
         results.advice = (
             "Do not use it as it is. Train longer (--steps, --patience 0), with a lower rate "
             "(training.learning_rate=1e-4) or larger batches (training.batch_size=8); give it more room (--rank auto, "
             "or a number); or ask prompts nearer to what the LoRAs are for (--prompts)."
         )
-    elif ours <= best + TIE:
-        enough = f"No better than {results.best}, which needs no training: a plain merge is enough."
-        results.verdict = f"{enough} This merge {closed}."
-    else:
-        results.verdict = f"Better than any plain merge that was tried: this merge {closed}."
-    if results.better and worse:
-        results.verdict += f" On {', '.join(worse)} the plain average is nearer; train longer if that matters."
+        if results.enough:
+            results.advice += f" Or take {results.best}. {beside}"
+    if results.better and nearer:
+        results.verdict += f" On {', '.join(nearer)} the plain average is nearer; train longer if that matters."

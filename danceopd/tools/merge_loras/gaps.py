@@ -1,5 +1,6 @@
 """How much of the gap between the base and each source a student has closed, cheaply, at states that stay the same."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from danceopd.training.assembly.parts import Parts
 from danceopd.training.rows import Rows, in_parts
 
 GROWTH = 0.005  # of the mean share, that counts as growth
+
+LEAST = -1.0  # a share counts as no less in a mean, so that one column that is far off does not rule all others
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Gaps:
     """
 
     def __init__(self, config: Config, parts: Parts, samples: int):
-        self.config, self.parts = config, parts
+        self.config, self.parts, self.weights = config, parts, weights_of(config)
         self.rows = Rows(max(1, config.training.batch_size // config.training.gradient_accumulation_steps))
         self.sources = [within(field, lambda network: in_parts(network, self.rows)) for field in parts.fields]
         base, names = self.field(base_of(parts.student)), list(config.capabilities)
@@ -109,9 +112,20 @@ def empty(student: LoraStudent) -> None:
         student.factors_of(name)[1].zero_()
 
 
-def settled(scores: list[dict[str, float]], patience: int) -> bool:
+def weights_of(config: Config) -> dict[str, float]:
+    """Returns the routes' shares of the samples, to scale."""
+    return {name: capability.weight for name, capability in config.capabilities.items()}
+
+
+def mean_share(shares: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Returns the mean of the routes' shares, in which each counts as it is sampled, and none as less than LEAST."""
+    total = sum(weights[name] for name in shares)
+    return sum(weights[name] * (LEAST if share < LEAST else share) for name, share in shares.items()) / total
+
+
+def settled(scores: list[dict[str, float]], patience: int, weights: Mapping[str, float]) -> bool:
     """Tells whether the mean share has not grown by more than GROWTH in the last `patience` scorings."""
-    means = [sum(score.values()) / len(score) for score in scores]
+    means = [mean_share(score, weights) for score in scores]
     return 0 < patience < len(means) and max(means[-patience:]) <= max(means[:-patience]) + GROWTH
 
 

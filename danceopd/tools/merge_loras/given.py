@@ -14,7 +14,7 @@ from torch import nn
 from danceopd.data.prepare import length_of_prompts
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.lora_algebra import Lora
-from danceopd.models.lora_files import FILES, load_lora, save_lora
+from danceopd.models.lora_files import FILES, load_lora, lora_file, save_lora
 from danceopd.models.lora_layouts import layouts_of
 from danceopd.models.lora_merges import automatic_rank
 from danceopd.models.weights import of_folder
@@ -22,12 +22,14 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import check_writable
 from danceopd.support.hints import did_you_mean
 from danceopd.support.hub import hub_name, located
-from danceopd.tools.merge_loras.checkpoints import check_checkpoint, extracted, is_checkpoint
-from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, read_prompts
-from danceopd.tools.merge_loras.triggers import Trigger, trigger_of
+from danceopd.tools.merge_loras.checkpoints import check_checkpoint, digest_of, extracted, is_checkpoint
+from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, read_prompts, without_triggers
+from danceopd.tools.merge_loras.triggers import Trigger, metadata_of, trigger_of, triggers_in
 from danceopd.training.assembly.parts import Problems
 
 RESERVED = ("base", PLAIN, "merge", "student")  # what the run and the tables call otherwise
+
+PLAIN_MERGE = ".peft.safetensors"  # the ending of the file of PEFT's best merge, beside the result
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Given:
 
 
 # Long: each mistake is noted, and the rest is still looked at.
-def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> Given:
+def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work: Path | None = None) -> Given:
     """Reads and checks all that a merge needs, before anything is encoded.
 
     Args:
@@ -105,6 +107,7 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
         loras: Files, folders or ids of the hub.
         output: The .safetensors file to write.
         options: The rest.
+        work: Where LoRAs are written that are made of checkpoints and of weighed layers; the work folder if not given.
 
     Returns:
         What was read.
@@ -127,10 +130,11 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
         attempt("--resolution", backbone.latent_shape, base, options.resolution, options.resolution)
         attempt("--max-sequence-length", length_of_prompts, options.max_sequence_length, backbone, base)
         family = backbone.__name__.rpartition(".")[2]
-        others = layouts_of(family)
+        others = [layout for layout in layouts_of(family) if layout != "peft"]  # which is a folder
         if options.layout not in others:
             problems.append(f"--layout {options.layout}: not written for {family}; give {' or '.join(others)}")
     paths = _paths(loras, attempt, notes)
+    problems += _in_the_way(output, base, paths)
     read_loras = {}
     checkpoints = [name for name, path in paths.items() if is_checkpoint(path)]
     for name, path in paths.items() if empty is not None else ():
@@ -142,9 +146,12 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
     whole = [text for text in options.weights if text not in of_layers]
     texts = _assigned("--weight", whole, paths, problems)
     numbers = {name: attempt(f"--weight {name}={text}", _weight, text) for name, text in texts.items()}
-    layered = _layered(of_layers, read_loras, problems)
-    triggers = _triggers(options, paths, problems)
+    _layered(of_layers, read_loras, paths, problems)
+    triggers = _triggers(options, paths, problems, notes)
     prompts = attempt("--prompts", read_prompts, options.prompts or SHIPPED, list(paths))
+    if prompts is not None:
+        prompts, line = attempt("--prompts", without_triggers, prompts, triggers) or (prompts, "")
+        notes += [line] if line else []
     if options.steps < 1:
         problems.append("--steps: must be at least 1")
     if options.patience < 0:
@@ -153,12 +160,13 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
         problems.append("--rank: must be at least 1, or auto")
     if len(paths) < 2:
         problems.append("; ".join(["a merge needs two LoRAs at least, name their files one after another", *notes]))
-    if problems:
-        raise UserError("\n  ".join(["these LoRAs cannot be merged yet:", *(_one_line(line) for line in problems)]))
-    work = options.work or output.with_suffix(".work")
+    _stop(problems)
+    work = work or options.work or output.with_suffix(".work")
     for name in checkpoints:
         paths[name], read_loras[name], line = extracted(paths[name], base, empty, pipeline_class_of(base), work)
         notes.append(f"{name}: {line}")
+    layered = _layered(of_layers, read_loras, paths, problems)  # of checkpoints too, whose layers are known now
+    _stop(problems)
     for name, lora in layered.items():
         content = hashlib.blake2b(json.dumps([_content(paths[name]), *of_layers]).encode(), digest_size=8).hexdigest()
         paths[name], read_loras[name] = work / "weighted" / f"{name}-{content}", lora
@@ -169,7 +177,10 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
         for name in paths
     }
     if prompts.twice:
-        notes.append(f"{prompts.twice} lines of {options.prompts or SHIPPED} stand there twice and are taken once")
+        lines = "1 line" if prompts.twice == 1 else f"{prompts.twice} lines"
+        notes.append(
+            f"{lines} of {options.prompts or SHIPPED} stood there before, and what is there twice is taken once"
+        )
     rank = options.rank
     full = [
         name for name, lora in weighted.items() if any(len(a) >= min(len(b), len(a[0])) for a, b, _ in lora.values())
@@ -181,6 +192,24 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options) -> G
     elif rank is None:
         rank = max(len(a) for lora in weighted.values() for a, _, _ in lora.values())
     return Given(base, backbone, empty, paths, triggers, weights, weighted, prompts, rank, notes)
+
+
+def _in_the_way(output: Path, base: Path | None, paths: dict[str, Path]) -> list[str]:
+    """Says where the file to write would take an input's place, or lie among the files of a model or LoRA."""
+    file, found = output.resolve(), []
+    beside = file.with_suffix(PLAIN_MERGE)
+    for path in filter(None, (base, *paths.values())):
+        if path.is_file() and path.resolve() in (file, beside):
+            found.append(f"-o {output}: is an input, which it would overwrite; give another file")
+        elif path.is_dir() and file.is_relative_to(path.resolve()):
+            found.append(f"-o {output}: lies in {path}, which is an input; give a file elsewhere")
+    return found
+
+
+def _stop(problems: Problems) -> None:
+    """Raises a UserError that lists what is wrong, if anything is."""
+    if problems:
+        raise UserError("\n  ".join(["these LoRAs cannot be merged yet:", *(_one_line(line) for line in problems)]))
 
 
 def _one_line(problem: str) -> str:
@@ -216,11 +245,14 @@ def _paths(given: Sequence[Path], attempt: Callable, notes: list[str]) -> dict[s
 
 
 def _content(path: Path) -> str:
-    """Names the content of a file, or of the LoRA in a folder; of what is not there its path."""
-    files = [path] if path.is_file() else [path / name for name in FILES if (path / name).is_file()]
-    if not files:
+    """Names the content of a checkpoint, or of a LoRA's file wherever it lies; of what is neither its path."""
+    if is_checkpoint(path):
+        return digest_of(path)
+    try:
+        path = lora_file(path)
+    except UserError:  # said where it is read
         return str(path.resolve())
-    with open(files[0], "rb") as file:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -283,26 +315,29 @@ def _weight(text: str, least: float = 1e-6) -> float:
     return weight
 
 
-def _layered(given: Sequence[str], loras: dict[str, Lora | None], problems: Problems) -> dict[str, Lora]:
-    """Weighs the layers of LoRAs by their names."""
+def _layered(given: Sequence[str], loras: dict[str, Lora | None], names: dict, problems: Problems) -> dict[str, Lora]:
+    """Weighs the layers of LoRAs by their names; those of a LoRA that is not read yet are left out."""
     found: dict[str, Lora] = {}
     for text in given:
         place, _, number = text.partition("=")
         name, _, pattern = place.partition(":")
         lora = found.get(name) or loras.get(name)
         weight = problems.attempt(f"--weight {text}", _weight, number, 0.0)
+        if name not in names:
+            problems.append(f"--weight {text}: no LoRA {name!r}{did_you_mean(name, names)}")
         if lora is None or weight is None:
-            if name not in loras:
-                problems.append(f"--weight {text}: no LoRA {name!r}{did_you_mean(name, loras)}")
             continue
         named = [layer for layer in lora if fnmatchcase(layer, pattern)]
         if not named:
             problems.append(f"--weight {text}: no layer of {name} is called so; there is {next(iter(lora))}")
         found[name] = lora | {layer: (*lora[layer][:2], lora[layer][2] * weight) for layer in named}
+    for name, lora in found.items():
+        if not any(a.any() and b.any() and scale for a, b, scale in lora.values()):
+            problems.append(f"--weight: all layers that {name} changes have weight 0; leave {name} out")
     return found
 
 
-def _triggers(options: Options, paths: dict[str, Path], problems: Problems) -> dict[str, Trigger]:
+def _triggers(options: Options, paths: dict[str, Path], problems: Problems, notes: list[str]) -> dict[str, Trigger]:
     """Finds what calls each LoRA; two cannot be called by the same words."""
     given = _assigned("--trigger", options.triggers, paths, problems)
     found: dict[str, Trigger] = {}
@@ -310,6 +345,11 @@ def _triggers(options: Options, paths: dict[str, Path], problems: Problems) -> d
         trigger = problems.attempt(f"--trigger {name}", trigger_of, name, path, given.get(name))
         if trigger is None:
             continue
+        if name not in given and len(own := triggers_in(metadata_of(path))) > 1:
+            notes.append(
+                f"{name} is a merged LoRA that holds {len(own)}, called by {' and by '.join(map(repr, own.values()))}; "
+                f"here {trigger.words!r} calls all of them at once, and --trigger {name}=WORDS one of them"
+            )
         for other, earlier in found.items():
             if trigger.words and trigger.call("").casefold() == earlier.call("").casefold():
                 problems.append(

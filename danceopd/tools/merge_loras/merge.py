@@ -1,5 +1,6 @@
 """From several LoRAs to one: reads them, trains, compares, and writes the file and its page."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -11,18 +12,21 @@ from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
 from danceopd.data.prepare import prepare
 from danceopd.models.backbones import pipeline_class_of
+from danceopd.models.lora_algebra import Lora
 from danceopd.models.lora_files import FILES, add_metadata, load_lora
 from danceopd.models.precision import PRECISIONS
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
-from danceopd.tools.export import export
+from danceopd.tools.export import export, write_adapter
 from danceopd.tools.merge_loras.compare import Results, compare
 from danceopd.tools.merge_loras.configuration import HEARD, configuration, heard_otherwise, manifest_of
-from danceopd.tools.merge_loras.given import Given, Options, read
+from danceopd.tools.merge_loras.given import PLAIN_MERGE, Given, Options, read
+from danceopd.tools.merge_loras.kept import COMPARISON, check_output, check_run
 from danceopd.tools.merge_loras.page import write_page
 from danceopd.tools.merge_loras.prompts import Route, routes_of, say
 from danceopd.tools.merge_loras.run import described, distilled, fitted
+from danceopd.tools.merge_loras.triggers import Trigger, phrases_of
 from danceopd.tools.provenance import named
 
 
@@ -33,11 +37,13 @@ class Merged:
     Attributes:
         path: The adapter's file.
         page: The page that compares it.
-        results: What was measured; work/results.json holds it too.
+        plain: The file of PEFT's best merge, where that is as good; else None.
+        results: What was measured; comparison.json in the run's folder holds it too.
     """
 
     path: Path
     page: Path
+    plain: Path | None
     results: Results
 
 
@@ -62,34 +68,61 @@ def merge_loras(
         UserError: Something is missing or does not fit; every mistake is named before anything is encoded.
     """
     options = options or Options()
-    given = read(base, loras, output, options)
+    if not dry_run:
+        return _finished(*_begun(base, loras, output, options, None), output, options)
+    with TemporaryDirectory() as made:  # a dry run leaves nothing of what it makes of checkpoints and weighed layers
+        _begun(base, loras, output, options, Path(made))
+    return None
+
+
+def _begun(
+    base: Path, loras: Sequence[Path], output: Path, options: Options, made: Path | None
+) -> tuple[Config, Given, list[Route]]:
+    """Reads, says what the merge takes, and encodes the prompts; a dry run, which has a folder, prints what is lacking."""
+    given = read(base, loras, output, options, made)
     routes = routes_of(given.triggers, given.prompts, options.pairs)
     work = options.work or output.with_suffix(".work")
     manifest, rows = manifest_of(routes)
     raw = configuration(given, options, routes, work, manifest)
     config = parse_config(raw, list(options.overrides), "this merge")
+    if not options.overwrite:
+        check_run(config)
+        check_output(output, config.training.output_dir)
     for line in described(given, options, routes, config):
         say(line)
-    if not dry_run:
+    if not made:
         encode(config, given, options, routes, work, (manifest, rows))
     config, findings, lines = fitted(config, options.overrides, options.overwrite)
     for line in lines:
         say(line)
-    if dry_run:
+    if made:
+        say("time: by a forward that the run itself times before its first update")
         if not (work / "cache" / manifest).is_file():  # which is no problem before the run itself
             findings.problems = [line for line in findings.problems if ".data.prepared:" not in line]
             findings.found.append("no prompt is encoded yet; activations are counted once they are")
         print(findings.text())
         if findings.problems:
             raise UserError("\n  ".join(["this merge cannot start:", *findings.problems]))
-        return None
+    return config, given, routes
+
+
+def _finished(config: Config, given: Given, routes: list[Route], output: Path, options: Options) -> Merged:
+    """Trains, compares and writes."""
     run = distilled(config, options.patience, options.overwrite)
     merged = load_lora(run / "student" / FILES[1], given.empty, pipeline_class_of(given.base))
     results = compare(config, given, routes, merged)
-    write_atomic(work / "results.json", (json.dumps(results.plain(), indent=1) + "\n").encode())
-    _write(run, output, options.layout, given)
+    plain = output.with_suffix(PLAIN_MERGE)
+    files = {output: _adapter(run, options.layout, given)}
+    if results.enough:
+        files[plain] = _plain_merge(results.merge, options.layout, given)
+    else:
+        plain.unlink(missing_ok=True)  # of the same run, when it was shorter
+    record = results.plain() | {"written": [hashlib.sha256(data).hexdigest() for data in files.values()]}
+    write_atomic(run / COMPARISON, (json.dumps(record, indent=1) + "\n").encode())
+    for path, data in files.items():
+        write_atomic(path, data)
     page = write_page(output, run, given, options, results)
-    return Merged(output, page, results)
+    return Merged(output, page, plain if results.enough else None, results)
 
 
 def encode(
@@ -120,15 +153,29 @@ def encode(
         say(f"warning: {note}")
 
 
-def _write(run: Path, output: Path, layout: str, given: Given) -> None:
-    """Writes the adapter in a layout, with the words that call it in its metadata."""
-    words = {name: trigger.words for name, trigger in given.triggers.items() if trigger.words}
-    metadata = named(given.base, words.values()) | ({"triggers": json.dumps(words)} if words else {})
+def _adapter(run: Path, layout: str, given: Given) -> bytes:
+    """Returns the adapter's file in a layout, with the words that call it in its metadata."""
     with TemporaryDirectory() as temporary:
         file = Path(temporary) / FILES[1]
         if layout == "diffusers":
             shutil.copy(run / "student" / FILES[1], file)
         else:
             file = export(run, Path(temporary) / "lora", layout=layout) / FILES[1]
-        add_metadata(file, metadata)
-        write_atomic(output, file.read_bytes())
+        add_metadata(file, _metadata(given.triggers, given.base))
+        return file.read_bytes()
+
+
+def _plain_merge(lora: Lora, layout: str, given: Given) -> bytes:
+    """Returns the file of a plain merge in a layout; words that were made of a LoRA's name call nothing in it."""
+    known = {name: trigger for name, trigger in given.triggers.items() if trigger.known}
+    with TemporaryDirectory() as temporary:
+        folder, family = Path(temporary), given.backbone.__name__.rpartition(".")[2]
+        pipeline_class = pipeline_class_of(given.base)
+        write_adapter(lora, folder, layout, family, given.empty, pipeline_class, _metadata(known, given.base))
+        return (folder / FILES[1]).read_bytes()
+
+
+def _metadata(triggers: dict[str, Trigger], base: Path) -> dict[str, str]:
+    """Returns the base and the phrases that call the LoRAs, as others read them; and their words, as merges do."""
+    words = {name: trigger.words for name, trigger in triggers.items() if trigger.words}
+    return named(base, phrases_of(triggers).values()) | ({"triggers": json.dumps(words)} if words else {})

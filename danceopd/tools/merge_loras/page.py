@@ -1,6 +1,7 @@
 """Writes the page of a merge: pictures by the same noise, the numbers, and how to use the file."""
 
 import json
+import shlex
 from pathlib import Path
 
 import diffusers
@@ -13,6 +14,7 @@ from danceopd.support.files import write_atomic
 from danceopd.support.pages import data_uri, render
 from danceopd.tools.merge_loras.compare import BASE, MERGED, Drawn, Results
 from danceopd.tools.merge_loras.given import Given, Options
+from danceopd.tools.merge_loras.triggers import phrases_of
 
 WIDEST = 512  # pixels of a picture in the page
 
@@ -45,7 +47,7 @@ def write_page(output: Path, run: Path, given: Given, options: Options, results:
         rank=given.rank,
         table=results.table(),
         merged=MERGED,
-        samples=results.samples,
+        samples=_samples(results),
         better=results.better,
         verdict=results.verdict,
         advice=results.advice,
@@ -104,7 +106,9 @@ def comfyui_use(output: Path, run: Path, given: Given, options: Options) -> str:
     put = "into ComfyUI/models/loras and choose it in the node Load LoRA, at strength 1"
     if options.layout in ("comfyui", "kohya"):
         return f"Put {output.name} {put}."
-    return f"danceopd export {run} -o comfyui_lora --layout comfyui\nThen put the file in comfyui_lora {put}."
+    called = "".join(f" --trigger {shlex.quote(phrase)}" for phrase in phrases_of(given.triggers).values())
+    export = f"danceopd export {shlex.quote(str(run))} -o comfyui_lora --layout comfyui{called}"
+    return f"{export}\nThen put the file in comfyui_lora {put}."
 
 
 def _pictures(one: Drawn, results: Results) -> list[dict[str, str]]:
@@ -122,6 +126,13 @@ def _pictures(one: Drawn, results: Results) -> list[dict[str, str]]:
             uri = data_uri(image) if small else data_uri(image, "jpeg", quality=88)
             found.append({"label": label, "uri": uri, "class": "pixels" if small else ""})
     return found
+
+
+def _samples(results: Results) -> str:
+    """Says how many samples a column has."""
+    most = max(results.samples.values())
+    few = min(results.samples.values())
+    return f"{most} samples of a column" + (f", {few} of a pair" if few < most else "")
 
 
 def _of(route: str, results: Results) -> str:

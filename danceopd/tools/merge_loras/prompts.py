@@ -1,15 +1,16 @@
 """What is asked of whom: prompts of a file with the LoRAs' triggers put in, in routes."""
 
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 from danceopd.support.texts import lines_of, parse_json, read_text
-from danceopd.tools.merge_loras.triggers import Trigger
+from danceopd.tools.merge_loras.triggers import Trigger, phrases_of
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
 
@@ -70,6 +71,7 @@ def read_prompts(path: Path, names: Sequence[str]) -> Prompts:
     shared: dict[str, None] = {}
     own: dict[str, dict[str, None]] = {}
     problems, twice = [], 0
+    asked: dict[str, tuple[int, str]] = {}  # where a prompt stands first, and whose it is there
     for number, line in lines_of(read_text(path, "file of prompts")):
         name, tab, prompt = line.partition("\t")
         name, prompt = (name.strip(), prompt.strip()) if tab else ("", line.strip())
@@ -82,6 +84,11 @@ def read_prompts(path: Path, names: Sequence[str]) -> Prompts:
         if not prompt:
             problems.append(f"line {number}: no prompt after {name!r}")
             continue
+        first, other = asked.setdefault(prompt, (number, name))
+        if other != name:
+            whose = f"of {other or 'all LoRAs'} in line {first} and of {name or 'all LoRAs'} here"
+            problems.append(f"line {number}: {prompt!r} is {whose}, and one prompt has one source; leave one out")
+            continue
         place = own.setdefault(name, {}) if tab else shared
         twice += prompt in place
         place[prompt] = None
@@ -92,6 +99,35 @@ def read_prompts(path: Path, names: Sequence[str]) -> Prompts:
     if problems:
         raise UserError("\n    ".join([f"{path} cannot be used:", *problems]))
     return Prompts(list(shared), {name: list(lines) for name, lines in own.items()}, twice)
+
+
+def without_triggers(prompts: Prompts, triggers: Mapping[str, Trigger]) -> tuple[Prompts, str]:
+    """Leaves out prompts for all LoRAs in which a trigger's words stand: the base would be asked what calls a LoRA.
+
+    Args:
+        prompts: The prompts.
+        triggers: Of the LoRAs by name.
+
+    Returns:
+        The prompts, and a line about what is left out; "" where nothing is.
+
+    Raises:
+        UserError: No prompt is left.
+    """
+    phrases = phrases_of(triggers).values()
+    called = [re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE) for phrase in phrases]
+    kept = [text for text in prompts.shared if not any(words.search(text) for words in called)]
+    if len(kept) == len(prompts.shared):
+        return prompts, ""
+    if not kept:
+        raise UserError("every prompt has a trigger's words in it; write prompts without, or NAME<TAB>prompt")
+    out = len(prompts.shared) - len(kept)
+    what = (
+        "1 prompt has a trigger's words in it and is"
+        if out == 1
+        else f"{out} prompts have triggers' words in them and are"
+    )
+    return replace(prompts, shared=kept), f"{what} left out, for without a trigger the base is asked"
 
 
 def _is_json(line: str) -> bool:

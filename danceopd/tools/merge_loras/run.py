@@ -12,7 +12,6 @@ from tqdm import tqdm
 from danceopd.config.sections import Config
 from danceopd.core.fields import Field
 from danceopd.planning.cluster import LEFT
-from danceopd.planning.counts import evaluations_per_step
 from danceopd.planning.dry_run import as_it_began, dry_run, with_memory_chosen
 from danceopd.planning.memory import Findings
 from danceopd.planning.models import examine
@@ -20,16 +19,13 @@ from danceopd.report.names import duration
 from danceopd.support.devices import find_device
 from danceopd.support.memory import format_bytes, free_bytes
 from danceopd.support.ranks import ALONE, Ranks
+from danceopd.tools.merge_loras.counts import PROBES, Counts, counted, score_every
 from danceopd.tools.merge_loras.gaps import Gaps, settled, words
 from danceopd.tools.merge_loras.given import Given, Options
 from danceopd.tools.merge_loras.prompts import Route, say
 from danceopd.training.assembly.build import build_model
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.loop import train
-
-SCORINGS = 20  # in a run of all its steps
-
-PROBES = 2  # samples of each route that a scoring asks
 
 
 def described(given: Given, options: Options, routes: Sequence[Route], config: Config) -> list[str]:
@@ -67,11 +63,14 @@ def described(given: Given, options: Options, routes: Sequence[Route], config: C
     sigmas = given.backbone.sigmas(
         given.base, config.rollout.num_inference_steps, options.resolution, options.resolution
     )
-    counts, steps = evaluations_per_step(config, sigmas), config.training.max_steps
-    line = f"result: rank {given.rank}; at most {steps} updates of {config.training.batch_size} samples"
-    if counts:  # of the usual method
-        each = sum(counts.values())
-        line += f", {each:.1f} network evaluations each, {steps * each:,.0f} in all"
+    counts = counted(config, sigmas, options.patience, options.overwrite)
+    more = " more" if counts.updates < config.training.max_steps else ""
+    line = f"result: rank {given.rank}; at most {counts.updates}{more} updates of {config.training.batch_size} samples"
+    if (all_of_it := counts.total()) is not None:  # of the usual method
+        line += (
+            f", {counts.each:.1f} network evaluations each; {all_of_it:,.0f} in all, of which {counts.comparison:,.0f} "
+            "compare the result at the end"
+        )
     lines.append(line)
     return lines
 
@@ -109,7 +108,8 @@ def fitted(config: Config, chosen: Sequence[str], overwrite: bool = False) -> tu
             break
     how = "".join(f", with training.{key}={str(value).lower()}" for key, value in changes.items())
     size = format_bytes(findings.total_memory())
-    lines = [f"memory, an estimate: {size} of {format_bytes(room)} that is free on {device.type}{how}"]
+    without = "" if findings.activations else " without activations"
+    lines = [f"memory, an estimate{without}: {size} of {format_bytes(room)} that is free on {device.type}{how}"]
     if findings.total_memory() > room:
         lines.append(
             "warning: that is more than is free; training.swap_blocks=auto lets blocks of the base wait in host "
@@ -140,7 +140,7 @@ def distilled(config: Config, patience: int, overwrite: bool) -> Path:
     def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) -> Parts:
         parts = build_model(config, ranks, settings)
         gaps = Gaps(config, parts, PROBES)
-        say(_time(config, parts, gaps))
+        say(_time(parts, gaps, counted(config, parts.samples.groups[0].sigmas, patience, overwrite)))
 
         def score(field: Field) -> dict[str, float]:
             shares = gaps(field)
@@ -148,17 +148,16 @@ def distilled(config: Config, patience: int, overwrite: bool) -> Path:
             return shares
 
         def enough(scores: list[dict[str, float]]) -> bool:
-            return settled(scores, patience)
+            return settled(scores, patience, gaps.weights)
 
-        every = max(1, config.training.max_steps // SCORINGS)
-        return replace(parts, score=score, score_every=every, enough=enough)
+        return replace(parts, score=score, score_every=score_every(config), enough=enough)
 
     return train(with_memory_chosen(config, examine, overwrite), build, overwrite)
 
 
 @torch.no_grad()
-def _time(config: Config, parts: Parts, gaps: Gaps) -> str:
-    """Predicts how long the training takes, by a forward that is timed now."""
+def _time(parts: Parts, gaps: Gaps, counts: Counts) -> str:
+    """Predicts how long all that is left takes, by a forward that is timed now."""
     probe, rows = next(iter(gaps.probes.values())), gaps.rows.rows
     asked = probe.states[:rows], probe.sigma[:rows], probe.conditioning[:rows]
     field, seconds = gaps.field(parts.student), 0.0
@@ -166,11 +165,12 @@ def _time(config: Config, parts: Parts, gaps: Gaps) -> str:
         began = time.monotonic()
         float(field(*asked).float().sum())  # waits for the device
         seconds = time.monotonic() - began
-    updates, counts = config.training.max_steps, evaluations_per_step(config, parts.samples.groups[0].sigmas)
-    if counts is None:
+    left = counts.total()
+    if left is None:
         return f"time: {seconds:.2g} s for a forward of {len(asked[0])} samples; this method's are not worked out"
-    predicted = duration(updates * sum(counts.values()) * seconds / len(asked[0]))
+    predicted = duration((left - counts.gaps) * seconds / len(asked[0]))
     return (
-        f"time, a prediction: {predicted} for {updates} updates, by a forward of {len(asked[0])} samples that took "
-        f"{seconds:.2g} s now; less where no gap closes further"
+        f"time, a prediction: {predicted} for {counts.updates} updates, {counts.scorings} scorings and the comparison, "
+        f"by a forward of {len(asked[0])} samples that took {seconds:.2g} s now; less where no gap closes further, and "
+        "more by the making of PEFT's merges"
     )

@@ -36,6 +36,16 @@ class Trigger:
             return self.words.replace(PROMPT, prompt)
         return f"{self.words.rstrip(' ,')}, {prompt}" if self.words else prompt
 
+    def phrase(self) -> str:
+        """Returns the words alone, without the place of the prompt and the marks about it."""
+        words = re.sub(r"[\s,;.:]*\{prompt\}[\s,;.:]*", lambda place: ", " if "," in place[0] else " ", self.words)
+        return words.strip(" ,;.:")
+
+
+def phrases_of(triggers: Mapping[str, Trigger]) -> dict[str, str]:
+    """Returns the phrases that call LoRAs, by name, of those that are called by words."""
+    return {name: phrase for name, trigger in triggers.items() if (phrase := trigger.phrase())}
+
 
 def trigger_of(name: str, path: Path, given: str | None) -> Trigger:
     """Finds what calls a LoRA: what is given, else what its file's metadata says, else its name.
@@ -54,7 +64,11 @@ def trigger_of(name: str, path: Path, given: str | None) -> Trigger:
     if given is not None:
         _check_braces(given)
         return Trigger(given.strip(), True, "--trigger")
-    if words := words_in(metadata_of(path)):
+    metadata = metadata_of(path)
+    own = triggers_in(metadata)
+    if len(own) == 1:
+        return Trigger(*own.values(), True, "its file")
+    if words := words_in(metadata):
         return Trigger(words, True, "its file")
     return Trigger(re.sub(r"[-_]+", " ", name), False, "its name")
 
@@ -78,6 +92,20 @@ def metadata_of(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (IndexError, OSError, SafetensorError):  # said where the LoRA itself is read
         return {}
+
+
+def triggers_in(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Returns what calls the LoRAs that a merged file holds, by name, as this program writes it; {} of other files."""
+    found = _table(metadata.get("triggers"))
+    return {name: words for name, words in found.items() if isinstance(words, str) and words.strip() and _is_fit(words)}
+
+
+def _is_fit(words: str) -> bool:
+    try:
+        _check_braces(words)
+    except UserError:
+        return False
+    return True
 
 
 def words_in(metadata: Mapping[str, str]) -> str | None:
