@@ -34,7 +34,10 @@ BEFORE = {
     **dict.fromkeys(("small-cards.md", "fp8.md", "zero3.md"), (PREPARED,)),
     "runs.md": (DEMO, *OF_A_MODEL),
     "sampling.md": (DEMO, *OF_A_MODEL),
-    "evaluation.md": (DEMO, *OF_A_MODEL, SCORED.format("out_base", ""), SCORED.format("out_student", "--lora my_lora")),
+    "evaluation.md": (
+        *(DEMO, *OF_A_MODEL, "export runs/model -o my_lora"),
+        *(SCORED.format("out_base", ""), SCORED.format("out_student", "--lora my_lora")),
+    ),
 }
 
 STAND_IN = {"model=MODEL": "model=miniature", "500": "1", "1000": "2"}  # a run of two updates has these checkpoints
@@ -90,7 +93,6 @@ def desk(tmp_path, monkeypatch):
     names = {"loras/t2i": "t2i", "loras/edit": "edit", "loras/style": "night", "ink": "night", "oil": "wood"}
     for name, path in {**names, "edit": "edit"}.items():
         shutil.copy(sources[path], tmp_path / f"{name}.safetensors")
-    shutil.copytree(sources["t2i"].parent, tmp_path / "my_lora")
     tuned = shutil.copytree(PIPELINE / "transformer", tmp_path / "anime" / "transformer") / WEIGHTS
     save_file({name: weight * 1.01 for name, weight in load_file(tuned).items()}, tuned)
     rows = write_miniature(tmp_path, ["t2i", "edit", "night"], 4, 0)
