@@ -149,7 +149,14 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     assert len(pictures) == 2 * 3 + 3 * 2 * 4  # what is wanted without a trigger is the base
     assert all(inside for _, inside in pictures)
     assert sum(alt.startswith("this merge: INK, ") for alt, _ in pictures) == 4  # two of ink, two of the pair
-    for text in ("load_lora_weights(", "--layout comfyui", "ComfyUI/models/loras", "called by"):
+    assert f'load_lora_weights("{tmp_path}", weight_name' in html.unescape(page)  # wherever the command ran
+    for text in (
+        "load_lora_weights(",
+        "--layout comfyui",
+        "ComfyUI/models/loras",
+        "called by",
+        "in 2 steps of euler, seed",
+    ):
         assert text in page
 
 

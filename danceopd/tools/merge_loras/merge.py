@@ -78,7 +78,7 @@ def merge_loras(
 def _begun(
     base: Path, loras: Sequence[Path], output: Path, options: Options, made: Path | None
 ) -> tuple[Config, Given, list[Route]]:
-    """Reads, says what the merge takes, and encodes the prompts; a dry run, which has a folder, prints what is lacking."""
+    """Reads, says what the merge takes, and encodes the prompts; a dry run, which has a folder, prints all."""
     given = read(base, loras, output, options, made)
     routes = routes_of(given.triggers, given.prompts, options.pairs)
     work = options.work or output.with_suffix(".work")
