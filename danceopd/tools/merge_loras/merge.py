@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,8 +150,11 @@ def encode(
         max_sequence_length=options.max_sequence_length,
         texts=[HEARD] if heard_otherwise(routes) else [],
     )
+    prompts = {f"{route.name} {i}": repr(text) for route in routes for i, (text, _) in enumerate(route.rows)}
     for note in prepared.notes:
-        say(f"warning: {note}")
+        what, colon, which = note.rpartition(": ")
+        named = [prompts.get(part, part) for part in re.split("(, | and )", which)]  # rows' ids say nothing to a user
+        say(f"warning: {what}{colon}{''.join(named)}")
 
 
 def _adapter(run: Path, layout: str, given: Given) -> bytes:
