@@ -237,8 +237,9 @@ def _paths(given: Sequence[Path], attempt: Callable, notes: list[str]) -> dict[s
         there = attempt(str(path), located, path)
         if there is None:
             continue
-        if not is_checkpoint(there) and is_checkpoint(there / "transformer"):  # a folder that is no whole pipeline
-            there = there / "transformer"
+        inside = there / "transformer"
+        if not is_checkpoint(there) and is_checkpoint(inside) and not any(there.glob("*.safetensors")):
+            there = inside
         content = _content(there)
         if content in contents:
             again = "twice" if contents[content] == path else f"the same LoRA as {contents[content]}"

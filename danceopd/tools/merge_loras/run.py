@@ -28,7 +28,7 @@ from danceopd.training.assembly.build import build_model
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.loop import train
 
-NAMES_OF_MANY = "them", "their names", "the LoRAs themselves are"
+NAMES_OF_MANY = "them", "their names", "the LoRAs themselves are"  # in a line about LoRAs without words
 
 
 def described(given: Given, options: Options, routes: Sequence[Route], config: Config) -> list[str]:
