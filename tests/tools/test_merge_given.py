@@ -249,6 +249,19 @@ def test_the_same_lora_twice_is_taken_once_and_said(place, tmp_path):
     assert given.triggers["ink"] == Trigger("ink", False, "its name")
 
 
+def test_files_of_one_name_are_named_where_it_is_given(place, tmp_path):
+    loras = []
+    for name in ("aa", "bb"):
+        (tmp_path / name).mkdir()
+        loras.append(tmp_path / name / "ink.safetensors")
+    for path, name in zip(loras, ("ink", "oil"), strict=True):
+        shutil.copy(place / name / "pytorch_lora_weights.safetensors", path)
+    options = Options(resolution=32, triggers=["ink=a"], weights=["ink=2", "ink:*.to_q=2"])
+    with pytest.raises(UserError) as caught:
+        read(place / "model", loras, tmp_path / "o.safetensors", options)
+    assert str(caught.value).count("no LoRA 'ink'; the files of that name are called 'aa-ink' and 'bb-ink'") == 3
+
+
 def test_a_lora_is_the_same_as_folder_and_as_file(place, tmp_path):
     """By whatever name the one file of a folder has; and a checkpoint by what its extraction is of."""
     folder, options = tmp_path / "one", Options(resolution=32)
@@ -308,7 +321,7 @@ def test_all_mistakes_are_told_at_once(place, tmp_path):
         "--trigger ink: is not of the form NAME=VALUE",
         "ink has 'a' already",
         "--weight ink=much: is no number",
-        "--weight oil=0: must be above 0",
+        "--weight oil=0: must be above 0 and below 100",
         f"there is no file of prompts {tmp_path / 'gone.txt'}",
         "--rank: must be at least 1",
         "--steps: must be at least 1",
@@ -368,6 +381,9 @@ def test_a_checkpoint_is_taken_as_what_it_changed(place, tmp_path, one_file):
     for name, (a, b, scale) in given.loras["anime"].items():
         down, up, own = change[name]
         torch.testing.assert_close(scale * b @ a, 0.5 * own * up @ down, atol=1e-5, rtol=1e-4)
+    if not one_file:  # the folder above is enough
+        given = read(place / "model", [place / "ink", tmp_path / "anime"], output, options)
+        assert given.loras["anime"].keys() == change.keys()
     name, layer = "anime", next(iter(change))
     given = read(place / "model", [place / "ink", path], output, Options(resolution=32, weights=[f"{name}:{layer}=0"]))
     assert {key for key, (_, _, scale) in given.loras["anime"].items() if not scale} == {layer}

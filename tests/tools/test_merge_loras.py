@@ -83,7 +83,9 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     output = tmp_path / "merged.safetensors"
     learn = "training.learning_rate=4e-2"
     assert main(command(place, output, "--dry-run", "--weight", "ink:*.to_q=0.5", learn)) == 0
-    assert "time: by a forward that the run itself times" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "time: by a forward that the run itself times" in said
+    assert "ink: rank 2, weight 1, of layers *.to_q=0.5, called by" in said
     assert main(command(place, output, "--dry-run", learn)) == 0
     assert list(tmp_path.iterdir()) == []
     said = capsys.readouterr().err
@@ -97,7 +99,7 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     assert main(line) == 0
     said = capsys.readouterr()
     assert "going on from step 6" in said.out
-    assert "gap closed: no trigger" in said.err
+    assert re.findall(r"gap closed at step (\d+): no trigger", said.err) == [str(step) for step in range(8, 41, 2)]
     assert "result: rank 2; at most 34 more updates of 8 samples" in said.err
     assert re.search(r"time, a prediction: .* for 34 updates, 17 scorings and the comparison", said.err)
     assert "memory, an estimate: " in said.err
@@ -149,7 +151,14 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     assert len(pictures) == 2 * 3 + 3 * 2 * 4  # what is wanted without a trigger is the base
     assert all(inside for _, inside in pictures)
     assert sum(alt.startswith("this merge: INK, ") for alt, _ in pictures) == 4  # two of ink, two of the pair
-    for text in ("load_lora_weights(", "--layout comfyui", "ComfyUI/models/loras", "called by"):
+    assert f'load_lora_weights("{tmp_path}", weight_name' in html.unescape(page)  # wherever the command ran
+    for text in (
+        "load_lora_weights(",
+        "--layout comfyui",
+        "ComfyUI/models/loras",
+        "called by",
+        "in 2 steps of euler, seed",
+    ):
         assert text in page
 
 

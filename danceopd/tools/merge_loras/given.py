@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -80,6 +80,7 @@ class Given:
         empty: Its transformer without values.
         paths: Of the LoRAs by name.
         triggers, weights: Of each of them.
+        layers: The weights of layers, as they were given, by name.
         loras: What each adds, weighted.
         prompts: The prompts.
         rank: Of the result.
@@ -92,6 +93,7 @@ class Given:
     paths: dict[str, Path]
     triggers: dict[str, Trigger]
     weights: dict[str, float]
+    layers: dict[str, list[str]]
     loras: dict[str, Lora]
     prompts: Prompts
     rank: int
@@ -191,7 +193,8 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
             notes.append(f"{', '.join(full)}: changes layers in their full rank; the result has that of --rank auto")
     elif rank is None:
         rank = max(len(a) for lora in weighted.values() for a, _, _ in lora.values())
-    return Given(base, backbone, empty, paths, triggers, weights, weighted, prompts, rank, notes)
+    layers = {name: [text.partition(":")[2] for text in of_layers if text.startswith(f"{name}:")] for name in paths}
+    return Given(base, backbone, empty, paths, triggers, weights, layers, weighted, prompts, rank, notes)
 
 
 def _in_the_way(output: Path, base: Path | None, paths: dict[str, Path]) -> list[str]:
@@ -234,6 +237,9 @@ def _paths(given: Sequence[Path], attempt: Callable, notes: list[str]) -> dict[s
         there = attempt(str(path), located, path)
         if there is None:
             continue
+        inside = there / "transformer"
+        if not is_checkpoint(there) and is_checkpoint(inside) and not any(there.glob("*.safetensors")):
+            there = inside
         content = _content(there)
         if content in contents:
             again = "twice" if contents[content] == path else f"the same LoRA as {contents[content]}"
@@ -288,6 +294,14 @@ def _parts(path: Path) -> list[str]:
     return [*parts, whole.stem if whole.suffix == ".safetensors" else whole.name]
 
 
+def _meant(name: str, names: Collection[str]) -> str:
+    """Ends a message about a name of no LoRA; of several files of that name their longer names are said."""
+    longer = [other for other in names if name and other.endswith(f"-{name}")]
+    if len(longer) > 1:
+        return f"; the files of that name are called {' and '.join(map(repr, longer))}"
+    return did_you_mean(name, names)
+
+
 def _assigned(option: str, given: Sequence[str], names: dict, problems: Problems) -> dict[str, str]:
     """Reads NAME=VALUE, each name once."""
     found: dict[str, str] = {}
@@ -297,7 +311,7 @@ def _assigned(option: str, given: Sequence[str], names: dict, problems: Problems
         if not equals:
             problems.append(f"{option} {text}: is not of the form NAME=VALUE, NAME one of {', '.join(names)}")
         elif name not in names:
-            problems.append(f"{option} {text}: no LoRA {name!r}{did_you_mean(name, names)}")
+            problems.append(f"{option} {text}: no LoRA {name!r}{_meant(name, names)}")
         elif name in found and found[name] != value:
             problems.append(f"{option} {text}: {name} has {found[name]!r} already; give one of them")
         else:
@@ -311,7 +325,9 @@ def _weight(text: str, least: float = 1e-6) -> float:
     except ValueError:
         raise UserError("is no number") from None
     if not least <= weight < 100:
-        raise UserError("must be above 0, and 1 is the LoRA as it is; leave out a LoRA that is not wanted")
+        raise UserError(
+            "must be above 0 and below 100, and 1 is the LoRA as it is; leave out a LoRA that is not wanted"
+        )
     return weight
 
 
@@ -324,7 +340,7 @@ def _layered(given: Sequence[str], loras: dict[str, Lora | None], names: dict, p
         lora = found.get(name) or loras.get(name)
         weight = problems.attempt(f"--weight {text}", _weight, number, 0.0)
         if name not in names:
-            problems.append(f"--weight {text}: no LoRA {name!r}{did_you_mean(name, names)}")
+            problems.append(f"--weight {text}: no LoRA {name!r}{_meant(name, names)}")
         if lora is None or weight is None:
             continue
         named = [layer for layer in lora if fnmatchcase(layer, pattern)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def merge_loras(
 def _begun(
     base: Path, loras: Sequence[Path], output: Path, options: Options, made: Path | None
 ) -> tuple[Config, Given, list[Route]]:
-    """Reads, says what it takes, and encodes the prompts; a dry run, which has a folder, prints what is lacking."""
+    """Reads, says what the merge takes, and encodes the prompts; a dry run, which has a folder, prints all."""
     given = read(base, loras, output, options, made)
     routes = routes_of(given.triggers, given.prompts, options.pairs)
     work = options.work or output.with_suffix(".work")
@@ -149,8 +150,11 @@ def encode(
         max_sequence_length=options.max_sequence_length,
         texts=[HEARD] if heard_otherwise(routes) else [],
     )
+    prompts = {f"{route.name} {i}": repr(text) for route in routes for i, (text, _) in enumerate(route.rows)}
     for note in prepared.notes:
-        say(f"warning: {note}")
+        what, colon, which = note.rpartition(": ")
+        named = [prompts.get(part, part) for part in re.split("(, | and )", which)]  # rows' ids say nothing to a user
+        say(f"warning: {what}{colon}{''.join(named)}")
 
 
 def _adapter(run: Path, layout: str, given: Given) -> bytes:

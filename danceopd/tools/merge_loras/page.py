@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusers
 from PIL import Image
 
+from danceopd.config.reading import read_run_config
 from danceopd.models.loading import class_name_of, hub_id
 from danceopd.models.lora_files import loads_loras
 from danceopd.models.lora_layouts import LAYOUTS
@@ -48,6 +49,7 @@ def write_page(output: Path, run: Path, given: Given, options: Options, results:
         table=results.table(),
         merged=MERGED,
         samples=_samples(results),
+        drawn=_drawn(run, options),
         better=results.better,
         verdict=results.verdict,
         advice=results.advice,
@@ -71,7 +73,9 @@ def python_use(output: Path, given: Given) -> str:
         The lines of Python.
     """
     name = class_name_of(given.base)
-    base, folder, file = map(json.dumps, (hub_id(given.base) or str(given.base), str(output.parent), output.name))
+    base, folder, file = map(
+        json.dumps, (hub_id(given.base) or str(given.base.resolve()), str(output.parent.resolve()), output.name)
+    )
     load = f"pipeline.load_lora_weights({folder}, weight_name={file})"
     if not loads_loras(getattr(diffusers, name)):
         load = f"pipeline.transformer.load_lora_adapter({folder}, weight_name={file})"
@@ -107,7 +111,7 @@ def comfyui_use(output: Path, run: Path, given: Given, options: Options) -> str:
     if options.layout in ("comfyui", "kohya"):
         return f"Put {output.name} {put}."
     called = "".join(f" --trigger {shlex.quote(phrase)}" for phrase in phrases_of(given.triggers).values())
-    export = f"danceopd export {shlex.quote(str(run))} -o comfyui_lora --layout comfyui{called}"
+    export = f"danceopd export {shlex.quote(str(run.resolve()))} -o comfyui_lora --layout comfyui{called}"
     return f"{export}\nThen put the file in comfyui_lora {put}."
 
 
@@ -126,6 +130,13 @@ def _pictures(one: Drawn, results: Results) -> list[dict[str, str]]:
             uri = data_uri(image) if small else data_uri(image, "jpeg", quality=88)
             found.append({"label": label, "uri": uri, "class": "pixels" if small else ""})
     return found
+
+
+def _drawn(run: Path, options: Options) -> str:
+    """Says how the pictures are drawn."""
+    config = read_run_config(run)
+    steps, solver, seed = config.rollout.num_inference_steps, config.rollout.solver, config.evaluation.seed
+    return f"{steps} steps of {solver}, seed {seed}, guidance {options.guidance_scale:g}"
 
 
 def _samples(results: Results) -> str:

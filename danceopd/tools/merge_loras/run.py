@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from danceopd.training.assembly.build import build_model
 from danceopd.training.assembly.parts import Parts
 from danceopd.training.loop import train
 
+NAMES_OF_MANY = "them", "their names", "the LoRAs themselves are"  # in a line about LoRAs without words
+
 
 def described(given: Given, options: Options, routes: Sequence[Route], config: Config) -> list[str]:
     """Says what will be merged, and what is asked of whom.
@@ -43,12 +46,14 @@ def described(given: Given, options: Options, routes: Sequence[Route], config: C
         ranks = {len(a) for a, _, _ in given.loras[name].values()}
         rank = f"rank {min(ranks)}" + (f" to {max(ranks)}" if len(ranks) > 1 else "")
         called = f"called by {trigger.words!r} ({trigger.origin})" if trigger.words else "acts on every prompt"
-        lines.append(f"{name}: {rank}, weight {given.weights[name]:g}, {called}")
+        weight = ", ".join([f"weight {given.weights[name]:g}", *(f"of layers {text}" for text in given.layers[name])])
+        lines.append(f"{name}: {rank}, {weight}, {called}")
     new = [name for name, trigger in given.triggers.items() if not trigger.known]
     if new:
+        it, its, lora = ("it", "its name", "the LoRA itself is") if len(new) == 1 else NAMES_OF_MANY
         lines.append(
-            f"{' and '.join(new)}: no file says which words call it, so its name will call it in the merged LoRA, "
-            "while the LoRA itself is asked without it; --trigger NAME=WORDS if it has words, NAME= to act always"
+            f"{' and '.join(new)}: no file says which words call {it}, so {its} will call {it} in the merged LoRA, "
+            f"while {lora} asked without; --trigger NAME=WORDS where there are words, NAME= to act always"
         )
     lines += [f"note: {note}" for note in given.notes]
     total, pairs = sum(route.weight for route in routes), [route for route in routes if " + " in route.name]
@@ -140,17 +145,21 @@ def distilled(config: Config, patience: int, overwrite: bool) -> Path:
     def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) -> Parts:
         parts = build_model(config, ranks, settings)
         gaps = Gaps(config, parts, PROBES)
-        say(_time(parts, gaps, counted(config, parts.samples.groups[0].sigmas, patience, overwrite)))
+        counts = counted(config, parts.samples.groups[0].sigmas, patience, overwrite)
+        say(_time(parts, gaps, counts))
+        done, every = config.training.max_steps - counts.updates, score_every(config)
+        steps = count(done and done + every - done % every, every)  # the first is before any update
 
         def score(field: Field) -> dict[str, float]:
             shares = gaps(field)
-            tqdm.write(f"gap closed: {words(shares)}", file=sys.stderr)
+            at = "" if config.evaluation.times else f" at step {next(steps)}"  # where all scorings are the merge's own
+            tqdm.write(f"gap closed{at}: {words(shares)}", file=sys.stderr)
             return shares
 
         def enough(scores: list[dict[str, float]]) -> bool:
             return settled(scores, patience, gaps.weights)
 
-        return replace(parts, score=score, score_every=score_every(config), enough=enough)
+        return replace(parts, score=score, score_every=every, enough=enough)
 
     return train(with_memory_chosen(config, examine, overwrite), build, overwrite)
 
