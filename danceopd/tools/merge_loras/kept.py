@@ -24,16 +24,20 @@ def check_output(output: Path, run: Path) -> None:
         UserError: There is such a file.
     """
     for path in filter(Path.exists, (output, output.with_suffix(PLAIN_MERGE))):
-        try:
-            written = parse_object((run / COMPARISON).read_text(encoding="utf-8")).get("written", [])
-        except (OSError, ValueError):
-            written = []
         with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() not in written:
+            if hashlib.file_digest(file, "sha256").hexdigest() not in written_by(run):
                 raise UserError(
                     f"-o {output}: {path} is there, and the run in {run} did not write it; give another file, or "
                     "--overwrite, which writes over it and trains anew"
                 )
+
+
+def written_by(run: Path) -> list[str]:
+    """Returns the hashes of the files that a run has written."""
+    try:
+        return parse_object((run / COMPARISON).read_text(encoding="utf-8")).get("written", [])
+    except (OSError, ValueError):
+        return []
 
 
 def check_run(config: Config) -> None:

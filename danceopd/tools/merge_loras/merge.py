@@ -23,7 +23,7 @@ from danceopd.tools.export import export, write_adapter
 from danceopd.tools.merge_loras.compare import Results, compare
 from danceopd.tools.merge_loras.configuration import HEARD, configuration, heard_otherwise, manifest_of
 from danceopd.tools.merge_loras.given import PLAIN_MERGE, Given, Options, read
-from danceopd.tools.merge_loras.kept import COMPARISON, check_output, check_run
+from danceopd.tools.merge_loras.kept import COMPARISON, check_output, check_run, written_by
 from danceopd.tools.merge_loras.page import write_page
 from danceopd.tools.merge_loras.prompts import Route, routes_of, say
 from danceopd.tools.merge_loras.run import described, distilled, fitted
@@ -118,7 +118,9 @@ def _finished(config: Config, given: Given, routes: list[Route], output: Path, o
         files[plain] = _plain_merge(results.merge, options.layout, given)
     else:
         plain.unlink(missing_ok=True)  # of the same run, when it was shorter
-    record = results.plain() | {"written": [hashlib.sha256(data).hexdigest() for data in files.values()]}
+    # Those of before too: what is there stays the run's own if this is interrupted.
+    written = [*written_by(run), *(hashlib.sha256(data).hexdigest() for data in files.values())]
+    record = results.plain() | {"written": list(dict.fromkeys(written))}
     write_atomic(run / COMPARISON, (json.dumps(record, indent=1) + "\n").encode())
     for path, data in files.items():
         write_atomic(path, data)
