@@ -398,6 +398,7 @@ def test_a_checkpoint_is_taken_as_what_it_changed(place, tmp_path, one_file):
         assert given.notes.pop(0).startswith(f"{tmp_path / 'whole'} is the same LoRA as {path}")
     (note,) = given.notes
     assert note.startswith("anime: a checkpoint, taken as a LoRA of rank 64 at most that keeps 100.0 % of the squared")
+    assert "asked of nobody" not in note
     assert "1 norms and biases differ too" in note
     with pytest.raises(UserError, match="changes no linear layer"):
         read(place / "model", [place / "ink", place / "model"], output, Options(resolution=32))
@@ -418,6 +419,7 @@ def test_a_cut_keeps_the_largest_singular_values(place):
         torch.testing.assert_close(left, singular[3:].norm(), atol=1e-4, rtol=1e-4)
         kept, whole = kept + float(singular[:3].square().sum()), whole + float(singular.square().sum())
     assert f"keeps {100 * kept / whole:.1f} %" in line
+    assert "what is cut off is asked of nobody" in line
 
 
 def test_a_weight_of_some_layers(place, tmp_path):

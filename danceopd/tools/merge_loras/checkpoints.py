@@ -16,6 +16,8 @@ from danceopd.support.errors import UserError
 
 RANK = 64  # of what is extracted
 
+MUCH = 0.9  # of the squared norm of a change, from which on its cut is taken for it without a warning
+
 EXACT = 1024  # up to this smaller side a layer's SVD is whole; above it is a randomised one
 
 OF_CHANGES = re.compile(r"lora|lokr|hada|\.diff|\.alpha$")  # in the keys of files that hold changes of weights
@@ -108,6 +110,8 @@ def extract(own: Weights, base: Weights, empty: nn.Module, rank: int = RANK) -> 
             kept, whole = kept + float(s.square().sum()), whole + float(change.square().sum())
     share = f"{100 * kept / whole:.1f} % of the squared norm of its change" if whole else "nothing"
     line = f"a checkpoint, taken as a LoRA of rank {rank} at most that keeps {share}"
+    if kept < MUCH * whole:
+        line += ", and what is cut off is asked of nobody: 100 % of its column is the cut"
     return lora, line + (f"; {others} norms and biases differ too, which no LoRA holds" if others else "")
 
 
