@@ -2,12 +2,17 @@
 
 import pytest
 import torch
-from card_runs import EAGER, plain_kernels, trainer_on, world_config
+from card_runs import plain_kernels, trainer_on, world_config
 from out_of_memory import Full
 from pretend_card import pretend_card
 
 from danceopd.training.rollouts.static import StaticField
 from danceopd.world.build import build
+
+
+def slow(*values):
+    """Of make test-all: what another value covers in the default run."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def graphs(trainer):
@@ -31,13 +36,18 @@ def records(config, phase=None, times=0, before=0):
         return found, trainer
 
 
-@pytest.mark.parametrize("phase", ["rollout", "query", "match", "backward"])
-def test_graphs_go_and_the_samples_stay(networks, tmp_path, phase, capsys):
-    config = world_config(networks, tmp_path)
-    expected, plain = records(config)
-    assert graphs(plain)
+@pytest.fixture(scope="module")
+def expected(networks, tmp_path_factory):
+    """What the two updates are where memory suffices."""
+    found, trainer = records(world_config(networks, tmp_path_factory.mktemp("plain")))
+    assert graphs(trainer)
+    return found
+
+
+@pytest.mark.parametrize("phase", [slow("rollout"), "query", slow("match"), "backward"])
+def test_graphs_go_and_the_samples_stay(networks, tmp_path, expected, phase, capsys):
     capsys.readouterr()
-    found, trainer = records(config, phase, 1)
+    found, trainer = records(world_config(networks, tmp_path), phase, 1)
     for record, other in zip(found, expected, strict=True):
         assert record["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert record["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-5)
@@ -51,9 +61,8 @@ def test_graphs_go_and_the_samples_stay(networks, tmp_path, phase, capsys):
 @pytest.mark.parametrize(
     ("phase", "less"), [("rollout", "did not fit; going on with"), ("match", "in 2 micro-batches")]
 )
-def test_samples_go_where_there_are_no_graphs_left(networks, tmp_path, phase, less, capsys):
+def test_samples_go_where_there_are_no_graphs_left(networks, tmp_path, expected, phase, less, capsys):
     found, _ = records(world_config(networks, tmp_path), phase, 2)
-    expected, _ = records(world_config(networks, tmp_path, **EAGER))
     assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], rel=1e-5)
     said = capsys.readouterr().err
     assert said.index("the run goes on without CUDA graphs") < said.index(less)
