@@ -1,7 +1,7 @@
 """What autocast does on CUDA: which operations it runs in the narrow dtype, and which in float32."""
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from pretend_trees import tree_leaves, tree_map
 
 # By torch's documentation of autocast ("CUDA Ops that can autocast to float16", "... to float32", "... promote to the
 # widest input type"), those that a transformer's forward may meet.

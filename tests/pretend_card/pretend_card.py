@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from pretend_autocast import cast_inputs
 from pretend_module import CardModule
+from pretend_trees import tree_leaves, tree_map
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "card"

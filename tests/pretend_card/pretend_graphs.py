@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from pretend_trees import tree_leaves, tree_map
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves, tree_map
 
 
 class GraphFault(RuntimeError):
@@ -134,9 +134,7 @@ class Graph:
             raise GraphFault("a graph is replayed that was not captured")
         self._write_over(self.pool)
         for func, noted, outputs in self.records:
-            args, kwargs = tree_map(
-                lambda x: x.tensor() if isinstance(x, _Outside) else x, noted, is_leaf=lambda x: isinstance(x, _Outside)
-            )
+            args, kwargs = tree_map(lambda x: x.tensor() if isinstance(x, _Outside) else x, noted)
             result = tree_leaves(func(*args, **kwargs))
             for old, new in zip(outputs, result, strict=True):
                 if old is not None:
