@@ -14,7 +14,7 @@ from torch import nn
 from danceopd.data.prepare import length_of_prompts
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.lora_algebra import Lora
-from danceopd.models.lora_files import FILES, load_lora, lora_file, save_lora
+from danceopd.models.lora_files import FILES, load_lora, save_lora
 from danceopd.models.lora_layouts import layouts_of
 from danceopd.models.lora_merges import automatic_rank
 from danceopd.models.weights import of_folder
@@ -25,6 +25,7 @@ from danceopd.support.hub import hub_name, located
 from danceopd.tools.merge_loras.checkpoints import check_checkpoint, digest_of, extracted, is_checkpoint
 from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, read_prompts, without_triggers
 from danceopd.tools.merge_loras.triggers import Trigger, metadata_of, trigger_of, triggers_in
+from danceopd.tools.provenance import content_hash
 from danceopd.training.assembly.parts import Problems
 
 RESERVED = ("base", PLAIN, "merge", "student")  # what the run and the tables call otherwise
@@ -224,9 +225,14 @@ def _one_line(problem: str) -> str:
 def _whole(path: Path, base: Path, empty: nn.Module) -> Lora:
     """Reads a LoRA, a DoRA by the base's weights; a UserError where it changes nothing."""
     lora = load_lora(path, empty, pipeline_class_of(base), base=of_folder(base))
-    if not any(a.any() and b.any() and scale for a, b, scale in lora.values()):
+    if not _adds(lora):
         raise UserError(f"{path}: changes nothing, for its factors are zero; leave it out")
     return lora
+
+
+def _adds(lora: Lora) -> bool:
+    """Tells whether a LoRA changes anything."""
+    return any(a.any() and b.any() and scale for a, b, scale in lora.values())
 
 
 def _paths(given: Sequence[Path], attempt: Callable, notes: list[str]) -> dict[str, Path]:
@@ -251,15 +257,8 @@ def _paths(given: Sequence[Path], attempt: Callable, notes: list[str]) -> dict[s
 
 
 def _content(path: Path) -> str:
-    """Names the content of a checkpoint, or of a LoRA's file wherever it lies; of what is neither its path."""
-    if is_checkpoint(path):
-        return digest_of(path)
-    try:
-        path = lora_file(path)
-    except UserError:  # said where it is read
-        return str(path.resolve())
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Names the content of a checkpoint, or of a LoRA's file wherever it lies."""
+    return digest_of(path) if is_checkpoint(path) else content_hash(path)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -348,7 +347,7 @@ def _layered(given: Sequence[str], loras: dict[str, Lora | None], names: dict, p
             problems.append(f"--weight {text}: no layer of {name} is called so; there is {next(iter(lora))}")
         found[name] = lora | {layer: (*lora[layer][:2], lora[layer][2] * weight) for layer in named}
     for name, lora in found.items():
-        if not any(a.any() and b.any() and scale for a, b, scale in lora.values()):
+        if not _adds(lora):
             problems.append(f"--weight: all layers that {name} changes have weight 0; leave {name} out")
     return found
 

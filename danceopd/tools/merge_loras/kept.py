@@ -1,6 +1,5 @@
 """Looks at what earlier merges left: nothing of another run is written over, and none goes on as another."""
 
-import hashlib
 from pathlib import Path
 
 from danceopd.config.reading import read_run_config
@@ -8,6 +7,7 @@ from danceopd.config.sections import Config
 from danceopd.support.errors import UserError
 from danceopd.support.texts import parse_object
 from danceopd.tools.merge_loras.given import PLAIN_MERGE
+from danceopd.tools.provenance import content_hash
 from danceopd.training.checkpoints import checkpoints
 
 COMPARISON = "comparison.json"  # in a run's folder: what was measured, and the hashes of the files that were written
@@ -24,16 +24,15 @@ def check_output(output: Path, run: Path) -> None:
         UserError: There is such a file.
     """
     for path in filter(Path.exists, (output, output.with_suffix(PLAIN_MERGE))):
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() not in written_by(run):
-                raise UserError(
-                    f"-o {output}: {path} is there, and the run in {run} did not write it; give another file, or "
-                    "--overwrite, which writes over it and trains anew"
-                )
+        if content_hash(path) not in written_by(run):
+            raise UserError(
+                f"-o {output}: {path} is there, and the run in {run} did not write it; give another file, or "
+                "--overwrite, which writes over it and trains anew"
+            )
 
 
 def written_by(run: Path) -> list[str]:
-    """Returns the hashes of the files that a run has written."""
+    """Returns the hashes of the files that a run has written, as `provenance.content_hash` names them."""
     try:
         return parse_object((run / COMPARISON).read_text(encoding="utf-8")).get("written", [])
     except (OSError, ValueError):

@@ -119,7 +119,7 @@ def _finished(config: Config, given: Given, routes: list[Route], output: Path, o
     else:
         plain.unlink(missing_ok=True)  # of the same run, when it was shorter
     # Those of before too: what is there stays the run's own if this is interrupted.
-    written = [*written_by(run), *(hashlib.sha256(data).hexdigest() for data in files.values())]
+    written = [*written_by(run), *(f"sha256:{hashlib.sha256(data).hexdigest()}" for data in files.values())]
     record = results.plain() | {"written": list(dict.fromkeys(written))}
     write_atomic(run / COMPARISON, (json.dumps(record, indent=1) + "\n").encode())
     for path, data in files.items():
