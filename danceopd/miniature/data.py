@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from danceopd.miniature.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
+from danceopd.miniature.edits import ALL, GLOBAL_KINDS, HALF, KINDS, LOCAL_KINDS, sample_edits
 from danceopd.miniature.looks import LOOKS
 from danceopd.miniature.prompts import PLAIN_TASKS, draw_tasks, sample_looks, sample_prompts
 from danceopd.miniature.scene import Scene, render
@@ -39,7 +39,7 @@ def sample(capability: str, n: int, generator: torch.Generator) -> tuple[list[st
     if name in EDIT_KINDS:
         kinds = EDIT_KINDS[name]
         index = torch.tensor([KINDS.index(kind) for kind in kinds])[draw(n, len(kinds), generator)]
-        edits, before, after = sample_edits(index, generator, half=bool(half))
+        edits, before, after = sample_edits(index, generator, classes=HALF if half else ALL)
         return [edit.text for edit in edits], before, after
     if name in LOOKS:
         prompts, scene = sample_looks([name], draw_tasks(n, generator, PLAIN_TASKS), generator)

@@ -49,23 +49,23 @@ INSTRUCTIONS = {
     "style-change": "turn it into a {style}",
 }
 
-HALF = range(len(CLASSES) // 2)  # the classes that the base and the narrow edit source see in edits
+ALL = range(len(CLASSES))
+
+HALF = ALL[: len(CLASSES) // 2]  # the classes that the base and the narrow edit source see in edits
 
 
 @lru_cache
-def _triples(split: str, half: bool) -> torch.Tensor:
+def _triples(split: str, classes: range) -> torch.Tensor:
     """Returns [N, 3] distinct classes whose pairs are seen, but in held-out edits the first and the third are not."""
-    seen, pairs = allowed_pairs("seen"), allowed_pairs(split)
-    if half:
-        inside = torch.zeros(len(CLASSES), dtype=torch.bool)
-        inside[list(HALF)] = True
-        seen, pairs = (table & inside[:, None] & inside[None] for table in (seen, pairs))
+    inside = torch.zeros(len(CLASSES), dtype=torch.bool)
+    inside[list(classes)] = True
+    seen, pairs = (allowed_pairs(name) & inside[:, None] & inside[None] for name in ("seen", split))
     return (seen[:, :, None] & seen[None] & pairs[:, None, :]).nonzero()
 
 
 # Long: everything is drawn in one order, on which the shipped networks' data depend.
 def sample_edits(
-    kinds: torch.Tensor, generator: torch.Generator, *, split: str = "seen", half: bool = False
+    kinds: torch.Tensor, generator: torch.Generator, *, split: str = "seen", classes: range = ALL
 ) -> tuple[list[Edit], Scene, Scene]:
     """Draws one instruction with the scene to edit and the expected scene for each kind.
 
@@ -78,7 +78,7 @@ def sample_edits(
         kinds: [B] int64, indices into KINDS.
         generator: Draws everything.
         split: "seen" or "held_out".
-        half: Whether only the classes of HALF occur.
+        classes: Those that occur.
 
     Returns:
         The edits, the scenes to edit, and the expected scenes.
@@ -88,7 +88,7 @@ def sample_edits(
     is_kind = {name: kinds == i for i, name in enumerate(KINDS)}
     brings = is_kind["subject-add"] | is_kind["subject-replace"]
     # The third class is the one that an edit brings in; the first is the one talked about.
-    group = draw_row(_triples(split, half), n, generator)
+    group = draw_row(_triples(split, classes), n, generator)
     size = 1 + torch.minimum(draw(n, 3, generator), torch.where(brings, 1, 2))
     paints = _draw_paints(group, generator)
     letters = torch.stack([torch.randperm(len(LETTERS), generator=generator)[:2] for _ in range(n)]) + len(CLASSES)

@@ -12,7 +12,7 @@ from danceopd.core.fields import Field, guided
 from danceopd.core.rollout import sample
 from danceopd.evaluation.pipelines import load_pipeline
 from danceopd.miniature.detector import Detection, detect
-from danceopd.miniature.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
+from danceopd.miniature.edits import ALL, GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
 from danceopd.miniature.looks import IMAGE_SIZE, LOOKS
 from danceopd.miniature.pipeline import TEXT_LENGTH
 from danceopd.miniature.prompts import PLAIN_TASKS, sample_looks, sample_prompts
@@ -87,10 +87,13 @@ def t2i_set(seed: int, per_task: int, split: str = "seen") -> tuple[list[Prompt]
     return sample_prompts(index, torch.Generator().manual_seed(seed), split=split)
 
 
-def edit_set(seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS) -> tuple[list[Edit], Scene, Scene]:
-    """Draws the evaluation's instructions, `per_kind` of each kind in turn, the scenes to edit and what is expected."""
+def edit_set(
+    seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS, classes: range = ALL
+) -> tuple[list[Edit], Scene, Scene]:
+    """Draws the evaluation's instructions, `per_kind` of each kind in turn, the scenes to edit and what is expected;
+    no object is of other classes."""
     index = torch.tensor([KINDS.index(kind) for kind in kinds]).repeat(per_kind)
-    return sample_edits(index, torch.Generator().manual_seed(seed + 1))
+    return sample_edits(index, torch.Generator().manual_seed(seed + 1), classes=classes)
 
 
 def drawn_prompts(draw: Draw, seed: int, per_task: int, split: str = "seen") -> tuple[list[Prompt], Detection]:
@@ -149,15 +152,15 @@ def look_marks(draw: Draw, looks: Sequence[str], seed: int, pictures: int) -> to
 
 
 def edit_marks(
-    draw: Draw, seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS
+    draw: Draw, seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS, classes: range = ALL
 ) -> tuple[list[Edit], dict[str, torch.Tensor]]:
     """Draws the evaluation's edits, and returns them with the scores of each picture (miniature.scores.edit_scores)."""
-    edits, source, expected = edit_set(seed, per_kind, kinds)
+    edits, source, expected = edit_set(seed, per_kind, kinds, classes)
     detection = detect(draw([edit.text for edit in edits], render(source), seed + 1))
     return edits, edit_scores(edits, source, expected, detection)
 
 
-def score_gedit(draw: Draw, seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS) -> dict:
+def score_gedit(draw: Draw, seed: int, per_kind: int, kinds: tuple[str, ...] = KINDS, classes: range = ALL) -> dict:
     """Scores what draws by GEdit-Bench's kinds.
 
     Args:
@@ -165,12 +168,13 @@ def score_gedit(draw: Draw, seed: int, per_kind: int, kinds: tuple[str, ...] = K
         seed: Of edits and noise.
         per_kind: Pictures of each kind.
         kinds: Those that are asked.
+        classes: Of the objects in the pictures.
 
     Returns:
         {"average", "standard_error", each kind's mean O in [0, 10], "sc", "pq", "local", "global"}; average is the mean
         of the kinds, local and global hold the same of their own kinds.
     """
-    edits, scores = edit_marks(draw, seed, per_kind, kinds)
+    edits, scores = edit_marks(draw, seed, per_kind, kinds, classes)
 
     def of(group: tuple[str, ...]) -> dict:
         among = [i for i, edit in enumerate(edits) if edit.kind in group]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 SETTINGS = (
     *("A", "B", "C", "D", "E", "F", "ablations", "grid"),
-    *("miniature", "miniature_grid", "miniature_ablations", "merge", "operators"),
+    *("miniature", "miniature_grid", "miniature_ablations", "merge", "operators", "unseen"),
 )
 
 # What each method differs in from DanceOPD. Trajectories that are asked at every step are fewer to an update.
@@ -177,6 +177,21 @@ ABSORBED_SCALES = (1, 2, 3)  # of guidance at inference, beside those that are a
 
 UNTRAINED = "untrained"  # the run that measures what needs no training
 
+# Where the edit source never saw half of the objects: how many text-to-image samples a student gets to an edit, and
+# whether the pictures that it edits show all objects, of which the source knows half.
+UNSEEN = {
+    "one_to_one": {},
+    "two_to_one": {"capabilities.t2i.weight": 2.0},
+    "one_to_two": {"capabilities.t2i.weight": 0.5},
+    "all_objects": {
+        "capabilities.edit-half.weight": 0.0,
+        "capabilities.edit": {
+            **{"source": "edit", "task": "edit"},
+            "data": {"prepared": "runs/unseen/cache/manifest.jsonl"},
+        },
+    },
+}
+
 TRAINING_SCALES = (1, 2, 3, 5, 7)  # alpha of setting D
 
 INFERENCE_SCALES = (1, 2, 3, 5, 7)  # beta
@@ -315,6 +330,15 @@ def runs(setting: str, budget: Budget, seeds: int) -> list[Run]:
                 budget.miniature // 4,
             )
             for row, overrides in OPERATORS.items()
+        ],
+        "unseen": lambda: [
+            (
+                row,
+                "miniature_unseen",
+                {**ON_MINIATURE, "training.learning_rate": 2e-3, "evaluation.times": 0, **overrides},
+                budget.miniature // 2,
+            )
+            for row, overrides in UNSEEN.items()
         ],
         "miniature_grid": lambda: [
             (

@@ -4,7 +4,6 @@ Every row is measured on the same prompts and noise. By hand, that is with the L
 for two triggers), is what the others are compared with.
 """
 
-import fcntl
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,19 +15,18 @@ import torch
 
 from danceopd.config.reading import parse_config
 from danceopd.core.fields import Field
-from danceopd.miniature import sources
 from danceopd.miniature.evaluate import Canvas, field_of, look_marks
 from danceopd.miniature.looks import IMAGE_SIZE, LOOKS
 from danceopd.miniature.pipeline import TEXT_LENGTH
 from danceopd.miniature.prompts import PLAIN_TASKS, draw_tasks, sample_prompts
-from danceopd.miniature.shipped import PIPELINE, shipped_sources
+from danceopd.miniature.shipped import PIPELINE
 from danceopd.models.backbones import flux2, pipeline_class_of
 from danceopd.models.lora_algebra import Lora, sum_loras
 from danceopd.models.lora_files import load_lora
 from danceopd.models.lora_merges import COMBINATIONS, WEIGHTS, combined
 from danceopd.reproduce.matrix import MERGE_DRAWN, UNTRAINED, Run, override_lines
 from danceopd.reproduce.measure import VALIDATION_SEED
-from danceopd.reproduce.miniature import draw_rows, with_lora
+from danceopd.reproduce.miniature import draw_rows, lora_of, with_lora
 from danceopd.reproduce.results import once
 from danceopd.support.files import write_atomic
 from danceopd.support.run_log import read_log
@@ -71,19 +69,7 @@ def loras(work: Path, count: int) -> dict[str, Path]:
         work: The folder of the runs.
         count: Their number.
     """
-    folder, shipped = work / "merge" / "looks", shipped_sources()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # runs in other processes want the same
-        found = {}
-        for look in list(LOOKS)[:count]:
-            if look in shipped:
-                found[look] = shipped[look].parent
-            elif (folder / look).is_dir():
-                found[look] = folder / look
-            else:
-                found[look] = sources.train(folder, PIPELINE, look)
-        return found
+    return {look: lora_of(work / "merge" / "looks", look) for look in list(LOOKS)[:count]}
 
 
 def measure(

@@ -2,7 +2,8 @@
 
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from danceopd.core.rollout import sample
 from danceopd.data.cache import key_of
 from danceopd.data.prepare import prepare
 from danceopd.data.prepared import PreparedData
+from danceopd.miniature import sources
 from danceopd.miniature.data import write_miniature
 from danceopd.miniature.evaluate import Canvas, field_of, score_gedit, score_geneval
 from danceopd.miniature.looks import IMAGE_SIZE
 from danceopd.miniature.pipeline import TEXT_LENGTH
+from danceopd.miniature.shipped import PIPELINE, shipped_sources
 from danceopd.models.backbones import flux2, pipeline_class_of
 from danceopd.models.lora_algebra import Lora, merge_into
 from danceopd.models.lora_files import load_lora
@@ -33,42 +36,60 @@ from danceopd.world.scoring import HELD_OUT_SEED
 SEED = 100  # of the samples
 
 
-def prepared(work: Path, config: Config, drawn: bool) -> Path:
-    """Makes the data that all runs share, once: pictures of the world, or with drawn those that the sources draw.
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Makes a folder and holds it: runs in other processes want the same of it, which is made once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def prepared(folder: Path, model: Path, capabilities: Sequence[str] = ("t2i", "edit")) -> Path:
+    """Makes the data that the runs of a table share, once: pictures of the world.
 
     Args:
-        work: The folder of the runs.
-        config: Names the model and the sources.
-        drawn: Whether the finished pictures are the sources' own.
+        folder: Where they lie.
+        model: The miniature's folder.
+        capabilities: Those that have samples (miniature.data.CAPABILITIES).
 
     Returns:
         The prepared rows.
     """
-    folder = work / "miniature"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # runs in other processes want the same
+    with _alone(folder):
         rows = folder / "cache" / "manifest.jsonl"
         if not rows.exists():
             manifest = folder / "data" / "manifest.jsonl"
             if not manifest.exists():
-                write_miniature(manifest.parent, ["t2i", "edit"], DRAWN_SAMPLES, SEED)
+                write_miniature(manifest.parent, capabilities, DRAWN_SAMPLES, SEED)
             prepare(
                 manifest,
-                config.model,
+                model,
                 rows.parent,
                 resolution=IMAGE_SIZE,
                 batch_size=64,
                 entries_per_shard=1024,
                 max_sequence_length=TEXT_LENGTH,
             )
-        if not drawn:
-            return rows
-        path = folder / "cache" / "drawn.jsonl"
+        return rows
+
+
+def drawn(folder: Path, config: Config) -> Path:
+    """Makes the rows of `prepared` with pictures that the sources of a configuration draw in the world's place."""
+    rows, path = prepared(folder, config.model), folder / "cache" / "drawn.jsonl"
+    with _alone(folder):
         if not path.exists():
             files = {name: config.sources[one.source].lora[0].path for name, one in config.capabilities.items()}
             draw_rows(rows, path, config.model, {name: partial(field_of, config.model, files[name]) for name in files})
-        return path
+    return path
+
+
+def lora_of(folder: Path, name: str) -> Path:
+    """Returns the folder of a source's LoRA; one that doesn't ship is trained in a folder, once."""
+    if file := shipped_sources().get(name):
+        return file.parent
+    with _alone(folder):
+        return folder / name if (folder / name).is_dir() else sources.train(folder, PIPELINE, name)
 
 
 @torch.inference_mode()

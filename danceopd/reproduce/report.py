@@ -112,6 +112,8 @@ def build(files: dict[str, dict]) -> Page:
         _merges(page, files["merge"]["rows"])
     if "operators" in tables:
         _absorbed(page, tables["operators"])
+    if "unseen" in tables:
+        _unseen(page, tables["unseen"])
     if "ablations" in tables:
         _ablations(page, tables["ablations"])
     if "D" in tables:
@@ -338,6 +340,23 @@ def _absorbed(page: Page, rows: dict[str, dict]) -> None:
         "Guidance absorbed against guidance at inference; the first line is the source.",
         ["absorbed scale", *(f"drawn at {scale}" for scale, _ in scales)],
         table,
+    )
+
+
+def _unseen(page: Page, rows: dict[str, dict]) -> None:
+    page.heading("Edits of objects that the edit source never saw")
+    page.text(
+        "The miniature again, with an edit source that saw half of the classes in edits, as the base did; both saw all "
+        "of them drawn. Pictures to edit show classes of the one half or of the other. Students begin as the sources' "
+        "mean and are asked for edits of the half that the source saw, but for the last."
+    )
+    metrics = ("gedit_seen", "gedit_unseen", GENEVAL)
+    lines = [[label(name), *(figure(row, metric) for metric in metrics), *_cost(row)] for name, row in rows.items()]
+    _bold_best(lines, range(1, 4))
+    page.table(
+        "± over pictures, of students over seeds where there are several.",
+        ["row", *(NAMES[metric] for metric in metrics), *COST],
+        lines,
     )
 
 

@@ -27,6 +27,8 @@ NAMES = {
     "local_average": "local edits",
     "global_average": "global edits",
     "guided_overall": "GenEval overall, guidance 2",
+    "gedit_seen": "edits of objects that the edit source saw",
+    "gedit_unseen": "edits of objects that it never saw",
 }
 
 ROWS = {
@@ -53,6 +55,11 @@ ROWS = {
     "apg": "APG, 3",
     "autoguided": "autoguidance by the base, 2",
     "difference": "1.5 of the LoRA",
+    "one_to_one": "one text-to-image sample to an edit",
+    "two_to_one": "two text-to-image samples to an edit",
+    "one_to_two": "one text-to-image sample to two edits",
+    "all_objects": "one to one, asked for edits of all objects",
+    "source_edit_all": "edit source that saw all objects",
     "by_hand": "by hand, for each prompt",
     "sum": "sum",
     "sum_cut": "sum, cut to the rank",

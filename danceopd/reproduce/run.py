@@ -149,11 +149,15 @@ def make_run(run: Run, folders: Folders) -> dict:
 
 def _with_data(run: Run, config: Config, folders: Folders) -> Config:
     """Names the prepared rows of a training on the miniature, which are made where they are not there."""
-    if not run.on_miniature or (run.row == UNTRAINED and run.setting != "operators"):
+    if not run.on_miniature or (run.row == UNTRAINED and run.setting == "miniature"):
         return config
-    from danceopd.reproduce import miniature  # imports diffusers, which the other tables do without
+    from danceopd.reproduce import miniature, unseen  # import diffusers, which the other tables do without
 
-    rows = miniature.prepared(folders.work, config, drawn=run.row == "joint_samples")
+    if run.setting == "unseen":
+        return parse_config(config.to_dict(), unseen.overrides(folders.work, config), run.config)
+    folder = folders.work / "miniature"
+    drawn = run.row == "joint_samples"
+    rows = miniature.drawn(folder, config) if drawn else miniature.prepared(folder, config.model)
     own = [f"capabilities.{name}.data.prepared={json.dumps(str(rows))}" for name in config.capabilities]
     return parse_config(config.to_dict(), own, run.config)
 
@@ -174,6 +178,10 @@ def _measured(run: Run, folder: Path, config: Config) -> dict[str, float]:
         from danceopd.reproduce import absorbing
 
         return absorbing.measure_run(folder, config, run.row)
+    if run.setting == "unseen":
+        from danceopd.reproduce import unseen
+
+        return unseen.measure_run(folder, config)
     if run.on_miniature:
         from danceopd.reproduce import miniature
 
@@ -405,7 +413,7 @@ def untrained_run(setting: str) -> list[Run]:
     """Returns the one run that measures a table's base, sources and merges; none for tables without."""
     if setting in ("ablations", "grid", "miniature_grid", "miniature_ablations", "merge"):
         return []
-    own = {"miniature": "miniature", "operators": "miniature_operators"}
+    own = {"miniature": "miniature", "operators": "miniature_operators", "unseen": "miniature_unseen"}
     return [Run(setting, UNTRAINED, 0, f"{own.get(setting, f'setting_{setting.lower()}')}.yaml")]
 
 
@@ -419,6 +427,10 @@ def _untrained_rows(setting: str, config: Config, folder: Path) -> list[dict]:
         from danceopd.reproduce import absorbing
 
         measured = absorbing.untrained(config, folder / "measured")
+    elif setting == "unseen":
+        from danceopd.reproduce import unseen
+
+        measured = unseen.untrained(config, folder / "measured")
     else:
         measured = untrained(setting, config)
     return [_row(name, kind, [metrics], None) | cost for name, kind, metrics in measured]

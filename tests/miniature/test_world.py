@@ -111,7 +111,7 @@ def test_an_edit_changes_what_it_names_and_nothing_else():
         lost, won = set(things(before, i)) - set(things(after, i)), set(things(after, i)) - set(things(before, i))
         expected = {"subject-add": (0, 1), "subject-remove": (1, 0)}.get(edit.kind, (1, 1))
         assert (len(lost), len(won)) == ((0, 0) if edit.kind in GLOBAL_KINDS else expected), edit
-    half = sample_edits(kinds, generator(3), half=True)
+    half = sample_edits(kinds, generator(3), classes=HALF)
     for scene in half[1:]:
         shown = set(scene.things[scene.occupied].tolist())
         assert all(thing in HALF or thing >= len(CLASSES) for thing in shown)

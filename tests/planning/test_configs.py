@@ -69,11 +69,13 @@ def test_every_model_configuration_passes_the_dry_run(tiny, config):
 def test_every_other_configuration_passes_it_too(config, tmp_path):
     changes = [f"training.output_dir={tmp_path}"]
     if config.stem.startswith("miniature"):  # examples/journey.py writes their data
-        manifest, rows = write_miniature(tmp_path / "data", ["t2i", "edit"], 4, 0), tmp_path / "cache"
+        manifest, rows = write_miniature(tmp_path / "data", ["t2i", "edit", "edit-half"], 4, 0), tmp_path / "cache"
         prepare(manifest, PIPELINE, rows, resolution=64, max_sequence_length=16)
         changes += [
             f"capabilities.{name}.data.prepared={rows / 'manifest.jsonl'}" for name in load_config(config).capabilities
         ]
+    if config.stem == "miniature_unseen":  # its source takes an hour of training
+        changes += ["sources.edit.lora=[{path: miniature/edit}]"]
     if config.stem == "setting_f":  # its student is another run's
         changes += ["student.init_from=t2i", "sources.self.weights=t2i"]
     loaded = load_config(config, changes)
