@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from danceopd.config.sections import Config
 from danceopd.core.conditioning import Conditioning
@@ -199,25 +199,34 @@ def _add_forward(config: Config, findings: Findings, student: nn.Module, samples
         )
     group = max(samples.groups, key=lambda g: sum(map(math.prod, (g.shape, *g.source_shapes))))
     findings.pixels = max(math.prod(row["size"]) for rows in group.data for row in rows.rows)
-    conditionings, activations, together, seen = {}, [], [], set()
+    conditionings, activations, together, seen = {}, [], [], []
     grows = config.student.lora is None and config.training.gradient_accumulation_steps == 1
     for name, rows in zip(config.capabilities, group.data, strict=True):
         conditioning = findings.attempt(f"capabilities.{name}.data", samples.condition, rows, [0], [False])
         if conditioning is None:
             return
         conditionings[name] = conditioning
-        if (kind := _kind(conditioning)) in seen:
+    for name, conditioning in sorted(conditionings.items(), key=lambda item: -conditioning_bytes(item[1])):
+        if any(_same(conditioning, other) for other in seen):
             continue
-        seen.add(kind)
         asked = student, group.shape, conditioning
         held = partial(held_in_update, *asked, rows_matched(config), autocast)
         forward = partial(held_in_forward, *asked, rows_at_once(config), autocast)
+        # Where all is smaller than of another capability, it is only seen that the transformer takes it.
+        less = any(_within(conditioning, other) for other in seen)
+        seen.append(conditioning)
         found = findings.attempt(
-            f"capabilities.{name}.data", lambda held=held, forward=forward: (held(False), held(True), forward())
+            f"capabilities.{name}.data",
+            lambda held=held, forward=forward, less=less: (
+                *((0, 0) if less else (held(False), held(True))),
+                forward(),
+            ),
         )
         if found is None:
             return
         activations.append(found)
+        if less:
+            continue
         if grows:
             together.append((held(False, first=True), held(True, first=True)))
     most = (max(sizes) for sizes in zip(*activations, strict=True))
@@ -230,11 +239,31 @@ def _add_forward(config: Config, findings: Findings, student: nn.Module, samples
     findings.memory["latents, prompts, sources"] = inputs, f"{samples} samples of the largest picture size, as prepared"
 
 
-def _kind(conditioning: Conditioning) -> tuple:
-    """Gives what tells the forwards of two samples apart: shapes of what they are conditioned on, and lengths."""
-    leaves = tree_leaves((conditioning.prompt, conditioning.source, conditioning.has_source))
-    values = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return tuple((v.shape, v.dtype, () if v.is_floating_point() else tuple(v.flatten().tolist())) for v in values)
+def _same(one: Conditioning, other: Conditioning) -> bool:
+    """Tells whether forwards of two samples are alike: each holds all that the other holds."""
+    return _within(one, other) and _within(other, one)
+
+
+def _within(less: Conditioning, more: Conditioning) -> bool:
+    """Tells whether a sample is conditioned on nothing that another has no more of: by shapes, and by lengths."""
+    prompts, prompt_form = tree_flatten(less.prompt)
+    others, other_form = tree_flatten(more.prompt)
+    if prompt_form != other_form or (less.has_source is None) != (more.has_source is None):
+        return False
+    pictures, more_pictures = (tree_leaves(c.source) if c.source is not None else [] for c in (less, more))
+    pairs = [*zip(prompts, others, strict=True), *zip(pictures, more_pictures, strict=False)]
+    return len(pictures) <= len(more_pictures) and all(_no_more(a, b) for a, b in pairs)
+
+
+def _no_more(less, more) -> bool:
+    """Tells whether embeddings are of the same width as others and no more of them, or a mask is no longer."""
+    if not (isinstance(less, torch.Tensor) and isinstance(more, torch.Tensor)):
+        return less == more
+    fits = less.dtype == more.dtype and less.ndim == more.ndim
+    fits = fits and all(a <= b for a, b in zip(less.shape, more.shape, strict=True))
+    if less.is_floating_point():
+        return fits and less.shape[-1] == more.shape[-1]
+    return fits and int(less.sum()) <= int(more.sum())
 
 
 def _student(config: Config, findings: Findings, backbone: ModuleType, transformer: nn.Module) -> nn.Module | None:
