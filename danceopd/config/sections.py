@@ -154,7 +154,8 @@ class Rollout(Section):
 
     Attributes:
         num_inference_steps: Solver steps of a whole trajectory.
-        shift: Of the noise levels; a `model`'s are those of its scheduler, and shift is not looked at.
+        shift: Of the noise levels. A `model` rolls out on those of its scheduler; there it is only of the levels at
+            which joint, off_policy and danceopd_fast noise the data's pictures.
         solver: Of core.solver.
     """
 

@@ -63,7 +63,6 @@ class Claim:
 ABLATION_CLAIMS = {
     "A hard route beats the mean of the sources": ("soft",),
     "A query near the data beats one in the middle or near the noise": ("mid_t", "high_t"),
-    "A query near the data beats a uniform or a stratified one (not a claim of the paper)": ("uniform", "stratified"),
     "One query beats four and sixteen": ("k4", "k16"),
     "Plain MSE beats weighted errors": ("sigma_sqrt", "logit_normal", "mode", "cosmap", "kl"),
     "Plain MSE beats DMD-, SDS-style and consistency losses": ("dmd", "sds", "consistency"),

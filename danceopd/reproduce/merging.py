@@ -79,7 +79,7 @@ def measure(
     seed: int,
     pictures: dict[int, int] = PICTURES,
 ) -> Measured:
-    """Measures what draws, on prompts that no training saw.
+    """Measures what draws, with noise that no training saw; most of the prompts stand in the training's too.
 
     Args:
         canvas: The miniature's.

@@ -124,7 +124,7 @@ def draw_rows(
 def measure(
     canvas: Canvas, field: Field, config: Config, seed: int | None = None, pictures: int | None = None
 ) -> dict[str, float]:
-    """Measures one field on prompts that no training saw, and on held-out pairs.
+    """Measures one field with noise and scenes that no training saw, and on held-out pairs of classes.
 
     Args:
         canvas: The model's.

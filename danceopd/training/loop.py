@@ -479,6 +479,7 @@ class Trainer:
             self.scores += self.ranks.from_first(found)
             spent = {"network_evaluations": self.evaluations.total()}
             progress.log.write(self.step, {**spent, "evaluation": self.scores[-1]})
+            progress.scored(self.scores[-1])
 
 
 def train(

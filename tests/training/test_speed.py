@@ -13,6 +13,7 @@ from danceopd.models.forward_cost import Cost
 from danceopd.support.cards import CARDS
 from danceopd.training import speed as speed_module
 from danceopd.training.loop import Trainer
+from danceopd.training.progress import Progress
 from danceopd.training.speed import Phases, Speed, told
 from danceopd.world.build import build
 
@@ -75,6 +76,25 @@ def test_the_terminal_says_it_in_one_line():
     }  # fmt: skip
     assert told(record) == "0.531 samples/s, 35.2k tokens/s, MFU 41%, 34.6 GiB, rollout 61% backward 20%"
     assert told({"samples_per_second": 812.0, "peak_memory_gib": 0.9}) == "812 samples/s, 0.9 GiB"
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({"t2i": 0.04019, "edit": 0.0542}, "loss t2i 0.0402, edit 0.0542"),
+        ({"t2i": 0.04019}, "loss 0.0450"),
+        ({str(i): 0.01 for i in range(64)}, "loss 0.0450"),
+    ],
+)
+def test_the_bar_says_what_is_being_learnt_and_the_last_scores(losses, expected, raw):
+    record = {"loss": 0.045, "loss_by_capability": losses, "skipped": 0}
+    record |= {"samples_per_second": 812.0, "peak_memory_gib": 0.9}
+    with Progress(config_of(raw), 0) as progress:
+        progress.show(1, record, {}, 0.1)
+        assert progress.bar.postfix == f"{expected}, 812 samples/s, 0.9 GiB"
+        progress.scored({"geneval_overall": 0.3761})
+        progress.show(2, record, {}, 0.2)
+        assert progress.bar.postfix == f"{expected}, geneval overall 0.376, 812 samples/s, 0.9 GiB"
 
 
 def test_a_run_logs_its_speed(raw, capsys):
