@@ -266,16 +266,16 @@ exists to show and test distillation on the path that users run, and draws nothi
 ## Scores
 
 GenEval-shaped overall (0 to 1) for text-to-image, GEdit-shaped average (0 to 10) for edits, ± the standard error over
-pictures; 16 steps, seed {seed}, {pictures} pictures of each task and kind, read by the detector below. Guided columns have
-guidance_scale {guidance:g}, two evaluations a step. A look is called by its name in front of the prompt, "night, a
-photo of a car"; its column says how much of what is asked is there as the look has it (0 to 1, {looks} pictures), and
+pictures; 16 steps, seed {seed}, {pictures} pictures of each task and kind, read by the detector below. Guided columns
+have guidance_scale {guidance:g}, two evaluations a step. A look is called by its name in front of the prompt, "night,
+a photo of a car"; its column says how much of what is asked is there as the look has it (0 to 1, {looks} pictures), and
 "not called" the same of plain prompts, whose pictures should be plain. Made by `danceopd miniature card`.
 
 {scores}
 
-The aims were higher: 0.4 to 0.6 of text-to-image for the base, 0.75 to 0.9 for `t2i`, 7 to 9 for `edit`, in LoRAs of rank
-16 to 32; two cores reached this, at rank 64. An edit's mark has a ceiling of 9.95, and is lenient about what else is in
-the picture: one that holds nothing but the edited object has 7.0.
+The aims were higher: 0.4 to 0.6 of text-to-image for the base, 0.75 to 0.9 for `t2i`, 7 to 9 for `edit`, in LoRAs of
+rank 16 to 32; two cores reached this, at rank 64. An edit's mark has a ceiling of 9.95, and is lenient about what else
+is in the picture: one that holds nothing but the edited object has 7.0.
 
 ## The detector
 
@@ -290,8 +290,8 @@ Flow matching on latents of pictures drawn from seeds (no picture is stored), Mu
 the base's transformer are trained on pictures; the source, a LoRA, starts as the best cut of that change and is fitted
 to the tuned network's velocities. A look's LoRA learns from pictures. `danceopd miniature train` runs it again, and
 goes on where it was stopped; it knows further sources, which do not ship: {further}. Times are on two cores beside
-other work, where a log has one. `t2i`, `edit` and their tuned networks were trained to fewer updates first and then went
-on to these, so the curves rise where the schedule began again: the recipe in one go was not tried.
+other work, where a log has one. `t2i`, `edit` and their tuned networks were trained to fewer updates first and
+then went on to these, so the curves rise where the schedule began again: the recipe in one go was not tried.
 
 {recipe}
 
