@@ -119,7 +119,8 @@ def figure(row: dict | None, metric: str, digits: int | None = None) -> str:
     """Writes "0.891 ± 0.004", or a dash."""
     if not row or metric not in row:
         return DASH
-    digits = (2 if metric.endswith("_average") else 3) if digits is None else digits
+    edits = metric.startswith("gedit_") or metric.endswith("_average")  # from 0 to 10
+    digits = (2 if edits else 3) if digits is None else digits
     error = row[metric].get("standard_error")
     text = f"{row[metric]['mean']:.{digits}f}"
     return text if error is None else f"{text} ± {error:.{digits}f}"
