@@ -24,7 +24,7 @@ from danceopd.models.backbones import flux2, pipeline_class_of
 from danceopd.models.lora_algebra import Lora, sum_loras
 from danceopd.models.lora_files import load_lora
 from danceopd.models.lora_merges import COMBINATIONS, WEIGHTS, combined
-from danceopd.reproduce.matrix import MERGE_DRAWN, UNTRAINED, Run, override_lines
+from danceopd.reproduce.matrix import DRAWN_STEPS, MERGE_DRAWN, UNTRAINED, Run, override_lines
 from danceopd.reproduce.measure import VALIDATION_SEED
 from danceopd.reproduce.miniature import draw_rows, lora_of, with_lora
 from danceopd.reproduce.results import once
@@ -235,6 +235,8 @@ def _trained(run: Run, folder: Path, bench: Bench) -> dict:
     by_hand = bench.measured(BY_HAND, run.seed, bench.by_hand)
     shares = measure(bench.canvas, lambda _: field, bench.count, SEED + 1000 * run.seed)
     took = {key: log[key] for key in ("network_evaluations", "seconds")} | {"updates": log["step"]}
+    if not ours:
+        took["network_evaluations"] += MERGE_DRAWN * DRAWN_STEPS  # its pictures are drawn before it trains
     return {**kept(shares, by_hand), "shares": shares, "rank": bench.rank, **took}
 
 

@@ -127,8 +127,8 @@ def make_run(run: Run, folders: Folders) -> dict:
         train(config, _builder(run), overwrite=other)
         before = DRAWN_EVALUATIONS if run.row == "joint_samples" else 0
         log = read_log(folder / "log.jsonl")
-        curve = [
-            [r["network_evaluations"], r["evaluation"]["geneval_overall"], r["evaluation"]["gedit_average"]]
+        curve = [  # which begins where the pictures that a training draws itself have been paid for
+            [before + r["network_evaluations"], r["evaluation"]["geneval_overall"], r["evaluation"]["gedit_average"]]
             for r in log.evaluations
         ]
         result = {

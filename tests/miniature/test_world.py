@@ -1,6 +1,7 @@
 """The miniature's world: scenes, prompts, edits, and the detector and judge that read them back."""
 
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from danceopd.miniature.edits import GLOBAL_KINDS, HALF, KINDS, sample_edits
 from danceopd.miniature.evaluate import edit_set, look_marks, t2i_set
 from danceopd.miniature.exact import MiniatureJudge, MiniatureReader, asked
 from danceopd.miniature.looks import CLASSES, COLORS, EMPTY, IMAGE_SIZE, PLACES, SIZES, sprites
-from danceopd.miniature.prompts import HELD_OUT_COLORS, HELD_OUT_PAIRS, PLAIN_TASKS, relation_of, sample_looks
+from danceopd.miniature.prompts import (
+    HELD_OUT_COLORS,
+    HELD_OUT_PAIRS,
+    PLAIN_TASKS,
+    allowed_colors,
+    allowed_pairs,
+    relation_of,
+    sample_looks,
+)
 from danceopd.miniature.scene import Scene, corner, free, render
 from danceopd.miniature.scores import edit_scores, geneval_correct
 from danceopd.support.errors import UserError
@@ -115,6 +124,17 @@ def test_an_edit_changes_what_it_names_and_nothing_else():
     for scene in half[1:]:
         shown = set(scene.things[scene.occupied].tolist())
         assert all(thing in HALF or thing >= len(CLASSES) for thing in shown)
+
+
+def test_edits_of_training_show_nothing_that_is_held_out():
+    kinds = torch.arange(len(KINDS)).repeat(60)
+    edits, *scenes = sample_edits(kinds, generator(12), split="seen")
+    pairs, colors = allowed_pairs("held_out"), allowed_colors("held_out")
+    for i, edit in enumerate(edits):
+        for scene in scenes:
+            held = [(thing, paint) for thing, paint, *_ in things(scene, i) if thing < len(CLASSES)]
+            assert not any(pairs[one, other] for (one, _), (other, _) in combinations(held, 2)), edit
+            assert not any(paint < len(COLORS) and colors[thing, paint] for thing, paint in held), edit
 
 
 @pytest.mark.parametrize("capability", ["t2i", "edit", "sketch", "wood"])
