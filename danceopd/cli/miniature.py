@@ -4,6 +4,9 @@ import argparse
 from pathlib import Path
 
 from danceopd.cli.arguments import add_command
+from danceopd.support.errors import UserError
+
+SEEDS = 2**63  # torch takes those below it, of either sign
 
 
 def add_miniature(commands) -> None:
@@ -29,6 +32,10 @@ def add_miniature(commands) -> None:
 
 def run_miniature(args: argparse.Namespace) -> None:
     """Lists, trains, or scores and describes."""
+    if args.size < 1:
+        raise UserError("--size must be at least 1")
+    if abs(args.seed) >= SEEDS:
+        raise UserError("--seed must be between -2**63 and 2**63")
     if args.action == "train":
         from danceopd.miniature.train import STAGES, train
 

@@ -203,9 +203,11 @@ def run_reproduce(args: argparse.Namespace) -> None:
     import shutil
 
     from danceopd.reproduce.run import Folders, chosen, reproduce
+    from danceopd.training.stopping import term_interrupts
 
     settings, budget = chosen(args.setting), BUDGETS[args.budget]
-    seeds, workers = args.seeds or budget.seeds, args.workers or os.cpu_count() or 1
+    seeds = budget.seeds if args.seeds is None else args.seeds
+    workers = os.cpu_count() or 1 if args.workers is None else args.workers
     if seeds < 1 or workers < 1:
         raise UserError("--seeds and --workers must be at least 1")
     work = args.work or Path("runs/reproduce") / budget.name
@@ -213,5 +215,6 @@ def run_reproduce(args: argparse.Namespace) -> None:
     for setting in settings if args.again else ():
         shutil.rmtree(work / setting, ignore_errors=True)
         (results / f"{setting}.json").unlink(missing_ok=True)
-    written = reproduce(settings, budget, Folders(args.configs, work, results), seeds, workers)
+    with term_interrupts():
+        written = reproduce(settings, budget, Folders(args.configs, work, results), seeds, workers)
     print("\n".join(f"wrote {path}" for path in written))

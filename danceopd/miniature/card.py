@@ -15,6 +15,7 @@ from danceopd.miniature.looks import CLASSES, EMPTY, IMAGE_SIZE, LOOKS
 from danceopd.miniature.scene import Scene, render
 from danceopd.miniature.scores import geneval_correct
 from danceopd.models.backbones import flux2
+from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.paths import MINIATURE
 from danceopd.support.pictures import labelled_grid
@@ -180,7 +181,12 @@ def publish(folder: Path, output: Path = MINIATURE) -> None:
     Args:
         folder: The training's.
         output: Gets pipeline, sources/NAME and logs; a stage that the training has not made stays as it is there.
+
+    Raises:
+        UserError: The folder holds nothing that a training made.
     """
+    if not any((folder / name).is_dir() for name in ("pipeline", *sources.RECIPES)):
+        raise UserError(f"{folder} holds neither a pipeline nor a source; --folder is where `miniature train` wrote")
     if (folder / "pipeline").is_dir():
         shutil.copytree(folder / "pipeline", output / "pipeline", dirs_exist_ok=True)
     for name in sources.RECIPES:

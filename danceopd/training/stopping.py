@@ -1,9 +1,11 @@
-"""Ends a run after the update at hand when a signal asks for it."""
+"""Ends a run after the update at hand when a signal asks for it, and other commands as Ctrl-C does."""
 
 import contextlib
 import signal
 import sys
 import threading
+
+from danceopd.support.errors import Terminated
 
 
 @contextlib.contextmanager
@@ -36,3 +38,21 @@ def stop_requests(silent: bool = False):
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def term_interrupts():
+    """Raises Terminated at a TERM signal, as Python raises KeyboardInterrupt at Ctrl-C, so that what is under way is
+    put away by the same code."""
+
+    def interrupt(_number, _frame):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.optimizers import Muon
 
@@ -63,6 +64,7 @@ def run_stage(
 
     Raises:
         FloatingPointError: The loss is not finite.
+        UserError: The state is of another number of updates or another learning rate.
     """
     average = AveragedModel(model)
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -72,8 +74,10 @@ def run_stage(
     if rest:  # an adapter has matrices alone
         optims.append(torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01))
     path, step, seconds = folder / f"{name}.pt", 0, 0.0
+    schedule = {"steps": steps, "learning_rate": learning_rate, "decay": decay}
     if path.exists():
         state = torch.load(path, weights_only=True)
+        _check_schedule(path, state, schedule)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         for optim, saved in zip(optims, state["optims"], strict=True):
@@ -88,7 +92,7 @@ def run_stage(
     def save() -> None:
         buffer = io.BytesIO()
         state = {"model": model.state_dict(), "average": average.state_dict(), "step": step, "seconds": seconds}
-        torch.save({**state, "optims": [optim.state_dict() for optim in optims]}, buffer)
+        torch.save({**state, **schedule, "optims": [optim.state_dict() for optim in optims]}, buffer)
         write_atomic(path, buffer.getvalue())
 
     start, saved, losses = time.monotonic() - seconds, time.monotonic(), []
@@ -119,3 +123,14 @@ def run_stage(
             saved = time.monotonic()
     save()
     return average.module.eval()
+
+
+def _check_schedule(path: Path, state: dict, schedule: dict) -> None:
+    """Refuses a state whose updates had other learning rates than a training in one go would have given them."""
+    kept = {key: state.get(key) for key in schedule}  # None in states from before it was kept
+    if kept != schedule:
+        then, now = (", ".join(f"{key} {value}" for key, value in one.items()) for one in (kept, schedule))
+        raise UserError(
+            f"{path} is of a training with {then}, which cannot go on with {now}; remove it to train from the start, "
+            "or train in another folder"
+        )

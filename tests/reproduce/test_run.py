@@ -1,5 +1,6 @@
 """`danceopd reproduce`: the matrix, runs in processes of their own, resume after a kill, and the results files."""
 
+import fcntl
 import itertools
 import json
 import math
@@ -37,6 +38,7 @@ from danceopd.reproduce.matrix import (
 )
 from danceopd.reproduce.run import Folders, adopt, chosen, config_of, digest, finished, gather, reproduce
 from danceopd.support.errors import UserError
+from danceopd.support.run_log import read_log
 from danceopd.world.dit import DiT, DiTConfig
 from danceopd.world.files import save_model
 
@@ -252,6 +254,25 @@ def test_a_killed_reproduction_goes_on_without_repeating(configs, tmp_path):
     assert json.loads((tmp_path / "results" / "E.json").read_text())["rows"][-1]["method"] == "danceopd"
 
 
+def test_a_term_signal_ends_the_workers_with_a_checkpoint(configs, tmp_path):
+    command = [sys.executable, "-m", "danceopd", "reproduce", "C", "--configs", configs, "--work", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(CONFIGS.parent)}
+    process = subprocess.Popen([*command, "--workers", "2"], env=environment, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "C" / "danceopd" / "seed0"
+    deadline = time.monotonic() + 600
+    while not read_log(folder / "log.jsonl").training:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "run the same command again to go on" in said
+    assert list((folder / "checkpoints").iterdir())
+    with open(folder / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its worker holds it for as long as it lives
+
+
 def test_a_run_of_another_budget_is_not_gone_on_with(configs, tmp_path, monkeypatch):
     folders = place_of(configs, tmp_path)
     (first,), (second,) = (runs("C", Budget("quick", n, n, n, n, n, 1), 1) for n in (1500, 3000))
@@ -280,8 +301,11 @@ def test_bad_arguments(tmp_path, capsys, monkeypatch):
     assert chosen("all") == list(SETTINGS)
     assert main(["reproduce", "G"]) == 2
     assert "no setting 'G'; there are A, B" in capsys.readouterr().err
-    assert main(["reproduce", "A", "--seeds", "-1"]) == 2
-    assert "--seeds" in capsys.readouterr().err
+    monkeypatch.setattr(driver, "reproduce", lambda *_: pytest.fail("what is refused is not begun"))
+    for wrong in (["--seeds", "-1"], ["--seeds", "0"], ["--workers", "0"]):
+        assert main(["reproduce", "A", *wrong]) == 2
+        assert "--seeds and --workers must be at least 1" in capsys.readouterr().err
+    monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", "A", "--configs", "nowhere"]) == 2
     assert "no configuration at nowhere/setting_a.yaml; --configs FOLDER" in capsys.readouterr().err

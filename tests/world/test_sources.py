@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from danceopd.core.schedule import sigma_grid
-from danceopd.world import sources
+from danceopd.world import sources, stages
 from danceopd.world.edits import GLOBAL_KINDS, LOCAL_KINDS
 from danceopd.world.files import SHIPPED, load_model
 from danceopd.world.scoring import Sampler, score_gedit, score_geneval
@@ -57,9 +57,19 @@ def test_the_recipe_trains_and_resumes_to_the_same_weights(tmp_path, monkeypatch
     for folder in (whole, parts):
         folder.mkdir()
     sources.train_source(sources.TRUNK, whole)
-    monkeypatch.setitem(sources.STAGES, sources.TRUNK, replace(base, steps=2))
-    sources.train_source(sources.TRUNK, parts)
-    monkeypatch.setitem(sources.STAGES, sources.TRUNK, base)
+
+    def killed(stage, text_length, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return batch(stage, text_length, step)
+
+    batch = sources.update_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "SAVE_EVERY", 0.0)
+        patch.setattr(sources, "update_batch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sources.train_source(sources.TRUNK, parts)
+    assert torch.load(parts / "trunk.pt", weights_only=True)["step"] == 2
     sources.train_source(sources.TRUNK, parts)
     a, b = (torch.load(folder / "trunk.pt", weights_only=True) for folder in (whole, parts))
     for key, value in a["model"].items():

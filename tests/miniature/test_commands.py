@@ -1,0 +1,34 @@
+"""`danceopd miniature`: what it refuses, before anything is written."""
+
+import pytest
+
+from danceopd.cli.parser import main
+from danceopd.miniature import card
+
+
+@pytest.mark.parametrize("action", ["data", "benchmark"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--size", "0"], "--size must be at least 1"),
+        (["--size", "-3"], "--size must be at least 1"),
+        (["--seed", "99999999999999999999"], "--seed must be between"),
+        (["--seed", str(-(2**63))], "--seed must be between"),
+    ],
+)
+def test_sizes_and_seeds_that_no_sample_has_are_refused(action, wrong, said, tmp_path, capsys):
+    assert main(["miniature", action, "--folder", str(tmp_path / "out"), *wrong]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_seed_is_taken(tmp_path):
+    largest = ["--size", "1", "--seed", str(2**63 - 1)]
+    assert not main(["miniature", "data", "--folder", str(tmp_path / "out"), *largest])
+    assert (tmp_path / "out" / "manifest.jsonl").exists()
+
+
+def test_a_card_of_nothing_is_refused_before_anything_is_scored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(card, "write_card", lambda: pytest.fail("scored"))
+    assert main(["miniature", "card", "--folder", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere holds neither a pipeline nor a source" in capsys.readouterr().err
