@@ -29,6 +29,10 @@ def test_the_largest_seed_is_taken(tmp_path):
 
 
 def test_a_card_of_nothing_is_refused_before_anything_is_scored(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(card, "write_card", lambda: "README.md")
+    assert not main(["miniature", "card"])  # no folder is named: of what ships
+    assert "wrote README.md" in capsys.readouterr().out
     monkeypatch.setattr(card, "write_card", lambda: pytest.fail("scored"))
     assert main(["miniature", "card", "--folder", str(tmp_path / "nowhere")]) == 2
     assert "nowhere holds neither a pipeline nor a source" in capsys.readouterr().err
