@@ -133,6 +133,10 @@ def commands() -> str:
     parts = [COMMANDS.strip()]
     for name, command in dict(choices).items():
         parts.append(f"## danceopd {name}\n\n```text\n{_help(command)}\n```")
+        for action in command._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                inner = (f"### danceopd {name} {one}\n\n```text\n{_help(c)}\n```" for one, c in action.choices.items())
+                parts += inner
     return "\n\n".join(parts) + "\n"
 
 

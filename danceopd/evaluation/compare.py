@@ -340,7 +340,9 @@ def headline(runs: list[Run], comparisons: list[Comparison]) -> str:
     parts = []
     for run, comparison in zip(runs[1:], comparisons, strict=True):
         mean, low, high = comparison.overall.mean, comparison.overall.low, comparison.overall.high
-        if low <= 0 <= high or comparison.fewest < FEW:  # of few prompts the interval is too narrow
+        if comparison.fewest < FEW:  # their interval is too narrow
+            parts.append(f"too few prompts to tell {run.name} from {runs[0].name} ({_signed(comparison.overall)})")
+        elif low <= 0 <= high:
             parts.append(f"{run.name} and {runs[0].name} cannot be told apart ({_signed(comparison.overall)})")
         else:
             parts.append(f"{run.name} is {'better' if mean > 0 else 'worse'} than {runs[0].name} by {abs(mean):.3f}")

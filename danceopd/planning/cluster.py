@@ -334,8 +334,9 @@ def _time_lines(planned: Plan) -> Iterator[str]:
     peak = f"{UTILISATION:.0%} of {card.operations / 1e12:.0f} dense bf16 TFLOPS"
     yield f"one update: {forwards:.1f} network evaluations of a rank for its {rows} samples, {_operations(each)} each:"
     yield f"  {_operations(forwards * each)}, at {peak}"
+    inside = "NVLink" if card.nvlink > card.host else "PCIe"
     yield (
-        f"  links in one direction: NVLink {card.nvlink / 1e9:.0f} GB/s a card in a machine of {NODE}, "
+        f"  links in one direction: {inside} {card.nvlink / 1e9:.0f} GB/s a card in a machine of {NODE}, "
         f"{card.network / 1e9:.0f} GB/s a card between, {card.host / 1e9:.0f} GB/s to host memory; nothing overlaps"
     )
 

@@ -31,7 +31,7 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import new_folder
 from danceopd.support.run_log import read_log
 from danceopd.support.texts import parse_object
-from danceopd.tools.provenance import provenance
+from danceopd.tools.provenance import base_name, provenance
 
 LAST = 5  # records of the training curve in a model card
 
@@ -208,7 +208,7 @@ def model_card(
         tags=["danceopd", "distillation", *([] if merge else ["lora"])],
     )
     kind = "transformer" if merge else "LoRA"
-    shown = base or config.model.resolve().name
+    shown = base_name(config.model)
     parts = [
         f"# {shown}: {_title(config)}",
         f"A {kind} of `{shown}`, distilled from {len(config.sources)} sources on the student's own trajectories "

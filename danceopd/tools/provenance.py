@@ -11,6 +11,7 @@ from danceopd.models.loading import hub_id
 from danceopd.models.lora_files import lora_file
 from danceopd.models.tensor_files import opened
 from danceopd.support.errors import UserError
+from danceopd.support.paths import shipped
 
 TRIGGERS = ("modelspec.trigger_phrase", "trigger_words")  # where LoRA files name the words that call them
 
@@ -23,7 +24,7 @@ def provenance(config: Config, triggers: Sequence[str] = ()) -> dict[str, str]:
         triggers: The words that call it; those that the sources' own files name if not given.
 
     Returns:
-        base_model, the hub's name or the folder's; trigger_words, also as modelspec.trigger_phrase, where there are
+        base_model, as `base_name` gives it; trigger_words, also as modelspec.trigger_phrase, where there are
         some; and sources as JSON: {source: {file: "sha256:..."}}, of folders "files:..." by names, sizes and ends, and
         "missing" for what is no longer there.
     """
@@ -48,8 +49,15 @@ def named(model: Path, words: Iterable[str]) -> dict[str, str]:
     Returns:
         base_model, and where there are words trigger_words and modelspec.trigger_phrase.
     """
-    found, joined = {"base_model": hub_id(model) or model.resolve().name}, ", ".join(words)
+    found, joined = {"base_model": base_name(model)}, ", ".join(words)
     return found | dict.fromkeys(TRIGGERS, joined) if joined else found
+
+
+def base_name(model: Path) -> str:
+    """Names a pipeline's folder as others find it: by its hub id, by the name that ships, or by the folder's own."""
+    model = shipped(model).resolve()
+    ships = model == shipped(Path("miniature")).resolve()
+    return hub_id(model) or ("miniature" if ships else model.name)
 
 
 def content_hash(path: Path) -> str:

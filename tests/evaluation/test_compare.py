@@ -143,7 +143,7 @@ def test_the_page_has_the_worst_and_the_best_prompts_and_needs_no_other_file(tmp
     order = ("Where b is worse", "a photo of a dog", "Where b is better", "alert(1)", "All scores")
     places = [words.index(text) for text in order]
     assert places == sorted(places), "pictures come before the table"
-    assert "GenEval: b and a cannot be told apart (+0.167" in words
+    assert "GenEval: too few prompts to tell b from a (+0.167" in words
     assert page.tags.count("img") == 8
     assert "script" not in page.tags
     assert METADATA[1]["prompt"] in words
@@ -160,7 +160,7 @@ def test_runs_without_a_difference_show_their_pictures_all_the_same(tmp_path):
     assert main(["compare", str(a), str(b), "-o", str(tmp_path / "page.html")]) == 0
     page = Page((tmp_path / "page.html").read_text())
     words = " ".join(page.text)
-    assert "cannot be told apart (+0.000 (+0.000 to +0.000))" in words
+    assert "too few prompts to tell b from a (+0.000 (+0.000 to +0.000))" in words
     assert "Scored alike" in words
     assert "Where b is" not in words
     assert (page.tags.count("article"), page.tags.count("img")) == (3, 12)

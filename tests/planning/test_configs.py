@@ -140,6 +140,7 @@ def test_with_blocks_that_wait_in_host_memory_it_fits_a_small_card(real, config,
     assert found.swap.passes == 16 + 1 + 2 * 4
     sent = found.swap.size * 25
     assert f"{sent / 25e9:.3g} s at 25 GB/s, or {sent / 50e9:.3g} s at 50 GB/s".replace(", or", " or") in planned.text()
+    assert "PCIe 32 GB/s a card in a machine" in planned.text()  # neither card has NVLink
     fewer = replace(found, memory=dict(found.memory), host=dict(found.host))
     settle(load_config(path, [*changes, f"training.swap_blocks={found.swap.count - 1}"]), fewer, None)
     assert fewer.total_memory() > room  # auto takes no more than have to wait

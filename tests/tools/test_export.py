@@ -5,6 +5,7 @@ import importlib
 import json
 import resource
 import shutil
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -24,6 +25,7 @@ from danceopd.config.reading import parse_config
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.rollout import sample
 from danceopd.data.prepare import prepare
+from danceopd.miniature.shipped import PIPELINE
 from danceopd.models.backbones import FAMILIES, backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.loading import hub_id
 from danceopd.models.lora_algebra import merge_into
@@ -33,6 +35,7 @@ from danceopd.models.shared_base import target_layers
 from danceopd.support.errors import UserError
 from danceopd.support.files import new_folder, write_atomic
 from danceopd.tools.export import export, stored_dtype
+from danceopd.tools.provenance import base_name
 from danceopd.training.assembly.build import build_model
 from danceopd.training.checkpoints import load_newest
 from danceopd.training.loop import Trainer
@@ -350,3 +353,8 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(sd3_run, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "student" / FILES[1]).read_bytes() == before
     assert sorted(p.name for p in tmp_path.rglob("*")) == [FILES[1], "student"]
+
+
+def test_what_ships_is_named_as_it_is_asked_for():
+    assert base_name(Path("miniature")) == base_name(PIPELINE) == "miniature"
+    assert base_name(Path("somewhere/my-model")) == "my-model"

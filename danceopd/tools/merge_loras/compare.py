@@ -227,7 +227,7 @@ def judge(results: Results) -> None:
     worse = [f"the {who}" for who in (AVERAGE, BASE) if not ours >= means[who]]  # also where it is not a number
     results.better = not worse and ours >= best - FAR
     results.enough = best >= means[BASE] and not ours > best + TIE
-    beside = f"It lies beside the result, as OUTPUT{PLAIN_MERGE}."
+    beside = f"It lies beside the result, as the file that ends in {PLAIN_MERGE}."
     closed = (
         f"this merge closes {percent(ours)} of the gaps ({results.best}: {percent(best)}, the plain average: "
         f"{percent(means[AVERAGE])}, the base: {percent(means[BASE])})."
