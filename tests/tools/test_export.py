@@ -355,6 +355,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(sd3_run, tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == [FILES[1], "student"]
 
 
-def test_what_ships_is_named_as_it_is_asked_for():
+def test_what_ships_is_named_as_it_is_asked_for(tmp_path):
     assert base_name(Path("miniature")) == base_name(PIPELINE) == "miniature"
-    assert base_name(Path("somewhere/my-model")) == "my-model"
+    own = shutil.copytree(PIPELINE, tmp_path / "my-model")
+    assert base_name(own) == "my-model"
