@@ -76,15 +76,15 @@ def run_init(args: argparse.Namespace) -> int:
         print(f"wrote {proposal.manifest}")
     write_atomic(args.output, proposal.configuration.encode())
     print(f"wrote {args.output}\n")
-    _dry_run(args.output)
+    sound = _dry_run(args.output)
     print("\nnext:")
     for number, (what, command) in enumerate(proposal.steps, 1):
         print(f"  {number}. {what}\n     {command}")
-    return 0
+    return 0 if sound else 2
 
 
-def _dry_run(file: Path) -> None:
-    """Prints what the run takes; what it lacks before its data is encoded is no mistake of the configuration."""
+def _dry_run(file: Path) -> bool:
+    """Prints what the run takes, and tells whether it can start once its data is encoded."""
     from danceopd.api import examiner_of
     from danceopd.config.reading import load_config
     from danceopd.planning.dry_run import dry_run
@@ -96,6 +96,7 @@ def _dry_run(file: Path) -> None:
     print(findings.text())
     if encoded:
         print(f"\nnot encoded yet: the data of {len(encoded)} capabilities, which step 1 below encodes")
+    return not findings.problems
 
 
 def _card_gib(card: str | None) -> float | None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from danceopd.core.copies import to_device
 from danceopd.models.tensor_files import check_finite, in_its_place, opened, read_header
+from danceopd.support.bars import without_library_bars
 from danceopd.support.errors import UserError
 from danceopd.support.hub import near
 from danceopd.support.texts import parse_object
@@ -109,7 +110,8 @@ def load(cls: type, path: Path | str, **options):
         variants = {variant_of(part) for part in parts if part.is_dir()} - {None}
         options |= {"variant": min(variants)} if variants else {}
     try:
-        loaded = cls.from_pretrained(str(path), local_files_only=True, **options)
+        with without_library_bars():
+            loaded = cls.from_pretrained(str(path), local_files_only=True, **options)
     except Exception as error:  # on configurations of odd values the libraries raise almost anything
         raise UserError(f"{path}: cannot be loaded as {cls.__name__}: {error}") from error
     for name, part in loaded.components.items() if whole else ():

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -31,6 +33,27 @@ class _Lines(tqdm):
             self.display()
 
 
+def silenced() -> bool:
+    """Tells whether nothing is to be shown: by TQDM_DISABLE=1, which --quiet sets."""
+    return os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+
+
+@contextmanager
+def without_library_bars() -> Iterator[None]:
+    """Keeps the bars of diffusers and transformers off where none is to be shown, or where they would fill a file."""
+    loaded = (sys.modules.get(f"{name}.utils.logging") for name in ("diffusers", "transformers"))
+    active = [one for one in loaded if one and one.is_progress_bar_enabled()]
+    if sys.stderr.isatty() and not silenced():
+        active = []
+    for one in active:
+        one.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for one in active:
+            one.enable_progress_bar()
+
+
 def bar(items=None, desc: str | None = None, total: float | None = None, disable: bool = False, **options) -> tqdm:
     """Makes tqdm's bar on the standard error, or lines every 30 seconds where that is no terminal.
 
@@ -40,7 +63,7 @@ def bar(items=None, desc: str | None = None, total: float | None = None, disable
     Returns:
         The bar, which is an iterable of the items and a context.
     """
-    disable = disable or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    disable = disable or silenced()
     if sys.stderr.isatty():
         return tqdm(items, desc, total, disable=disable, dynamic_ncols=True, **options)
     form = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"

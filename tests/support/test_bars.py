@@ -1,8 +1,13 @@
 """Long work in a file: lines that only follow each other."""
 
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
 from tqdm import tqdm
 
 from danceopd.cli.parser import main
+from danceopd.miniature.shipped import PIPELINE
+from danceopd.models.loading import load
 from danceopd.support.bars import bar
 
 
@@ -33,3 +38,17 @@ def test_quiet_shows_no_bar(capsys, monkeypatch):
         assert list(shown) == [1, 2]
         shown.set_postfix_str("loss 1")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("left_on", [True, False])
+def test_the_libraries_bars_do_not_fill_a_file_and_are_as_before_after_it(left_on, capsys):
+    from diffusers.utils import logging
+
+    switch = logging.enable_progress_bar if left_on else logging.disable_progress_bar
+    switch()
+    try:
+        load(Flux2KleinPipeline, PIPELINE, dtype=torch.float32)  # the standard error is no terminal here
+        assert "Loading" not in capsys.readouterr().err
+        assert logging.is_progress_bar_enabled() == left_on
+    finally:
+        logging.enable_progress_bar()

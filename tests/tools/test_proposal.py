@@ -117,3 +117,10 @@ def test_in_a_terminal_it_asks(place, tmp_path, monkeypatch, capsys):
     assert main(["init", "--card", "cpu"]) == 0
     assert yaml.safe_load((tmp_path / "danceopd.yaml").read_text())["training"]["precision"] == "fp32"
     assert next(answers, None) is None
+
+
+def test_a_base_that_is_not_there_ends_with_2_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "miniature/night", "miniature/wood", "--base", "nonsense", "--card", "cpu"]) == 2
+    said = capsys.readouterr()
+    assert "nonsense" in said.out + said.err
