@@ -82,7 +82,7 @@ def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds the device, and the dtype of the weights on it."""
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the weights (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="the weights' dtype (%(default)s)")
 
 
 def add_pipeline(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +94,7 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-inference-steps", type=int, help=f"solver steps {own}")
     parser.add_argument("--guidance-scale", type=float, help=own)
     parser.add_argument("--max-sequence-length", type=int, metavar="N", help=f"tokens of a prompt {own}")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the noise follows from it (%(default)s)")
 
 
 def fill_sizes(args: argparse.Namespace, model: Path | None, resolution: int | None = 1024) -> None:

@@ -18,17 +18,20 @@ def add_check_model(commands) -> None:
     )
     parser.add_argument("model", type=Path, help="the folder of a diffusers pipeline")
     parser.add_argument("--task", choices=("t2i", "edit"), help="(all that the pipeline does)")
-    parser.add_argument("--resolution", type=int, default=1024, help="of the square picture, in pixels (%(default)s)")
+    parser.add_argument("--resolution", type=int, default=1024, help="side of the picture in pixels (%(default)s)")
     parser.add_argument("--num-inference-steps", type=int, default=2, help="solver steps (%(default)s)")
     parser.add_argument("--references", type=int, default=1, help="source pictures of an edit (%(default)s)")
     parser.add_argument(
-        "--guidance-scale", type=float, default=4.0, help="of the picture drawn with guidance; 1 for none (%(default)s)"
+        "--guidance-scale",
+        type=float,
+        default=4.0,
+        help="guidance of a second picture; 1 draws none (%(default)s)",
     )
     parser.add_argument(
         "--tolerance", type=float, help="largest difference that passes (1e-4 in float32, 2e-2 in half precision)"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="the weights' dtype (%(default)s)")
 
 
 def run_check_model(args: argparse.Namespace) -> int:

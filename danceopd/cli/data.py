@@ -38,8 +38,8 @@ def add_data(commands) -> None:
     )
     imported.add_argument("folder", type=Path, help="written by save_to_disk")
     imported.add_argument("out", type=output_folder)
-    imported.add_argument("--split", default="train", help="of several (%(default)s)")
-    imported.add_argument("--task", help="of every row; its own is then kept as raw_task")
+    imported.add_argument("--split", default="train", help="which of several is read (%(default)s)")
+    imported.add_argument("--task", help="what every row is for; its own is then kept as raw_task")
     _add_bad_rows(imported, "skip")
 
     _add_world(actions)

@@ -25,10 +25,10 @@ def add_gedit(commands) -> None:
     parser.add_argument("--method", help="the name that the pictures lie under (the LoRA's or model's without)")
     add_pipeline(parser)
     parser.add_argument("--resolution", type=int, help="sides of a square edit in pixels (1024; the miniature: 64)")
-    parser.add_argument("--kinds", nargs="+", default=["paper"], help="of edits: paper (six), all (eleven), or names")
+    parser.add_argument("--kinds", nargs="+", default=["paper"], help="edits: paper (six), all (eleven), or names")
     parser.add_argument("--language", nargs="+", default=["en"], choices=("en", "cn"), help="(en)")
     parser.add_argument("--subset", default="fullset", choices=("fullset", "intersection"), help="(%(default)s)")
-    parser.add_argument("--judge-url", metavar="URL", help="of an OpenAI-compatible endpoint, usually ending in /v1")
+    parser.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint, usually ending in /v1")
     parser.add_argument("--judge-model", metavar="NAME", help="the model's name there")
     judge = "a Qwen2.5-VL, to judge on this machine instead; or miniature, for edits of that world's pictures"
     parser.add_argument("--judge", type=Path, metavar="FOLDER", help=judge)

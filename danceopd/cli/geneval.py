@@ -46,7 +46,9 @@ def add_geneval(commands) -> None:
     detector = "a Mask2Former's folder, trained on COCO's instances: scores; or miniature, for pictures of that world"
     parser.add_argument("--detector", type=Path, help=detector)
     parser.add_argument("--clip", type=Path, help="a CLIP's folder: names the colours of what was found")
-    parser.add_argument("--max-overlap", type=float, default=1.0, help="of two boxes of a class (%(default)g: any)")
+    parser.add_argument(
+        "--max-overlap", type=float, default=1.0, help="how much two boxes may overlap (%(default)g: any)"
+    )
     add_device(parser)
 
 

@@ -23,11 +23,11 @@ def add_miniature(commands) -> None:
     parser.add_argument("action", nargs="?", choices=("list", "train", "card", "data", "benchmark"), default="list")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages only: vae, base, or a source's name")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where to train or write (%(default)s)")
-    parser.add_argument("--capabilities", nargs="+", default=["t2i", "edit"], help="of data (%(default)s)")
+    parser.add_argument("--capabilities", nargs="+", default=["t2i", "edit"], help="capabilities to write (t2i edit)")
     parser.add_argument(
         "--size", type=int, default=1000, help="samples of each, or a benchmark's of each task and kind"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of data or a benchmark (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="samples or prompts and noise follow from it (%(default)s)")
 
 
 def run_miniature(args: argparse.Namespace) -> None:

@@ -83,12 +83,15 @@ def add_merge_loras(commands) -> None:
         help="the words that call a LoRA, in front of prompts or around {prompt}; none: it acts on every prompt "
         "(as its file says; else its name)",
     )
-    parser.add_argument("--weight", action="append", default=[], metavar="NAME=0.8", help="of a LoRA (1)")
+    parser.add_argument("--weight", action="append", default=[], metavar="NAME=0.8", help="strength of a LoRA (1)")
     parser.add_argument("--no-pairs", action="store_true", help="ask no prompts with two triggers")
     parser.add_argument("--prompts", type=Path, help="a prompt, or NAME<TAB>prompt, a line (500 general ones)")
-    parser.add_argument("--rank", type=_rank, help="of the result: a number or auto (the largest of the LoRAs')")
+    parser.add_argument("--rank", type=_rank, help="rank of the result: a number or auto (the largest of the LoRAs')")
     parser.add_argument(
-        "--layout", default="diffusers", choices=("diffusers", "comfyui", "kohya"), help="of the file (%(default)s)"
+        "--layout",
+        default="diffusers",
+        choices=("diffusers", "comfyui", "kohya"),
+        help="names of the file's keys (%(default)s)",
     )
     parser.add_argument("--steps", type=int, default=1000, help="most updates (%(default)s)")
     parser.add_argument(

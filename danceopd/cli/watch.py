@@ -19,7 +19,7 @@ def add_watch(commands) -> None:
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, or a folder that holds several"
     )
-    parser.add_argument("--port", type=int, default=8642, help="of this machine; 0 takes a free one (%(default)s)")
+    parser.add_argument("--port", type=int, default=8642, help="a port here; 0 takes a free one (%(default)s)")
 
 
 def run_watch(args: argparse.Namespace) -> None:

@@ -154,9 +154,9 @@ class Rollout(Section):
 
     Attributes:
         num_inference_steps: Solver steps of a whole trajectory.
-        shift: Of the noise levels. A `model` rolls out on those of its scheduler; there it is only of the levels at
-            which joint, off_policy and danceopd_fast noise the data's pictures.
-        solver: Of core.solver.
+        shift: Moves the noise levels towards noise. A `model` rolls out on those of its scheduler; there it moves only
+            the levels at which joint, off_policy and danceopd_fast noise the data's pictures.
+        solver: How a step is taken: euler and ab2 (Adams-Bashforth) evaluate once, heun twice.
     """
 
     num_inference_steps: Steps = 16
@@ -181,7 +181,7 @@ class Training(Section):
 
     Attributes:
         output_dir: The run's folder.
-        seed: Of everything that is drawn.
+        seed: All that is drawn at random follows from it.
         max_steps: Number of updates.
         max_network_evaluations: Ends a run before max_steps: forwards of one sample by any network, a backward counted
             as two.
@@ -194,17 +194,18 @@ class Training(Section):
         learning_rate: After the warm-up.
         warmup_steps: Updates in which it rises.
         lr_schedule: What it does then.
-        weight_decay: Of AdamW.
+        weight_decay: AdamW takes off this share of each weight, times the rate.
         max_grad_norm: A larger gradient is scaled down to it.
-        ema_decay: Of the average of the weights, which is what a run writes, draws and scores. After n updates it keeps
-            at most (1 + n) / (10 + n) of itself, so that a short run is not averaged with where it began.
-        precision: Of the student's products.
-        rollout_precision: Of a copy of the student that rollouts ask, filled after each update; fp8 as in
+        ema_decay: What the average of the weights keeps of itself at an update; the average is what a run writes, draws
+            and scores. After n updates it keeps at most (1 + n) / (10 + n), so that a short run is not averaged with
+            where it began.
+        precision: The dtype that the student multiplies in.
+        rollout_precision: Rollouts ask a copy of the student in it, filled after each update; fp8 as in
             base_precision. If not given they ask the student itself, or with ZeRO-3 a replica in its own precision. An
             adapter's base in FP8 is the one that sources share where base_precision is fp8 too, else a copy.
         gradient_checkpointing: With a `model`, the backward computes each block again instead of keeping it.
-        base_precision: Of the frozen linear weights in a `model`'s blocks, those of sources too; adapters stay as they
-            are, and nf4 has 4 bits. With fp8 a token's input is rounded too where the device multiplies FP8; the
+        base_precision: The frozen linear weights in a `model`'s blocks have it, those of sources too; adapters stay as
+            they are, and nf4 has 4 bits. With fp8 a token's input is rounded too where the device multiplies FP8; the
             embedded network's sources can have it as well. auto leaves them as they are where that fits the card by
             the dry run's estimate, and else takes fp8 where the card multiplies it (int8 on older ones), then nf4; a
             run that goes on keeps what it began with.
@@ -271,7 +272,7 @@ class Evaluation(Section):
     """How the student is scored: pictures per GenEval task and per edit kind, drawn with the rollout's shift.
 
     Attributes:
-        seed: Of prompts, placements and noise.
+        seed: Prompts, placements and noise follow from it.
         per_task, per_kind: Number of pictures.
         batch_size: Pictures drawn at a time.
         times: How often the student is scored during the run, evenly spread, by `quick` pictures of each.
