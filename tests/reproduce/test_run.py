@@ -118,7 +118,7 @@ def test_runs_on_the_miniature_have_one_budget_which_the_drawing_of_data_is_part
 def test_the_ablations_hold_what_the_paper_varies():
     rows = [row for axis in ABLATIONS.values() for row in axis]
     assert len(set(rows)) == len(rows)
-    wanted = "soft mid_t high_t uniform stratified k4 k16 steps16 steps20 steps28"
+    wanted = "soft mid_t high_t uniform k4 k16 steps16 steps20 steps28"
     losses = "kl dmd sds consistency sigma_sqrt logit_normal mode cosmap"
     assert {*wanted.split(), *losses.split()} <= set(rows)
 
