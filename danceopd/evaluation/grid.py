@@ -11,7 +11,7 @@ from PIL import Image
 
 from danceopd.evaluation.gedit.draw import Editing, edit, size_of
 from danceopd.evaluation.geneval.draw import check_draws_text
-from danceopd.evaluation.pipelines import call_options, load_pipeline
+from danceopd.evaluation.pipelines import call_options, drawn_by, load_pipeline
 from danceopd.models.backbones import backbone_of
 from danceopd.models.loading import class_name_of, multiple_of
 from danceopd.models.lora_files import trained_for
@@ -59,34 +59,43 @@ class Pipeline:
     dtype: torch.dtype = torch.float32
 
     def check(self) -> None:
-        """Checks by names alone that the pipeline does what is asked; a UserError if not."""
+        """Checks by names and configurations that the pipeline does what is asked; a UserError if not."""
         if self.picture is None:
             check_draws_text(self.model)
         elif "edit" not in backbone_of(self.model).tasks(self.model):
             name = class_name_of(self.model)
             raise UserError(f"{self.model} is a {name}, which draws from text alone; danceopd sample draws with it")
+        if self.resolution and self.resolution < (least := multiple_of(backbone_of(self.model), self.model)):
+            raise UserError(f"--resolution {self.resolution} is less than a picture of {self.model}; at least {least}")
+        if self.picture is not None:
+            self._size()
 
     def load(self) -> Draw:
         """Loads the pipeline; raises as load_pipeline."""
         self.check()
         pipeline = load_pipeline(self.model, self.lora, self.transformer, self.device, self.dtype, weight=self.weight)
-        multiple, picture = multiple_of(backbone_of(self.model), self.model), self.picture
+        picture = self.picture
 
         def draw(prompt: str, seed: int, guidance_scale: float | None) -> torch.Tensor:
             how = {"num_inference_steps": self.num_inference_steps, "max_sequence_length": self.max_sequence_length}
             if picture is not None:
-                side = self.resolution or min(1024, round(math.sqrt(picture.width * picture.height)))
-                editing = Editing(side, guidance_scale=guidance_scale, seed=seed, **how)
-                return pixels(edit(pipeline, picture, prompt, size_of(picture, side, multiple), seed, editing))
+                editing = Editing(guidance_scale=guidance_scale, seed=seed, **how)
+                return pixels(edit(pipeline, picture, prompt, self._size(), seed, editing))
             size = (self.resolution, self.resolution) if self.resolution else None
             options = call_options(pipeline, guidance_scale, size, **how)
             generator = torch.Generator().manual_seed(seed)
-            drawn = pipeline(prompt=prompt, generator=generator, output_type="np", **options).images
+            drawn = drawn_by(pipeline, prompt=prompt, generator=generator, **options)
             if not np.isfinite(drawn).all():
                 raise UserError(f"the model draws no finite numbers for {prompt!r}; try --dtype bfloat16 or float32")
             return pixels(pipeline.image_processor.numpy_to_pil(drawn)[0])
 
         return draw
+
+    def _size(self) -> tuple[int, int]:
+        """Returns (height, width) of the edit; a UserError where the pipeline takes no picture of this shape."""
+        picture, family = self.picture, backbone_of(self.model)
+        side = self.resolution or min(1024, round(math.sqrt(picture.width * picture.height)))
+        return size_of(picture, side, multiple_of(family, self.model), family)
 
 
 def found(what: str, lora: Path | None, base: Path | None) -> dict[str, Path]:
