@@ -169,7 +169,7 @@ def _pipelines(args: argparse.Namespace, run: Path, config, picture, work: Path)
     """Yields the pipeline with each checkpoint and each weight of the LoRA."""
     import torch
 
-    from danceopd.evaluation.grid import Network, Pipeline, found
+    from danceopd.evaluation.grid import Network, found
     from danceopd.miniature.shipped import trained_at
     from danceopd.support.devices import find_own_device
     from danceopd.tools.students import student_files
@@ -190,6 +190,8 @@ def _pipelines(args: argparse.Namespace, run: Path, config, picture, work: Path)
         }
     if args.lora_weight != [1.0] and not all(one.get("lora") for one in files.values()):
         raise UserError("--lora-weight needs a LoRA: give --lora, or a LoRA or a run that trained one as WHAT")
+    from danceopd.evaluation.grid_pipeline import Pipeline  # imports diffusers: what is mistyped is said without it
+
     for label, paths in files.items():
         own = trained_at(paths["model"])
         for weight in args.lora_weight:

@@ -1,6 +1,9 @@
-"""Draws pictures in rows, one for each network, prompt and guidance scale, with a column for each seed."""
+"""Draws pictures in rows, one for each network, prompt and guidance scale, with a column for each seed.
 
-import math
+Nothing here imports diffusers, which the embedded networks are drawn with without; its pipelines' rows are drawn by
+evaluation.grid_pipeline.
+"""
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from danceopd.evaluation.gedit.draw import Editing, edit, size_of
-from danceopd.evaluation.geneval.draw import check_draws_text
-from danceopd.evaluation.pipelines import call_options, load_pipeline
-from danceopd.models.backbones import backbone_of
-from danceopd.models.loading import class_name_of, multiple_of
-from danceopd.models.lora_files import trained_for
 from danceopd.support.errors import UserError
 from danceopd.support.hub import located, near
 from danceopd.support.pictures import labelled_grid, png
@@ -35,60 +32,6 @@ class Network:
     load: Callable[[], Draw]
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """A diffusers pipeline that draws, or with a picture edits it; None leaves a value to the pipeline.
-
-    Attributes:
-        model, lora, transformer, device, dtype, weight: As for evaluation.pipelines.load_pipeline.
-        picture: The picture to edit.
-        resolution: The square root of a picture's number of pixels.
-        num_inference_steps: Solver steps.
-        max_sequence_length: Tokens of a prompt.
-    """
-
-    model: Path
-    lora: Path | None = None
-    weight: float = 1.0
-    transformer: Path | None = None
-    picture: Image.Image | None = None
-    resolution: int | None = None
-    num_inference_steps: int | None = None
-    max_sequence_length: int | None = None
-    device: torch.device | str = "cpu"
-    dtype: torch.dtype = torch.float32
-
-    def check(self) -> None:
-        """Checks by names alone that the pipeline does what is asked; a UserError if not."""
-        if self.picture is None:
-            check_draws_text(self.model)
-        elif "edit" not in backbone_of(self.model).tasks(self.model):
-            name = class_name_of(self.model)
-            raise UserError(f"{self.model} is a {name}, which draws from text alone; danceopd sample draws with it")
-
-    def load(self) -> Draw:
-        """Loads the pipeline; raises as load_pipeline."""
-        self.check()
-        pipeline = load_pipeline(self.model, self.lora, self.transformer, self.device, self.dtype, weight=self.weight)
-        multiple, picture = multiple_of(backbone_of(self.model), self.model), self.picture
-
-        def draw(prompt: str, seed: int, guidance_scale: float | None) -> torch.Tensor:
-            how = {"num_inference_steps": self.num_inference_steps, "max_sequence_length": self.max_sequence_length}
-            if picture is not None:
-                side = self.resolution or min(1024, round(math.sqrt(picture.width * picture.height)))
-                editing = Editing(side, guidance_scale=guidance_scale, seed=seed, **how)
-                return pixels(edit(pipeline, picture, prompt, size_of(picture, side, multiple), seed, editing))
-            size = (self.resolution, self.resolution) if self.resolution else None
-            options = call_options(pipeline, guidance_scale, size, **how)
-            generator = torch.Generator().manual_seed(seed)
-            drawn = pipeline(prompt=prompt, generator=generator, output_type="np", **options).images
-            if not np.isfinite(drawn).all():
-                raise UserError(f"the model draws no finite numbers for {prompt!r}; try --dtype bfloat16 or float32")
-            return pixels(pipeline.image_processor.numpy_to_pil(drawn)[0])
-
-        return draw
-
-
 def found(what: str, lora: Path | None, base: Path | None) -> dict[str, Path]:
     """Finds what a name draws with.
 
@@ -98,7 +41,7 @@ def found(what: str, lora: Path | None, base: Path | None) -> dict[str, Path]:
         base: The pipeline of a LoRA; the one that its file names if not given.
 
     Returns:
-        ``model``, and ``lora`` where there is one, as `Pipeline` takes them.
+        ``model``, and ``lora`` where there is one, as `evaluation.grid_pipeline.Pipeline` takes them.
 
     Raises:
         UserError: There is nothing of that name, or the LoRA's pipeline is not known.
@@ -112,6 +55,8 @@ def found(what: str, lora: Path | None, base: Path | None) -> dict[str, Path]:
         raise UserError(f"{what} is no pipeline's folder, which --lora is for; give the pipeline first")
     if not path.exists():
         raise UserError(f"there is no {what}; give a run's folder, a pipeline, a LoRA or a network{near(path)}")
+    from danceopd.models.lora_files import trained_for  # imports diffusers, which a mistyped name is said without
+
     trained = base or trained_for(path)
     if trained is None:
         raise UserError(f"{what} does not name the model that it is for; give its pipeline by --base MODEL")

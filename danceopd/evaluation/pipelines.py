@@ -3,6 +3,7 @@
 import inspect
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
@@ -95,6 +96,17 @@ def _call_options(name: str, guidance_scale: float | None, size: tuple[int, int]
     """Returns the arguments as most pipelines call them."""
     options = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     return options if size is None else options | {"height": size[0], "width": size[1]}
+
+
+def drawn_by(pipeline: DiffusionPipeline, **options) -> np.ndarray:
+    """Calls a pipeline for pictures [B, H, W, 3] in [0, 1]; a UserError for what its own check of them refuses."""
+    try:
+        return pipeline(output_type="np", **options).images
+    except UserError:
+        raise
+    except ValueError as error:  # as diffusers' checks of sizes, guidance and lengths say it
+        said = " ".join(str(error).split())
+        raise UserError(f"{type(pipeline).__name__} refuses what it is asked for: {said}") from error
 
 
 def takes(pipeline: DiffusionPipeline, argument: str) -> bool:

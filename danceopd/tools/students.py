@@ -1,13 +1,14 @@
-"""Finds a run's student, as it is now or as it was at a checkpoint."""
+"""Finds a run's student, as it is now or as it was at a checkpoint.
+
+What imports diffusers is imported where a model's student is asked for: an embedded network's is found without.
+"""
 
 from pathlib import Path
 
 from danceopd.config.sections import Config
 from danceopd.models.backbones import pipeline_class_of
 from danceopd.models.lora_algebra import Lora
-from danceopd.models.lora_files import save_lora
 from danceopd.support.errors import UserError
-from danceopd.training.assembly.networks import student_sizes
 from danceopd.training.checkpoints import Checkpoint, checkpoints
 
 FACTORS = "ema/factors."  # of the averaged adapter, in a checkpoint
@@ -39,6 +40,8 @@ def lora_of(config: Config, checkpoint: Checkpoint) -> Lora:
         raise UserError(
             "of a run that trained all weights only the newest student can be drawn with; leave out --checkpoint"
         )
+    from danceopd.training.assembly.networks import student_sizes
+
     ends = ".lora_A"
     flat = [name[len(FACTORS) : -len(ends)] for name in checkpoint.shapes if name.startswith(FACTORS)]
     flat = list(dict.fromkeys(name for name in flat if f"{FACTORS}{name}{ends}" in checkpoint.shapes))
@@ -69,6 +72,8 @@ def student_files(run: Path, config: Config, step: int | None, work: Path) -> di
         UserError: There is no such student.
     """
     if step is not None:
+        from danceopd.models.lora_files import save_lora
+
         folder = work / f"step-{step}"
         save_lora(lora_of(config, checkpoint_of(run, step)), folder, pipeline_class_of(config.model))
         return {"lora": folder}

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from danceopd.evaluation.gedit.benchmark import Benchmark, Row
-from danceopd.evaluation.pipelines import call_options
+from danceopd.evaluation.pipelines import call_options, drawn_by
 from danceopd.models import loading
-from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
+from danceopd.models.backbones import backbone_of, empty_transformer, family_of, pipeline_class_of
 from danceopd.models.fingerprint import identity
 from danceopd.models.lora_files import lora_parameters
 from danceopd.support.bars import bar
@@ -57,11 +57,32 @@ def picture_file(folder: Path, row: Row) -> Path:
     return place / f"{row.key}.png"
 
 
-def size_of(picture: Image.Image, resolution: int, multiple: int) -> tuple[int, int]:
-    """Returns (height, width) of an edit: its picture's shape, about resolution^2 pixels, multiples of `multiple`."""
+def size_of(picture: Image.Image, resolution: int, multiple: int, family: ModuleType | None = None) -> tuple[int, int]:
+    """Finds the size of an edit: its picture's shape, about resolution^2 pixels, and what the pipeline takes.
+
+    Args:
+        picture: The picture to edit.
+        resolution: The square root of its number of pixels; more where a side would be too short for the pipeline.
+        multiple: What both sides are multiples of.
+        family: The backbone's module, whose SOURCE_LIMITS say what its pipelines take; nothing is refused without.
+
+    Returns:
+        (height, width).
+
+    Raises:
+        UserError: The picture's shape is too long for the pipeline.
+    """
+    least, longest = getattr(family, "SOURCE_LIMITS", (multiple, math.inf))
     ratio = picture.width / picture.height
     width, height = resolution * math.sqrt(ratio), resolution / math.sqrt(ratio)
-    return tuple(max(multiple, round(side / multiple) * multiple) for side in (height, width))
+    more = max(1.0, least / min(width, height))
+    sides = [max(multiple, round(more * side / multiple) * multiple) for side in (height, width)]
+    if max(sides) > longest * min(sides):
+        raise UserError(
+            f"a picture of {picture.width} x {picture.height} is too long to be edited: the pipeline takes up to "
+            f"{longest} to 1; crop it"
+        )
+    return tuple(sides)
 
 
 def seed_of(row: Row, seed: int) -> int:
@@ -133,19 +154,20 @@ def edit(pipeline, picture: Image.Image, instruction: str, size: tuple[int, int]
         The edit as a PIL picture.
 
     Raises:
-        UserError: Numbers in it are not finite, which diffusers would draw as black.
+        UserError: The pipeline refuses what it is given, or numbers in the edit are not finite, which diffusers would
+            draw as black.
     """
     height, width = size
     options = call_options(
         pipeline, editing.guidance_scale, size, editing.num_inference_steps, editing.max_sequence_length
     )
-    drawn = pipeline(
+    drawn = drawn_by(
+        pipeline,
         image=picture.resize((width, height), Image.Resampling.LANCZOS),
         prompt=instruction,
         generator=torch.Generator().manual_seed(seed),
-        output_type="np",
         **options,
-    ).images
+    )
     if not np.isfinite(drawn).all():
         raise UserError(f"the model draws no finite numbers for {instruction!r}; try --dtype bfloat16 or more steps")
     return pipeline.image_processor.numpy_to_pil(drawn)[0]
@@ -163,7 +185,7 @@ def edit_rows(benchmark: Benchmark, rows: Sequence[Row], folder: Path, pipeline,
     """
     for row in bar(missing_rows(benchmark, folder, rows), "edits", unit="picture"):
         source = benchmark.picture(row)
-        size = size_of(source, editing.resolution, multiple)
+        size = size_of(source, editing.resolution, multiple, family_of(type(pipeline).__name__))
         buffer = io.BytesIO()
         edit(pipeline, source, row.instruction, size, seed_of(row, editing.seed), editing).save(buffer, "PNG")
         write_atomic(folder / "fullset" / row.kind / row.language / f"{row.key}.png", buffer.getvalue())

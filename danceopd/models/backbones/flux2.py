@@ -38,6 +38,8 @@ MAX_SEQUENCE_LENGTH = 512  # tokens of a prompt, template and padding included: 
 
 MAX_SOURCES = float("inf")
 
+SOURCE_LIMITS = (64, 8)  # of a picture to edit, as the pipelines check it: its least side, its longest ratio of sides
+
 # Of double blocks, and of single blocks, which fuse q, k and v with the MLP. Only a single block's to_out is a linear
 # layer (see shared_base.target_layers; PEFT by itself would stumble over a double block's, which is a list).
 LORA_TARGETS = (
