@@ -4,6 +4,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from danceopd.cli.arguments import DTYPES, add_command, output_file
@@ -14,7 +15,8 @@ WHAT = (
     "(base, t2i, edit, ... or a .safetensors file)"
 )
 
-EMBEDDED_ONLY, MODELS_ONLY = ("shift", "solver"), ("lora", "resolution", "max_sequence_length", "dtype")
+EMBEDDED_ONLY = ("shift", "solver")
+MODELS_ONLY = ("lora", "lora_weight", "base", "resolution", "max_sequence_length", "dtype")
 
 
 def add_sample(commands) -> None:
@@ -58,7 +60,7 @@ def _add_grid(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--guidance-scale", type=float, nargs="+", metavar="SCALE", help=f"a row each {own}")
     parser.add_argument("--checkpoint", type=int, nargs="+", metavar="STEP", help="of a run: a row each (the newest)")
     parser.add_argument("--lora", type=Path, help="a LoRA for a pipeline: a file, a folder or an id of the hub")
-    parser.add_argument("--lora-weight", type=float, nargs="+", default=[1.0], metavar="W", help="a row each (1)")
+    parser.add_argument("--lora-weight", type=float, nargs="+", metavar="W", help="a row each (1)")
     parser.add_argument("--base", type=Path, help="the pipeline that a LoRA is for (the one that its file names)")
     parser.add_argument("--num-inference-steps", type=int, help="solver steps (the pipeline's own; 16)")
     parser.add_argument("--resolution", type=int, help="side of a square of as many pixels (the pipeline's own)")
@@ -129,30 +131,31 @@ def _is_embedded(what: str) -> bool:
 def _embedded(args: argparse.Namespace, run: Path | None) -> Iterator:
     """Yields the embedded network, or a run's student, at each checkpoint."""
     from danceopd.evaluation.grid import Network
+    from danceopd.support.devices import find_own_device
     from danceopd.tools.students import checkpoint_of
     from danceopd.training.assembly.parts import averaged_student
-    from danceopd.world.files import load_model
+    from danceopd.world.files import load_model, resolve_weights
     from danceopd.world.own_data import load_picture
     from danceopd.world.scoring import as_field, load_field
 
     weights = str(run / "student.safetensors") if run else args.what
     if run and not Path(weights).is_file():
         raise UserError(f"{run} holds no student yet: its first checkpoint writes it; train on with danceopd train")
-    how = (args.num_inference_steps or 16, args.shift or 5.0, args.solver or "euler")
-    _, sampler = load_field(weights, *how, 1.0)
+    shift = 5.0 if args.shift is None else args.shift
+    _, sampler = load_field(weights, args.num_inference_steps or 16, shift, args.solver or "euler", 1.0)
+    sampler = replace(sampler, device=find_own_device(args.device))
     picture = getattr(args, "picture", None)
     source = load_picture(picture, sampler.image_size)[None] if picture else None
 
     def loaded(checkpoint):
         def load():
-            network = load_model(Path(weights)) if run else None
+            network = load_model(resolve_weights(weights))
             if checkpoint:
                 network = averaged_student(network, checkpoint)
+            network.to(sampler.device)
 
             def draw(prompt, seed, scale):
-                scale = 1.0 if scale is None else scale
-                field = as_field(network, scale) if network else load_field(weights, *how, scale)[0]
-                return sampler(field, [prompt], source, seed)[0]
+                return sampler(as_field(network, 1.0 if scale is None else scale), [prompt], source, seed)[0]
 
             return draw
 
@@ -188,13 +191,14 @@ def _pipelines(args: argparse.Namespace, run: Path, config, picture, work: Path)
             }
             for step in args.checkpoint or [None]
         }
-    if args.lora_weight != [1.0] and not all(one.get("lora") for one in files.values()):
+    if args.lora_weight and not all(one.get("lora") for one in files.values()):
         raise UserError("--lora-weight needs a LoRA: give --lora, or a LoRA or a run that trained one as WHAT")
     from danceopd.evaluation.grid_pipeline import Pipeline  # imports diffusers: what is mistyped is said without it
 
+    weights = args.lora_weight or [1.0]
     for label, paths in files.items():
         own = trained_at(paths["model"])
-        for weight in args.lora_weight:
+        for weight in weights:
             pipeline = Pipeline(
                 **paths,
                 weight=weight,
@@ -206,5 +210,5 @@ def _pipelines(args: argparse.Namespace, run: Path, config, picture, work: Path)
                 dtype=dtype,
             )
             pipeline.check()
-            weighed = f"LoRA x {weight:g}" if len(args.lora_weight) > 1 else ""
+            weighed = f"LoRA x {weight:g}" if len(weights) > 1 else ""
             yield Network(", ".join(filter(None, [label, weighed])), pipeline.load)

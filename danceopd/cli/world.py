@@ -7,7 +7,7 @@ from pathlib import Path
 from danceopd.cli.arguments import add_command, add_sampling, output_file, output_folder
 from danceopd.support.errors import UserError
 
-CHECKPOINT = "a .safetensors file, or the name of an embedded network"
+CHECKPOINT = "a run's folder, a .safetensors file, or the name of an embedded network"
 
 
 def add_evaluate(commands) -> None:
@@ -53,13 +53,48 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.per_task < 1 or args.per_kind < 1:
         raise UserError("--per-task and --per-kind must be at least 1")
     how = (args.num_inference_steps, args.shift, args.solver, args.guidance_scale)
-    field, sampler = load_field(args.checkpoint, *how)
-    name = args.name or Path(args.checkpoint).stem
+    weights = _weights(args.checkpoint)
+    field, sampler = load_field(weights, *how)
+    given = Path(args.checkpoint)
+    name = args.name or (given.name if given.is_dir() else given.stem)
     row = score_row(name, field, sampler, args.seed, args.per_task, args.per_kind, pictures=args.pictures)
     print(format_table({"rows": [row]}))
     if args.json:
         write_atomic(args.json, (json.dumps(row, indent=1) + "\n").encode())
         print(f"wrote {args.json}")
+
+
+def _weights(checkpoint: str) -> str:
+    """Finds the network that a user means: a run's folder stands for its student.
+
+    Raises:
+        UserError: It is a run without a student yet, or what other commands score, which are named.
+    """
+    from danceopd.config.reading import read_run_config
+    from danceopd.support.paths import shipped
+    from danceopd.world.files import is_lora, shipped_sources
+
+    path = shipped(Path(checkpoint).expanduser())
+    if checkpoint in shipped_sources():
+        return checkpoint
+    run = path.parent if path.name == "student" else path
+    if path.is_dir() and (run / "config.yaml").is_file():
+        config, student = read_run_config(run), run / "student.safetensors"
+        if config.model:
+            part = "lora" if config.student.lora else "transformer"
+            raise UserError(
+                f"{run} is a model's run, and this scores the embedded network; type danceopd report {run}, or "
+                f"danceopd evaluate geneval OUT --metadata FILE --model {config.model} --{part} {run / 'student'}"
+            )
+        if not student.is_file():
+            raise UserError(f"{run} holds no student yet: its first checkpoint writes it; train on with danceopd train")
+        return str(student)
+    if path.is_dir() or is_lora(path):
+        raise UserError(
+            f"{checkpoint} is no run's folder and no embedded network; a pipeline, or a LoRA on it, is scored by "
+            "danceopd evaluate geneval OUT --metadata FILE --model MODEL --lora LORA"
+        )
+    return str(path)
 
 
 def run_sources(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from danceopd.evaluation.grid import Draw, pixels
 from danceopd.evaluation.pipelines import call_options, drawn_by, load_pipeline
 from danceopd.models.backbones import backbone_of
 from danceopd.models.loading import class_name_of, multiple_of
+from danceopd.models.lora_files import lora_file
 from danceopd.support.errors import UserError
 
 
@@ -41,7 +42,10 @@ class Pipeline:
     dtype: torch.dtype = torch.float32
 
     def check(self) -> None:
-        """Checks by names and configurations that the pipeline does what is asked; a UserError if not."""
+        """Checks by names and configurations that the pipeline does what is asked; a UserError if not.
+
+        That the LoRA is there is checked too, since a pipeline may take minutes to load before its LoRA is read.
+        """
         if self.picture is None:
             check_draws_text(self.model)
         elif "edit" not in backbone_of(self.model).tasks(self.model):
@@ -51,6 +55,8 @@ class Pipeline:
             raise UserError(f"--resolution {self.resolution} is less than a picture of {self.model}; at least {least}")
         if self.picture is not None:
             self._size()
+        if self.lora:
+            lora_file(self.lora)
 
     def load(self) -> Draw:
         """Loads the pipeline; raises as load_pipeline."""

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from danceopd.support.errors import UserError
@@ -53,6 +53,17 @@ def read_config(path: Path) -> DiTConfig:
         return config
     except Exception as error:  # safetensors and JSON errors alike: the file is of no use
         raise _damaged(path, error) from error
+
+
+def is_lora(path: Path) -> bool:
+    """Tells whether a file holds a LoRA of a model, which is no embedded network; what is damaged holds none."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(part in name for name in file.keys() for part in ("lora", "lokr", "hada"))  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
 
 
 def _check_shapes(config: DiTConfig, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -201,8 +201,9 @@ def score_row(
 
 
 def as_field(network: DiT, guidance_scale: float = 1.0) -> Field:
-    """Returns a network as the field that is sampled, guided if its scale is not 1."""
-    return guided(network, tokenize([""], network.config.text_length)[0], guidance_scale)
+    """Returns a network as the field that is sampled on its device, guided if its scale is not 1."""
+    empty = tokenize([""], network.config.text_length)[0].to(next(network.parameters()).device)
+    return guided(network, empty, guidance_scale)
 
 
 def load_field(

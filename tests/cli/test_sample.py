@@ -49,6 +49,12 @@ def test_a_resolution_below_the_least_picture_is_refused(picture, tmp_path, caps
     assert main(["sample", "miniature", "a red cup", "--resolution", "16", *few]) == 0
 
 
+def test_a_lora_that_is_not_there_is_named_before_the_pipeline_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("danceopd.evaluation.grid_pipeline.load_pipeline", None)
+    assert main(["sample", "miniature", "a red cup", "--lora", "nope.safetensors", *FEW]) == 2
+    assert "nope.safetensors: no LoRA there" in capsys.readouterr().err
+
+
 def test_what_a_pipeline_refuses_is_said_in_a_line(monkeypatch, picture, capsys):
     def refuses(*_, **__):
         raise ValueError("Image too odd:\nit must be plain")

@@ -159,6 +159,9 @@ def test_a_run_is_drawn_with_as_it_is_and_at_its_checkpoints(run_folder, tmp_pat
         (["edit", "base", "nowhere.png", "add a cup"], "no picture at nowhere.png"),
         (["sample", "base", "a dog", "--lora", "x.safetensors"], "an embedded network; leave out --lora"),
         (["sample", "base", "a dog", "--dtype", "float16"], "an embedded network; leave out --dtype"),
+        (["sample", "base", "a dog", "--base", "miniature"], "an embedded network; leave out --base"),
+        (["sample", "base", "a dog", "--lora-weight", "0", "1"], "an embedded network; leave out --lora-weight"),
+        (["sample", "base", "a dog", "--shift", "0"], "shift must be positive and finite, got 0"),
         (["sample", "miniature", "a dog", "--solver", "heun"], "as its pipeline does; leave out --solver"),
         (["sample", "miniature", "a dog", "--lora-weight", "0.5"], "--lora-weight needs a LoRA"),
         (["sample", "miniature", "a dog", "--checkpoint", "5"], "--checkpoint is of a run"),
@@ -173,6 +176,12 @@ def test_mistakes_are_said_without_a_trace(arguments, says, capsys):
     err = capsys.readouterr().err
     assert says in err
     assert "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_an_embedded_network_is_drawn_on_the_device_that_is_asked_for(tiny, capsys):
+    assert main(["sample", str(tiny), "a dog", "--device", "cuda"]) == 2
+    assert "no CUDA device is available" in capsys.readouterr().err
 
 
 def test_damaged_weights(tiny, capsys):
