@@ -59,6 +59,7 @@ def test_what_a_pipeline_refuses_is_said_in_a_line(monkeypatch, picture, capsys)
     def refuses(*_, **__):
         raise ValueError("Image too odd:\nit must be plain")
 
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # which --quiet sets, and which comes back after the test
     monkeypatch.setattr("diffusers.Flux2KleinPipeline.check_inputs", refuses)
     for what in (["sample", "miniature"], ["edit", "miniature", picture(64, 64)]):
         assert main([*what, "a red cup", *FEW, "--quiet"]) == 2
