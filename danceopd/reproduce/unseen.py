@@ -10,8 +10,9 @@ from pathlib import Path
 from danceopd.config.sections import Config
 from danceopd.core.fields import Field
 from danceopd.miniature.edits import ALL, HALF
-from danceopd.miniature.evaluate import Canvas, field_of, score_gedit, score_geneval
-from danceopd.miniature.shipped import PIPELINE, shipped_sources
+from danceopd.miniature.evaluate import Canvas, field_of, score_gedit
+from danceopd.miniature.shipped import shipped_sources
+from danceopd.reproduce import absorbing
 from danceopd.reproduce.matrix import override_lines
 from danceopd.reproduce.miniature import canvas_of, lora_of, merged, prepared
 from danceopd.reproduce.results import once
@@ -43,9 +44,7 @@ def measure(canvas: Canvas, field: Field, config: Config) -> dict[str, float]:
     Returns:
         Each metric, and "<metric>_error", its standard error over pictures.
     """
-    draw, evaluation = canvas.drawer(field), config.evaluation
-    marks = score_geneval(draw, evaluation.seed, evaluation.per_task)
-    found = {"geneval_overall": marks["overall"], "geneval_overall_error": marks["standard_error"]}
+    draw, evaluation, found = canvas.drawer(field), config.evaluation, absorbing.measure(canvas, field, config)
     for metric, classes in GROUPS.items():
         marks = score_gedit(draw, evaluation.seed, evaluation.per_kind, classes=classes)
         found |= {metric: marks["average"], f"{metric}_error": marks["standard_error"]}
@@ -73,7 +72,7 @@ def untrained(config: Config, folder: Path) -> Iterator[tuple[str, str, dict]]:
         "base": partial(field_of, config.model),
         **{f"source_{name}": partial(field_of, config.model, path) for name, path in loras.items()},
         "source_edit_all": partial(field_of, config.model, shipped_sources()["edit"].parent),
-        "merge_cat": partial(merged, PIPELINE, list(loras.values()), "cat", 1 / len(loras)),
+        "merge_cat": partial(merged, config.model, list(loras.values()), "cat", 1 / len(loras)),
     }
     for name, load in fields.items():
         kind = "merge" if name.startswith("merge_") else "source"
