@@ -172,6 +172,20 @@ OPERATORS = {
         "sources.base": {},
         "sources.operator": {"difference": {"base": "base", "source": "t2i", "weight": 1.5}},
     },
+    "skip_layers": {
+        "sources.operator": {
+            "guided": {"source": "t2i", "scale": 1, "skip_layers": {"layers": [1], "scale": 1.0, "interval": [0.5, 1.0]}}
+        }
+    },
+    "by_sigma": {
+        "sources.strong": {"guided": {"source": "t2i", "scale": 3}},
+        "sources.operator": {"by_sigma": {"above": "strong", "below": "t2i", "sigma": 0.7}},
+    },
+    "mean": {
+        "sources.base": {},
+        "sources.strong": {"guided": {"source": "base", "scale": 3}},
+        "sources.operator": {"mean": ["t2i", "strong"]},
+    },
 }
 
 ABSORBED_SCALES = (1, 2, 3)  # of guidance at inference, beside those that are absorbed
