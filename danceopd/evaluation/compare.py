@@ -118,8 +118,8 @@ def read_run(path: Path) -> Run:
 
 
 def _read_geneval(file: Path) -> Run:
-    folder, pictures = file.parent, {}
-    for line in read_results(file):
+    folder, pictures, asked = file.parent, {}, {}
+    for line in sorted(read_results(file), key=lambda line: Path(line["filename"]).parts[-3:]):
         named = Path(line["filename"])
         if not re.fullmatch(r"\d{1,9}", named.stem):
             raise UserError(f"{file}: {named} has no number as its name; give GenEval's results")
@@ -129,7 +129,12 @@ def _read_geneval(file: Path) -> Run:
             raise UserError(
                 f"{file}: the 'metadata' of {named} is not JSON ({error}); give GenEval's results"
             ) from None
-        key = (json.dumps(metadata, sort_keys=True), int(named.stem))
+        prompt = json.dumps(metadata, sort_keys=True)
+        # A benchmark may ask one prompt twice, in folders of their own: the first of one run is the first of another's.
+        folders = asked.setdefault(prompt, [])
+        if named.parts[-3:-1] not in folders:
+            folders.append(named.parts[-3:-1])
+        key = (f"{prompt} {folders.index(named.parts[-3:-1])}", int(named.stem))
         if key in pictures:
             raise UserError(f"{file} has two lines for picture {named.stem} of the same prompt; remove one")
         right = line["correct"]

@@ -174,7 +174,11 @@ OPERATORS = {
     },
     "skip_layers": {
         "sources.operator": {
-            "guided": {"source": "t2i", "scale": 1, "skip_layers": {"layers": [1], "scale": 1.0, "interval": [0.5, 1.0]}}
+            "guided": {
+                "source": "t2i",
+                "scale": 1,
+                "skip_layers": {"layers": [1], "scale": 1.0, "interval": [0.5, 1.0]},
+            }
         }
     },
     "by_sigma": {

@@ -256,6 +256,18 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
     assert "two lines for picture 0000" in refused(a, tmp_path / "b.jsonl")
 
 
+def test_a_prompt_that_a_benchmark_asks_twice_is_paired_by_its_folders(tmp_path):
+    a = save_run(tmp_path / "a", [[True], [False], [True]])
+    first, second, third = read_results(a / "results.jsonl")
+    again = second | {"metadata": first["metadata"], "prompt": first["prompt"], "tag": first["tag"]}
+    write_results(tmp_path / "one.jsonl", [first, again, third])
+    write_results(tmp_path / "other.jsonl", [third, again | {"correct": True}, first])  # in an order of its own
+    one, other = read_run(tmp_path / "one.jsonl"), read_run(tmp_path / "other.jsonl")
+    made = compare(one, other)
+    assert (made.pairs, made.unpaired) == (3, 0)
+    assert sorted(difference for difference, _ in made.prompts) == [0, 0, 1]
+
+
 def test_runs_of_the_picture_world_are_compared(tmp_path, capsys):
     few = ["--per-task", "3", "--per-kind", "1", "--num-inference-steps", "2"]
     for name in ("base", "t2i"):
