@@ -252,8 +252,10 @@ def lora_file(path: Path) -> Path:
     deeper = sorted(file for name in FILES for file in path.glob(f"*/{name}"))
     if (path / "model_index.json").exists() or (path / "config.json").exists():
         do = "it is a model's folder: give it as the source's weights"
-    elif files or not deeper:
+    elif files:
         do = "name the file itself"
+    elif not deeper:
+        do = "give the file of a LoRA, or its folder"
     else:
         do = f"its folders have {_first([str(file.relative_to(path)) for file in deeper])}: name one of these"
     found = _first([file.name for file in files]) or "none"
