@@ -2,11 +2,12 @@
 
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -200,10 +201,42 @@ def _embedded(try_embedded: Callable[[], str]) -> Finding:
 def _packages() -> Iterator[Finding]:
     for package, (purpose, extra) in OPTIONAL.items():
         there = find_spec(package) is not None and (_installed(package.replace("_", "-")) or "there")
-        if there:
+        pair = torchvision_for(_installed("torch")) if package == "torchvision" else None
+        if pair and there and (needs := _torch_of_torchvision()) not in (None, _release(_installed("torch"))):
+            text = f"{there} belongs to torch {needs}, and {_installed('torch')} is here: importing it ends in an error"
+            yield Finding("Optional packages", package, MISSING, text, f"pip install torchvision=={pair}")
+        elif pair and not there:  # the newest one would bring another torch with it
+            yield Finding("Optional packages", package, MISSING, f"for {purpose}", f"pip install torchvision=={pair}")
+        elif there:
             yield Finding("Optional packages", package, OK, there)
         else:
             yield Finding("Optional packages", package, MISSING, f"for {purpose}", f"pip install '{extra}'")
+
+
+def _release(torch: str | None) -> str:
+    """Returns a version without what stands behind it, such as +cpu."""
+    return (torch or "").partition("+")[0]
+
+
+def torchvision_for(torch: str | None) -> str | None:
+    """Returns the version of torchvision that belongs to a version of torch: 0.(N + 15).P to 2.N.P.
+
+    Args:
+        torch: The version, "2.13.0+cpu".
+
+    Returns:
+        "0.28.0"; None where it is no such version.
+    """
+    match = re.fullmatch(r"2\.(\d+)\.(\d+)", _release(torch))
+    return f"0.{int(match[1]) + 15}.{match[2]}" if match else None
+
+
+def _torch_of_torchvision() -> str | None:
+    """Returns the version of torch that the installed torchvision asks for."""
+    for line in requires("torchvision") or []:
+        if match := re.match(r"torch\s*\(?==\s*([\d.]+)", line):
+            return match[1]
+    return None
 
 
 def _room() -> Iterator[Finding]:

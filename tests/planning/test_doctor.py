@@ -54,6 +54,31 @@ def test_what_is_missing_is_said_with_what_mends_it(monkeypatch):
     assert "The demo runs here" in said
 
 
+@pytest.mark.parametrize(
+    ("here", "asks", "text", "mend"),
+    [
+        (None, None, "for Qwen-Image-Edit-Plus", "pip install torchvision==0.28.0"),
+        (
+            "0.29.2",
+            "torch==2.14.0",
+            "belongs to torch 2.14.0, and 2.13.0+cpu is here",
+            "pip install torchvision==0.28.0",
+        ),
+        ("0.28.0", "torch==2.13.0", "0.28.0", ""),
+    ],
+)
+def test_a_torchvision_of_another_torch_is_found(monkeypatch, here, asks, text, mend):
+    there = doctor.find_spec
+    monkeypatch.setattr(doctor, "find_spec", lambda name: here if name == "torchvision" else there(name))
+    versions = {"torch": "2.13.0+cpu", "torchvision": here}
+    monkeypatch.setattr(doctor, "_installed", lambda package: versions.get(package, "1.0"))
+    monkeypatch.setattr(doctor, "requires", lambda package: ["numpy", asks, "pillow>=5"])
+    found = by_name(doctor.examine_machine(works))["torchvision"]
+    assert text in found.text
+    assert found.mend == mend
+    assert doctor.torchvision_for("3.0.0") is None
+
+
 def test_what_is_broken_ends_with_1_and_says_so(monkeypatch, capsys):
     def fails():
         raise RuntimeError("no such kernel\nmore")
