@@ -69,6 +69,13 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
     return read
 
 
+def seed(text: str) -> int:
+    """Reads a seed."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to 2**63 - 1, not {text!r}")
+    return int(text)
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Adds the configuration of a training."""
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, for example configs/demo.yaml")
@@ -94,7 +101,7 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-inference-steps", type=int, help=f"solver steps {own}")
     parser.add_argument("--guidance-scale", type=float, help=own)
     parser.add_argument("--max-sequence-length", type=int, metavar="N", help=f"tokens of a prompt {own}")
-    parser.add_argument("--seed", type=int, default=0, help="the noise follows from it (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="the noise follows from it (%(default)s)")
 
 
 def fill_sizes(args: argparse.Namespace, model: Path | None, resolution: int | None = 1024) -> None:

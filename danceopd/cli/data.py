@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_device, fill_sizes, output_folder
+from danceopd.cli.arguments import add_command, add_device, fill_sizes, output_folder, seed
 from danceopd.data.bad_rows import ON_BAD_ROW, Problem, shown
 from danceopd.support.errors import UserError
 
@@ -55,7 +55,7 @@ def _add_world(actions) -> None:
     )
     world.add_argument("folder", type=output_folder)
     world.add_argument("--size", type=int, default=1000, help="samples per capability (%(default)s)")
-    world.add_argument("--seed", type=int, default=0)
+    world.add_argument("--seed", type=seed, default=0)
     world.add_argument("--capabilities", nargs="+", default=["t2i", "edit"])
 
 

@@ -48,10 +48,12 @@ GROUPS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that names the nearest command where there is none of a name."""
+    """A parser that names the nearest command, option or value where there is none of a name."""
 
     def parse_known_args(self, args=None, namespace=None):
         """Takes a list of arguments that are no options from wherever they stand, not from one place alone."""
+        if self._subparsers and args and args[0].startswith("--"):
+            self._check_option(args[0])
         namespace, rest = super().parse_known_args(args, namespace)
         places = [action for action in self._get_positional_actions() if action.nargs in ("*", "+")]
         if places and rest and "--" not in rest:
@@ -59,13 +61,31 @@ class Parser(argparse.ArgumentParser):
             values = [*getattr(namespace, places[-1].dest), *(self._get_value(places[-1], text) for text in more)]
             setattr(namespace, places[-1].dest, values)
             rest = [text for text in rest if text.startswith("-")]
+        options = [text for text in rest if text.startswith("--") and text != "--"]
+        if options and not self._subparsers:
+            self._check_option(options[0])
         return namespace, rest
+
+    def _check_option(self, text: str) -> None:
+        """Ends with the nearest option where there is none of this name; what begins one's name stands for it."""
+        name = text.partition("=")[0]
+        if not any(option.startswith(name) for option in self._option_string_actions):
+            near = did_you_mean(name, self._option_string_actions, f"; {self.prog} --help lists them")
+            self.error(f"there is no option {name}{near}")
+
+    def error(self, message: str):
+        """Ends with a message; where a command lacks its first word, with the words that there are."""
+        if self._subparsers and message.startswith("the following arguments are required"):
+            choices = next(a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction))
+            message += f": one of {', '.join(choices)}" if len(choices) < 10 else f"; {self.prog} --help lists them"
+        super().error(message)
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            hint = did_you_mean(value, action.choices, "; danceopd --help lists them")
+            hint = did_you_mean(value, action.choices, f"; {self.prog} --help lists them")
             raise argparse.ArgumentError(None, f"there is no command {value!r}{hint}")
-        super()._check_value(action, value)
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"{value!r} is not valid{did_you_mean(value, action.choices)}")
 
 
 class Version(argparse.Action):
@@ -106,6 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         build_parser().print_help()
         return 0
+    if argv[0] == "evaluate" and len(argv) > 2 and not argv[2].startswith("-") and not Path(argv[1]).exists():
+        near = did_you_mean(argv[1], ("geneval", "gedit", "reward"), "; give one network, or geneval, gedit or reward")
+        build_parser().error(f"there is no evaluation {argv[1]!r}{near}")
     args = build_parser().parse_args(argv)
     for name, value in vars(args).items():  # a shell leaves the ~ of --cache=~/x to the command
         if isinstance(value, Path):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from danceopd.cli.arguments import DTYPES, add_command, output_file
+from danceopd.cli.arguments import DTYPES, add_command, output_file, seed
 from danceopd.support.errors import UserError
 
 WHAT = (
@@ -55,7 +55,7 @@ def add_edit(commands) -> None:
 def _add_grid(parser: argparse.ArgumentParser, output: str) -> None:
     parser.set_defaults(models=("lora", "base"))
     parser.add_argument("-o", "--output", type=output_file(".png"), default=output, help="PNG to write (%(default)s)")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3], help="a column each (0 1 2 3)")
+    parser.add_argument("--seed", type=seed, nargs="+", default=[0, 1, 2, 3], help="a column each (0 1 2 3)")
     own = "(the pipeline's own; 1 for an embedded network)"
     parser.add_argument("--guidance-scale", type=float, nargs="+", metavar="SCALE", help=f"a row each {own}")
     parser.add_argument("--checkpoint", type=int, nargs="+", metavar="STEP", help="of a run: a row each (the newest)")

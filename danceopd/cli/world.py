@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_sampling, output_file, output_folder
+from danceopd.cli.arguments import add_command, add_sampling, output_file, output_folder, seed
 from danceopd.support.errors import UserError
 
 CHECKPOINT = "a run's folder, a .safetensors file, or the name of an embedded network"
@@ -22,7 +22,7 @@ def add_evaluate(commands) -> None:
     )
     parser.add_argument("checkpoint", help=CHECKPOINT)
     parser.add_argument("--json", type=output_file(".json"), help="write the row there")
-    parser.add_argument("--seed", type=int, default=1234, help="seed of prompts, placements and noise (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=1234, help="seed of prompts, placements and noise (%(default)s)")
     parser.add_argument("--name", help="the row's name (the file's name without)")
     parser.add_argument("--per-task", type=int, default=100, help="pictures per GenEval task (%(default)s)")
     parser.add_argument("--per-kind", type=int, default=100, help="pictures per edit kind (%(default)s)")

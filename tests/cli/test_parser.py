@@ -47,6 +47,33 @@ def commands():
     return found
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--verion", "there is no option --verion; did you mean '--version'?"),
+        ("merge-loras a b --base c -o d.safetensors --stesp=3", "no option --stesp; did you mean '--steps'?"),
+        ("data check rows.jsonl --cach x", "there is no option --cach"),
+        ("merge-loras a b --base c -o d.safetensors --layout comfy", "'comfy' is not valid; did you mean 'comfyui'?"),
+        ("plan --config c.yaml --gpu h10", "'h10' is not valid; did you mean 'h100'?"),
+        ("data chekc", "there is no command 'chekc'; did you mean 'check'?"),
+        ("data", "ACTION: one of check, prepare, import, world"),
+        ("evaluate genveal pictures", "there is no evaluation 'genveal'; did you mean 'geneval'?"),
+        ("evaluate base --seed -5", "a seed is a whole number from 0 to 2**63 - 1, not '-5'"),
+        ("sample base x -o a.png --seed 1 99999999999999999999", "not '99999999999999999999'"),
+    ],
+)
+def test_what_is_mistyped_is_answered_with_the_nearest(typed, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(shlex.split(typed))
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_option_may_be_shortened():
+    line = ["merge-loras", "a", "b", "--base", "c", "-o", "d.safetensors", "--guidance", "2"]
+    assert build_parser().parse_args(line).guidance_scale == 2
+
+
 def test_the_help_has_every_command_once_in_a_group(capsys):
     assert main([]) == 0
     said = capsys.readouterr().out
