@@ -42,8 +42,8 @@ def _neither(key: tuple, literal: dict, other: dict, *_) -> str:
     """Says that a value is neither one of some words nor what else could stand there."""
     value, words = literal["input"], _words(literal)
     near = did_you_mean(value, words, "") if isinstance(value, str) else ""
-    rest = other["msg"].removeprefix("Input should be ").partition(",")[0]
-    rest = f"a number {rest}" if rest.startswith("greater") else rest
+    rest = _wanted(other).removeprefix("must be ")
+    rest = f"a number {rest}" if other["type"].startswith(("greater", "less")) else rest
     give = f"; give {', '.join(words)}, or {rest}"
     return f"{'.'.join(map(str, key))}: {value!r} is not valid{near or give}"
 
@@ -65,7 +65,38 @@ def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") 
         return f"{key}: {error['input']!r} is not valid{did_you_mean(error['input'], _words(error))}"
     if error["type"] == "value_error":  # in this program's words, which name what is wrong
         return f"{key}: {error['ctx']['error']}"
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
+    return f"{key}: {_wanted(error)}, found {error['input']!r}"
+
+
+# What pydantic wants of a value, by the beginning of its name for the mistake; {} is the number that is the limit.
+WANTED = {
+    "int_": "must be a whole number",
+    "float_": "must be a number",
+    "finite_number": "must be a number, and neither infinite nor nan",
+    "bool_": "must be true or false",
+    "string_": "must be text; put it in quotes",
+    "path_": "must be a path",
+    "list_": "must be a list, as in [a, b]",
+    "tuple_": "must be a list, as in [a, b]",
+    "dict_": "must hold keys with values of their own",
+    "model_": "must hold keys with values of their own",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "too_short": "needs at least {min_length}",
+    "too_long": "takes at most {max_length}",
+}
+
+
+def _wanted(error: dict) -> str:
+    """Says in words what a value must be."""
+    limits = error.get("ctx", {})
+    limits = {key: int(one) if isinstance(one, float) and one.is_integer() else one for key, one in limits.items()}
+    for begins, words in WANTED.items():
+        if error["type"].startswith(begins):
+            return words.format_map(limits)
+    return error["msg"][0].lower() + error["msg"][1:]
 
 
 def _check_model(config: Config) -> list[str]:

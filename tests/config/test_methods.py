@@ -26,10 +26,10 @@ OF_THE_LOOP = sorted(PROVIDED)
         ("pooled", "options.warm_start=0.5", ["options.warm_start: unknown key; valid are visits"]),
         ("joint", "options.visits=2", ["options.visits: unknown key; this method has none"]),
         ("dmd", "options.learning_rate=1", ["options.learning_rate: unknown key; this method has none"]),
-        ("pooled", "options.visits=two", ["options.visits", "integer", "'two'"]),
+        ("pooled", "options.visits=two", ["options.visits", "whole number", "'two'"]),
         ("pooled", "options.visits=2.5", ["options.visits", "2.5"]),
         ("flow_opd", "options.noise_level=high", ["options.noise_level", "number", "'high'"]),
-        ("flow_opd", "options.detach_advantage=maybe", ["options.detach_advantage", "boolean", "'maybe'"]),
+        ("flow_opd", "options.detach_advantage=maybe", ["options.detach_advantage", "true or false", "'maybe'"]),
         ("danceopd", "options.objective=msd", ["options.objective: 'msd' is not valid", "'mse'"]),
         ("danceopd", "options.routing=sotf", ["options.routing: 'sotf' is not valid", "'soft'"]),
         ("off_policy", "options.states_from=source", ["options.states_from: 'source' is not valid", "'sources'"]),
@@ -76,10 +76,10 @@ def test_options_are_typed_and_the_rest_keep_their_defaults():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("flow_opd", {"group_size": 1}, r"options\.group_size: .*greater than or equal to 2"),
-        ("flow_opd", {"noise_level": 0}, r"options\.noise_level: .*greater than 0"),
-        ("pooled", {"visits": 0}, r"options\.visits: .*greater than or equal to 1"),
-        ("danceopd", {"warm_start": 1.5}, r"options\.warm_start: .*less than or equal to 1"),
+        ("flow_opd", {"group_size": 1}, r"options\.group_size: .*at least 2"),
+        ("flow_opd", {"noise_level": 0}, r"options\.noise_level: .*above 0"),
+        ("pooled", {"visits": 0}, r"options\.visits: .*at least 1"),
+        ("danceopd", {"warm_start": 1.5}, r"options\.warm_start: .*at most 1"),
     ],
 )
 def test_the_range_of_an_option_is_checked(method, options, message):
