@@ -6,6 +6,7 @@ from pathlib import Path
 from danceopd.cli.arguments import add_command, add_device, fill_sizes, output_folder, seed
 from danceopd.data.bad_rows import ON_BAD_ROW, Problem, shown
 from danceopd.support.errors import UserError
+from danceopd.support.texts import many
 
 
 def add_data(commands) -> None:
@@ -159,7 +160,7 @@ def run_prepare(args: argparse.Namespace) -> None:
         print(f"warning: {note}")
     if done.damaged:
         print(f"mended: {len(done.damaged)} damaged shards, {', '.join(done.damaged[:3])}")
-    print(f"{done.rows} rows in {done.path}: {done.made} entries encoded, {done.found} found")
+    print(f"{many(done.rows, 'row')} in {done.path}: {many(done.made, 'entry', 'entries')} encoded, {done.found} found")
 
 
 def run_import(args: argparse.Namespace) -> None:
@@ -171,7 +172,7 @@ def run_import(args: argparse.Namespace) -> None:
     if done.passed_over:
         print(f"warning: pictures of {', '.join(done.passed_over)} are left out: the manifest has no column for them")
     print(f"read {', '.join(f'{column} from {name}' for column, name in done.columns.items())}")
-    print(f"{done.rows} rows: {done.path}")
+    print(f"{many(done.rows, 'row')}: {done.path}")
 
 
 def run_world(args: argparse.Namespace) -> None:

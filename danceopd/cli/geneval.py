@@ -8,6 +8,7 @@ from pathlib import Path
 from danceopd.cli.arguments import MINIATURE, add_command, add_device, add_pipeline, fill_sizes
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
+from danceopd.support.texts import many
 
 DESCRIPTION = """GenEval (github.com/djghosh13/geneval): with --model its pictures are drawn into FOLDER, with
 --detector those in FOLDER are scored, whatever drew them; both may be one command, in one process or in torchrun's."""
@@ -116,7 +117,7 @@ def _draw(args: argparse.Namespace, metadata: list[dict], ranks, device) -> None
     drawn = agreed(ranks, draw_pictures, metadata, args.folder, how, ranks, _progress("drawing"))
     drawn = sum(ranks.gather(drawn))
     if ranks.rank == 0:
-        print(f"{drawn} pictures drawn, {len(metadata) * args.samples - drawn} were there: {args.folder}")
+        print(f"{many(drawn, 'picture')} drawn, {len(metadata) * args.samples - drawn} were there: {args.folder}")
 
 
 def _progress(what: str) -> Callable:

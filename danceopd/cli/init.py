@@ -1,16 +1,27 @@
 """`danceopd init`: a configuration from LoRAs and a few answers."""
 
 import argparse
+import shlex
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from danceopd.cli.arguments import add_command, output_file
 from danceopd.cli.train import CARDS
 from danceopd.support.errors import UserError
 
+if TYPE_CHECKING:
+    from danceopd.tools.proposal import Wishes
+
 EXAMPLE = """danceopd init my_loras
 danceopd init ink.safetensors oil.safetensors --base MODEL --card rtx-4090 -o both.yaml
 danceopd init miniature/t2i miniature/edit --base miniature --edit edit --data my_data/manifest.jsonl --card cpu"""
+
+
+NONE, HERE = "none", "here"  # answers; the second is the card that is here
+
+Answer = TypeVar("Answer")
 
 
 def add_init(commands) -> None:
@@ -32,7 +43,7 @@ def add_init(commands) -> None:
         "--data", type=Path, help="a manifest whose task column names the LoRAs (general prompts with their triggers)"
     )
     parser.add_argument("--card", choices=("cpu", *CARDS), help="what trains: %(choices)s (the card that is here)")
-    parser.add_argument("--gpus", type=int, default=1, help="number of cards (%(default)s)")
+    parser.add_argument("--gpus", type=int, help="number of cards (1)")
     parser.add_argument(
         "-o", "--output", type=output_file(".yaml", ".yml"), default="danceopd.yaml", help="(%(default)s)"
     )
@@ -42,35 +53,17 @@ def add_init(commands) -> None:
 def run_init(args: argparse.Namespace) -> int:
     """Writes the files, prints the dry run and the next steps; returns 0 where the configuration is sound."""
     from danceopd.support.files import write_atomic
-    from danceopd.support.hub import located
-    from danceopd.support.paths import near_path, shipped
-    from danceopd.tools.proposal import Wishes, base_of, loras_in, propose
+    from danceopd.support.paths import near_path
+    from danceopd.tools.proposal import propose
 
     if args.output.exists() and not args.overwrite:
         raise UserError(f"{args.output} is there already; give another -o, or --overwrite")
-    if args.gpus < 1:
+    if args.gpus is not None and args.gpus < 1:
         raise UserError("--gpus must be at least 1")
     if args.data and not args.data.is_file():
         raise UserError(f"no manifest at {args.data}{near_path(args.data)}")
-    places = args.loras or _answer("LoRAs, or a folder of them", "give them as arguments").split()
-    loras = loras_in([shipped(Path(place).expanduser()) for place in places])
-    print(f"sources: {', '.join(loras)}")
-    base = (
-        args.base or base_of(loras) or _answer("the pipeline that they are for", "no file names it; give --base MODEL")
-    )
-    edits = args.edit
-    if not edits and args.data is None and _asks():
-        edits = _answer(f"which of {', '.join(loras)} edit pictures", "", default="none").replace(",", " ").split()
-        edits = [] if edits == ["none"] else edits
-    data = args.data
-    if edits and data is None and _asks():
-        data = Path(_answer("the manifest with the pictures to edit", "")).expanduser()
-    wishes = Wishes(base, loras, edits, data, _card_gib(args.card), args.gpus)
-    try:
-        model = located(Path(base).expanduser())
-    except ValueError as error:
-        raise UserError(f"--base: {error}") from None
-    proposal = propose(wishes, model, args.output)
+    wishes = _wishes(args)
+    proposal = propose(wishes, _located(wishes.base), args.output)
     if proposal.rows is not None:
         write_atomic(proposal.manifest, proposal.rows.encode())
         print(f"wrote {proposal.manifest}")
@@ -81,6 +74,89 @@ def run_init(args: argparse.Namespace) -> int:
     for number, (what, command) in enumerate(proposal.steps, 1):
         print(f"  {number}. {what}\n     {command}")
     return 0 if sound else 2
+
+
+def _wishes(args: argparse.Namespace) -> "Wishes":
+    """Takes what the options give, and asks for the rest where that is possible."""
+    from danceopd.tools.proposal import Wishes, base_of
+
+    asks, edits, data, card, gpus = _asks(), args.edit, args.data, args.card, args.gpus
+    if args.loras:
+        loras = _loras(args.loras)
+    else:
+        loras = _answer("LoRAs, or a folder of them", lambda text: _loras(shlex.split(text)), "give them as arguments")
+    print(f"sources: {', '.join(loras)}")
+    base = args.base or base_of(loras)
+    if not base:
+        base = _answer("the pipeline that they are for", _base, "no file names it; give --base MODEL")
+    if asks and not edits and data is None:
+        which = f"which of {', '.join(loras)} edit pictures"
+        edits = _answer(which, lambda text: _named(text, loras), default=NONE)
+    if asks and data is None:
+        own = "the manifest with the pictures to edit" if edits else "a manifest of your own prompts"
+        data = _answer(own, _manifest, default=None if edits else NONE)
+    if asks and card is None:
+        card = _answer("what trains, a card or cpu", lambda text: _one_of((HERE, "cpu", *CARDS), text), default=HERE)
+    if asks and gpus is None and card != "cpu":
+        gpus = _answer("how many of them", _number, default="1")
+    return Wishes(base, loras, edits, data, _card_gib(None if card == HERE else card), gpus or 1)
+
+
+def _loras(places: Sequence[str]) -> dict[str, Path]:
+    from danceopd.support.paths import shipped
+    from danceopd.tools.proposal import loras_in
+
+    return loras_in([shipped(Path(place).expanduser()) for place in places])
+
+
+def _located(base: str) -> Path:
+    from danceopd.support.hub import located
+
+    try:
+        return located(Path(base).expanduser())
+    except ValueError as error:
+        raise UserError(f"--base: {error}") from None
+
+
+def _base(text: str) -> str:
+    """Reads a pipeline's folder, or an id of the hub that need not be here."""
+    from danceopd.models.backbones import backbone_of
+    from danceopd.support.hub import hub_name
+    from danceopd.support.paths import near_path
+
+    model = _located(text)
+    if model.exists():
+        backbone_of(model)
+    elif hub_name(model) is None:
+        raise UserError(f"there is no {text}{near_path(model)}; give a pipeline's folder, or an id such as owner/name")
+    return text
+
+
+def _named(text: str, loras: Mapping[str, Path]) -> list[str]:
+    return [] if text == NONE else [_one_of(loras, name) for name in text.replace(",", " ").split()]
+
+
+def _manifest(text: str) -> Path | None:
+    from danceopd.support.paths import near_path
+
+    path = Path(text).expanduser()
+    if text != NONE and not path.is_file():
+        raise UserError(f"there is no manifest at {path}{near_path(path)}")
+    return None if text == NONE else path
+
+
+def _one_of(words: Iterable[str], text: str) -> str:
+    from danceopd.support.hints import did_you_mean
+
+    if text not in words:
+        raise UserError(f"{text!r} is not known{did_you_mean(text, words)}")
+    return text
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{text!r} is no number of cards; give 1 or more")
+    return int(text)
 
 
 def _dry_run(file: Path) -> bool:
@@ -115,12 +191,14 @@ def _asks() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def _answer(question: str, otherwise: str, default: str = "") -> str:
-    """Asks in a terminal; elsewhere refuses, and says which option answers."""
+def _answer(question: str, read: Callable[[str], Answer], otherwise: str = "", default: str | None = None) -> Answer:
+    """Asks in a terminal until the answer can be read; elsewhere refuses, and says which option answers."""
     if not _asks():
-        if default:
-            return default
         raise UserError(f"not known: {question}; {otherwise}")
-    while not (said := input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default):
-        pass
-    return said
+    while True:
+        said = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
+        try:
+            if said:
+                return read(said)
+        except UserError as error:
+            print(f"  {error}")

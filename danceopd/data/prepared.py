@@ -15,7 +15,7 @@ from danceopd.data.manifest import no_rows
 from danceopd.data.prompt_limits import prompt_notes
 from danceopd.support.errors import UserError
 from danceopd.support.paths import near_path
-from danceopd.support.texts import columns_of, lines_of, parse_json, read_text
+from danceopd.support.texts import columns_of, lines_of, many, parse_json, read_text
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -143,7 +143,7 @@ class PreparedData:
         """Says what was changed or left out when the capability was prepared, a line each, none where nothing was."""
         lines = prompt_notes(self._all, self.head.get("prompt_limits", {}))
         if left_out := self.head.get("left_out"):
-            lines.append(f"{left_out} rows of the manifest were left out of {self.path} when it was prepared")
+            lines.append(f"{self.path} was prepared without {many(left_out, 'row')} of its manifest")
         return lines
 
     def empty_prompt(self) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pages import data_uri, render
 from danceopd.support.pictures import decode_picture
-from danceopd.support.texts import parse_json, parse_object
+from danceopd.support.texts import many, parse_json, parse_object
 
 RESAMPLES, LEVEL = 10_000, 0.95
 
@@ -303,11 +303,12 @@ def warnings_of(runs: list[Run], comparisons: list[Comparison]) -> list[str]:
             said.append(f"{run.name}: {lost} of its pictures are not in its folder and cannot be shown")
     for run, comparison in zip(runs[1:], comparisons, strict=True):
         if comparison.unpaired:
-            said.append(
-                f"{run.name} and {runs[0].name}: {comparison.unpaired} pictures have no partner and are left out"
-            )
+            left = many(comparison.unpaired, "picture")
+            said.append(f"{run.name} and {runs[0].name}: compared without {left} that one of them lacks")
         if comparison.fewest < FEW:
-            said.append(f"a tag has {comparison.fewest} prompts: its interval, and that of overall, are too narrow")
+            said.append(
+                f"a tag has {many(comparison.fewest, 'prompt')}: its interval, and that of overall, are too narrow"
+            )
     return said
 
 

@@ -14,6 +14,7 @@ from danceopd.models.loading import read_json, transformer_folder, weight_files
 from danceopd.models.lora_algebra import Lora, added
 from danceopd.models.tensor_files import opened
 from danceopd.support.errors import UserError
+from danceopd.support.texts import many
 
 
 @torch.no_grad()
@@ -66,7 +67,9 @@ def load_fp8(
             raise
         raise UserError(f"{path}: cannot be loaded as {cls.__name__}: {error}") from error
     if missing:
-        raise UserError(f"{path}: the weights lack {len(missing)} tensors, such as {min(missing)}; copy them again")
+        raise UserError(
+            f"{path}: the weights lack {many(len(missing), 'tensor')}, such as {min(missing)}; copy them again"
+        )
     return network.requires_grad_(False).eval()
 
 

@@ -13,7 +13,7 @@ from danceopd.models.tensor_files import check_finite, in_its_place, opened, rea
 from danceopd.support.bars import without_library_bars
 from danceopd.support.errors import UserError
 from danceopd.support.hub import near
-from danceopd.support.texts import parse_object
+from danceopd.support.texts import many, parse_object
 
 INSIDE = "model.diffusion_model."  # in front of a transformer's names where a file holds a VAE and encoders beside it
 
@@ -158,7 +158,9 @@ def load_model(cls: type, path: Path | str, dtype: torch.dtype) -> nn.Module:
     model, info = load(cls, path, dtype=dtype, use_safetensors=True, output_loading_info=True)
     if info["missing_keys"]:  # the libraries only warn, and leave them random
         missing = sorted(info["missing_keys"])
-        raise UserError(f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again")
+        raise UserError(
+            f"{path}: the weights lack {many(len(missing), 'tensor')}, such as {missing[0]}; copy them again"
+        )
     return _finite(model.eval(), path)
 
 
@@ -249,7 +251,9 @@ def check_transformer_file(path: Path | str, transformer: nn.Module) -> None:
         )
     left = [*left, *(key for key in found if key not in expected)]
     if left:
-        raise UserError(f"{path}: {len(left)} tensors would be left out, such as {left[0]}; it is of another model")
+        raise UserError(
+            f"{path}: {many(len(left), 'tensor')} would be left out, such as {left[0]}; it is of another model"
+        )
     for key, shape in expected.items():
         if found[key].shape != shape:
             raise UserError(
@@ -361,8 +365,8 @@ def check_weights(folder: Path | str, network: nn.Module | None = None) -> None:
     others = sorted(path.name for path in folder.glob("*-of-*.safetensors") if path not in files)
     if missing and others:  # of shards that an index of another download does not name
         raise UserError(
-            f"{folder}: the weights lack {len(missing)} tensors, such as {min(missing)}, and the index does not name "
-            f"{others[0]}, which lies there; copy the index and all shards of one download again"
+            f"{folder}: the weights lack {many(len(missing), 'tensor')}, such as {min(missing)}, and the index does "
+            f"not name {others[0]}, which lies there; copy the index and all shards of one download again"
         )
     check_shapes(shapes, network, folder)
 
@@ -371,7 +375,9 @@ def check_shapes(shapes: Mapping[str, torch.Size], network: nn.Module, where: Pa
     """Raises UserError where tensors of these shapes are not those of a network (which may be on the meta device)."""
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
     if missing := sorted(expected.keys() - shapes.keys()):
-        raise UserError(f"{where}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy them again")
+        raise UserError(
+            f"{where}: the weights lack {many(len(missing), 'tensor')}, such as {missing[0]}; copy them again"
+        )
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise UserError(

@@ -27,7 +27,7 @@ from danceopd.planning.memory import (
 )
 from danceopd.support.cards import CARDS, NODE, Card, gather_seconds
 from danceopd.support.memory import GIB, format_bytes
-from danceopd.support.texts import format_seconds
+from danceopd.support.texts import format_seconds, many
 from danceopd.training.rollouts.replica import multiplies_in_bf16
 from danceopd.training.zero.engine import GATHERED
 from danceopd.training.zero.settings import for_ranks
@@ -332,7 +332,8 @@ def _time_lines(planned: Plan) -> Iterator[str]:
     rows, each = planned.config.training.batch_size, planned.operations
     forwards = planned.forwards(planned.config.training.gradient_checkpointing)
     peak = f"{UTILISATION:.0%} of {card.operations / 1e12:.0f} dense bf16 TFLOPS"
-    yield f"one update: {forwards:.1f} network evaluations of a rank for its {rows} samples, {_operations(each)} each:"
+    own = many(rows, "sample")
+    yield f"one update: {forwards:.1f} network evaluations of a rank for its {own}, {_operations(each)} each:"
     yield f"  {_operations(forwards * each)}, at {peak}"
     inside = "NVLink" if card.nvlink > card.host else "PCIe"
     yield (
@@ -360,7 +361,7 @@ def _choice(planned: Plan) -> Iterator[str]:
     if cheapest.seconds:
         steps = planned.config.training.max_steps
         parts = ", ".join(f"{name} {format_seconds(value)}" for name, value in cheapest.seconds.items())
-        updates = f"{steps} updates: {format_seconds(steps * cheapest.time())}"
+        updates = f"{many(steps, 'update')}: {format_seconds(steps * cheapest.time())}"
         yield f"  {format_seconds(cheapest.time())} an update ({parts}); {updates}"
     seen = {cheapest.setting.stage}
     for other in fitting[1:]:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from danceopd.support.memory import GIB, format_bytes
+from danceopd.support.texts import many
 from danceopd.support.versions import version as own_version
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
@@ -267,7 +268,7 @@ def _hub() -> Iterator[Finding]:
 
     cache = Path(constants.HF_HUB_CACHE)
     models = len(list(cache.glob("models--*"))) if cache.is_dir() else 0
-    yield Finding("Hugging Face hub", "cache", OK, f"{models} models in {cache}")
+    yield Finding("Hugging Face hub", "cache", OK, f"{many(models, 'model')} in {cache}")
     if get_token():
         yield Finding("Hugging Face hub", "token", OK, "there is one")
     else:

@@ -14,6 +14,7 @@ from danceopd.core.methods import needs
 from danceopd.models.eight_bit import stored
 from danceopd.support.memory import GIB, format_bytes
 from danceopd.support.optimizers import Muon, make_optimizers
+from danceopd.support.texts import many
 from danceopd.training.rollouts.replica import bytes_beside, make_replica, rollout_precision
 
 FLOAT = 4  # bytes of a trainable parameter, its gradient, its average, and of one state of AdamW
@@ -275,7 +276,7 @@ def add_activations(
     rows_each = f"{at_once} rows x {format_bytes(forward / at_once)}"
     how = {
         "gradient": "as many" if part == 1 else f"{part:.0%} of as many, the rest while what it was made from goes",
-        ACTIVATIONS: f"{rows} samples with gradient{text}",
+        ACTIVATIONS: f"{many(rows, 'sample')} with gradient{text}",
         BEYOND: f"{rows_each} of rollouts and queries; fewer where they do not fit",
         STEP: "where the gradient and what AdamW makes of it on a card are more than all these",
     }
@@ -287,5 +288,5 @@ def add_questions(config: Config, findings: Findings, latents: int) -> None:
     samples, k, levels = config.training.batch_size, config.query.k, torch.linspace(0, 1, 101)
     each = max(int(evaluations(config, c.source, levels).max()) for c in config.capabilities.values())
     size = samples * latents * (k + k * each + 3)
-    how = f"{samples} samples x ({k} asked, {k * each} answered + state, velocity, step) in float32"
+    how = f"{many(samples, 'sample')} x ({k} asked, {k * each} answered + state, velocity, step) in float32"
     findings.memory["states and answers"] = size, how

@@ -51,6 +51,7 @@ from danceopd.planning.memory import (
 from danceopd.planning.remembered import Remembered
 from danceopd.support.errors import UserError
 from danceopd.support.hub import near
+from danceopd.support.texts import many
 from danceopd.training.assembly.bases import distilled_bases
 from danceopd.training.assembly.build import run_attention
 from danceopd.training.assembly.networks import start_folder, student_layers, student_sizes
@@ -82,7 +83,7 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
         findings.found += [f"attention backend: {attends}"] if attends else []
     for m, (name, capability) in enumerate(config.capabilities.items()) if samples else ():
         rows = sum(map(len, {id(group.data[m]): group.data[m] for group in samples.groups}.values()))
-        findings.found.append(f"{name}: {rows} rows in {capability.data.prepared}")
+        findings.found.append(f"{name}: {many(rows, 'row')} in {capability.data.prepared}")
         findings.found += [f"{name}: {note}" for note in samples.groups[0].data[m].notes()]
     findings.found += samples.never_drawn if samples else ()
     findings.sigmas = samples.groups[0].sigmas if samples else None
@@ -236,7 +237,10 @@ def _add_forward(config: Config, findings: Findings, student: nn.Module, samples
     add_questions(config, findings, latents)
     inputs = samples * (latents + max(map(conditioning_bytes, conditionings.values())))
     findings.operations = lambda: {name: operations(student, group.shape, c) for name, c in conditionings.items()}
-    findings.memory["latents, prompts, sources"] = inputs, f"{samples} samples of the largest picture size, as prepared"
+    findings.memory["latents, prompts, sources"] = (
+        inputs,
+        f"{many(samples, 'sample')} of the largest picture size, as prepared",
+    )
 
 
 def _same(one: Conditioning, other: Conditioning) -> bool:
@@ -291,7 +295,8 @@ def _student(config: Config, findings: Findings, backbone: ModuleType, transform
         )
     cut = findings.attempt("student.init_from", _cut_layers, config, transformer, layers)
     if cut:
-        findings.found.append(f"student: begins as {config.student.init_from}, cut to rank {lora.rank} in {cut} layers")
+        where = f"to rank {lora.rank} in {many(cut, 'layer')}"
+        findings.found.append(f"student: begins as {config.student.init_from}, cut {where}")
     with torch.device("meta"):
         shared = SharedBase(transformer, [], velocity, layers)
         return LoraStudent(shared, layers, lora.rank, lora.alpha or lora.rank, sizes=sizes)
@@ -321,9 +326,9 @@ def _lacking(config: Config, findings: Findings, transformer: nn.Module, layers:
         share = sum(norms[layer] for layer in missing) / (sum(norms.values()) or 1.0)
         more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
         findings.warnings.append(
-            f"sources.{name}: {share:.1%} of its change (squared norm) is in {len(missing)} layers that the student's "
-            f"adapter lacks ({', '.join(missing[:2])}{more}); the student can only follow it by other layers: widen "
-            "student.lora.targets, such as attention+ffn"
+            f"sources.{name}: {share:.1%} of its change (squared norm) is in {many(len(missing), 'layer')} that the "
+            f"student's adapter lacks ({', '.join(missing[:2])}{more}); the student can only follow it by other "
+            "layers: widen student.lora.targets, such as attention+ffn"
         )
 
 

@@ -43,6 +43,20 @@ def read_text(path: Path, what: str = "file") -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def many(count: int, one: str, more: str = "") -> str:
+    """Writes a number of things.
+
+    Args:
+        count: Their number.
+        one: What one of them is called.
+        more: What several are called; with an s behind it if not given.
+
+    Returns:
+        "1 row", "3 rows", "12,000 rows".
+    """
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
+
+
 def finite(value: object) -> float | None:
     """Returns a value of a JSON file as a float, or None where it is no number or none that a float holds."""
     if isinstance(value, bool) or not isinstance(value, int | float):

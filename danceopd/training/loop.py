@@ -29,6 +29,7 @@ from danceopd.support.errors import Terminated, UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.memory import keep_freed_memory, ran_out
 from danceopd.support.ranks import ALONE, Ranks, agreed
+from danceopd.support.texts import many
 from danceopd.support.trackers import check_trackers
 from danceopd.training.asking import (
     as_student,
@@ -553,7 +554,7 @@ def _go_on(trainer: Trainer, checkpoint: Checkpoint) -> None:
             print(f"going on from step {trainer.step} of {training.output_dir}")
         else:
             print(
-                f"{training.output_dir} is finished after {trainer.step} updates: nothing is left to train; "
+                f"{training.output_dir} is finished after {many(trainer.step, 'update')}: nothing is left to train; "
                 "--overwrite starts again, a larger training.max_steps goes on"
             )
         tidy(training.output_dir / "checkpoints", checkpoint.path, training.keep_checkpoints)

@@ -11,6 +11,7 @@ from PIL import Image
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.hints import did_you_mean
+from danceopd.support.texts import many
 from danceopd.world.edits import GLOBAL_KINDS, KINDS, LOCAL_KINDS, sample_edits
 from danceopd.world.prompts import PAIR_TASKS, SPLITS, draw, draw_tasks, sample_prompts
 from danceopd.world.scene import Scene, render
@@ -44,7 +45,7 @@ class WorldData:
         if split not in SPLITS:
             raise UserError(f"the world has no split {split!r}{did_you_mean(split, SPLITS)}")
         if size < 1:
-            raise UserError(f"a data set of {size} samples is of no use; ask for 1 at least")
+            raise UserError(f"a data set of {many(size, 'sample')} is of no use; ask for 1 at least")
         self.capability = capability
         generator = torch.Generator().manual_seed(seed)
         self._before: Scene | None = None

@@ -23,6 +23,7 @@ from danceopd.planning.memory import (
     rows_at_once,
     rows_matched,
 )
+from danceopd.support.texts import many
 from danceopd.world.build import load_data
 from danceopd.world.dit import DiT
 from danceopd.world.files import read_config, resolve_weights
@@ -57,7 +58,7 @@ def examine(config: Config, findings: Findings, device: torch.device | None) -> 
     for (name, capability), texts in zip(config.capabilities.items(), texts_by_route(config), strict=True):
         rows = attempt(f"capabilities.{name}.data", load_data, name, capability, size, with_clean)
         if rows is not None:
-            findings.found.append(f"{name}: {len(rows)} rows")
+            findings.found.append(f"{name}: {many(len(rows), 'row')}")
             attempt(f"capabilities.{name}.data", check_texts, rows, texts)
         if isinstance(rows, ManifestData) and student:
             findings.found += [f"{name}: {note}" for note in rows.notes(student.config.text_length)]

@@ -318,9 +318,7 @@ def test_a_row_that_cannot_be_encoded_is_left_out_by_name(model, tmp_path, monke
             with pytest.raises(UserError, match=r"(?s)bad rows of 5|1 of 5 rows.*line 3: bad"):
                 run(path, model, tmp_path, **options)
         assert run(path, model, tmp_path, max_bad_rows=1).rows == 4
-    assert PreparedData(done.path, "t2i").notes() == [
-        f"1 rows of the manifest were left out of {done.path} when it was prepared"
-    ]
+    assert PreparedData(done.path, "t2i").notes() == [f"{done.path} was prepared without 1 row of its manifest"]
     again = run(path, model, tmp_path)  # with an encoder that takes it
     assert (again.rows, again.made, again.listed) == (5, 1, None)
     assert not done.listed.exists()

@@ -111,10 +111,42 @@ def test_a_configuration_that_is_there_stays(place, tmp_path, capsys):
 
 
 def test_in_a_terminal_it_asks(place, tmp_path, monkeypatch, capsys):
-    answers = iter(["loras", str(place), "none"])
+    """For each thing that no option gives, and again where the answer is of no use."""
+    asked = []
+    answers = [
+        *("lora", "loras"),  # there is none of this name, and then all of a folder
+        *("", "modle", str(place)),
+        *("inc", "none"),
+        *("rows.jsonl", "none"),
+        *("rtx4090", "rtx-4090"),
+        *("0", "two", "2"),
+    ]
+
+    def answer(question):
+        asked.append(question)
+        return answers[len(asked) - 1]
+
+    monkeypatch.setattr("danceopd.cli.init._asks", lambda: True)
+    monkeypatch.setattr("builtins.input", answer)
+    assert main(["init"]) == 0
+    said = capsys.readouterr().out
+    assert len(asked) == len(answers)
+    assert list(dict.fromkeys(question.split(" [")[0] for question in asked)) == [
+        *("LoRAs, or a folder of them: ", "the pipeline that they are for: ", "which of ink, oil edit pictures"),
+        *("a manifest of your own prompts", "what trains, a card or cpu", "how many of them"),
+    ]
+    for message in ("no LoRA there", "there is no modle", "'inc' is not known; did you mean 'ink'?"):
+        assert message in said
+    for message in ("there is no manifest at rows.jsonl", "did you mean 'rtx-4090'?", "'0' is no number of cards"):
+        assert message in said
+    assert "--num_gpus 2" in said
+
+
+def test_in_a_terminal_what_is_given_is_not_asked(place, tmp_path, monkeypatch):
+    answers = iter(["none", "none"])
     monkeypatch.setattr("danceopd.cli.init._asks", lambda: True)
     monkeypatch.setattr("builtins.input", lambda question: next(answers))
-    assert main(["init", "--card", "cpu"]) == 0
+    assert main(["init", "loras", "--base", str(place), "--card", "cpu"]) == 0
     assert yaml.safe_load((tmp_path / "danceopd.yaml").read_text())["training"]["precision"] == "fp32"
     assert next(answers, None) is None
 
