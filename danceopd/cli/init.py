@@ -119,16 +119,9 @@ def _located(base: str) -> Path:
 
 
 def _base(text: str) -> str:
-    """Reads a pipeline's folder, or an id of the hub that need not be here."""
-    from danceopd.models.backbones import backbone_of
-    from danceopd.support.hub import hub_name
-    from danceopd.support.paths import near_path
+    from danceopd.tools.proposal import check_base
 
-    model = _located(text)
-    if model.exists():
-        backbone_of(model)
-    elif hub_name(model) is None:
-        raise UserError(f"there is no {text}{near_path(model)}; give a pipeline's folder, or an id such as owner/name")
+    check_base(_located(text))
     return text
 
 

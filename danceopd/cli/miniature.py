@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command
+from danceopd.cli.arguments import add_command, output_folder
 from danceopd.support.errors import UserError
 
 FOLDER = Path("runs/miniature")
@@ -22,7 +22,7 @@ def add_miniature(commands) -> None:
     )
     parser.add_argument("action", nargs="?", choices=("list", "train", "card", "data", "benchmark"), default="list")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages only: vae, base, or a source's name")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where to train or write (%(default)s)")
+    parser.add_argument("--folder", type=output_folder, default=FOLDER, help="where to train or write (%(default)s)")
     parser.add_argument("--capabilities", nargs="+", default=["t2i", "edit"], help="capabilities to write (t2i edit)")
     parser.add_argument(
         "--size", type=int, default=1000, help="samples of each, or a benchmark's of each task and kind"

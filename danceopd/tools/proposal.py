@@ -13,7 +13,8 @@ from danceopd.models.lora_files import load_lora, lora_file, trained_for
 from danceopd.models.shared_base import target_layers
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
-from danceopd.support.paths import draws_miniature
+from danceopd.support.hub import hub_name
+from danceopd.support.paths import draws_miniature, near_path
 from danceopd.tools.merge_loras.configuration import targets_of
 from danceopd.tools.merge_loras.prompts import SHIPPED
 from danceopd.tools.merge_loras.triggers import Trigger, trigger_of
@@ -99,6 +100,22 @@ def base_of(loras: Mapping[str, Path]) -> str | None:
         said = ", ".join(f"{name} for {trained}" for trained, name in named.items())
         raise UserError(f"the LoRAs are for different models ({said}); give those of one, or say which by --base MODEL")
     return next(iter(named), None)
+
+
+def check_base(model: Path) -> None:
+    """Checks that a base is a pipeline that is here, or may be one on the hub.
+
+    Args:
+        model: Where it lies.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if model.exists():
+        backbone_of(model)
+    elif hub_name(model) is None:
+        near = near_path(model)
+        raise UserError(f"there is no {model}{near}; give a pipeline's folder, or an id such as owner/name")
 
 
 def propose(wishes: Wishes, model: Path, output: Path) -> Proposal:

@@ -86,7 +86,7 @@ def test_pictures_without_a_partner_are_left_out_and_said():
     found = compare(a, b)
     assert (found.pairs, found.unpaired, found.overall.mean) == (1, 3, -1)
     few, left_out = sorted(warnings_of([a, b], [found]))
-    assert "a tag has 1 prompts" in few
+    assert "a tag has 1 prompt" in few
     assert "b and a: compared without 3 pictures that one of them lacks" in left_out
     many = [as_run(name, {(f"p{i}", 0): 1 for i in range(10)}) for name in "ab"]
     assert warnings_of(many, [compare(*many)]) == []

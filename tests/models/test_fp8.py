@@ -349,7 +349,7 @@ def test_folders_that_are_no_good(places, tmp_path):
     good = load_file(file)
     name = "transformer_blocks.0.attn.to_q.weight"
     save_file({key: value for key, value in good.items() if key != name}, file)
-    with pytest.raises(UserError, match=f"lack 1 tensors, such as {name}"):
+    with pytest.raises(UserError, match=f"lack 1 tensor, such as {name}"):
         load_fp8(folder, backbone, torch.float32)
     save_file(good | {name: good[name][:-1].clone()}, file)
     with pytest.raises(UserError, match=rf"{name} is \[15, 16\] there and \[16, 16\]"):

@@ -94,7 +94,7 @@ def test_files_that_are_not_good_are_named(place, tmp_path):
     file = tmp_path / "lacking" / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
     save_file({name: value for name, value in state.items() if name != "proj_out.bias"}, file)
-    with pytest.raises(UserError, match="the weights lack 1 tensors, such as proj_out"):
+    with pytest.raises(UserError, match="the weights lack 1 tensor, such as proj_out"):
         check_fits(of_folder(tmp_path / "lacking"), empty, "here")
     save_file({**state, "proj_out.bias": torch.zeros(1)}, file)
     with pytest.raises(UserError, match=re.escape("proj_out.bias is [1] in the file")):

@@ -61,7 +61,7 @@ def test_what_a_small_network_takes_is_said_in_units_that_suit_it():
     assert re.search(
         r"  student +7\.80 MiB +7\.80 MiB +7\.80 MiB +998\.56 KiB\n", said
     )  # 2,045,056 x 4 bytes, an eighth
-    assert re.search(r"\d+ µs an update .*; 1000 updates: \d+ ms\n", said)
+    assert re.search(r"\d+ µs an update .*; 1,000 updates: \d+ ms\n", said)
     assert [format_seconds(s) for s in (0, 9.3e-6, 0.0314, 42.4, 100, 7000, 3e5)] == [
         "0 µs", "9.3 µs", "31 ms", "42 s", "1.7 min", "1.9 h", "3.5 days"
     ]  # fmt: skip

@@ -265,5 +265,5 @@ def test_what_is_missing_is_named(folders, loaded, tmp_path):
     weights = tmp_path / "cut" / "diffusion_pytorch_model.safetensors"
     kept = {name: value for name, value in load_file(weights).items() if name != "proj_out.bias"}
     save_file(kept, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"cut: the weights lack 1 tensors, such as proj_out\.bias"):
+    with pytest.raises(UserError, match=r"cut: the weights lack 1 tensor, such as proj_out\.bias"):
         flux.load_transformer(tmp_path / "cut")

@@ -221,7 +221,7 @@ def test_missing_weights_are_refused(sd35, tmp_path):
     weights = load_file(file)
     del weights["text_projection.weight"]
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(UserError, match=r"text_encoder: the weights lack 1 tensors, such as text_projection.weight"):
+    with pytest.raises(UserError, match=r"text_encoder: the weights lack 1 tensor, such as text_projection.weight"):
         sd3.text_encoder(folder)
     file.write_bytes(b"cut")
     with pytest.raises(UserError, match=r"text_encoder/model\.safetensors: is text and no safetensors file"):

@@ -185,7 +185,7 @@ def test_a_file_of_flux_in_its_original_layout_by_its_header(tmp_path):
     extra = shapes | {"double_blocks.1.img_attn.norm.other.scale": (128,)}
     with pytest.raises(UserError, match=r"lacks .* tensors of this FluxTransformer2DModel"):
         check_transformer_file(hollow(tmp_path / "odd.safetensors", extra), transformer)
-    with pytest.raises(UserError, match="1 tensors would be left out, such as text_model"):
+    with pytest.raises(UserError, match="1 tensor would be left out, such as text_model"):
         check_transformer_file(hollow(tmp_path / "more.safetensors", shapes | {"text_model.x": (2,)}), transformer)
 
 
@@ -208,7 +208,7 @@ def damage(root, tmp_path, kind):
         return file, f"lacks 1 of {len(good)} tensors of this SD3Transformer2DModel, such as {first}"
     if kind == "one too many":
         save_file(good | {"more.weight": torch.zeros(2)}, file)
-        return file, "1 tensors would be left out, such as more.weight"
+        return file, "1 tensor would be left out, such as more.weight"
     if kind == "another size":
         save_file(good | {first: torch.zeros(7, 3)}, file)
         return file, rf"{first} is \[7, 3\] there"
