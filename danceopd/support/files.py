@@ -4,7 +4,6 @@ import errno
 import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Checks that a folder could be made and written, by the nearest one that is there; nothing of it stays.
+    """Checks that a folder could be made and written, by the nearest one that is there; nothing is made.
 
     Raises:
         UserError: It could not.
@@ -42,11 +41,8 @@ def check_writable(folder: Path) -> None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{there} is no folder, so nothing can be written into it; choose another place")
-    try:
-        with tempfile.TemporaryFile(dir=there):  # asked rather than looked up: of permissions alone root has all
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {there} ({error.strerror or error}); choose another place") from None
+    if not os.access(there, os.W_OK):
+        raise UserError(f"cannot write to {there}; choose another place")
 
 
 # What file systems without an fsync of folders answer.

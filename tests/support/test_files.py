@@ -3,12 +3,10 @@
 import errno
 import os
 import stat
-from pathlib import Path
 
 import pytest
 
-from danceopd.support.errors import UserError
-from danceopd.support.files import check_writable, new_folder, sync, write_atomic
+from danceopd.support.files import new_folder, sync, write_atomic
 
 
 @pytest.fixture
@@ -80,17 +78,3 @@ def test_what_a_killed_process_left_beside_a_folder_goes(tmp_path):
     with new_folder(tmp_path / "out") as folder:
         (folder / "a").write_bytes(b"1")
     assert {path.name for path in tmp_path.iterdir()} == {"out", *there[1:]}
-
-
-def test_a_place_is_writable_where_something_can_be_written(tmp_path):
-    check_writable(tmp_path / "made" / "later")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is no folder"):
-        check_writable(tmp_path / "file" / "below")
-
-
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc")
-def test_a_place_that_takes_no_files_is_refused_whatever_its_permissions_say():
-    with pytest.raises(UserError, match="cannot write to /proc"):
-        check_writable(Path("/proc/below"))

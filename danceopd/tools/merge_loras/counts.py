@@ -10,7 +10,6 @@ from danceopd.config.sections import Config
 from danceopd.models.lora_merges import COMBINATIONS, WEIGHTS
 from danceopd.planning.counts import evaluations_per_step
 from danceopd.tools.merge_loras.gaps import settled, weights_of
-from danceopd.tools.merge_loras.kept import ended_by
 from danceopd.training.checkpoints import load_newest
 
 SCORINGS = 20  # in a run of all its steps
@@ -58,20 +57,6 @@ def score_every(config: Config) -> int:
     return max(1, config.training.max_steps // SCORINGS)
 
 
-def uncounted(config: Config, overwrite: bool) -> int:
-    """Returns how many of the first scorings are none of patience's.
-
-    Args:
-        config: The run's.
-        overwrite: Whether it is started again.
-
-    Returns:
-        Those up to the end of the learning rate's warm-up; where a run that ended goes on longer, all that it had.
-    """
-    warmup = 1 + config.training.warmup_steps // score_every(config)
-    return warmup if overwrite else max(warmup, ended_by(config.training.output_dir, config.training.max_steps))
-
-
 def samples_of(config: Config) -> dict[str, int]:
     """Returns how many samples of each route the comparison measures."""
     few = max(1, min(SAMPLES, OF_PAIRS // len(config.capabilities)))
@@ -92,8 +77,7 @@ def counted(config: Config, sigmas: torch.Tensor, patience: int, overwrite: bool
     """
     checkpoint = None if overwrite else load_newest(config.training.output_dir / "checkpoints")[0]
     done, steps, every = checkpoint.step if checkpoint else 0, config.training.max_steps, score_every(config)
-    since = uncounted(config, overwrite)
-    if checkpoint and settled(checkpoint.rest["scores"], patience, weights_of(config), since):
+    if checkpoint and settled(checkpoint.rest["scores"], patience, weights_of(config)):
         done = steps
     left = max(0, steps - done)
     scorings = 0 if not left else steps // every - done // every + (done == 0)

@@ -123,18 +123,10 @@ def mean_share(shares: Mapping[str, float], weights: Mapping[str, float]) -> flo
     return sum(weights[name] * (LEAST if share < LEAST else share) for name, share in shares.items()) / total
 
 
-def settled(scores: list[dict[str, float]], patience: int, weights: Mapping[str, float], since: int = 1) -> bool:
-    """Tells whether the mean share has not grown by more than GROWTH in the last `patience` scorings.
-
-    Args:
-        scores: All of the run's.
-        patience: 0 for never.
-        weights: The routes' shares of the samples.
-        since: The first scorings, of which none is among those of patience: that before any update, those in which the
-            learning rate still rises, and where a run goes on longer than it was to, those that ended it.
-    """
+def settled(scores: list[dict[str, float]], patience: int, weights: Mapping[str, float]) -> bool:
+    """Tells whether the mean share has not grown by more than GROWTH in the last `patience` scorings."""
     means = [mean_share(score, weights) for score in scores]
-    return 0 < patience <= len(means) - since and max(means[-patience:]) <= max(means[:-patience]) + GROWTH
+    return 0 < patience < len(means) and max(means[-patience:]) <= max(means[:-patience]) + GROWTH
 
 
 def words(shares: dict[str, float]) -> str:

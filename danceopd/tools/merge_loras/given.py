@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,23 +30,7 @@ from danceopd.training.assembly.parts import Problems
 
 RESERVED = ("base", PLAIN, "merge", "student")  # what the run and the tables call otherwise
 
-PAGE = ".html"  # the ending of the page beside the result
-
 PLAIN_MERGE = ".peft.safetensors"  # the ending of the file of PEFT's best merge, beside the result
-
-
-SAID_OTHERWISE = {  # what of the training's configuration the merge sets, and how it is changed
-    "model": "give --base",
-    "sources": "give LoRAs, and --weight for how much of each",
-    "capabilities": "give --prompts, --trigger or --no-pairs",
-    "student": "give --rank, or student.init_from=base to begin without the LoRAs",
-    "student.lora": "give --rank",
-    "student.lora.rank": "give --rank",
-    "student.lora.targets": "they are the layers that the LoRAs change",
-    "student.embedded_guidance": "give --guidance-scale",
-    "training.output_dir": "give --work",
-    "training.max_steps": "give --steps",
-}
 
 
 @dataclass(frozen=True)
@@ -181,9 +164,6 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
         problems.append("--steps: must be at least 1")
     if options.patience < 0:
         problems.append("--patience: must be at least 0, which is never to end early")
-    if not 0 <= options.guidance_scale < math.inf:
-        problems.append(f"--guidance-scale {options.guidance_scale:g}: must be a number from 0 on; 1 is no guidance")
-    problems += _said_otherwise(options.overrides)
     if isinstance(options.rank, int) and options.rank < 1:
         problems.append("--rank: must be at least 1, or auto")
     if len(paths) < 2:
@@ -221,17 +201,6 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
         rank = max(len(a) for lora in weighted.values() for a, _, _ in lora.values())
     layers = {name: [text.partition(":")[2] for text in of_layers if text.startswith(f"{name}:")] for name in paths}
     return Given(base, backbone, empty, paths, triggers, weights, layers, weighted, prompts, rank, notes)
-
-
-def _said_otherwise(overrides: Sequence[str]) -> list[str]:
-    """Says which overrides are of what the merge itself sets, and how that is said."""
-    found = []
-    for text in overrides:
-        key = text.partition("=")[0].strip()
-        for own, say in SAID_OTHERWISE.items():
-            if key == own or (own in ("sources", "capabilities") and key.startswith(f"{own}.")):
-                found.append(f"{text}: the merge sets {own}; {say}")
-    return found
 
 
 def _in_the_way(output: Path, base: Path | None, paths: dict[str, Path]) -> list[str]:

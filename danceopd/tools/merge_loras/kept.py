@@ -6,7 +6,7 @@ from danceopd.config.reading import read_run_config
 from danceopd.config.sections import Config
 from danceopd.support.errors import UserError
 from danceopd.support.texts import parse_object
-from danceopd.tools.merge_loras.given import PAGE, PLAIN_MERGE
+from danceopd.tools.merge_loras.given import PLAIN_MERGE
 from danceopd.tools.provenance import content_hash
 from danceopd.training.checkpoints import checkpoints
 
@@ -23,7 +23,7 @@ def check_output(output: Path, run: Path) -> None:
     Raises:
         UserError: There is such a file.
     """
-    for path in filter(Path.exists, (output, output.with_suffix(PLAIN_MERGE), output.with_suffix(PAGE))):
+    for path in filter(Path.exists, (output, output.with_suffix(PLAIN_MERGE))):
         if content_hash(path) not in written_by(run):
             raise UserError(
                 f"-o {output}: {path} is there, and the run in {run} did not write it; give another file, or "
@@ -33,20 +33,10 @@ def check_output(output: Path, run: Path) -> None:
 
 def written_by(run: Path) -> list[str]:
     """Returns the hashes of the files that a run has written, as `provenance.content_hash` names them."""
-    return _record(run).get("written", [])
-
-
-def ended_by(run: Path, steps: int) -> int:
-    """Returns the scorings after which a run of fewer steps than these ended; 0 where none has ended there."""
-    record = _record(run)
-    return record.get("scorings", 0) if record.get("steps", steps) < steps else 0
-
-
-def _record(run: Path) -> dict:
     try:
-        return parse_object((run / COMPARISON).read_text(encoding="utf-8"))
+        return parse_object((run / COMPARISON).read_text(encoding="utf-8")).get("written", [])
     except (OSError, ValueError):
-        return {}
+        return []
 
 
 def check_run(config: Config) -> None:

@@ -19,13 +19,12 @@ from danceopd.models.precision import PRECISIONS
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
-from danceopd.support.run_log import read_log
 from danceopd.tools.export import export, write_adapter
 from danceopd.tools.merge_loras.compare import Results, compare
 from danceopd.tools.merge_loras.configuration import HEARD, configuration, heard_otherwise, manifest_of
-from danceopd.tools.merge_loras.given import PAGE, PLAIN_MERGE, Given, Options, read
+from danceopd.tools.merge_loras.given import PLAIN_MERGE, Given, Options, read
 from danceopd.tools.merge_loras.kept import COMPARISON, check_output, check_run, written_by
-from danceopd.tools.merge_loras.page import make_page
+from danceopd.tools.merge_loras.page import write_page
 from danceopd.tools.merge_loras.prompts import Route, routes_of, say
 from danceopd.tools.merge_loras.run import described, distilled, fitted
 from danceopd.tools.merge_loras.triggers import Trigger, phrases_of
@@ -114,20 +113,19 @@ def _finished(config: Config, given: Given, routes: list[Route], output: Path, o
     merged = load_lora(run / "student" / FILES[1], given.empty, pipeline_class_of(given.base))
     results = compare(config, given, routes, merged)
     plain = output.with_suffix(PLAIN_MERGE)
-    page = make_page(output, run, given, options, results).encode()
-    files = {output: _adapter(run, options.layout, given), output.with_suffix(PAGE): page}
+    files = {output: _adapter(run, options.layout, given)}
     if results.enough:
         files[plain] = _plain_merge(results.merge, options.layout, given)
     else:
         plain.unlink(missing_ok=True)  # of the same run, when it was shorter
     # Those of before too: what is there stays the run's own if this is interrupted.
     written = [*written_by(run), *(f"sha256:{hashlib.sha256(data).hexdigest()}" for data in files.values())]
-    steps, scorings = config.training.max_steps, len(read_log(run / "log.jsonl").evaluations)
-    record = results.plain() | {"steps": steps, "scorings": scorings, "written": list(dict.fromkeys(written))}
+    record = results.plain() | {"written": list(dict.fromkeys(written))}
     write_atomic(run / COMPARISON, (json.dumps(record, indent=1) + "\n").encode())
     for path, data in files.items():
         write_atomic(path, data)
-    return Merged(output, output.with_suffix(PAGE), plain if results.enough else None, results)
+    page = write_page(output, run, given, options, results)
+    return Merged(output, page, plain if results.enough else None, results)
 
 
 def encode(

@@ -11,6 +11,7 @@ from danceopd.config.reading import read_run_config
 from danceopd.models.loading import class_name_of, hub_id
 from danceopd.models.lora_files import loads_loras
 from danceopd.models.lora_layouts import LAYOUTS
+from danceopd.support.files import write_atomic
 from danceopd.support.pages import data_uri, render
 from danceopd.tools.merge_loras.compare import BASE, MERGED, Drawn, Results
 from danceopd.tools.merge_loras.given import Given, Options
@@ -21,8 +22,8 @@ WIDEST = 512  # pixels of a picture in the page
 SMALLEST = 128  # below this a picture is enlarged by whole pixels
 
 
-def make_page(output: Path, run: Path, given: Given, options: Options, results: Results) -> str:
-    """Makes the self-contained page that stands beside the merged file.
+def write_page(output: Path, run: Path, given: Given, options: Options, results: Results) -> Path:
+    """Writes a self-contained page beside the merged file.
 
     Args:
         output: The merged file.
@@ -31,7 +32,7 @@ def make_page(output: Path, run: Path, given: Given, options: Options, results: 
         results: What came of it.
 
     Returns:
-        The page.
+        The page's path.
     """
     words = {name: trigger.words or "acts on every prompt" for name, trigger in given.triggers.items()}
     sections = {
@@ -40,7 +41,7 @@ def make_page(output: Path, run: Path, given: Given, options: Options, results: 
         ]
         for route in results.routes
     }
-    return render(
+    html = render(
         Path(__file__).with_name("page.html.j2"),
         title=output.stem,
         loras=words,
@@ -56,6 +57,9 @@ def make_page(output: Path, run: Path, given: Given, options: Options, results: 
         diffusers=python_use(output, given),
         comfyui=comfyui_use(output, run, given, options),
     )
+    path = output.with_suffix(".html")
+    write_atomic(path, html.encode())
+    return path
 
 
 def python_use(output: Path, given: Given) -> str:

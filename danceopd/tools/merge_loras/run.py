@@ -20,9 +20,8 @@ from danceopd.report.names import duration
 from danceopd.support.devices import find_device
 from danceopd.support.memory import format_bytes, free_bytes
 from danceopd.support.ranks import ALONE, Ranks
-from danceopd.support.run_log import read_log
-from danceopd.tools.merge_loras.counts import PROBES, Counts, counted, score_every, uncounted
-from danceopd.tools.merge_loras.gaps import Gaps, settled, weights_of, words
+from danceopd.tools.merge_loras.counts import PROBES, Counts, counted, score_every
+from danceopd.tools.merge_loras.gaps import Gaps, settled, words
 from danceopd.tools.merge_loras.given import Given, Options
 from danceopd.tools.merge_loras.prompts import Route, say
 from danceopd.training.assembly.build import build_model
@@ -143,8 +142,6 @@ def distilled(config: Config, patience: int, overwrite: bool) -> Path:
         UserError: As danceopd.training.loop.train.
     """
 
-    since = uncounted(config, overwrite)  # by what lies there before it trains
-
     def build(config: Config, ranks: Ranks = ALONE, settings: dict | None = None) -> Parts:
         parts = build_model(config, ranks, settings)
         gaps = Gaps(config, parts, PROBES)
@@ -160,19 +157,11 @@ def distilled(config: Config, patience: int, overwrite: bool) -> Path:
             return shares
 
         def enough(scores: list[dict[str, float]]) -> bool:
-            return settled(scores, patience, gaps.weights, since)
+            return settled(scores, patience, gaps.weights)
 
         return replace(parts, score=score, score_every=every, enough=enough)
 
-    run = train(with_memory_chosen(config, examine, overwrite), build, overwrite)
-    log, steps = read_log(run / "log.jsonl"), config.training.max_steps
-    scores, done = [record["evaluation"] for record in log.evaluations], log.evaluations[-1]["step"]
-    if done < steps and settled(scores, patience, weights_of(config), since):
-        say(
-            f"training ended at update {done} of {steps}, as the gaps closed no further in {patience} scorings; "
-            "--patience 0, or more --steps, goes on from there"
-        )
-    return run
+    return train(with_memory_chosen(config, examine, overwrite), build, overwrite)
 
 
 @torch.no_grad()
