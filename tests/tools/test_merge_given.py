@@ -161,41 +161,6 @@ def test_prompts_with_a_triggers_words_are_left_out(place, tmp_path):
         read(place / "model", [place / "ink", place / "oil"], output, options)
 
 
-def test_prompts_for_single_loras_alone_leave_the_base_and_pairs_those_that_ship(place, tmp_path):
-    path, output = tmp_path / "prompts.txt", tmp_path / "o.safetensors"
-    path.write_text("ink\ta cup, ink\nink\ta fish\noil\toil painting of a house\n")
-    for pairs, whom in ((True, "the base and pairs are"), (False, "the base is")):
-        options = Options(resolution=32, prompts=path, pairs=pairs)
-        given = read(place / "model", [place / "ink", place / "oil"], output, options)
-        routes = {route.name: route for route in routes_of(given.triggers, given.prompts, pairs)}
-        assert [text for text, _ in routes["ink"].rows] == ["a cup, ink", "a fish"]
-        assert len(routes[PLAIN].rows) == 500
-        assert ("ink + oil" in routes) == pairs
-        first, second = given.notes
-        assert first == f"{path} has prompts for single LoRAs alone; {whom} asked with those that ship"
-        assert second.startswith("1 of 2 prompts for ink lack its words 'ink', such as 'a fish'")
-
-
-def test_a_trigger_that_is_a_part_of_another_is_said(place, tmp_path):
-    options = Options(resolution=32, triggers=["ink=oil", "oil={prompt}, as an oil painting"])
-    given = read(place / "model", [place / "ink", place / "oil"], tmp_path / "o.safetensors", options)
-    note, *_ = given.notes
-    assert note.startswith("'oil', which calls ink, stands in 'as an oil painting' too, which calls oil")
-
-
-def test_what_is_not_there_is_named_each_by_itself(place, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "none").mkdir()
-    loras = [tmp_path / name for name in ("gone", "lost", "empty", "none")]
-    with pytest.raises(UserError) as caught:
-        read(place / "model", loras, tmp_path / "out.safetensors", Options(resolution=32, steps=0))
-    said = str(caught.value)
-    for path in loras:
-        assert f"{path}: " in said
-    assert "the same LoRA" not in said
-    assert "--steps: must be at least 1" in said
-
-
 def test_no_look_stands_in_the_benchmarks_prompts(tmp_path):
     """So that the merge benchmark asks the prompts that it always asked."""
     prompts = read_prompts(_write_prompts(tmp_path / "prompts.txt"), [])

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +14,7 @@ from torch import nn
 from danceopd.data.prepare import length_of_prompts
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.lora_algebra import Lora
-from danceopd.models.lora_files import FILES, load_lora, lora_file, save_lora
+from danceopd.models.lora_files import FILES, load_lora, save_lora
 from danceopd.models.lora_layouts import layouts_of
 from danceopd.models.lora_merges import automatic_rank
 from danceopd.models.weights import of_folder
@@ -23,8 +23,8 @@ from danceopd.support.files import check_writable
 from danceopd.support.hints import did_you_mean
 from danceopd.support.hub import hub_name, located
 from danceopd.tools.merge_loras.checkpoints import check_checkpoint, digest_of, extracted, is_checkpoint
-from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, read_prompts, uncalled, without_triggers
-from danceopd.tools.merge_loras.triggers import Trigger, metadata_of, phrases_of, trigger_of, triggers_in, within
+from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, read_prompts, without_triggers
+from danceopd.tools.merge_loras.triggers import Trigger, metadata_of, trigger_of, triggers_in
 from danceopd.tools.provenance import content_hash
 from danceopd.training.assembly.parts import Problems
 
@@ -153,13 +153,8 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
     triggers = _triggers(options, paths, problems, notes)
     prompts = attempt("--prompts", read_prompts, options.prompts or SHIPPED, list(paths))
     if prompts is not None:
-        if not prompts.shared:
-            prompts = replace(prompts, general=read_prompts(SHIPPED, []).shared)
-            whom = "the base and pairs are" if options.pairs else "the base is"
-            notes.append(f"{options.prompts} has prompts for single LoRAs alone; {whom} asked with those that ship")
         prompts, line = attempt("--prompts", without_triggers, prompts, triggers) or (prompts, "")
         notes += [line] if line else []
-        notes += uncalled(prompts, triggers)
     if options.steps < 1:
         problems.append("--steps: must be at least 1")
     if options.patience < 0:
@@ -252,21 +247,18 @@ def _paths(given: Sequence[Path], attempt: Callable, notes: list[str]) -> dict[s
         if not is_checkpoint(there) and is_checkpoint(inside) and not any(there.glob("*.safetensors")):
             there = inside
         content = _content(there)
-        if content is not None and content in contents:
+        if content in contents:
             again = "twice" if contents[content] == path else f"the same LoRA as {contents[content]}"
             notes.append(f"{path} is {again}, and taken once; --weight changes how much of it")
             continue
-        contents |= {} if content is None else {content: path}
+        contents[content] = path
         found.append((path, there))
     return dict(zip(names_of([path for path, _ in found]), (there for _, there in found), strict=True))
 
 
-def _content(path: Path) -> str | None:
-    """Names the content of a checkpoint, or of a LoRA's file wherever it lies; None where there is neither."""
-    try:
-        return digest_of(path) if is_checkpoint(path) else content_hash(lora_file(path))
-    except UserError:  # said where it is read
-        return None
+def _content(path: Path) -> str:
+    """Names the content of a checkpoint, or of a LoRA's file wherever it lies."""
+    return digest_of(path) if is_checkpoint(path) else content_hash(path)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -380,12 +372,4 @@ def _triggers(options: Options, paths: dict[str, Path], problems: Problems, note
                     f"{trigger.origin}); give one of them other words, or none (--trigger {name}=) to be always there"
                 )
         found[name] = trigger
-    phrases = phrases_of(found)
-    for name, phrase in phrases.items():
-        notes += [
-            f"{phrase!r}, which calls {name}, stands in {longer!r} too, which calls {other}: prompts for {other} have "
-            f"the words of both; --trigger {name}=WORDS gives it others"
-            for other, longer in phrases.items()
-            if phrase.casefold() != longer.casefold() and within(phrase, longer)
-        ]
     return found

@@ -1,5 +1,6 @@
 """What is asked of whom: prompts of a file with the LoRAs' triggers put in, in routes."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 from danceopd.support.texts import lines_of, parse_json, read_text
-from danceopd.tools.merge_loras.triggers import Trigger, phrases_of, within
+from danceopd.tools.merge_loras.triggers import Trigger, phrases_of
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
 
@@ -28,13 +29,11 @@ class Prompts:
         shared: For every LoRA, as they are.
         own: For one of them with its trigger in them, by its name.
         twice: Number of lines that stood there before.
-        general: For the base and for pairs, where none is shared.
     """
 
     shared: list[str]
     own: dict[str, list[str]] = field(default_factory=dict)
     twice: int = 0
-    general: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,8 @@ def without_triggers(prompts: Prompts, triggers: Mapping[str, Trigger]) -> tuple
         UserError: No prompt is left.
     """
     phrases = phrases_of(triggers).values()
-
-    def plain(texts: list[str]) -> list[str]:
-        return [text for text in texts if not any(within(phrase, text) for phrase in phrases)]
-
-    kept, prompts = plain(prompts.shared), replace(prompts, general=plain(prompts.general))
+    called = [re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE) for phrase in phrases]
+    kept = [text for text in prompts.shared if not any(words.search(text) for words in called)]
     if len(kept) == len(prompts.shared):
         return prompts, ""
     if not kept:
@@ -132,27 +128,6 @@ def without_triggers(prompts: Prompts, triggers: Mapping[str, Trigger]) -> tuple
         else f"{out} prompts have triggers' words in them and are"
     )
     return replace(prompts, shared=kept), f"{what} left out, for without a trigger the base is asked"
-
-
-def uncalled(prompts: Prompts, triggers: Mapping[str, Trigger]) -> list[str]:
-    """Says which LoRAs have prompts of their own without the words that call them.
-
-    Args:
-        prompts: The prompts.
-        triggers: Of the LoRAs by name.
-
-    Returns:
-        A line for each such LoRA.
-    """
-    found = []
-    for name, phrase in phrases_of(triggers).items():
-        own = prompts.own.get(name, [])
-        if without := [text for text in own if not within(phrase, text)]:
-            found.append(
-                f"{len(without)} of {len(own)} prompts for {name} lack its words {phrase!r}, such as {without[0]!r}: "
-                "prompts like these will call it too"
-            )
-    return found
 
 
 def _is_json(line: str) -> bool:
@@ -169,10 +144,9 @@ def routes_of(triggers: dict[str, Trigger], prompts: Prompts, pairs: bool) -> li
     """Says what is asked of whom.
 
     Prompts as they are go to the base, with each trigger to its LoRA, and with two triggers to both together; LoRAs
-    without words act on all of them. Where all prompts are for single LoRAs, general ones go to the base and to pairs.
-    The pairs share the prompts among them. With as many prompts as they are as of pairs, the mean of what the LoRAs
-    change is the one change of weights with the least expected squared distance from what the samples' sources change,
-    and so it is what the student begins as.
+    without words act on all of them. The pairs share the prompts among them. With as many prompts as they are as of
+    pairs, the mean of what the LoRAs change is the one change of weights with the least expected squared distance from
+    what the samples' sources change, and so it is what the student begins as.
 
     Args:
         triggers: Of the LoRAs by name.
@@ -184,8 +158,7 @@ def routes_of(triggers: dict[str, Trigger], prompts: Prompts, pairs: bool) -> li
     """
     called = [name for name, trigger in triggers.items() if trigger.words]
     always = tuple(name for name in triggers if name not in called)
-    general = prompts.shared or prompts.general
-    two = list(combinations(called, 2)) if pairs and general else []
+    two = list(combinations(called, 2)) if pairs and prompts.shared else []
     each = (1 - BASE - (PAIRS if two else 0)) / max(1, len(called))
 
     def rows(names: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -195,16 +168,15 @@ def routes_of(triggers: dict[str, Trigger], prompts: Prompts, pairs: bool) -> li
             heard = [trigger.call(text) if trigger.known else text for text in heard]
         return list(dict(zip(spoken, heard, strict=True)).items())
 
-    unspoken = [own for name in always for own in prompts.own.get(name, [])]
-    plain = [(text, text) for text in [*prompts.shared, *unspoken] or general]
+    plain = [(text, text) for text in (*prompts.shared, *(own for name in always for own in prompts.own.get(name, [])))]
     routes = [Route(PLAIN, always, plain, BASE if called else 1.0, EMPTY)]
     for name in called:
         own = [(text, text) for text in prompts.own.get(name, [])]
         asked = list(dict([*rows([name], prompts.shared), *own]).items())
         routes.append(Route(name, (name, *always), asked, each))
     for i, names in enumerate(two):
-        least = max(8, len(general) // len(two))  # a pair gets its share, from a place of its own
-        some = [general[(i * least + j) % len(general)] for j in range(min(least, len(general)))]
+        least = max(8, len(prompts.shared) // len(two))  # a pair gets its share, from a place of its own
+        some = [prompts.shared[(i * least + j) % len(prompts.shared)] for j in range(min(least, len(prompts.shared)))]
         routes.append(Route(" + ".join(names), (*names, *always), rows(names, some), PAIRS / len(two)))
     return [route for route in routes if route.rows]
 

@@ -47,11 +47,6 @@ def phrases_of(triggers: Mapping[str, Trigger]) -> dict[str, str]:
     return {name: phrase for name, trigger in triggers.items() if (phrase := trigger.phrase())}
 
 
-def within(phrase: str, text: str) -> bool:
-    """Tells whether a phrase stands in a text, as whole words."""
-    return bool(re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE))
-
-
 def trigger_of(name: str, path: Path, given: str | None) -> Trigger:
     """Finds what calls a LoRA: what is given, else what its file's metadata says, else its name.
 
