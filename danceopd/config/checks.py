@@ -148,8 +148,6 @@ def _check_start(config: Config) -> list[str]:
     return []
 
 
-PROMPT = "{prompt}"  # the text that is each row's prompt
-
 OF_NETWORKS = ("weights", "lora", "guidance_scale", "embedded_guidance")
 
 
@@ -254,15 +252,10 @@ def _without_effect(source: Source) -> list[str]:
     """Lists what of an operator would change nothing, each as ".key: message"."""
     guided, weak, compose, slider = source.guided, source.autoguided, source.compose, source.slider
     if guided:
-        rescale = () if guided.skip_layers else ("rescale",)  # of what skipped layers add too
-        options = [key for key in ("negative", "interval", *rescale, "zero_star", "apg") if _changed(guided, key)]
+        options = [key for key in ("negative", "rescale", "zero_star", "apg") if _changed(guided, key)]
         if guided.scale == 1 and (options or not guided.skip_layers):
             what = f"{' and '.join(options)} without effect" if options else f"the same as {guided.source}"
             return [f".scale: 1 is no guidance, which leaves {what}; give another scale"]
-        if guided.negative.strip() == PROMPT:
-            return [f".negative: {PROMPT} is the prompt itself, which leaves {guided.source} as it is; give another"]
-        if guided.skip_layers and guided.skip_layers.scale == 0:
-            return [".skip_layers.scale: 0 adds nothing; give another, or leave skip_layers out"]
         if guided.zero_star and guided.apg:
             return [".apg: is one rule of guidance and zero_star another; give one of them"]
         if guided.apg and guided.apg.eta == 1 and guided.apg.norm == 0:
@@ -271,12 +264,8 @@ def _without_effect(source: Source) -> list[str]:
         return [f": leaves {weak.source} as it is; give a weaker source, and a scale other than 1"]
     if source.difference and (source.difference.base == source.difference.source or source.difference.weight == 0):
         return [": leaves the base as it is; give another source, and a weight other than 0"]
-    if source.difference and source.difference.weight == 1:
-        return [f".weight: 1 is {source.difference.source} itself; give another weight, or ask that source"]
     if compose:
         none = [part for part, weight in compose.sources.items() if part == compose.base or weight == 0]
-        if not none and list(compose.sources.values()) == [1]:
-            return [f".sources: is {next(iter(compose.sources))} itself; give another weight, or ask that source"]
         return [f".sources.{part}: adds nothing to {compose.base}; leave it out" for part in none]
     if slider and (slider.positive == slider.negative or slider.eta == 0):
         return [f": leaves {slider.source} as it is; give two texts, and an eta other than 0"]
@@ -284,8 +273,6 @@ def _without_effect(source: Source) -> list[str]:
         return [": names a source twice; name each once"]
     if source.by_sigma and source.by_sigma.above == source.by_sigma.below:
         return [": is one source above and below; give two"]
-    if source.teacher_at and source.teacher_at.prompt.strip() == PROMPT:
-        return [f".prompt: {PROMPT} leaves {source.teacher_at.source} as it is; give another text, or ask that source"]
     return []
 
 

@@ -101,13 +101,12 @@ def _guided(own, of: Callable[[str], Field], leaf: Leaf, text: Callable[[str], T
         rule = partial(projected, eta=own.apg.eta, norm=own.apg.norm)
     field, skip = of(own.source), own.skip_layers
     if own.scale != 1:
-        rescale = 0.0 if skip else own.rescale  # once, of all that guides
-        options = {"interval": own.interval, "rule": rule, "rescale": rescale}
+        options = {"interval": own.interval, "rule": rule, "rescale": own.rescale}
         field = guided_source(field, own.scale, text(own.negative), **options)
     if skip is None:
         return field
     whole, without = leaf(own.source, ()), leaf(own.source, tuple(skip.layers))
-    return without_layers(field, whole, without, skip.scale, interval=skip.interval, rescale=own.rescale)
+    return without_layers(field, whole, without, skip.scale, interval=skip.interval)
 
 
 def outline(config: Config, name: str) -> Field:

@@ -35,7 +35,7 @@ class Term:
     Args:
         field: The field that is asked.
         text: What it is asked with; None is the sample's own prompt.
-        fixed: Whether the text stays whatever the expression is asked with.
+        fixed: Whether the text stays where the expression is asked with another prompt.
     """
 
     field: Any
@@ -163,12 +163,11 @@ class Expression:
         return list(dict.fromkeys(text.name for text in own if text is not None and text.encoded is None))
 
     def at(self, text: Text, fixed: bool = False) -> Self:
-        """Asks the same with another prompt in the place of the sample's own.
+        """Asks the same with another prompt in the place of the sample's own; fixed texts stay.
 
         Args:
             text: The prompt.
-            fixed: Whether it stays where the result is asked with yet another. Such a prompt, a negative one, replaces
-                every other text that is not fixed; one that is not, a trigger, leaves the texts that are there.
+            fixed: Whether it stays where the result is asked with yet another.
 
         Returns:
             The expression.
@@ -176,8 +175,7 @@ class Expression:
 
         def change(atom):
             if isinstance(atom, Term):
-                stays = atom.fixed or (atom.text is not None and not fixed)
-                return atom if stays else replace(atom, text=text, fixed=fixed)
+                return atom if atom.fixed else replace(atom, text=text, fixed=fixed)
             return replace(atom, parts=tuple(part.at(text, fixed) for part in atom.parts))
 
         return type(self)(*_merged([change(atom) for atom in self.atoms], self.weights))

@@ -109,12 +109,6 @@ def _sum(parts: Sequence[Field], weights: Sequence[float] | Weights) -> Operator
     return Operator(*summed(own, lambda sigma: numbers.expand(len(sigma), -1)))
 
 
-def _mixed(parts: Sequence[Field], combine: Callable[..., torch.Tensor]) -> Operator:
-    """Makes combine(*parts), which need not be linear."""
-    own = tuple(as_operator(part) for part in parts)
-    return Operator((Mixed(own, combine),), lambda sigma: torch.ones(len(sigma), 1, dtype=torch.float64))
-
-
 def _guided(field: Field, other: Field, scale: float, interval: Interval) -> Operator:
     """Makes other + s (field - other), and the field itself outside the interval."""
     return _in(interval, _sum([field, other], [scale, 1 - scale]), field)
@@ -182,7 +176,8 @@ def guided_source(
         mixed = rule(cond, uncond, scale) if rule else uncond + scale * (cond - uncond)
         return rescaled(mixed, cond, rescale) if rescale else mixed
 
-    return _in(interval, _mixed([own, without], mix), own)
+    mixed = Operator((Mixed((own, without), mix),), lambda sigma: torch.ones(len(sigma), 1, dtype=torch.float64))
+    return _in(interval, mixed, own)
 
 
 def autoguided(field: Field, weak: Field, scale: float, *, interval: Interval = EVERYWHERE) -> Operator:
@@ -211,15 +206,13 @@ def autoguided(field: Field, weak: Field, scale: float, *, interval: Interval = 
     return _guided(field, weak, scale, interval)
 
 
-def without_layers(
-    field: Field, source: Field, skipped: Field, scale: float, *, interval: Interval, rescale: float = 0.0
-) -> Operator:
+def without_layers(field: Field, source: Field, skipped: Field, scale: float, *, interval: Interval) -> Operator:
     """Adds skip-layer guidance to a source inside an interval of noise levels.
 
         field + s (v - v_skipped)
 
-    As in Stable Diffusion 3.5; arXiv 2411.18664 does the same with other blocks. Written where it is rescaled. One
-    evaluation more, or two where v is not among the field's.
+    As in Stable Diffusion 3.5; arXiv 2411.18664 does the same with other blocks. One evaluation more, or two where v is
+    not among the field's.
 
     Args:
         field: What it is added to: the source, guided or not.
@@ -227,7 +220,6 @@ def without_layers(
         skipped: The same network without some of its blocks.
         scale: s.
         interval: The noise levels (low, high) at which it is added, both among them.
-        rescale: The share of `rescaled` of the sum, at every noise level.
 
     Returns:
         The guided source.
@@ -246,8 +238,7 @@ def without_layers(
         s = scale * _inside(sigma, interval)
         return torch.stack([torch.ones_like(s), s, -s], dim=1)
 
-    moved = _sum([field, source, skipped], weights)
-    return _mixed([moved, source], lambda guided, cond: rescaled(guided, cond, rescale)) if rescale else moved
+    return _sum([field, source, skipped], weights)
 
 
 def compose(base: Field, fields: Sequence[Field], weights: Sequence[float]) -> Operator:
@@ -363,8 +354,7 @@ def teacher_at(field: Field, text: str | Tensors) -> Operator:
 
         v(text)
 
-    What is asked with a text of its own already, a part with its own trigger or a negative prompt, keeps it. One
-    evaluation.
+    One evaluation.
 
     Args:
         field: The source.

@@ -11,6 +11,7 @@ from diffusers.guiders import (
     AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
+    SkipLayerGuidance,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -167,16 +168,6 @@ def test_a_teacher_at_another_text():
         teacher_at(teacher_at(A, "longer"), "shorter")
 
 
-def test_a_teacher_keeps_the_texts_of_its_parts():
-    """A pair of LoRAs, one of them by its own trigger, asked with another text for the rest."""
-    x = batch(texts=("longer", "trigger"))
-    longer = said(*x, x[2].texts["longer"])
-    trigger = A(*said(*x, x[2].texts["trigger"]))
-    pair = teacher_at(compose(C, [teacher_at(A, "trigger"), B], [0.8, 0.5]), "longer")
-    base = C(*longer)
-    close(pair(*x), base + 0.8 * (trigger - base) + 0.5 * (B(*longer) - base), 1e-11)
-
-
 # ------------------------------------------------------------------------------------------------- of each other
 
 
@@ -305,6 +296,20 @@ def test_autoguidance_is_diffusers():
     x = batch()
     theirs = guider(AutoGuidance, guidance_scale=2.5, auto_guidance_layers=[1], dropout=1.0)
     close(autoguided(A, B, 2.5)(*x), theirs.forward(A(*x), B(*x)).pred)
+
+
+def test_skip_layer_guidance_is_diffusers():
+    x = batch()
+    theirs = guider(
+        SkipLayerGuidance,
+        guidance_scale=4.0,
+        skip_layer_guidance_scale=2.8,
+        skip_layer_guidance_start=0.0,
+        skip_layer_guidance_stop=1.0,
+        skip_layer_guidance_layers=[1],
+    )
+    ours = without_layers(guided_source(A, 4.0, EMPTY), A, B, 2.8, interval=(0.0, 1.0))(*x)
+    close(ours, theirs.forward(A(*x), A(*said(*x, EMPTY)), B(*x)).pred)
 
 
 # ------------------------------------------------------------------------------------------------------- routed
