@@ -21,11 +21,12 @@ from danceopd.support.devices import find_device
 from danceopd.support.memory import format_bytes, free_bytes
 from danceopd.support.ranks import ALONE, Ranks
 from danceopd.tools.merge_loras.counts import PROBES, Counts, counted, score_every
-from danceopd.tools.merge_loras.gaps import Gaps, settled, words
+from danceopd.tools.merge_loras.gaps import GROWTH, Gaps, ended_early, settled, words
 from danceopd.tools.merge_loras.given import Given, Options
 from danceopd.tools.merge_loras.prompts import Route, say
 from danceopd.training.assembly.build import build_model
-from danceopd.training.assembly.parts import Parts
+from danceopd.training.assembly.parts import Parts, Scored
+from danceopd.training.checkpoints import load_newest
 from danceopd.training.loop import train
 
 NAMES_OF_MANY = "them", "their names", "the LoRAs themselves are"  # in a line about LoRAs without words
@@ -156,12 +157,20 @@ def distilled(config: Config, patience: int, overwrite: bool) -> Path:
             tqdm.write(f"gap closed{at}: {words(shares)}", file=sys.stderr)
             return shares
 
-        def enough(scores: list[dict[str, float]]) -> bool:
-            return settled(scores, patience, gaps.weights)
+        def enough(scores: Sequence[Scored]) -> bool:
+            return settled(scores, patience, config)
 
         return replace(parts, score=score, score_every=every, enough=enough)
 
-    return train(with_memory_chosen(config, examine, overwrite), build, overwrite)
+    run = train(with_memory_chosen(config, examine, overwrite), build, overwrite)
+    newest = load_newest(run / "checkpoints")[0]
+    if newest and ended_early(newest, patience, config):
+        say(
+            f"training has ended after {newest.step} of {config.training.max_steps} updates: the mean share of the "
+            f"gaps has not grown by {100 * GROWTH:g} % in the last {patience} scorings. The same command with more "
+            "--steps goes on, and with --patience 0 to the last of them"
+        )
+    return run
 
 
 @torch.no_grad()
