@@ -231,6 +231,15 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
     assert "at most 11 more updates" in said.err
     assert "going on from step 1 " in said.out
     assert "training has ended after 2 of 12 updates" in said.err
+    # A page that something else wrote stays too.
+    page = tmp_path / "out.html"
+    written = page.read_bytes()
+    page.write_text("mine")
+    assert main(more) == 2
+    said = f"{page} is there, and the run in {run} did not write it; give another file, or --overwrite"
+    assert said in capsys.readouterr().err
+    assert page.read_text() == "mine"
+    page.write_bytes(written)
     # What another run has written stays; what the run itself wrote is written again.
     written = output.read_bytes()
     other = ["2" if text == "1" and line[i - 1] == "--rank" else text for i, text in enumerate(line)]
@@ -255,6 +264,16 @@ def test_what_is_wrong_is_said_before_anything_is_encoded(place, tmp_path, monke
     assert "--weight oil=none: is no number" in said
     assert main(command(place, output, "training.stepps=3")) == 2
     assert "unknown key" in capsys.readouterr().err
+    against = ["student.lora=null", "student.lora.rank=30", "training.max_steps=7", "sources.base.guidance_scale=2"]
+    for change, key, option in zip(
+        against,
+        ("student.lora.rank", "student.lora.rank", "training.max_steps", "sources"),
+        ("--rank", "--rank", "--steps", "the LoRAs, --weight and --guidance-scale"),
+        strict=True,
+    ):
+        assert main(command(place, output, change)) == 2
+        said = capsys.readouterr().err
+        assert f"{change}: {key} is by {option}; leave the change out" in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -32,6 +32,8 @@ RESERVED = ("base", PLAIN, "merge", "student")  # what the run and the tables ca
 
 PLAIN_MERGE = ".peft.safetensors"  # the ending of the file of PEFT's best merge, beside the result
 
+PAGE = ".html"  # of the page that compares them
+
 
 @dataclass(frozen=True)
 class Options:
@@ -198,12 +200,16 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
     return Given(base, backbone, empty, paths, triggers, weights, layers, weighted, prompts, rank, notes)
 
 
+def beside(output: Path) -> list[Path]:
+    """Lists what is written beside the merged file."""
+    return [output.with_suffix(PLAIN_MERGE), output.with_suffix(PAGE)]
+
+
 def _in_the_way(output: Path, base: Path | None, paths: dict[str, Path]) -> list[str]:
     """Says where the file to write would take an input's place, or lie among the files of a model or LoRA."""
     file, found = output.resolve(), []
-    beside = file.with_suffix(PLAIN_MERGE)
     for path in filter(None, (base, *paths.values())):
-        if path.is_file() and path.resolve() in (file, beside):
+        if path.is_file() and path.resolve() in (file, *beside(file)):
             found.append(f"-o {output}: is an input, which it would overwrite; give another file")
         elif path.is_dir() and file.is_relative_to(path.resolve()):
             found.append(f"-o {output}: lies in {path}, which is an input; give a file elsewhere")
