@@ -252,7 +252,9 @@ def lora_file(path: Path) -> Path:
     deeper = sorted(file for name in FILES for file in path.glob(f"*/{name}"))
     if (path / "model_index.json").exists() or (path / "config.json").exists():
         do = "it is a model's folder: give it as the source's weights"
-    elif files or not deeper:
+    elif not files and not deeper:
+        do = "give a LoRA's file, or the folder that holds it"
+    elif files:
         do = "name the file itself"
     else:
         do = f"its folders have {_first([str(file.relative_to(path)) for file in deeper])}: name one of these"

@@ -296,7 +296,8 @@ def test_the_students_layers_are_those_of_the_loras(place):
     assert targets_of([one], transformer) == ["transformer_blocks.1.attn.to_q"]
 
 
-def test_all_mistakes_are_told_at_once(place, tmp_path):
+def test_all_mistakes_are_told_at_once(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("danceopd.tools.provenance.fingerprint", lambda _: 1 / 0)  # of folders, which takes its time
     wider = save_tiny(tmp_path / "wider", num_attention_heads=4, caption_projection_dim=32)
     save_lora(far_lora(empty_transformer(wider), 1), tmp_path / "wide", diffusers.StableDiffusion3Pipeline)
     options = Options(
@@ -308,7 +309,11 @@ def test_all_mistakes_are_told_at_once(place, tmp_path):
         steps=0,
         patience=-1,
     )
-    loras = [place / "ink", place / "oil", tmp_path / "gone", tmp_path / "wide"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "large.bin").write_bytes(b"0")
+    gone = [tmp_path / name for name in ("gone", "gone-too", "empty", "pictures")]
+    loras = [place / "ink", place / "oil", *gone, tmp_path / "wide"]
     with pytest.raises(UserError) as caught:
         read(place / "model", loras, tmp_path / "out", options)
     said = str(caught.value)
@@ -316,6 +321,9 @@ def test_all_mistakes_are_told_at_once(place, tmp_path):
         "must end in .safetensors",
         "multiples of",
         f"{tmp_path / 'gone'}: no LoRA there",
+        f"{tmp_path / 'gone-too'}: no LoRA there",
+        f"{tmp_path / 'empty'}: a LoRA folder holds one safetensors file, found none; give a LoRA's file, or the folder",
+        f"{tmp_path / 'pictures'}: a LoRA folder holds one safetensors file, found none",
         "wide",
         "no LoRA 'inc'; did you mean 'ink'?",
         "--trigger ink: is not of the form NAME=VALUE",

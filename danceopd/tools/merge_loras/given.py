@@ -14,7 +14,7 @@ from torch import nn
 from danceopd.data.prepare import length_of_prompts
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.lora_algebra import Lora
-from danceopd.models.lora_files import FILES, load_lora, save_lora
+from danceopd.models.lora_files import FILES, load_lora, lora_file, save_lora
 from danceopd.models.lora_layouts import layouts_of
 from danceopd.models.lora_merges import automatic_rank
 from danceopd.models.weights import of_folder
@@ -252,7 +252,11 @@ def _paths(given: Sequence[Path], attempt: Callable, notes: list[str]) -> dict[s
         inside = there / "transformer"
         if not is_checkpoint(there) and is_checkpoint(inside) and not any(there.glob("*.safetensors")):
             there = inside
-        content = _content(there)
+        try:
+            content = _content(there)
+        except UserError:  # said with everything else where it is read; nothing is the same as what is not there
+            found.append((path, there))
+            continue
         if content in contents:
             again = "twice" if contents[content] == path else f"the same LoRA as {contents[content]}"
             notes.append(f"{path} is {again}, and taken once; --weight changes how much of it")
@@ -263,8 +267,8 @@ def _paths(given: Sequence[Path], attempt: Callable, notes: list[str]) -> dict[s
 
 
 def _content(path: Path) -> str:
-    """Names the content of a checkpoint, or of a LoRA's file wherever it lies."""
-    return digest_of(path) if is_checkpoint(path) else content_hash(path)
+    """Names the content of a checkpoint, or of a LoRA's file wherever it lies; a UserError where there is neither."""
+    return digest_of(path) if is_checkpoint(path) else content_hash(lora_file(path))
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
