@@ -1,7 +1,9 @@
 """What merge-loras reads: names, triggers, weights, prompts; and that every mistake is told at once."""
 
 import json
+import math
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -346,6 +348,13 @@ def test_all_mistakes_are_told_at_once(place, tmp_path, monkeypatch):
         ({"base": "oil"}, r"--base: .*model_index\.json"),
         ({"triggers": ["ink=Oil painting"]}, "both called by 'oil painting'"),
         ({"triggers": ["ink={style}"]}, r"--trigger ink: \{style\} is not known"),
+        ({"guidance_scale": math.nan}, "--guidance-scale nan: must be a finite number above 0"),
+        ({"guidance_scale": math.inf}, "--guidance-scale inf: must be a finite number above 0"),
+        ({"guidance_scale": -1.0}, "--guidance-scale -1: must be a finite number above 0"),
+        ({"weights": ["ink=nan"]}, "--weight ink=nan: must be above 0 and below 100"),
+        ({"resolution": 0}, "--resolution: "),
+        ({"max_sequence_length": 0}, "--max-sequence-length: "),
+        ({"work": Path("/proc/work")}, "--work: cannot write to /proc"),
         ({"layout": "none"}, "--layout none: not written for sd3; give diffusers or comfyui or kohya"),
         ({"layout": "peft"}, "--layout peft: not written for sd3; give diffusers or comfyui or kohya"),
     ],
@@ -353,7 +362,13 @@ def test_all_mistakes_are_told_at_once(place, tmp_path, monkeypatch):
 def test_one_mistake(place, tmp_path, given, message):
     base, loras = place / given.pop("base", "model"), [place / name for name in given.pop("loras", ["ink", "oil"])]
     with pytest.raises(UserError, match=message):
-        read(base, loras, tmp_path / "out.safetensors", Options(resolution=32, **given))
+        read(base, loras, tmp_path / "out.safetensors", Options(**{"resolution": 32, **given}))
+
+
+def test_an_output_that_cannot_be_written_is_noticed_before_anything_is_read(place):
+    """By root too, who may write anywhere by the permissions."""
+    with pytest.raises(UserError, match="-o: cannot write to /proc"):
+        read(place / "model", [place / "ink", place / "oil"], Path("/proc/m.safetensors"), Options(resolution=32))
 
 
 def test_the_output_takes_no_inputs_place(place, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -128,6 +129,8 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
         problems.append(f"-o {output}: is a folder; give the file to write")
     else:
         attempt("-o", check_writable, output.parent)
+    if options.work:
+        attempt("--work", check_writable, options.work)
     base = attempt("--base", located, base)
     backbone = base and attempt("--base", backbone_of, base)
     empty = backbone and attempt("--base", empty_transformer, base)
@@ -157,6 +160,10 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
     if prompts is not None:
         prompts, line = attempt("--prompts", without_triggers, prompts, triggers) or (prompts, "")
         notes += [line] if line else []
+    if not 0 < options.guidance_scale < math.inf:
+        problems.append(
+            f"--guidance-scale {options.guidance_scale:g}: must be a finite number above 0; 1 is without guidance"
+        )
     if options.steps < 1:
         problems.append("--steps: must be at least 1")
     if options.patience < 0:
