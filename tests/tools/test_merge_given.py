@@ -23,7 +23,16 @@ from danceopd.support.errors import UserError
 from danceopd.tools.merge_loras.checkpoints import extract
 from danceopd.tools.merge_loras.configuration import configuration, targets_of
 from danceopd.tools.merge_loras.given import Options, names_of, read
-from danceopd.tools.merge_loras.prompts import EMPTY, PLAIN, SHIPPED, Prompts, read_prompts, routes_of, without_triggers
+from danceopd.tools.merge_loras.prompts import (
+    EMPTY,
+    PLAIN,
+    SHIPPED,
+    Prompts,
+    notes_on,
+    read_prompts,
+    routes_of,
+    without_triggers,
+)
 from danceopd.tools.merge_loras.triggers import Trigger, words_in
 
 INK, OIL = Trigger("INK", True, "--trigger"), Trigger("in {prompt} oil", True, "its file")
@@ -161,6 +170,34 @@ def test_prompts_with_a_triggers_words_are_left_out(place, tmp_path):
     path.write_text("a night\n")
     with pytest.raises(UserError, match="--prompts: every prompt has a trigger's words in it"):
         read(place / "model", [place / "ink", place / "oil"], output, options)
+
+
+def test_the_base_and_pairs_have_general_prompts_where_all_are_for_one_lora(place, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("ink\tink, a cup\noil\toil painting of a house\noil\ta dog\n")
+    options = Options(resolution=32, prompts=path)
+    given = read(place / "model", [place / "ink", place / "oil"], tmp_path / "o.safetensors", options)
+    routes = {route.name: [text for text, _ in route.rows] for route in routes_of(given.triggers, given.prompts, True)}
+    general = read_prompts(SHIPPED, []).shared
+    assert routes["ink"] == ["ink, a cup"]
+    assert routes["oil"] == ["oil painting of a house", "a dog"]
+    assert len(routes[PLAIN]) > 400
+    assert set(routes[PLAIN]) <= set(general)  # without those that have a trigger's words
+    assert routes["ink + oil"] == [f"ink, oil painting, {text}" for text in routes[PLAIN]]
+    assert any(note.startswith("no prompt is for all LoRAs: the base, and pairs of LoRAs, are") for note in given.notes)
+    said = "the words 'oil painting' that call oil are missing in 1 of its 2 prompts, such as 'a dog'"
+    assert any(note.startswith(said) for note in given.notes)
+
+
+def test_a_trigger_that_stands_in_another_is_said():
+    triggers = {"a": Trigger("oil", True, ""), "b": Trigger("Oil paint, {prompt}", True, ""), "c": OIL, "d": INK}
+    notes = notes_on(Prompts(["a cup"], {"c": ["in deep OIL"], "d": ["inky"]}), triggers)
+    assert [note.partition(", and are")[0] for note in notes] == [
+        "the words 'oil' that call a stand in those of b, 'Oil paint, {prompt}'",
+        "the words 'oil' that call a stand in those of c, 'in {prompt} oil'",
+        "the words 'INK' that call d are missing in 1 of its 1 prompts, such as 'inky': there the result learns to "
+        "draw as d without being called",
+    ]
 
 
 def test_no_look_stands_in_the_benchmarks_prompts(tmp_path):
@@ -324,7 +361,7 @@ def test_all_mistakes_are_told_at_once(place, tmp_path, monkeypatch):
         "multiples of",
         f"{tmp_path / 'gone'}: no LoRA there",
         f"{tmp_path / 'gone-too'}: no LoRA there",
-        f"{tmp_path / 'empty'}: a LoRA folder holds one safetensors file, found none; give a LoRA's file, or the folder",
+        f"{tmp_path / 'empty'}: a LoRA folder holds one safetensors file, found none; give a LoRA's file, or",
         f"{tmp_path / 'pictures'}: a LoRA folder holds one safetensors file, found none",
         "wide",
         "no LoRA 'inc'; did you mean 'ink'?",

@@ -24,7 +24,7 @@ from danceopd.support.files import check_writable
 from danceopd.support.hints import did_you_mean
 from danceopd.support.hub import hub_name, located
 from danceopd.tools.merge_loras.checkpoints import check_checkpoint, digest_of, extracted, is_checkpoint
-from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, read_prompts, without_triggers
+from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, notes_on, read_prompts, without_triggers
 from danceopd.tools.merge_loras.triggers import Trigger, metadata_of, trigger_of, triggers_in
 from danceopd.tools.provenance import content_hash
 from danceopd.training.assembly.parts import Problems
@@ -160,6 +160,7 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
     if prompts is not None:
         prompts, line = attempt("--prompts", without_triggers, prompts, triggers) or (prompts, "")
         notes += [line] if line else []
+        notes += notes_on(prompts, triggers)
     if not 0 < options.guidance_scale < math.inf:
         problems.append(
             f"--guidance-scale {options.guidance_scale:g}: must be a finite number above 0; 1 is without guidance"
