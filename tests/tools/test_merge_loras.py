@@ -273,7 +273,13 @@ def test_what_is_wrong_is_said_before_anything_is_encoded(place, tmp_path, monke
     ):
         assert main(command(place, output, change)) == 2
         said = capsys.readouterr().err
-        assert f"{change}: {key} is by {option}; leave the change out" in said
+        assert f"{change}: {key} is given by {option}; leave the change out" in said
+    assert main(command(place, output, "capabilities.ink.student_guidance_scale=2", "capabilities.ink.weight=0.9")) == 2
+    said = capsys.readouterr().err
+    assert "capabilities.ink.student_guidance_scale=2: capabilities.ink.student_guidance_scale is given by" in said
+    assert "weight" not in said
+    assert main(command(place, output, "--dry-run", "capabilities.ink.weight=1.3")) == 0
+    assert "65 % of the samples: 8 prompts to ink" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

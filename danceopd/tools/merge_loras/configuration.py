@@ -106,7 +106,10 @@ OWN = {  # what the command itself says, and by which option
     "student.init_from": "the LoRAs, whose mean is the start",
     "student.embedded_guidance": "--guidance-scale",
     "sources": "the LoRAs, --weight and --guidance-scale",
-    "capabilities": "--prompts, --trigger, --no-pairs and --guidance-scale",
+    **dict.fromkeys(
+        (f"capabilities.*.{key}" for key in ("source", "task", "data", "student_guidance_scale")),
+        "--prompts, --trigger, --no-pairs and --guidance-scale",
+    ),
     "training.output_dir": "--work",
     "training.max_steps": "--steps",
 }
@@ -124,10 +127,15 @@ def check_overrides(config: Config, raw: dict, overrides: Sequence[str]) -> None
         UserError: There are some; each is named with what to give in its place.
     """
     before, now, problems = parse_config(raw, [], "this merge").to_dict(), config.to_dict(), []
-    for key, option in OWN.items():
+    keys = [
+        (key.replace("*", name), option)
+        for key, option in OWN.items()
+        for name in (dict.fromkeys([*raw["capabilities"], *config.capabilities]) if "*" in key else [""])
+    ]
+    for key, option in keys:
         if _at(before, key) != _at(now, key):
             texts = [text for text in overrides if _touches(text.partition("=")[0].strip(), key)]
-            problems.append(f"{' '.join(texts)}: {key} is by {option}; leave the change out")
+            problems.append(f"{' '.join(texts)}: {key} is given by {option}; leave the change out")
     if problems:
         raise UserError("\n  ".join(["this merge cannot be changed so:", *dict.fromkeys(problems)]))
 
