@@ -188,7 +188,27 @@ def _check_sources(config: Config) -> list[str]:
                 outline(config, name)
             except ValueError as error:
                 problems.append(f"sources.{name}.{source.operator()}: {error}")
+            else:
+                problems += _unheard(config, name)
     return problems
+
+
+def _unheard(config: Config, name: str) -> list[str]:
+    """Lists guidance away from what its source is asked with anyway."""
+    guided = config.sources[name].guided
+    if guided is None or guided.scale == 1:
+        return []
+    heard = {
+        term.text.name if term.text else ROWS_OWN
+        for term in outline(config, guided.source).every_term()
+        if not term.fixed
+    }
+    if heard != {guided.negative}:
+        return []
+    return [
+        f"sources.{name}.guided.negative: {guided.negative!r} is what {guided.source} is asked with anyway, and "
+        f"guidance away from that leaves it as it is; give another text"
+    ]
 
 
 def _own(config: Config, source: Source) -> bool:
@@ -248,12 +268,23 @@ def _check_bases(config: Config, name: str) -> list[str]:
     return problems
 
 
+ROWS_OWN = "{prompt}"  # the text that is a row's prompt itself
+
+
+# Long: each operator has its own ways to change nothing.
 def _without_effect(source: Source) -> list[str]:
     """Lists what of an operator would change nothing, each as ".key: message"."""
     guided, weak, compose, slider = source.guided, source.autoguided, source.compose, source.slider
+    skip = guided.skip_layers if guided else None
+    for key, own in (("interval", guided or weak), ("skip_layers.interval", skip)):
+        if own and own.interval[1] == 0:
+            return [f".{key}: ends at noise level 0, at which nothing is asked; give a higher end"]
     if guided:
-        options = [key for key in ("negative", "rescale", "zero_star", "apg") if _changed(guided, key)]
-        if guided.scale == 1 and (options or not guided.skip_layers):
+        if skip and skip.scale == 0:
+            return [".skip_layers.scale: 0 adds nothing; give another scale, or leave skip_layers out"]
+        own = ("negative", "zero_star", "apg", "interval", *(() if skip else ("rescale",)))
+        options = [key for key in own if _changed(guided, key)]
+        if guided.scale == 1 and (options or not skip):
             what = f"{' and '.join(options)} without effect" if options else f"the same as {guided.source}"
             return [f".scale: 1 is no guidance, which leaves {what}; give another scale"]
         if guided.zero_star and guided.apg:
@@ -262,10 +293,16 @@ def _without_effect(source: Source) -> list[str]:
             return [".apg: eta 1 without a norm is plain guidance; leave it out"]
     if weak and (weak.source == weak.weak or weak.scale == 1):
         return [f": leaves {weak.source} as it is; give a weaker source, and a scale other than 1"]
+    if weak and weak.scale == 0:
+        return [f".scale: 0 is {weak.weak} itself; name that, or give another scale"]
     if source.difference and (source.difference.base == source.difference.source or source.difference.weight == 0):
         return [": leaves the base as it is; give another source, and a weight other than 0"]
+    if source.difference and source.difference.weight == 1:
+        return [f".weight: 1 is {source.difference.source} itself; name that, or give another weight"]
     if compose:
         none = [part for part, weight in compose.sources.items() if part == compose.base or weight == 0]
+        if not none and list(compose.sources.values()) == [1]:
+            return [f".sources: weight 1 of one alone is {next(iter(compose.sources))} itself; name that"]
         return [f".sources.{part}: adds nothing to {compose.base}; leave it out" for part in none]
     if slider and (slider.positive == slider.negative or slider.eta == 0):
         return [f": leaves {slider.source} as it is; give two texts, and an eta other than 0"]
@@ -273,6 +310,8 @@ def _without_effect(source: Source) -> list[str]:
         return [": names a source twice; name each once"]
     if source.by_sigma and source.by_sigma.above == source.by_sigma.below:
         return [": is one source above and below; give two"]
+    if source.teacher_at and source.teacher_at.prompt == ROWS_OWN:
+        return [f".prompt: {ROWS_OWN!r} is what {source.teacher_at.source} is asked with anyway; give another text"]
     return []
 
 

@@ -16,6 +16,7 @@ from danceopd.core.operators import (
     difference,
     guided_source,
     projected,
+    rescaled_source,
     slider,
     teacher_at,
     without_layers,
@@ -99,14 +100,17 @@ def _guided(own, of: Callable[[str], Field], leaf: Leaf, text: Callable[[str], T
         rule = zero_star
     elif own.apg:
         rule = partial(projected, eta=own.apg.eta, norm=own.apg.norm)
-    field, skip = of(own.source), own.skip_layers
+    source, skip, intervals = of(own.source), own.skip_layers, []
+    field = source
     if own.scale != 1:
-        options = {"interval": own.interval, "rule": rule, "rescale": own.rescale}
-        field = guided_source(field, own.scale, text(own.negative), **options)
-    if skip is None:
-        return field
-    whole, without = leaf(own.source, ()), leaf(own.source, tuple(skip.layers))
-    return without_layers(field, whole, without, skip.scale, interval=skip.interval)
+        intervals.append(own.interval)
+        field = guided_source(field, own.scale, text(own.negative), interval=own.interval, rule=rule)
+    if skip:
+        intervals.append(skip.interval)
+        whole, without = leaf(own.source, ()), leaf(own.source, tuple(skip.layers))
+        field = without_layers(field, whole, without, skip.scale, interval=skip.interval)
+    # The deviation is that of all that guides together, so it comes last.
+    return rescaled_source(field, source, own.rescale, intervals=intervals) if own.rescale else field
 
 
 def outline(config: Config, name: str) -> Field:

@@ -167,7 +167,8 @@ class Expression:
 
         Args:
             text: The prompt.
-            fixed: Whether it stays where the result is asked with yet another.
+            fixed: Whether it stays where the result is asked with yet another. Such a prompt also takes the place of
+                texts that are not fixed; one that is not fixed leaves them, for what a part was given is nearer to it.
 
         Returns:
             The expression.
@@ -175,7 +176,8 @@ class Expression:
 
         def change(atom):
             if isinstance(atom, Term):
-                return atom if atom.fixed else replace(atom, text=text, fixed=fixed)
+                stays = atom.fixed or (atom.text is not None and not fixed)
+                return atom if stays else replace(atom, text=text, fixed=fixed)
             return replace(atom, parts=tuple(part.at(text, fixed) for part in atom.parts))
 
         return type(self)(*_merged([change(atom) for atom in self.atoms], self.weights))

@@ -169,15 +169,49 @@ def guided_source(
     """
     own = as_operator(field)
     without = own.at(_text(negative), fixed=True)
-    if rule is None and not rescale:
-        return _guided(own, without, scale, interval)
+    if rule is None:
+        strong = _guided(own, without, scale, interval)
+    else:
+        strong = _in(interval, _mixed((own, without), lambda cond, uncond: rule(cond, uncond, scale)), own)
+    return rescaled_source(strong, own, rescale, intervals=[interval]) if rescale else strong
 
-    def mix(cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
-        mixed = rule(cond, uncond, scale) if rule else uncond + scale * (cond - uncond)
-        return rescaled(mixed, cond, rescale) if rescale else mixed
 
-    mixed = Operator((Mixed((own, without), mix),), lambda sigma: torch.ones(len(sigma), 1, dtype=torch.float64))
-    return _in(interval, mixed, own)
+def rescaled_source(
+    field: Field, source: Field, share: float, *, intervals: Sequence[Interval] = (EVERYWHERE,)
+) -> Operator:
+    """Brings a guided source back to the deviation of the source that is guided, by `rescaled`.
+
+    It comes last, over all that guides, as in diffusers' guiders. No evaluation more.
+
+    Args:
+        field: The guided source.
+        source: What is guided.
+        share: The share of what is brought back.
+        intervals: The noise levels (low, high) at which it is; outside all of them the field stays as it is.
+
+    Returns:
+        The source of that deviation.
+
+    Example:
+        >>> def plain(gain):
+        ...     return lambda latents, sigma, conditioning: gain * latents
+        >>> strong = rescaled_source(plain(4.0), plain(2.0), 0.5)
+        >>> strong(torch.tensor([[-1.0, 1.0]]), torch.ones(1), Conditioning(torch.zeros(1)))
+        tensor([[-3.,  3.]])
+    """
+    own, strong = as_operator(source), as_operator(field)
+    back = _mixed((strong, own), lambda guided, cond: rescaled(guided, cond, share))
+
+    def weights(sigma: torch.Tensor) -> torch.Tensor:
+        inside = torch.stack([_inside(sigma, interval) for interval in intervals]).amax(0)
+        return torch.stack([inside, 1 - inside], dim=1)
+
+    return _sum([back, strong], weights)
+
+
+def _mixed(parts: tuple[Operator, ...], combine: Callable[..., torch.Tensor]) -> Operator:
+    """Makes a combination that is not linear."""
+    return Operator((Mixed(parts, combine),), lambda sigma: torch.ones(len(sigma), 1, dtype=torch.float64))
 
 
 def autoguided(field: Field, weak: Field, scale: float, *, interval: Interval = EVERYWHERE) -> Operator:
@@ -354,7 +388,8 @@ def teacher_at(field: Field, text: str | Tensors) -> Operator:
 
         v(text)
 
-    One evaluation.
+    What a part of the source is asked with already, by a `teacher_at` of its own or as an operator's text, stays. One
+    evaluation.
 
     Args:
         field: The source.

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import psutil
 from safetensors import SafetensorError
@@ -32,7 +33,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Checks that a folder could be made and written, by the nearest one that is there; nothing is made.
+    """Checks that a folder could be made and written, by a file in the nearest one that is there; none is left.
 
     Raises:
         UserError: It could not.
@@ -41,8 +42,11 @@ def check_writable(folder: Path) -> None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{there} is no folder, so nothing can be written into it; choose another place")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"cannot write to {there}; choose another place")
+    try:  # by permissions root may write anywhere, and so onto file systems that take no file
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {there}: {error.strerror}; choose another place") from None
 
 
 # What file systems without an fsync of folders answer.

@@ -42,7 +42,7 @@ from danceopd.training.asking import (
     static_sources,
     static_student,
 )
-from danceopd.training.assembly.parts import Parts
+from danceopd.training.assembly.parts import Parts, Scored
 from danceopd.training.assembly.room import check_room
 from danceopd.training.checkpoints import Checkpoint, checkpoints, load_newest, save_state, tidy
 from danceopd.training.engine import Local
@@ -97,7 +97,7 @@ class Trainer:
         # What has been done, and what was seen of it: a checkpoint keeps these.
         self.step, self.seconds, self.skipped, self.skipped_in_a_row = 0, 0.0, 0, 0
         self._drawn: dict[int, Batch] = {}  # the next step's batch, where it was drawn ahead
-        self.scores: list[dict[str, float]] = []  # where the run has some
+        self.scores: list[Scored] = []  # where the run has some
         self.evaluations: Counter = Counter()  # all ranks' network evaluations, up to the last update
         self.spent: Counter = Counter()  # this rank's, since then
         # This holds the last update's numbers: a sample's latent entries, all ranks' evaluations, tokens.
@@ -477,10 +477,11 @@ class Trainer:
         if (self.config.evaluation.times or self.parts.score_every) and self.parts.score:
             found: list[dict[str, float]] = []
             self._with_average("scores", lambda network: found.append(self.parts.score(network)))
-            self.scores += self.ranks.from_first(found)
+            (scores,) = self.ranks.from_first(found)
+            self.scores.append((self.step, self.config.training.max_steps, scores))
             spent = {"network_evaluations": self.evaluations.total()}
-            progress.log.write(self.step, {**spent, "evaluation": self.scores[-1]})
-            progress.scored(self.scores[-1])
+            progress.log.write(self.step, {**spent, "evaluation": scores})
+            progress.scored(scores)
 
 
 def train(

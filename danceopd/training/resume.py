@@ -198,7 +198,8 @@ def go_on(trainer, checkpoint: Checkpoint) -> None:
     trainer.evaluations.update(state["evaluations"])
     trainer.step, trainer.seconds = state["step"], state["seconds"]
     trainer.skipped, trainer.skipped_in_a_row = state["skipped"]
-    trainer.scores = list(state.get("scores", []))  # older checkpoints have none
+    scores = state.get("scores", [])  # older checkpoints have none, or do not say when they were
+    trainer.scores = [(0, 0, score) if isinstance(score, dict) else tuple(score) for score in scores]
 
 
 def _given(values: dict) -> dict:

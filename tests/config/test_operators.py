@@ -10,6 +10,7 @@ from danceopd.config.expressions import evaluations, outline, texts
 from danceopd.config.reading import load_config
 
 GUIDED = {"source": "t2i", "scale": 3.0}
+INK = {"teacher_at": {"source": "t2i", "prompt": "ink"}}
 
 
 def with_sources(**sources):
@@ -40,9 +41,30 @@ def read(**sources):
         ),
         ({"x": {"guided": {"source": "t2i", "scale": 1}}}, ["sources.x.guided.scale: 1 is no guidance", "same as t2i"]),
         (
-            {"x": {"guided": {**GUIDED, "scale": 1, "rescale": 0.5, "skip_layers": {"layers": [1], "scale": 2}}}},
-            ["rescale without effect"],
+            {"x": {"guided": {**GUIDED, "scale": 1, "zero_star": True, "skip_layers": {"layers": [1], "scale": 2}}}},
+            ["zero_star without effect"],
         ),
+        (
+            {"x": {"guided": {**GUIDED, "scale": 1, "interval": [0, 0.5], "skip_layers": {"layers": [1], "scale": 2}}}},
+            ["interval without effect"],
+        ),
+        (
+            {"x": {"guided": {**GUIDED, "skip_layers": {"layers": [1], "scale": 0}}}},
+            ["guided.skip_layers.scale: 0 adds nothing"],
+        ),
+        ({"x": {"guided": {**GUIDED, "negative": "{prompt}"}}}, ["guided.negative: '{prompt}' is what t2i is asked"]),
+        (
+            {"x": {"guided": {"source": "y", "scale": 2, "negative": "ink"}}, "y": INK},
+            ["sources.x.guided.negative: 'ink' is what y is asked with anyway"],
+        ),
+        ({"x": {"guided": {**GUIDED, "interval": [0, 0]}}}, ["guided.interval: ends at noise level 0"]),
+        ({"x": {"teacher_at": {"source": "t2i", "prompt": "{prompt}"}}}, ["teacher_at.prompt: '{prompt}' is what t2i"]),
+        ({"x": {"difference": {"base": "t2i", "source": "edit", "weight": 1}}}, ["weight: 1 is edit itself"]),
+        (
+            {"x": {"compose": {"base": "t2i", "sources": {"edit": 1}}}},
+            ["compose.sources: weight 1 of one alone is edit"],
+        ),
+        ({"x": {"autoguided": {"source": "t2i", "weak": "edit", "scale": 0}}}, ["autoguided.scale: 0 is edit itself"]),
         ({"x": {"guided": {**GUIDED, "zero_star": True, "apg": {}}}}, ["guided.apg", "zero_star another"]),
         ({"x": {"guided": {**GUIDED, "apg": {"eta": 1}}}}, ["guided.apg: eta 1 without a norm is plain guidance"]),
         ({"x": {"guided": {**GUIDED, "interval": [0.8, 0.2]}}}, ["guided.interval", "lower noise level comes first"]),
@@ -76,6 +98,15 @@ def test_a_mistake_is_named(sources, says):
     message = mistakes(*with_sources(**sources))
     for part in says:
         assert part in message
+
+
+def test_guidance_away_from_the_plain_prompt_is_guidance_of_what_hears_another():
+    assert texts(read(y=INK, x={"guided": {"source": "y", "scale": 2, "negative": "{prompt}"}}), "x")
+
+
+def test_a_source_keeps_its_own_text_inside_another():
+    config = read(y=INK, both={"mean": ["y", "edit"]}, x={"teacher_at": {"source": "both", "prompt": "{german}"}})
+    assert texts(config, "x") == ["ink", "{german}"]
 
 
 def test_a_student_begins_as_a_network(tmp_path):

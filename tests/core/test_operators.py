@@ -1,10 +1,12 @@
 """Operators over fields: against their equations in float64 and diffusers' guiders, alone, nested and routed."""
 
+import json
 from collections import Counter
 from functools import partial
 
 import pytest
 import torch
+from config_mistakes import DEMO
 from danceopd_kernels.routed_velocity_mse import MAX_TEACHERS
 from diffusers.guiders import (
     AdaptiveProjectedGuidance,
@@ -16,6 +18,8 @@ from diffusers.guiders import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from danceopd.config.expressions import expression
+from danceopd.config.reading import load_config
 from danceopd.core.conditioning import Conditioning, concatenate
 from danceopd.core.expressions import Text
 from danceopd.core.fields import Answers, SharedField, as_operator, counted, guided, routed, soft
@@ -194,6 +198,18 @@ def test_guidance_leaves_a_sliders_texts_and_replaces_a_teachers():
     close(teacher_at(slider(A, "more", "less", 2.0), "longer")(*x), longer + move)
 
 
+def test_a_part_keeps_the_text_it_was_given():
+    """A text that was given to a part is nearer to it than one of the whole; guidance replaces both."""
+    x = batch(texts=("ink", "german"))
+    ink, german, u = A(*said(*x, x[2].texts["ink"])), B(*said(*x, x[2].texts["german"])), said(*x, EMPTY)
+    mixed = guided_source(teacher_at(A, "ink"), 1.0, EMPTY, rule=lambda cond, *_: cond)  # not linear
+    for part in (teacher_at(A, "ink"), mixed):
+        both = teacher_at(soft([part, B]), "german")
+        close(both(*x), (ink + german) / 2)
+        empty = (A(*u) + B(*u)) / 2
+        close(guided_source(both, 3.0, EMPTY)(*x), empty + 3 * ((ink + german) / 2 - empty), 1e-11)
+
+
 def test_guidance_of_guidance_multiplies():
     x = batch()
     u = A(*said(*x, EMPTY))
@@ -298,18 +314,36 @@ def test_autoguidance_is_diffusers():
     close(autoguided(A, B, 2.5)(*x), theirs.forward(A(*x), B(*x)).pred)
 
 
-def test_skip_layer_guidance_is_diffusers():
-    x = batch()
-    theirs = guider(
-        SkipLayerGuidance,
-        guidance_scale=4.0,
-        skip_layer_guidance_scale=2.8,
-        skip_layer_guidance_start=0.0,
-        skip_layer_guidance_stop=1.0,
-        skip_layer_guidance_layers=[1],
-    )
-    ours = without_layers(guided_source(A, 4.0, EMPTY), A, B, 2.8, interval=(0.0, 1.0))(*x)
-    close(ours, theirs.forward(A(*x), A(*said(*x, EMPTY)), B(*x)).pred)
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize(("scale", "interval", "skips"), [
+    (4.0, (0.0, 1.0), (0.0, 1.0)),
+    (4.0, (0.5, 1.0), (0.0, 0.7)),  # the one, both, or the other
+    (4.0, (0.0, 0.2), (0.8, 1.0)),  # neither in between
+    (1.0, (0.0, 1.0), (0.3, 0.8)),
+])  # fmt: skip
+def test_skip_layer_guidance_is_diffusers(rescale, scale, interval, skips):
+    """As the configuration puts it together, at each noise level with what is on there."""
+    sections = {"scale": scale, "rescale": rescale, "skip_layers": {"layers": [1], "scale": 2.8, "interval": skips}}
+    sections |= {"interval": interval} if scale != 1 else {}
+    config = load_config(DEMO, [f"sources.x={json.dumps({'guided': {'source': 't2i', **sections}})}"])
+    ours = expression(config, "x", lambda _, skipped: B if skipped else A, lambda _: Text("", EMPTY))
+    latents, sigma, c = batch()
+    for i, level in enumerate(sigma.tolist()):
+        inside = [scale != 1 and interval[0] <= level <= interval[1], skips[0] <= level <= skips[1]]
+        theirs = guider(
+            SkipLayerGuidance,
+            # Without guidance theirs begins at the skipped network, but in the original formulation, where 0 is none.
+            guidance_scale=scale if inside[0] else 0.0,
+            use_original_formulation=not inside[0],
+            guidance_rescale=rescale,
+            skip_layer_guidance_scale=2.8 if inside[1] else 0.0,
+            skip_layer_guidance_start=0.0,
+            skip_layer_guidance_stop=1.0,
+            skip_layer_guidance_layers=[1],
+        )
+        x = latents[i : i + 1], sigma[i : i + 1], c[torch.tensor([i])]
+        close(ours(*x), theirs.forward(A(*x), A(*said(*x, EMPTY)), B(*x)).pred)
+        assert as_operator(ours).evaluations(x[1]).tolist() == [1 + sum(inside)]
 
 
 # ------------------------------------------------------------------------------------------------------- routed

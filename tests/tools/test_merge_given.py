@@ -1,7 +1,9 @@
 """What merge-loras reads: names, triggers, weights, prompts; and that every mistake is told at once."""
 
 import json
+import math
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -21,7 +23,16 @@ from danceopd.support.errors import UserError
 from danceopd.tools.merge_loras.checkpoints import extract
 from danceopd.tools.merge_loras.configuration import configuration, targets_of
 from danceopd.tools.merge_loras.given import Options, names_of, read
-from danceopd.tools.merge_loras.prompts import EMPTY, PLAIN, SHIPPED, Prompts, read_prompts, routes_of, without_triggers
+from danceopd.tools.merge_loras.prompts import (
+    EMPTY,
+    PLAIN,
+    SHIPPED,
+    Prompts,
+    notes_on,
+    read_prompts,
+    routes_of,
+    without_triggers,
+)
 from danceopd.tools.merge_loras.triggers import Trigger, words_in
 
 INK, OIL = Trigger("INK", True, "--trigger"), Trigger("in {prompt} oil", True, "its file")
@@ -161,6 +172,34 @@ def test_prompts_with_a_triggers_words_are_left_out(place, tmp_path):
         read(place / "model", [place / "ink", place / "oil"], output, options)
 
 
+def test_the_base_and_pairs_have_general_prompts_where_all_are_for_one_lora(place, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("ink\tink, a cup\noil\toil painting of a house\noil\ta dog\n")
+    options = Options(resolution=32, prompts=path)
+    given = read(place / "model", [place / "ink", place / "oil"], tmp_path / "o.safetensors", options)
+    routes = {route.name: [text for text, _ in route.rows] for route in routes_of(given.triggers, given.prompts, True)}
+    general = read_prompts(SHIPPED, []).shared
+    assert routes["ink"] == ["ink, a cup"]
+    assert routes["oil"] == ["oil painting of a house", "a dog"]
+    assert len(routes[PLAIN]) > 400
+    assert set(routes[PLAIN]) <= set(general)  # without those that have a trigger's words
+    assert routes["ink + oil"] == [f"ink, oil painting, {text}" for text in routes[PLAIN]]
+    assert any(note.startswith("no prompt is for all LoRAs: the base, and pairs of LoRAs, are") for note in given.notes)
+    said = "the words 'oil painting' that call oil are missing in 1 of its 2 prompts, such as 'a dog'"
+    assert any(note.startswith(said) for note in given.notes)
+
+
+def test_a_trigger_that_stands_in_another_is_said():
+    triggers = {"a": Trigger("oil", True, ""), "b": Trigger("Oil paint, {prompt}", True, ""), "c": OIL, "d": INK}
+    notes = notes_on(Prompts(["a cup"], {"c": ["in deep OIL"], "d": ["inky"]}), triggers)
+    assert [note.partition(", and are")[0] for note in notes] == [
+        "the words 'oil' that call a stand in those of b, 'Oil paint, {prompt}'",
+        "the words 'oil' that call a stand in those of c, 'in {prompt} oil'",
+        "the words 'INK' that call d are missing in 1 of its 1 prompts, such as 'inky': there the result learns to "
+        "draw as d without being called",
+    ]
+
+
 def test_no_look_stands_in_the_benchmarks_prompts(tmp_path):
     """So that the merge benchmark asks the prompts that it always asked."""
     prompts = read_prompts(_write_prompts(tmp_path / "prompts.txt"), [])
@@ -296,7 +335,8 @@ def test_the_students_layers_are_those_of_the_loras(place):
     assert targets_of([one], transformer) == ["transformer_blocks.1.attn.to_q"]
 
 
-def test_all_mistakes_are_told_at_once(place, tmp_path):
+def test_all_mistakes_are_told_at_once(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("danceopd.tools.provenance.fingerprint", lambda _: 1 / 0)  # of folders, which takes its time
     wider = save_tiny(tmp_path / "wider", num_attention_heads=4, caption_projection_dim=32)
     save_lora(far_lora(empty_transformer(wider), 1), tmp_path / "wide", diffusers.StableDiffusion3Pipeline)
     options = Options(
@@ -308,7 +348,11 @@ def test_all_mistakes_are_told_at_once(place, tmp_path):
         steps=0,
         patience=-1,
     )
-    loras = [place / "ink", place / "oil", tmp_path / "gone", tmp_path / "wide"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "large.bin").write_bytes(b"0")
+    gone = [tmp_path / name for name in ("gone", "gone-too", "empty", "pictures")]
+    loras = [place / "ink", place / "oil", *gone, tmp_path / "wide"]
     with pytest.raises(UserError) as caught:
         read(place / "model", loras, tmp_path / "out", options)
     said = str(caught.value)
@@ -316,6 +360,9 @@ def test_all_mistakes_are_told_at_once(place, tmp_path):
         "must end in .safetensors",
         "multiples of",
         f"{tmp_path / 'gone'}: no LoRA there",
+        f"{tmp_path / 'gone-too'}: no LoRA there",
+        f"{tmp_path / 'empty'}: a LoRA folder holds one safetensors file, found none; give a LoRA's file, or",
+        f"{tmp_path / 'pictures'}: a LoRA folder holds one safetensors file, found none",
         "wide",
         "no LoRA 'inc'; did you mean 'ink'?",
         "--trigger ink: is not of the form NAME=VALUE",
@@ -338,6 +385,13 @@ def test_all_mistakes_are_told_at_once(place, tmp_path):
         ({"base": "oil"}, r"--base: .*model_index\.json"),
         ({"triggers": ["ink=Oil painting"]}, "both called by 'oil painting'"),
         ({"triggers": ["ink={style}"]}, r"--trigger ink: \{style\} is not known"),
+        ({"guidance_scale": math.nan}, "--guidance-scale nan: must be a finite number above 0"),
+        ({"guidance_scale": math.inf}, "--guidance-scale inf: must be a finite number above 0"),
+        ({"guidance_scale": -1.0}, "--guidance-scale -1: must be a finite number above 0"),
+        ({"weights": ["ink=nan"]}, "--weight ink=nan: must be above 0 and below 100"),
+        ({"resolution": 0}, "--resolution: "),
+        ({"max_sequence_length": 0}, "--max-sequence-length: "),
+        ({"work": Path("/proc/work")}, "--work: cannot write to /proc"),
         ({"layout": "none"}, "--layout none: not written for sd3; give diffusers or comfyui or kohya"),
         ({"layout": "peft"}, "--layout peft: not written for sd3; give diffusers or comfyui or kohya"),
     ],
@@ -345,7 +399,13 @@ def test_all_mistakes_are_told_at_once(place, tmp_path):
 def test_one_mistake(place, tmp_path, given, message):
     base, loras = place / given.pop("base", "model"), [place / name for name in given.pop("loras", ["ink", "oil"])]
     with pytest.raises(UserError, match=message):
-        read(base, loras, tmp_path / "out.safetensors", Options(resolution=32, **given))
+        read(base, loras, tmp_path / "out.safetensors", Options(**{"resolution": 32, **given}))
+
+
+def test_an_output_that_cannot_be_written_is_noticed_before_anything_is_read(place):
+    """By root too, who may write anywhere by the permissions."""
+    with pytest.raises(UserError, match="-o: cannot write to /proc"):
+        read(place / "model", [place / "ink", place / "oil"], Path("/proc/m.safetensors"), Options(resolution=32))
 
 
 def test_the_output_takes_no_inputs_place(place, tmp_path):

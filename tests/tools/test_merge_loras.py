@@ -13,11 +13,13 @@ import pytest
 import tiny_flux
 import torch
 import yaml
+from config_mistakes import DEMO
 from safetensors import safe_open
 from small_loras import far_lora
 from tiny_sd3 import save_tiny
 
 from danceopd.cli.parser import main
+from danceopd.config.reading import load_config
 from danceopd.core.conditioning import Conditioning
 from danceopd.core.distance import velocity_error
 from danceopd.models.backbones import empty_transformer, flux, sd3
@@ -110,7 +112,7 @@ def test_nearer_to_each_than_the_average(place, tmp_path, monkeypatch, capsys):
     assert results["samples"] == dict.fromkeys(results["routes"], 4)
     assert results["routes"] == [PLAIN, "ink", "oil", "ink + oil"]
     assert results["shares"][BASE] == {PLAIN: 1.0, "ink": 0.0, "oil": 0.0, "ink + oil": 0.0}
-    assert results["shares"]["ink"]["ink"] == results["shares"]["oil"]["oil"] == 1.0
+    assert [results["shares"][name][name] for name in TRIGGERS] == pytest.approx([1.0, 1.0])
     assert results["errors"][MERGED].keys() == results["errors"][AVERAGE].keys()
 
     transformer = sd3.load_transformer(place / "model")
@@ -186,6 +188,7 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
     assert main(line) == 1
     said = capsys.readouterr()
     assert "WORSE than the plain average" in said.out
+    assert "training has ended after 1 of 9 updates: the mean share of the gaps has not grown by 0.5 %" in said.err
     assert "Do not use it as it is. Train longer" in said.out
     assert "oil: no file says which words call it" in said.err
     shares = json.loads((tmp_path / "out.work" / "rank-1" / "comparison.json").read_text())["shares"]
@@ -221,6 +224,22 @@ def test_a_run_that_learns_nothing_ends_and_is_told_to_be_worse(place, tmp_path,
         assert main([*line, *more]) == 2
         said = capsys.readouterr().err
         assert f"{what} from the run in {tmp_path / 'out.work' / 'rank-1'}: give --work OTHER, or --overwrite" in said
+    # More steps go on, and so they end early anew.
+    more = ["12" if text == "9" and line[i - 1] == "--steps" else text for i, text in enumerate(line)]
+    assert main(more) == 1
+    said = capsys.readouterr()
+    assert "at most 11 more updates" in said.err
+    assert "going on from step 1 " in said.out
+    assert "training has ended after 2 of 12 updates" in said.err
+    # A page that something else wrote stays too.
+    page = tmp_path / "out.html"
+    written = page.read_bytes()
+    page.write_text("mine")
+    assert main(more) == 2
+    said = f"{page} is there, and the run in {run} did not write it; give another file, or --overwrite"
+    assert said in capsys.readouterr().err
+    assert page.read_text() == "mine"
+    page.write_bytes(written)
     # What another run has written stays; what the run itself wrote is written again.
     written = output.read_bytes()
     other = ["2" if text == "1" and line[i - 1] == "--rank" else text for i, text in enumerate(line)]
@@ -245,6 +264,22 @@ def test_what_is_wrong_is_said_before_anything_is_encoded(place, tmp_path, monke
     assert "--weight oil=none: is no number" in said
     assert main(command(place, output, "training.stepps=3")) == 2
     assert "unknown key" in capsys.readouterr().err
+    against = ["student.lora=null", "student.lora.rank=30", "training.max_steps=7", "sources.base.guidance_scale=2"]
+    for change, key, option in zip(
+        against,
+        ("student.lora.rank", "student.lora.rank", "training.max_steps", "sources"),
+        ("--rank", "--rank", "--steps", "the LoRAs, --weight and --guidance-scale"),
+        strict=True,
+    ):
+        assert main(command(place, output, change)) == 2
+        said = capsys.readouterr().err
+        assert f"{change}: {key} is given by {option}; leave the change out" in said
+    assert main(command(place, output, "capabilities.ink.student_guidance_scale=2", "capabilities.ink.weight=0.9")) == 2
+    said = capsys.readouterr().err
+    assert "capabilities.ink.student_guidance_scale=2: capabilities.ink.student_guidance_scale is given by" in said
+    assert "weight" not in said
+    assert main(command(place, output, "--dry-run", "capabilities.ink.weight=1.3")) == 0
+    assert "65 % of the samples: 8 prompts to ink" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -268,16 +303,33 @@ def test_the_average_is_the_mean_of_what_they_add(place):
     ],
 )
 def test_it_ends_where_nothing_grows(means, patience, ends):
-    assert settled([{"a": x + 0.1, "b": x - 0.1} for x in means], patience, {"a": 1, "b": 1}) is ends
+    config = load_config(DEMO, ["training.warmup_steps=0", "training.max_steps=20"])
+    a, b = config.capabilities
+    scores = [(i, 20, {a: x + 0.1, b: x - 0.1}) for i, x in enumerate(means)]
+    assert settled(scores, patience, config) is ends
+
+
+def test_what_does_not_grow_counts_after_the_warm_up_and_since_the_steps_were_raised():
+    config = load_config(DEMO, ["training.warmup_steps=3", "training.max_steps=20"])
+    scores = [(i, 20, dict.fromkeys(config.capabilities, 0.5)) for i in range(5)]
+    assert not settled(scores[:4], 2, config)  # at steps 2 and 3
+    assert settled(scores, 2, config)
+    more = load_config(DEMO, ["training.warmup_steps=3", "training.max_steps=30"])
+    assert not settled(scores, 2, more)
+    scores += [(i, 30, scores[0][2]) for i in (5, 6)]
+    assert not settled(scores[:-1], 2, more)
+    assert settled(scores, 2, more)
 
 
 def test_the_mean_is_by_what_is_sampled_and_no_column_rules_it():
     weights = {"ink": 0.4, "oil": 0.4, "ink + oil": 0.2}
     assert mean_share({"ink": 0.5, "oil": 1.0, "ink + oil": 0.0}, weights) == pytest.approx(0.6)
     assert mean_share({"ink": 0.5, "oil": 0.5, "ink + oil": -6.3}, weights) == pytest.approx(0.2)
-    scores = [{"ink": x, "oil": x, "ink + oil": y} for x, y in ((0.1, -2.0), (0.3, -5.0), (0.3, -1.1))]
-    assert not settled(scores[:2], 1, weights)
-    assert settled(scores, 1, weights)
+    config = load_config(DEMO, ["training.warmup_steps=0", "training.max_steps=20"])
+    a, b = config.capabilities
+    scores = [(i, 20, {a: x, b: y}) for i, (x, y) in enumerate([(0.1, -2.0), (0.3, -5.0), (0.3, -1.1)])]
+    assert not settled(scores[:2], 1, config)
+    assert settled(scores, 1, config)
 
 
 def results(average: dict, best: dict, ours: dict) -> Results:

@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from danceopd.config.reading import parse_config
+from danceopd.config.sections import Config
 from danceopd.models.lora_algebra import Lora
 from danceopd.models.shared_base import target_layers
+from danceopd.support.errors import UserError
 from danceopd.tools.merge_loras.given import Given, Options
 from danceopd.tools.merge_loras.prompts import Route
 
@@ -94,6 +97,58 @@ def configuration(given: Given, options: Options, routes: Sequence[Route], work:
             "precision": "bf16" if torch.cuda.is_available() else "fp32",
         },
     }
+
+
+OWN = {  # what the command itself says, and by which option
+    "model": "--base",
+    "student.lora.rank": "--rank",
+    "student.lora.targets": "the LoRAs, whose layers they are",
+    "student.init_from": "the LoRAs, whose mean is the start",
+    "student.embedded_guidance": "--guidance-scale",
+    "sources": "the LoRAs, --weight and --guidance-scale",
+    **dict.fromkeys(
+        (f"capabilities.*.{key}" for key in ("source", "task", "data", "student_guidance_scale")),
+        "--prompts, --trigger, --no-pairs and --guidance-scale",
+    ),
+    "training.output_dir": "--work",
+    "training.max_steps": "--steps",
+}
+
+
+def check_overrides(config: Config, raw: dict, overrides: Sequence[str]) -> None:
+    """Refuses changes of the training that go against what the command's own options say.
+
+    Args:
+        config: The configuration as it is with them.
+        raw: The plain values without them.
+        overrides: The changes, as key.sub=value.
+
+    Raises:
+        UserError: There are some; each is named with what to give in its place.
+    """
+    before, now, problems = parse_config(raw, [], "this merge").to_dict(), config.to_dict(), []
+    keys = [
+        (key.replace("*", name), option)
+        for key, option in OWN.items()
+        for name in (dict.fromkeys([*raw["capabilities"], *config.capabilities]) if "*" in key else [""])
+    ]
+    for key, option in keys:
+        if _at(before, key) != _at(now, key):
+            texts = [text for text in overrides if _touches(text.partition("=")[0].strip(), key)]
+            problems.append(f"{' '.join(texts)}: {key} is given by {option}; leave the change out")
+    if problems:
+        raise UserError("\n  ".join(["this merge cannot be changed so:", *dict.fromkeys(problems)]))
+
+
+def _at(values: dict, key: str) -> object:
+    """Returns the value of a dotted key; None where a section of it is left out."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _touches(given: str, key: str) -> bool:
+    return f"{given}.".startswith(f"{key}.") or f"{key}.".startswith(f"{given}.")
 
 
 def targets_of(loras: Iterable[Lora], transformer: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ from danceopd.config.expressions import evaluations
 from danceopd.config.sections import Config
 from danceopd.models.lora_merges import COMBINATIONS, WEIGHTS
 from danceopd.planning.counts import evaluations_per_step
-from danceopd.tools.merge_loras.gaps import settled, weights_of
+from danceopd.tools.merge_loras.gaps import ended_early
 from danceopd.training.checkpoints import load_newest
 
 SCORINGS = 20  # in a run of all its steps
@@ -77,7 +77,7 @@ def counted(config: Config, sigmas: torch.Tensor, patience: int, overwrite: bool
     """
     checkpoint = None if overwrite else load_newest(config.training.output_dir / "checkpoints")[0]
     done, steps, every = checkpoint.step if checkpoint else 0, config.training.max_steps, score_every(config)
-    if checkpoint and settled(checkpoint.rest["scores"], patience, weights_of(config)):
+    if checkpoint and ended_early(checkpoint, patience, config):
         done = steps
     left = max(0, steps - done)
     scorings = 0 if not left else steps // every - done // every + (done == 0)

@@ -1,6 +1,6 @@
 """How much of the gap between the base and each source a student has closed, cheaply, at states that stay the same."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -14,7 +14,8 @@ from danceopd.core.rollout import rollout
 from danceopd.models.students import LoraStudent
 from danceopd.tools.model_report import held_out
 from danceopd.training.asking import as_student
-from danceopd.training.assembly.parts import Parts
+from danceopd.training.assembly.parts import Parts, Scored
+from danceopd.training.checkpoints import Checkpoint
 from danceopd.training.rows import Rows, in_parts
 
 GROWTH = 0.005  # of the mean share, that counts as growth
@@ -123,10 +124,32 @@ def mean_share(shares: Mapping[str, float], weights: Mapping[str, float]) -> flo
     return sum(weights[name] * (LEAST if share < LEAST else share) for name, share in shares.items()) / total
 
 
-def settled(scores: list[dict[str, float]], patience: int, weights: Mapping[str, float]) -> bool:
-    """Tells whether the mean share has not grown by more than GROWTH in the last `patience` scorings."""
-    means = [mean_share(score, weights) for score in scores]
-    return 0 < patience < len(means) and max(means[-patience:]) <= max(means[:-patience]) + GROWTH
+def settled(scores: Sequence[Scored], patience: int, config: Config) -> bool:
+    """Tells whether the mean share has not grown by more than GROWTH in the last `patience` scorings.
+
+    While the learning rate rises little grows, and where more steps were asked for since then it is to go on: neither
+    counts.
+
+    Args:
+        scores: All of a run.
+        patience: Scorings that count; 0 for never.
+        config: The run's.
+
+    Returns:
+        Whether the run may end.
+    """
+    if not 0 < patience < len(scores):
+        return False
+    training, weights = config.training, weights_of(config)
+    means = [mean_share(shares, weights) for _, _, shares in scores]
+    count = all(step >= training.warmup_steps and of == training.max_steps for step, of, _ in scores[-patience:])
+    return count and max(means[-patience:]) <= max(means[:-patience]) + GROWTH
+
+
+def ended_early(checkpoint: Checkpoint, patience: int, config: Config) -> bool:
+    """Tells whether a checkpoint is of a run that has ended before all of its steps, since it has settled."""
+    scores = [score for score in checkpoint.rest["scores"] if not isinstance(score, dict)]  # older ones have no step
+    return checkpoint.step < config.training.max_steps and settled(scores, patience, config)
 
 
 def words(shares: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import nn
 from danceopd.data.prepare import length_of_prompts
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.lora_algebra import Lora
-from danceopd.models.lora_files import FILES, load_lora, save_lora
+from danceopd.models.lora_files import FILES, load_lora, lora_file, save_lora
 from danceopd.models.lora_layouts import layouts_of
 from danceopd.models.lora_merges import automatic_rank
 from danceopd.models.weights import of_folder
@@ -23,7 +24,7 @@ from danceopd.support.files import check_writable
 from danceopd.support.hints import did_you_mean
 from danceopd.support.hub import hub_name, located
 from danceopd.tools.merge_loras.checkpoints import check_checkpoint, digest_of, extracted, is_checkpoint
-from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, read_prompts, without_triggers
+from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, notes_on, read_prompts, without_triggers
 from danceopd.tools.merge_loras.triggers import Trigger, metadata_of, trigger_of, triggers_in
 from danceopd.tools.provenance import content_hash
 from danceopd.training.assembly.parts import Problems
@@ -31,6 +32,8 @@ from danceopd.training.assembly.parts import Problems
 RESERVED = ("base", PLAIN, "merge", "student")  # what the run and the tables call otherwise
 
 PLAIN_MERGE = ".peft.safetensors"  # the ending of the file of PEFT's best merge, beside the result
+
+PAGE = ".html"  # of the page that compares them
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
         problems.append(f"-o {output}: is a folder; give the file to write")
     else:
         attempt("-o", check_writable, output.parent)
+    if options.work:
+        attempt("--work", check_writable, options.work)
     base = attempt("--base", located, base)
     backbone = base and attempt("--base", backbone_of, base)
     empty = backbone and attempt("--base", empty_transformer, base)
@@ -155,6 +160,11 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
     if prompts is not None:
         prompts, line = attempt("--prompts", without_triggers, prompts, triggers) or (prompts, "")
         notes += [line] if line else []
+        notes += notes_on(prompts, triggers)
+    if not 0 < options.guidance_scale < math.inf:
+        problems.append(
+            f"--guidance-scale {options.guidance_scale:g}: must be a finite number above 0; 1 is without guidance"
+        )
     if options.steps < 1:
         problems.append("--steps: must be at least 1")
     if options.patience < 0:
@@ -198,12 +208,16 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
     return Given(base, backbone, empty, paths, triggers, weights, layers, weighted, prompts, rank, notes)
 
 
+def beside(output: Path) -> list[Path]:
+    """Lists what is written beside the merged file."""
+    return [output.with_suffix(PLAIN_MERGE), output.with_suffix(PAGE)]
+
+
 def _in_the_way(output: Path, base: Path | None, paths: dict[str, Path]) -> list[str]:
     """Says where the file to write would take an input's place, or lie among the files of a model or LoRA."""
     file, found = output.resolve(), []
-    beside = file.with_suffix(PLAIN_MERGE)
     for path in filter(None, (base, *paths.values())):
-        if path.is_file() and path.resolve() in (file, beside):
+        if path.is_file() and path.resolve() in (file, *beside(file)):
             found.append(f"-o {output}: is an input, which it would overwrite; give another file")
         elif path.is_dir() and file.is_relative_to(path.resolve()):
             found.append(f"-o {output}: lies in {path}, which is an input; give a file elsewhere")
@@ -246,7 +260,11 @@ def _paths(given: Sequence[Path], attempt: Callable, notes: list[str]) -> dict[s
         inside = there / "transformer"
         if not is_checkpoint(there) and is_checkpoint(inside) and not any(there.glob("*.safetensors")):
             there = inside
-        content = _content(there)
+        try:
+            content = _content(there)
+        except UserError:  # said with everything else where it is read; nothing is the same as what is not there
+            found.append((path, there))
+            continue
         if content in contents:
             again = "twice" if contents[content] == path else f"the same LoRA as {contents[content]}"
             notes.append(f"{path} is {again}, and taken once; --weight changes how much of it")
@@ -257,8 +275,8 @@ def _paths(given: Sequence[Path], attempt: Callable, notes: list[str]) -> dict[s
 
 
 def _content(path: Path) -> str:
-    """Names the content of a checkpoint, or of a LoRA's file wherever it lies."""
-    return digest_of(path) if is_checkpoint(path) else content_hash(path)
+    """Names the content of a checkpoint, or of a LoRA's file wherever it lies; a UserError where there is neither."""
+    return digest_of(path) if is_checkpoint(path) else content_hash(lora_file(path))
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

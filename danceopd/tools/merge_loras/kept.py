@@ -6,7 +6,7 @@ from danceopd.config.reading import read_run_config
 from danceopd.config.sections import Config
 from danceopd.support.errors import UserError
 from danceopd.support.texts import parse_object
-from danceopd.tools.merge_loras.given import PLAIN_MERGE
+from danceopd.tools.merge_loras.given import beside
 from danceopd.tools.provenance import content_hash
 from danceopd.training.checkpoints import checkpoints
 
@@ -23,7 +23,7 @@ def check_output(output: Path, run: Path) -> None:
     Raises:
         UserError: There is such a file.
     """
-    for path in filter(Path.exists, (output, output.with_suffix(PLAIN_MERGE))):
+    for path in filter(Path.exists, (output, *beside(output))):
         if content_hash(path) not in written_by(run):
             raise UserError(
                 f"-o {output}: {path} is there, and the run in {run} did not write it; give another file, or "

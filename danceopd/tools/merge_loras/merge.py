@@ -21,10 +21,10 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.tools.export import export, write_adapter
 from danceopd.tools.merge_loras.compare import Results, compare
-from danceopd.tools.merge_loras.configuration import HEARD, configuration, heard_otherwise, manifest_of
-from danceopd.tools.merge_loras.given import PLAIN_MERGE, Given, Options, read
+from danceopd.tools.merge_loras.configuration import HEARD, check_overrides, configuration, heard_otherwise, manifest_of
+from danceopd.tools.merge_loras.given import Given, Options, beside, read
 from danceopd.tools.merge_loras.kept import COMPARISON, check_output, check_run, written_by
-from danceopd.tools.merge_loras.page import write_page
+from danceopd.tools.merge_loras.page import page_of
 from danceopd.tools.merge_loras.prompts import Route, routes_of, say
 from danceopd.tools.merge_loras.run import described, distilled, fitted
 from danceopd.tools.merge_loras.triggers import Trigger, phrases_of
@@ -86,6 +86,7 @@ def _begun(
     manifest, rows = manifest_of(routes)
     raw = configuration(given, options, routes, work, manifest)
     config = parse_config(raw, list(options.overrides), "this merge")
+    check_overrides(config, raw, options.overrides)
     if not options.overwrite:
         check_run(config)
         check_output(output, config.training.output_dir)
@@ -112,8 +113,8 @@ def _finished(config: Config, given: Given, routes: list[Route], output: Path, o
     run = distilled(config, options.patience, options.overwrite)
     merged = load_lora(run / "student" / FILES[1], given.empty, pipeline_class_of(given.base))
     results = compare(config, given, routes, merged)
-    plain = output.with_suffix(PLAIN_MERGE)
-    files = {output: _adapter(run, options.layout, given)}
+    plain, page = beside(output)
+    files = {output: _adapter(run, options.layout, given), page: page_of(output, run, given, options, results)}
     if results.enough:
         files[plain] = _plain_merge(results.merge, options.layout, given)
     else:
@@ -124,7 +125,6 @@ def _finished(config: Config, given: Given, routes: list[Route], output: Path, o
     write_atomic(run / COMPARISON, (json.dumps(record, indent=1) + "\n").encode())
     for path, data in files.items():
         write_atomic(path, data)
-    page = write_page(output, run, given, options, results)
     return Merged(output, page, plain if results.enough else None, results)
 
 

@@ -1,4 +1,4 @@
-"""Writes the page of a merge: pictures by the same noise, the numbers, and how to use the file."""
+"""Makes the page of a merge: pictures by the same noise, the numbers, and how to use the file."""
 
 import json
 import shlex
@@ -11,7 +11,6 @@ from danceopd.config.reading import read_run_config
 from danceopd.models.loading import class_name_of, hub_id
 from danceopd.models.lora_files import loads_loras
 from danceopd.models.lora_layouts import LAYOUTS
-from danceopd.support.files import write_atomic
 from danceopd.support.pages import data_uri, render
 from danceopd.tools.merge_loras.compare import BASE, MERGED, Drawn, Results
 from danceopd.tools.merge_loras.given import Given, Options
@@ -22,8 +21,8 @@ WIDEST = 512  # pixels of a picture in the page
 SMALLEST = 128  # below this a picture is enlarged by whole pixels
 
 
-def write_page(output: Path, run: Path, given: Given, options: Options, results: Results) -> Path:
-    """Writes a self-contained page beside the merged file.
+def page_of(output: Path, run: Path, given: Given, options: Options, results: Results) -> bytes:
+    """Makes the self-contained page that stands beside the merged file.
 
     Args:
         output: The merged file.
@@ -32,7 +31,7 @@ def write_page(output: Path, run: Path, given: Given, options: Options, results:
         results: What came of it.
 
     Returns:
-        The page's path.
+        The page, HTML.
     """
     words = {name: trigger.words or "acts on every prompt" for name, trigger in given.triggers.items()}
     sections = {
@@ -41,7 +40,7 @@ def write_page(output: Path, run: Path, given: Given, options: Options, results:
         ]
         for route in results.routes
     }
-    html = render(
+    return render(
         Path(__file__).with_name("page.html.j2"),
         title=output.stem,
         loras=words,
@@ -56,10 +55,7 @@ def write_page(output: Path, run: Path, given: Given, options: Options, results:
         sections=sections,
         diffusers=python_use(output, given),
         comfyui=comfyui_use(output, run, given, options),
-    )
-    path = output.with_suffix(".html")
-    write_atomic(path, html.encode())
-    return path
+    ).encode()
 
 
 def python_use(output: Path, given: Given) -> str:

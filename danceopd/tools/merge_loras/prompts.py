@@ -1,6 +1,5 @@
 """What is asked of whom: prompts of a file with the LoRAs' triggers put in, in routes."""
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 from danceopd.support.texts import lines_of, parse_json, read_text
-from danceopd.tools.merge_loras.triggers import Trigger, phrases_of
+from danceopd.tools.merge_loras.triggers import Trigger
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
 
@@ -29,11 +28,13 @@ class Prompts:
         shared: For every LoRA, as they are.
         own: For one of them with its trigger in them, by its name.
         twice: Number of lines that stood there before.
+        general: The shipped ones, for the base and the pairs, where none is for all LoRAs.
     """
 
     shared: list[str]
     own: dict[str, list[str]] = field(default_factory=dict)
     twice: int = 0
+    general: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def read_prompts(path: Path, names: Sequence[str]) -> Prompts:
         problems += [f"no prompt for {name}" for name in names if name not in own]
     if problems:
         raise UserError("\n    ".join([f"{path} cannot be used:", *problems]))
-    return Prompts(list(shared), {name: list(lines) for name, lines in own.items()}, twice)
+    general = [] if shared else [line.strip() for _, line in lines_of(read_text(SHIPPED, "file of prompts"))]
+    return Prompts(list(shared), {name: list(lines) for name, lines in own.items()}, twice, general)
 
 
 def without_triggers(prompts: Prompts, triggers: Mapping[str, Trigger]) -> tuple[Prompts, str]:
@@ -114,20 +116,53 @@ def without_triggers(prompts: Prompts, triggers: Mapping[str, Trigger]) -> tuple
     Raises:
         UserError: No prompt is left.
     """
-    phrases = phrases_of(triggers).values()
-    called = [re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE) for phrase in phrases]
-    kept = [text for text in prompts.shared if not any(words.search(text) for words in called)]
-    if len(kept) == len(prompts.shared):
+    texts = prompts.shared or prompts.general
+    kept = [text for text in texts if not any(trigger.stands_in(text) for trigger in triggers.values())]
+    if len(kept) == len(texts):
         return prompts, ""
     if not kept:
         raise UserError("every prompt has a trigger's words in it; write prompts without, or NAME<TAB>prompt")
-    out = len(prompts.shared) - len(kept)
+    out = len(texts) - len(kept)
     what = (
         "1 prompt has a trigger's words in it and is"
         if out == 1
         else f"{out} prompts have triggers' words in them and are"
     )
-    return replace(prompts, shared=kept), f"{what} left out, for without a trigger the base is asked"
+    left = replace(prompts, shared=kept) if prompts.shared else replace(prompts, general=kept)
+    return left, f"{what} left out, for without a trigger the base is asked"
+
+
+def notes_on(prompts: Prompts, triggers: Mapping[str, Trigger]) -> list[str]:
+    """Says what of prompts and triggers is likely not meant.
+
+    Args:
+        prompts: The prompts.
+        triggers: Of the LoRAs by name.
+
+    Returns:
+        The lines.
+    """
+    notes = []
+    if prompts.general:
+        notes.append(
+            "no prompt is for all LoRAs: the base, and pairs of LoRAs, are asked the general prompts that ship; lines "
+            "without NAME<TAB> take their place"
+        )
+    for name, trigger in triggers.items():
+        own = prompts.own.get(name, [])
+        lack = [text for text in own if not trigger.stands_in(text)] if trigger.words else []
+        if lack:
+            notes.append(
+                f"the words {trigger.words!r} that call {name} are missing in {len(lack)} of its {len(own)} prompts, "
+                f"such as {lack[0]!r}: there the result learns to draw as {name} without being called"
+            )
+        for other, longer in triggers.items():
+            if other != name and trigger.stands_in(longer.phrase()):
+                notes.append(
+                    f"the words {trigger.words!r} that call {name} stand in those of {other}, {longer.words!r}, and "
+                    f"are hard to tell apart; --trigger {name}=WORDS gives other ones"
+                )
+    return notes
 
 
 def _is_json(line: str) -> bool:
@@ -143,10 +178,11 @@ def _is_json(line: str) -> bool:
 def routes_of(triggers: dict[str, Trigger], prompts: Prompts, pairs: bool) -> list[Route]:
     """Says what is asked of whom.
 
-    Prompts as they are go to the base, with each trigger to its LoRA, and with two triggers to both together; LoRAs
-    without words act on all of them. The pairs share the prompts among them. With as many prompts as they are as of
-    pairs, the mean of what the LoRAs change is the one change of weights with the least expected squared distance from
-    what the samples' sources change, and so it is what the student begins as.
+    Prompts for all LoRAs, or the general ones where there are none, go as they are to the base, with each trigger to
+    its LoRA, and with two triggers to both together; LoRAs without words act on all of them. The pairs share the
+    prompts among them. With as many prompts as they are as of pairs, the mean of what the LoRAs change is the one
+    change of weights with the least expected squared distance from what the samples' sources change, and so it is what
+    the student begins as.
 
     Args:
         triggers: Of the LoRAs by name.
@@ -158,7 +194,8 @@ def routes_of(triggers: dict[str, Trigger], prompts: Prompts, pairs: bool) -> li
     """
     called = [name for name, trigger in triggers.items() if trigger.words]
     always = tuple(name for name in triggers if name not in called)
-    two = list(combinations(called, 2)) if pairs and prompts.shared else []
+    general = prompts.shared or prompts.general
+    two = list(combinations(called, 2)) if pairs and general else []
     each = (1 - BASE - (PAIRS if two else 0)) / max(1, len(called))
 
     def rows(names: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -168,15 +205,15 @@ def routes_of(triggers: dict[str, Trigger], prompts: Prompts, pairs: bool) -> li
             heard = [trigger.call(text) if trigger.known else text for text in heard]
         return list(dict(zip(spoken, heard, strict=True)).items())
 
-    plain = [(text, text) for text in (*prompts.shared, *(own for name in always for own in prompts.own.get(name, [])))]
+    plain = [(text, text) for text in (*general, *(own for name in always for own in prompts.own.get(name, [])))]
     routes = [Route(PLAIN, always, plain, BASE if called else 1.0, EMPTY)]
     for name in called:
         own = [(text, text) for text in prompts.own.get(name, [])]
         asked = list(dict([*rows([name], prompts.shared), *own]).items())
         routes.append(Route(name, (name, *always), asked, each))
     for i, names in enumerate(two):
-        least = max(8, len(prompts.shared) // len(two))  # a pair gets its share, from a place of its own
-        some = [prompts.shared[(i * least + j) % len(prompts.shared)] for j in range(min(least, len(prompts.shared)))]
+        least = max(8, len(general) // len(two))  # a pair gets its share, from a place of its own
+        some = [general[(i * least + j) % len(general)] for j in range(min(least, len(general)))]
         routes.append(Route(" + ".join(names), (*names, *always), rows(names, some), PAIRS / len(two)))
     return [route for route in routes if route.rows]
 

@@ -21,11 +21,12 @@ from danceopd.support.devices import find_device
 from danceopd.support.memory import format_bytes, free_bytes
 from danceopd.support.ranks import ALONE, Ranks
 from danceopd.tools.merge_loras.counts import PROBES, Counts, counted, score_every
-from danceopd.tools.merge_loras.gaps import Gaps, settled, words
+from danceopd.tools.merge_loras.gaps import GROWTH, Gaps, ended_early, settled, weights_of, words
 from danceopd.tools.merge_loras.given import Given, Options
 from danceopd.tools.merge_loras.prompts import Route, say
 from danceopd.training.assembly.build import build_model
-from danceopd.training.assembly.parts import Parts
+from danceopd.training.assembly.parts import Parts, Scored
+from danceopd.training.checkpoints import load_newest
 from danceopd.training.loop import train
 
 NAMES_OF_MANY = "them", "their names", "the LoRAs themselves are"  # in a line about LoRAs without words
@@ -56,13 +57,14 @@ def described(given: Given, options: Options, routes: Sequence[Route], config: C
             f"while {lora} asked without; --trigger NAME=WORDS where there are words, NAME= to act always"
         )
     lines += [f"note: {note}" for note in given.notes]
-    total, pairs = sum(route.weight for route in routes), [route for route in routes if " + " in route.name]
+    weights, pairs = weights_of(config), [route for route in routes if " + " in route.name]
+    total = sum(weights.values())
     for route in routes:
         if route not in pairs:
-            share, of = route.weight / total, " and ".join(route.loras) or "the base"
+            share, of = weights[route.name] / total, " and ".join(route.loras) or "the base"
             lines.append(f"  {100 * share:.0f} % of the samples: {len(route.rows)} prompts to {of}")
     if pairs:
-        share, prompts = sum(route.weight for route in pairs) / total, sum(len(route.rows) for route in pairs)
+        share, prompts = sum(weights[route.name] for route in pairs) / total, sum(len(route.rows) for route in pairs)
         them = f"{len(pairs)} pairs" if len(pairs) > 1 else "the pair"
         lines.append(f"  {100 * share:.0f} % of the samples: {prompts} prompts to {them}, both together")
     sigmas = given.backbone.sigmas(
@@ -156,12 +158,20 @@ def distilled(config: Config, patience: int, overwrite: bool) -> Path:
             tqdm.write(f"gap closed{at}: {words(shares)}", file=sys.stderr)
             return shares
 
-        def enough(scores: list[dict[str, float]]) -> bool:
-            return settled(scores, patience, gaps.weights)
+        def enough(scores: Sequence[Scored]) -> bool:
+            return settled(scores, patience, config)
 
         return replace(parts, score=score, score_every=every, enough=enough)
 
-    return train(with_memory_chosen(config, examine, overwrite), build, overwrite)
+    run = train(with_memory_chosen(config, examine, overwrite), build, overwrite)
+    newest = load_newest(run / "checkpoints")[0]
+    if newest and ended_early(newest, patience, config):
+        say(
+            f"training has ended after {newest.step} of {config.training.max_steps} updates: the mean share of the "
+            f"gaps has not grown by {100 * GROWTH:g} % in the last {patience} scorings. The same command with more "
+            "--steps goes on, and with --patience 0 to the last of them"
+        )
+    return run
 
 
 @torch.no_grad()

@@ -41,6 +41,12 @@ class Trigger:
         words = re.sub(r"[\s,;.:]*\{prompt\}[\s,;.:]*", lambda place: ", " if "," in place[0] else " ", self.words)
         return words.strip(" ,;.:")
 
+    def stands_in(self, text: str) -> bool:
+        """Tells whether a text calls the LoRA: the words are in it, what is in front of "{prompt}" before the rest."""
+        parts = filter(None, (part.strip(" ,;.:") for part in self.words.split(PROMPT)))
+        pattern = ".*".join(rf"(?<!\w){re.escape(part)}(?!\w)" for part in parts)
+        return bool(pattern) and re.search(pattern, text, re.IGNORECASE | re.DOTALL) is not None
+
 
 def phrases_of(triggers: Mapping[str, Trigger]) -> dict[str, str]:
     """Returns the phrases that call LoRAs, by name, of those that are called by words."""

@@ -16,6 +16,8 @@ from danceopd.support.ranks import ALONE, Ranks
 from danceopd.training.checkpoints import Checkpoint
 from danceopd.training.zero.lockstep import Lockstep
 
+Scored = tuple[int, int, dict[str, float]]  # the step, the run's max_steps by then, and the scores
+
 
 @dataclass
 class Parts:
@@ -36,7 +38,8 @@ class Parts:
         warnings: Lines to say before the first step.
         score: `score(field)` gives the scores that the log's curves show; None where a run has none.
         score_every: Updates between scores, beside those of evaluation.times; 0 for none.
-        enough: Is given all scores so far, in their order, and tells whether the run may end; None where it never may.
+        enough: Is given all scores so far, in their order, and tells whether the run may end before all of its steps;
+            None where it never may.
     """
 
     student: nn.Module
@@ -53,7 +56,7 @@ class Parts:
     warnings: tuple[str, ...] = ()
     score: Callable[[Field], dict[str, float]] | None = None
     score_every: int = 0
-    enough: Callable[[list[dict[str, float]]], bool] | None = None
+    enough: Callable[[list[Scored]], bool] | None = None
 
 
 class Problems(list[str]):
