@@ -255,7 +255,7 @@ def lora_file(path: Path) -> Path:
     elif files:
         do = "name the file itself"
     elif not deeper:
-        do = "give the file of a LoRA, or its folder"
+        do = "give a LoRA's file, or the folder that holds it"
     else:
         do = f"its folders have {_first([str(file.relative_to(path)) for file in deeper])}: name one of these"
     found = _first([file.name for file in files]) or "none"

@@ -554,7 +554,7 @@ def test_a_file_that_is_not_there_or_broken_is_an_error_with_its_path(tmp_path):
         assert str(path) in str(error.value)
 
     refused(tmp_path / "none", "no LoRA there")
-    refused(tmp_path, "found none; give the file of a LoRA, or its folder")
+    refused(tmp_path, "found none; give a LoRA's file, or the folder that holds it")
     (tmp_path / "checkpoint").mkdir()
     save_file(ab(GOOD), tmp_path / "checkpoint" / "pytorch_lora_weights.safetensors")
     refused(tmp_path, "found none; its folders have checkpoint/pytorch_lora_weights.safetensors: name one of these")
