@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_geneval as tiny
+from browser import sticking_out
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -210,6 +211,14 @@ def test_of_a_prompt_with_many_pictures_some_are_shown(tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert page.count("8 of 40 pictures") == 3
     assert page.count("<img ") == 3 * 2 * 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_sticks_out_of_the_screen(tmp_path, width):
+    runs = [read_run(save_run(tmp_path / name, [[verdict] * 3] * 3)) for name, verdict in (("a", True), ("b", False))]
+    write_page(tmp_path / "page.html", runs, [compare(*runs)])
+    assert sticking_out(tmp_path / "page.html", width) == []
 
 
 @pytest.mark.parametrize("seed", [[1], {"a": 1}, "1", None, 2.5])

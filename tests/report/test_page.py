@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from browser import sticking_out
 from report_results import make_records, make_results, make_row, write_log, write_page
 
 from danceopd.report.names import KINDS, TASKS
@@ -132,6 +133,13 @@ def test_the_page_begins_with_a_sentence_and_pictures_come_before_tables(tmp_pat
     errors = {"t2i": {"closed": 0.5, "samples": 8}, "edit": {"closed": 0.25, "samples": 8}}
     said = headline({"velocity_errors": errors, "student": "danceopd"})
     assert said == "DanceOPD closed 50.0 % for t2i and 25.0 % for edit of the gap to its sources"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_sticks_out_of_the_screen(tmp_path, width):
+    write_page(tmp_path, pictures=make_pictures())
+    assert sticking_out(tmp_path / "report.html", width) == []
 
 
 def test_best_value_is_bold_and_ties_as_printed_share_it(tmp_path):

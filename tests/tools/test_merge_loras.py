@@ -350,6 +350,9 @@ def test_the_verdict():
     better = results({"ink": 0.5, "oil": 0.5}, {"ink": 0.6, "oil": 0.6}, {"ink": 0.9, "oil": 0.4})
     assert better.better
     assert better.verdict.startswith("Better than any plain merge")
+    assert better.headline == "better than any plain merge that was tried"
+    assert worse.headline == "WORSE than the plain average"
+    assert enough.headline == "no better than PEFT's ties at 0.8, which needs no training"
     assert "On oil the plain average is nearer" in better.verdict
     assert [one.enough for one in (worse, enough, better)] == [True, True, False]
 

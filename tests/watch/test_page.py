@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, OPTIONS
 from PIL import Image
 
 pytest.importorskip("starlette", reason="danceopd[watch] is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium"),
@@ -26,8 +26,6 @@ pytestmark = [
 UPDATES = 100_000
 
 PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
-
-OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
 def write_run(folder: Path, updates: int, most: int, samples: int) -> Path:

@@ -81,6 +81,12 @@ class Results:
     advice: str = ""
     drawn: list[Drawn] = field(default_factory=list)
 
+    @property
+    def headline(self) -> str:
+        """What the verdict says the merge is, without its figures: "better than any plain merge that was tried"."""
+        said = self.verdict.partition(":")[0]
+        return said if said[1:2].isupper() else said[:1].lower() + said[1:]
+
     def plain(self) -> dict:
         """Returns all but the pictures and the plain merge, as JSON takes it."""
         return asdict(replace(self, drawn=[], merge={}))

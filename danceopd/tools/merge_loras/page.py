@@ -43,6 +43,7 @@ def page_of(output: Path, run: Path, given: Given, options: Options, results: Re
     return render(
         Path(__file__).with_name("page.html.j2"),
         title=output.stem,
+        headline=f"{output.name} is {results.headline}",
         loras=words,
         rank=given.rank,
         table=results.table(),
