@@ -41,6 +41,19 @@ def look_at_prompts(
     return found, {reader.name: reader.limit for reader in readers if reader.limit is not None}
 
 
+def notes_before(backbone: ModuleType, model: Path, prompts: list[str], max_sequence_length: int) -> list[str]:
+    """Says what the tokenizers of a model would change of prompts that are not prepared yet, by the prompts themselves.
+
+    Args:
+        backbone, model, prompts, max_sequence_length: As look_at_prompts takes them.
+
+    Returns:
+        The lines of prompt_notes.
+    """
+    found, limits = look_at_prompts(backbone, model, prompts, max_sequence_length)
+    return prompt_notes([{"id": repr(prompt), **found.get(prompt, {})} for prompt in prompts], limits)
+
+
 def prompt_notes(rows: list[dict], limits: dict[str, int]) -> list[str]:
     """Says of prepared rows what look_at_prompts found, a line for each tokenizer and one for special tokens."""
     lines = []

@@ -72,5 +72,5 @@ def quieten() -> None:
     """Silences what libraries say while they are imported, of parts that nobody asked for and that are missing."""
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    for name in ("torchao", "torch.utils._pytree", "DeepSpeed"):
+    for name in ("torchao", "torch.utils._pytree", "DeepSpeed", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 
 from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
-from danceopd.data.prepare import prepare
+from danceopd.data.prepare import length_of_prompts, prepare
+from danceopd.data.prompt_limits import notes_before
 from danceopd.models.backbones import pipeline_class_of
 from danceopd.models.lora_algebra import Lora
 from danceopd.models.lora_files import FILES, add_metadata, load_lora
@@ -92,7 +93,12 @@ def _begun(
         check_output(output, config.training.output_dir)
     for line in described(given, options, routes, config):
         say(line)
-    if not made:
+    if made:
+        prompts = list(dict.fromkeys(text for route in routes for row in route.rows for text in row))
+        length = length_of_prompts(options.max_sequence_length, given.backbone, given.base)
+        for note in notes_before(given.backbone, given.base, prompts, length):
+            say(f"warning: {note}")
+    else:
         encode(config, given, options, routes, work, (manifest, rows))
     config, findings, lines = fitted(config, options.overrides, options.overwrite)
     for line in lines:
