@@ -236,6 +236,8 @@ def _check_head(head: object) -> None:
     _need(isinstance(head["model"], str), "model is no text")
     for key in ("encoders", "prompt_limits", "made_with"):
         _need(isinstance(head.get(key, {}), dict), f"{key} is no JSON object")
+    left_out = head.get("left_out", 0)
+    _need(type(left_out) is int and left_out >= 0, "left_out is no number of rows")
     _need(type(head.get("prompts_see_pictures", False)) is bool, "prompts_see_pictures is neither true nor false")
 
 
