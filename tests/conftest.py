@@ -5,6 +5,9 @@ Without a GPU Triton interprets its kernels.
 
 import os
 
+# On some processors MKL's order of sums follows where a tensor lies: runs that are equal to the bit would not be.
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")  # before its first sum
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

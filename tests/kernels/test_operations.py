@@ -91,10 +91,10 @@ def close(got, wanted, tolerance, smallest=1e-7):
         assert worst <= tolerance * largest + smallest, (worst, largest)
 
 
-def same(one, two):
+def same(one, two, within=0.0):
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(a, b, rtol=within, atol=within, equal_nan=True)
 
 
 # ------------------------------------------------------------------------------------------------- its numbers
@@ -193,7 +193,8 @@ def test_the_place_of_its_entries_changes_nothing(operation, where, layout):
                     run(operation, where, replaced(given, name, lambda _, tensor=tensor: tensor))
         twisted = mapped(lambda name, t: t if name == "sigmas" else t.contiguous().clone(), twisted)
     wanted = run(operation, where, mapped(lambda _, t: t.contiguous().clone(), twisted))
-    same(run(operation, where, twisted), wanted)
+    # A library multiplies matrices in an order of sums that may follow the strides.
+    same(run(operation, where, twisted), wanted, within=1e-5 if operation.name == "routed_lora_linear" else 0.0)
 
 
 @EVERY
