@@ -48,6 +48,7 @@ STAND_IN |= dict.fromkeys(MODELS, "miniature")
 MINIATURE = ["model=miniature", "student.lora.targets=all-linear"]
 SMALL = ["training.max_steps=2", "training.batch_size=2", "training.gradient_accumulation_steps=1"]
 SMALL += ["training.optimizer=adamw", "training.precision=fp32", "training.save_every=1"]
+DEMO_SOON = ["training.max_steps=2", "evaluation.quick=1", "evaluation.per_task=1", "evaluation.per_kind=1"]
 UNGUIDED = [f"{part}.embedded_guidance=null" for part in ("student", "sources.t2i", "sources.style")]
 SOON = {
     "data prepare": ["--resolution", "64", "--max-sequence-length", "16", "--device", "cpu", "--dtype", "float32"],
@@ -58,7 +59,8 @@ SOON = {
     "train configs/models/flux.1-dev-c.yaml": UNGUIDED,
     "plan configs/models/flux.1-dev-c.yaml": UNGUIDED,
     "init my_loras": ["--base", "miniature"],  # which no file there names
-    "train configs/demo.yaml": ["training.max_steps=2", "evaluation.quick=1", "evaluation.per_task=1"],
+    "train configs/demo.yaml": DEMO_SOON,
+    "demo": DEMO_SOON,
     "evaluate geneval": ["--resolution", "64", "--num-inference-steps", "1", "--device", "cpu"],
     "check-model": ["--resolution", "64", "--dtype", "float32", "--device", "cpu"],
 }
