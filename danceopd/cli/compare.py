@@ -30,11 +30,11 @@ def add_compare(commands) -> None:
 
 def run_compare(args: argparse.Namespace) -> None:
     """Prints the paired differences and writes the page."""
-    from danceopd.evaluation.compare import compare, distinct, read_run, table, warnings_of, write_page
+    from danceopd.evaluation.compare import compare, distinct, paired, read_run, table, warnings_of, write_page
 
     if len(args.runs) < 2:
         raise UserError("give two runs or more; the first is what the others are compared to")
-    runs = distinct([read_run(path) for path in args.runs])
+    runs = paired(distinct([read_run(path) for path in args.runs]))
     comparisons = [compare(runs[0], run) for run in runs[1:]]
     for warning in warnings_of(runs, comparisons):
         print(f"warning: {warning}")

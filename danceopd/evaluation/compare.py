@@ -72,6 +72,7 @@ class Run:
         seed: Of all its noise; None where what drew the pictures does not say.
         judge: What scored the edits.
         dataset: Where the pictures that were edited are.
+        left_out: How many of its pictures are not compared, since another run lacks them.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Run:
     seed: int | None = None
     judge: str | None = None
     dataset: Path | None = None
+    left_out: int = 0
 
     def scores(self) -> tuple[float, dict[str, float]]:
         """Returns (overall, the mean of each tag); overall is the mean of these."""
@@ -220,7 +222,6 @@ class Comparison:
         tags: The mean difference of each tag.
         prompts: (difference, the keys of its pairs), sorted.
         pairs: How many pictures were paired.
-        unpaired: How many, of both runs, were not.
         fewest: Number of prompts of the smallest tag.
     """
 
@@ -228,35 +229,21 @@ class Comparison:
     tags: dict[str, Interval]
     prompts: list[tuple[float, list[Key]]]
     pairs: int
-    unpaired: int
     fewest: int
 
 
 def compare(first: Run, other: Run, seed: int = 0) -> Comparison:
-    """Compares pictures of the same prompt and number, one from each run.
+    """Compares pictures of the same prompt and number, one from each of two runs with the same pictures.
 
     The intervals are percentiles of bootstrap resamples of whole prompts within each tag, since the pictures of a
     prompt are alike.
 
     Args:
-        first, other: The runs.
+        first, other: The runs, as `paired` returns them.
         seed: Of the resamples.
-
-    Raises:
-        UserError: The runs are of different benchmarks, or nothing can be paired.
     """
-    if first.benchmark != other.benchmark:
-        raise UserError(
-            f"{first.name} is scored on {first.benchmark} and {other.name} on {other.benchmark}; give runs of one"
-        )
-    keys = [key for key in first.pictures if key in other.pictures]
-    if not keys:
-        raise UserError(
-            f"{first.name} and {other.name} have no picture of the same prompt and number; give runs that were drawn "
-            "for the same prompts"
-        )
     prompts: dict[str, list[Key]] = {}
-    for key in keys:
+    for key in first.pictures:
         prompts.setdefault(key[0], []).append(key)
     by_tag: dict[str, list[np.ndarray]] = {}
     ranked = []
@@ -276,8 +263,7 @@ def compare(first: Run, other: Run, seed: int = 0) -> Comparison:
         _interval(np.mean(list(means.values())), np.mean(list(resampled.values()), axis=0)),
         {tag: _interval(means[tag], resampled[tag]) for tag in means},
         sorted(ranked, key=lambda item: item[0]),
-        len(keys),
-        len(first.pictures) + len(other.pictures) - 2 * len(keys),
+        len(first.pictures),
         min(map(len, by_tag.values())),
     )
 
@@ -301,14 +287,13 @@ def warnings_of(runs: list[Run], comparisons: list[Comparison]) -> list[str]:
     for run in runs:
         if lost := sum(one.path is None for one in run.pictures.values()):
             said.append(f"{run.name}: {lost} of its pictures are not in its folder and cannot be shown")
-    for run, comparison in zip(runs[1:], comparisons, strict=True):
-        if comparison.unpaired:
-            left = many(comparison.unpaired, "picture")
-            said.append(f"{run.name} and {runs[0].name}: compared without {left} that one of them lacks")
-        if comparison.fewest < FEW:
-            said.append(
-                f"a tag has {many(comparison.fewest, 'prompt')}: its interval, and that of overall, are too narrow"
-            )
+        if run.left_out:
+            scored = many(len(run.pictures) + run.left_out, "picture")
+            are, them = ("is", "it") if run.left_out == 1 else ("are", "them")
+            said.append(f"{run.name}: {run.left_out:,} of its {scored} {are} left out, since another run lacks {them}")
+    fewest = min(comparison.fewest for comparison in comparisons)  # of the same prompts in all runs
+    if fewest < FEW:
+        said.append(f"a tag has {many(fewest, 'prompt')}: its interval, and that of overall, are too narrow")
     return said
 
 
@@ -329,6 +314,36 @@ def table(runs: list[Run], comparisons: list[Comparison]) -> list[list[str]]:
 def _signed(interval: Interval) -> str:
     mean, low, high = (round(value, 3) + 0.0 for value in (interval.mean, interval.low, interval.high))  # no -0.000
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def paired(runs: list[Run]) -> list[Run]:
+    """Leaves in every run the pictures that all of them have, so that scores and differences are of the same ones.
+
+    Args:
+        runs: Two or more.
+
+    Returns:
+        The runs, in the order that was given.
+
+    Raises:
+        UserError: They are of different benchmarks, or have no picture in common.
+    """
+    first = runs[0]
+    for other in runs[1:]:
+        if first.benchmark != other.benchmark:
+            raise UserError(
+                f"{first.name} is scored on {first.benchmark} and {other.name} on {other.benchmark}; give runs of one"
+            )
+    keys = [key for key in first.pictures if all(key in other.pictures for other in runs)]
+    if not keys:
+        names = " and ".join(run.name for run in runs)
+        raise UserError(
+            f"{names} have no picture of the same prompt and number; give runs that were drawn for the same prompts"
+        )
+    return [
+        replace(run, pictures={key: run.pictures[key] for key in keys}, left_out=len(run.pictures) - len(keys))
+        for run in runs
+    ]
 
 
 def distinct(runs: list[Run]) -> list[Run]:

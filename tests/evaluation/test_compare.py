@@ -21,6 +21,7 @@ from danceopd.evaluation.compare import (
     compare,
     distinct,
     file_uri,
+    paired,
     read_run,
     table,
     warnings_of,
@@ -61,7 +62,7 @@ def test_differences_are_those_of_the_pairs_and_change_sign_with_the_order(pairs
     assert back.overall.mean == pytest.approx(-there.overall.mean)
     assert [round(d, 9) for d, _ in there.prompts] == sorted(round(d, 9) for d, _ in there.prompts)
     assert [-d for d, _ in back.prompts][::-1] == [d for d, _ in there.prompts]
-    assert (there.pairs, there.unpaired) == (len(pairs), 0)
+    assert there.pairs == len(pairs)
     same = compare(a, a)
     assert (same.overall.low, same.overall.mean, same.overall.high) == (0, 0, 0)
 
@@ -81,18 +82,36 @@ def test_intervals_hold_the_true_difference_as_often_as_they_say(monkeypatch):
     assert 0.90 <= held / trials <= 0.985
 
 
-def test_pictures_without_a_partner_are_left_out_and_said():
+def test_scores_and_differences_are_of_the_pictures_that_all_runs_have():
     a = as_run("a", {("p", 0): 1, ("p", 1): 0, ("q", 0): 1})
-    b = as_run("b", {("p", 0): 0, ("r", 0): 1})
-    found = compare(a, b)
-    assert (found.pairs, found.unpaired, found.overall.mean) == (1, 3, -1)
-    few, left_out = sorted(warnings_of([a, b], [found]))
-    assert "a tag has 1 prompt" in few
-    assert "b and a: compared without 3 pictures that one of them lacks" in left_out
-    many = [as_run(name, {(f"p{i}", 0): 1 for i in range(10)}) for name in "ab"]
-    assert warnings_of(many, [compare(*many)]) == []
-    with pytest.raises(UserError, match="no picture of the same prompt"):
-        compare(a, as_run("c", {("p", 7): 1}))
+    b = as_run("b", {("p", 0): 0, ("p", 1): 1, ("r", 0): 1})
+    c = as_run("c", {("p", 0): 0, ("q", 0): 1})
+    runs = paired([a, b, c])
+    assert [run.scores()[0] for run in runs] == [1, 0, 0]
+    comparisons = [compare(runs[0], run) for run in runs[1:]]
+    assert [(one.pairs, one.overall.mean) for one in comparisons] == [(1, -1), (1, -1)]
+    assert warnings_of(runs, comparisons) == [
+        "a: 2 of its 3 pictures are left out, since another run lacks them",
+        "b: 2 of its 3 pictures are left out, since another run lacks them",
+        "c: 1 of its 2 pictures is left out, since another run lacks it",
+        "a tag has 1 prompt: its interval, and that of overall, are too narrow",
+    ]
+    whole = paired([as_run(name, {(f"p{i}", 0): 1 for i in range(10)}) for name in "ab"])
+    assert warnings_of(whole, [compare(*whole)]) == []
+    with pytest.raises(UserError, match="a and d have no picture of the same prompt"):
+        paired([a, as_run("d", {("p", 7): 1})])
+
+
+def test_what_compare_prints_is_of_the_pictures_that_all_runs_have(tmp_path, capsys):
+    a = save_run(tmp_path / "a", [[True], [True], [True]])
+    b = save_run(tmp_path / "b", [[True], [False], [False]])
+    write_results(b / "results.jsonl", read_results(b / "results.jsonl")[:2])
+    assert main(["compare", str(a), str(b), "-o", str(tmp_path / "page.html")]) == 0
+    printed = capsys.readouterr().out
+    assert "warning: a: 1 of its 3 pictures is left out, since another run lacks it" in printed
+    columns = [line.split()[:2] for line in printed.splitlines() if line.startswith(("a ", "b "))]
+    assert columns == [["a", "1.000"], ["b", "0.500"], ["b", "-"]]
+    assert re.search(r"b - a +-0\.500", printed)
 
 
 METADATA = [
@@ -273,7 +292,7 @@ def test_a_prompt_that_a_benchmark_asks_twice_is_paired_by_its_folders(tmp_path)
     write_results(tmp_path / "other.jsonl", [third, again | {"correct": True}, first])  # in an order of its own
     one, other = read_run(tmp_path / "one.jsonl"), read_run(tmp_path / "other.jsonl")
     made = compare(one, other)
-    assert (made.pairs, made.unpaired) == (3, 0)
+    assert made.pairs == 3
     assert sorted(difference for difference, _ in made.prompts) == [0, 0, 1]
 
 
@@ -306,9 +325,9 @@ def test_no_picture_from_outside_a_runs_folder_is_in_the_page(tmp_path, capsys):
     tiny.picture(0, 8, 8).save(tmp_path / "secret" / "0.png")
     a, b = (save_run(tmp_path / name, [[name == "a"]] * 3) for name in "ab")
     (b / "links").mkdir()
-    (b / "links" / "1.png").symlink_to(tmp_path / "secret" / "0.png")
+    (b / "links" / "0.png").symlink_to(tmp_path / "secret" / "0.png")
     renamed(a, [tmp_path / "0.png", "../secret/0.png", "x/../../secret/0.png"])
-    renamed(b, [tmp_path / "secret" / "0.png", "links/1.png", "/proc/self/../0.png"])
+    renamed(b, [tmp_path / "secret" / "0.png", "links/0.png", "/proc/self/../0.png"])
     assert all(one.path is None for run in (a, b) for one in read_run(run).pictures.values())
     assert main(["compare", str(a), str(b), "-o", str(tmp_path / "page.html")]) == 0
     assert "warning: a: 3 of its pictures are not in its folder" in capsys.readouterr().out
