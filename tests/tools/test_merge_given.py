@@ -283,7 +283,7 @@ def test_the_same_lora_twice_is_taken_once_and_said(place, tmp_path):
     options = Options(resolution=32)
     given = read(place / "model", [place / "ink", place / "oil", place / "ink"], tmp_path / "o.safetensors", options)
     assert list(given.paths) == ["ink", "oil"]
-    assert given.notes == [f"{place / 'ink'} is twice, and taken once; --weight changes how much of it"]
+    assert given.notes == [f"{place / 'ink'} is given twice, and taken once; --weight NAME=2 takes twice as much of it"]
     assert given.triggers["oil"] == Trigger("oil painting", True, "its file")
     assert given.triggers["ink"] == Trigger("ink", False, "its name")
 
@@ -400,6 +400,18 @@ def test_one_mistake(place, tmp_path, given, message):
     base, loras = place / given.pop("base", "model"), [place / name for name in given.pop("loras", ["ink", "oil"])]
     with pytest.raises(UserError, match=message):
         read(base, loras, tmp_path / "out.safetensors", Options(**{"resolution": 32, **given}))
+
+
+def test_notes_stand_below_the_mistakes(place, tmp_path):
+    ink, options = place / "ink", Options(resolution=32, steps=0)
+    with pytest.raises(UserError) as caught:
+        read(place / "model", [ink, ink], tmp_path / "out.safetensors", options)
+    assert str(caught.value).splitlines() == [
+        "these LoRAs cannot be merged yet:",
+        "  --steps: must be at least 1",
+        "  a merge needs two LoRAs at least; name their files one after another",
+        f"note: {ink} is given twice, and taken once; --weight NAME=2 takes twice as much of it",
+    ]
 
 
 def test_an_output_that_cannot_be_written_is_noticed_before_anything_is_read(place):

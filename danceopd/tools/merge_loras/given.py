@@ -172,14 +172,14 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
     if isinstance(options.rank, int) and options.rank < 1:
         problems.append("--rank: must be at least 1, or auto")
     if len(paths) < 2:
-        problems.append("; ".join(["a merge needs two LoRAs at least, name their files one after another", *notes]))
-    _stop(problems)
+        problems.append("a merge needs two LoRAs at least; name their files one after another")
+    _stop(problems, notes)
     work = work or options.work or output.with_suffix(".work")
     for name in checkpoints:
         paths[name], read_loras[name], line = extracted(paths[name], base, empty, pipeline_class_of(base), work)
         notes.append(f"{name}: {line}")
     layered = _layered(of_layers, read_loras, paths, problems)  # of checkpoints too, whose layers are known now
-    _stop(problems)
+    _stop(problems, notes)
     for name, lora in layered.items():
         content = hashlib.blake2b(json.dumps([_content(paths[name]), *of_layers]).encode(), digest_size=8).hexdigest()
         paths[name], read_loras[name] = work / "weighted" / f"{name}-{content}", lora
@@ -224,10 +224,11 @@ def _in_the_way(output: Path, base: Path | None, paths: dict[str, Path]) -> list
     return found
 
 
-def _stop(problems: Problems) -> None:
-    """Raises a UserError that lists what is wrong, if anything is."""
+def _stop(problems: Problems, notes: list[str]) -> None:
+    """Raises a UserError that lists what is wrong, if anything is; notes, which mend nothing, stand below it."""
     if problems:
-        raise UserError("\n  ".join(["these LoRAs cannot be merged yet:", *(_one_line(line) for line in problems)]))
+        wrong = "\n  ".join(["these LoRAs cannot be merged yet:", *(_one_line(line) for line in problems)])
+        raise UserError("\n".join([wrong, *(f"note: {note}" for note in notes)]))
 
 
 def _one_line(problem: str) -> str:
@@ -266,8 +267,8 @@ def _paths(given: Sequence[Path], attempt: Callable, notes: list[str]) -> dict[s
             found.append((path, there))
             continue
         if content in contents:
-            again = "twice" if contents[content] == path else f"the same LoRA as {contents[content]}"
-            notes.append(f"{path} is {again}, and taken once; --weight changes how much of it")
+            again = "given twice" if contents[content] == path else f"the same LoRA as {contents[content]}"
+            notes.append(f"{path} is {again}, and taken once; --weight NAME=2 takes twice as much of it")
             continue
         contents[content] = path
         found.append((path, there))
