@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from danceopd.cli.arguments import add_command, output_file
 from danceopd.cli.train import CARDS
+from danceopd.miniature.shipped import trained_at
 from danceopd.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,12 +64,15 @@ def run_init(args: argparse.Namespace) -> int:
     if args.data and not args.data.is_file():
         raise UserError(f"no manifest at {args.data}{near_path(args.data)}")
     wishes = _wishes(args)
-    proposal = propose(wishes, _located(wishes.base), args.output)
+    base = _located(wishes.base)
+    proposal = propose(wishes, base, args.output, trained_at(base).get("max_sequence_length"))
     if proposal.rows is not None:
         write_atomic(proposal.manifest, proposal.rows.encode())
         print(f"wrote {proposal.manifest}")
     write_atomic(args.output, proposal.configuration.encode())
     print(f"wrote {args.output}\n")
+    for warning in proposal.warnings:
+        print(f"warning: {warning}")
     sound = _dry_run(args.output)
     print("\nnext:")
     for number, (what, command) in enumerate(proposal.steps, 1):
@@ -94,7 +98,7 @@ def _wishes(args: argparse.Namespace) -> "Wishes":
         edits = _answer(which, lambda text: _named(text, loras), default=NONE)
     if asks and data is None:
         own = "the manifest with the pictures to edit" if edits else "a manifest of your own prompts"
-        data = _answer(own, _manifest, default=None if edits else NONE)
+        data = _answer(own, lambda text: _manifest(text, loras, edits), default=None if edits else NONE)
     if asks and card is None:
         card = _answer("what trains, a card or cpu", lambda text: _one_of((HERE, "cpu", *CARDS), text), default=HERE)
     if asks and gpus is None and card != "cpu":
@@ -129,13 +133,17 @@ def _named(text: str, loras: Mapping[str, Path]) -> list[str]:
     return [] if text == NONE else [_one_of(loras, name) for name in text.replace(",", " ").split()]
 
 
-def _manifest(text: str) -> Path | None:
+def _manifest(text: str, loras: Iterable[str], edits: Sequence[str]) -> Path | None:
     from danceopd.support.paths import near_path
+    from danceopd.tools.proposal import data_for
 
     path = Path(text).expanduser()
-    if text != NONE and not path.is_file():
+    if text == NONE and not edits:
+        return None
+    if not path.is_file():
         raise UserError(f"there is no manifest at {path}{near_path(path)}")
-    return None if text == NONE else path
+    data_for(loras, edits, path)
+    return path
 
 
 def _one_of(words: Iterable[str], text: str) -> str:

@@ -1,11 +1,12 @@
 """Finds prompts that a model's tokenizers do not take as written: cut at a limit, or holding special tokens."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 from danceopd.models.prompts import Reader
-from danceopd.support.texts import some
+from danceopd.support.texts import excerpt, many, some
 
 SHORTEST = 3  # characters of a special token that is looked for: one tokenizer pads with "!"
 
@@ -41,17 +42,23 @@ def look_at_prompts(
     return found, {reader.name: reader.limit for reader in readers if reader.limit is not None}
 
 
-def notes_before(backbone: ModuleType, model: Path, prompts: list[str], max_sequence_length: int) -> list[str]:
-    """Says what the tokenizers of a model would change of prompts that are not prepared yet, by the prompts themselves.
+def notes_before(
+    backbone: ModuleType, model: Path, prompts: Sequence[tuple[str, str]], max_sequence_length: int
+) -> list[str]:
+    """Says what the tokenizers of a model would change of prompts that are not prepared yet.
 
     Args:
-        backbone, model, prompts, max_sequence_length: As look_at_prompts takes them.
+        backbone, model, max_sequence_length: As look_at_prompts takes them.
+        prompts: (what a line calls it, the prompt); the prompt's own beginning where nothing else names it.
 
     Returns:
         The lines of prompt_notes.
     """
-    found, limits = look_at_prompts(backbone, model, prompts, max_sequence_length)
-    return prompt_notes([{"id": repr(prompt), **found.get(prompt, {})} for prompt in prompts], limits)
+    each = list(dict.fromkeys(prompt for _, prompt in prompts))
+    found, limits = look_at_prompts(backbone, model, each, max_sequence_length)
+    return prompt_notes(
+        [{"id": name or repr(excerpt(prompt)), **found.get(prompt, {})} for name, prompt in prompts], limits
+    )
 
 
 def prompt_notes(rows: list[dict], limits: dict[str, int]) -> list[str]:
@@ -60,13 +67,13 @@ def prompt_notes(rows: list[dict], limits: dict[str, int]) -> list[str]:
     for name, limit in limits.items():
         if cut := [str(row["id"]) for row in rows if name in row.get("cut", ())]:
             lines.append(
-                f"{len(cut)} of {len(rows)} prompts are longer than the {limit} tokens of {name} and are cut there: "
-                f"{some(cut)}"
+                f"of {many(len(rows), 'prompt')} {many(len(cut), 'is', 'are')} longer than the {limit} tokens of "
+                f"{name} and cut there: {some(cut)}"
             )
     if special := [str(row["id"]) for row in rows if row.get("special")]:
         tokens = dict.fromkeys(token for row in rows for token in row.get("special", ()))
         lines.append(
-            f"{len(special)} of {len(rows)} prompts hold special tokens, read as such and not as text "
-            f"({some(list(tokens))}): {some(special)}"
+            f"of {many(len(rows), 'prompt')} {many(len(special), 'holds', 'hold')} special tokens, read as such and "
+            f"not as text ({some(list(tokens))}): {some(special)}"
         )
     return lines

@@ -174,6 +174,11 @@ def format_seconds(seconds: float) -> str:
     return f"{value:.0f} {unit}" if value >= 10 or not value else f"{value:.1f} {unit}"
 
 
+def excerpt(text: str, most: int = 60) -> str:
+    """Returns a text, or its beginning where it has more characters than a line takes."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def some(names: list[str]) -> str:
     """Writes the first few of some names, and how many more there are."""
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -3,10 +3,14 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from danceopd.data.column_names import column_notes
+from danceopd.data.manifest import read_manifest
+from danceopd.data.prepare import length_of_prompts
+from danceopd.data.prompt_limits import notes_before
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.blocks import PRESETS, preset_layers
 from danceopd.models.lora_files import load_lora, lora_file, trained_for
@@ -15,6 +19,7 @@ from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 from danceopd.support.hub import hub_name
 from danceopd.support.paths import draws_miniature, near_path
+from danceopd.support.texts import many
 from danceopd.tools.merge_loras.configuration import targets_of
 from danceopd.tools.merge_loras.prompts import SHIPPED
 from danceopd.tools.merge_loras.triggers import Trigger, trigger_of
@@ -56,12 +61,14 @@ class Proposal:
         manifest: The rows' file, as the user gave it or as it is to be written.
         rows: Its content; None where the user's own is used.
         steps: (what a command does, the command), in turn.
+        warnings: Which rows will be left out or cut, a line each.
     """
 
     configuration: str
     manifest: Path
     rows: str | None
     steps: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def loras_in(places: Sequence[Path]) -> dict[str, Path]:
@@ -118,19 +125,48 @@ def check_base(model: Path) -> None:
         raise UserError(f"there is no {model}{near}; give a pipeline's folder, or an id such as owner/name")
 
 
-def propose(wishes: Wishes, model: Path, output: Path) -> Proposal:
+def data_for(loras: Iterable[str], edits: Iterable[str], manifest: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """Reads a user's own rows, and checks that every LoRA has some.
+
+    Args:
+        loras, edits: The capabilities, and those of them that edit.
+        manifest: The file.
+
+    Returns:
+        (a row's id, its prompt) of each, and what of the file will not be read, a line each.
+
+    Raises:
+        UserError: A LoRA has no row, or there is no row at all.
+    """
+    rows, problems = read_manifest(manifest, needs_source=edits)
+    lines, tasks = {problem.line for problem in problems}, {row.capability for row in rows}
+    why = f"danceopd data check {shlex.quote(str(manifest))} says why"
+    if not rows:
+        raise UserError(f"{manifest} has no row that can be read; {why}")
+    if lack := [name for name in loras if name not in tasks]:
+        left = f" ({many(len(lines), 'row')} cannot be read; {why})" if lines else ""
+        raise UserError(
+            f"{manifest} has no row whose task is {lack[0]}{left}; its tasks are {', '.join(sorted(tasks))}. Write "
+            f"{lack[0]} as the task of the rows that this LoRA is to answer"
+        )
+    left = [f"{many(len(lines), 'row')} of {manifest} will be left out; {why}"] if lines else []
+    return [(row.id, row.prompt) for row in rows], [*left, *column_notes(rows)]
+
+
+def propose(wishes: Wishes, model: Path, output: Path, max_sequence_length: int | None = None) -> Proposal:
     """Proposes a run.
 
     Args:
         wishes: What the user wants.
         model: Where the base lies; it need not be there.
         output: The configuration's file, beside which the rows and the cache lie.
+        max_sequence_length: Tokens of a prompt; the pipeline's own if not given.
 
     Returns:
         The proposal; nothing is written.
 
     Raises:
-        UserError: A capability edits and the base does not, or there is no data to edit.
+        UserError: A capability edits and the base does not, there is nothing to edit, or a LoRA lacks rows in the data.
     """
     for name in wishes.edits:
         if name not in wishes.loras:
@@ -147,12 +183,18 @@ def propose(wishes: Wishes, model: Path, output: Path) -> Proposal:
     manifest = wishes.data or output.with_name(f"{output.stem}-prompts.jsonl")
     heard = not wishes.data and any(not trigger.known for trigger in triggers.values())
     rows = None if wishes.data else _rows(triggers)
+    prompts, warnings = data_for(wishes.loras, wishes.edits, wishes.data) if wishes.data else ([], [])
+    prompts += [(row["id"], row["prompt"]) for row in map(json.loads, (rows or "").splitlines())]
+    if model.exists():
+        backbone = backbone_of(model)
+        length = length_of_prompts(max_sequence_length, backbone, model)
+        warnings += notes_before(backbone, model, prompts, length)
     cache = output.with_name(f"{output.stem}-cache")
     prepared = cache / f"{manifest.stem}.jsonl"
     adapter = _adapter(wishes.loras, model)
     steps = _steps(wishes, manifest, cache, output, heard)
     text = "\n".join(_lines(wishes, triggers if heard else {}, prepared, output, adapter, steps)) + "\n"
-    return Proposal(text, manifest, rows, steps)
+    return Proposal(text, manifest, rows, steps, warnings)
 
 
 def _adapter(loras: Mapping[str, Path], model: Path) -> str:

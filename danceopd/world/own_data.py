@@ -10,6 +10,7 @@ from danceopd.data.column_names import column_notes
 from danceopd.data.manifest import Row, _first, no_rows, read_manifest
 from danceopd.support.errors import UserError
 from danceopd.support.pictures import decode_picture, open_picture
+from danceopd.support.texts import many
 from danceopd.world.tokenizer import count_tokens
 
 CACHE_BYTES = 256 * 2**20  # of decoded pictures that each data set keeps
@@ -69,7 +70,8 @@ class ManifestData:
     def notes(self, text_length: int) -> list[str]:
         """Says which columns are passed over, and how many prompts a network of so many tokens cuts."""
         cut = [f"line {row.line}" for row in self.rows if count_tokens(row.prompt) > text_length]
-        said = f"{len(cut)} of {len(self)} prompts are longer than the network's {text_length} tokens and are cut there"
+        are = f"of {many(len(self), 'prompt')} {many(len(cut), 'is', 'are')}"
+        said = f"{are} longer than the network's {text_length} tokens and cut there"
         return [*column_notes(self.rows), *([f"{said}: {_first(cut, ', ')}"] if cut else [])]
 
     def prompts(self, indices: list[int]) -> list[str]:

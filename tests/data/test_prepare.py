@@ -459,9 +459,9 @@ def test_prompts_that_are_cut_are_said(model, tmp_path, capsys):
         assert main([*arguments, "--resolution", "64", "--dtype", "float32"]) == 0
         said = capsys.readouterr().out
         assert (
-            said.count("warning: 1 of 3 prompts are longer than the 512 tokens of tokenizer and are cut there: r1") == 1
+            said.count("warning: of 3 prompts 1 is longer than the 512 tokens of tokenizer and cut there: r1") == 1
         )
-        assert "1 of 3 prompts hold special tokens, read as such and not as text (<|im_end|>): r2" in said
+        assert "of 3 prompts 1 holds special tokens, read as such and not as text (<|im_end|>): r2" in said
     assert len(PreparedData(tmp_path / "cache" / "m.jsonl", "t2i").notes()) == 2
 
 

@@ -54,9 +54,9 @@ def test_what_is_said_of_rows(tmp_path):
     found, limits = look_at_prompts(backbone_of(model), model, prompts, backbone_of(model).MAX_SEQUENCE_LENGTH)
     rows = [{"id": f"row{i}", **found.get(prompt, {})} for i, prompt in enumerate(prompts)]
     assert prompt_notes(rows, limits) == [
-        "2 of 4 prompts are longer than the 77 tokens of tokenizer and are cut there: row1, row2",
-        "2 of 4 prompts are longer than the 77 tokens of tokenizer_2 and are cut there: row1, row2",
-        "1 of 4 prompts are longer than the 256 tokens of tokenizer_3 and are cut there: row2",
-        "1 of 4 prompts hold special tokens, read as such and not as text (</s>): row3",
+        "of 4 prompts 2 are longer than the 77 tokens of tokenizer and cut there: row1, row2",
+        "of 4 prompts 2 are longer than the 77 tokens of tokenizer_2 and cut there: row1, row2",
+        "of 4 prompts 1 is longer than the 256 tokens of tokenizer_3 and cut there: row2",
+        "of 4 prompts 1 holds special tokens, read as such and not as text (</s>): row3",
     ]
     assert prompt_notes(rows[:1], limits) == []

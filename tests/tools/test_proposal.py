@@ -103,6 +103,47 @@ def test_what_is_missing_is_named(place, arguments, says, capsys, tmp_path):
     assert not list(tmp_path.glob("*.yaml"))
 
 
+def manifest_of(path, rows):
+    path.write_text("".join(json.dumps({"id": f"r{i}", **row}) + "\n" for i, row in enumerate(rows)))
+    return path
+
+
+def test_rows_that_are_cut_or_left_out_are_named_before_anything_is_encoded(tmp_path, monkeypatch, capsys):
+    """The miniature reads 16 tokens of a prompt."""
+    monkeypatch.chdir(tmp_path)
+    init = ["init", "miniature/night", "miniature/wood", "--base", "miniature", "--card", "cpu"]
+    night, wood = ({"task": name, "prompt": f"{name}, a red cup"} for name in ("night", "wood"))
+    long = wood | {"prompt": "wood, " + "a red cup and a blue box and " * 5}
+    manifest_of(tmp_path / "rows.jsonl", [night, wood, long, {"task": "wood", "prompt": ""}])
+    assert main([*init, "--data", "rows.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert "warning: of 3 prompts 1 is longer than the 16 tokens of tokenizer and cut there: r2\n" in said
+    assert "warning: 1 row of rows.jsonl will be left out; danceopd data check rows.jsonl says why" in said
+    assert main([*init, "-o", "own.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert "of 900 prompts 826 are longer than the 16 tokens of tokenizer and cut there: base-0" in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (
+            [{"task": "ink", "prompt": "a cup"}],
+            "has no row whose task is oil; its tasks are ink. Write oil as the task",
+        ),
+        ([{"prompt": "a cup"}], "has no row whose task is ink; its tasks are default"),
+        ([{"task": "ink", "prompt": ""}], "has no row that can be read; danceopd data check rows.jsonl says why"),
+        ([{"task": "ink", "prompt": "a"}, {"task": "oil"}], "is oil (1 row cannot be read; danceopd data check"),
+        ([], "rows.jsonl is empty"),
+    ],
+)
+def test_data_without_rows_for_a_lora_is_refused(place, tmp_path, capsys, rows, says):
+    manifest_of(tmp_path / "rows.jsonl", rows)
+    assert main(["init", "loras", "--base", str(place), "--data", "rows.jsonl"]) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.yaml"))
+
+
 def test_a_configuration_that_is_there_stays(place, tmp_path, capsys):
     (tmp_path / "danceopd.yaml").write_text("mine")
     assert main(["init", "loras", "--base", str(place)]) == 2
@@ -117,7 +158,7 @@ def test_in_a_terminal_it_asks(place, tmp_path, monkeypatch, capsys):
         *("lora", "loras"),  # there is none of this name, and then all of a folder
         *("", "modle", str(place)),
         *("inc", "none"),
-        *("rows.jsonl", "none"),
+        *("rows.jsonl", "others.jsonl", "none"),
         *("rtx4090", "rtx-4090"),
         *("0", "two", "2"),
     ]
@@ -126,6 +167,7 @@ def test_in_a_terminal_it_asks(place, tmp_path, monkeypatch, capsys):
         asked.append(question)
         return answers[len(asked) - 1]
 
+    manifest_of(tmp_path / "others.jsonl", [{"task": "paper", "prompt": "a cup"}])
     monkeypatch.setattr("danceopd.cli.init._asks", lambda: True)
     monkeypatch.setattr("builtins.input", answer)
     assert main(["init"]) == 0
@@ -139,6 +181,7 @@ def test_in_a_terminal_it_asks(place, tmp_path, monkeypatch, capsys):
         assert message in said
     for message in ("there is no manifest at rows.jsonl", "did you mean 'rtx-4090'?", "'0' is no number of cards"):
         assert message in said
+    assert "others.jsonl has no row whose task is ink; its tasks are paper" in said
     assert "--num_gpus 2" in said
 
 

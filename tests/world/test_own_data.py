@@ -115,7 +115,7 @@ def test_prompts_that_the_network_cuts_are_said(folder, tmp_path, capsys):
     long = tokenize(prompts, 60)
     cut = (long[:, 10:] != long[0, -1]).any(dim=1)  # the last one is padding
     assert cut.tolist() == [False, True]
-    said = "1 of 3 prompts are longer than the network's 10 tokens and are cut there: line 2"
+    said = "of 3 prompts 1 is longer than the network's 10 tokens and cut there: line 2"
     assert ManifestData(path, "t2i", 8).notes(10) == [said]
     assert ManifestData(path, "t2i", 8).notes(60) == []
     changes = [f"capabilities.t2i.data={{manifest: {path}}}", f"training.output_dir={tmp_path / 'run'}"]

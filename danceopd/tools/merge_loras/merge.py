@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,12 +92,11 @@ def _begun(
         check_output(output, config.training.output_dir)
     for line in described(given, options, routes, config):
         say(line)
-    if made:
-        prompts = list(dict.fromkeys(text for route in routes for row in route.rows for text in row))
-        length = length_of_prompts(options.max_sequence_length, given.backbone, given.base)
-        for note in notes_before(given.backbone, given.base, prompts, length):
-            say(f"warning: {note}")
-    else:
+    prompts = [("", text) for text in dict.fromkeys(t for route in routes for row in route.rows for t in row)]
+    length = length_of_prompts(options.max_sequence_length, given.backbone, given.base)
+    for note in notes_before(given.backbone, given.base, prompts, length):
+        say(f"warning: {note}")
+    if not made:
         encode(config, given, options, routes, work, (manifest, rows))
     config, findings, lines = fitted(config, options.overrides, options.overwrite)
     for line in lines:
@@ -147,7 +145,7 @@ def encode(
     """
     name, rows = manifest
     write_atomic(work / name, rows)
-    prepared = prepare(
+    prepare(
         work / name,
         given.base,
         work / "cache",
@@ -158,11 +156,6 @@ def encode(
         max_sequence_length=options.max_sequence_length,
         texts=[HEARD] if heard_otherwise(routes) else [],
     )
-    prompts = {f"{route.name} {i}": repr(text) for route in routes for i, (text, _) in enumerate(route.rows)}
-    for note in prepared.notes:
-        what, colon, which = note.rpartition(": ")
-        named = [prompts.get(part, part) for part in re.split("(, | and )", which)]  # rows' ids say nothing to a user
-        say(f"warning: {what}{colon}{''.join(named)}")
 
 
 def _adapter(run: Path, layout: str, given: Given) -> bytes:
