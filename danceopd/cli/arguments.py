@@ -70,9 +70,9 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
 
 
 def seed(text: str) -> int:
-    """Reads a seed."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to 2**63 - 1, not {text!r}")
+    """Reads a seed, of the same range as those of a configuration."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to {2**32 - 1}, not {text!r}")
     return int(text)
 
 

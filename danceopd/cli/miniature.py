@@ -3,12 +3,10 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, output_folder
+from danceopd.cli.arguments import add_command, output_folder, seed
 from danceopd.support.errors import UserError
 
 FOLDER = Path("runs/miniature")
-
-SEEDS = 2**63  # torch takes those below it, of either sign
 
 
 def add_miniature(commands) -> None:
@@ -27,15 +25,13 @@ def add_miniature(commands) -> None:
     parser.add_argument(
         "--size", type=int, default=1000, help="samples of each, or a benchmark's of each task and kind"
     )
-    parser.add_argument("--seed", type=int, default=0, help="samples or prompts and noise follow from it (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="samples or prompts and noise follow from it (%(default)s)")
 
 
 def run_miniature(args: argparse.Namespace) -> None:
     """Lists, trains, or scores and describes."""
     if args.size < 1:
         raise UserError("--size must be at least 1")
-    if abs(args.seed) >= SEEDS:
-        raise UserError("--seed must be between -2**63 and 2**63")
     if args.action == "train":
         from danceopd.miniature.train import STAGES, train
 

@@ -12,6 +12,9 @@ PositiveFinite = Annotated[FiniteFloat, pydantic.Field(gt=0)]
 Steps = Annotated[pydantic.PositiveInt, pydantic.Field(le=10_000)]
 Samples = Annotated[pydantic.PositiveInt, pydantic.Field(le=1_000_000)]
 
+# Those of an update are made of it by products that must fit 64 bits.
+Seed = Annotated[pydantic.NonNegativeInt, pydantic.Field(lt=2**32)]
+
 NonNegativeFinite = Annotated[FiniteFloat, pydantic.Field(ge=0)]
 
 Share = Annotated[FiniteFloat, pydantic.Field(ge=0, le=1)]
@@ -25,5 +28,5 @@ class Section(BaseModel):
     def _no_truth_for_a_number(cls, value: object, info: pydantic.ValidationInfo) -> object:
         """Refuses true and false where a number stands: pydantic would take them for 1 and 0."""
         if isinstance(value, bool) and "bool" not in str(cls.model_fields[info.field_name or ""].annotation):
-            raise PydanticCustomError("no_boolean", "input should not be true or false")
+            raise PydanticCustomError("no_boolean", "must be a number")
         return value

@@ -8,7 +8,7 @@ from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
 
 from danceopd.config.methods import options
 from danceopd.config.operators import Autoguided, BySigma, Compose, Difference, Guided, Slider, TeacherAt
-from danceopd.config.section import NonNegativeFinite, PositiveFinite, Samples, Section, Steps
+from danceopd.config.section import NonNegativeFinite, PositiveFinite, Samples, Section, Seed, Steps
 from danceopd.core.methods import METHODS
 from danceopd.core.query import QUERIES
 from danceopd.core.routing import ROUTES
@@ -121,7 +121,7 @@ class Data(Section):
 
     world: Literal["t2i", "style", "edit", "local", "global"] | None = None
     size: PositiveInt = 20000
-    seed: NonNegativeInt = 1
+    seed: Seed = 1
     manifest: Path | None = None
     prepared: Path | None = None
     root: Path | None = None
@@ -234,7 +234,7 @@ class Training(Section):
     """
 
     output_dir: Path
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     max_steps: PositiveInt = 1000
     max_network_evaluations: PositiveInt | None = None
     batch_size: Samples = 64
@@ -279,7 +279,7 @@ class Evaluation(Section):
         num_inference_steps, solver: How pictures are drawn.
     """
 
-    seed: NonNegativeInt = 1234
+    seed: Seed = 1234
     per_task: PositiveInt = 100
     per_kind: PositiveInt = 100
     batch_size: Samples = 128

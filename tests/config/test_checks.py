@@ -16,6 +16,7 @@ from config_mistakes import mistakes
         ("method=dancopd", ["method", "'danceopd'"]),
         ("training.max_steps=many", ["training.max_steps", "'many'"]),
         ("training.batch_size=-1", ["training.batch_size", "-1"]),
+        ("training.seed=4294967296", ["training.seed: must be below 4294967296, found 4294967296"]),
         ("training.max_steps=abc", ["training.max_steps: must be a whole number, found 'abc'"]),
         ("training.learning_rate=-1", ["training.learning_rate: must be above 0, found -1"]),
         ("training.learning_rate=.inf", ["training.learning_rate: must be a number, and neither infinite nor nan"]),

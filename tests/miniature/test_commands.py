@@ -1,5 +1,7 @@
 """`danceopd miniature`: what it refuses, before anything is written."""
 
+from contextlib import suppress
+
 import pytest
 
 from danceopd.cli.parser import main
@@ -12,18 +14,19 @@ from danceopd.miniature import card
     [
         (["--size", "0"], "--size must be at least 1"),
         (["--size", "-3"], "--size must be at least 1"),
-        (["--seed", "99999999999999999999"], "--seed must be between"),
-        (["--seed", str(-(2**63))], "--seed must be between"),
+        (["--seed", str(2**32)], "a seed is a whole number from 0 to 4294967295, not '4294967296'"),
+        (["--seed", "-1"], "a seed is a whole number"),
     ],
 )
 def test_sizes_and_seeds_that_no_sample_has_are_refused(action, wrong, said, tmp_path, capsys):
-    assert main(["miniature", action, "--folder", str(tmp_path / "out"), *wrong]) == 2
+    with suppress(SystemExit):  # of argparse
+        assert main(["miniature", action, "--folder", str(tmp_path / "out"), *wrong]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_the_largest_seed_is_taken(tmp_path):
-    largest = ["--size", "1", "--seed", str(2**63 - 1)]
+    largest = ["--size", "1", "--seed", str(2**32 - 1)]
     assert not main(["miniature", "data", "--folder", str(tmp_path / "out"), *largest])
     assert (tmp_path / "out" / "manifest.jsonl").exists()
 
