@@ -9,6 +9,8 @@ from danceopd.support.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+OWN = "the pipeline's own"  # in a help, of a default
+
 MINIATURE = Path("miniature")  # in the place of a detector or judge: the exact one of that world
 
 
@@ -39,7 +41,7 @@ def add_command(
         **options,
     )
     if shows_bar:
-        parser.add_argument("--quiet", action="store_true", help="show no bars")
+        parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     parser.set_defaults(run=run, models=("model", "lora"))  # the arguments that may be an id of the hub
     return parser
 
@@ -78,30 +80,83 @@ def seed(text: str) -> int:
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Adds the configuration of a training."""
-    parser.add_argument("--config", type=Path, required=True, help="a YAML file, for example configs/demo.yaml")
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="the YAML file, such as configs/demo.yaml"
+    )
 
 
 def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     """Adds changes to the keys of a configuration."""
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"for example {example}")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help=f"changes a key of the configuration, as {example} does"
+    )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Adds the device, and the dtype of the weights on it."""
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="the weights' dtype (%(default)s)")
+def add_device(parser: argparse.ArgumentParser, dtype: str | None = "bfloat16") -> None:
+    """Adds the device, and the dtype of the weights on it; without one it is chosen by the device."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="where it computes; auto takes a CUDA card if one is there (default: %(default)s)",
+    )
+    usual = "%(default)s" if dtype else "bfloat16, on a CPU float32"
+    parser.add_argument("--dtype", default=dtype, choices=DTYPES, help=f"data type of the weights (default: {usual})")
+
+
+def add_steps(parser: argparse.ArgumentParser, usual: str, default: int | None = None) -> None:
+    """Adds the number of solver steps; usual: what the help says of the default."""
+    parser.add_argument(
+        "--num-inference-steps",
+        type=int,
+        default=default,
+        metavar="N",
+        help=f"number of solver steps for a picture (default: {usual})",
+    )
+
+
+def add_resolution(parser: argparse.ArgumentParser, usual: str, default: int | None = None) -> None:
+    """Adds the size of square pictures; usual: what the help says of the default."""
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        default=default,
+        metavar="PIXELS",
+        help="width and height of a picture, for most models a multiple of 16; of a picture that is not square, "
+        f"the root of its area (default: {usual})",
+    )
+
+
+def add_max_sequence_length(parser: argparse.ArgumentParser) -> None:
+    """Adds the tokens of a prompt."""
+    parser.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="N",
+        help="number of tokens that longer prompts are cut to (default: the pipeline's own)",
+    )
 
 
 def add_pipeline(parser: argparse.ArgumentParser) -> None:
     """Adds the diffusers pipeline that draws, and how."""
-    own = "(the pipeline's own)"
-    parser.add_argument("--model", type=Path, help="the diffusers pipeline that draws: a folder, or an id of the hub")
-    parser.add_argument("--lora", type=Path, help="a LoRA for it, such as a run's student: a file or a folder")
-    parser.add_argument("--transformer", type=Path, help="a folder of another transformer for it, as of export --merge")
-    parser.add_argument("--num-inference-steps", type=int, help=f"solver steps {own}")
-    parser.add_argument("--guidance-scale", type=float, help=own)
-    parser.add_argument("--max-sequence-length", type=int, metavar="N", help=f"tokens of a prompt {own}")
-    parser.add_argument("--seed", type=seed, default=0, help="the noise follows from it (%(default)s)")
+    parser.add_argument(
+        "--model", type=Path, help="the diffusers pipeline that draws: a folder, an id of the hub, or miniature"
+    )
+    parser.add_argument(
+        "--lora", type=Path, help="a LoRA for this pipeline, such as a run's student: a file or a folder"
+    )
+    parser.add_argument(
+        "--transformer",
+        type=Path,
+        metavar="FOLDER",
+        help="another transformer for this pipeline, as danceopd export --merge writes it",
+    )
+    add_steps(parser, OWN)
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="SCALE", help=f"strength of the guidance (default: {OWN})"
+    )
+    add_max_sequence_length(parser)
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: %(default)s)")
 
 
 def fill_sizes(args: argparse.Namespace, model: Path | None, resolution: int | None = 1024) -> None:
@@ -116,7 +171,20 @@ def fill_sizes(args: argparse.Namespace, model: Path | None, resolution: int | N
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Adds how pictures are drawn with an embedded network."""
-    parser.add_argument("--num-inference-steps", type=int, default=16, help="solver steps (%(default)s)")
-    parser.add_argument("--shift", type=float, default=5.0, help="shift of the noise levels (%(default)s)")
-    parser.add_argument("--solver", choices=("euler", "heun", "ab2"), default="euler")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is without guidance (%(default)s)")
+    add_steps(parser, "16", 16)
+    parser.add_argument(
+        "--shift",
+        type=float,
+        default=5.0,
+        help="how far the noise levels are moved towards noise; 1 leaves them evenly spaced (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--solver", choices=("euler", "heun", "ab2"), default="euler", help="the solver (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="strength of the guidance; 1 is without (default: %(default)g)",
+    )

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import DTYPES, add_command
+from danceopd.cli.arguments import add_command, add_device, add_resolution, add_steps
 from danceopd.support.errors import UserError
 
 
@@ -16,22 +16,29 @@ def add_check_model(commands) -> None:
         "compare a model's field with its diffusers pipeline, stage by stage",
         example="danceopd check-model miniature --resolution 64",
     )
-    parser.add_argument("model", type=Path, help="the folder of a diffusers pipeline")
-    parser.add_argument("--task", choices=("t2i", "edit"), help="(all that the pipeline does)")
-    parser.add_argument("--resolution", type=int, default=1024, help="side of the picture in pixels (%(default)s)")
-    parser.add_argument("--num-inference-steps", type=int, default=2, help="solver steps (%(default)s)")
-    parser.add_argument("--references", type=int, default=1, help="source pictures of an edit (%(default)s)")
+    parser.add_argument("model", type=Path, help="the diffusers pipeline: a folder, an id of the hub, or miniature")
+    parser.add_argument(
+        "--task", choices=("t2i", "edit"), help="what is compared (default: all that the pipeline can do)"
+    )
+    add_resolution(parser, "1024", 1024)
+    add_steps(parser, "2", 2)
+    parser.add_argument(
+        "--references", type=int, default=1, metavar="N", help="source pictures of an edit (default: %(default)s)"
+    )
     parser.add_argument(
         "--guidance-scale",
         type=float,
         default=4.0,
-        help="guidance of a second picture; 1 draws none (%(default)s)",
+        metavar="SCALE",
+        help="guidance of the second picture; the first has none, and with 1 it is the only one (default: %(default)g)",
     )
     parser.add_argument(
-        "--tolerance", type=float, help="largest difference that passes (1e-4 in float32, 2e-2 in half precision)"
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="largest difference that passes (default: 1e-4 in float32, 2e-2 in half precision)",
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="the weights' dtype (%(default)s)")
+    add_device(parser, "float32")
 
 
 def run_check_model(args: argparse.Namespace) -> int:

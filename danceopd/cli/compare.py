@@ -20,11 +20,17 @@ def add_compare(commands) -> None:
         "runs",
         type=Path,
         nargs="+",
-        help="GenEval's folders with results.jsonl, or GEdit-Bench's OUTPUT/METHOD or OUTPUT/scores/METHOD/JUDGE; the "
-        "first is what the others are compared to",
+        metavar="RUN",
+        help="a folder that danceopd evaluate geneval has scored (with results.jsonl in it), or OUTPUT/METHOD or "
+        "OUTPUT/scores/METHOD/JUDGE of danceopd evaluate gedit; the others are compared with the first",
     )
     parser.add_argument(
-        "-o", "--output", type=output_file(".html"), default="compare.html", help="page to write (%(default)s)"
+        "-o",
+        "--output",
+        type=output_file(".html"),
+        default="compare.html",
+        metavar="FILE",
+        help="the page to write (default: %(default)s)",
     )
 
 

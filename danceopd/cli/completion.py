@@ -19,7 +19,7 @@ def add_completion(commands) -> None:
         example=EXAMPLE,
     )
     # The whole parser comes with the arguments: a default that it sets itself.
-    parser.add_argument("shell", choices=("bash", "zsh"))
+    parser.add_argument("shell", choices=("bash", "zsh"), help="the shell that the script is for")
 
 
 def run_completion(args: argparse.Namespace) -> None:

@@ -3,16 +3,27 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_device, fill_sizes, output_folder, seed
+from danceopd.cli.arguments import (
+    add_command,
+    add_device,
+    add_max_sequence_length,
+    add_resolution,
+    fill_sizes,
+    output_folder,
+    seed,
+)
 from danceopd.data.bad_rows import ON_BAD_ROW, Problem, shown
 from danceopd.support.errors import UserError
 from danceopd.support.texts import many
 
+MANIFEST = "a JSONL or CSV file with the columns id, task, prompt, source_image (a path or a list) and target_image"
+
 
 def add_data(commands) -> None:
     """Adds `danceopd data` with its actions."""
-    parser = commands.add_parser("data", help="check, encode, import or write training data")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    what = "check, encode, import or write training data"
+    parser = commands.add_parser("data", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", help="what is done:")
 
     check = add_command(
         actions,
@@ -21,9 +32,7 @@ def add_data(commands) -> None:
         "list every problem of a manifest and its pictures, by line",
         example="danceopd data check my_data/manifest.jsonl",
     )
-    check.add_argument(
-        "manifest", type=Path, help="JSONL or CSV: id, task, prompt, source_image (or a list), target_image"
-    )
+    check.add_argument("manifest", type=Path, help=MANIFEST)
     _add_rows(check)
     _add_bad_rows(check, "refuse")
 
@@ -37,10 +46,12 @@ def add_data(commands) -> None:
         shows_bar=True,
         example="danceopd data import my_dataset my_data",
     )
-    imported.add_argument("folder", type=Path, help="written by save_to_disk")
-    imported.add_argument("out", type=output_folder)
-    imported.add_argument("--split", default="train", help="which of several is read (%(default)s)")
-    imported.add_argument("--task", help="what every row is for; its own is then kept as raw_task")
+    imported.add_argument("folder", type=Path, help="the data set, as the library datasets writes it with save_to_disk")
+    imported.add_argument("out", type=output_folder, help="the folder to write the pictures and the manifest into")
+    imported.add_argument("--split", default="train", help="the split that is read, of several (default: %(default)s)")
+    imported.add_argument(
+        "--task", help="the task of every row; what the data set's own column says is kept as raw_task"
+    )
     _add_bad_rows(imported, "skip")
 
     _add_world(actions)
@@ -54,10 +65,18 @@ def _add_world(actions) -> None:
         "write pictures of the picture world as PNGs with a manifest",
         example="danceopd data world my_world --size 100",
     )
-    world.add_argument("folder", type=output_folder)
-    world.add_argument("--size", type=int, default=1000, help="samples per capability (%(default)s)")
-    world.add_argument("--seed", type=seed, default=0)
-    world.add_argument("--capabilities", nargs="+", default=["t2i", "edit"])
+    world.add_argument("folder", type=output_folder, help="the folder to write the pictures and the manifest into")
+    world.add_argument(
+        "--size", type=int, default=1000, metavar="N", help="rows of each capability (default: %(default)s)"
+    )
+    world.add_argument("--seed", type=seed, default=0, help="seed of prompts and pictures (default: %(default)s)")
+    world.add_argument(
+        "--capabilities",
+        nargs="+",
+        default=["t2i", "edit"],
+        metavar="NAME",
+        help="what the rows are for (default: t2i edit)",
+    )
 
 
 def _add_prepare(actions) -> None:
@@ -69,35 +88,67 @@ def _add_prepare(actions) -> None:
         shows_bar=True,
         example="danceopd data prepare my_data/manifest.jsonl --model MODEL --cache my_cache",
     )
-    prepare.add_argument("manifest", type=Path)
-    prepare.add_argument("--model", type=Path, required=True, help="a diffusers pipeline's folder: its encoders")
+    prepare.add_argument("manifest", type=Path, help=MANIFEST)
     prepare.add_argument(
-        "--cache", type=output_folder, required=True, help="folder of encodings; manifests may share it"
+        "--model",
+        type=Path,
+        required=True,
+        help="the diffusers pipeline whose encoders are used: a folder, an id of the hub, or miniature",
     )
-    prepare.add_argument("--resolution", type=int, help="pictures of its square in pixels (1024; the miniature: 64)")
     prepare.add_argument(
-        "--max-sequence-length", type=int, metavar="N", help="tokens of a prompt, padding included (the pipeline's own)"
+        "--cache",
+        type=output_folder,
+        required=True,
+        metavar="FOLDER",
+        help="the folder to write the encodings into; several manifests may share it",
     )
-    texts = (
-        "also encode these, which sources are asked with: negative prompts, and texts with a row's columns in braces, "
+    add_resolution(prepare, "1024, of the miniature 64")
+    add_max_sequence_length(prepare)
+    prepare.add_argument(
+        "--texts",
+        nargs="+",
+        default=(),
+        metavar="TEXT",
+        help="other texts that sources are asked with, to be encoded too: negative prompts, and texts with a row's "
+        "columns in braces, such as '{prompt}, in ink'",
     )
-    prepare.add_argument("--texts", nargs="+", default=(), metavar="TEXT", help=texts + "such as '{prompt}, in ink'")
     _add_rows(prepare)
-    prepare.add_argument("--batch-size", type=int, default=8)
-    prepare.add_argument("--workers", type=int, default=4, help="threads that read pictures (%(default)s)")
+    prepare.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="prompts or pictures encoded at a time (default: %(default)s)",
+    )
+    prepare.add_argument(
+        "--workers", type=int, default=4, metavar="N", help="threads that read pictures (default: %(default)s)"
+    )
     add_device(prepare)
     _add_bad_rows(prepare, "skip")
 
 
 def _add_rows(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", type=Path, help="the folder of the pictures (the manifest's own without)")
-    parser.add_argument("--needs-source", nargs="*", default=(), metavar="TASK", help="tasks that must have sources")
+    parser.add_argument(
+        "--root", type=Path, metavar="FOLDER", help="where the manifest's paths start from (default: its own folder)"
+    )
+    parser.add_argument(
+        "--needs-source", nargs="*", default=(), metavar="TASK", help="tasks whose rows must have a source picture"
+    )
 
 
 def _add_bad_rows(parser: argparse.ArgumentParser, default: str) -> None:
-    help = "leave bad rows out and list them, or refuse them all (%(default)s)"
-    parser.add_argument("--on-bad-row", choices=ON_BAD_ROW, default=default, help=help)
-    parser.add_argument("--max-bad-rows", type=int, metavar="N", help="with skip: refuse more than so many")
+    parser.add_argument(
+        "--on-bad-row",
+        choices=ON_BAD_ROW,
+        default=default,
+        help="skip leaves bad rows out and lists them, refuse ends where there is one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-bad-rows",
+        type=int,
+        metavar="N",
+        help="with skip, end where there are more bad rows (default: any number)",
+    )
 
 
 def _say_left_out(file: Path, problems: list[Problem], listed: Path | None) -> None:
@@ -105,7 +156,8 @@ def _say_left_out(file: Path, problems: list[Problem], listed: Path | None) -> N
     for line in shown(problems):
         print(f"left out: {line}")
     if problems:
-        print(f"{len({problem.line for problem in problems})} rows of {file} are left out, listed in {listed}")
+        left_out = many(len({problem.line for problem in problems}), "row")
+        print(f"left out {left_out} of {file}, listed in {listed}")
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -120,7 +172,9 @@ def run_check(args: argparse.Namespace) -> int:
     for note in column_notes(rows):
         print(f"warning: {note}")
     bad = len({problem.line for problem in problems})
-    found = f"{len(problems)} problems in {bad} of {bad + len(rows)} rows" if problems else "no problems"
+    found = (
+        f"{many(len(problems), 'problem')} in {bad} of {many(bad + len(rows), 'row')}" if problems else "no problems"
+    )
     print(f"{args.manifest}: {found}")
     try:
         BadRows(args.on_bad_row, args.max_bad_rows).settle(args.manifest, problems, len(rows))
@@ -159,7 +213,7 @@ def run_prepare(args: argparse.Namespace) -> None:
     for note in done.notes:
         print(f"warning: {note}")
     if done.damaged:
-        print(f"mended: {len(done.damaged)} damaged shards, {', '.join(done.damaged[:3])}")
+        print(f"mended: {many(len(done.damaged), 'damaged shard')}, {', '.join(done.damaged[:3])}")
     print(f"{many(done.rows, 'row')} in {done.path}: {many(done.made, 'entry', 'entries')} encoded, {done.found} found")
 
 

@@ -15,7 +15,7 @@ def add_doctor(commands) -> None:
         "look at what is installed and at the machine, and say what is missing and how to mend it",
         example="danceopd doctor\ndanceopd doctor --json",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run_doctor(args: argparse.Namespace) -> int:

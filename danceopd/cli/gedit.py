@@ -6,10 +6,20 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from danceopd.cli.arguments import MINIATURE, add_command, add_device, add_pipeline, fill_sizes, output_folder
+from danceopd.cli.arguments import (
+    MINIATURE,
+    add_command,
+    add_device,
+    add_pipeline,
+    add_resolution,
+    fill_sizes,
+    output_folder,
+)
 from danceopd.support.errors import UserError
+from danceopd.support.texts import many
 
 
+# Long: each of its options is said in full.
 def add_gedit(commands) -> None:
     """Adds `danceopd evaluate gedit`."""
     parser = add_command(
@@ -20,24 +30,90 @@ def add_gedit(commands) -> None:
         shows_bar=True,
         example="danceopd evaluate gedit GEDIT --model MODEL -o results --judge-url URL --judge-model NAME",
     )
-    parser.add_argument("dataset", type=Path, help="GEdit-Bench: a folder of save_to_disk, or of its parquet files")
-    parser.add_argument("-o", "--output", type=output_folder, required=True, help="folder of the pictures and scores")
-    parser.add_argument("--method", help="the name that the pictures lie under (the LoRA's or model's without)")
+    parser.add_argument(
+        "dataset", type=Path, help="GEdit-Bench: a folder written by save_to_disk, or a folder of its parquet files"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=output_folder,
+        required=True,
+        metavar="FOLDER",
+        help="the folder to write pictures and scores into",
+    )
+    parser.add_argument(
+        "--method",
+        metavar="NAME",
+        help="the folder of the pictures within the output (default: the name of the LoRA, or of the model)",
+    )
     add_pipeline(parser)
-    parser.add_argument("--resolution", type=int, help="sides of a square edit in pixels (1024; the miniature: 64)")
-    parser.add_argument("--kinds", nargs="+", default=["paper"], help="edits: paper (six), all (eleven), or names")
-    parser.add_argument("--language", nargs="+", default=["en"], choices=("en", "cn"), help="(en)")
-    parser.add_argument("--subset", default="fullset", choices=("fullset", "intersection"), help="(%(default)s)")
-    parser.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint, usually ending in /v1")
-    parser.add_argument("--judge-model", metavar="NAME", help="the model's name there")
-    judge = "a Qwen2.5-VL, to judge on this machine instead; or miniature, for edits of that world's pictures"
-    parser.add_argument("--judge", type=Path, metavar="FOLDER", help=judge)
-    parser.add_argument("--parallel", type=int, default=8, help="questions to the endpoint at a time (%(default)s)")
-    parser.add_argument("--requests-per-minute", type=float, help="most requests to the endpoint")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for an answer (%(default)g)")
-    parser.add_argument("--max-calls", type=int, help="budget: requests to the endpoint")
-    parser.add_argument("--max-tokens", type=int, help="budget: tokens, as the endpoint counts them")
-    parser.add_argument("--batch-size", type=int, default=4, help="edits at a time of a local judge (%(default)s)")
+    add_resolution(parser, "1024, of the miniature 64")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=["paper"],
+        metavar="KIND",
+        help="the kinds of edits: paper for the paper's six, all for all eleven, or their names (default: paper)",
+    )
+    parser.add_argument(
+        "--language",
+        nargs="+",
+        default=["en"],
+        choices=("en", "cn"),
+        help="languages of the instructions (default: en)",
+    )
+    parser.add_argument(
+        "--subset",
+        default="fullset",
+        choices=("fullset", "intersection"),
+        help="all edits, or the smaller subset that the data set marks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--judge-url", metavar="URL", help="the judge's OpenAI-compatible endpoint, usually ending in /v1"
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="the judge's name at this endpoint")
+    parser.add_argument(
+        "--judge",
+        type=Path,
+        metavar="FOLDER",
+        help="a Qwen2.5-VL that judges here in the place of an endpoint; miniature judges edits of that world",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=8,
+        metavar="N",
+        help="questions to the endpoint at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--requests-per-minute",
+        type=float,
+        metavar="N",
+        help="most requests to the endpoint in a minute (default: any number)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="how long an answer of the endpoint is waited for (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--max-calls", type=int, metavar="N", help="requests to the endpoint after which it ends (default: any number)"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="tokens, as the endpoint counts them, after which it ends (default: any number)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=4,
+        metavar="N",
+        help="edits that a local judge sees at a time (default: %(default)s)",
+    )
     add_device(parser)
 
 
@@ -93,7 +169,8 @@ def run_gedit(args: argparse.Namespace) -> int:
     for row in unscored:
         print(f"no score: {row['kind']}/{row['language']}/{row['key']}: {row['problem']}", file=sys.stderr)
     if unscored:
-        print(f"{len(unscored)} edits have no score and are left out; run again to ask again", file=sys.stderr)
+        without = many(len(unscored), "edit")
+        print(f"left out {without} without a score; the same command asks again", file=sys.stderr)
     print(f"wrote {results['place']}")
     return 1 if unscored else 0
 

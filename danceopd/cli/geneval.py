@@ -5,7 +5,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from danceopd.cli.arguments import MINIATURE, add_command, add_device, add_pipeline, fill_sizes
+from danceopd.cli.arguments import (
+    MINIATURE,
+    OWN,
+    add_command,
+    add_device,
+    add_pipeline,
+    add_resolution,
+    fill_sizes,
+)
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 from danceopd.support.texts import many
@@ -30,25 +38,49 @@ def add_geneval(commands) -> None:
         shows_bar=True,
         example=EXAMPLE,
     )
-    parser.add_argument("folder", type=Path, nargs="?", help="pictures in GenEval's layout: 00000/samples/0000.png")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="the pictures in GenEval's layout, as 00000/samples/0000.png"
+    )
     parser.add_argument(
         "--results",
         type=Path,
-        help="file of the results: written after scoring (FOLDER/results.jsonl), or summed up where no FOLDER is given",
+        metavar="FILE",
+        help="the file to write the scores into (default: FOLDER/results.jsonl); without a FOLDER, the file to sum up",
     )
-    parser.add_argument("--metadata", type=Path, help="GenEval's evaluation_metadata.jsonl: what is drawn, or was")
+    parser.add_argument(
+        "--metadata",
+        type=Path,
+        metavar="FILE",
+        help="GenEval's evaluation_metadata.jsonl: the prompts that are drawn, or were",
+    )
     add_pipeline(parser)
-    parser.add_argument("--samples", type=int, default=4, help="pictures of a prompt (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=4, help="pictures at a time (%(default)s)")
-    parser.add_argument("--resolution", type=int, help="sides of the pictures in pixels (the pipeline's own)")
     parser.add_argument(
-        "--offload", action="store_true", help="for a pipeline that does not fit the card: a part at a time"
+        "--samples", type=int, default=4, metavar="N", help="pictures of each prompt (default: %(default)s)"
     )
-    detector = "a Mask2Former's folder, trained on COCO's instances: scores; or miniature, for pictures of that world"
-    parser.add_argument("--detector", type=Path, help=detector)
-    parser.add_argument("--clip", type=Path, help="a CLIP's folder: names the colours of what was found")
     parser.add_argument(
-        "--max-overlap", type=float, default=1.0, help="how much two boxes may overlap (%(default)g: any)"
+        "--batch-size", type=int, default=4, metavar="N", help="pictures drawn at a time (default: %(default)s)"
+    )
+    add_resolution(parser, OWN)
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep one part of the pipeline at a time on the card, where all do not fit",
+    )
+    parser.add_argument(
+        "--detector",
+        type=Path,
+        metavar="FOLDER",
+        help="a Mask2Former trained on COCO's instances, to find the objects; miniature reads pictures of that world",
+    )
+    parser.add_argument(
+        "--clip", type=Path, metavar="FOLDER", help="a CLIP model, which names the colours of what was found"
+    )
+    parser.add_argument(
+        "--max-overlap",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of two boxes that overlap by more, one is dropped; 1 keeps all (default: %(default)g)",
     )
     add_device(parser)
 

@@ -11,6 +11,7 @@ from danceopd.cli.arguments import add_command, output_file
 from danceopd.cli.train import CARDS
 from danceopd.miniature.shipped import trained_at
 from danceopd.support.errors import UserError
+from danceopd.support.texts import many
 
 if TYPE_CHECKING:
     from danceopd.tools.proposal import Wishes
@@ -37,16 +38,36 @@ def add_init(commands) -> None:
         "In a terminal, what no option gives is asked.",
     )
     parser.set_defaults(models=(), dry_run=True, download=False)
-    parser.add_argument("loras", nargs="*", metavar="LORA", help="LoRAs, or a folder of LoRAs")
-    parser.add_argument("--base", help="the pipeline that they are for: a folder, an id of the hub, or miniature")
-    parser.add_argument("--edit", nargs="+", default=[], metavar="NAME", help="the LoRAs that edit pictures")
     parser.add_argument(
-        "--data", type=Path, help="a manifest whose task column names the LoRAs (general prompts with their triggers)"
+        "loras", nargs="*", metavar="LORA", help="a LoRA's file or folder, or a folder of several LoRAs"
     )
-    parser.add_argument("--card", choices=("cpu", *CARDS), help="what trains: %(choices)s (the card that is here)")
-    parser.add_argument("--gpus", type=int, help="number of cards (1)")
     parser.add_argument(
-        "-o", "--output", type=output_file(".yaml", ".yml"), default="danceopd.yaml", help="(%(default)s)"
+        "--base",
+        metavar="MODEL",
+        help="the pipeline that the LoRAs are for: a folder, an id of the hub, or miniature (default: the one that "
+        "their files name)",
+    )
+    parser.add_argument("--edit", nargs="+", default=[], metavar="NAME", help="names of the LoRAs that edit pictures")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="a manifest whose task column names the LoRAs (default: general prompts with the words that call them)",
+    )
+    parser.add_argument(
+        "--card",
+        choices=("cpu", *CARDS),
+        metavar="CARD",
+        help="what trains: %(choices)s (default: the card that is here, or else cpu)",
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="number of cards (default: 1)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=output_file(".yaml", ".yml"),
+        default="danceopd.yaml",
+        metavar="FILE",
+        help="the configuration to write (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="write over a configuration that is there")
 
@@ -172,7 +193,8 @@ def _dry_run(file: Path) -> bool:
     findings.problems[:] = [problem for problem in findings.problems if problem not in encoded]
     print(findings.text())
     if encoded:
-        print(f"\nnot encoded yet: the data of {len(encoded)} capabilities, which step 1 below encodes")
+        whose = many(len(encoded), "capability", "capabilities")
+        print(f"\nnot encoded yet: the data of {whose}, which step 1 below encodes")
     return not findings.problems
 
 

@@ -18,14 +18,42 @@ def add_miniature(commands) -> None:
         "say where the small trained FLUX.2 klein pipeline lies, or train it again",
         example="danceopd miniature",
     )
-    parser.add_argument("action", nargs="?", choices=("list", "train", "card", "data", "benchmark"), default="list")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages only: vae, base, or a source's name")
-    parser.add_argument("--folder", type=output_folder, default=FOLDER, help="where to train or write (%(default)s)")
-    parser.add_argument("--capabilities", nargs="+", default=["t2i", "edit"], help="capabilities to write (t2i edit)")
     parser.add_argument(
-        "--size", type=int, default=1000, help="samples of each, or a benchmark's of each task and kind"
+        "action",
+        nargs="?",
+        choices=("list", "train", "card", "data", "benchmark"),
+        default="list",
+        metavar="ACTION",
+        help="list says where it lies, train makes it again, card scores it and writes its description, data writes "
+        "pictures with a manifest, benchmark writes prompts and edits to score by (default: list)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="samples or prompts and noise follow from it (%(default)s)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="STAGE", help="with train, these stages alone: vae, base, or a source's name"
+    )
+    parser.add_argument(
+        "--folder",
+        type=output_folder,
+        default=FOLDER,
+        help="where it is trained, or what is written goes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--capabilities",
+        nargs="+",
+        default=["t2i", "edit"],
+        metavar="NAME",
+        help="with data, what the rows are for (default: t2i edit)",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="with data, rows of each capability; with benchmark, prompts of each task and edits of each kind "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="seed of what data and benchmark write (default: %(default)s)"
+    )
 
 
 def run_miniature(args: argparse.Namespace) -> None:

@@ -19,16 +19,31 @@ def add_reward(commands) -> None:
         shows_bar=True,
         example="danceopd evaluate reward out --clip CLIP --base out_base --source out_source",
     )
-    parser.add_argument("pictures", type=Path, help="a folder in GenEval's layout, such as `evaluate geneval` draws")
-    parser.add_argument("--base", type=Path, help="the base model's pictures for the same prompts")
-    parser.add_argument("--source", type=Path, help="the source's: with both, the share of the gap that is closed")
-    parser.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIPModel's folder: CLIP score")
-    parser.add_argument("--pickscore", type=Path, metavar="FOLDER", help="PickScore's folder")
-    parser.add_argument("--hps", type=Path, metavar="FOLDER", help="HPSv2's, converted to a CLIPModel's folder")
-    parser.add_argument("--aesthetic", type=Path, metavar="FOLDER", help="the CLIP of an aesthetic head")
-    parser.add_argument("--aesthetic-head", type=Path, metavar="FILE", help="the head, as safetensors")
-    parser.add_argument("--batch-size", type=int, default=16, help="(%(default)s)")
-    parser.add_argument("--json", type=output_file(".json"), help="write the results there")
+    parser.add_argument(
+        "pictures", type=Path, help="a folder in GenEval's layout, as danceopd evaluate geneval writes it"
+    )
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="the base model's pictures for the same prompts")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        metavar="FOLDER",
+        help="the source's pictures for the same prompts; with --base, the share of the gap that is closed is printed",
+    )
+    parser.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIP model; adds the CLIP score")
+    parser.add_argument("--pickscore", type=Path, metavar="FOLDER", help="PickScore's model; adds its score")
+    parser.add_argument(
+        "--hps", type=Path, metavar="FOLDER", help="HPSv2's model, converted to a CLIPModel; adds its score"
+    )
+    parser.add_argument(
+        "--aesthetic", type=Path, metavar="FOLDER", help="the CLIP model that an aesthetic head was trained on"
+    )
+    parser.add_argument(
+        "--aesthetic-head", type=Path, metavar="FILE", help="the aesthetic head, as safetensors; adds its score"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="pictures scored at a time (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="a file to write the results into")
     add_device(parser)
 
 

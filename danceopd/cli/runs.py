@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, fill_sizes, output_folder
+from danceopd.cli.arguments import add_command, add_max_sequence_length, add_resolution, fill_sizes, output_folder
 from danceopd.reproduce.matrix import BUDGETS, SETTINGS
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
@@ -21,7 +21,7 @@ def add_report(commands) -> None:
         shows_bar=True,
         example="danceopd report runs/demo",
     )
-    parser.add_argument("folder", type=Path, help="the output_dir of a training")
+    parser.add_argument("folder", type=Path, help="the run's folder (training.output_dir)")
 
 
 def add_export(commands) -> None:
@@ -33,26 +33,34 @@ def add_export(commands) -> None:
         "write a run's student as diffusers, ComfyUI or kohya's tools load it",
         example="danceopd export runs/model -o my_lora\ndanceopd export runs/model -o my_model --merge",
     )
-    parser.add_argument("folder", type=Path, help="the output_dir of a training on a diffusers model")
-    parser.add_argument("-o", "--output", type=output_folder, required=True, help="a new folder")
-    parser.add_argument("--merge", action="store_true", help="the whole transformer, with the adapter in its weights")
+    parser.add_argument("folder", type=Path, help="the folder of a run on a diffusers model (training.output_dir)")
     parser.add_argument(
-        "--layout", default="diffusers", choices=("diffusers", "peft", "comfyui", "kohya"), help="(%(default)s)"
+        "-o", "--output", type=output_folder, required=True, metavar="FOLDER", help="a new folder to write into"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="write the whole transformer, with the adapter added to its weights"
+    )
+    parser.add_argument(
+        "--layout",
+        default="diffusers",
+        choices=("diffusers", "peft", "comfyui", "kohya"),
+        help="whose tools the file is for (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "fp16", "fp8"),
-        help="(fp32; with --merge the base's own; fp8 is for --merge)",
+        help="data type of the weights; fp8 needs --merge (default: fp32, with --merge the base's own)",
     )
     parser.add_argument(
         "--trigger",
         action="append",
         default=[],
         metavar="WORDS",
-        help="for metadata and card (as the sources' files say)",
+        help="words that call the LoRA, for its file and its description (default: those of the sources' files)",
     )
 
 
+# Long: each of its options is said in full.
 def add_merge_loras(commands) -> None:
     """Adds `danceopd merge-loras`."""
     parser = add_command(
@@ -71,39 +79,80 @@ def add_merge_loras(commands) -> None:
         "inputs",
         nargs="+",
         metavar="LORA | KEY=VALUE",
-        help="files, folders or ids of the hub; and changes of the training, as training.batch_size=8",
+        help="two LoRAs or more, by file, folder or id of the hub; KEY=VALUE changes a key of the training's "
+        "configuration, as training.batch_size=8 does",
     )
-    parser.add_argument("--base", type=Path, required=True, help="the diffusers pipeline of all LoRAs: a folder or id")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        required=True,
+        metavar="MODEL",
+        help="the diffusers pipeline that the LoRAs are for: a folder, an id of the hub, or miniature",
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the .safetensors file to write"
+    )
     parser.add_argument(
         "--trigger",
         action="append",
         default=[],
         metavar="NAME=WORDS",
-        help="the words that call a LoRA, in front of prompts or around {prompt}; none: it acts on every prompt "
-        "(as its file says; else its name)",
+        help="the words that call a LoRA, to stand in front of a prompt or around {prompt}; NAME= for a LoRA that "
+        "acts on every prompt (default: the words that its file names, or else its name)",
     )
-    parser.add_argument("--weight", action="append", default=[], metavar="NAME=0.8", help="strength of a LoRA (1)")
-    parser.add_argument("--no-pairs", action="store_true", help="ask no prompts with two triggers")
-    parser.add_argument("--prompts", type=Path, help="a prompt, or NAME<TAB>prompt, a line (500 general ones)")
-    parser.add_argument("--rank", type=_rank, help="rank of the result: a number or auto (the largest of the LoRAs')")
+    parser.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="strength of a LoRA, or of some layers of it by NAME:LAYERS=NUMBER (default: 1)",
+    )
+    parser.add_argument("--no-pairs", action="store_true", help="ask no prompts that call two LoRAs together")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a text file with a prompt a line; NAME<TAB>prompt is for one LoRA alone (default: 500 general prompts)",
+    )
+    parser.add_argument(
+        "--rank", type=_rank, help="rank of the result, a number or auto (default: the largest of the LoRAs')"
+    )
     parser.add_argument(
         "--layout",
         default="diffusers",
         choices=("diffusers", "comfyui", "kohya"),
-        help="names of the file's keys (%(default)s)",
+        help="whose tools the file is for (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=1000, help="most updates (%(default)s)")
     parser.add_argument(
-        "--patience", type=int, default=4, help="scorings without growth until it ends; 0 for never (%(default)s)"
+        "--steps", type=int, default=1000, metavar="N", help="number of updates at most (default: %(default)s)"
     )
-    parser.add_argument("--resolution", type=int, help="sides of the pictures (1024; the miniature: 64)")
-    parser.add_argument("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt (the pipeline's own)")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="that all are drawn with (%(default)s)")
-    parser.add_argument("--work", type=output_folder, help="folder of the encoded prompts and the run (OUTPUT.work)")
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=4,
+        metavar="N",
+        help="end after so many scorings without growth; 0 does every update (default: %(default)s)",
+    )
+    add_resolution(parser, "1024, of the miniature 64")
+    add_max_sequence_length(parser)
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="the guidance that the LoRAs and the result are drawn with; 1 is without (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--work",
+        type=output_folder,
+        metavar="FOLDER",
+        help="where the encoded prompts and the run are kept (default: OUTPUT.work)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="start again where another run lies")
-    parser.add_argument("--dry-run", action="store_true", help="say what it takes; nothing of it is kept")
-    parser.add_argument("--download", action="store_true", help="with --dry-run: download what is named by an id")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and say what it takes; write nothing")
+    parser.add_argument(
+        "--download", action="store_true", help="with --dry-run, download what is named by an id of the hub"
+    )
 
 
 def _rank(text: str) -> int | str:
@@ -125,14 +174,36 @@ def add_reproduce(commands) -> None:
         shows_bar=True,
         example="danceopd reproduce A",
     )
-    parser.add_argument("setting", help=f"{', '.join(SETTINGS)} or all")
-    parser.add_argument("--budget", choices=("quick", "paper"), default="quick", help="(%(default)s)")
-    parser.add_argument("--seeds", type=int, help="trainings of each row (quick 1, paper 3)")
-    parser.add_argument("--workers", type=int, help="runs at a time (as many as there are cores)")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="the settings' files (%(default)s)")
-    parser.add_argument("--work", type=output_folder, help="folder of the runs (runs/reproduce/BUDGET)")
-    parser.add_argument("--results", type=output_folder, help="folder of the tables (results; quick: WORK/results)")
-    parser.add_argument("--again", action="store_true", help="make finished runs anew")
+    parser.add_argument("setting", help=f"what is made: {', '.join(SETTINGS)} or all")
+    parser.add_argument(
+        "--budget",
+        choices=("quick", "paper"),
+        default="quick",
+        help="quick trains briefly, to see that everything runs; paper trains in full (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="trainings of each row, from other seeds (default: quick 1, paper 3)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="trainings at a time (default: as many as there are cores)"
+    )
+    parser.add_argument(
+        "--configs",
+        type=Path,
+        default=Path("configs"),
+        metavar="FOLDER",
+        help="the folder of the configurations (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--work", type=output_folder, metavar="FOLDER", help="where the runs are kept (default: runs/reproduce/BUDGET)"
+    )
+    parser.add_argument(
+        "--results",
+        type=output_folder,
+        metavar="FOLDER",
+        help="where the tables are written (default: results, of quick WORK/results)",
+    )
+    parser.add_argument("--again", action="store_true", help="train finished runs again")
 
 
 def run_report(args: argparse.Namespace) -> None:

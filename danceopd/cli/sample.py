@@ -7,12 +7,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from danceopd.cli.arguments import DTYPES, add_command, output_file, seed
+from danceopd.cli.arguments import (
+    OWN,
+    add_command,
+    add_device,
+    add_max_sequence_length,
+    add_resolution,
+    add_steps,
+    output_file,
+    seed,
+)
 from danceopd.support.errors import UserError
 
 WHAT = (
-    "a run's folder, a diffusers pipeline (a folder, an id of the hub, or miniature), a LoRA, or an embedded network "
-    "(base, t2i, edit, ... or a .safetensors file)"
+    "what draws: a run's folder, a diffusers pipeline (a folder, an id of the hub, or miniature), a LoRA, or an "
+    "embedded network (base, t2i, edit or another that danceopd sources lists, or a .safetensors file)"
 )
 
 EMBEDDED_ONLY = ("shift", "solver")
@@ -32,7 +41,7 @@ def add_sample(commands) -> None:
         'danceopd sample ink.safetensors "a lighthouse, in ink" --base MODEL --lora-weight 0 0.5 1',
     )
     parser.add_argument("what", metavar="WHAT", help=WHAT)
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a row of the grid each")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="prompts, a row of the grid each")
     _add_grid(parser, "sample.png")
 
 
@@ -47,28 +56,68 @@ def add_edit(commands) -> None:
         example='danceopd edit edit room.png "add a red cup" -o edited.png',
     )
     parser.add_argument("what", metavar="WHAT", help=WHAT)
-    parser.add_argument("picture", type=Path, help="the picture to edit, of any size")
-    parser.add_argument("prompts", nargs="+", metavar="INSTRUCTION", help="a row of the grid each")
+    parser.add_argument("picture", type=Path, help="the picture to edit")
+    parser.add_argument("prompts", nargs="+", metavar="INSTRUCTION", help="what to change, a row of the grid each")
     _add_grid(parser, "edit.png")
 
 
 def _add_grid(parser: argparse.ArgumentParser, output: str) -> None:
     parser.set_defaults(models=("lora", "base"))
-    parser.add_argument("-o", "--output", type=output_file(".png"), default=output, help="PNG to write (%(default)s)")
-    parser.add_argument("--seed", type=seed, nargs="+", default=[0, 1, 2, 3], help="a column each (0 1 2 3)")
-    own = "(the pipeline's own; 1 for an embedded network)"
-    parser.add_argument("--guidance-scale", type=float, nargs="+", metavar="SCALE", help=f"a row each {own}")
-    parser.add_argument("--checkpoint", type=int, nargs="+", metavar="STEP", help="of a run: a row each (the newest)")
-    parser.add_argument("--lora", type=Path, help="a LoRA for a pipeline: a file, a folder or an id of the hub")
-    parser.add_argument("--lora-weight", type=float, nargs="+", metavar="W", help="a row each (1)")
-    parser.add_argument("--base", type=Path, help="the pipeline that a LoRA is for (the one that its file names)")
-    parser.add_argument("--num-inference-steps", type=int, help="solver steps (the pipeline's own; 16)")
-    parser.add_argument("--resolution", type=int, help="side of a square of as many pixels (the pipeline's own)")
-    parser.add_argument("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt (the pipeline's own)")
-    parser.add_argument("--shift", type=float, help="of an embedded network's noise levels (5)")
-    parser.add_argument("--solver", choices=("euler", "heun", "ab2"), help="of an embedded network (euler)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--dtype", choices=DTYPES, help="of a pipeline's weights (bfloat16; float32 on a CPU)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=output_file(".png"),
+        default=output,
+        metavar="FILE",
+        help="the PNG to write (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=seed,
+        nargs="+",
+        default=[0, 1, 2, 3],
+        help="seeds of the noise, a column each (default: 0 1 2 3)",
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        nargs="+",
+        metavar="SCALE",
+        help=f"strengths of the guidance, a row each (default: {OWN}; of an embedded network 1, which is without)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=int,
+        nargs="+",
+        metavar="STEP",
+        help="updates of a run whose checkpoints draw, a row each (default: the newest)",
+    )
+    parser.add_argument("--lora", type=Path, help="a LoRA for the pipeline: a file, a folder or an id of the hub")
+    parser.add_argument(
+        "--lora-weight",
+        type=float,
+        nargs="+",
+        metavar="WEIGHT",
+        help="strengths of the LoRA, a row each; 0 draws without it (default: 1)",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="MODEL",
+        help="the pipeline of a LoRA that stands as WHAT (default: the one that its file names)",
+    )
+    add_steps(parser, f"{OWN}; of an embedded network 16")
+    add_resolution(parser, OWN)
+    add_max_sequence_length(parser)
+    parser.add_argument(
+        "--shift",
+        type=float,
+        help="how far the noise levels of an embedded network are moved towards noise (default: 5)",
+    )
+    parser.add_argument(
+        "--solver", choices=("euler", "heun", "ab2"), help="the solver of an embedded network (default: euler)"
+    )
+    add_device(parser, None)
 
 
 def run_sample(args: argparse.Namespace) -> None:

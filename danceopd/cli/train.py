@@ -23,18 +23,25 @@ def add_train(commands) -> None:
         "danceopd train --config configs/demo.yaml --dry-run",
     )
     add_config(parser)
-    parser.add_argument("--overwrite", action="store_true", help="start again where a finished or other run lies")
+    parser.add_argument("--overwrite", action="store_true", help="start again where a finished run or another one lies")
     parser.add_argument(
-        "--dry-run", action="store_true", help="load no weight: check files, count parameters, memory and evaluations"
+        "--dry-run", action="store_true", help="check everything and say what the run takes; load no weights"
     )
     parser.add_argument(
-        "--download", action="store_true", help="with --dry-run: download what is named by an id of the hub"
+        "--download", action="store_true", help="with --dry-run, download what is named by an id of the hub"
     )
     parser.add_argument(
-        "--deepspeed", type=Path, metavar="JSON", help="DeepSpeed's settings (with several processes: ZeRO stage 3)"
+        "--deepspeed",
+        type=Path,
+        metavar="JSON",
+        help="DeepSpeed's settings (default: with several processes, ZeRO stage 3)",
     )
     parser.add_argument(
-        "--patience", type=float, default=900, metavar="SECONDS", help="until a process counts as hung (%(default)g)"
+        "--patience",
+        type=float,
+        default=900,
+        metavar="SECONDS",
+        help="how long a process of several may be silent before all end (default: %(default)g)",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed gives it
     add_overrides(parser, "training.max_steps=4")
@@ -77,16 +84,21 @@ def add_plan(commands) -> None:
     )
     parser.set_defaults(dry_run=True, download=False)  # it loads nothing
     add_config(parser)
-    parser.add_argument("--gpus", type=int, default=1, help="cards, 8 in a machine (%(default)s)")
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="number of cards, 8 in a machine (default: %(default)s)"
+    )
     parser.add_argument(
         "--gpu",
         "--card",
         type=_card,
         choices=CARDS,
         default="h100",
-        help="%(choices)s, or 4090 (%(default)s)",
+        metavar="CARD",
+        help="the card: %(choices)s; 4090 stands for rtx-4090 (default: %(default)s)",
     )
-    parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="DeepSpeed's settings: sizes of its buckets")
+    parser.add_argument(
+        "--deepspeed", type=Path, metavar="JSON", help="DeepSpeed's settings, which say the sizes of its buckets"
+    )
     add_overrides(parser, "training.batch_size=64")
 
 

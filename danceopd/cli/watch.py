@@ -17,9 +17,11 @@ def add_watch(commands) -> None:
         example="danceopd watch runs/demo runs/short",
     )
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, or a folder that holds several"
+        "runs", type=Path, nargs="+", metavar="RUN", help="the folder of a run, or a folder that holds several"
     )
-    parser.add_argument("--port", type=int, default=8642, help="a port here; 0 takes a free one (%(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=8642, help="the page's port; 0 takes a free one (default: %(default)s)"
+    )
 
 
 def run_watch(args: argparse.Namespace) -> None:

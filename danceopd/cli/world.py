@@ -21,13 +21,24 @@ def add_evaluate(commands) -> None:
         example="danceopd evaluate runs/demo/student.safetensors --json row.json",
     )
     parser.add_argument("checkpoint", help=CHECKPOINT)
-    parser.add_argument("--json", type=output_file(".json"), help="write the row there")
-    parser.add_argument("--seed", type=seed, default=1234, help="seed of prompts, placements and noise (%(default)s)")
-    parser.add_argument("--name", help="the row's name (the file's name without)")
-    parser.add_argument("--per-task", type=int, default=100, help="pictures per GenEval task (%(default)s)")
-    parser.add_argument("--per-kind", type=int, default=100, help="pictures per edit kind (%(default)s)")
     parser.add_argument(
-        "--pictures", type=output_folder, help="keep GenEval's pictures in this new folder, for compare"
+        "--json", type=output_file(".json"), metavar="FILE", help="a file to write the row of scores into"
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=1234, help="seed of prompts, placements and noise (default: %(default)s)"
+    )
+    parser.add_argument("--name", help="the name of the row (default: that of the file or folder)")
+    parser.add_argument(
+        "--per-task", type=int, default=100, metavar="N", help="pictures of each GenEval task (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--per-kind", type=int, default=100, metavar="N", help="pictures of each kind of edit (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pictures",
+        type=output_folder,
+        metavar="FOLDER",
+        help="a new folder that GenEval's pictures are kept in, for danceopd compare",
     )
     add_sampling(parser)
 
@@ -37,10 +48,21 @@ def add_sources(commands) -> None:
     parser = add_command(
         commands, "sources", run_sources, "list the embedded networks, or train them again", example="danceopd sources"
     )
-    parser.add_argument("action", nargs="?", choices=("list", "train", "card"), default="list")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these networks only")
     parser.add_argument(
-        "--folder", type=output_folder, default=Path("runs/sources"), help="where to train (%(default)s)"
+        "action",
+        nargs="?",
+        choices=("list", "train", "card"),
+        default="list",
+        metavar="ACTION",
+        help="list says where they lie, train makes them again, card scores them and writes their description "
+        "(default: list)",
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="with train, these networks alone (default: all)")
+    parser.add_argument(
+        "--folder",
+        type=output_folder,
+        default=Path("runs/sources"),
+        help="where they are trained (default: %(default)s)",
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.texts import many
 
 ON_BAD_ROW = ("skip", "refuse")
 
@@ -63,10 +64,13 @@ class BadRows:
             head = f"no row of {file} can be used:"
         elif self.action == "refuse":
             head = (
-                f"{file} has problems in {bad} of {bad + good} rows; mend them, or leave them out by on_bad_row: skip:"
+                f"{file} has problems in {bad} of {many(bad + good, 'row')}; mend them, or leave them out by "
+                "on_bad_row: skip:"
             )
         elif self.limit is not None and bad > self.limit:
-            head = f"{file} has {bad} bad rows of {bad + good}, more than the {self.limit} that may be left out:"
+            head = (
+                f"{file} has {many(bad, 'bad row')} of {bad + good}, more than the {self.limit} that may be left out:"
+            )
         else:
             return
         raise UserError("\n  ".join([head, *shown(problems)]))

@@ -25,7 +25,7 @@ from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
 from danceopd.support.paths import near_path
 from danceopd.support.pictures import decode_picture
-from danceopd.support.texts import lines_of, parse_json
+from danceopd.support.texts import lines_of, many, parse_json
 
 SUFFIXES = (".jsonl", ".csv")
 
@@ -190,7 +190,7 @@ def _csv_records(text: str) -> Iterator[tuple[int, dict | str]]:
                 yield line, message
                 return
         elif len(cells) > len(header):
-            yield line, f"{len(cells)} cells under {len(header)} columns; quote cells that hold a comma"
+            yield line, f"{len(cells)} cells under {many(len(header), 'column')}; quote cells that hold a comma"
         else:
             record = dict(zip(header, cells, strict=False))
             sources = record.get("source_image", "").strip()

@@ -16,6 +16,7 @@ from danceopd.models.blocks import blocks
 from danceopd.models.eight_bit import pinned, room_for, stored
 from danceopd.models.footprint import uncounted
 from danceopd.support.errors import UserError
+from danceopd.support.texts import many
 
 ALIVE = 2  # blocks of those that wait that are on the device at once: one computes, the next arrives
 
@@ -37,8 +38,8 @@ def swapped_of(there: int, count: int, whose: str) -> list[int]:
     if not ALIVE < count <= there:
         least = f"give {ALIVE + 1} to {there}, or auto" if there > ALIVE else "leave it out"
         raise UserError(
-            f"{count} blocks cannot wait in host memory: {whose} has {there}, and {ALIVE} of those that wait are on "
-            f"the device at any time; {least}"
+            f"{many(count, 'block')} cannot wait in host memory: {whose} has {there}, and {ALIVE} of those that wait "
+            f"are on the device at any time; {least}"
         )
     return [(2 * i + 1) * there // (2 * count) for i in range(count)]
 

@@ -30,7 +30,7 @@ from danceopd.report.tables import format_markdown
 from danceopd.support.errors import UserError
 from danceopd.support.files import new_folder
 from danceopd.support.run_log import read_log
-from danceopd.support.texts import parse_object
+from danceopd.support.texts import many, parse_object
 from danceopd.tools.provenance import base_name, provenance
 
 LAST = 5  # records of the training curve in a model card
@@ -211,8 +211,8 @@ def model_card(
     shown = base_name(config.model)
     parts = [
         f"# {shown}: {_title(config)}",
-        f"A {kind} of `{shown}`, distilled from {len(config.sources)} sources on the student's own trajectories "
-        f"(method `{config.method}`, [arXiv 2606.27377](https://arxiv.org/abs/2606.27377)).",
+        f"A {kind} of `{shown}`, distilled from {many(len(config.sources), 'source')} on the student's own "
+        f"trajectories (method `{config.method}`, [arXiv 2606.27377](https://arxiv.org/abs/2606.27377)).",
         "## Use",
         _usage(shown, name, transformer_class, merge, layout),
         *([f"Words that call it in a prompt: {words}."] if (words := facts.get("trigger_words")) else []),
@@ -306,7 +306,8 @@ def _curve(run: Path, config: Config) -> str:
         lines.append([str(record["step"]), *("–" if x is None else f"{x:.4g}" for x in (record["loss"], *each))])
     evaluations = records[-1].get("network_evaluations")
     spent = f" and {evaluations:,} network evaluations" if evaluations else ""
-    return f"{records[-1]['step']} steps of {config.training.batch_size} samples{spent}.\n\n{_table(lines)}"
+    steps, samples = many(records[-1]["step"], "step"), many(config.training.batch_size, "sample")
+    return f"{steps} of {samples}{spent}.\n\n{_table(lines)}"
 
 
 def _scores(run: Path) -> str | None:

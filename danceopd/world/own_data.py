@@ -52,7 +52,7 @@ class ManifestData:
         self.path, self.capability, self.image_size = Path(path), capability, image_size
         rows, problems = read_manifest(path, root)
         if problems:
-            raise UserError(f"{path} has {len(problems)} problem(s): {_first(problems, '; ')}")
+            raise UserError(f"{path} has {many(len(problems), 'problem')}: {_first(problems, '; ')}")
         self.rows = [row for row in rows if row.capability == capability]
         if not self.rows:
             raise UserError(no_rows(path, capability, {row.capability for row in rows}))

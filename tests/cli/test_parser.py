@@ -86,6 +86,23 @@ def test_the_help_has_every_command_once_in_a_group(capsys):
 
 
 @pytest.mark.parametrize("name", commands())
+def test_every_argument_is_explained_and_its_default_named(name):
+    for action in commands()[name]._actions:
+        said = action.help
+        if said == "==SUPPRESS==":
+            continue
+        what = action.option_strings or action.dest
+        assert said, what
+        assert said[0] != "(", f"{what}: only its default is said"
+        shown = said % vars(action) if "%(" in said else said
+        if action.default not in (None, False, (), [], "==SUPPRESS=="):
+            assert "(default: " in shown, what
+            usual = action.default if isinstance(action.default, list) else [action.default]
+            named = shown.partition("(default: ")[2]
+            assert all((f"{one:g}" if isinstance(one, float) else str(one)) in named for one in usual), what
+
+
+@pytest.mark.parametrize("name", commands())
 def test_every_command_has_an_example_that_its_parser_takes(name):
     said = commands()[name].format_help()
     example = said[said.index("example") :].partition("\n")[2].replace("\\\n", " ")

@@ -315,7 +315,7 @@ def test_a_row_that_cannot_be_encoded_is_left_out_by_name(model, tmp_path, monke
         cache = Cache(tmp_path / "cache")
         assert all(value.isfinite().all() for key in cache._where for value in cache.read(key).values())
         for options in ({"on_bad_row": "refuse"}, {"max_bad_rows": 0}):
-            with pytest.raises(UserError, match=r"(?s)bad rows of 5|1 of 5 rows.*line 3: bad"):
+            with pytest.raises(UserError, match=r"(?s)1 bad row of 5|1 of 5 rows.*line 3: bad"):
                 run(path, model, tmp_path, **options)
         assert run(path, model, tmp_path, max_bad_rows=1).rows == 4
     assert PreparedData(done.path, "t2i").notes() == [f"{done.path} was prepared without 1 row of its manifest"]
@@ -458,9 +458,7 @@ def test_prompts_that_are_cut_are_said(model, tmp_path, capsys):
     for _ in range(2):  # also where all are found
         assert main([*arguments, "--resolution", "64", "--dtype", "float32"]) == 0
         said = capsys.readouterr().out
-        assert (
-            said.count("warning: of 3 prompts 1 is longer than the 512 tokens of tokenizer and cut there: r1") == 1
-        )
+        assert said.count("warning: of 3 prompts 1 is longer than the 512 tokens of tokenizer and cut there: r1") == 1
         assert "of 3 prompts 1 holds special tokens, read as such and not as text (<|im_end|>): r2" in said
     assert len(PreparedData(tmp_path / "cache" / "m.jsonl", "t2i").notes()) == 2
 

@@ -195,7 +195,7 @@ def test_a_trigger_that_stands_in_another_is_said():
     assert [note.partition(", and are")[0] for note in notes] == [
         "the words 'oil' that call a stand in those of b, 'Oil paint, {prompt}'",
         "the words 'oil' that call a stand in those of c, 'in {prompt} oil'",
-        "the words 'INK' that call d are missing in 1 of its 1 prompts, such as 'inky': there the result learns to "
+        "the words 'INK' that call d are missing in 1 of its 1 prompt, such as 'inky': there the result learns to "
         "draw as d without being called",
     ]
 

@@ -18,7 +18,7 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pictures import decode_picture
 from danceopd.support.ranks import ALONE, Ranks, agreed
-from danceopd.support.texts import parse_json
+from danceopd.support.texts import many, parse_json
 
 
 class Reader(Protocol):
@@ -115,7 +115,7 @@ def score_folder(
     records = [everything[path] for prompt in prompts for path in prompt.pictures.values()]
     if ranks.rank == 0:
         write_results(results, records)
-        print(f"{len(records) - before} pictures scored, {before} were before: {folder}")
+        print(f"{many(len(records) - before, 'picture')} scored, {before} were before: {folder}")
     return records
 
 

@@ -1,5 +1,7 @@
 """Sums up GenEval's results."""
 
+from danceopd.support.texts import many
+
 
 def summary(records: list[dict]) -> dict:
     """Sums up the lines of a results file, in shares from 0 to 1.
@@ -36,8 +38,8 @@ def format_summary(scores: dict) -> str:
     return "\n".join(
         [
             *lines,
-            f"{'overall':16s} {scores['overall']:.5f}    the mean of {len(lines)} tags",
-            f"right: {scores['correct_pictures']:.2%} of {scores['pictures']} pictures; at least one picture of "
-            f"{scores['correct_prompts']:.2%} of {scores['prompts']} prompts",
+            f"{'overall':16s} {scores['overall']:.5f}    the mean of {many(len(lines), 'tag')}",
+            f"right: {scores['correct_pictures']:.2%} of {many(scores['pictures'], 'picture')}; at least one picture "
+            f"of {scores['correct_prompts']:.2%} of {many(scores['prompts'], 'prompt')}",
         ]
     )

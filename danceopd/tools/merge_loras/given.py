@@ -23,6 +23,7 @@ from danceopd.support.errors import UserError
 from danceopd.support.files import check_writable
 from danceopd.support.hints import did_you_mean
 from danceopd.support.hub import hub_name, located
+from danceopd.support.texts import many
 from danceopd.tools.merge_loras.checkpoints import check_checkpoint, digest_of, extracted, is_checkpoint
 from danceopd.tools.merge_loras.prompts import PLAIN, SHIPPED, Prompts, notes_on, read_prompts, without_triggers
 from danceopd.tools.merge_loras.triggers import Trigger, metadata_of, trigger_of, triggers_in
@@ -190,7 +191,7 @@ def read(base: Path, loras: Sequence[Path], output: Path, options: Options, work
         for name in paths
     }
     if prompts.twice:
-        lines = "1 line" if prompts.twice == 1 else f"{prompts.twice} lines"
+        lines = many(prompts.twice, "line")
         notes.append(
             f"{lines} of {options.prompts or SHIPPED} stood there before, and what is there twice is taken once"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from danceopd.support.errors import UserError
 from danceopd.support.hints import did_you_mean
-from danceopd.support.texts import lines_of, parse_json, read_text
+from danceopd.support.texts import lines_of, many, parse_json, read_text
 from danceopd.tools.merge_loras.triggers import Trigger
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
@@ -123,11 +123,7 @@ def without_triggers(prompts: Prompts, triggers: Mapping[str, Trigger]) -> tuple
     if not kept:
         raise UserError("every prompt has a trigger's words in it; write prompts without, or NAME<TAB>prompt")
     out = len(texts) - len(kept)
-    what = (
-        "1 prompt has a trigger's words in it and is"
-        if out == 1
-        else f"{out} prompts have triggers' words in them and are"
-    )
+    what = many(out, "prompt has a trigger's words in it and is", "prompts have triggers' words in them and are")
     left = replace(prompts, shared=kept) if prompts.shared else replace(prompts, general=kept)
     return left, f"{what} left out, for without a trigger the base is asked"
 
@@ -153,8 +149,9 @@ def notes_on(prompts: Prompts, triggers: Mapping[str, Trigger]) -> list[str]:
         lack = [text for text in own if not trigger.stands_in(text)] if trigger.words else []
         if lack:
             notes.append(
-                f"the words {trigger.words!r} that call {name} are missing in {len(lack)} of its {len(own)} prompts, "
-                f"such as {lack[0]!r}: there the result learns to draw as {name} without being called"
+                f"the words {trigger.words!r} that call {name} are missing in {len(lack)} of its "
+                f"{many(len(own), 'prompt')}, such as {lack[0]!r}: there the result learns to draw as {name} "
+                "without being called"
             )
         for other, longer in triggers.items():
             if other != name and trigger.stands_in(longer.phrase()):

@@ -20,6 +20,7 @@ from danceopd.report.names import duration
 from danceopd.support.devices import find_device
 from danceopd.support.memory import format_bytes, free_bytes
 from danceopd.support.ranks import ALONE, Ranks
+from danceopd.support.texts import many
 from danceopd.tools.merge_loras.counts import PROBES, Counts, counted, score_every
 from danceopd.tools.merge_loras.gaps import GROWTH, Gaps, ended_early, settled, weights_of, words
 from danceopd.tools.merge_loras.given import Given, Options
@@ -62,17 +63,17 @@ def described(given: Given, options: Options, routes: Sequence[Route], config: C
     for route in routes:
         if route not in pairs:
             share, of = weights[route.name] / total, " and ".join(route.loras) or "the base"
-            lines.append(f"  {100 * share:.0f} % of the samples: {len(route.rows)} prompts to {of}")
+            lines.append(f"  {100 * share:.0f} % of the samples: {many(len(route.rows), 'prompt')} to {of}")
     if pairs:
         share, prompts = sum(weights[route.name] for route in pairs) / total, sum(len(route.rows) for route in pairs)
         them = f"{len(pairs)} pairs" if len(pairs) > 1 else "the pair"
-        lines.append(f"  {100 * share:.0f} % of the samples: {prompts} prompts to {them}, both together")
+        lines.append(f"  {100 * share:.0f} % of the samples: {many(prompts, 'prompt')} to {them}, both together")
     sigmas = given.backbone.sigmas(
         given.base, config.rollout.num_inference_steps, options.resolution, options.resolution
     )
     counts = counted(config, sigmas, options.patience, options.overwrite)
-    more = " more" if counts.updates < config.training.max_steps else ""
-    line = f"result: rank {given.rank}; at most {counts.updates}{more} updates of {config.training.batch_size} samples"
+    each, more = config.training.batch_size, "more " if counts.updates < config.training.max_steps else ""
+    line = f"result: rank {given.rank}; at most {many(counts.updates, f'{more}update')} of {many(each, 'sample')}"
     if (all_of_it := counts.total()) is not None:  # of the usual method
         line += (
             f", {counts.each:.1f} network evaluations each; {all_of_it:,.0f} in all, of which {counts.comparison:,.0f} "
@@ -184,12 +185,12 @@ def _time(parts: Parts, gaps: Gaps, counts: Counts) -> str:
         began = time.monotonic()
         float(field(*asked).float().sum())  # waits for the device
         seconds = time.monotonic() - began
-    left = counts.total()
+    left, samples = counts.total(), many(len(asked[0]), "sample")
     if left is None:
-        return f"time: {seconds:.2g} s for a forward of {len(asked[0])} samples; this method's are not worked out"
+        return f"time: {seconds:.2g} s for a forward of {samples}; this method's are not worked out"
     predicted = duration((left - counts.gaps) * seconds / len(asked[0]))
     return (
-        f"time, a prediction: {predicted} for {counts.updates} updates, {counts.scorings} scorings and the comparison, "
-        f"by a forward of {len(asked[0])} samples that took {seconds:.2g} s now; less where no gap closes further, and "
-        "more by the making of PEFT's merges"
+        f"time, a prediction: {predicted} for {many(counts.updates, 'update')}, {many(counts.scorings, 'scoring')} and "
+        f"the comparison, by a forward of {samples} that took {seconds:.2g} s now; less where no gap closes further, "
+        "and more by the making of PEFT's merges"
     )

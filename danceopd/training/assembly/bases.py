@@ -4,6 +4,7 @@ from types import ModuleType
 
 from danceopd.config.sections import Config
 from danceopd.models.distilled import why_distilled
+from danceopd.support.texts import many
 
 
 def distilled_bases(config: Config, backbone: ModuleType) -> list[str]:
@@ -26,8 +27,8 @@ def distilled_bases(config: Config, backbone: ModuleType) -> list[str]:
             continue
         lines.append(
             f"{key}: {weights} was distilled to a few steps ({why}): it answers with jumps towards a finished picture, "
-            f"not with the velocity at each noise level, so a rollout of {steps} steps leaves the path that it knows, "
-            f"guidance is applied to it a second time, and training undoes the distillation. Take {backbone.BASE}, or "
-            "give allow_distilled_base: true, which goes on without this line"
+            f"not with the velocity at each noise level, so a rollout of {many(steps, 'step')} leaves the path that "
+            f"it knows, guidance is applied to it a second time, and training undoes the distillation. Take "
+            f"{backbone.BASE}, or give allow_distilled_base: true, which goes on without this line"
         )
     return lines

@@ -13,6 +13,7 @@ from danceopd.models.fp8 import check_fp8
 from danceopd.support.devices import find_device
 from danceopd.support.errors import UserError
 from danceopd.support.optimizers import adamw_class
+from danceopd.support.texts import many
 
 CHECKS = {"fp8": check_fp8, "int8": lambda device: check_eight_bit()}  # of precisions that do not work everywhere
 
@@ -86,6 +87,7 @@ def check_room(folder: Path, parameters: int, checkpoints: int) -> None:
     free, needed = shutil.disk_usage(folder).free, 16 * parameters * checkpoints + 4 * parameters + 2**24
     if free < needed:
         raise UserError(
-            f"training.output_dir: {free / 2**20:,.0f} MiB are free at {folder}, but {checkpoints} checkpoints and the "
-            f"student need {needed / 2**20:,.0f}; make room, or keep fewer (training.keep_checkpoints)"
+            f"training.output_dir: {free / 2**20:,.0f} MiB are free at {folder}, but "
+            f"{many(checkpoints, 'checkpoint')} and the student need {needed / 2**20:,.0f}; make room, or keep fewer "
+            "(training.keep_checkpoints)"
         )

@@ -239,7 +239,7 @@ def test_what_a_user_gets_wrong(root, drawn, serve, capsys, monkeypatch):
     assert main(command(root, drawn, "--method", "theirs", "--judge-url", fine.url, "--judge-model", "j")) == 1
     said = capsys.readouterr().err
     assert f"{picture}: " in said
-    assert "1 edits have no score and are left out" in said
+    assert "left out 1 edit without a score; the same command asks again" in said
 
 
 def test_evaluate_still_takes_a_checkpoint(capsys):
