@@ -1,11 +1,15 @@
 """Arguments that several commands share."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from danceopd.miniature.shipped import trained_at
 from danceopd.support.errors import UserError
+
+Answer = TypeVar("Answer", int, float)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -71,11 +75,47 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
     return read
 
 
-def seed(text: str) -> int:
-    """Reads a seed, of the same range as those of a configuration."""
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to {2**32 - 1}, not {text!r}")
-    return int(text)
+def whole(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+    """Returns what reads a whole number within bounds, so that others are refused before anything is computed."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        return _within(value, text, least, most)
+
+    return read
+
+
+def real(above: float | None = None, most: float | None = None) -> Callable[[str], float]:
+    """Returns what reads a finite number within bounds."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be a number, not {text!r}")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"must be above {above}, not {text}")
+        return _within(value, text, None, most)
+
+    return read
+
+
+def _within(value: Answer, text: str, least: float | None, most: float | None) -> Answer:
+    if least is not None and value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+    if most is not None and value > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}, not {text}")
+    return value
+
+
+seed = whole(0, 2**32 - 1)  # as a configuration's
+
+STEPS, SIDE = 10_000, 16_384  # of a solver, and of a picture: with a digit too many the memory would be full
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +148,7 @@ def add_steps(parser: argparse.ArgumentParser, usual: str, default: int | None =
     """Adds the number of solver steps; usual: what the help says of the default."""
     parser.add_argument(
         "--num-inference-steps",
-        type=int,
+        type=whole(1, STEPS),
         default=default,
         metavar="N",
         help=f"number of solver steps for a picture (default: {usual})",
@@ -119,7 +159,7 @@ def add_resolution(parser: argparse.ArgumentParser, usual: str, default: int | N
     """Adds the size of square pictures; usual: what the help says of the default."""
     parser.add_argument(
         "--resolution",
-        type=int,
+        type=whole(1, SIDE),
         default=default,
         metavar="PIXELS",
         help="width and height of a picture, for most models a multiple of 16; of a picture that is not square, "
@@ -131,7 +171,7 @@ def add_max_sequence_length(parser: argparse.ArgumentParser) -> None:
     """Adds the tokens of a prompt."""
     parser.add_argument(
         "--max-sequence-length",
-        type=int,
+        type=whole(1),
         metavar="N",
         help="number of tokens that longer prompts are cut to (default: the pipeline's own)",
     )
@@ -153,7 +193,7 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
     )
     add_steps(parser, OWN)
     parser.add_argument(
-        "--guidance-scale", type=float, metavar="SCALE", help=f"strength of the guidance (default: {OWN})"
+        "--guidance-scale", type=real(), metavar="SCALE", help=f"strength of the guidance (default: {OWN})"
     )
     add_max_sequence_length(parser)
     parser.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: %(default)s)")
@@ -174,7 +214,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add_steps(parser, "16", 16)
     parser.add_argument(
         "--shift",
-        type=float,
+        type=real(above=0),
         default=5.0,
         help="how far the noise levels are moved towards noise; 1 leaves them evenly spaced (default: %(default)g)",
     )
@@ -183,7 +223,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--guidance-scale",
-        type=float,
+        type=real(),
         default=1.0,
         metavar="SCALE",
         help="strength of the guidance; 1 is without (default: %(default)g)",

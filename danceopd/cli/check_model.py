@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_device, add_resolution, add_steps
-from danceopd.support.errors import UserError
+from danceopd.cli.arguments import add_command, add_device, add_resolution, add_steps, real, whole
 
 
 def add_check_model(commands) -> None:
@@ -23,18 +22,18 @@ def add_check_model(commands) -> None:
     add_resolution(parser, "1024", 1024)
     add_steps(parser, "2", 2)
     parser.add_argument(
-        "--references", type=int, default=1, metavar="N", help="source pictures of an edit (default: %(default)s)"
+        "--references", type=whole(1), default=1, metavar="N", help="source pictures of an edit (default: %(default)s)"
     )
     parser.add_argument(
         "--guidance-scale",
-        type=float,
+        type=real(),
         default=4.0,
         metavar="SCALE",
         help="guidance of the second picture; the first has none, and with 1 it is the only one (default: %(default)g)",
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=real(above=0),
         metavar="X",
         help="largest difference that passes (default: 1e-4 in float32, 2e-2 in half precision)",
     )
@@ -43,11 +42,6 @@ def add_check_model(commands) -> None:
 
 def run_check_model(args: argparse.Namespace) -> int:
     """Prints each stage's difference; returns 1 where one is too large."""
-    if min(args.resolution, args.num_inference_steps, args.references) < 1:
-        raise UserError("--resolution, --num-inference-steps and --references must be positive")
-    if args.tolerance is not None and args.tolerance <= 0:
-        raise UserError(f"--tolerance must be positive, got {args.tolerance:g}")
-
     import torch
 
     from danceopd.evaluation.check_model import How, check_model, table, tasks_of

@@ -11,6 +11,7 @@ from danceopd.cli.arguments import (
     fill_sizes,
     output_folder,
     seed,
+    whole,
 )
 from danceopd.data.bad_rows import ON_BAD_ROW, Problem, shown
 from danceopd.support.errors import UserError
@@ -67,7 +68,7 @@ def _add_world(actions) -> None:
     )
     world.add_argument("folder", type=output_folder, help="the folder to write the pictures and the manifest into")
     world.add_argument(
-        "--size", type=int, default=1000, metavar="N", help="rows of each capability (default: %(default)s)"
+        "--size", type=whole(1), default=1000, metavar="N", help="rows of each capability (default: %(default)s)"
     )
     world.add_argument("--seed", type=seed, default=0, help="seed of prompts and pictures (default: %(default)s)")
     world.add_argument(
@@ -115,13 +116,13 @@ def _add_prepare(actions) -> None:
     _add_rows(prepare)
     prepare.add_argument(
         "--batch-size",
-        type=int,
+        type=whole(1),
         default=8,
         metavar="N",
         help="prompts or pictures encoded at a time (default: %(default)s)",
     )
     prepare.add_argument(
-        "--workers", type=int, default=4, metavar="N", help="threads that read pictures (default: %(default)s)"
+        "--workers", type=whole(1), default=4, metavar="N", help="threads that read pictures (default: %(default)s)"
     )
     add_device(prepare)
     _add_bad_rows(prepare, "skip")
@@ -145,7 +146,7 @@ def _add_bad_rows(parser: argparse.ArgumentParser, default: str) -> None:
     )
     parser.add_argument(
         "--max-bad-rows",
-        type=int,
+        type=whole(0),
         metavar="N",
         help="with skip, end where there are more bad rows (default: any number)",
     )
@@ -191,8 +192,6 @@ def run_prepare(args: argparse.Namespace) -> None:
     from danceopd.support.devices import find_device
 
     fill_sizes(args, args.model)
-    if min(args.resolution, args.batch_size, args.workers) < 1:
-        raise UserError("--resolution, --batch-size and --workers must be positive")
     done = prepare(
         args.manifest,
         args.model,

@@ -14,6 +14,8 @@ from danceopd.cli.arguments import (
     add_resolution,
     fill_sizes,
     output_folder,
+    real,
+    whole,
 )
 from danceopd.support.errors import UserError
 from danceopd.support.texts import many
@@ -80,36 +82,39 @@ def add_gedit(commands) -> None:
     )
     parser.add_argument(
         "--parallel",
-        type=int,
+        type=whole(1),
         default=8,
         metavar="N",
         help="questions to the endpoint at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--requests-per-minute",
-        type=float,
+        type=real(above=0),
         metavar="N",
         help="most requests to the endpoint in a minute (default: any number)",
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=real(above=0),
         default=120.0,
         metavar="SECONDS",
         help="how long an answer of the endpoint is waited for (default: %(default)g)",
     )
     parser.add_argument(
-        "--max-calls", type=int, metavar="N", help="requests to the endpoint after which it ends (default: any number)"
+        "--max-calls",
+        type=whole(1),
+        metavar="N",
+        help="requests after which it ends (default: any number)",
     )
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=whole(1),
         metavar="N",
         help="tokens, as the endpoint counts them, after which it ends (default: any number)",
     )
     parser.add_argument(
         "--batch-size",
-        type=int,
+        type=whole(1),
         default=4,
         metavar="N",
         help="edits that a local judge sees at a time (default: %(default)s)",
@@ -178,19 +183,6 @@ def run_gedit(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> str:
     """Checks the arguments against each other; returns the name of the method."""
     fill_sizes(args, args.model)
-    checks = {
-        "--resolution": args.resolution,
-        "--num-inference-steps": args.num_inference_steps,
-        "--max-sequence-length": args.max_sequence_length,
-        "--parallel": args.parallel,
-        "--requests-per-minute": args.requests_per_minute,
-        "--timeout": args.timeout,
-        "--max-calls": args.max_calls,
-        "--max-tokens": args.max_tokens,
-        "--batch-size": args.batch_size,
-    }
-    if bad := [name for name, value in checks.items() if value is not None and value <= 0]:
-        raise UserError(f"{', '.join(bad)} must be positive")
     if bool(args.judge_url) != bool(args.judge_model):
         raise UserError("--judge-url and --judge-model go together")
     if args.judge_url and args.judge:

@@ -13,6 +13,8 @@ from danceopd.cli.arguments import (
     add_pipeline,
     add_resolution,
     fill_sizes,
+    real,
+    whole,
 )
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
@@ -55,10 +57,10 @@ def add_geneval(commands) -> None:
     )
     add_pipeline(parser)
     parser.add_argument(
-        "--samples", type=int, default=4, metavar="N", help="pictures of each prompt (default: %(default)s)"
+        "--samples", type=whole(1), default=4, metavar="N", help="pictures of each prompt (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=4, metavar="N", help="pictures drawn at a time (default: %(default)s)"
+        "--batch-size", type=whole(1), default=4, metavar="N", help="pictures drawn at a time (default: %(default)s)"
     )
     add_resolution(parser, OWN)
     parser.add_argument(
@@ -77,7 +79,7 @@ def add_geneval(commands) -> None:
     )
     parser.add_argument(
         "--max-overlap",
-        type=float,
+        type=real(above=0, most=1),
         default=1.0,
         metavar="SHARE",
         help="of two boxes that overlap by more, one is dropped; 1 keeps all (default: %(default)g)",
@@ -174,7 +176,3 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--model draws the prompts of --metadata; give GenEval's evaluation_metadata.jsonl")
     if not args.model and (args.lora or args.transformer):
         raise UserError("--lora and --transformer belong to a --model")
-    if args.samples < 1 or args.batch_size < 1 or not 0 < args.max_overlap <= 1:
-        raise UserError("--samples and --batch-size must be at least 1, --max-overlap above 0 and at most 1")
-    if min(args.num_inference_steps or 1, args.resolution or 1, args.max_sequence_length or 1) < 1:
-        raise UserError("--num-inference-steps, --resolution and --max-sequence-length must be positive")

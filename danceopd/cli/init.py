@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from danceopd.cli.arguments import add_command, output_file
+from danceopd.cli.arguments import add_command, output_file, whole
 from danceopd.cli.train import CARDS
 from danceopd.miniature.shipped import trained_at
 from danceopd.support.errors import UserError
@@ -60,7 +60,7 @@ def add_init(commands) -> None:
         metavar="CARD",
         help="what trains: %(choices)s (default: the card that is here, or else cpu)",
     )
-    parser.add_argument("--gpus", type=int, metavar="N", help="number of cards (default: 1)")
+    parser.add_argument("--gpus", type=whole(1), metavar="N", help="number of cards (default: 1)")
     parser.add_argument(
         "-o",
         "--output",
@@ -80,8 +80,6 @@ def run_init(args: argparse.Namespace) -> int:
 
     if args.output.exists() and not args.overwrite:
         raise UserError(f"{args.output} is there already; give another -o, or --overwrite")
-    if args.gpus is not None and args.gpus < 1:
-        raise UserError("--gpus must be at least 1")
     if args.data and not args.data.is_file():
         raise UserError(f"no manifest at {args.data}{near_path(args.data)}")
     wishes = _wishes(args)

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, output_folder, seed
-from danceopd.support.errors import UserError
+from danceopd.cli.arguments import add_command, output_folder, seed, whole
 
 FOLDER = Path("runs/miniature")
 
@@ -45,7 +44,7 @@ def add_miniature(commands) -> None:
     )
     parser.add_argument(
         "--size",
-        type=int,
+        type=whole(1),
         default=1000,
         metavar="N",
         help="with data, rows of each capability; with benchmark, prompts of each task and edits of each kind "
@@ -58,8 +57,6 @@ def add_miniature(commands) -> None:
 
 def run_miniature(args: argparse.Namespace) -> None:
     """Lists, trains, or scores and describes."""
-    if args.size < 1:
-        raise UserError("--size must be at least 1")
     if args.action == "train":
         from danceopd.miniature.train import STAGES, train
 

@@ -5,7 +5,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_device, output_file
+from danceopd.cli.arguments import add_command, add_device, output_file, whole
 from danceopd.support.errors import UserError
 
 
@@ -41,7 +41,7 @@ def add_reward(commands) -> None:
         "--aesthetic-head", type=Path, metavar="FILE", help="the aesthetic head, as safetensors; adds its score"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="pictures scored at a time (default: %(default)s)"
+        "--batch-size", type=whole(1), default=16, metavar="N", help="pictures scored at a time (default: %(default)s)"
     )
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="a file to write the results into")
     add_device(parser)
@@ -53,8 +53,6 @@ def run_reward(args: argparse.Namespace) -> None:
         raise UserError("--base and --source go together: the gap is between them")
     if (args.aesthetic is None) != (args.aesthetic_head is None):
         raise UserError("--aesthetic and --aesthetic-head go together")
-    if args.batch_size < 1:
-        raise UserError("--batch-size must be at least 1")
     if not (args.clip or args.pickscore or args.hps or args.aesthetic):
         raise UserError("no reward: give --clip, --pickscore, --hps, or --aesthetic with --aesthetic-head")
 

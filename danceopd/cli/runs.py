@@ -5,10 +5,17 @@ import os
 import sys
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_max_sequence_length, add_resolution, fill_sizes, output_folder
+from danceopd.cli.arguments import (
+    add_command,
+    add_max_sequence_length,
+    add_resolution,
+    fill_sizes,
+    output_folder,
+    real,
+    whole,
+)
 from danceopd.reproduce.matrix import BUDGETS, SETTINGS
 from danceopd.support.bars import bar
-from danceopd.support.errors import UserError
 
 
 def add_report(commands) -> None:
@@ -124,11 +131,11 @@ def add_merge_loras(commands) -> None:
         help="whose tools the file is for (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=int, default=1000, metavar="N", help="number of updates at most (default: %(default)s)"
+        "--steps", type=whole(), default=1000, metavar="N", help="number of updates at most (default: %(default)s)"
     )
     parser.add_argument(
         "--patience",
-        type=int,
+        type=whole(),
         default=4,
         metavar="N",
         help="end after so many scorings without growth; 0 does every update (default: %(default)s)",
@@ -137,7 +144,7 @@ def add_merge_loras(commands) -> None:
     add_max_sequence_length(parser)
     parser.add_argument(
         "--guidance-scale",
-        type=float,
+        type=real(),
         default=1.0,
         metavar="SCALE",
         help="the guidance that the LoRAs and the result are drawn with; 1 is without (default: %(default)g)",
@@ -161,7 +168,7 @@ def _rank(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"a number or auto, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be a whole number or auto, not {text!r}") from None
 
 
 def add_reproduce(commands) -> None:
@@ -182,10 +189,13 @@ def add_reproduce(commands) -> None:
         help="quick trains briefly, to see that everything runs; paper trains in full (default: %(default)s)",
     )
     parser.add_argument(
-        "--seeds", type=int, metavar="N", help="trainings of each row, from other seeds (default: quick 1, paper 3)"
+        "--seeds",
+        type=whole(1),
+        metavar="N",
+        help="trainings of each row, each from a seed of its own (default: quick 1, paper 3)",
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="trainings at a time (default: as many as there are cores)"
+        "--workers", type=whole(1), metavar="N", help="trainings at a time (default: as many as there are cores)"
     )
     parser.add_argument(
         "--configs",
@@ -282,8 +292,6 @@ def run_reproduce(args: argparse.Namespace) -> None:
     settings, budget = chosen(args.setting), BUDGETS[args.budget]
     seeds = budget.seeds if args.seeds is None else args.seeds
     workers = os.cpu_count() or 1 if args.workers is None else args.workers
-    if seeds < 1 or workers < 1:
-        raise UserError("--seeds and --workers must be at least 1")
     work = args.work or Path("runs/reproduce") / budget.name
     results = args.results or (work / "results" if budget.name == "quick" else Path("results"))
     for setting in settings if args.again else ():

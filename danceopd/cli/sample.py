@@ -15,7 +15,9 @@ from danceopd.cli.arguments import (
     add_resolution,
     add_steps,
     output_file,
+    real,
     seed,
+    whole,
 )
 from danceopd.support.errors import UserError
 
@@ -80,14 +82,14 @@ def _add_grid(parser: argparse.ArgumentParser, output: str) -> None:
     )
     parser.add_argument(
         "--guidance-scale",
-        type=float,
+        type=real(),
         nargs="+",
         metavar="SCALE",
         help=f"strengths of the guidance, a row each (default: {OWN}; of an embedded network 1, which is without)",
     )
     parser.add_argument(
         "--checkpoint",
-        type=int,
+        type=whole(0),
         nargs="+",
         metavar="STEP",
         help="updates of a run whose checkpoints draw, a row each (default: the newest)",
@@ -95,7 +97,7 @@ def _add_grid(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--lora", type=Path, help="a LoRA for the pipeline: a file, a folder or an id of the hub")
     parser.add_argument(
         "--lora-weight",
-        type=float,
+        type=real(),
         nargs="+",
         metavar="WEIGHT",
         help="strengths of the LoRA, a row each; 0 draws without it (default: 1)",
@@ -111,7 +113,7 @@ def _add_grid(parser: argparse.ArgumentParser, output: str) -> None:
     add_max_sequence_length(parser)
     parser.add_argument(
         "--shift",
-        type=float,
+        type=real(above=0),
         help="how far the noise levels of an embedded network are moved towards noise (default: 5)",
     )
     parser.add_argument(
@@ -128,9 +130,6 @@ def run_sample(args: argparse.Namespace) -> None:
     from danceopd.support.pictures import open_picture
 
     picture = open_picture(args.picture) if getattr(args, "picture", None) else None
-    for name in ("num_inference_steps", "resolution", "max_sequence_length"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     with _networks(args, picture) as networks:
         first = ("to edit", pixels(picture)) if picture else None
         png = draw_grid(
@@ -225,11 +224,12 @@ def _pipelines(args: argparse.Namespace, run: Path, config, picture, work: Path)
     from danceopd.miniature.shipped import trained_at
     from danceopd.support.devices import find_own_device
     from danceopd.tools.students import student_files
+    from danceopd.world.files import shipped_sources
 
     device = find_own_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     if config is None:
-        files = {"": found(args.what, args.lora, args.base)}
+        files = {"": found(args.what, args.lora, args.base, shipped_sources())}
     else:
         if args.lora or args.base:
             raise UserError(f"{run} is a run, with a base and a student of its own; leave out --lora and --base")

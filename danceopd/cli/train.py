@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_config, add_overrides
-from danceopd.support.errors import UserError
+from danceopd.cli.arguments import add_command, add_config, add_overrides, real, whole
 
 # The keys of support.cards.CARDS, whose import takes torch's time.
 CARDS = ("h100", "h100-pcie", "h200", "b200", "a100", "a100-40", "l40s")
@@ -38,7 +37,7 @@ def add_train(commands) -> None:
     )
     parser.add_argument(
         "--patience",
-        type=float,
+        type=real(above=0),
         default=900,
         metavar="SECONDS",
         help="how long a process of several may be silent before all end (default: %(default)g)",
@@ -85,7 +84,7 @@ def add_plan(commands) -> None:
     parser.set_defaults(dry_run=True, download=False)  # it loads nothing
     add_config(parser)
     parser.add_argument(
-        "--gpus", type=int, default=1, metavar="N", help="number of cards, 8 in a machine (default: %(default)s)"
+        "--gpus", type=whole(1), default=1, metavar="N", help="number of cards, 8 in a machine (default: %(default)s)"
     )
     parser.add_argument(
         "--gpu",
@@ -148,8 +147,6 @@ def run_plan(args: argparse.Namespace) -> int:
     from danceopd.planning.cluster import plan
     from danceopd.training.zero.settings import read_deepspeed
 
-    if args.gpus < 1:
-        raise UserError("--gpus must be at least 1")
     settings = read_deepspeed(args.deepspeed) if args.deepspeed else None
     config = load_config(args.config, args.overrides)
     planned = plan(config, examiner_of(config), args.gpus, args.gpu, settings)

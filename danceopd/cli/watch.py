@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command
+from danceopd.cli.arguments import add_command, whole
 from danceopd.support.errors import UserError
 
 
@@ -20,7 +20,7 @@ def add_watch(commands) -> None:
         "runs", type=Path, nargs="+", metavar="RUN", help="the folder of a run, or a folder that holds several"
     )
     parser.add_argument(
-        "--port", type=int, default=8642, help="the page's port; 0 takes a free one (default: %(default)s)"
+        "--port", type=whole(0, 65535), default=8642, help="the page's port; 0 takes a free one (default: %(default)s)"
     )
 
 
@@ -29,8 +29,6 @@ def run_watch(args: argparse.Namespace) -> None:
     from danceopd.watch.runs import Runs
     from danceopd.watch.server import serve
 
-    if not 0 <= args.port < 65536:
-        raise UserError("--port is between 0 and 65535")
     try:
         serve(
             Runs(args.runs), args.port, lambda address: print(f"watch it at {address}  (Ctrl-C ends this)", flush=True)

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_sampling, output_file, output_folder, seed
+from danceopd.cli.arguments import add_command, add_sampling, output_file, output_folder, seed, whole
 from danceopd.support.errors import UserError
 
 CHECKPOINT = "a run's folder, a .safetensors file, or the name of an embedded network"
@@ -29,10 +29,18 @@ def add_evaluate(commands) -> None:
     )
     parser.add_argument("--name", help="the name of the row (default: that of the file or folder)")
     parser.add_argument(
-        "--per-task", type=int, default=100, metavar="N", help="pictures of each GenEval task (default: %(default)s)"
+        "--per-task",
+        type=whole(1),
+        default=100,
+        metavar="N",
+        help="pictures of each GenEval task (default: %(default)s)",
     )
     parser.add_argument(
-        "--per-kind", type=int, default=100, metavar="N", help="pictures of each kind of edit (default: %(default)s)"
+        "--per-kind",
+        type=whole(1),
+        default=100,
+        metavar="N",
+        help="pictures of each kind of edit (default: %(default)s)",
     )
     parser.add_argument(
         "--pictures",
@@ -72,8 +80,6 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from danceopd.support.files import write_atomic
     from danceopd.world.scoring import load_field, score_row
 
-    if args.per_task < 1 or args.per_kind < 1:
-        raise UserError("--per-task and --per-kind must be at least 1")
     how = (args.num_inference_steps, args.shift, args.solver, args.guidance_scale)
     weights = _weights(args.checkpoint)
     field, sampler = load_field(weights, *how)

@@ -58,6 +58,9 @@ def _explain(error: dict, valid: Iterable[str] | None = None, prefix: str = "") 
     if error["type"] == "extra_forbidden":
         if valid is None:
             valid = [*_section_at(error["loc"]), *([EXTENDS] if len(error["loc"]) == 1 else [])]
+            within = [f"{name}.{key}" for name in valid if key in _section_at((name, key))]
+            if len(error["loc"]) == 1 and within:
+                return f"{key}: unknown key; did you mean {' or '.join(map(repr, within))}?"
         return f"{key}: unknown key{did_you_mean(error['loc'][-1], valid) if valid else '; this method has none'}"
     if error["type"] == "missing":
         return f"{key}: required, but not given"

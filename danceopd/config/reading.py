@@ -54,7 +54,7 @@ def _read_file(path: Path, extended_by: tuple[Path, ...]) -> object:
     except ValueError as error:
         raise UserError(f"cannot read {path}{at}: {error}") from None
     if at and not isinstance(raw, dict):
-        raise UserError(f"{path}{at} must be a mapping of keys to values, found {type(raw).__name__}")
+        raise UserError(f"{path}{at} {_no_mapping(raw)}")
     if not isinstance(raw, dict) or EXTENDS not in raw:
         return raw
     named = raw.pop(EXTENDS)
@@ -122,9 +122,21 @@ def read_yaml(text: str) -> object:
             raise ValueError(f"it holds over {LARGEST} keys and values, those behind its aliases counted each time")
     except RecursionError:
         raise ValueError("it nests too deep, or in itself") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ValueError(f"it is not YAML{where}: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
     return found
+
+
+def _no_mapping(raw: object) -> str:
+    """Says what a file holds in the place of keys and values."""
+    if raw is None:
+        return "is empty; a configuration has keys and values, as configs/demo.yaml has"
+    kind = "a list" if isinstance(raw, list) else f"the value {str(raw)[:40]!r} alone"
+    return f"holds {kind}; a configuration has keys and values, as configs/demo.yaml has"
 
 
 def _count(value: object, known: dict[int, int]) -> int:
@@ -173,7 +185,7 @@ def parse_config(raw: dict, overrides: list[str] = (), name: str = "configuratio
         UserError: As load_config does.
     """
     if not isinstance(raw, dict):
-        raise UserError(f"{name} must be a mapping of keys to values, found {type(raw).__name__}")
+        raise UserError(f"{name} {_no_mapping(raw)}")
     raw = _at_home(raw)  # each part by itself too: an override must not reach what an alias shares
     for override in overrides:
         _override(raw, override)

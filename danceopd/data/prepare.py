@@ -20,7 +20,7 @@ from danceopd.data.picture_changes import changes_of, picture_notes
 from danceopd.data.prompt_limits import look_at_prompts, prompt_notes
 from danceopd.models.backbones import backbone_of
 from danceopd.models.fingerprint import fingerprint
-from danceopd.models.loading import class_name_of, multiple_of
+from danceopd.models.loading import class_name_of, length_of_prompts, multiple_of
 from danceopd.support.bars import bar
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
@@ -311,20 +311,6 @@ def _constant(texts: tuple[str, ...]) -> list[str]:
 def _filled(row: Row, texts: tuple[str, ...]) -> dict[str, str]:
     """Returns a row's own texts, by what they are filled from."""
     return {text: filled(text, row.columns) for text in texts if columns_of(text)}
-
-
-def length_of_prompts(length: int | None, backbone, model: Path) -> int:
-    """Returns the tokens of a prompt; a UserError for a length that the pipeline would not take."""
-    most = backbone.MAX_SEQUENCE_LENGTH
-    if length is None:
-        return most
-    if not 1 <= length <= most:
-        raise UserError(f"max_sequence_length must be from 1 to {most} for {model}, got {length}")
-    if all(reader.limit is None for reader in backbone.prompt_readers(model, length)):
-        raise UserError(
-            f"{model} is a {class_name_of(model)}, which does not cut prompts; leave max_sequence_length out"
-        )
-    return length
 
 
 def _check_not_anothers(path: Path, made_from: dict) -> None:

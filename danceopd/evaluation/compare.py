@@ -18,6 +18,7 @@ from danceopd.evaluation.geneval.layout import read_results
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
 from danceopd.support.pages import data_uri, render
+from danceopd.support.paths import near_path
 from danceopd.support.pictures import decode_picture
 from danceopd.support.texts import many, parse_json, parse_object
 
@@ -102,6 +103,8 @@ def read_run(path: Path) -> Run:
     Raises:
         UserError: There is no such file, or two of its lines are of the same picture.
     """
+    if not path.exists():
+        raise UserError(f"there is no {path}; give the folder of a run that was evaluated{near_path(path)}")
     if path.is_file():
         return _read_gedit(path) if path.suffix == ".json" else _read_geneval(path)
     if (path / "results.jsonl").is_file():
@@ -114,8 +117,9 @@ def read_run(path: Path) -> Run:
     if judged:
         raise UserError(f"several judges scored {path}; give one of {', '.join(str(file.parent) for file in judged)}")
     raise UserError(
-        f"there are no results of {path}; danceopd evaluate geneval {path} --detector ... writes them, or danceopd "
-        f"evaluate gedit ... --method {path.name}, of the picture world danceopd evaluate CHECKPOINT --pictures {path}"
+        f"there are no results in {path}: danceopd evaluate geneval {path} --detector ... writes them, danceopd "
+        f"evaluate gedit ... --method {path.name} those of edits, and danceopd evaluate CHECKPOINT --pictures {path} "
+        "those of the picture world"
     )
 
 

@@ -4,7 +4,7 @@ Nothing here imports diffusers, which the embedded networks are drawn with witho
 evaluation.grid_pipeline.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from danceopd.support.errors import UserError
+from danceopd.support.hints import did_you_mean
 from danceopd.support.hub import located, near
 from danceopd.support.pictures import labelled_grid, png
 
@@ -32,13 +33,14 @@ class Network:
     load: Callable[[], Draw]
 
 
-def found(what: str, lora: Path | None, base: Path | None) -> dict[str, Path]:
+def found(what: str, lora: Path | None, base: Path | None, networks: Iterable[str] = ()) -> dict[str, Path]:
     """Finds what a name draws with.
 
     Args:
         what: A pipeline's folder, an id of the hub, a name that ships, or a LoRA.
         lora: A LoRA for the pipeline.
         base: The pipeline of a LoRA; the one that its file names if not given.
+        networks: Other names that could have been meant.
 
     Returns:
         ``model``, and ``lora`` where there is one, as `evaluation.grid_pipeline.Pipeline` takes them.
@@ -54,7 +56,8 @@ def found(what: str, lora: Path | None, base: Path | None) -> dict[str, Path]:
     if lora:
         raise UserError(f"{what} is no pipeline's folder, which --lora is for; give the pipeline first")
     if not path.exists():
-        raise UserError(f"there is no {what}; give a run's folder, a pipeline, a LoRA or a network{near(path)}")
+        hint = near(path) or did_you_mean(what, networks, "")
+        raise UserError(f"there is no {what}; give a run's folder, a pipeline, a LoRA or a network{hint}")
     from danceopd.models.lora_files import trained_for  # imports diffusers, which a mistyped name is said without
 
     trained = base or trained_for(path)

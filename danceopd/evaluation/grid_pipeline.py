@@ -11,7 +11,7 @@ from PIL import Image
 from danceopd.evaluation.gedit.draw import Editing, edit, size_of
 from danceopd.evaluation.geneval.draw import check_draws_text
 from danceopd.evaluation.grid import Draw, pixels
-from danceopd.evaluation.pipelines import call_options, drawn_by, load_pipeline
+from danceopd.evaluation.pipelines import call_options, check_takes, drawn_by, load_pipeline
 from danceopd.models.backbones import backbone_of
 from danceopd.models.loading import class_name_of, multiple_of
 from danceopd.models.lora_files import lora_file
@@ -53,7 +53,8 @@ class Pipeline:
             raise UserError(f"{self.model} is a {name}, which draws from text alone; danceopd sample draws with it")
         if self.resolution and self.resolution < (least := multiple_of(backbone_of(self.model), self.model)):
             raise UserError(f"--resolution {self.resolution} is less than a picture of {self.model}; at least {least}")
-        if self.picture is not None:
+        check_takes(self.model, None if self.picture else self.resolution, self.max_sequence_length)
+        if self.picture is not None:  # of a shape of its own, whose sides are rounded to what the pipeline takes
             self._size()
         if self.lora:
             lora_file(self.lora)

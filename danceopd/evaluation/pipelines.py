@@ -8,10 +8,29 @@ import torch
 from diffusers import DiffusionPipeline
 
 from danceopd.models.backbones import backbone_of, family_of
-from danceopd.models.loading import class_name_of, load, transformer_folder
+from danceopd.models.loading import class_name_of, length_of_prompts, load, transformer_folder
 from danceopd.models.lora_algebra import merge_into, named_factors
 from danceopd.models.lora_files import load_lora, loads_loras
 from danceopd.support.errors import UserError
+
+
+def check_takes(model: Path, resolution: int | None, max_sequence_length: int | None) -> None:
+    """Checks that a pipeline draws squares of a size, from prompts of a length.
+
+    Args:
+        model: The pipeline's folder; of a family that is not known nothing is checked.
+        resolution: Sides in pixels; None for the pipeline's own.
+        max_sequence_length: Tokens; None for the pipeline's own.
+
+    Raises:
+        UserError: It does not.
+    """
+    family = family_of(class_name_of(model))
+    if family is None:
+        return
+    if resolution is not None:
+        family.latent_shape(model, resolution, resolution)
+    length_of_prompts(max_sequence_length, family, model)
 
 
 def load_pipeline(

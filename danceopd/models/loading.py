@@ -534,6 +534,20 @@ def load_tokenizer(cls: type, path: Path | str):
     return load(cls, path)
 
 
+def length_of_prompts(length: int | None, backbone, model: Path) -> int:
+    """Returns the tokens of a prompt; a UserError for a length that the pipeline would not take."""
+    most = backbone.MAX_SEQUENCE_LENGTH
+    if length is None:
+        return most
+    if not 1 <= length <= most:
+        raise UserError(f"max_sequence_length must be from 1 to {most} for {model}, got {length}")
+    if all(reader.limit is None for reader in backbone.prompt_readers(model, length)):
+        raise UserError(
+            f"{model} is a {class_name_of(model)}, which does not cut prompts; leave max_sequence_length out"
+        )
+    return length
+
+
 def multiple_of(backbone, model: Path) -> int:
     """Returns what heights and widths are multiples of: the side of the smallest picture that the model takes."""
     for step in (8, 16, 32):

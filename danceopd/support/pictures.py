@@ -54,7 +54,7 @@ def labelled_grid(
     cell = min(max(rows[0][1][0].shape[2], least), CELL[1])
     line = max(16, cell // 16)
     font = ImageFont.load_default(line * 0.7)
-    heights = [max(round(cell * p.shape[1] / p.shape[2]) for p in pictures) for _, pictures in rows]
+    heights = [max(_height(cell, *p.shape[1:]) for p in pictures) for _, pictures in rows]
     names = [_wrapped(name, font, cell - 8) for name in columns]
     top = line * max((name.count("\n") + 1 for name in names), default=0)
     image = Image.new("RGB", (cell * max(len(p) for _, p in rows), top + sum(heights) + len(rows) * line), "white")
@@ -65,7 +65,7 @@ def labelled_grid(
         draw.text((4, top + 1), label, "dimgray", font)
         for i, picture in enumerate(pictures):
             shown = Image.fromarray(to_uint8(picture).permute(1, 2, 0).numpy())
-            size = (cell, round(cell * shown.height / shown.width))
+            size = (cell, _height(cell, shown.height, shown.width))
             enlarged = shown.width < cell  # small pictures by their pixels, large ones smoothly
             method = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
             image.paste(shown.resize(size, method), (i * cell, top + line))
@@ -73,6 +73,11 @@ def labelled_grid(
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _height(cell: int, height: int, width: int) -> int:
+    """Returns how high a picture stands in a cell of this width: a pixel at least."""
+    return max(1, round(cell * height / width))
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from danceopd.data.column_names import column_notes
 from danceopd.data.manifest import read_manifest
-from danceopd.data.prepare import length_of_prompts
 from danceopd.data.prompt_limits import notes_before
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
 from danceopd.models.blocks import PRESETS, preset_layers
+from danceopd.models.loading import length_of_prompts
 from danceopd.models.lora_files import load_lora, lora_file, trained_for
 from danceopd.models.shared_base import target_layers
 from danceopd.support.errors import UserError
@@ -166,8 +166,9 @@ def propose(wishes: Wishes, model: Path, output: Path, max_sequence_length: int 
         The proposal; nothing is written.
 
     Raises:
-        UserError: A capability edits and the base does not, there is nothing to edit, or a LoRA lacks rows in the data.
+        UserError: The base is no pipeline or cannot edit, there is nothing to edit, or a LoRA lacks rows in the data.
     """
+    check_base(model)
     for name in wishes.edits:
         if name not in wishes.loras:
             raise UserError(f"--edit names no source {name!r}{did_you_mean(name, wishes.loras)}")

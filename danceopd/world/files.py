@@ -9,6 +9,7 @@ from safetensors.torch import save
 
 from danceopd.support.errors import UserError
 from danceopd.support.files import write_atomic
+from danceopd.support.hints import did_you_mean
 from danceopd.support.paths import near_path
 from danceopd.support.texts import parse_json
 from danceopd.world.dit import DiT, DiTConfig
@@ -30,7 +31,8 @@ def resolve_weights(weights: str) -> Path:
     if weights in shipped_sources():
         return SHIPPED / f"{weights}.safetensors"
     if not Path(weights).is_file():
-        raise FileNotFoundError(f"no file {weights!r}, nor an embedded network ({', '.join(shipped_sources())})")
+        near = did_you_mean(weights, shipped_sources(), "")
+        raise FileNotFoundError(f"no file {weights!r}, nor an embedded network ({', '.join(shipped_sources())}){near}")
     return Path(weights)
 
 

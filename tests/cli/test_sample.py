@@ -49,6 +49,10 @@ def test_a_resolution_below_the_least_picture_is_refused(picture, tmp_path, caps
     assert main(["sample", "miniature", "a red cup", "--resolution", "16", *few]) == 0
 
 
+def test_a_picture_of_one_line_stands_above_its_edits(picture, tmp_path):
+    assert main(["edit", "edit", picture(4000, 3), "add a red cup", *FEW, "-o", str(tmp_path / "out.png")]) == 0
+
+
 def test_a_lora_that_is_not_there_is_named_before_the_pipeline_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr("danceopd.evaluation.grid_pipeline.load_pipeline", None)
     assert main(["sample", "miniature", "a red cup", "--lora", "nope.safetensors", *FEW]) == 2

@@ -55,6 +55,7 @@ def test_not_a_configuration(tmp_path, text):
         ("a: " + "9" * 5000, "Exceeds the limit"),
         ("a: 0x" + "9" * 5000, "more than 300 digits"),
         ("\n".join([f"k0: &k0 [{'1,' * 9}]"] + [f"k{i}: &k{i} [{f'*k{i - 1},' * 9}]" for i in range(1, 12)]), "200000"),
+        ("a: 1\nb: [", "it is not YAML in line 2: expected the node content, but found '<stream end>'"),
         ('a: "x\\0y"', "'x\\x00y' holds a null character"),
         ('"\\ud83d": 1', "'\\ud83d' holds a null character, or half of one"),
         ('a: [{b: "c\\udfff"}]', "'c\\udfff' holds a null character, or half of one"),
@@ -65,6 +66,15 @@ def test_what_yaml_would_pass_over_or_choke_on(tmp_path, text, said):
     path.write_text(text)
     with pytest.raises(UserError, match=rf"cannot read .*bad\.yaml: .*{re.escape(said)}"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "bad.yaml is empty; a configuration has keys"), ("3", "holds the value '3' alone")]
+)
+def test_a_file_without_keys_is_said_in_words(tmp_path, text, said):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_config(tmp_path / "bad.yaml")
 
 
 def test_overrides_that_are_no_yaml():
@@ -172,7 +182,7 @@ def test_a_file_extends_another_key_by_key(tmp_path):
             {"one": "extends: two.yaml", "two": "extends: one.yaml"},
             r"one\.yaml extends .*two\.yaml extends .*one\.yaml: a circle",
         ),
-        ({"one": "extends: two.yaml", "two": "- 1"}, r"two\.yaml \(which .*one\.yaml extends\) must be a mapping"),
+        ({"one": "extends: two.yaml", "two": "- 1"}, r"two\.yaml \(which .*one\.yaml extends\) holds a list"),
         ({"one": "extends: two.yaml", "two": "a: [1"}, r"cannot read .*two\.yaml \(which .*one\.yaml extends\)"),
         (
             {"one": "extends: two.yaml\ntrainning: {seed: 1}", "two": "training: {output_dir: x}"},

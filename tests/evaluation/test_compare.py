@@ -271,7 +271,8 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "give two runs" in refused(a)
-    assert "there are no results of" in refused(a, tmp_path)
+    assert "there are no results in" in refused(a, tmp_path)
+    assert "there is no gone; give the folder" in refused(a, "gone")
     lines = read_results(a / "results.jsonl")
     for change, message in (
         ({"filename": "grid.png"}, "no number as its name"),

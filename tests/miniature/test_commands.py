@@ -12,10 +12,10 @@ from danceopd.miniature import card
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["--size", "0"], "--size must be at least 1"),
-        (["--size", "-3"], "--size must be at least 1"),
-        (["--seed", str(2**32)], "a seed is a whole number from 0 to 4294967295, not '4294967296'"),
-        (["--seed", "-1"], "a seed is a whole number"),
+        (["--size", "0"], "--size: must be at least 1, not 0"),
+        (["--size", "-3"], "--size: must be at least 1, not -3"),
+        (["--seed", str(2**32)], "--seed: must be at most 4294967295, not 4294967296"),
+        (["--seed", "-1"], "--seed: must be at least 0, not -1"),
     ],
 )
 def test_sizes_and_seeds_that_no_sample_has_are_refused(action, wrong, said, tmp_path, capsys):

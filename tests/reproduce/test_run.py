@@ -303,8 +303,9 @@ def test_bad_arguments(tmp_path, capsys, monkeypatch):
     assert "no setting 'G'; there are A, B" in capsys.readouterr().err
     monkeypatch.setattr(driver, "reproduce", lambda *_: pytest.fail("what is refused is not begun"))
     for wrong in (["--seeds", "-1"], ["--seeds", "0"], ["--workers", "0"]):
-        assert main(["reproduce", "A", *wrong]) == 2
-        assert "--seeds and --workers must be at least 1" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main(["reproduce", "A", *wrong])
+        assert f"{wrong[0]}: must be at least 1" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", "A", "--configs", "nowhere"]) == 2

@@ -91,10 +91,10 @@ def test_its_steps_lead_to_a_trained_student(place, tmp_path, capsys):
         ([], "not known: LoRAs, or a folder of them; give them as arguments"),
         (["loras"], "no file names it; give --base MODEL"),
         (["nowhere", "--base", "x"], "no LoRA there"),
+        (["loras", "--base", "x"], "there is no x; give a pipeline's folder, or an id such as owner/name"),
         (["loras", "--base", "MODEL", "--edit", "ikn"], "--edit names no source 'ikn'; did you mean 'ink'?"),
         (["loras", "--base", "MODEL", "--edit", "ink"], "draws from text alone; leave out --edit"),
         (["loras", "--base", "MODEL", "--data", "no.jsonl"], "no manifest at no.jsonl"),
-        (["loras", "--base", "MODEL", "--gpus", "0"], "--gpus must be at least 1"),
     ],
 )
 def test_what_is_missing_is_named(place, arguments, says, capsys, tmp_path):

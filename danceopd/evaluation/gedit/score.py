@@ -20,7 +20,7 @@ from danceopd.evaluation.gedit.draw import (
     picture_file,
 )
 from danceopd.evaluation.gedit.judge import Edit, ExactJudge, Verdict, judge_edits, overall
-from danceopd.evaluation.pipelines import load_pipeline
+from danceopd.evaluation.pipelines import check_takes, load_pipeline
 from danceopd.evaluation.statistics import standard_error
 from danceopd.models.loading import multiple_of
 from danceopd.support.bars import bar
@@ -217,6 +217,7 @@ def evaluate_gedit(
     judge = make_judge() if make_judge else None
     if model is not None:
         backbone = check_pipeline(model, lora, transformer)
+        check_takes(model, None, editing.max_sequence_length)
         claim(folder, model, lora, transformer, editing, dtype)
         if missing:
             if judge:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from danceopd.evaluation.geneval.layout import prompt_folder
-from danceopd.evaluation.pipelines import call_options, load_pipeline
+from danceopd.evaluation.pipelines import call_options, check_takes, load_pipeline
 from danceopd.models.backbones import family_of
 from danceopd.models.fingerprint import identity
 from danceopd.models.loading import class_name_of
@@ -78,6 +78,7 @@ def draw_pictures(
         UserError: Something else drew the folder's pictures, or the model or LoRA cannot be loaded.
     """
     agreed(ranks, check_draws_text, how.model)
+    agreed(ranks, check_takes, how.model, how.resolution, how.max_sequence_length)
     agreed(ranks, check_mark, metadata, folder, how)
     mine = range(ranks.rank, len(metadata), ranks.size)
     left = []

@@ -12,8 +12,8 @@ from types import ModuleType
 
 from torch import nn
 
-from danceopd.data.prepare import length_of_prompts
 from danceopd.models.backbones import backbone_of, empty_transformer, pipeline_class_of
+from danceopd.models.loading import length_of_prompts
 from danceopd.models.lora_algebra import Lora
 from danceopd.models.lora_files import FILES, load_lora, lora_file, save_lora
 from danceopd.models.lora_layouts import layouts_of

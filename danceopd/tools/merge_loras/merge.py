@@ -10,9 +10,10 @@ from tempfile import TemporaryDirectory
 
 from danceopd.config.reading import parse_config
 from danceopd.config.sections import Config
-from danceopd.data.prepare import length_of_prompts, prepare
+from danceopd.data.prepare import prepare
 from danceopd.data.prompt_limits import notes_before
 from danceopd.models.backbones import pipeline_class_of
+from danceopd.models.loading import length_of_prompts
 from danceopd.models.lora_algebra import Lora
 from danceopd.models.lora_files import FILES, add_metadata, load_lora
 from danceopd.models.precision import PRECISIONS

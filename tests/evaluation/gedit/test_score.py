@@ -214,7 +214,7 @@ def test_what_a_user_gets_wrong(root, drawn, serve, capsys, monkeypatch):
         ([*theirs, "--kinds", "colour"], "no kind 'colour'"),
         ([*theirs, "--kinds", "all"], "has no rows of material_alter"),
         ([*theirs, "--language", "cn"], "lacks 6 of 6 pictures, such as fullset/subject-add/cn/0001.png"),
-        ([*theirs, "--max-calls", "0"], "--max-calls must be positive"),
+        (["--model", str(root / "model"), "--max-sequence-length", "9999"], "max_sequence_length must be from 1 to"),
         ([*theirs[2:], "--method", "../theirs"], "is no name of a folder"),
         ([*theirs[2:], "--method", "scores"], "is no name of a folder"),
         ([*theirs, "--lora", "x"], "belong to a --model"),
