@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -116,6 +116,25 @@ def _within(value: Answer, text: str, least: float | None, most: float | None) -
 seed = whole(0, 2**32 - 1)  # as a configuration's
 
 STEPS, SIDE = 10_000, 16_384  # of a solver, and of a picture: with a digit too many the memory would be full
+
+
+def refuse_unused(args: argparse.Namespace, uses: Mapping[str, Mapping[str, object]]) -> None:
+    """Refuses options that an action would ignore, and gives the others their defaults.
+
+    Args:
+        args: With an `action`; an option that was not given is None.
+        uses: The options of each action by their names, with their defaults.
+
+    Raises:
+        UserError: An option is given that this action does not use.
+    """
+    own = uses[args.action]
+    for name in sorted({name for options in uses.values() for name in options}):
+        if name in own:
+            setattr(args, name, own[name] if getattr(args, name) is None else getattr(args, name))
+        elif getattr(args, name) is not None:
+            users = [action for action, options in uses.items() if name in options]
+            raise UserError(f"{args.action} uses no --{name}; leave it out, or give {' or '.join(users)}")
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

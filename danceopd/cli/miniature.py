@@ -3,9 +3,13 @@
 import argparse
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, output_folder, seed, whole
+from danceopd.cli.arguments import add_command, output_folder, refuse_unused, seed, whole
 
 FOLDER = Path("runs/miniature")
+
+WHERE, WRITTEN = {"folder": FOLDER}, {"size": 1000, "seed": 0}
+USES = {"list": {}, "train": WHERE | {"only": None}, "card": WHERE, "benchmark": WHERE | WRITTEN}
+USES |= {"data": WHERE | WRITTEN | {"capabilities": ["t2i", "edit"]}}
 
 
 def add_miniature(commands) -> None:
@@ -32,31 +36,27 @@ def add_miniature(commands) -> None:
     parser.add_argument(
         "--folder",
         type=output_folder,
-        default=FOLDER,
-        help="where it is trained, or what is written goes (default: %(default)s)",
+        help=f"where it is trained, or what is written goes (default: {FOLDER})",
     )
     parser.add_argument(
         "--capabilities",
         nargs="+",
-        default=["t2i", "edit"],
         metavar="NAME",
         help="with data, what the rows are for (default: t2i edit)",
     )
     parser.add_argument(
         "--size",
         type=whole(1),
-        default=1000,
         metavar="N",
         help="with data, rows of each capability; with benchmark, prompts of each task and edits of each kind "
-        "(default: %(default)s)",
+        "(default: 1000)",
     )
-    parser.add_argument(
-        "--seed", type=seed, default=0, help="seed of what data and benchmark write (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=seed, help="seed of what data and benchmark write (default: 0)")
 
 
 def run_miniature(args: argparse.Namespace) -> None:
     """Lists, trains, or scores and describes."""
+    refuse_unused(args, USES)
     if args.action == "train":
         from danceopd.miniature.train import STAGES, train
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from danceopd.cli.arguments import add_command, add_sampling, output_file, output_folder, seed, whole
+from danceopd.cli.arguments import add_command, add_sampling, output_file, output_folder, refuse_unused, seed, whole
 from danceopd.support.errors import UserError
 
 CHECKPOINT = "a run's folder, a .safetensors file, or the name of an embedded network"
@@ -69,8 +69,7 @@ def add_sources(commands) -> None:
     parser.add_argument(
         "--folder",
         type=output_folder,
-        default=Path("runs/sources"),
-        help="where they are trained (default: %(default)s)",
+        help="with train where they are trained, with card where their logs are (default: runs/sources)",
     )
 
 
@@ -131,6 +130,8 @@ def run_sources(args: argparse.Namespace) -> None:
     from danceopd.world import sources
     from danceopd.world.files import SHIPPED, shipped_sources
 
+    where = {"folder": Path("runs/sources")}
+    refuse_unused(args, {"list": {}, "train": where | {"only": None}, "card": where})
     for name in args.only or ():
         if name not in sources.STAGES:
             raise UserError(f"no source {name!r}{did_you_mean(name, sources.STAGES)}")

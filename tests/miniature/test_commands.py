@@ -25,6 +25,23 @@ def test_sizes_and_seeds_that_no_sample_has_are_refused(action, wrong, said, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["miniature", "--size", "3"], "list uses no --size; leave it out, or give benchmark or data"),
+        (["miniature", "benchmark", "--capabilities", "t2i"], "benchmark uses no --capabilities"),
+        (["miniature", "data", "--only", "vae"], "data uses no --only; leave it out, or give train"),
+        (["sources", "card", "--only", "t2i"], "card uses no --only; leave it out, or give train"),
+        (["sources", "--folder", "x"], "list uses no --folder"),
+    ],
+)
+def test_an_option_that_an_action_would_ignore_is_refused(typed, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(typed) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_largest_seed_is_taken(tmp_path):
     largest = ["--size", "1", "--seed", str(2**32 - 1)]
     assert not main(["miniature", "data", "--folder", str(tmp_path / "out"), *largest])
