@@ -267,7 +267,6 @@ def test_what_a_user_gets_wrong(clip, tmp_path, capsys):
         (folder, [], "no reward"),
         (folder, ["--aesthetic", str(clip)], "go together"),
         (folder, [*plain, "--base", str(folder)], "go together"),
-        (folder, [*plain, "--batch-size", "0"], "at least 1"),
         (folder, ["--clip", str(tmp_path / "nowhere")], "there is no folder"),
         (folder, ["--clip", str(folder)], "cannot be loaded as CLIPProcessor"),
         (folder, [*head, str(tmp_path / "nowhere.safetensors")], "there is no file"),
@@ -280,6 +279,9 @@ def test_what_a_user_gets_wrong(clip, tmp_path, capsys):
     for at, more, said in cases:
         assert main(["evaluate", "reward", str(at), "--device", "cpu", *more]) == 2
         assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "reward", str(folder), *plain, "--batch-size", "0"])
+    assert "--batch-size: must be at least 1, not 0" in capsys.readouterr().err
     picture = folder / "00001" / "samples" / "0000.png"
     for damage, said in (
         (lambda: picture.write_bytes(b"\x89PNG cut"), f"damaged pictures: {picture}"),

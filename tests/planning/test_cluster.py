@@ -188,7 +188,9 @@ def test_what_is_missing_is_said(capsys):
     text = capsys.readouterr().out
     assert "no estimate without the network's configuration" in text
     assert "model: " in text
-    assert main(["plan", "--config", "configs/demo.yaml", "--gpus", "0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "--config", "configs/demo.yaml", "--gpus", "0"])
+    assert "--gpus: must be at least 1, not 0" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ against real runs

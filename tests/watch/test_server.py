@@ -130,12 +130,18 @@ def test_a_configuration_that_cannot_be_read_does_not_end_the_page(app, run):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["nowhere"], "there is no folder nowhere"), (["."], "no run in"), ([".", "--port", "70000"], "between 0 and")],
+    [(["nowhere"], "there is no folder nowhere"), (["."], "no run in")],
 )
 def test_mistakes_of_the_command(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["watch", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_port_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["watch", ".", "--port", "70000"])
+    assert "--port: must be at most 65535, not 70000" in capsys.readouterr().err
 
 
 def test_the_page_can_be_asked_for_from_when_its_address_is_said(tmp_path):
