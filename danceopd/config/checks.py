@@ -10,6 +10,7 @@ from danceopd.config.sections import OPERATORS, Config, Section, Source
 from danceopd.core.methods import OWN_ROLLOUT, needs
 from danceopd.support.hints import did_you_mean
 from danceopd.support.paths import draws_miniature
+from danceopd.support.texts import PROMPT
 
 EXTENDS = "extends"  # the key of a file that names another one
 
@@ -202,7 +203,7 @@ def _unheard(config: Config, name: str) -> list[str]:
     if guided is None or guided.scale == 1:
         return []
     heard = {
-        term.text.name if term.text else ROWS_OWN
+        term.text.name if term.text else PROMPT
         for term in outline(config, guided.source).every_term()
         if not term.fixed
     }
@@ -210,7 +211,7 @@ def _unheard(config: Config, name: str) -> list[str]:
         return []
     return [
         f"sources.{name}.guided.negative: {guided.negative!r} is what {guided.source} is asked with anyway, and "
-        f"guidance away from that leaves it as it is; give another text"
+        "guidance away from that leaves it as it is; give another text"
     ]
 
 
@@ -271,9 +272,6 @@ def _check_bases(config: Config, name: str) -> list[str]:
     return problems
 
 
-ROWS_OWN = "{prompt}"  # the text that is a row's prompt itself
-
-
 # Long: each operator has its own ways to change nothing.
 def _without_effect(source: Source) -> list[str]:
     """Lists what of an operator would change nothing, each as ".key: message"."""
@@ -313,8 +311,8 @@ def _without_effect(source: Source) -> list[str]:
         return [": names a source twice; name each once"]
     if source.by_sigma and source.by_sigma.above == source.by_sigma.below:
         return [": is one source above and below; give two"]
-    if source.teacher_at and source.teacher_at.prompt == ROWS_OWN:
-        return [f".prompt: {ROWS_OWN!r} is what {source.teacher_at.source} is asked with anyway; give another text"]
+    if source.teacher_at and source.teacher_at.prompt == PROMPT:
+        return [f".prompt: {PROMPT!r} is what {source.teacher_at.source} is asked with anyway; give another text"]
     return []
 
 

@@ -10,11 +10,10 @@ from torch import nn
 
 from danceopd.models.backbones import transformer_class
 from danceopd.models.fp8 import Fp8Linear, to_fp8
-from danceopd.models.loading import read_json, transformer_folder, weight_files
+from danceopd.models.loading import lacking, read_json, transformer_folder, weight_files
 from danceopd.models.lora_algebra import Lora, added
 from danceopd.models.tensor_files import opened
 from danceopd.support.errors import UserError
-from danceopd.support.texts import many
 
 
 @torch.no_grad()
@@ -67,9 +66,7 @@ def load_fp8(
             raise
         raise UserError(f"{path}: cannot be loaded as {cls.__name__}: {error}") from error
     if missing:
-        raise UserError(
-            f"{path}: the weights lack {many(len(missing), 'tensor')}, such as {min(missing)}; copy them again"
-        )
+        raise lacking(path, missing)
     return network.requires_grad_(False).eval()
 
 

@@ -1,7 +1,7 @@
 """Loads parts of a diffusers pipeline's folder: never from the network, whole or not at all; errors name the path."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 
@@ -157,10 +157,7 @@ def load_model(cls: type, path: Path | str, dtype: torch.dtype) -> nn.Module:
     _check_whole(path)
     model, info = load(cls, path, dtype=dtype, use_safetensors=True, output_loading_info=True)
     if info["missing_keys"]:  # the libraries only warn, and leave them random
-        missing = sorted(info["missing_keys"])
-        raise UserError(
-            f"{path}: the weights lack {many(len(missing), 'tensor')}, such as {missing[0]}; copy them again"
-        )
+        raise lacking(path, info["missing_keys"])
     return _finite(model.eval(), path)
 
 
@@ -371,13 +368,17 @@ def check_weights(folder: Path | str, network: nn.Module | None = None) -> None:
     check_shapes(shapes, network, folder)
 
 
+def lacking(where: Path | str, missing: Collection[str]) -> UserError:
+    """Says that weights lack some tensors."""
+    tensors = many(len(missing), "tensor")
+    return UserError(f"{where}: the weights lack {tensors}, such as {min(missing)}; copy them again")
+
+
 def check_shapes(shapes: Mapping[str, torch.Size], network: nn.Module, where: Path | str) -> None:
     """Raises UserError where tensors of these shapes are not those of a network (which may be on the meta device)."""
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    if missing := sorted(expected.keys() - shapes.keys()):
-        raise UserError(
-            f"{where}: the weights lack {many(len(missing), 'tensor')}, such as {missing[0]}; copy them again"
-        )
+    if missing := expected.keys() - shapes.keys():
+        raise lacking(where, missing)
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise UserError(

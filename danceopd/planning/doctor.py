@@ -203,15 +203,15 @@ def _packages() -> Iterator[Finding]:
     for package, (purpose, extra) in OPTIONAL.items():
         there = find_spec(package) is not None and (_installed(package.replace("_", "-")) or "there")
         pair = torchvision_for(_installed("torch")) if package == "torchvision" else None
+        # The newest torchvision would bring another torch with it.
+        mend = f"pip install torchvision=={pair}" if pair else f"pip install '{extra}'"
         if pair and there and (needs := _torch_of_torchvision()) not in (None, _release(_installed("torch"))):
             text = f"{there} belongs to torch {needs}, and {_installed('torch')} is here: importing it ends in an error"
-            yield Finding("Optional packages", package, MISSING, text, f"pip install torchvision=={pair}")
-        elif pair and not there:  # the newest one would bring another torch with it
-            yield Finding("Optional packages", package, MISSING, f"for {purpose}", f"pip install torchvision=={pair}")
+            yield Finding("Optional packages", package, MISSING, text, mend)
         elif there:
             yield Finding("Optional packages", package, OK, there)
         else:
-            yield Finding("Optional packages", package, MISSING, f"for {purpose}", f"pip install '{extra}'")
+            yield Finding("Optional packages", package, MISSING, f"for {purpose}", mend)
 
 
 def _release(torch: str | None) -> str:

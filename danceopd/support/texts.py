@@ -13,6 +13,8 @@ from string import Formatter
 from danceopd.support.errors import UserError
 from danceopd.support.paths import near_path
 
+PROMPT = "{prompt}"  # a text that is a row's prompt, as it is
+
 NAMED = 3  # names that `some` writes out
 
 

@@ -17,6 +17,7 @@ from danceopd.models.fingerprint import sample
 from danceopd.models.loading import transformer_folder
 from danceopd.support.errors import UserError
 from danceopd.support.texts import parse_object
+from danceopd.training.assembly.parts import Scored
 from danceopd.training.checkpoints import Checkpoint
 
 # Of `training`, what may change between a run and its resumption; paths may too, all of `evaluation`, and
@@ -162,6 +163,11 @@ def state_of(trainer) -> dict:
     }
 
 
+def scores_of(state: dict) -> list[Scored]:
+    """Returns the scores that a checkpoint's state keeps; older ones have none, or do not say when they were."""
+    return [(0, 0, score) if isinstance(score, dict) else tuple(score) for score in state.get("scores", [])]
+
+
 def go_on(trainer, checkpoint: Checkpoint) -> None:
     """Puts a checkpoint's state into a `Trainer`.
 
@@ -198,8 +204,7 @@ def go_on(trainer, checkpoint: Checkpoint) -> None:
     trainer.evaluations.update(state["evaluations"])
     trainer.step, trainer.seconds = state["step"], state["seconds"]
     trainer.skipped, trainer.skipped_in_a_row = state["skipped"]
-    scores = state.get("scores", [])  # older checkpoints have none, or do not say when they were
-    trainer.scores = [(0, 0, score) if isinstance(score, dict) else tuple(score) for score in scores]
+    trainer.scores = scores_of(state)
 
 
 def _given(values: dict) -> dict:

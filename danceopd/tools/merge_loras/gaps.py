@@ -16,6 +16,7 @@ from danceopd.tools.model_report import held_out
 from danceopd.training.asking import as_student
 from danceopd.training.assembly.parts import Parts, Scored
 from danceopd.training.checkpoints import Checkpoint
+from danceopd.training.resume import scores_of
 from danceopd.training.rows import Rows, in_parts
 
 GROWTH = 0.005  # of the mean share, that counts as growth
@@ -148,8 +149,7 @@ def settled(scores: Sequence[Scored], patience: int, config: Config) -> bool:
 
 def ended_early(checkpoint: Checkpoint, patience: int, config: Config) -> bool:
     """Tells whether a checkpoint is of a run that has ended before all of its steps, since it has settled."""
-    scores = [score for score in checkpoint.rest["scores"] if not isinstance(score, dict)]  # older ones have no step
-    return checkpoint.step < config.training.max_steps and settled(scores, patience, config)
+    return checkpoint.step < config.training.max_steps and settled(scores_of(checkpoint.rest), patience, config)
 
 
 def words(shares: dict[str, float]) -> str:

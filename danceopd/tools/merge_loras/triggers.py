@@ -9,11 +9,9 @@ from safetensors import SafetensorError, safe_open
 
 from danceopd.models.lora_files import FILES
 from danceopd.support.errors import UserError
-from danceopd.support.texts import columns_of, parse_object
+from danceopd.support.texts import PROMPT, columns_of, parse_object
 
 PHRASES = ("modelspec.trigger_phrase", "trigger_words", "trigger_phrase", "trigger_word", "instance_prompt")
-
-PROMPT = "{prompt}"
 
 
 @dataclass(frozen=True)

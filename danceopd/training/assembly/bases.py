@@ -28,7 +28,7 @@ def distilled_bases(config: Config, backbone: ModuleType) -> list[str]:
         lines.append(
             f"{key}: {weights} was distilled to a few steps ({why}): it answers with jumps towards a finished picture, "
             f"not with the velocity at each noise level, so a rollout of {many(steps, 'step')} leaves the path that "
-            f"it knows, guidance is applied to it a second time, and training undoes the distillation. Take "
+            "it knows, guidance is applied to it a second time, and training undoes the distillation. Take "
             f"{backbone.BASE}, or give allow_distilled_base: true, which goes on without this line"
         )
     return lines
